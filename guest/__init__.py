@@ -1,0 +1,1 @@
+"""What runs inside the virtual machine, and the builder of its image."""

@@ -1,0 +1,1 @@
+"""ttrpc and gRPC over one dispatch table; a service method knows neither."""
