@@ -1,0 +1,142 @@
+"""One table of methods for every transport, built from protobuf service descriptors.
+
+A service implementation is an object whose methods are snake_case coroutines that take the request message,
+return the response message and raise :class:`~shim.errors.ShimError`. A method it lacks is unimplemented.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+
+from shim.errors import DeadlineExceeded, Internal, InvalidArgument, ShimError, Unimplemented
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+
+    from google.protobuf.descriptor import ServiceDescriptor
+
+MAX_STATUS_TEXT = 2048
+"""Longest error text sent, in characters: gRPC carries it in headers, of which its peers accept 8 KiB."""
+
+_WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One callable method: its name for error texts, the class of its requests, the coroutine behind it."""
+
+    name: str
+    request_class: type[Message]
+    handler: Callable[[Message], Awaitable[Message]]
+
+    async def answer(self, payload: bytes, *, timeout_s: float | None) -> bytes:
+        """Run the handler on a serialized request, the same way for every transport.
+
+        :param timeout_s: what the client allows, in seconds; None is no limit.
+        :returns: the serialized response.
+        :raises InvalidArgument: if the payload is not the request message.
+        :raises DeadlineExceeded: if the handler did not finish in time; it was cancelled.
+        :raises Internal: if the handler failed in an unforeseen way, which is logged with its traceback.
+        :raises ShimError: whatever the handler raises by intent.
+        """
+        try:
+            request = self.request_class.FromString(payload)
+        except DecodeError as error:
+            expected = self.request_class.DESCRIPTOR.full_name
+            raise InvalidArgument(f"call: {self.name}: request is not a valid {expected}: {error}") from error
+        try:
+            if timeout_s is None:
+                return (await self.handler(request)).SerializeToString()
+            return await self._answer_in_time(request, timeout_s)
+        except ShimError:
+            raise
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Something the handler waited for was cancelled, not the call: the client must get an answer.
+            logger.exception("call: %s: cancelled from inside", self.name)
+            raise Internal(f"call: {self.name}: its work was cancelled; see the log") from error
+        except Exception as error:  # the boundary: any defect becomes an answer
+            logger.exception("call: %s: unexpected failure", self.name)
+            cause = " ".join(f"{type(error).__name__}: {error}".split())
+            raise Internal(f"call: {self.name}: {cause}; see the log") from error
+
+    async def _answer_in_time(self, request: Message, timeout_s: float) -> bytes:
+        try:
+            async with asyncio.timeout(timeout_s) as limit:
+                return (await self.handler(request)).SerializeToString()
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(
+                f"call: {self.name}: not finished within the client's {timeout_s:g} s; look at the state"
+            ) from error
+
+
+class Dispatch:
+    """Finds the method that a transport was asked for.
+
+    One object may stand under several descriptors, as for task v2 and v3, which differ only in the package of
+    their messages. Each of its methods is then written against the request class of the **first** descriptor
+    listed; those of the others go through the same classes, so their messages must be equal on the wire.
+
+    :param services: each service's descriptor with its implementation.
+    """
+
+    def __init__(self, services: Iterable[tuple[ServiceDescriptor, object]]) -> None:
+        self._services: dict[str, dict[str, Method]] = {}
+        request_classes: dict[tuple[int, str], type[Message]] = {}
+        for service, implementation in services:
+            methods = self._services[service.full_name] = {}
+            for method in service.methods:
+                handler = getattr(implementation, snake_case(method.name), None)
+                if handler is None or method.client_streaming or method.server_streaming:
+                    continue
+                request_class = request_classes.setdefault(
+                    (id(implementation), method.name), GetMessageClass(method.input_type)
+                )
+                methods[method.name] = Method(f"{service.full_name}/{method.name}", request_class, handler)
+
+    @property
+    def service_names(self) -> list[str]:
+        """Full names of all services, in the order given."""
+        return list(self._services)
+
+    def find(self, service: str, method: str) -> Method:
+        """Look up one method.
+
+        :param service: full name, such as ``containerd.task.v3.Task``.
+        :param method: bare name, such as ``Create``.
+        :raises Unimplemented: if there is no such service or the service does not offer the method.
+        """
+        methods = self._services.get(service)
+        if methods is None:
+            raise Unimplemented(f"service {service}")
+        found = methods.get(method)
+        if found is None:
+            raise Unimplemented(f"method {method}")
+        return found
+
+
+def snake_case(name: str) -> str:
+    """Turn the name of an RPC into that of its Python method: ``CloseIO`` is ``close_io``."""
+    return _WORD_START.sub("_", name).lower()
+
+
+def status_text(error: ShimError) -> str:
+    """Give the text of an error as every transport can carry it: bounded, and valid Unicode.
+
+    Names of files may hold surrogate escapes, which no protobuf string accepts.
+    """
+    text = str(error).encode("utf-8", "replace").decode()
+    return text if len(text) <= MAX_STATUS_TEXT else text[: MAX_STATUS_TEXT - 1] + "…"

@@ -1,0 +1,106 @@
+"""The gRPC server: the same dispatch table on a unix socket, with health and reflection for tools.
+
+Nothing else imports grpc. Importing it starts no thread: a process may import this module, fork, and serve in
+the child.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from shim.errors import Internal, ShimError
+from shim.transport.dispatch import Dispatch, status_text
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+MAX_MESSAGE = 4 << 20
+"""Longest message in either direction, in bytes."""
+
+GRACE_S = 1.0
+"""Seconds that calls in flight have to finish when the server stops."""
+
+_STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+]
+
+_Context = grpc.aio.ServicerContext[bytes, bytes]
+
+
+class _TableHandler(grpc.GenericRpcHandler):
+    """Answers every path with the dispatch table, which also refuses what it does not know."""
+
+    def __init__(self, dispatch: Dispatch) -> None:
+        self._dispatch = dispatch
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
+        service, _, method = details.method.removeprefix("/").partition("/")
+        return grpc.unary_unary_rpc_method_handler(partial(self._call, service, method))
+
+    async def _call(self, service: str, method: str, payload: bytes, context: _Context) -> bytes:
+        try:
+            return await self._dispatch.find(service, method).answer(
+                payload, timeout_s=context.time_remaining()
+            )
+        except ShimError as error:
+            await _abort(context, error)
+
+
+async def _abort(context: _Context, error: ShimError) -> NoReturn:
+    await context.abort(_STATUS_CODES[error.code], status_text(error))
+
+
+@asynccontextmanager
+async def serve_grpc(dispatch: Dispatch, path: Path) -> AsyncIterator[grpc.aio.Server]:
+    """Serve a dispatch table, health and reflection on a unix socket of mode 0600 while the context lasts.
+
+    At its end calls in flight have :data:`GRACE_S` to finish, and the socket is removed.
+
+    :param dispatch: the methods offered.
+    :param path: where to listen; its directory exists, and a stale socket there is replaced.
+    :raises Internal: if the path cannot be listened on.
+    """
+    server = grpc.aio.server(options=_OPTIONS)
+    status = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(status, server)
+    offered = [*dispatch.service_names, health.SERVICE_NAME]
+    for name in offered:
+        await status.set(name, health_pb2.HealthCheckResponse.SERVING)
+    reflection.enable_server_reflection([*offered, reflection.SERVICE_NAME], server)
+    server.add_generic_rpc_handlers((_TableHandler(dispatch),))
+    _bind(server, path)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop(GRACE_S)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+def _bind(server: grpc.aio.Server, path: Path) -> None:
+    # grpc creates the socket inside this call, with the mode that the umask leaves.
+    umask = os.umask(0o177)
+    try:
+        server.add_insecure_port(f"unix:{path}")
+    except RuntimeError as error:
+        raise Internal(
+            f"listen: {path}: {error}; see whether its directory exists and the path is short"
+        ) from error
+    finally:
+        os.umask(umask)
