@@ -1,0 +1,434 @@
+"""One container: its root file system and volumes shown to the guest, its init and its execs.
+
+A lock per container orders what must not interleave: start against exit (so that the start event is
+queued first), delete against exec. Kill, State and Wait take no lock and never wait for one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proto.containerd import events_pb2
+from proto.kata import agent_pb2
+from shim import mounts
+from shim.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    ShimError,
+    Unavailable,
+)
+from shim.oci import SharedMount, translate, translate_process
+from shim.process import Input, Process, State
+from shim.stdio import CHUNK_BYTES, Stdio, open_streams, read_chunk, write_all
+from shim.timestamps import to_timestamp
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+
+    from proto.containerd.types_pb2 import Mount
+    from shim.agent import Agent
+    from shim.sandbox import Sandbox
+
+log = logging.getLogger(__name__)
+
+STATUS_MACHINE_GONE = 128 + signal.SIGKILL  # as a process whose machine was switched off under it
+STATUS_UNKNOWN = 255  # containerd's own value for an exit nobody can tell
+EXECS_GONE_TIMEOUT_S = 5.0  # the kernel ends them with their pid namespace; only the report takes time
+DRAIN_TIMEOUT_S = 10.0  # containerd's runc shim lets Delete wait as long for output to be read
+
+
+class Container:
+    """A container of a sandbox.
+
+    :param container_id: containerd's id.
+    :param bundle: the bundle directory, which holds ``config.json``.
+    :param stdio: init's stream paths.
+    :param sandbox: where it lives.
+    """
+
+    def __init__(self, container_id: str, *, bundle: Path, stdio: Stdio, sandbox: Sandbox) -> None:
+        self.id = container_id
+        self.bundle = bundle
+        self.init = Process(container_id, exec_id="", stdio=stdio, spec={})
+        self.execs: dict[str, Process] = {}
+        self.lock = asyncio.Lock()
+        self._sandbox = sandbox
+        self._shown = contextlib.ExitStack()
+        self._ending = False
+
+    def process(self, exec_id: str) -> Process:
+        """Find init (empty id) or an exec.
+
+        :raises NotFound: if there is no such exec.
+        """
+        if not exec_id:
+            return self.init
+        try:
+            return self.execs[exec_id]
+        except KeyError:
+            raise NotFound(f"exec {exec_id} of {self.id}: not found") from None
+
+    async def create(self, rootfs: Iterable[Mount]) -> None:
+        """Show the file systems, create the container in the guest and follow its init.
+
+        :param rootfs: containerd's mounts for the root file system.
+        :raises ShimError: if any step fails; nothing is left behind.
+        """
+        try:
+            spec = read_spec(self.bundle)
+            self._show_rootfs(spec, rootfs)
+            agent = await self._sandbox.agent()
+            translation = translate(
+                spec,
+                container_id=self.id,
+                terminal=self.init.stdio.terminal,
+                seccomp=agent.supports_seccomp,
+            )
+            for share in translation.shared_mounts:
+                self._show(share)
+            self.init.streams = await open_streams(self.init.stdio)
+            await agent.create_container(
+                agent_pb2.CreateContainerRequest(
+                    container_id=self.id,
+                    exec_id=self.id,
+                    OCI=translation.spec,
+                    sandbox_pidns=translation.sandbox_pidns,
+                )
+            )
+        except BaseException:
+            if self.init.streams is not None:
+                self.init.streams.close_all()
+            self._shown.close()
+            raise
+        self._follow(self.init, agent)
+        self._sandbox.publish(
+            "/tasks/create",
+            events_pb2.TaskCreate(
+                container_id=self.id,
+                bundle=str(self.bundle),
+                rootfs=rootfs,
+                io=events_pb2.TaskIO(
+                    stdin=self.init.stdio.stdin,
+                    stdout=self.init.stdio.stdout,
+                    stderr=self.init.stdio.stderr,
+                    terminal=self.init.stdio.terminal,
+                ),
+                pid=self._sandbox.pid,
+            ),
+        )
+
+    async def start(self) -> None:
+        """Let init run.
+
+        :raises FailedPrecondition: if it is not in the created state.
+        """
+        async with self.lock:
+            self.init.require(Input.START)
+            agent = await self._sandbox.agent()
+            await agent.start_container(self.id)
+            self.init.apply(Input.START)
+            self._sandbox.publish(
+                "/tasks/start", events_pb2.TaskStart(container_id=self.id, pid=self._sandbox.pid)
+            )
+
+    def add_exec(self, exec_id: str, *, spec: dict[str, Any], stdio: Stdio) -> None:
+        """Register an exec; it runs on :meth:`start_exec`.
+
+        :raises AlreadyExists: if the id is taken.
+        :raises FailedPrecondition: if init has ended.
+        """
+        self._require_alive(exec_id)
+        if exec_id in self.execs:
+            raise AlreadyExists(f"exec {exec_id} of {self.id}: already exists")
+        self.execs[exec_id] = Process(self.id, exec_id=exec_id, stdio=stdio, spec=spec)
+        self._sandbox.publish(
+            "/tasks/exec-added", events_pb2.TaskExecAdded(container_id=self.id, exec_id=exec_id)
+        )
+
+    async def start_exec(self, exec_id: str) -> None:
+        """Run a registered exec; if the guest refuses, it stays created and can be deleted.
+
+        :raises NotFound: if there is no such exec.
+        :raises FailedPrecondition: if it ran already, or init has ended.
+        """
+        process = self.process(exec_id)
+        self._require_alive(exec_id)
+        process.require(Input.START)
+        if process.streams is not None:
+            raise FailedPrecondition(f"start: {process}: it is being started")
+        agent = await self._sandbox.agent()
+        process.streams = await open_streams(process.stdio)
+        try:
+            await agent.exec_process(
+                agent_pb2.ExecProcessRequest(
+                    container_id=self.id,
+                    exec_id=process.agent_id,
+                    process=translate_process(process.spec, terminal=process.stdio.terminal),
+                )
+            )
+            process.apply(Input.START)
+        except BaseException:
+            process.streams.close_all()
+            process.streams = None
+            raise
+        self._sandbox.publish(
+            "/tasks/exec-started",
+            events_pb2.TaskExecStarted(container_id=self.id, exec_id=exec_id, pid=self._sandbox.pid),
+        )
+        self._follow(process, agent)
+        if process.terminal_size is not None:
+            await self.resize(process, *process.terminal_size)
+
+    async def resize(self, process: Process, width: int, height: int) -> None:
+        """Set a terminal's size; remembered if the process is not there yet, ignored without a terminal."""
+        if not process.stdio.terminal or process.exited.is_set():
+            return
+        process.terminal_size = (width, height)
+        if process.exec_id and process.state is State.CREATED:
+            return
+        agent = await self._sandbox.agent()
+        await agent.resize_terminal(self.id, exec_id=process.agent_id, rows=height, columns=width)
+
+    async def kill(self, process: Process, *, number: int, everyone: bool) -> None:
+        """Send a signal to one process, or to all of the container.
+
+        :param number: the signal's number.
+        :raises NotFound: if the process has ended.
+        :raises FailedPrecondition: if it is an exec that was never started.
+        """
+        if process.exited.is_set():
+            raise NotFound(f"kill: {process}: process already finished")
+        if process.exec_id and process.state is State.CREATED:
+            raise FailedPrecondition(f"kill: {process}: process not started")
+        agent = await self._sandbox.agent()
+        # Addressed by its own id, init alone gets the signal; the empty id makes SIGKILL reach them all.
+        target = "" if everyone and not process.exec_id else process.agent_id
+        await agent.signal_process(self.id, exec_id=target, signal=number)
+
+    async def delete(self) -> None:
+        """Remove the container from the guest and take back what was shown to it.
+
+        :raises FailedPrecondition: if init is running.
+        """
+        self.init.require(Input.DELETE)
+        removed = self.init.state is State.CREATED
+        if removed:  # init still waits to be started: removing it is what ends it
+            await self._remove_from_guest()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                    await self.init.exited.wait()
+        async with self.lock:
+            self.init.require(Input.DELETE)
+            for process in (self.init, *self.execs.values()):
+                await self._drain(process)
+            if not removed:
+                await self._remove_from_guest()
+            self._shown.close()
+            self.init.apply(Input.DELETE)
+            self._sandbox.publish(
+                "/tasks/delete",
+                events_pb2.TaskDelete(
+                    container_id=self.id,
+                    pid=self._sandbox.pid,
+                    exit_status=self.init.exit_status,
+                    exited_at=to_timestamp(self.init.exited_at_s),
+                ),
+            )
+
+    async def delete_exec(self, exec_id: str) -> Process:
+        """Forget an exec.
+
+        :returns: the process, with what is known of its exit.
+        :raises NotFound: if there is no such exec.
+        :raises FailedPrecondition: if it is running.
+        """
+        process = self.process(exec_id)
+        process.require(Input.DELETE)
+        await self._drain(process)
+        process.apply(Input.DELETE)
+        del self.execs[exec_id]
+        return process
+
+    def _require_alive(self, exec_id: str) -> None:
+        if self._ending or self.init.state is not State.RUNNING:
+            raise FailedPrecondition(
+                f"exec {exec_id} of {self.id}: the container is {self.init.state.value}, not running"
+            )
+
+    async def _remove_from_guest(self) -> None:
+        """Remove the container in the guest; a machine that is gone has none."""
+        try:
+            agent = await self._sandbox.agent()
+            await agent.remove_container(self.id)
+        except Unavailable as error:
+            log.info("delete: container %s: the machine is gone: %s", self.id, error)
+
+    # -- file systems -------------------------------------------------------------------------------
+
+    def _show_rootfs(self, spec: dict[str, Any], rootfs: Iterable[Mount]) -> None:
+        source = self.bundle / "rootfs"
+        if rootfs:
+            source.mkdir(mode=0o711, exist_ok=True)
+            mounts.mount_all(rootfs, source)
+            self._shown.callback(mounts.unmount, source)
+        else:
+            path = Path((spec.get("root") or {}).get("path") or "rootfs")
+            source = path if path.is_absolute() else self.bundle / path
+            if not source.is_dir():
+                raise InvalidArgument(f"rootfs: container {self.id}: {source} is not a directory")
+        self._bind_into_share(source, f"{self.id}/rootfs", read_only=False, recursive=True)
+
+    def _show(self, share: SharedMount) -> None:
+        source = Path(share.source)
+        if not (source.is_dir() or source.is_file()):
+            raise InvalidArgument(
+                f"mount: container {self.id}: {source}: only files and directories can be shared with a guest"
+            )
+        self._bind_into_share(source, share.name, read_only=share.read_only, recursive=share.recursive)
+
+    def _bind_into_share(self, source: Path, name: str, *, read_only: bool, recursive: bool) -> None:
+        target = self._sandbox.share / name
+        if target.parent != self._sandbox.share:
+            target.parent.mkdir(mode=0o711)
+            self._shown.callback(target.parent.rmdir)
+        if source.is_dir():
+            target.mkdir()
+            self._shown.callback(target.rmdir)
+        else:
+            target.touch()
+            self._shown.callback(target.unlink)
+        mounts.bind(source, target, read_only=read_only, recursive=recursive)
+        self._shown.callback(mounts.unmount, target)
+
+    # -- streams and exit ---------------------------------------------------------------------------
+
+    def _follow(self, process: Process, agent: Agent) -> None:
+        process.following = self._sandbox.spawn(
+            self._follow_until_over(process, agent), name=f"follow {process}"
+        )
+
+    async def _follow_until_over(self, process: Process, agent: Agent) -> None:
+        """Carry a process' streams and learn of its exit, until both are over."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                outputs = [group.create_task(self._carry_output(process, agent.read_stdout, "stdout"))]
+                if not process.stdio.terminal:
+                    outputs.append(
+                        group.create_task(self._carry_output(process, agent.read_stderr, "stderr"))
+                    )
+                stdin = group.create_task(self._carry_input(process, agent))
+                if not agent.keeps_streams:
+                    await asyncio.wait(outputs)
+                status = await self._await_exit(process, agent)
+                if process is self.init:
+                    await self._await_execs()
+                async with self.lock:
+                    self._report_exit(process, status)
+                stdin.cancel()
+        finally:
+            if process.streams is not None:
+                process.streams.close_all()
+            # Whatever went wrong above, nobody may wait for this process for ever.
+            self._report_exit(process, STATUS_UNKNOWN)
+
+    async def _await_exit(self, process: Process, agent: Agent) -> int:
+        try:
+            return await agent.wait_process(self.id, exec_id=process.agent_id)
+        except Unavailable as error:
+            log.warning("wait: %s: %s; its status is %d", process, error, STATUS_MACHINE_GONE)
+            return STATUS_MACHINE_GONE
+        except ShimError as error:
+            log.error("wait: %s: %s; its status is %d", process, error, STATUS_UNKNOWN)  # noqa: TRY400 - one line, no traceback
+            return STATUS_UNKNOWN
+
+    async def _await_execs(self) -> None:
+        """Let the execs' exits be reported first: init's must be the last of its container."""
+        self._ending = True
+        running = [p.exited.wait() for p in self.execs.values() if p.state is State.RUNNING]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(EXECS_GONE_TIMEOUT_S):
+                await asyncio.gather(*running)
+
+    def _report_exit(self, process: Process, status: int) -> None:
+        if not process.exit(status):
+            return
+        self._sandbox.publish(
+            "/tasks/exit",
+            events_pb2.TaskExit(
+                container_id=self.id,
+                id=process.event_id,
+                pid=self._sandbox.pid,
+                exit_status=status,
+                exited_at=to_timestamp(process.exited_at_s),
+            ),
+        )
+
+    async def _carry_output(self, process: Process, read: Callable[..., Awaitable[bytes]], name: str) -> None:
+        """Copy one output until its end; without a stream the bytes are read and dropped."""
+        streams = process.streams
+        if streams is None:
+            raise Internal(f"stdio: {process}: followed before its streams were opened")
+        try:
+            while data := await read(self.id, exec_id=process.agent_id, length=CHUNK_BYTES):
+                descriptor = getattr(streams, name)
+                if descriptor >= 0:
+                    await write_all(descriptor, data)
+        except ShimError as error:
+            log.debug("stdio: %s of %s ended: %s", name, process, error)
+        except OSError as error:
+            log.warning("stdio: %s of %s: %s", name, process, error)
+        finally:
+            streams.close(name)
+
+    async def _carry_input(self, process: Process, agent: Agent) -> None:
+        """Copy stdin until its end, then give the process end of file."""
+        streams = process.streams
+        if streams is None:
+            raise Internal(f"stdio: {process}: followed before its streams were opened")
+        try:
+            if streams.stdin >= 0:
+                while data := await read_chunk(streams.stdin):
+                    await agent.write_stdin(self.id, exec_id=process.agent_id, data=data)
+            if not process.stdio.terminal:
+                await agent.close_stdin(self.id, exec_id=process.agent_id)
+        except ShimError as error:
+            log.debug("stdio: stdin of %s ended: %s", process, error)
+        except OSError as error:
+            log.warning("stdio: stdin of %s: %s", process, error)
+
+    async def _drain(self, process: Process) -> None:
+        """Wait until a process' output has been read by the client, at most as long as runc does."""
+        if process.following is None:
+            return
+        _, pending = await asyncio.wait({process.following}, timeout=DRAIN_TIMEOUT_S)
+        for task in pending:
+            log.warning("delete: %s: output not read for %.0f s; dropping it", process, DRAIN_TIMEOUT_S)
+            task.cancel()
+        if pending:
+            await asyncio.wait(pending)
+
+
+def read_spec(bundle: Path) -> dict[str, Any]:
+    """Read a bundle's ``config.json``.
+
+    :raises InvalidArgument: if it is missing or not a JSON object.
+    """
+    path = bundle / "config.json"
+    try:
+        spec = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InvalidArgument(f"spec: {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InvalidArgument(f"spec: {path}: not JSON: {error}") from error
+    if not isinstance(spec, dict):
+        raise InvalidArgument(f"spec: {path}: not a JSON object")
+    return spec

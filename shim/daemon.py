@@ -1,0 +1,121 @@
+"""The shim's long-lived process: one sandbox, served over ttrpc and gRPC until nothing is left in it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from proto.containerd import task_v2_pb2, task_v3_pb2
+from shim import mounts, state_directory
+from shim.events import Publisher
+from shim.ledger import Ledger
+from shim.sandbox import Sandbox
+from shim.services.task import TaskService
+from shim.transport.dispatch import Dispatch
+from shim.transport.ttrpc_server import TtrpcServer
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from shim.config import Config
+    from shim.state_directory import StartRecord
+
+log = logging.getLogger(__name__)
+
+REPLIES_TIMEOUT_S = 1.0  # for answers in flight at the end; nothing new is accepted then
+EVENTS_TIMEOUT_S = 5.0  # as long as containerd's own shims let the last events take
+UNDO_TIMEOUT_S = 3.0  # for killed processes to be gone; below containerd's 5 s for `delete`
+
+
+def run(
+    record: StartRecord, config: Config, *, listener: socket.socket | None, ready: Callable[[], None]
+) -> None:
+    """Serve one sandbox until containerd shuts it down, then leave nothing behind.
+
+    :param record: how the shim was started.
+    :param config: the configuration that ``start`` found valid.
+    :param listener: the listening ttrpc socket; none if containerd speaks gRPC.
+    :param ready: called once every socket that containerd needs is listening.
+    """
+    mounts.enter_private_namespace()
+    try:
+        asyncio.run(_serve(record, config, listener=listener, ready=ready))
+    finally:
+        _undo(record)
+
+
+async def _serve(
+    record: StartRecord, config: Config, *, listener: socket.socket | None, ready: Callable[[], None]
+) -> None:
+    over = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, over.set)
+    publisher = Publisher(record.ttrpc_address, namespace=record.namespace)
+    ledger = Ledger(record.state_directory)
+    try:
+        async with asyncio.TaskGroup() as group:
+            publishing = group.create_task(publisher.run(), name="events")
+            sandbox = Sandbox(record, config=config, publisher=publisher, ledger=ledger, group=group)
+            sandbox.start()
+            dispatch = _dispatch(TaskService(sandbox, shut_down=over.set))
+            await _serve_until(over, dispatch, record, listener=listener, ready=ready)
+            await sandbox.stop()
+            await publisher.drain(timeout_s=EVENTS_TIMEOUT_S)
+            publishing.cancel()
+    finally:
+        ledger.close()
+
+
+def _dispatch(task: TaskService) -> Dispatch:
+    return Dispatch(
+        [
+            (task_v3_pb2.DESCRIPTOR.services_by_name["Task"], task),
+            (task_v2_pb2.DESCRIPTOR.services_by_name["Task"], task),
+        ]
+    )
+
+
+async def _serve_until(
+    over: asyncio.Event,
+    dispatch: Dispatch,
+    record: StartRecord,
+    *,
+    listener: socket.socket | None,
+    ready: Callable[[], None],
+) -> None:
+    """Serve on every socket until ``over`` is set and the answers in flight are sent."""
+    server = TtrpcServer(dispatch)
+    async with asyncio.TaskGroup() as group, AsyncExitStack() as stack:
+        if listener is not None:
+            group.create_task(server.serve(listener), name="ttrpc")
+            # One turn of the loop, so that containerd's first call is not behind the import below.
+            await asyncio.sleep(0)
+        # Importing grpc takes longer than all the rest of the start.
+        from shim.transport.grpc_server import serve_grpc  # noqa: PLC0415
+
+        await stack.enter_async_context(serve_grpc(dispatch, Path(record.state_directory) / "grpc.sock"))
+        if listener is None:
+            await stack.enter_async_context(serve_grpc(dispatch, Path(record.socket_path)))
+        ready()
+        await over.wait()
+        if listener is not None:
+            await server.drain(REPLIES_TIMEOUT_S)
+
+
+def _undo(record: StartRecord) -> None:
+    """Undo what is left, unless ``delete`` was faster."""
+    held = state_directory.lock(record.state_directory, create=False)
+    if held is None:
+        return
+    ledger = Ledger(record.state_directory)
+    for failure in ledger.undo_all(deadline_s=UNDO_TIMEOUT_S):
+        log.error("end: %s", failure)
+    ledger.close()
+    os.close(held)

@@ -1,0 +1,222 @@
+"""Mounts: the few system calls a sandbox needs, and containerd's mount list as flags and data.
+
+The shim lives in a mount namespace of its own, so whatever it mounts is gone with its processes and
+never seen by the host. Python 3.11 has neither ``mount`` nor ``unshare``, hence ctypes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from shim.errors import Internal, InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from proto.containerd.types_pb2 import Mount
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+CLONE_FS = 0x00000200
+CLONE_NEWNS = 0x00020000
+
+MS_RDONLY = 1
+MS_REMOUNT = 32
+MS_BIND = 4096
+MS_REC = 16384
+MS_SLAVE = 1 << 19
+MS_SHARED = 1 << 20
+MNT_DETACH = 2
+
+# mount(8) option -> (flag, whether the option clears it). Names as in mount(2).
+_FLAGS: dict[str, tuple[int, bool]] = {
+    "async": (16, True),
+    "atime": (1024, True),
+    "bind": (MS_BIND, False),
+    "defaults": (0, False),
+    "dev": (4, True),
+    "diratime": (2048, True),
+    "dirsync": (128, False),
+    "exec": (8, True),
+    "mand": (64, False),
+    "noatime": (1024, False),
+    "nodev": (4, False),
+    "nodiratime": (2048, False),
+    "noexec": (8, False),
+    "nomand": (64, True),
+    "norelatime": (1 << 21, True),
+    "nostrictatime": (1 << 24, True),
+    "nosuid": (2, False),
+    "rbind": (MS_BIND | MS_REC, False),
+    "relatime": (1 << 21, False),
+    "remount": (MS_REMOUNT, False),
+    "ro": (MS_RDONLY, False),
+    "rw": (MS_RDONLY, True),
+    "strictatime": (1 << 24, False),
+    "suid": (2, True),
+    "sync": (16, False),
+}
+
+
+class MountOptions(NamedTuple):
+    """Option strings split the way mount(2) wants them."""
+
+    flags: int
+    data: str
+
+
+def parse_options(options: Iterable[str]) -> MountOptions:
+    """Split mount(8) options into flag bits and file system data.
+
+    :param options: strings as containerd sends them, for example ``("ro", "lowerdir=/a:/b")``.
+    :returns: the flags, and the unknown options joined by commas as data.
+    """
+    flags = 0
+    data: list[str] = []
+    for option in options:
+        if option not in _FLAGS:
+            data.append(option)
+            continue
+        bits, clears = _FLAGS[option]
+        flags = flags & ~bits if clears else flags | bits
+    return MountOptions(flags, ",".join(data))
+
+
+def mount(source: str, target: Path, fstype: str = "", flags: int = 0, data: str = "") -> None:
+    """Mount a file system.
+
+    :raises Internal: if the kernel refuses; the message names source, target and errno.
+    """
+    result = _libc.mount(
+        os.fsencode(source),
+        os.fsencode(target),
+        fstype.encode(),
+        ctypes.c_ulong(flags),
+        data.encode() or None,
+    )
+    if result != 0:
+        number = ctypes.get_errno()
+        raise Internal(f"mount: {fstype or 'bind'} {source} on {target}: {os.strerror(number)}")
+
+
+def unmount(target: Path) -> None:
+    """Detach the mount at ``target``; one that is not there is no error.
+
+    :raises Internal: if the kernel refuses for another reason than "not a mount point".
+    """
+    if _libc.umount2(os.fsencode(target), MNT_DETACH) != 0:
+        number = ctypes.get_errno()
+        if number not in {errno.EINVAL, errno.ENOENT}:
+            raise Internal(f"unmount: {target}: {os.strerror(number)}")
+
+
+def enter_private_namespace() -> None:
+    """Give this process a mount namespace of its own that still follows the host's mounts.
+
+    The root becomes a recursive slave: a volume mounted on the host later is seen here, nothing
+    mounted here is seen there.
+
+    :raises Internal: if the kernel refuses (CAP_SYS_ADMIN is needed).
+    """
+    if _libc.unshare(CLONE_NEWNS) != 0:
+        raise Internal(f"mount namespace: unshare: {os.strerror(ctypes.get_errno())}; root is required")
+    mount("none", Path("/"), flags=MS_REC | MS_SLAVE)
+
+
+def share_directory(path: Path) -> None:
+    """Make ``path`` a mount whose later sub-mounts propagate into the namespaces of child processes.
+
+    The virtio-fs daemon clones the mount namespace when it starts; without this it would never see
+    a container's root file system that is mounted afterwards.
+
+    :raises Internal: if the kernel refuses.
+    """
+    mount(str(path), path, flags=MS_BIND)
+    mount("none", path, flags=MS_SHARED)
+
+
+def bind(source: Path, target: Path, *, read_only: bool, recursive: bool) -> None:
+    """Bind ``source`` on ``target``, which must exist and be of the same kind.
+
+    A read-only bind takes two calls: mount(2) ignores MS_RDONLY on the first.
+
+    :raises Internal: if the kernel refuses.
+    """
+    flags = MS_BIND | (MS_REC if recursive else 0)
+    mount(str(source), target, flags=flags)
+    if read_only:
+        mount("none", target, flags=MS_BIND | MS_REMOUNT | MS_RDONLY)
+
+
+def mount_all(mounts: Iterable[Mount], target: Path) -> int:
+    """Mount a container's root file system as containerd describes it.
+
+    :param mounts: the ``rootfs`` list of CreateTaskRequest, applied in order.
+    :param target: the directory to mount on; a mount's own ``target`` is a path below it.
+    :returns: how many mounts were made; on an error none is left.
+    :raises InvalidArgument: if a mount's target leaves ``target``.
+    :raises Internal: if the kernel refuses one.
+    """
+    made: list[Path] = []
+    try:
+        for entry in mounts:
+            where = target / entry.target.lstrip("/") if entry.target else target
+            if ".." in where.parts:
+                raise InvalidArgument(f"rootfs: mount target {entry.target!r}: leaves the root file system")
+            _mount_entry(entry, where)
+            made.append(where)
+    except (Internal, InvalidArgument):
+        for where in reversed(made):
+            unmount(where)
+        raise
+    return len(made)
+
+
+def _mount_entry(entry: Mount, where: Path) -> None:
+    options = parse_options(entry.options)
+    fstype = "" if entry.type in {"bind", "rbind"} else entry.type
+    if options.flags & MS_BIND:
+        bind(
+            Path(entry.source),
+            where,
+            read_only=bool(options.flags & MS_RDONLY),
+            recursive=bool(options.flags & MS_REC),
+        )
+    elif len(options.data) >= os.sysconf("SC_PAGESIZE"):
+        _mount_from_common_directory(entry.source, where, fstype, options)
+    else:
+        mount(entry.source, where, fstype, options.flags, options.data)
+
+
+def _mount_from_common_directory(source: str, where: Path, fstype: str, options: MountOptions) -> None:
+    """Mount an overlay whose options exceed a page, the limit of mount(2), by relative lower directories.
+
+    The working directory is changed in a thread that has unshared it, so that no other thread notices.
+    """
+    others = [part for part in options.data.split(",") if not part.startswith("lowerdir=")]
+    lowers = next(part for part in options.data.split(",") if part.startswith("lowerdir="))
+    layers = lowers.removeprefix("lowerdir=").split(":")
+    common = os.path.commonpath(layers)
+    relative = ":".join(os.path.relpath(layer, common) for layer in layers)
+    data = ",".join([*others, f"lowerdir={relative}"])
+    failure: list[Exception] = []
+
+    def mount_relative() -> None:
+        try:
+            if _libc.unshare(CLONE_FS) != 0:
+                raise Internal(f"mount: unshare: {os.strerror(ctypes.get_errno())}")
+            os.chdir(common)
+            mount(source, where, fstype, options.flags, data)
+        except (Internal, OSError) as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=mount_relative, name="overlay-mount")
+    thread.start()
+    thread.join()
+    if failure:
+        raise Internal(str(failure[0])) from failure[0]

@@ -1,0 +1,1 @@
+"""The wire services: translation of requests, replies and errors, nothing else."""

@@ -1,0 +1,178 @@
+"""containerd's Task service, versions 2 and 3: their messages are the same on the wire."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf.empty_pb2 import Empty
+
+from proto.containerd import runc_options_pb2, task_types_pb2, task_v3_pb2
+from shim.errors import InvalidArgument, NotFound
+from shim.events import pack
+from shim.process import Process, State
+from shim.stdio import Stdio
+from shim.timestamps import to_timestamp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shim.sandbox import Sandbox
+
+_STATUS = {
+    State.CREATED: task_types_pb2.CREATED,
+    State.RUNNING: task_types_pb2.RUNNING,
+    State.STOPPED: task_types_pb2.STOPPED,
+    State.DELETED: task_types_pb2.STOPPED,
+}
+
+
+class TaskService:
+    """Translates requests to the sandbox and its answers to replies.
+
+    :param sandbox: the machine of this shim.
+    :param shut_down: called when containerd wants the shim to end and nothing is left in it.
+    """
+
+    def __init__(self, sandbox: Sandbox, *, shut_down: Callable[[], None]) -> None:
+        self._sandbox = sandbox
+        self._shut_down = shut_down
+
+    async def create(self, request: task_v3_pb2.CreateTaskRequest) -> task_v3_pb2.CreateTaskResponse:
+        """Create a container."""
+        if request.checkpoint:
+            raise InvalidArgument(f"create: container {request.id}: restoring a checkpoint is not supported")
+        await self._sandbox.create(
+            request.id,
+            bundle=Path(request.bundle),
+            rootfs=list(request.rootfs),
+            stdio=Stdio(
+                stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal
+            ),
+        )
+        return task_v3_pb2.CreateTaskResponse(pid=self._sandbox.pid)
+
+    async def start(self, request: task_v3_pb2.StartRequest) -> task_v3_pb2.StartResponse:
+        """Start a container's init, or an exec."""
+        container = self._sandbox.container(request.id)
+        if request.exec_id:
+            await container.start_exec(request.exec_id)
+        else:
+            await container.start()
+        return task_v3_pb2.StartResponse(pid=self._sandbox.pid)
+
+    async def state(self, request: task_v3_pb2.StateRequest) -> task_v3_pb2.StateResponse:
+        """Tell the state from what the shim knows; the guest is never asked."""
+        container = self._sandbox.container(request.id)
+        process = container.process(request.exec_id)
+        return task_v3_pb2.StateResponse(
+            id=request.id,
+            bundle=str(container.bundle),
+            pid=self._pid_of(process),
+            status=_STATUS[process.state],
+            stdin=process.stdio.stdin,
+            stdout=process.stdio.stdout,
+            stderr=process.stdio.stderr,
+            terminal=process.stdio.terminal,
+            exit_status=process.exit_status,
+            exited_at=to_timestamp(process.exited_at_s),
+            exec_id=request.exec_id,
+        )
+
+    async def wait(self, request: task_v3_pb2.WaitRequest) -> task_v3_pb2.WaitResponse:
+        """Block until a process has ended."""
+        process = self._sandbox.container(request.id).process(request.exec_id)
+        await process.exited.wait()
+        return task_v3_pb2.WaitResponse(
+            exit_status=process.exit_status, exited_at=to_timestamp(process.exited_at_s)
+        )
+
+    async def kill(self, request: task_v3_pb2.KillRequest) -> Empty:
+        """Send a signal."""
+        container = self._sandbox.container(request.id)
+        process = container.process(request.exec_id)
+        await container.kill(process, number=request.signal, everyone=request.all)
+        return Empty()
+
+    async def delete(self, request: task_v3_pb2.DeleteRequest) -> task_v3_pb2.DeleteResponse:
+        """Forget a stopped process, and with init the whole container."""
+        container = self._sandbox.container(request.id)
+        process = container.process(request.exec_id)
+        pid = self._pid_of(process)
+        if request.exec_id:
+            await container.delete_exec(request.exec_id)
+        else:
+            await container.delete()
+            self._sandbox.containers.pop(request.id, None)
+        return task_v3_pb2.DeleteResponse(
+            pid=pid, exit_status=process.exit_status, exited_at=to_timestamp(process.exited_at_s)
+        )
+
+    async def pids(self, request: task_v3_pb2.PidsRequest) -> task_v3_pb2.PidsResponse:
+        """List the processes that live; every one stands behind the machine's own process on the host."""
+        container = self._sandbox.container(request.id)
+        if container.init.exited.is_set():
+            raise NotFound(f"pids: container {request.id}: not running")
+        pid = self._sandbox.pid
+        processes = [task_types_pb2.ProcessInfo(pid=pid)]
+        processes += [
+            task_types_pb2.ProcessInfo(pid=pid, info=pack(runc_options_pb2.ProcessDetails(exec_id=exec_id)))
+            for exec_id, process in container.execs.items()
+            if process.state is State.RUNNING
+        ]
+        return task_v3_pb2.PidsResponse(processes=processes)
+
+    async def exec(self, request: task_v3_pb2.ExecProcessRequest) -> Empty:
+        """Register an exec; Start runs it."""
+        container = self._sandbox.container(request.id)
+        container.add_exec(
+            request.exec_id,
+            spec=_process_spec(request.spec.value, exec_id=request.exec_id),
+            stdio=Stdio(
+                stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal
+            ),
+        )
+        return Empty()
+
+    async def resize_pty(self, request: task_v3_pb2.ResizePtyRequest) -> Empty:
+        """Set the size of a terminal."""
+        container = self._sandbox.container(request.id)
+        await container.resize(container.process(request.exec_id), request.width, request.height)
+        return Empty()
+
+    async def close_io(self, request: task_v3_pb2.CloseIORequest) -> Empty:
+        """Let a process' stdin end once the client has closed its side."""
+        process = self._sandbox.container(request.id).process(request.exec_id)
+        if request.stdin and process.streams is not None:
+            process.streams.close_stdin_writer()
+        return Empty()
+
+    async def connect(self, request: task_v3_pb2.ConnectRequest) -> task_v3_pb2.ConnectResponse:
+        """Tell the pids; never fails, whether the container is known or not."""
+        container = self._sandbox.containers.get(request.id)
+        pid = self._pid_of(container.init) if container is not None else 0
+        return task_v3_pb2.ConnectResponse(shim_pid=os.getpid(), task_pid=pid)
+
+    async def shutdown(self, request: task_v3_pb2.ShutdownRequest) -> Empty:  # noqa: ARG002 - the id says nothing: one shim, one sandbox
+        """End the shim, unless containers are left."""
+        if not self._sandbox.containers:
+            self._shut_down()
+        return Empty()
+
+    def _pid_of(self, process: Process) -> int:
+        # An exec has no pid before it runs; clients take a non-zero one for "it was started".
+        if process.exec_id and process.state is State.CREATED:
+            return 0
+        return self._sandbox.pid
+
+
+def _process_spec(value: bytes, *, exec_id: str) -> dict[str, Any]:
+    try:
+        spec = json.loads(value)
+    except ValueError as error:
+        raise InvalidArgument(f"exec {exec_id}: spec is not JSON: {error}") from error
+    if not isinstance(spec, dict):
+        raise InvalidArgument(f"exec {exec_id}: spec is not a JSON object")
+    return spec

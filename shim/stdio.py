@@ -1,0 +1,178 @@
+"""A process' standard streams on the host: the FIFOs that containerd's client made.
+
+Rules that avoid deadlock and loss (containerd's client waits for end of file before it deletes):
+
+* an output FIFO is opened only once a reader is there, so a short-lived process loses nothing;
+* the shim keeps a reading end too, so that a client that goes away does not break the pipe;
+* both ends are closed as soon as the process' output is at its end, not at Delete;
+* stdin has a writing end kept by the shim, so that a client that goes away is no end of file;
+  CloseIO gives that end up, and the process sees end of file once the client's end is closed too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import stat
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from shim.errors import DeadlineExceeded, InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+OPEN_TIMEOUT_S = 30.0  # containerd's runc shim gives a client as long to open its end
+CHUNK_BYTES = 64 * 1024  # the capacity of a pipe: a larger read returns no more
+
+
+@dataclass(frozen=True, slots=True)
+class Stdio:
+    """The stream paths of one process, exactly as the client sent them; empty means unwanted."""
+
+    stdin: str = ""
+    stdout: str = ""
+    stderr: str = ""
+    terminal: bool = False
+
+
+@dataclass(slots=True)
+class Streams:
+    """Open host ends of one process' streams; -1 means there is none."""
+
+    stdin: int = -1
+    stdout: int = -1
+    stderr: int = -1
+    _kept: dict[str, int] = field(default_factory=dict)
+
+    def close_stdin_writer(self) -> None:
+        """Give up the shim's own writing end of stdin (CloseIO)."""
+        self._close_kept("stdin")
+
+    def close(self, name: str) -> None:
+        """Close one stream: ``stdin``, ``stdout`` or ``stderr``. Closing twice is harmless."""
+        descriptor = getattr(self, name)
+        if descriptor >= 0:
+            setattr(self, name, -1)
+            os.close(descriptor)
+        self._close_kept(name)
+
+    def close_all(self) -> None:
+        """Close whatever is open."""
+        for name in ("stdin", "stdout", "stderr"):
+            self.close(name)
+
+    def _close_kept(self, name: str) -> None:
+        descriptor = self._kept.pop(name, -1)
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def keep(self, name: str, descriptor: int) -> None:
+        """Hold the opposite end of a FIFO until its stream is closed."""
+        self._kept[name] = descriptor
+
+
+async def open_streams(stdio: Stdio) -> Streams:
+    """Open the host ends of a process' streams.
+
+    :raises InvalidArgument: if a path has an unknown scheme or cannot be opened.
+    :raises DeadlineExceeded: if no client opens its end of an output FIFO in time.
+    """
+    streams = Streams()
+    outputs = {"stdout": stdio.stdout}
+    if not stdio.terminal:  # with a terminal stderr may name a FIFO that nobody made
+        outputs["stderr"] = stdio.stderr
+    try:
+        for name, path in outputs.items():
+            if path:
+                await _open_output(streams, name, _plain_path(name, path))
+        if stdio.stdin:
+            _open_stdin(streams, _plain_path("stdin", stdio.stdin))
+    except OSError as error:
+        streams.close_all()
+        raise InvalidArgument(f"stdio: {error.filename}: {error.strerror}") from error
+    except (InvalidArgument, DeadlineExceeded, asyncio.CancelledError):
+        streams.close_all()
+        raise
+    return streams
+
+
+def _plain_path(name: str, path: str) -> str:
+    scheme, separator, rest = path.partition("://")
+    if not separator:
+        return path
+    if scheme == "fifo":
+        return rest
+    raise InvalidArgument(f"stdio: {name} {path}: scheme {scheme!r} is not supported; use a FIFO")
+
+
+async def _open_output(streams: Streams, name: str, path: str) -> None:
+    if not stat.S_ISFIFO(os.stat(path).st_mode):  # noqa: PTH116 - one stat of a local tmpfs file
+        setattr(streams, name, os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC))
+        return
+    setattr(streams, name, await _open_when_read(path))
+    streams.keep(name, os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    os.set_blocking(getattr(streams, name), False)
+
+
+async def _open_when_read(path: str) -> int:
+    """Open a FIFO for writing as soon as somebody has it, or waits to have it, open for reading."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+    opening = asyncio.ensure_future(asyncio.to_thread(os.open, path, os.O_WRONLY | os.O_CLOEXEC))
+    try:
+        async with asyncio.timeout(OPEN_TIMEOUT_S):
+            return await asyncio.shield(opening)
+    except (TimeoutError, asyncio.CancelledError) as error:
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # releases the thread
+        os.close(await opening)
+        os.close(reader)
+        if isinstance(error, TimeoutError):
+            raise DeadlineExceeded(
+                f"stdio: {path}: no reader within {OPEN_TIMEOUT_S:.0f} s; the client must open its end"
+            ) from error
+        raise
+
+
+def _open_stdin(streams: Streams, path: str) -> None:
+    streams.stdin = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISFIFO(os.fstat(streams.stdin).st_mode):
+        streams.keep("stdin", os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+
+
+async def _ready(descriptor: int, add: Callable[..., None], remove: Callable[[int], bool]) -> None:
+    """Wait until the event loop says that ``descriptor`` can be read or written."""
+    ready = asyncio.Event()
+    add(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        remove(descriptor)
+
+
+async def read_chunk(descriptor: int) -> bytes:
+    """Read what is there, waiting for the first byte; empty means end of file."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            return os.read(descriptor, CHUNK_BYTES)
+        except BlockingIOError:
+            await _ready(descriptor, loop.add_reader, loop.remove_reader)
+
+
+async def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of ``data``, waiting while the pipe is full; a stalled reader stalls only its own stream.
+
+    :raises OSError: if the file behind the descriptor refuses (a full disk); FIFOs do not.
+    """
+    loop = asyncio.get_running_loop()
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(descriptor, view) :]
+        except BlockingIOError:
+            await _ready(descriptor, loop.add_writer, loop.remove_writer)
