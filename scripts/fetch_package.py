@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""Unpack one package of another Debian suite into a directory, without installing it.
+
+apt runs with a private state, cache and source list, so the system's own view of packages never changes.
+Apt still verifies everything: the keyring is the one that Debian's ``debian-archive-keyring`` installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CACHE = Path("/var/cache/hako")
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+
+
+def debian_mirror() -> str:
+    """Return the URI from which the system takes Debian's main archive.
+
+    :raises RuntimeError: if no configured source serves the running release.
+    """
+    release = dict(
+        line.split("=", 1)
+        for line in Path("/etc/os-release").read_text(encoding="utf-8").splitlines()
+        if "=" in line
+    )
+    codename = release.get("VERSION_CODENAME", "").strip('"')
+    targets = subprocess.run(
+        [
+            "/usr/bin/apt-get",
+            "indextargets",
+            "--format",
+            "$(REPO_URI) $(RELEASE) $(COMPONENT)",
+            "Created-By: Packages",
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for target in targets.splitlines():
+        uri, suite, component = target.split()
+        if (suite, component) == (codename, "main"):
+            return uri
+    raise RuntimeError(f"fetch package: apt: no source for Debian {codename} main; add one to /etc/apt")
+
+
+def apt_options(suite: str) -> list[str]:
+    """Write the private apt configuration of a suite and return the options that select it.
+
+    :param suite: a Debian suite such as ``trixie`` or ``sid``.
+    """
+    home = CACHE / "apt" / suite
+    for directory in ("etc/preferences.d", "lists/partial", "archives/partial"):
+        (home / directory).mkdir(parents=True, exist_ok=True)
+    (home / "status").touch()
+    sources = home / "etc" / "sources.list"
+    sources.write_text(f"deb [signed-by={KEYRING}] {debian_mirror()} {suite} main\n", encoding="utf-8")
+    settings = {
+        "Dir::Etc": f"{home}/etc",
+        "Dir::Etc::SourceList": str(sources),
+        "Dir::Etc::SourceParts": "/dev/null",
+        "Dir::State": str(home),
+        "Dir::State::Lists": f"{home}/lists",
+        "Dir::State::status": f"{home}/status",
+        "Dir::Cache": str(home),
+        "Acquire::Languages": "none",
+        "Acquire::Retries": "3",
+        "APT::Sandbox::User": "root",
+    }
+    return [option for key, value in settings.items() for option in ("-o", f"{key}={value}")]
+
+
+def fetch(package: str, *, suite: str, directory: Path) -> None:
+    """Make ``directory`` hold the files of a package; nothing is done if it exists already.
+
+    :param package: the name of a Debian package.
+    :param suite: the suite it is taken from.
+    :param directory: appears whole or not at all.
+    :raises RuntimeError: if no mirror is configured.
+    :raises subprocess.CalledProcessError: if apt or dpkg fails; their own message is on standard error.
+    """
+    if directory.is_dir():
+        return
+    options = apt_options(suite)
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(
+        ["/usr/bin/apt-get", *options, "-qq", "update"], check=True, env=environment, stdout=sys.stderr
+    )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".fetch-") as temporary:
+        download = Path(temporary)
+        subprocess.run(
+            ["/usr/bin/apt-get", *options, "-qq", "download", package],
+            check=True,
+            env=environment,
+            cwd=download,
+            stdout=sys.stderr,
+        )
+        [archive] = download.glob("*.deb")
+        unpacked = download / "unpacked"
+        subprocess.run(["/usr/bin/dpkg-deb", "-x", str(archive), str(unpacked)], check=True)
+        shutil.move(unpacked, directory)
+
+
+def main() -> int:
+    """Run ``fetch_package.py SUITE PACKAGE DIRECTORY``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suite")
+    parser.add_argument("package")
+    parser.add_argument("directory", type=Path)
+    arguments = parser.parse_args()
+    try:
+        fetch(arguments.package, suite=arguments.suite, directory=arguments.directory)
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

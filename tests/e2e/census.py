@@ -1,0 +1,89 @@
+"""Count everything that a container's life may leave on a machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.e2e.containerd import NAMESPACE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.e2e.containerd import Containerd
+
+SHARED_DIRECTORIES = (Path("/run/containerd/s"), Path("/run/containerd/fifo"), Path("/run/hako"))
+CGROUPS = Path("/sys/fs/cgroup")
+SETTLE_S = 8.0
+"""How long containerd may take to finish what it does after it has answered."""
+
+
+def take(daemon: Containerd, *, state_directory: Path) -> frozenset[str]:
+    """Return one line per process, mount, file, cgroup, network device, snapshot and so on.
+
+    :param daemon: the containerd whose containers count; it is not counted itself.
+    :param state_directory: where Hako keeps the state of its sandboxes.
+    """
+    return frozenset(
+        [
+            *_processes(daemon),
+            *_mounts(),
+            *_files(daemon, state_directory),
+            *_cgroups(),
+            *(f"network device {device.name}" for device in Path("/sys/class/net").iterdir()),
+            *(f"network namespace {path.name}" for path in Path("/run/netns").glob("*")),
+            *(f"loop device {device.parent.name}" for device in Path("/sys/block").glob("loop*/loop")),
+            *(f"container {name}" for name in daemon.containers()),
+            *(f"snapshot {name}" for name in daemon.active_snapshots()),
+        ]
+    )
+
+
+def difference(before: frozenset[str], daemon: Containerd, *, state_directory: Path) -> list[str]:
+    """Return what changed since ``before``, once containerd had time to settle.
+
+    :returns: one line per change, ``+`` for what is new and ``-`` for what is gone; empty when nothing changed.
+    """
+    deadline = time.monotonic() + SETTLE_S
+    while (after := take(daemon, state_directory=state_directory)) != before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return sorted([*(f"+ {line}" for line in after - before), *(f"- {line}" for line in before - after)])
+
+
+def _processes(daemon: Containerd) -> Iterator[str]:
+    :returns: one line per change, ``+`` for what is new and ``-`` for what is gone; empty if nothing changed.
+        if process.pid != daemon.pid:
+            yield f"process {process.pid} {process.command[:160]}"
+
+
+def _mounts() -> Iterator[str]:
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
+        fields = line.split()
+        separator = fields.index("-")
+        yield f"mount {fields[4]} ({fields[separator + 1]} {fields[separator + 2]})"
+
+
+def _files(daemon: Containerd, state_directory: Path) -> Iterator[str]:
+    tops = [
+        *(
+            path
+            for base in (daemon.state, daemon.root)
+            for path in base.glob("io.containerd.runtime.v2.task/*/*")
+        ),
+        *(entry for directory in (*SHARED_DIRECTORIES, state_directory) for entry in directory.glob("*")),
+    ]
+    for top in tops:
+        yield f"file {top}"
+        # A mount point is counted as a mount; what is seen through it is not a file left behind.
+        for directory, names, files in os.walk(top):
+            names[:] = [name for name in names if not Path(directory, name).is_mount()]
+            yield from (f"file {directory}/{name}" for name in [*names, *files])
+
+
+def _cgroups() -> Iterator[str]:
+    for directory, _, _ in os.walk(CGROUPS):
+        # The parent that containers share is made once and stays, as under every runtime.
+        if "hako" in directory and not directory.endswith(f"/{NAMESPACE}"):
+            yield f"cgroup {directory}"

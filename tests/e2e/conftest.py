@@ -1,0 +1,246 @@
+"""Three real containerds, a private place for them, and a census around every test."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import os
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e import busybox, census
+from tests.e2e.containerd import RELEASES, Containerd, Release, running
+from tests.e2e.nursery import Nursery
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CLONE_NEWNS = 0x00020000
+HAKO = "io.containerd.hako.v2"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """A containerd and the protocol over which it drives the shim."""
+
+    containerd: Containerd
+    protocol: str
+    state_directory: Path
+    config: Path
+
+    @property
+    def is_hako(self) -> bool:
+        """Tell whether the runtime is the one of this project and not one it is compared with."""
+        return self.containerd.runtime == HAKO
+
+
+def write_config(path: Path, *, state_directory: Path, protocol: str = "ttrpc", **tables: str) -> Path:
+    """Write a configuration of Hako.
+
+    :param path: the file to write.
+    :param state_directory: where sandboxes keep their state.
+    :param protocol: how containerd drives the shim.
+    :param tables: the body of further tables by name; that of ``shim`` is appended to.
+    """
+    shim = f'protocol = "{protocol}"\nstate_dir = "{state_directory}"\n{tables.pop("shim", "")}'
+    bodies = {"shim": shim, **tables}
+    path.write_text("".join(f"[{name}]\n{body}\n" for name, body in bodies.items()), encoding="utf-8")
+    return path
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the same tests run under the runtime that Hako is compared with."""
+    parser.addoption("--runtime", default=HAKO, help="the containerd runtime that the e2e tests run")
+
+
+def pytest_report_header() -> list[str]:
+    """Name the exact containerd behind each release."""
+    lines = []
+    for release in RELEASES:
+        with contextlib.suppress(FileNotFoundError):
+            argv = [release.programs / "containerd", "--version"]
+            version = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()[2]
+            lines.append(f"containerd {release.name}: {version}")
+    return lines
+
+
+@pytest.fixture(scope="session")
+def private_mounts() -> None:
+    """Give the tests a mount namespace of their own, so that every mount in it is theirs.
+
+    Its root is shared, as on a host with systemd. A fresh ``/run/containerd`` keeps the sockets and FIFOs of
+    other containerds out of sight.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNS) != 0:
+        raise OSError(ctypes.get_errno(), "unshare: a mount namespace: the tests need root")
+    for directory in ("/run/containerd", "/run/hako"):
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    for arguments in (
+        ["--make-rprivate", "/"],
+        ["-t", "tmpfs", "hako-e2e", "/run/containerd"],
+        ["-t", "tmpfs", "hako-e2e", "/run/hako"],
+        ["--make-rshared", "/"],
+    ):
+        subprocess.run(["/usr/bin/mount", *arguments], check=True)
+    for directory in census.SHARED_DIRECTORIES:
+        directory.mkdir(mode=0o700, exist_ok=True)
+
+
+@pytest.fixture(scope="session")
+def home(private_mounts: None) -> Iterator[Path]:
+    """A directory with a path short enough for the sockets below it."""
+    with tempfile.TemporaryDirectory(prefix="hako-e2e-", ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
+
+
+@pytest.fixture(scope="session")
+def nursery(private_mounts: None) -> Iterator[Nursery]:
+    """The ancestor of every process that the tests start through containerd."""
+    with Nursery() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def image_archive(home: Path) -> Path:
+    """The busybox image, ready to be imported."""
+    archive = home / "busybox.tar"
+    busybox.write_image(archive)
+    return archive
+
+
+STACKS = [
+    pytest.param((release, protocol), id=f"{release.name}-{protocol}")
+    for release in RELEASES
+    for protocol in (["ttrpc", "grpc"] if release.name == "1.7" else ["ttrpc"])
+]
+
+
+@pytest.fixture(scope="session", params=STACKS)
+def stack(
+    request: pytest.FixtureRequest, home: Path, nursery: Nursery, image_archive: Path
+) -> Iterator[Stack]:
+    """Each containerd over each protocol that it can use."""
+    release, protocol = request.param
+    runtime = request.config.getoption("--runtime")
+    if protocol == "grpc" and runtime != HAKO:
+        pytest.skip("only Hako offers a choice of protocol")
+    with _stack(home, nursery, image_archive, release=release, protocol=protocol, runtime=runtime) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def one_stack(
+    request: pytest.FixtureRequest, home: Path, nursery: Nursery, image_archive: Path
+) -> Iterator[Stack]:
+    """The newest containerd over ttrpc, for what does not depend on containerd."""
+    with _stack(
+        home,
+        nursery,
+        image_archive,
+        release=RELEASES[-1],
+        protocol="ttrpc",
+        runtime=request.config.getoption("--runtime"),
+        name="one",
+    ) as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def _stack(
+    home: Path,
+    nursery: Nursery,
+    image_archive: Path,
+    *,
+    release: Release,
+    protocol: str,
+    runtime: str,
+    name: str | None = None,
+) -> Iterator[Stack]:
+    place = home / (name or f"{release.name}-{protocol}")
+    state_directory = home / f"{place.name}-hako"
+    state_directory.mkdir(mode=0o700)
+    config = write_config(home / f"{place.name}.toml", state_directory=state_directory, protocol=protocol)
+    daemon = Containerd(
+        release=release,
+        home=place,
+        nursery=nursery,
+        environment={"HAKO_CONFIG": str(config)},
+        runtime=runtime,
+    )
+    with running(daemon):
+        imported = daemon.ctr("images", "import", image_archive)
+        assert imported.code == 0, imported.stderr
+        yield Stack(containerd=daemon, protocol=protocol, state_directory=state_directory, config=config)
+
+
+def _counted(request: pytest.FixtureRequest) -> Stack | None:
+    for name in ("stack", "one_stack"):
+        if name in request.fixturenames:
+            found = request.getfixturevalue(name)
+            assert isinstance(found, Stack)
+            return found
+    return None
+
+
+@contextlib.contextmanager
+def _census(stack: Stack) -> Iterator[None]:
+    before = census.take(stack.containerd, state_directory=stack.state_directory)
+    yield
+    changes = census.difference(before, stack.containerd, state_directory=stack.state_directory)
+    if changes:
+        pytest.fail("left behind (+) or lost (-):\n" + "\n".join(changes), pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compare the machine before and after each test."""
+    stack = _counted(request)
+    if stack is None:
+        yield
+        return
+    log = stack.containerd.log
+    start = log.stat().st_size
+    try:
+        with _census(stack):
+            yield
+    finally:
+        with log.open("rb") as opened:  # shown by pytest when the test failed
+            opened.seek(start)
+            print(opened.read().decode(errors="replace")[-20000:])
+
+
+_numbers = itertools.count(1)
+
+
+def new_id() -> str:
+    """Return a container id that no other test uses."""
+    return f"hako-{os.getpid()}-{next(_numbers)}"
+
+
+@pytest.fixture
+def container(stack: Stack) -> Iterator[str]:
+    """An unused container id; what a failed test leaves under it is removed."""
+    name = new_id()
+    yield name
+    if name in stack.containerd.containers():
+        stack.containerd.remove(name)
+
+
+@pytest.fixture(scope="module")
+def long_lived(stack: Stack) -> Iterator[str]:
+    """A detached container that the tests of a module share."""
+    name = new_id()
+    with _census(stack):
+        started = stack.containerd.run(busybox.IMAGE, name, "sleep", "100000", options=["--detach"])
+        try:
+            assert started.code == 0, started.stderr
+            yield name
+        finally:
+            stack.containerd.remove(name)

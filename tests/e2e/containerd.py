@@ -1,0 +1,255 @@
+"""A private containerd: its own root, state, sockets and configuration, started and stopped by process id."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from tests.e2e.nursery import Nursery
+
+NAMESPACE = "hako-e2e"
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+SHIM_DIRECTORY = Path(sys.executable).parent
+CALL_TIMEOUT_S = 60.0
+UNNEEDED_PLUGINS = (
+    "io.containerd.grpc.v1.cri",
+    "io.containerd.cri.v1.images",
+    "io.containerd.cri.v1.runtime",
+    "io.containerd.podsandbox.controller.v1.podsandbox",
+    "io.containerd.internal.v1.opt",
+    "io.containerd.internal.v1.tracing",
+    "io.containerd.nri.v1.nri",
+    "io.containerd.snapshotter.v1.aufs",
+    "io.containerd.snapshotter.v1.blockfile",
+    "io.containerd.snapshotter.v1.btrfs",
+    "io.containerd.snapshotter.v1.devmapper",
+    "io.containerd.snapshotter.v1.erofs",
+    "io.containerd.snapshotter.v1.zfs",
+    "io.containerd.tracing.processor.v1.otlp",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """One containerd that the machine has: where its programs are and which configuration it reads."""
+
+    name: str
+    programs: Path
+    config_version: int
+
+
+RELEASES = (
+    Release(name="1.6", programs=Path("/usr/bin"), config_version=2),
+    Release(name="1.7", programs=Path("/var/cache/hako/containerd-1.7/usr/bin"), config_version=2),
+    Release(name="2.1", programs=Path("/var/cache/hako/containerd-2.1/usr/bin"), config_version=3),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a command left: its exit code and its two outputs, kept apart."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Containerd:
+    """A daemon below ``home``, and the ``ctr`` commands that talk to it."""
+
+    release: Release
+    home: Path
+    nursery: Nursery
+    environment: Mapping[str, str]
+    runtime: str
+    pid: int = field(default=0, init=False)
+
+    @property
+    def address(self) -> Path:
+        """The socket of the daemon's gRPC service."""
+        return self.home / "containerd.sock"
+
+    @property
+    def state(self) -> Path:
+        """The directory of the bundles."""
+        return self.home / "state"
+
+    @property
+    def root(self) -> Path:
+        """The directory of what lasts: images, snapshots, metadata."""
+        return self.home / "root"
+
+    @property
+    def log(self) -> Path:
+        """What the daemon, and through it every shim, wrote."""
+        return self.home / "containerd.log"
+
+    def start(self) -> None:
+        """Start the daemon and wait until it serves.
+
+        :raises RuntimeError: if it ends or does not serve in time.
+        """
+        unneeded = ", ".join(f'"{plugin}"' for plugin in UNNEEDED_PLUGINS)
+        config = self.home / "containerd.toml"
+        config.write_text(
+            f"version = {self.release.config_version}\n"
+            f'root = "{self.root}"\nstate = "{self.state}"\n'
+            f"disabled_plugins = [{unneeded}]\n"
+            f'[grpc]\naddress = "{self.address}"\n'
+            f'[ttrpc]\naddress = "{self.address}.ttrpc"\n'
+            '[debug]\nlevel = "info"\n',
+            encoding="utf-8",
+        )
+        self.pid = self.nursery.spawn(
+            [self.release.programs / "containerd", "--config", config],
+            environment={
+                **self.environment,
+                "PATH": f"{self.release.programs}:{SHIM_DIRECTORY}:{SYSTEM_PATH}",
+                "HOME": "/",
+            },
+            directory=self.home,
+            stdout=self.log,
+            stderr=self.log,
+        )
+        deadline = time.monotonic() + CALL_TIMEOUT_S
+        while not self._serves():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"containerd {self.release.name}: does not serve; its log is {self.log}")
+            time.sleep(0.02)
+
+    def _serves(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(str(self.address)) != 0:
+                return False
+        return self.ctr("version", timeout_s=10).code == 0
+
+    def stop(self, *, how: signal.Signals = signal.SIGTERM) -> None:
+        """End the daemon and wait until it is gone; shims live on.
+
+        :param how: the signal that ends it.
+        """
+        os.kill(self.pid, how)
+        self.nursery.wait(self.pid, timeout_s=20)
+
+    def ctr(
+        self, *arguments: str | Path, timeout_s: float = CALL_TIMEOUT_S, stdin: str | None = None
+    ) -> Result:
+        """Run ``ctr`` to its end.
+
+        :param arguments: what follows the address and the namespace.
+        :param timeout_s: how long it may take.
+        :param stdin: what it reads, or None for an empty input.
+        :raises subprocess.TimeoutExpired: if it takes longer.
+        """
+        done = subprocess.run(
+            self.ctr_argv(*arguments),
+            input=stdin or "",
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def ctr_argv(self, *arguments: str | Path) -> list[str]:
+        """Return the ``ctr`` command line for this daemon."""
+        programs = self.release.programs
+        return [
+            str(programs / "ctr"),
+            "--address",
+            str(self.address),
+            "--namespace",
+            NAMESPACE,
+            *map(str, arguments),
+        ]
+
+    def run_argv(
+        self, image: str, container: str, *command: str, options: Sequence[str | Path] = ()
+    ) -> list[str]:
+        """Return the ``ctr run`` command line of a container under the runtime that is tested."""
+        return self.ctr_argv("run", "--runtime", self.runtime, *options, image, container, *command)
+
+    def run(
+        self,
+        image: str,
+        container: str,
+        *command: str,
+        options: Sequence[str | Path] = ("--rm",),
+        stdin: str | None = None,
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> Result:
+        """Run ``ctr run`` to its end.
+
+        :param image: the image's name.
+        :param container: the container's id.
+        :param command: the process, or nothing for the image's own.
+        :param options: further options of ``ctr run``.
+        :param stdin: what the process reads.
+        :param timeout_s: how long it may take.
+        """
+        argv = self.run_argv(image, container, *command, options=options)
+        done = subprocess.run(
+            argv, input=stdin or "", capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def exec(self, container: str, exec_id: str, *command: str, stdin: str | None = None) -> Result:
+        """Run ``ctr task exec`` to its end."""
+        return self.ctr("task", "exec", "--exec-id", exec_id, container, *command, stdin=stdin)
+
+    def tasks(self) -> dict[str, tuple[int, str]]:
+        """Return every task of the namespace with its process id and state."""
+        table = self.ctr("task", "ls").stdout.splitlines()[1:]
+        return {name: (int(pid), state) for name, pid, state in (line.split() for line in table)}
+
+    def containers(self) -> list[str]:
+        """Return the id of every container of the namespace."""
+        return self.ctr("container", "ls", "-q").stdout.split()
+
+    def active_snapshots(self) -> list[str]:
+        """Return the key of every snapshot that belongs to a container and not to an image."""
+        table = [line.split() for line in self.ctr("snapshot", "ls").stdout.splitlines()[1:]]
+        return [row[0] for row in table if row[-1] == "Active"]
+
+    def wait_for_state(self, container: str, state: str, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        """Wait until a task has a state.
+
+        :raises TimeoutError: if it has another one at the deadline.
+        """
+        deadline = time.monotonic() + timeout_s
+        while (seen := self.tasks().get(container, (0, "GONE"))[1]) != state:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"task {container}: is {seen}, not {state}")
+            time.sleep(0.05)
+
+    def remove(self, container: str) -> None:
+        """Kill and delete a container and its task, whatever state they are in."""
+        if container in self.tasks():
+            self.ctr("task", "kill", "--signal", "9", "--all", container)
+            with contextlib.suppress(TimeoutError):
+                self.wait_for_state(container, "STOPPED", timeout_s=10)
+            self.ctr("task", "delete", "--force", container)
+        self.ctr("container", "delete", container)
+
+
+@contextlib.contextmanager
+def running(daemon: Containerd) -> Iterator[Containerd]:
+    """Keep a daemon running for a block."""
+    daemon.home.mkdir(parents=True)
+    daemon.start()
+    try:
+        yield daemon
+    finally:
+        daemon.stop()
