@@ -44,7 +44,7 @@ def take(daemon: Containerd, *, state_directory: Path) -> frozenset[str]:
 def difference(before: frozenset[str], daemon: Containerd, *, state_directory: Path) -> list[str]:
     """Return what changed since ``before``, once containerd had time to settle.
 
-    :returns: one line per change, ``+`` for what is new and ``-`` for what is gone; empty when nothing changed.
+    :returns: one line per change, ``+`` for what is new and ``-`` for what is gone; empty if none.
     """
     deadline = time.monotonic() + SETTLE_S
     while (after := take(daemon, state_directory=state_directory)) != before and time.monotonic() < deadline:
@@ -53,7 +53,7 @@ def difference(before: frozenset[str], daemon: Containerd, *, state_directory: P
 
 
 def _processes(daemon: Containerd) -> Iterator[str]:
-    :returns: one line per change, ``+`` for what is new and ``-`` for what is gone; empty if nothing changed.
+    for process in daemon.nursery.descendants():
         if process.pid != daemon.pid:
             yield f"process {process.pid} {process.command[:160]}"
 
