@@ -1,0 +1,94 @@
+"""What process 1 does before it serves: root, mounts, modules, console, loopback."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+
+import _socket
+
+from guest.agent import files, kernel
+from guest.agent.kernel import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RELATIME
+
+_MODULES = "/lib/modules"
+_MOUNTS = (
+    # Kata's agent mounts the same set (reference, section 3.1).
+    ("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
+    ("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
+    ("dev", "/dev", "devtmpfs", MS_NOSUID, ""),
+    ("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, ""),  # noqa: S108  the guest's own
+    ("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "ptmxmode=0666"),
+    ("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755"),
+    (
+        "cgroup2",
+        "/sys/fs/cgroup",
+        "cgroup2",
+        MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RELATIME,
+        "nsdelegate,memory_recursiveprot",
+    ),
+)
+_SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
+
+
+def prepare() -> None:
+    """Bring the machine up to the point where containers can run.
+
+    :raises OSError: if a mount or module that the agent cannot do without fails.
+    """
+    _move_root()
+    for source, target, fstype, flags, data in _MOUNTS:
+        files.make_directories(target)
+        kernel.mount(source, target, fstype=fstype, flags=flags, data=data)
+    _fill_standard_descriptors("/dev/null")
+    for name in files.read(f"{_MODULES}/boot").split():
+        kernel.load_module(f"{_MODULES}/{name}.ko")
+        if name == "virtio_console":
+            _open_console()
+    _enable_controllers()
+    os.unlink("/dev/ptmx")  # noqa: PTH108  pathlib costs start-up time
+    os.symlink("pts/ptmx", "/dev/ptmx")  # noqa: PTH211  as above
+    os.environ["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin"
+    _raise_loopback()
+
+
+def _move_root() -> None:
+    """Put a bind mount of the root over the root.
+
+    The initramfs is the root of the mount tree itself, which pivot_root(2) refuses to leave; a mount on top of it
+    can be left, so containers get a real pivot_root instead of a chroot.
+    """
+    kernel.mount("/", "/mnt", flags=kernel.MS_BIND)
+    os.chdir("/mnt")
+    kernel.mount(".", "/", flags=kernel.MS_MOVE)
+    os.chroot(".")
+    os.chdir("/")
+
+
+def _fill_standard_descriptors(path: str) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
+    for number in (0, 1, 2):
+        os.dup2(fd, number)
+    if fd > 2:
+        os.close(fd)
+
+
+def _open_console() -> None:
+    try:
+        _fill_standard_descriptors("/dev/console")
+    except OSError:
+        # No console device: the machine runs all the same, unheard.
+        return
+
+
+def _enable_controllers() -> None:
+    controllers = files.read("/sys/fs/cgroup/cgroup.controllers").split()
+    files.write("/sys/fs/cgroup/cgroup.subtree_control", " ".join(f"+{name}" for name in controllers))
+
+
+def _raise_loopback() -> None:
+    channel = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
+    request = struct.pack("16sH14x", b"lo", 0)
+    flags = struct.unpack("16sH14x", fcntl.ioctl(channel.fileno(), _SIOCGIFFLAGS, request))[1]
+    fcntl.ioctl(channel.fileno(), _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", flags | _IFF_UP))
+    channel.close()

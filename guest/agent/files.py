@@ -1,0 +1,76 @@
+"""Small files read and written in one system call, without the text layer or pathlib."""
+
+from __future__ import annotations
+
+import os
+
+
+def read(path: str) -> str:
+    """Read a small file whole.
+
+    :param path: the file.
+    :returns: its text.
+    :raises OSError: if it cannot be read.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts = []
+        while part := os.read(fd, 65536):
+            parts.append(part)
+    finally:
+        os.close(fd)
+    return b"".join(parts).decode(errors="replace")
+
+
+def write(path: str, text: str) -> None:
+    """Write text to an existing file in one write, as control files of the kernel want it.
+
+    :param path: the file.
+    :param text: what to write.
+    :raises OSError: if it cannot be written.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+def create(path: str, text: str, *, mode: int = 0o644) -> None:
+    """Write a file anew.
+
+    :param path: the file.
+    :param text: its content.
+    :param mode: permission bits of a new file.
+    :raises OSError: if it cannot be written.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    try:
+        view = memoryview(text.encode())
+        while view:
+            view = view[os.write(fd, view) :]
+    finally:
+        os.close(fd)
+
+
+def exists(path: str) -> bool:
+    """Tell whether a path exists.
+
+    :param path: the path.
+    :returns: whether stat(2) succeeds.
+    """
+    try:
+        os.stat(path)  # noqa: PTH116  pathlib costs start-up time
+    except OSError:
+        return False
+    return True
+
+
+def make_directories(path: str, *, mode: int = 0o755) -> None:
+    """Make a directory and its parents where they are missing.
+
+    :param path: the directory.
+    :param mode: permission bits of new ones.
+    :raises OSError: if one cannot be made.
+    """
+    os.makedirs(path, mode=mode, exist_ok=True)  # noqa: PTH103  pathlib costs start-up time

@@ -1,0 +1,115 @@
+"""System calls that Python's library lacks, through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_SYNCHRONOUS = 16
+MS_REMOUNT = 32
+MS_MANDLOCK = 64
+MS_DIRSYNC = 128
+MS_NOATIME = 1024
+MS_NODIRATIME = 2048
+MS_BIND = 4096
+MS_MOVE = 8192
+MS_REC = 16384
+MS_SILENT = 32768
+MS_UNBINDABLE = 1 << 17
+MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
+MS_SHARED = 1 << 20
+MS_RELATIME = 1 << 21
+MS_STRICTATIME = 1 << 24
+MNT_DETACH = 2
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+_RB_POWER_OFF = 0x4321FEDC
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str) -> None:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), what)
+
+
+def mount(source: str, target: str, *, fstype: str = "", flags: int = 0, data: str = "") -> None:
+    """Mount a filesystem, see mount(2).
+
+    :param source: device, directory or tag.
+    :param target: where to.
+    :param fstype: filesystem type; empty for bind, move and propagation changes.
+    :param flags: MS_* bits.
+    :param data: the filesystem's own options, joined by commas.
+    :raises OSError: if the kernel refuses; the error's file is the target.
+    """
+    result = _libc.mount(
+        source.encode(),
+        target.encode(),
+        fstype.encode() or None,
+        ctypes.c_ulong(flags),
+        data.encode() or None,
+    )
+    _check(result, target)
+
+
+def unmount(target: str, *, flags: int = 0) -> None:
+    """Unmount a filesystem, see umount2(2).
+
+    :param target: mount point.
+    :param flags: MNT_* bits.
+    :raises OSError: if the kernel refuses.
+    """
+    _check(_libc.umount2(target.encode(), flags), target)
+
+
+def load_module(path: str) -> None:
+    """Load a kernel module, see finit_module(2); one that is already loaded is left alone.
+
+    :param path: the uncompressed module.
+    :raises OSError: if the kernel refuses it.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check(_libc.syscall(ctypes.c_long(313), fd, b"", 0), path)
+    except FileExistsError:
+        return
+    finally:
+        os.close(fd)
+
+
+def unshare(flags: int) -> None:
+    """Give the calling thread new namespaces, see unshare(2).
+
+    :param flags: CLONE_NEW* bits.
+    :raises OSError: if the kernel refuses.
+    """
+    _check(_libc.unshare(flags), "namespace")
+
+
+def sync_filesystem(path: str) -> None:
+    """Write back the dirty pages of the filesystem that holds a path, see syncfs(2).
+
+    :param path: any file or directory of it.
+    :raises OSError: if it cannot be opened or written back.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check(_libc.syncfs(fd), path)
+    finally:
+        os.close(fd)
+
+
+def power_off() -> None:
+    """Write everything back and switch the machine off, see reboot(2).
+
+    :raises OSError: if the kernel refuses.
+    """
+    os.sync()
+    _check(_libc.reboot(_RB_POWER_OFF), "power")

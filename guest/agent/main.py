@@ -1,0 +1,50 @@
+"""Process 1: boot, serve, reap."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import _signal
+
+from guest.agent import boot, channels, tables
+from guest.agent.console import log
+from guest.agent.service import handlers
+from guest.agent.ttrpc import Server
+from guest.agent.wire import Codec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+
+
+def main() -> None:
+    """Run the agent; returns never. Any error here ends process 1, and with it the machine."""
+    sys.excepthook = _report_crash
+    boot.prepare()
+    # Blocked before any thread starts, so that only the loop below receives them.
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, {_signal.SIGCHLD, _signal.SIGIO})
+    codec = Codec(tables.MESSAGES)
+    server = Server(codec, methods=tables.METHODS, handlers=handlers(codec))
+    found = [
+        name
+        for name, present in (
+            ("vsock", channels.listen_vsock(server)),
+            ("serial", channels.listen_serial(server)),
+        )
+        if present
+    ]
+    log(f"serving on {' and '.join(found) or 'nothing: the machine has no channel'}")
+    while True:
+        if _signal.sigwait({_signal.SIGCHLD, _signal.SIGIO}) == _signal.SIGIO:
+            channels.port_changed()
+
+
+def _report_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Put the cause into the kernel log, which every console shows, now or when it comes up."""
+    where = "start"
+    while trace is not None:
+        where, trace = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}", trace.tb_next
+    fd = os.open("/dev/kmsg", os.O_WRONLY)
+    os.write(fd, f"<2>hako-agent: crash at {where}: {kind.__name__}: {error}".encode())
+    os.close(fd)

@@ -1,0 +1,220 @@
+"""ttrpc server: frames in, frames out, every request on a thread of its own.
+
+Frame: length (u32), stream id (u32), type (u8), flags (u8), all big-endian, then the payload.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+import time
+
+import _thread
+
+from guest.agent import workers
+from guest.agent.console import log
+from guest.agent.errors import (
+    AgentError,
+    Cancelled,
+    DeadlineExceeded,
+    InvalidArgument,
+    ResourceExhausted,
+    Unimplemented,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Protocol
+
+    from guest.agent.wire import Codec, Message
+
+    class Transport(Protocol):
+        """A byte stream to the host."""
+
+        def read(self, size: int) -> bytes:
+            """Return up to size bytes, empty at the end of the stream."""
+
+        def write(self, data: bytes) -> None:
+            """Write everything."""
+
+    Handler = Callable[[Message, "Call"], Message]
+    Methods = dict[str, dict[str, tuple[str, str]]]
+
+HEADER = struct.Struct(">IIBB")
+REQUEST, RESPONSE = 1, 2
+MAX_PAYLOAD = 4 << 20
+
+
+class Call:
+    """What a handler may know of the request it serves.
+
+    :param connection: where the request came from.
+    :param timeout_ns: the caller's limit; 0 for none.
+    """
+
+    __slots__ = ("_closed_fd", "_deadline")
+
+    def __init__(self, connection: Connection, timeout_ns: int) -> None:
+        self._closed_fd = connection.closed_fd
+        self._deadline = time.monotonic() + timeout_ns / 1e9 if timeout_ns > 0 else None
+
+    def wait(self, *readable: int, timeout_s: float | None = None) -> list[int]:
+        """Wait until a descriptor is readable or at its end.
+
+        :param readable: the descriptors.
+        :param timeout_s: when to give up and return nothing; None to wait on.
+        :returns: those that are ready; empty after the timeout.
+        :raises Cancelled: if the caller's connection is gone.
+        :raises DeadlineExceeded: if the caller's own limit has passed.
+        """
+        poll = select.poll()
+        for fd in readable:
+            poll.register(fd, select.POLLIN)
+        poll.register(self._closed_fd, select.POLLIN)
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        limits = [limit for limit in (until, self._deadline) if limit is not None]
+        left_ms = None if not limits else max(0, int((min(limits) - time.monotonic()) * 1000) + 1)
+        ready = [fd for fd, _events in poll.poll(left_ms)]
+        if self._closed_fd in ready:
+            raise Cancelled("the connection is closed")
+        if not ready and self._deadline is not None and (until is None or self._deadline < until):
+            raise DeadlineExceeded("timeout")
+        return ready
+
+
+class Server:
+    """The services on offer.
+
+    :param codec: tables of all messages.
+    :param methods: service to method to request and response message.
+    :param handlers: method to handler; a method without one is unimplemented.
+    """
+
+    def __init__(self, codec: Codec, *, methods: Methods, handlers: dict[str, Handler]) -> None:
+        self.codec = codec
+        self._methods = methods
+        self._handlers = handlers
+
+    def answer(self, service: str, method: str, payload: bytes, call: Call) -> bytes:
+        """Carry out one request.
+
+        :param service: full service name.
+        :param method: bare method name.
+        :param payload: the encoded request.
+        :param call: the request's context.
+        :returns: the encoded response.
+        :raises AgentError: whatever the handler answers with.
+        """
+        if service not in self._methods:
+            raise InvalidArgument(f"{service} service does not exist")
+        types = self._methods[service].get(method)
+        handler = self._handlers.get(method)
+        if types is None or handler is None:
+            raise Unimplemented(f"{service}/{method} is not supported")
+        response = handler(self.codec.decode(types[0], payload), call)
+        return self.codec.encode(types[1], response)
+
+
+class Connection:
+    """One host connection.
+
+    :param transport: its byte stream.
+    :param server: the services on offer.
+    """
+
+    def __init__(self, transport: Transport, server: Server) -> None:
+        self._transport = transport
+        self._server = server
+        self._write_lock = _thread.allocate_lock()
+        self.closed_fd = os.eventfd(0)
+        self._pending = 1
+        self._pending_lock = _thread.allocate_lock()
+
+    def serve(self) -> None:
+        """Serve until the host closes the stream or breaks the framing."""
+        try:
+            while (header := self._read(HEADER.size)) is not None:
+                length, stream, kind, _flags = HEADER.unpack(header)
+                if length > MAX_PAYLOAD:
+                    self._discard(length)
+                    self._fail(stream, InvalidArgument(f"frame of {length} bytes exceeds {MAX_PAYLOAD}"))
+                    continue
+                payload = self._read(length)
+                if payload is None:
+                    break
+                if kind != REQUEST:
+                    log(f"ttrpc: frame type {kind} ignored")
+                elif stream % 2 == 0:
+                    self._fail(stream, InvalidArgument("stream id must be odd"))
+                else:
+                    self._begin(stream, payload)
+        except OSError as error:
+            log(f"ttrpc: connection lost: {error}")
+        os.eventfd_write(self.closed_fd, 1)
+        self._release()
+
+    def _begin(self, stream: int, payload: bytes) -> None:
+        try:
+            request = self._server.codec.decode("ttrpc.Request", payload)
+        except InvalidArgument as error:
+            self._fail(stream, error)
+            return
+        with self._pending_lock:
+            self._pending += 1
+        workers.submit(lambda: self._handle(stream, request))
+
+    def _handle(self, stream: int, request: Message) -> None:
+        try:
+            call = Call(self, request.timeout_nano)
+            payload = self._server.answer(request.service, request.method, request.payload, call)
+            if len(payload) > MAX_PAYLOAD - 64:
+                raise ResourceExhausted(f"answer of {len(payload)} bytes exceeds {MAX_PAYLOAD}")
+            self._respond(stream, 0, "", payload)
+        except AgentError as error:
+            self._fail(stream, error)
+        except OSError as error:
+            self._fail(stream, AgentError(f"{request.method}: {error}"))
+        except Exception as error:  # noqa: BLE001  a defect must answer its caller, or the caller hangs
+            log(f"{request.method}: defect: {error!r}")
+            self._fail(stream, AgentError(f"{request.method}: defect in the agent: {error!r}"))
+        self._release()
+
+    def _release(self) -> None:
+        # The descriptor outlives the stream until no handler can poll it any more.
+        with self._pending_lock:
+            self._pending -= 1
+            last = self._pending == 0
+        if last:
+            os.close(self.closed_fd)
+
+    def _fail(self, stream: int, error: AgentError) -> None:
+        self._respond(stream, error.code, str(error), b"")
+
+    def _respond(self, stream: int, code: int, message: str, payload: bytes) -> None:
+        codec = self._server.codec
+        status = codec.new("ttrpc.Status", code=code, message=message)
+        body = codec.encode("ttrpc.Response", codec.new("ttrpc.Response", status=status, payload=payload))
+        try:
+            with self._write_lock:
+                self._transport.write(HEADER.pack(len(body), stream, RESPONSE, 0) + body)
+        except OSError as error:
+            log(f"ttrpc: answer lost: {error}")
+
+    def _read(self, size: int) -> bytes | None:
+        parts = []
+        while size:
+            part = self._transport.read(size)
+            if not part:
+                return None
+            parts.append(part)
+            size -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _discard(self, size: int) -> None:
+        while size:
+            part = self._transport.read(min(size, 65536))
+            if not part:
+                return
+            size -= len(part)

@@ -1,0 +1,148 @@
+"""A reader of the few ELF facts the image builder needs: needed libraries, interpreter, notes, sections."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from guest.image.errors import ImageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PT_LOAD, PT_DYNAMIC, PT_INTERP, PT_NOTE = 1, 2, 3, 4
+DT_NULL, DT_NEEDED, DT_STRTAB = 0, 1, 5
+XEN_ELFNOTE_PHYS32_ENTRY = 18
+"""Note type of the PVH entry point (Xen's public/elfnote.h); the note's name is ``Xen``."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    kind: int
+    offset: int
+    address: int
+    size: int
+    align: int
+
+
+@dataclass(frozen=True, slots=True)
+class Elf:
+    """A 64-bit little-endian ELF image held in memory.
+
+    :param data: the whole file.
+    :param segments: its program headers.
+    """
+
+    data: bytes
+    segments: tuple[_Segment, ...]
+
+    @property
+    def interpreter(self) -> str | None:
+        """The dynamic loader the image asks for, or None for a static image."""
+        for segment in self.segments:
+            if segment.kind == PT_INTERP:
+                return self.data[segment.offset : segment.offset + segment.size].rstrip(b"\0").decode()
+        return None
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The sonames of the DT_NEEDED entries, in order."""
+        names, strings = [], None
+        for segment in self.segments:
+            if segment.kind != PT_DYNAMIC:
+                continue
+            for tag, value in struct.iter_unpack(
+                "<qQ", self.data[segment.offset : segment.offset + segment.size // 16 * 16]
+            ):
+                if tag == DT_NULL:
+                    break
+                if tag == DT_NEEDED:
+                    names.append(value)
+                elif tag == DT_STRTAB:
+                    strings = self._file_offset(value)
+        if strings is None:
+            return ()
+        return tuple(self._string(strings + name) for name in names)
+
+    @property
+    def has_pvh_entry(self) -> bool:
+        """Whether the image carries the PVH entry note, without which QEMU cannot start it directly."""
+        for segment in self.segments:
+            if segment.kind != PT_NOTE:
+                continue
+            padding = max(segment.align, 4)
+            position, end = segment.offset, segment.offset + segment.size
+            while position + 12 <= end:
+                name_size, value_size, kind = struct.unpack_from("<III", self.data, position)
+                name = self.data[position + 12 : position + 12 + name_size].rstrip(b"\0")
+                if name == b"Xen" and kind == XEN_ELFNOTE_PHYS32_ENTRY:
+                    return True
+                position += 12 + _aligned(name_size, padding)
+                position += _aligned(value_size, padding)
+        return False
+
+    def section(self, wanted: str) -> bytes:
+        """Return the bytes of a section.
+
+        :param wanted: the section's name, for example ``.modinfo``.
+        :returns: its bytes; empty when there is no such section.
+        """
+        table, size, count, names_index = (
+            struct.unpack_from("<Q", self.data, 0x28)[0],
+            *struct.unpack_from("<HHH", self.data, 0x3A),
+        )
+        headers = [struct.unpack_from("<IIQQQQ", self.data, table + size * index) for index in range(count)]
+        if not headers:
+            return b""
+        names = headers[names_index][4]
+        for name, _kind, _flags, _address, offset, length in headers:
+            if self._string(names + name) == wanted:
+                return self.data[offset : offset + length]
+        return b""
+
+    def _file_offset(self, address: int) -> int:
+        for segment in self.segments:
+            if segment.kind == PT_LOAD and segment.address <= address < segment.address + segment.size:
+                return segment.offset + address - segment.address
+        raise ImageError(f"image: ELF: address {address:#x} lies in no segment; the file is damaged")
+
+    def _string(self, offset: int) -> str:
+        return self.data[offset : self.data.index(b"\0", offset)].decode()
+
+
+def _aligned(size: int, padding: int) -> int:
+    return (size + padding - 1) // padding * padding
+
+
+def is_elf(path: Path) -> bool:
+    """Tell whether a regular file starts with the ELF magic.
+
+    :param path: the file.
+    :returns: True for ELF of any class.
+    """
+    with path.open("rb") as file:
+        return file.read(4) == b"\x7fELF"
+
+
+def parse(data: bytes, *, name: str) -> Elf:
+    """Parse an ELF image.
+
+    :param data: the whole file.
+    :param name: what to call it in an error.
+    :returns: the parsed image.
+    :raises ImageError: if it is not a 64-bit little-endian ELF file.
+    """
+    if data[:6] != b"\x7fELF\x02\x01":
+        raise ImageError(f"image: {name}: not a 64-bit little-endian ELF file; use x86_64 packages")
+    offset, size, count = (
+        struct.unpack_from("<Q", data, 0x20)[0],
+        *struct.unpack_from("<HH", data, 0x36),
+    )
+    segments = []
+    for index in range(count):
+        kind, _flags, at, address, _physical, file_size, _memory_size, align = struct.unpack_from(
+            "<IIQQQQQQ", data, offset + index * size
+        )
+        segments.append(_Segment(kind=kind, offset=at, address=address, size=file_size, align=align))
+    return Elf(data=data, segments=tuple(segments))

@@ -1,0 +1,172 @@
+"""The guest kernel: an uncompressed PVH ``vmlinux`` out of a bzImage, and its modules in load order."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import struct
+import subprocess
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from guest.image import elf
+from guest.image.errors import ImageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_XZ, _GZIP, _ZSTD, _LZ4 = b"\xfd7zXZ\x00", b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"\x02\x21\x4c\x18"
+_TOOL_TIMEOUT_S = 120
+_SECTOR = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One kernel module.
+
+    :param name: the name with underscores, as the kernel shows it.
+    :param data: the uncompressed object.
+    :param depends: names of the modules it needs first.
+    """
+
+    name: str
+    data: bytes
+    depends: tuple[str, ...]
+
+
+def vmlinux(image: bytes, *, name: str) -> bytes:
+    """Extract the uncompressed kernel from a bzImage, or take a vmlinux as it is.
+
+    The payload's place is given by the setup header (Documentation/arch/x86/boot.rst, ``payload_offset``
+    and ``payload_length``, protocol 2.08); its last four bytes are the uncompressed size, as the kernel's
+    build appends them.
+
+    :param image: a bzImage or an ELF kernel.
+    :param name: what to call it in an error.
+    :returns: an ELF kernel with a PVH entry.
+    :raises ImageError: if it is no x86 kernel, is compressed in an unknown way or has no PVH entry.
+    """
+    kernel = image if image[:4] == b"\x7fELF" else _decompress(_payload(image, name), name)
+    if not elf.parse(kernel, name=name).has_pvh_entry:
+        raise ImageError(
+            f"image: kernel: {name}: no PVH entry note; use a kernel built with CONFIG_PVH=y (Debian's and Ubuntu's are)"
+        )
+    return kernel
+
+
+def _payload(image: bytes, name: str) -> bytes:
+    if image[0x202:0x206] != b"HdrS":
+        raise ImageError(f"image: kernel: {name}: neither a bzImage nor an ELF kernel; give one of these")
+    protocol = struct.unpack_from("<H", image, 0x206)[0]
+    if protocol < 0x208:
+        raise ImageError(
+            f"image: kernel: {name}: boot protocol {protocol:#x} is too old; use a kernel since 2.6.26"
+        )
+    setup_sectors = image[0x1F1] or 4
+    offset, length = struct.unpack_from("<II", image, 0x248)
+    start = (setup_sectors + 1) * _SECTOR + offset
+    return image[start : start + length]
+
+
+def _decompress(payload: bytes, name: str) -> bytes:
+    try:
+        if payload.startswith(_XZ):
+            return lzma.LZMADecompressor().decompress(payload)
+        if payload.startswith(_GZIP):
+            return zlib.decompressobj(wbits=31).decompress(payload)
+    except (lzma.LZMAError, zlib.error) as error:
+        raise ImageError(f"image: kernel: {name}: damaged payload: {error}; use another copy") from error
+    # The size the kernel's build appends is not part of the stream, and these tools refuse trailing bytes.
+    stream, size = payload[:-4], struct.unpack("<I", payload[-4:])[0]
+    if payload.startswith(_ZSTD):
+        kernel = _by_tool("zstd", stream)
+    elif payload.startswith(_LZ4):
+        kernel = _by_tool("lz4", stream)
+    else:
+        raise ImageError(
+            f"image: kernel: {name}: unknown compression {payload[:4].hex()}; "
+            "use xz, gzip, zstd or lz4, or give the vmlinux itself"
+        )
+    if len(kernel) != size:
+        raise ImageError(
+            f"image: kernel: {name}: {len(kernel)} bytes came out where {size} were promised; use another copy"
+        )
+    return kernel
+
+
+def _by_tool(tool: str, stream: bytes) -> bytes:
+    try:
+        done = subprocess.run(
+            [tool, "-d", "-c"], input=stream, capture_output=True, timeout=_TOOL_TIMEOUT_S, check=False
+        )
+    except FileNotFoundError as error:
+        raise ImageError(f"image: {tool}: not installed; run apt-get install {tool}") from error
+    if done.returncode != 0:
+        raise ImageError(
+            f"image: {tool}: {done.stderr.decode(errors='replace').strip()}; use another copy of the file"
+        )
+    return done.stdout
+
+
+def load_modules(root: Path, wanted: tuple[str, ...]) -> tuple[Module, ...]:
+    """Read modules and all that they depend on, each after its dependencies.
+
+    Dependencies come from each module's own ``.modinfo``, because a package's ``modules.dep`` exists only
+    after depmod has run on an installed system.
+
+    :param root: a ``lib/modules/RELEASE`` directory.
+    :param wanted: module names, in the order in which they should load.
+    :returns: modules in load order; names built into the kernel are left out.
+    :raises ImageError: if a module is neither there nor built in.
+    """
+    files = {
+        _name(path.name): path
+        for path in sorted(root.rglob("*.ko*"))
+        if path.name.removesuffix(path.suffix).endswith(".ko") or path.suffix == ".ko"
+    }
+    built_in = {
+        _name(line.rpartition("/")[2])
+        for line in (root / "modules.builtin").read_text(encoding="ascii").split()
+    }
+    ordered: dict[str, Module] = {}
+
+    def add(name: str) -> None:
+        if name in ordered or name in built_in:
+            return
+        if name not in files:
+            raise ImageError(
+                f"image: kernel module {name}: neither in {root} nor built in; use a kernel that has it"
+            )
+        module = _read(name, files[name])
+        for dependency in module.depends:
+            add(dependency)
+        ordered[name] = module
+
+    for name in wanted:
+        add(name)
+    return tuple(ordered.values())
+
+
+def _name(file: str) -> str:
+    return file.partition(".ko")[0].replace("-", "_")
+
+
+def _read(name: str, path: Path) -> Module:
+    data = path.read_bytes()
+    match path.suffix:
+        case ".xz":
+            data = lzma.decompress(data)
+        case ".gz":
+            data = gzip.decompress(data)
+        case ".zst":
+            data = _by_tool("zstd", data)
+        case _:
+            pass
+    depends: tuple[str, ...] = ()
+    for item in elf.parse(data, name=path.name).section(".modinfo").split(b"\0"):
+        if item.startswith(b"depends="):
+            depends = tuple(
+                part.replace("-", "_") for part in item.removeprefix(b"depends=").decode().split(",") if part
+            )
+    return Module(name=name, data=data, depends=depends)
