@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
-AGENT_PORT = 1024
 SERVICE = "grpc.AgentService"
 HEALTH_SERVICE = "grpc.Health"
 

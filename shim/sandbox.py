@@ -12,9 +12,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hypervisor import HypervisorError, Qemu, VmSpec
+from hypervisor import AGENT_PORT, HypervisorError, Qemu, VmSpec
 from shim import mounts
-from shim.agent import AGENT_PORT, Agent
+from shim.agent import Agent
 from shim.container import Container, read_spec
 from shim.errors import AlreadyExists, DeadlineExceeded, Internal, NotFound, ShimError, Unavailable
 from shim.host import resolve

@@ -1,0 +1,219 @@
+"""What a container asks for arrives as the guest can give it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from shim.agent import SHARE_DIRECTORY, SHM_DIRECTORY
+from shim.errors import InvalidArgument
+from shim.oci import Translation, translate
+
+
+def spec(**parts: Any) -> dict[str, Any]:
+    return {"ociVersion": "1.1.0", "process": {"args": ["true"]}, "root": {"path": "rootfs"}} | parts
+
+
+def translated(*, seccomp: bool = True, terminal: bool = False, **parts: Any) -> Translation:
+    return translate(spec(**parts), container_id="box", terminal=terminal, seccomp=seccomp)
+
+
+def test_the_whole_process_is_sent() -> None:
+    process = translated(
+        process={
+            "args": ["sh", "-c", "id"],
+            "env": ["A=1"],
+            "cwd": "/tmp",
+            "user": {"uid": 1000, "gid": 1001, "additionalGids": [5, 6]},
+            "capabilities": {"bounding": ["CAP_CHOWN"], "effective": ["CAP_CHOWN"], "ambient": ["CAP_KILL"]},
+            "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 512}],
+            "noNewPrivileges": True,
+            "oomScoreAdj": -998,
+            "consoleSize": {"height": 40, "width": 120},
+        },
+        terminal=True,
+    ).spec.Process
+    assert list(process.Args) == ["sh", "-c", "id"]
+    assert list(process.Env) == ["A=1"]
+    assert process.Cwd == "/tmp"
+    assert (process.User.UID, process.User.GID, list(process.User.AdditionalGids)) == (1000, 1001, [5, 6])
+    assert list(process.Capabilities.Bounding) == ["CAP_CHOWN"]
+    assert list(process.Capabilities.Ambient) == ["CAP_KILL"]
+    assert (process.Rlimits[0].Type, process.Rlimits[0].Hard, process.Rlimits[0].Soft) == (
+        "RLIMIT_NOFILE",
+        1024,
+        512,
+    )
+    assert process.NoNewPrivileges
+    assert process.OOMScoreAdj == -998
+    assert (process.ConsoleSize.Height, process.ConsoleSize.Width) == (40, 120)
+    assert process.Terminal
+
+
+def test_no_capabilities_is_not_the_same_as_inherited_ones() -> None:
+    assert translated().spec.Process.HasField("Capabilities")
+
+
+def test_the_requests_terminal_wins_over_the_specifications() -> None:
+    process = {"args": ["sh"], "terminal": True}
+    assert not translated(process=process, terminal=False).spec.Process.Terminal
+
+
+def test_the_root_is_where_the_guest_sees_it() -> None:
+    root = translated(root={"path": "rootfs", "readonly": True}).spec.Root
+    assert (root.Path, root.Readonly) == (f"{SHARE_DIRECTORY}/box/rootfs", True)
+
+
+def test_host_namespaces_are_not_taken_literally() -> None:
+    linux = translated(
+        linux={
+            "namespaces": [
+                {"type": "network", "path": "/proc/1/ns/net"},
+                {"type": "ipc", "path": "/proc/1/ns/ipc"},
+                {"type": "mount"},
+                {"type": "time"},
+                {"type": "cgroup"},
+                {"type": "pid"},
+            ]
+        }
+    ).spec.Linux
+    assert {n.Type for n in linux.Namespaces} == {"ipc", "uts", "mount"}
+    assert not any(n.Path for n in linux.Namespaces)
+
+
+@pytest.mark.parametrize(("path", "shared"), [("", False), ("/proc/7/ns/pid", True)])
+def test_a_pid_namespace_with_a_path_is_the_sandboxes(path: str, *, shared: bool) -> None:
+    namespaces = [{"type": "mount"}, {"type": "pid", "path": path}]
+    assert translated(linux={"namespaces": namespaces}).sandbox_pidns is shared
+
+
+def test_a_host_file_is_shared_under_a_name_of_its_own() -> None:
+    result = translated(
+        mounts=[
+            {
+                "destination": "/etc/resolv.conf",
+                "type": "bind",
+                "source": "/var/x/resolv.conf",
+                "options": ["rbind", "ro"],
+            }
+        ]
+    )
+    (share,) = result.shared_mounts
+    assert (share.source, share.read_only, share.recursive) == ("/var/x/resolv.conf", True, True)
+    (mount,) = result.spec.Mounts
+    assert mount.source == f"{SHARE_DIRECTORY}/{share.name}"
+    assert share.name.startswith("box-")
+    assert share.name.endswith("-resolv.conf")
+    assert list(mount.options) == ["rbind", "ro"]
+
+
+def test_two_mounts_on_the_same_name_do_not_collide() -> None:
+    mounts = [
+        {"destination": "/a/data", "type": "bind", "source": "/x"},
+        {"destination": "/b/data", "type": "bind", "source": "/x"},
+    ]
+    names = [share.name for share in translated(mounts=mounts).shared_mounts]
+    assert len(set(names)) == 2
+
+
+@pytest.mark.parametrize("name", ["../../etc", "a/../../b", "/"])
+def test_a_name_in_the_share_never_leaves_it(name: str) -> None:
+    (share,) = translated(mounts=[{"destination": name, "type": "bind", "source": "/x"}]).shared_mounts
+    assert "/" not in share.name
+
+
+@pytest.mark.parametrize("source", ["/proc", "/sys/fs/cgroup", "/dev/net", "/proc/../dev/net"])
+def test_kernel_file_systems_are_the_guests_own(source: str) -> None:
+    result = translated(mounts=[{"destination": "/x", "type": "bind", "source": source, "options": ["ro"]}])
+    assert result.shared_mounts == ()
+    assert result.spec.Mounts[0].source.startswith(("/proc", "/sys", "/dev"))
+
+
+def test_a_directory_below_dev_shm_is_data_of_the_host() -> None:
+    result = translated(mounts=[{"destination": "/x", "type": "bind", "source": "/dev/shm/data"}])
+    assert result.shared_mounts[0].source == "/dev/shm/data"
+
+
+def test_a_bound_shm_is_the_sandboxes() -> None:
+    result = translated(mounts=[{"destination": "/dev/shm", "type": "bind", "source": "/run/shm"}])
+    assert result.shared_mounts == ()
+    assert result.spec.Mounts[0].source == SHM_DIRECTORY
+
+
+def test_other_mounts_pass_unchanged() -> None:
+    mount = {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["size=64k"]}
+    sent = translated(mounts=[mount]).spec.Mounts[0]
+    assert (sent.destination, sent.type, sent.source, list(sent.options)) == (
+        "/tmp",
+        "tmpfs",
+        "tmpfs",
+        ["size=64k"],
+    )
+
+
+def test_a_refusing_seccomp_rule_without_a_number_says_eperm() -> None:
+    profile = {
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{"names": ["mount"], "action": "SCMP_ACT_ERRNO"}],
+    }
+    assert translated(linux={"seccomp": profile}).spec.Linux.Seccomp.Syscalls[0].errnoret == 1
+
+
+def test_a_guest_without_seccomp_gets_no_profile() -> None:
+    profile = {"defaultAction": "SCMP_ACT_ALLOW"}
+    assert not translated(seccomp=False, linux={"seccomp": profile}).spec.Linux.HasField("Seccomp")
+
+
+def test_limits_are_sent_and_cpusets_are_not() -> None:
+    resources = translated(
+        linux={
+            "resources": {
+                "memory": {"limit": 64 << 20},
+                "cpu": {"shares": 512, "quota": 50000, "period": 100000, "cpus": "0-3"},
+                "pids": {"limit": 100},
+            }
+        }
+    ).spec.Linux.Resources
+    assert resources.Memory.Limit == 64 << 20
+    assert (resources.CPU.Shares, resources.CPU.Quota, resources.CPU.Period) == (512, 50000, 100000)
+    assert resources.CPU.Cpus == ""
+    assert resources.Pids.Limit == 100
+
+
+def test_resources_are_present_even_when_empty() -> None:
+    assert translated().spec.Linux.HasField("Resources")
+
+
+def test_the_hosts_devices_do_not_exist_in_the_guest() -> None:
+    devices = [
+        {"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
+        {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
+        {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229},
+    ]
+    assert [d.Path for d in translated(linux={"devices": devices}).spec.Linux.Devices] == ["/dev/fuse"]
+
+
+def test_a_systemd_cgroup_becomes_a_plain_one() -> None:
+    assert translated(linux={"cgroupsPath": "system.slice:cri:box"}).spec.Linux.CgroupsPath == "/box"
+
+
+def test_hooks_of_the_host_are_not_run_in_the_guest() -> None:
+    assert not translated(hooks={"prestart": [{"path": "/bin/true"}]}).spec.HasField("Hooks")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"process": {"args": []}},
+        {"process": "sh"},
+        {"mounts": [{"source": "/x"}]},
+        {"mounts": 7},
+        {"linux": {"resources": {"memory": {"limit": "much"}}}},
+        {"process": {"args": ["x"], "user": {"uid": -1}}},
+    ],
+    ids=str,
+)
+def test_a_malformed_specification_is_an_invalid_argument(broken: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument):
+        translated(**broken)
