@@ -1,1 +1,33 @@
 """The only code that knows what a virtual machine is made of."""
+
+from hypervisor.errors import ChannelError, HypervisorError, QmpError, UnsupportedHostError, VmStartError
+from hypervisor.interface import (
+    AGENT_PORT,
+    Accelerator,
+    Channel,
+    HostProcess,
+    Hypervisor,
+    VmExit,
+    VmSpec,
+)
+from hypervisor.qemu import QemuHypervisor
+from hypervisor.virtiofsd import detect_dialect
+from hypervisor.vsock import channel_problem
+
+__all__ = [
+    "AGENT_PORT",
+    "Accelerator",
+    "Channel",
+    "ChannelError",
+    "HostProcess",
+    "Hypervisor",
+    "HypervisorError",
+    "QemuHypervisor",
+    "QmpError",
+    "UnsupportedHostError",
+    "VmExit",
+    "VmSpec",
+    "VmStartError",
+    "channel_problem",
+    "detect_dialect",
+]

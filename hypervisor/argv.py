@@ -1,0 +1,180 @@
+"""QEMU's command line and the guest kernel's, as pure functions. Nothing else builds an option of either."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hypervisor.interface import Accelerator, VmSpec
+
+if TYPE_CHECKING:
+    from hypervisor.machine import Machine
+
+MIB = 1 << 20
+
+SHARE_TAG = "kataShared"
+"""The virtio-fs tag that the guest agent mounts (fixed by Kata's agent protocol)."""
+
+AGENT_PORT_NAME = "hako.agent"
+"""The virtio-serial port that Hako's guest agent opens."""
+
+_KERNEL_PARAMETERS = (
+    # The virtio console costs the guest least of all consoles, and the host reads it for failure causes.
+    "console=hvc0",
+    # Only errors: each console byte is a trap out of the guest, and routine messages are hundreds of lines.
+    "quiet",
+    # A panicked guest is of no use to anyone: reset at once, which ends QEMU (-no-reboot).
+    "panic=-1",
+    # The agent and runtime inside use the unified hierarchy; a guest image with systemd is told so too.
+    "systemd.unified_cgroup_hierarchy=1",
+    "cgroup_no_v1=all",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelVsock:
+    """The agent channel through the host kernel.
+
+    :param fd: an opened ``/dev/vhost-vsock`` that has claimed the CID.
+    :param cid: the guest's context id.
+    """
+
+    fd: int
+    cid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserVsock:
+    """The agent channel through a vhost-user vsock daemon.
+
+    :param fd: a socket connected to the daemon.
+    """
+
+    fd: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SerialPort:
+    """The agent channel through a named virtio-serial port.
+
+    :param fd: a stream socket whose other end is the host's side of the port.
+    """
+
+    fd: int
+
+
+ChannelDevice = KernelVsock | UserVsock | SerialPort
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inherited:
+    """File descriptors QEMU inherits, by the number they have in QEMU.
+
+    :param qmp: one end of a socket pair; the control connection.
+    :param console: one end of a socket pair; what the guest writes to its console.
+    :param share: a socket connected to the virtio-fs daemon.
+    :param channel: the agent channel.
+    """
+
+    qmp: int
+    console: int
+    share: int
+    channel: ChannelDevice
+
+
+def qemu_argv(spec: VmSpec, inherited: Inherited, *, machine: Machine) -> list[str]:
+    """Build the command line that starts a virtual machine.
+
+    :param spec: the virtual machine.
+    :param inherited: the descriptors QEMU will find open.
+    :param machine: the architecture's part.
+    :returns: the program and its arguments.
+    """
+    memory = f"{spec.memory_bytes // MIB}M"
+    return [
+        str(spec.qemu),
+        "-name", f"{_escape(spec.name)},debug-threads=on",
+        # Nothing but what is listed here; no file of the host adds a device or an option.
+        "-no-user-config",
+        "-nodefaults",
+        "-display", "none",
+        # A guest that resets has ended.
+        "-no-reboot",
+        # QEMU starts no process and gains no privilege once it runs, whatever the guest makes it do.
+        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        "-machine", _machine(spec, machine),
+        "-accel", _accelerator(spec.accelerator),
+        "-cpu", machine.cpu_models[spec.accelerator],
+        "-smp", str(spec.vcpus),
+        # Shared, because the virtio-fs and vsock daemons map the guest's memory.
+        "-m", memory,
+        "-object", f"memory-backend-memfd,id=memory,size={memory},share=on",
+        "-kernel", str(spec.kernel),
+        "-initrd", str(spec.initrd),
+        "-append", kernel_command_line(spec, machine=machine),
+        "-chardev", f"socket,id=qmp,fd={inherited.qmp}",
+        "-mon", "chardev=qmp,mode=control",
+        *_console(inherited.console, machine),
+        *_channel(inherited.channel),
+        "-chardev", f"socket,id=share,fd={inherited.share}",
+        "-device", f"vhost-user-fs-pci,chardev=share,tag={SHARE_TAG},queue-size=1024",
+        # Early entropy: without it the guest's first random read may wait.
+        "-device", "virtio-rng-pci",
+        # Turns a guest panic into an event, with no wait for a reset.
+        "-device", "pvpanic-pci",
+    ]  # fmt: skip
+
+
+def kernel_command_line(spec: VmSpec, *, machine: Machine) -> str:
+    """Build the guest kernel's command line; the operator's parameters come last, so they win.
+
+    :param spec: the virtual machine.
+    :param machine: the architecture's part.
+    """
+    return " ".join((*_KERNEL_PARAMETERS, *machine.kernel_parameters, *spec.kernel_parameters))
+
+
+def _machine(spec: VmSpec, machine: Machine) -> str:
+    options = f"{machine.type},memory-backend=memory"
+    return f"{options},{spec.machine_options}" if spec.machine_options else options
+
+
+def _accelerator(accelerator: Accelerator) -> str:
+    match accelerator:
+        case Accelerator.KVM:
+            # The interrupt controllers in the kernel: an interrupt then needs no trip to user space.
+            return "kvm,kernel-irqchip=on"
+        case Accelerator.TCG:
+            return "tcg"
+
+
+def _console(fd: int, machine: Machine) -> list[str]:
+    # One stream for both, so that early messages and later ones stay in order.
+    return [
+        "-chardev", f"socket,id=console,fd={fd},mux=on",
+        "-device", f"{machine.early_console},chardev=console",
+        # The console and the agent's port: the guest's driver sets up queues for every port offered.
+        "-device", "virtio-serial-pci,max_ports=2",
+        "-device", "virtconsole,chardev=console",
+    ]  # fmt: skip
+
+
+def _channel(device: ChannelDevice) -> list[str]:
+    match device:
+        case KernelVsock(fd=fd, cid=cid):
+            return ["-device", f"vhost-vsock-pci,vhostfd={fd},guest-cid={cid}"]
+        case UserVsock(fd=fd):
+            return [
+                "-chardev", f"socket,id=vsock,fd={fd}",
+                "-device", "vhost-user-vsock-pci,chardev=vsock",
+            ]  # fmt: skip
+        case SerialPort(fd=fd):
+            return [
+                "-chardev", f"socket,id=agent,fd={fd}",
+                "-device", f"virtserialport,chardev=agent,name={AGENT_PORT_NAME}",
+            ]  # fmt: skip
+
+
+def _escape(value: str) -> str:
+    """Write a comma so that QEMU's option parser takes it as part of the value."""
+    return value.replace(",", ",,")

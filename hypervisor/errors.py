@@ -1,0 +1,34 @@
+"""The error tree of the hypervisor layer, split by what the caller can do about it.
+
+::
+
+    HypervisorError
+     ├── UnsupportedHostError  run on another machine
+     ├── VmStartError          mend the host or the configuration; nothing was left running
+     ├── ChannelError          the guest was not reached; the text says whether the VM still lives
+     └── QmpError              QEMU refused a command or its control connection broke
+
+The message is one line: phase, object, cause, remedy.
+"""
+
+from __future__ import annotations
+
+
+class HypervisorError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class UnsupportedHostError(HypervisorError):
+    """No virtual machine is described for this machine's architecture."""
+
+
+class VmStartError(HypervisorError):
+    """The virtual machine did not come up; every process started for it is gone again."""
+
+
+class ChannelError(HypervisorError):
+    """No connection to the guest's port could be made."""
+
+
+class QmpError(HypervisorError):
+    """A QMP command failed, or the connection ended before its reply."""

@@ -1,0 +1,65 @@
+"""Why a virtual machine ended, told from what is left of it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_PANIC_MARK = "Kernel panic - not syncing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitStatus:
+    """How a process ended; exactly one of the two is set, or neither if another process reaped it.
+
+    :param code: the status it exited with.
+    :param signal: the number of the signal that killed it.
+    """
+
+    code: int | None = None
+    signal: int | None = None
+
+    def __str__(self) -> str:
+        if self.signal is not None:
+            return f"killed by signal {self.signal}"
+        if self.code is not None:
+            return f"exited with status {self.code}"
+        return "ended with an unknown status"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shutdown:
+    """QEMU's ``SHUTDOWN`` event.
+
+    :param by_guest: whether the guest asked for it.
+    :param cause: QEMU's ``ShutdownCause``, for example ``guest-reset``.
+    """
+
+    by_guest: bool
+    cause: str
+
+
+def vm_exit_reason(
+    status: ExitStatus, *, shutdown: Shutdown | None, console: Sequence[str], stderr: str
+) -> str:
+    """Say in one line why QEMU ended.
+
+    :param status: how the QEMU process ended.
+    :param shutdown: the last ``SHUTDOWN`` event, if there was one.
+    :param console: the last lines of the guest's console.
+    :param stderr: the last lines QEMU wrote to its standard error, joined.
+    """
+    if shutdown is not None:
+        panic = next((line for line in reversed(console) if _PANIC_MARK in line), None)
+        if shutdown.cause == "guest-panic":
+            return f"guest panicked: {panic or (console[-1] if console else 'no console output')}"
+        if shutdown.cause == "guest-reset":
+            # Before the panic device's driver is loaded, a panic shows as a reset only.
+            return f"guest panicked: {panic}" if panic else "guest reset"
+        if shutdown.by_guest:
+            return "guest powered off"
+        return f"QEMU was told to quit ({shutdown.cause})"
+    return f"QEMU {status}: {stderr}" if stderr else f"QEMU {status}"

@@ -1,0 +1,143 @@
+"""What the shim asks of a virtual machine monitor: one method per intent, nothing without a caller."""
+
+from __future__ import annotations
+
+import abc
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import socket
+    from pathlib import Path
+
+AGENT_PORT = 1024
+"""The port the guest agent listens on (Kata's agent protocol fixes the number)."""
+
+
+class Accelerator(enum.Enum):
+    """How guest instructions are run."""
+
+    KVM = "kvm"
+    TCG = "tcg"
+
+
+class Channel(enum.Enum):
+    """How the host reaches the guest agent, best first."""
+
+    VHOST_VSOCK = "vhost-vsock"
+    VHOST_USER_VSOCK = "vhost-user-vsock"
+    VIRTIO_SERIAL = "virtio-serial"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmSpec:
+    """One virtual machine, complete: nothing about it is looked up elsewhere.
+
+    :param name: shown in process listings and errors; usually the sandbox id.
+    :param directory: an existing directory private to this VM; sockets and ``console.log`` go there.
+    :param qemu: the QEMU system emulator.
+    :param machine_options: the operator's addition to QEMU's ``-machine`` value; normally empty.
+    :param kernel: an uncompressed ``vmlinux`` with a PVH entry, or a ``bzImage``.
+    :param initrd: the initial RAM file system.
+    :param kernel_parameters: the operator's addition to the guest kernel's command line.
+    :param accelerator: how guest instructions are run.
+    :param vcpus: the number of virtual CPUs.
+    :param memory_bytes: guest memory, a multiple of 1 MiB.
+    :param share_source: the directory the guest sees under the virtio-fs tag ``kataShared``. It must lie
+        on a mount with shared propagation, or the daemon would not see what is mounted there later.
+    :param virtiofsd: the virtio-fs daemon, of either dialect.
+    :param channel: how the guest agent is reached.
+    :param vsock_daemon: the ``vhost-device-vsock`` program; needed for ``VHOST_USER_VSOCK`` only.
+    """
+
+    name: str
+    directory: Path
+    qemu: Path
+    machine_options: str
+    kernel: Path
+    initrd: Path
+    kernel_parameters: tuple[str, ...]
+    accelerator: Accelerator
+    vcpus: int
+    memory_bytes: int
+    share_source: Path
+    virtiofsd: Path
+    channel: Channel
+    vsock_daemon: Path | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmExit:
+    """The end of a virtual machine.
+
+    :param reason: one line, for example ``guest panicked: ...`` or ``QEMU killed by signal 9``.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostProcess:
+    """A process on the host that serves one virtual machine.
+
+    :param name: what it does: ``qemu``, ``virtiofsd``, ``vhost-device-vsock``.
+    :param pid: its process id.
+    """
+
+    name: str
+    pid: int
+
+
+class Hypervisor(abc.ABC):
+    """One virtual machine, from start to end. An instance is used once."""
+
+    @abc.abstractmethod
+    async def start(self, *, timeout_s: float) -> None:
+        """Start the daemons and the VMM; return when the virtual machine runs.
+
+        :param timeout_s: the longest this may take, in seconds.
+        :raises UnsupportedHostError: if this machine's architecture is not supported.
+        :raises VmStartError: if anything failed or the time ran out. Nothing is left running.
+        """
+
+    @abc.abstractmethod
+    async def stop(self) -> None:
+        """Kill the virtual machine; return when all its processes are gone.
+
+        May be called at any time, and repeatedly.
+        """
+
+    @abc.abstractmethod
+    async def wait(self) -> VmExit:
+        """Block until the virtual machine is gone.
+
+        :returns: why it ended.
+        """
+
+    @abc.abstractmethod
+    async def connect(self, port: int, *, timeout_s: float) -> socket.socket:
+        """Connect to a port the guest listens on, waiting for the guest to come up.
+
+        :param port: the guest's port; over virtio-serial only ``AGENT_PORT`` exists, and only once.
+        :param timeout_s: the longest this may take, in seconds.
+        :returns: a connected, non-blocking stream socket, the caller's to close.
+        :raises ChannelError: if the time ran out, the virtual machine died (the text has the reason),
+            or the channel has no such port.
+        """
+
+    @property
+    @abc.abstractmethod
+    def pid(self) -> int:
+        """The process id of the VMM; valid after ``start`` returned."""
+
+    @abc.abstractmethod
+    def console_tail(self, lines: int = 20) -> list[str]:
+        """Return the last lines the guest wrote to its console.
+
+        :param lines: how many at most.
+        """
+
+    @abc.abstractmethod
+    def processes(self) -> list[HostProcess]:
+        """Return every live process that serves this virtual machine."""

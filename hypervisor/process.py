@@ -1,0 +1,162 @@
+"""Child processes that cannot outlive this one, cannot be missed when they die, and can say why they did."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from hypervisor.exits import ExitStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+_OUTPUT_LIMIT = 64 * 1024
+_CAUSE_LINES = 3
+_LINE_LIMIT = 400
+
+_ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    # Causes of failure are shown to operators; they should not depend on the host's language.
+    "LC_ALL": "C",
+}
+
+
+class Process:
+    """A supervised process: its end is an event, its last words are kept.
+
+    Must be created on the main thread: the kernel ties the death signal to the thread that spawned the
+    process. Nothing else in this program may reap children it did not start.
+
+    :param name: what the process does; used in errors and in the ledger.
+    :param pid: its process id. The process must not have been reaped.
+    :param output: the read end of the pipe that its output goes to, or ``None`` if it has none of its own.
+    """
+
+    def __init__(self, name: str, pid: int, *, output: int | None = None) -> None:
+        self.name = name
+        self.pid = pid
+        self._loop = asyncio.get_running_loop()
+        self._pidfd = os.pidfd_open(pid)
+        self._output_fd = output
+        self._output = bytearray()
+        self.exited: asyncio.Future[ExitStatus] = self._loop.create_future()
+        self._loop.add_reader(self._pidfd, self._reap)
+        if output is not None:
+            os.set_blocking(output, False)
+            self._loop.add_reader(output, self._read_output)
+
+    @classmethod
+    def spawn(cls, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> Self:
+        """Start a program that the kernel kills when this thread ends.
+
+        :param name: what the process does.
+        :param argv: the program and its arguments.
+        :param inherit: descriptors the program gets under the same numbers; it gets no others but 0 to 2.
+        :raises OSError: if no process could be made. A program that cannot be executed is not an error
+            here: the process ends at once with status 127 and says so in its output.
+        """
+        read_end, write_end = os.pipe2(os.O_CLOEXEC)
+        try:
+            pid = os.posix_spawnp(
+                "setpriv",
+                ["setpriv", "--pdeathsig", "KILL", "--", *argv],
+                _ENVIRONMENT,
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_DUP2, write_end, 1),
+                    (os.POSIX_SPAWN_DUP2, write_end, 2),
+                    # Onto itself: this is how posix_spawn clears close-on-exec, in the child alone.
+                    *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherit),
+                ],
+                # Signals from a terminal are for this process, which then ends the child in order.
+                setsid=True,
+                setsigmask=(),
+                setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+            )
+        except OSError:
+            os.close(read_end)
+            raise
+        finally:
+            os.close(write_end)
+        return cls(name, pid, output=read_end)
+
+    def children(self) -> list[Self]:
+        """Adopt the processes this one has forked, so that they can be killed and waited for too."""
+        pids = _children(self.pid)
+        adopted = []
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                adopted.append(type(self)(self.name, pid))
+        return adopted
+
+    def kill(self) -> None:
+        """Kill the process if it still lives; ``exited`` tells when it is gone."""
+        if not self.exited.done():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def output(self) -> str:
+        """Return the last part of what the process wrote to its standard output and error."""
+        return self._output.decode(errors="replace")
+
+    def last_words(self) -> str:
+        """Return the last lines of the output joined into one."""
+        lines = [line.strip() for line in self.output().splitlines() if line.strip()]
+        return "; ".join(printable(line) for line in lines[-_CAUSE_LINES:])
+
+    def _reap(self) -> None:
+        try:
+            result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:
+            status = ExitStatus()  # another process's child: it is gone, its status is not ours to know
+        else:
+            if result is None:
+                return
+            if result.si_code == os.CLD_EXITED:
+                status = ExitStatus(code=result.si_status)
+            else:
+                status = ExitStatus(signal=result.si_status)
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        if self._output_fd is not None:
+            self._read_output()
+        self._close_output()
+        self.exited.set_result(status)
+
+    def _read_output(self) -> None:
+        while self._output_fd is not None:
+            try:
+                chunk = os.read(self._output_fd, _OUTPUT_LIMIT)
+            except BlockingIOError:
+                return
+            if not chunk:
+                self._close_output()
+                return
+            self._output += chunk
+            del self._output[:-_OUTPUT_LIMIT]
+
+    def _close_output(self) -> None:
+        if self._output_fd is not None:
+            self._loop.remove_reader(self._output_fd)
+            os.close(self._output_fd)
+            self._output_fd = None
+
+
+def printable(line: str) -> str:
+    """Make a line from an untrusted source safe to show: bounded, and without control characters.
+
+    :param line: one line, without its end.
+    """
+    return "".join(char if char.isprintable() else " " for char in line[:_LINE_LIMIT]).rstrip()
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found += [int(child) for child in task.read_text().split()]
+    return found

@@ -1,0 +1,290 @@
+"""The QEMU backend: the order in which things start, end, and are blamed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hypervisor import machine, virtiofsd
+from hypervisor.argv import Inherited, qemu_argv
+from hypervisor.console import Console
+from hypervisor.errors import ChannelError, QmpError, VmStartError
+from hypervisor.exits import vm_exit_reason
+from hypervisor.interface import HostProcess, Hypervisor, VmExit, VmSpec
+from hypervisor.process import Process
+from hypervisor.qmp import QmpSession
+from hypervisor.vsock import NotListeningError, make_channel
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
+
+    from hypervisor.vsock import GuestChannel
+
+_T = TypeVar("_T")
+
+_QEMU = "qemu"
+
+_LAST_WORDS_S = 1.0
+"""How long the death of one process may lag behind what it caused in another."""
+
+_REDIAL_S = 0.05
+_CONSOLE_LINES = 50
+
+
+class QemuHypervisor(Hypervisor):
+    """One QEMU virtual machine with its daemons. To be made inside a running event loop, on the main thread.
+
+    :param spec: the virtual machine.
+    :param on_process: called with the name and the id of each process right after it was started.
+    """
+
+    def __init__(self, spec: VmSpec, *, on_process: Callable[[str, int], None]) -> None:
+        self._spec = spec
+        self._on_process = on_process
+        self._daemons: list[Process] = []
+        self._workers: list[Process] = []
+        self._qemu: Process | None = None
+        self._qmp: QmpSession | None = None
+        self._console: Console | None = None
+        self._channel: GuestChannel | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._stopping = False
+        self._gone: asyncio.Future[VmExit] = asyncio.get_running_loop().create_future()
+
+    async def start(self, *, timeout_s: float) -> None:
+        """Start the daemons and QEMU; return when the virtual machine runs.
+
+        :param timeout_s: the longest this may take, in seconds.
+        :raises UnsupportedHostError: if this machine's architecture is not supported.
+        :raises VmStartError: if anything failed or the time ran out. Nothing is left running.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._start()
+        except TimeoutError:
+            await self.stop()
+            raise VmStartError(f"start vm: QEMU: not running within {timeout_s:g} s") from None
+        except OSError as error:
+            await self.stop()
+            raise VmStartError(f"start vm: {error.filename or 'host'}: {error.strerror}") from error
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Kill the virtual machine; return when all its processes are gone.
+
+        May be called at any time, and repeatedly.
+        """
+        self._stopping = True
+        processes = self._all()
+        for process in processes:
+            process.kill()
+        if processes:
+            await asyncio.wait([process.exited for process in processes])
+        if self._supervisor is not None:
+            await asyncio.wait([self._supervisor])
+        await self._release()
+        if not self._gone.done():
+            self._gone.set_result(VmExit(reason="stopped"))
+
+    async def wait(self) -> VmExit:
+        """Block until the virtual machine is gone.
+
+        :returns: why it ended.
+        """
+        return await asyncio.shield(self._gone)
+
+    async def connect(self, port: int, *, timeout_s: float) -> socket.socket:
+        """Connect to a port the guest listens on, waiting for the guest to come up.
+
+        :param port: the guest's port; over virtio-serial only ``AGENT_PORT`` exists, and only once.
+        :param timeout_s: the longest this may take, in seconds.
+        :returns: a connected, non-blocking stream socket, the caller's to close.
+        :raises ChannelError: if the time ran out, the virtual machine died (the text has the reason),
+            or the channel has no such port.
+        """
+        last = "no answer"
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    try:
+                        return await self._while_alive(self._dial(port), port)
+                    except NotListeningError as error:
+                        last = str(error)
+                    await self._while_alive(self._hint(), port)
+        except TimeoutError:
+            raise ChannelError(
+                f"connect guest: port {port}: {last} within {timeout_s:g} s{self._console_suffix()}"
+            ) from None
+
+    @property
+    def pid(self) -> int:
+        """The process id of QEMU; valid after ``start`` returned."""
+        assert self._qemu is not None, "start() has returned"  # noqa: S101  (a defect of the caller)
+        return self._qemu.pid
+
+    def console_tail(self, lines: int = 20) -> list[str]:
+        """Return the last lines the guest wrote to its console.
+
+        :param lines: how many at most.
+        """
+        return self._console.tail(lines) if self._console else []
+
+    def processes(self) -> list[HostProcess]:
+        """Return every live process that serves this virtual machine."""
+        return [HostProcess(name=each.name, pid=each.pid) for each in self._all() if not each.exited.done()]
+
+    async def _start(self) -> None:
+        spec = self._spec
+        this_machine = machine.for_host()
+        for file in (spec.kernel, spec.initrd):
+            if not file.is_file():
+                raise VmStartError(f"start vm: {file}: no such file; build the guest image")
+        virtiofsd.check_propagation(spec.share_source)
+        dialect = await virtiofsd.detect_dialect(spec.virtiofsd)
+        with ExitStack() as handover:
+            listener, share = virtiofsd.connected_pair(spec.directory)
+            handover.enter_context(share)
+            with listener:
+                argv = virtiofsd.daemon_argv(
+                    spec.virtiofsd, dialect, fd=listener.fileno(), source=spec.share_source
+                )
+                self._spawn_daemon(virtiofsd.NAME, argv, inherit=[listener.fileno()])
+            self._channel = make_channel(spec, spawn=self._spawn_daemon)
+            device = await self._channel.open(handover)
+            self._qmp = QmpSession(spec.name, handover=handover)
+            self._console = Console(spec.directory / "console.log", handover=handover)
+            inherited = Inherited(
+                qmp=self._qmp.qemu_fd, console=self._console.qemu_fd, share=share.fileno(), channel=device
+            )
+            self._qemu = self._spawn(
+                _QEMU,
+                qemu_argv(spec, inherited, machine=this_machine),
+                inherit=[inherited.qmp, inherited.console, inherited.share, device.fd],
+            )
+        try:
+            await self._qmp.connect()
+            state = await self._qmp.run_state()
+        except QmpError as error:
+            raise VmStartError(f"start vm: {await self._early_cause(error)}") from error
+        if state != "running":
+            raise VmStartError(f"start vm: QEMU: the virtual machine is {state}, not running")
+        for daemon in self._daemons:
+            # A sandboxed virtio-fs daemon serves from a child in namespaces of its own; by now it exists.
+            self._workers += daemon.children()
+        for worker in self._workers:
+            self._on_process(worker.name, worker.pid)
+        self._supervisor = asyncio.create_task(self._supervise(self._qemu, self._qmp))
+
+    def _spawn(self, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> Process:
+        process = Process.spawn(name, argv, inherit=inherit)
+        try:
+            self._on_process(name, process.pid)
+        except BaseException:
+            process.kill()
+            raise
+        return process
+
+    def _spawn_daemon(self, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> Process:
+        process = self._spawn(name, argv, inherit=inherit)
+        self._daemons.append(process)
+        return process
+
+    def _all(self) -> list[Process]:
+        # QEMU first, so that no daemon's end is taken for a failure; a worker before its parent, which then
+        # reaps it.
+        return [*([self._qemu] if self._qemu else []), *self._workers, *self._daemons]
+
+    async def _early_cause(self, error: QmpError) -> str:
+        """Say why QEMU did not come up: a daemon's failure first, for QEMU's own often follows from it."""
+        assert self._qemu is not None  # noqa: S101  (called after the spawn only)
+        await asyncio.wait([self._qemu.exited], timeout=_LAST_WORDS_S)
+        for daemon in self._daemons:
+            if daemon.exited.done() and daemon.exited.result().code != 0:
+                return _ended(daemon)
+        return _ended(self._qemu) if self._qemu.exited.done() else f"QEMU: {error}"
+
+    async def _supervise(self, qemu: Process, qmp: QmpSession) -> None:
+        await asyncio.wait(
+            [process.exited for process in (qemu, *self._daemons)], return_when=asyncio.FIRST_COMPLETED
+        )
+        failed = next((each for each in self._daemons if each.exited.done()), None)
+        if failed is not None and failed.exited.result().code == 0:
+            # A daemon ends in good order when QEMU hangs up, and may be seen to end before QEMU is.
+            await asyncio.wait([qemu.exited], timeout=_LAST_WORDS_S)
+        blamed = failed if failed and not qemu.exited.done() else None
+        qemu.kill()
+        status = await qemu.exited
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await qmp.drained()
+        if self._console:
+            self._console.close()
+        if self._stopping:
+            reason = "stopped"
+        elif blamed is not None:
+            reason = _ended(blamed)
+        else:
+            reason = vm_exit_reason(
+                status,
+                shutdown=qmp.shutdown,
+                console=self.console_tail(_CONSOLE_LINES),
+                stderr=qemu.last_words(),
+            )
+        self._gone.set_result(VmExit(reason=reason))
+
+    async def _release(self) -> None:
+        if self._qmp is not None:
+            await self._qmp.close()
+        if self._console is not None:
+            self._console.close()
+        if self._channel is not None:
+            self._channel.close()
+
+    async def _dial(self, port: int) -> socket.socket:
+        if self._channel is None:
+            raise ChannelError(f"connect guest: port {port}: the virtual machine was not started")
+        return await self._channel.dial(port)
+
+    async def _hint(self) -> None:
+        """Wait until it makes sense to dial again: the guest said something, or a moment passed."""
+        assert self._console is not None  # noqa: S101  (dialling succeeded in starting)
+        self._console.grew.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_REDIAL_S):
+                await self._console.grew.wait()
+
+    async def _while_alive(self, work: Coroutine[Any, Any, _T], port: int) -> _T:
+        """Await something, but no longer than the virtual machine lives."""
+        task = asyncio.ensure_future(work)
+        try:
+            first: tuple[asyncio.Future[Any], ...] = (task, self._gone)
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise ChannelError(
+                    f"connect guest: port {port}: the virtual machine is gone: {self._gone.result().reason}"
+                )
+            return task.result()
+        finally:
+            await _cancel(task)
+
+    def _console_suffix(self) -> str:
+        tail = self.console_tail(1)
+        return f"; the guest's console ends with: {tail[0]}" if tail else ""
+
+
+async def _cancel(task: asyncio.Task[Any]) -> None:
+    if not task.done():
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def _ended(process: Process) -> str:
+    name = {_QEMU: "QEMU", virtiofsd.NAME: "virtio-fs daemon"}.get(process.name, process.name)
+    words = process.last_words()
+    status = process.exited.result()
+    return f"{name} {status}: {words}" if words else f"{name} {status}"

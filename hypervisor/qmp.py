@@ -1,0 +1,110 @@
+"""QEMU's control connection: one coroutine per intent, typed results, death as an event."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from typing import TYPE_CHECKING, Any
+
+from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, StateError
+from qemu.qmp.protocol import Runstate
+
+from hypervisor.errors import QmpError
+from hypervisor.exits import Shutdown
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+
+    from qemu.qmp.message import Message
+
+_COMMAND_TIMEOUT_S = 10.0
+
+# The library reports a connection that ends as an error; for this program that is the ordinary end of a
+# virtual machine, and every failure that matters is raised to the caller anyway.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+
+
+class _Lifecycle(EventListener):
+    """Keeps the one event that tells how the guest ended, and none of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shutdown: Shutdown | None = None
+
+    async def put(self, event: Message) -> None:
+        """Note a ``SHUTDOWN`` event.
+
+        :param event: any event, as QEMU sent it.
+        """
+        if event["event"] == "SHUTDOWN":
+            data: Any = event["data"]
+            self.shutdown = Shutdown(by_guest=data["guest"], cause=data["reason"])
+
+
+class QmpSession:
+    """A session with one QEMU process.
+
+    :param name: the virtual machine's name, for the library's log.
+    :param handover: closes QEMU's end of the socket once QEMU has inherited it.
+    """
+
+    def __init__(self, name: str, *, handover: ExitStack) -> None:
+        # A pair rather than a path: connected before QEMU exists, so that its death at any moment is an end
+        # of file; and nobody else can connect.
+        self._stream, qemu_end = socket.socketpair()
+        handover.enter_context(qemu_end)
+        self.qemu_fd = qemu_end.fileno()
+        self._client = QMPClient(name)
+        # The library keeps a history of every event for as long as it lives; nobody reads it here.
+        self._client.events.event_filter = lambda _event: False
+        self._lifecycle = _Lifecycle()
+        self._client.register_listener(self._lifecycle)
+
+    @property
+    def shutdown(self) -> Shutdown | None:
+        """The last ``SHUTDOWN`` event, or ``None`` if there was none."""
+        return self._lifecycle.shutdown
+
+    async def connect(self) -> None:
+        """Read the greeting and negotiate capabilities.
+
+        :raises QmpError: if QEMU hangs up or does not speak QMP.
+        """
+        try:
+            await self._client.connect(self._stream)
+        except ConnectError as error:
+            raise QmpError(f"qmp: connect: {error.exc or error}") from error
+
+    async def run_state(self) -> str:
+        """Return QEMU's ``RunState``, for example ``running``.
+
+        :raises QmpError: if QEMU does not answer.
+        """
+        reply = await self._execute("query-status")
+        return str(reply["status"])
+
+    async def close(self) -> None:
+        """End the session after every event that QEMU sent has been read, if QEMU is gone."""
+        # How QEMU ended is known from its process, not from its socket.
+        with contextlib.suppress(EOFError, OSError):
+            await self._client.disconnect()
+        self._stream.close()
+
+    async def drained(self) -> None:
+        """Wait until QEMU has closed its end and every event before that has been seen."""
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
+
+    async def _execute(self, command: str) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(_COMMAND_TIMEOUT_S):
+                reply: Any = await self._client.execute(command)
+        except TimeoutError:
+            raise QmpError(f"qmp: {command}: no answer within {_COMMAND_TIMEOUT_S:g} s") from None
+        except (ExecuteError, ExecInterruptedError, StateError) as error:
+            raise QmpError(f"qmp: {command}: {error}") from error
+        if not isinstance(reply, dict):
+            raise QmpError(f"qmp: {command}: unexpected reply {reply!r}")
+        return reply

@@ -1,0 +1,166 @@
+"""The virtio-fs daemon: its two dialects, and the socket between it and QEMU."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hypervisor.errors import VmStartError
+from hypervisor.process import Process
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+NAME = "virtiofsd"
+
+_HELP_TIMEOUT_S = 5.0
+
+
+class Dialect(enum.Enum):
+    """Which of the two programs called virtiofsd this is."""
+
+    C = "c"
+    """The one that came with QEMU until 7.2."""
+    RUST = "rust"
+    """The one that replaced it."""
+
+
+def dialect_of(help_text: str) -> Dialect | None:
+    """Tell the dialect from the option that each program names its shared directory by.
+
+    :param help_text: what the program prints for ``--help``.
+    :returns: the dialect, or ``None`` for a program of neither kind.
+    """
+    # The Rust program's help may mention the old spelling too, as a compatibility option.
+    if "--shared-dir" in help_text:
+        return Dialect.RUST
+    if "-o source=" in help_text:
+        return Dialect.C
+    return None
+
+
+async def detect_dialect(virtiofsd: Path) -> Dialect:
+    """Ask a program which dialect it speaks.
+
+    :param virtiofsd: the program.
+    :raises VmStartError: if it cannot be run, or is no virtio-fs daemon.
+    """
+    process = Process.spawn(f"{NAME} --help", [str(virtiofsd), "--help"])
+    try:
+        async with asyncio.timeout(_HELP_TIMEOUT_S):
+            status = await process.exited
+    except TimeoutError:
+        raise VmStartError(
+            f"start vm: {virtiofsd}: no answer to --help within {_HELP_TIMEOUT_S:g} s"
+        ) from None
+    finally:
+        process.kill()
+    if status.code != 0:
+        raise VmStartError(f"start vm: {virtiofsd}: --help {status}: {process.last_words()}")
+    dialect = dialect_of(process.output())
+    if dialect is None:
+        raise VmStartError(f"start vm: {virtiofsd}: not a virtio-fs daemon; install virtiofsd")
+    return dialect
+
+
+def daemon_argv(virtiofsd: Path, dialect: Dialect, *, fd: int, source: Path) -> list[str]:
+    """Build the daemon's command line.
+
+    :param virtiofsd: the program.
+    :param dialect: the language it speaks.
+    :param fd: the listening socket it inherits.
+    :param source: the directory it serves.
+    """
+    # Announced submounts: each file system mounted below the directory keeps its own inode numbers.
+    # Extended attributes: without them a program's file capabilities are lost.
+    # The namespace sandbox: the daemon sees nothing of the host but the directory.
+    match dialect:
+        case Dialect.C:
+            options = f"source={source},cache=auto,announce_submounts,xattr,sandbox=namespace,log_level=err"
+            return [str(virtiofsd), f"--fd={fd}", "-o", options]
+        case Dialect.RUST:
+            return [
+                str(virtiofsd),
+                f"--fd={fd}",
+                f"--shared-dir={source}",
+                "--cache=auto",
+                "--announce-submounts",
+                "--xattr",
+                "--sandbox=namespace",
+                "--log-level=error",
+            ]
+
+
+def connected_pair(directory: Path) -> tuple[socket.socket, socket.socket]:
+    """Make a listening socket with one connection already waiting in it, and no name left behind.
+
+    QEMU and the daemon inherit an end each: neither has to find, wait for or trust a path.
+
+    :param directory: a private directory for the moment in which the socket has a name.
+    :returns: the listening socket for the daemon, and the connected one for QEMU.
+    """
+    listener = socket.socket(socket.AF_UNIX)
+    client = socket.socket(socket.AF_UNIX)
+    directory_fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    # Through the descriptor, because the address of a unix socket has 108 bytes at most.
+    path = Path(f"/proc/self/fd/{directory_fd}/virtiofs.sock")
+    try:
+        listener.bind(str(path))
+        try:
+            listener.listen(1)
+            client.connect(str(path))
+        finally:
+            path.unlink()
+    except OSError:
+        listener.close()
+        client.close()
+        raise
+    finally:
+        os.close(directory_fd)
+    return listener, client
+
+
+def check_propagation(source: Path) -> None:
+    """Refuse a directory whose later mounts the daemon would not see.
+
+    The daemon serves from a mount namespace of its own. A mount made afterwards reaches it only if the
+    directory lies on a mount with shared propagation; otherwise the guest would see empty directories.
+
+    :param source: the directory to serve.
+    :raises VmStartError: if it is not there or its mount is not shared.
+    """
+    try:
+        source_id = _mount_id(source)
+    except OSError as error:
+        raise VmStartError(
+            f"start vm: {source}: {error.strerror}; it is to be shared with the guest"
+        ) from error
+    if not _is_shared(source_id, Path("/proc/self/mountinfo").read_text().splitlines()):
+        raise VmStartError(
+            f"start vm: {source}: not on a shared mount; bind-mount it on itself and make it shared"
+        )
+
+
+def _mount_id(path: Path) -> str:
+    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key == "mnt_id":
+                return value.strip()
+    finally:
+        os.close(fd)
+    raise VmStartError(f"start vm: {path}: the kernel does not tell its mount")
+
+
+def _is_shared(mount_id: str, mountinfo: Iterable[str]) -> bool:
+    for line in mountinfo:
+        fields = line.split()
+        if fields[0] == mount_id:
+            # Optional fields lie between the sixth and a lone dash (proc(5)).
+            return any(field.startswith("shared:") for field in fields[6 : fields.index("-")])
+    return False

@@ -1,0 +1,281 @@
+"""The three ways to the guest agent. Each is opened before QEMU starts and dialled once the guest is up."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import errno
+import fcntl
+import os
+import secrets
+import socket
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from hypervisor.argv import ChannelDevice, KernelVsock, SerialPort, UserVsock
+from hypervisor.errors import ChannelError, VmStartError
+from hypervisor.interface import AGENT_PORT, Channel, VmSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from contextlib import ExitStack
+
+    from hypervisor.process import Process
+
+VHOST_VSOCK = Path("/dev/vhost-vsock")
+
+_DAEMON_NAME = "vhost-device-vsock"
+_DAEMON_REDIAL_S = 0.002
+_DAEMON_GUEST_CID = 3
+"""Any number does: each daemon serves one guest and is reached by its own socket."""
+
+# linux/vhost.h: _IOW(VHOST_VIRTIO, 0x60, __u64)
+_VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
+_CID_FIRST = 3
+"""0 to 2 are the hypervisor, the loopback and the host."""
+_CID_END = 0xFFFFFFFF
+"""The wildcard, which no guest can have."""
+_CID_ATTEMPTS = 64
+
+
+class Spawn(Protocol):
+    """Starts a supervised process and records it."""
+
+    def __call__(self, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> Process:
+        """Start one; see ``Process.spawn``."""
+
+
+class NotListeningError(Exception):
+    """Nobody in the guest answers at the port yet; dialling again may succeed."""
+
+
+class GuestChannel(abc.ABC):
+    """A way to the guest agent."""
+
+    @abc.abstractmethod
+    async def open(self, handover: ExitStack) -> ChannelDevice:
+        """Make the host's side ready, before QEMU is started.
+
+        :param handover: closes what only QEMU needs, once QEMU has inherited it.
+        :returns: the device for QEMU's command line.
+        :raises VmStartError: if the host's side cannot be made.
+        """
+
+    @abc.abstractmethod
+    async def dial(self, port: int) -> socket.socket:
+        """Try once to connect.
+
+        :param port: the guest's port.
+        :returns: a connected non-blocking socket.
+        :raises NotListeningError: if the guest does not listen yet.
+        :raises ChannelError: if it never will.
+        """
+
+    def close(self) -> None:  # noqa: B027  (the kernel's channel holds nothing)
+        """Release the host's side. May be called repeatedly."""
+
+
+class KernelVsockChannel(GuestChannel):
+    """vsock through the host kernel."""
+
+    def __init__(self) -> None:
+        self._cid = 0
+
+    async def open(self, handover: ExitStack) -> KernelVsock:
+        """Claim a context id.
+
+        The claim is held by the descriptor that QEMU inherits, so two sandboxes can never pick the same.
+
+        :param handover: closes this process's copy of the descriptor.
+        :raises VmStartError: if the device is missing or no id is free.
+        """
+        try:
+            fd = os.open(VHOST_VSOCK, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise VmStartError(f"start vm: {VHOST_VSOCK}: {error.strerror}; load vhost_vsock") from error
+        handover.callback(os.close, fd)
+        for _ in range(_CID_ATTEMPTS):
+            cid = _CID_FIRST + secrets.randbelow(_CID_END - _CID_FIRST)
+            try:
+                fcntl.ioctl(fd, _VHOST_VSOCK_SET_GUEST_CID, struct.pack("=Q", cid))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+                raise VmStartError(f"start vm: {VHOST_VSOCK}: claim CID {cid}: {error.strerror}") from error
+            self._cid = cid
+            return KernelVsock(fd=fd, cid=cid)
+        raise VmStartError(f"start vm: {VHOST_VSOCK}: no free CID in {_CID_ATTEMPTS} attempts")
+
+    async def dial(self, port: int) -> socket.socket:
+        """Try once to connect.
+
+        :param port: the guest's port.
+        :raises NotListeningError: if the guest refuses, or its driver is not up.
+        """
+        stream = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        try:
+            stream.settimeout(0)
+            await asyncio.get_running_loop().sock_connect(stream, (self._cid, port))
+        except OSError as error:
+            stream.close()
+            raise NotListeningError(error.strerror) from error
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+
+class UserVsockChannel(GuestChannel):
+    """vsock through a daemon that serves this one guest and offers its ports on a unix socket.
+
+    :param daemon: the ``vhost-device-vsock`` program.
+    :param directory: where its sockets go.
+    :param spawn: starts it.
+    """
+
+    def __init__(self, daemon: Path, directory: Path, *, spawn: Spawn) -> None:
+        self._daemon = daemon
+        self._spawn = spawn
+        # Both sides name the sockets through this descriptor: a unix socket's address has 108 bytes at most.
+        self._directory_fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    async def open(self, handover: ExitStack) -> UserVsock:
+        """Start the daemon and connect to it.
+
+        :param handover: closes this process's copy of the connection.
+        :raises VmStartError: if the daemon ends before it listens.
+        """
+        device = f"/proc/self/fd/{self._directory_fd}/vhost-vsock.sock"
+        vm = f"guest-cid={_DAEMON_GUEST_CID},socket={device},uds-path={self._ports}"
+        process = self._spawn(_DAEMON_NAME, [str(self._daemon), "--vm", vm], inherit=[self._directory_fd])
+        stream = handover.enter_context(socket.socket(socket.AF_UNIX))
+        while True:
+            try:
+                stream.connect(device)
+            except (FileNotFoundError, ConnectionRefusedError):
+                # The daemon makes its own socket and gives no sign of readiness; bind and listen are two
+                # steps, so even a watch on the directory would have to dial again.
+                await asyncio.wait([process.exited], timeout=_DAEMON_REDIAL_S)
+            else:
+                return UserVsock(fd=stream.fileno())
+            if process.exited.done():
+                raise VmStartError(
+                    f"start vm: {_DAEMON_NAME} {process.exited.result()}: {process.last_words()}"
+                )
+
+    async def dial(self, port: int) -> socket.socket:
+        """Try once to connect, in the protocol that Firecracker introduced for vsock over a unix socket.
+
+        :param port: the guest's port.
+        :raises NotListeningError: if the daemon hangs up, which it does when the guest refuses.
+        """
+        loop = asyncio.get_running_loop()
+        stream = socket.socket(socket.AF_UNIX)
+        try:
+            stream.settimeout(0)
+            await loop.sock_connect(stream, self._ports)
+            await loop.sock_sendall(stream, f"CONNECT {port}\n".encode())
+            reply = bytearray()
+            while not reply.endswith(b"\n"):
+                # One byte at a time: what follows the line belongs to the caller.
+                byte = await loop.sock_recv(stream, 1)
+                if not byte:
+                    raise NotListeningError("the guest refused")
+                reply += byte
+            if not reply.startswith(b"OK "):
+                raise NotListeningError(f"unexpected answer {bytes(reply)!r}")
+        except OSError as error:
+            stream.close()
+            raise NotListeningError(error.strerror) from error
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def close(self) -> None:
+        """Close the directory."""
+        if self._directory_fd >= 0:
+            os.close(self._directory_fd)
+            self._directory_fd = -1
+
+    @property
+    def _ports(self) -> str:
+        return f"/proc/self/fd/{self._directory_fd}/vsock.sock"
+
+
+class SerialChannel(GuestChannel):
+    """One virtio-serial port: a single byte stream to the agent, for hosts without any vsock."""
+
+    def __init__(self) -> None:
+        self._host_end: socket.socket | None = None
+
+    async def open(self, handover: ExitStack) -> SerialPort:
+        """Make the stream.
+
+        :param handover: closes QEMU's end of it.
+        """
+        self._host_end, guest_end = socket.socketpair()
+        handover.enter_context(guest_end)
+        return SerialPort(fd=guest_end.fileno())
+
+    async def dial(self, port: int) -> socket.socket:
+        """Hand out the stream; bytes wait in it until the guest opens its port.
+
+        :param port: ``AGENT_PORT``.
+        :raises ChannelError: for any other port, and the second time.
+        """
+        if port != AGENT_PORT:
+            raise ChannelError(f"connect guest: port {port}: virtio-serial reaches port {AGENT_PORT} only")
+        if self._host_end is None:
+            raise ChannelError(f"connect guest: port {port}: virtio-serial carries one connection only")
+        stream, self._host_end = self._host_end, None
+        stream.settimeout(0)
+        return stream
+
+    def close(self) -> None:
+        """Close the stream if it was never handed out."""
+        if self._host_end is not None:
+            self._host_end.close()
+            self._host_end = None
+
+
+def make_channel(spec: VmSpec, *, spawn: Spawn) -> GuestChannel:
+    """Make the channel that a virtual machine asks for.
+
+    :param spec: the virtual machine.
+    :param spawn: starts a daemon if the channel needs one.
+    :raises VmStartError: if the specification lacks what the channel needs.
+    """
+    match spec.channel:
+        case Channel.VHOST_VSOCK:
+            return KernelVsockChannel()
+        case Channel.VHOST_USER_VSOCK:
+            if spec.vsock_daemon is None:
+                raise VmStartError(
+                    "start vm: channel vhost-user-vsock: no daemon given; install vhost-device-vsock"
+                )
+            return UserVsockChannel(spec.vsock_daemon, spec.directory, spawn=spawn)
+        case Channel.VIRTIO_SERIAL:
+            return SerialChannel()
+
+
+def channel_problem(channel: Channel, *, vsock_daemon: Path | None) -> str | None:
+    """Say why a channel cannot be used on this host.
+
+    :param channel: the channel.
+    :param vsock_daemon: where ``vhost-device-vsock`` would be.
+    :returns: the cause and the remedy, or ``None`` if it can be used.
+    """
+    match channel:
+        case Channel.VHOST_VSOCK:
+            try:
+                os.close(os.open(VHOST_VSOCK, os.O_RDWR | os.O_CLOEXEC))
+            except OSError as error:
+                return f"{VHOST_VSOCK}: {error.strerror}; load the kernel module vhost_vsock"
+        case Channel.VHOST_USER_VSOCK:
+            if vsock_daemon is None or not os.access(vsock_daemon, os.X_OK):
+                return f"{vsock_daemon or _DAEMON_NAME}: no such program; install vhost-device-vsock"
+        case Channel.VIRTIO_SERIAL:
+            pass
+    return None
