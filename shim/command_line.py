@@ -1,0 +1,70 @@
+"""The command line that containerd gives a shim, in the syntax of Go's ``flag`` package."""
+
+from __future__ import annotations
+
+from shim.record import Record
+from shim.refusal import Refusal
+
+
+class CommandLine(Record):
+    """Flags and action of one invocation; see section "Command lines" of containerd's shim contract.
+
+    ``state`` is Hako's own: ``start`` tells the daemon where its sandbox's state directory is.
+    """
+
+    namespace: str = ""
+    address: str = ""
+    publish_binary: str = ""
+    id: str = ""
+    bundle: str = ""
+    state: str = ""
+    debug: bool = False
+    info: bool = False
+    version: bool = False
+    action: str = ""
+
+
+_STRING_FLAGS = {
+    "namespace": "namespace",
+    "address": "address",
+    "publish-binary": "publish_binary",
+    "id": "id",
+    "bundle": "bundle",
+    "state": "state",
+}
+_BOOLEAN_FLAGS = {"debug": "debug", "info": "info", "v": "version", "version": "version"}
+# The spellings that Go's strconv.ParseBool accepts.
+_BOOLEANS = {
+    **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),
+    **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
+}
+
+
+def parse(arguments: list[str]) -> CommandLine:
+    """Read flags up to the first positional argument, which is the action.
+
+    :param arguments: the command line without the program.
+    :returns: what was given; the rest keeps its defaults.
+    :raises Refusal: if a flag is unknown, lacks its value, or is a boolean with another value.
+    """
+    given: dict[str, object] = {}
+    rest = list(arguments)
+    while rest and rest[0].startswith("-") and rest[0] != "-":
+        argument = rest.pop(0)
+        if argument == "--":
+            break
+        name, equals, value = argument.removeprefix("-").removeprefix("-").partition("=")
+        if name in _BOOLEAN_FLAGS:
+            if equals and value not in _BOOLEANS:
+                raise Refusal(f"command line: -{name}: {value!r} is not true or false; give true or false")
+            given[_BOOLEAN_FLAGS[name]] = _BOOLEANS[value] if equals else True
+        elif name in _STRING_FLAGS:
+            if not equals and not rest:
+                raise Refusal(f"command line: -{name}: the value is missing; give -{name} VALUE")
+            given[_STRING_FLAGS[name]] = value if equals else rest.pop(0)
+        else:
+            known = ", ".join(f"-{flag}" for flag in sorted((*_STRING_FLAGS, *_BOOLEAN_FLAGS)))
+            raise Refusal(f"command line: {argument}: unknown flag; known are {known}")
+    if rest:
+        given["action"] = rest[0]
+    return CommandLine(**given)  # type: ignore[arg-type]  # the tables above pair each field with its type

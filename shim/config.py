@@ -1,0 +1,168 @@
+"""The operator's configuration: a TOML file in which every key may be left out.
+
+This module is on the start path: ``tomllib`` and ``difflib`` are imported only when there is a file.
+"""
+
+from __future__ import annotations
+
+from shim.record import Record
+from shim.refusal import Refusal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+DEFAULT_PATH = "/etc/hako/config.toml"
+ENVIRONMENT_VARIABLE = "HAKO_CONFIG"
+
+
+class HypervisorConfig(Record):
+    """How virtual machines are made."""
+
+    qemu: str = "/usr/bin/qemu-system-x86_64"
+    #: Appended to QEMU's ``-machine``, for example ``usb=off``.
+    machine_options: str = ""
+    #: ``auto``, ``kvm`` or ``tcg``.
+    accelerator: str = "auto"
+    #: ``auto``, ``vhost-vsock``, ``vhost-user-vsock`` or ``virtio-serial``.
+    channel: str = "auto"
+    vcpus: int = 1
+    memory_mib: int = 512
+    #: Path of the daemon, or ``auto`` to search for it.
+    virtiofsd: str = "auto"
+    #: Path of the daemon that serves ``vhost-user-vsock``, or ``auto`` to search for it.
+    vsock_daemon: str = "auto"
+
+
+class GuestConfig(Record):
+    """What runs in a virtual machine."""
+
+    kernel: str = "/var/lib/hako/guest/vmlinux"
+    initrd: str = "/var/lib/hako/guest/initrd"
+    #: Appended to the kernel's command line.
+    kernel_parameters: str = ""
+    boot_timeout_s: int = 60
+
+
+class ShimConfig(Record):
+    """How the shim itself behaves."""
+
+    #: ``ttrpc``, or ``grpc``, which only containerd 1.7 can drive.
+    protocol: str = "ttrpc"
+    #: ``debug``, ``info``, ``warning`` or ``error``.
+    log_level: str = "info"
+    state_dir: str = "/run/hako"
+
+
+class Config(Record):
+    """The whole configuration, a section per subject."""
+
+    hypervisor: HypervisorConfig = HypervisorConfig()
+    guest: GuestConfig = GuestConfig()
+    shim: ShimConfig = ShimConfig()
+
+
+_CHOICES = {
+    "accelerator": ("auto", "kvm", "tcg"),
+    "channel": ("auto", "vhost-vsock", "vhost-user-vsock", "virtio-serial"),
+    "protocol": ("ttrpc", "grpc"),
+    "log_level": ("debug", "info", "warning", "error"),
+}
+_PATHS = ("qemu", "virtiofsd", "vsock_daemon", "kernel", "initrd", "state_dir")
+_MINIMUM = {"vcpus": 1, "memory_mib": 128, "boot_timeout_s": 1}
+
+
+class ConfigText(Record):
+    """A configuration as it was found: ``source`` names it in messages."""
+
+    text: str
+    source: str
+
+
+def locate(
+    environment: Mapping[str, str],
+    *,
+    options_path: str = "",
+    options_body: str = "",
+    default: str = DEFAULT_PATH,
+) -> ConfigText:
+    """Read the configuration that applies: ``HAKO_CONFIG``, the runtime options, the default file, nothing.
+
+    :param environment: where ``HAKO_CONFIG`` may be set.
+    :param options_path: the path in containerd's runtime options.
+    :param options_body: the configuration in containerd's runtime options itself.
+    :param default: the file that is read if it exists.
+    :returns: the text, empty if there is no configuration.
+    :raises Refusal: if a file that was asked for cannot be read, or is not UTF-8.
+    """
+    path = environment.get(ENVIRONMENT_VARIABLE) or options_path
+    if not path and options_body:
+        return ConfigText(text=options_body, source="runtime options")
+    try:
+        with open(path or default, encoding="utf-8") as file:
+            return ConfigText(text=file.read(), source=path or default)
+    except FileNotFoundError as error:
+        if path:
+            raise Refusal(f"config: {path}: no such file; correct the path or create the file") from error
+        return ConfigText(text="", source="defaults")
+    except OSError as error:
+        raise Refusal(f"config: {path or default}: {error.strerror}; make it readable") from error
+    except UnicodeDecodeError as error:
+        raise Refusal(f"config: {path or default}: not UTF-8; save it as UTF-8") from error
+
+
+def parse(found: ConfigText) -> Config:
+    """Check a configuration and fill in the defaults.
+
+    :param found: what ``locate`` returned.
+    :returns: the configuration.
+    :raises Refusal: if it is not TOML, has an unknown key, or a value of the wrong type or out of range.
+    """
+    if not found.text:
+        return Config()
+    import tomllib  # noqa: PLC0415 - 10 ms, paid only by who has a configuration
+
+    try:
+        tables = tomllib.loads(found.text)
+    except tomllib.TOMLDecodeError as error:
+        raise Refusal(f"config: {found.source}: not TOML: {error}; correct that line") from error
+    sections = {"hypervisor": HypervisorConfig, "guest": GuestConfig, "shim": ShimConfig}
+    checked = {
+        name: _section(_known(sections, name, found.source, "table"), table, f"{found.source}: {name}")
+        for name, table in tables.items()
+    }
+    return Config(**checked)  # type: ignore[arg-type]  # each section was made by the class of its name
+
+
+def _section(kind: type[Record], table: Any, where: str) -> Record:
+    if not isinstance(table, dict):
+        raise Refusal(f"config: {where}: not a table; write [{where.rpartition(' ')[2]}]")
+    types = {name: type(getattr(kind, name)) for name in kind.fields()}
+    for key, value in table.items():
+        expected = _known(types, key, where, "key")
+        # In Python a bool is an int; in TOML it is not.
+        if type(value) is not expected:
+            wanted = "a string in quotes" if expected is str else "a whole number"
+            raise Refusal(f"config: {where}.{key}: {value!r} has the wrong type; give {wanted}")
+        _check_value(key, value, f"{where}.{key}")
+    return kind(**table)
+
+
+def _check_value(key: str, value: Any, where: str) -> None:
+    choices = _CHOICES.get(key)
+    if choices is not None and value not in choices:
+        raise Refusal(f"config: {where}: {value!r} is not offered; give one of {', '.join(choices)}")
+    if key in _PATHS and not (value.startswith("/") or value == getattr(HypervisorConfig, key, None)):
+        raise Refusal(f"config: {where}: {value!r} is not an absolute path; begin it with /")
+    if key in _MINIMUM and value < _MINIMUM[key]:
+        raise Refusal(f"config: {where}: {value} is too small; give at least {_MINIMUM[key]}")
+
+
+def _known(offered: dict[str, type[Any]], name: str, where: str, what: str) -> type[Any]:
+    if name in offered:
+        return offered[name]
+    import difflib  # noqa: PLC0415 - only a mistake needs it
+
+    nearest = difflib.get_close_matches(name, offered, n=1, cutoff=0.0)[0]
+    raise Refusal(f"config: {where}: unknown {what} {name!r}; the nearest valid {what} is {nearest!r}")

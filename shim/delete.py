@@ -1,0 +1,96 @@
+"""``delete``: leave nothing of a container on the host, whoever else is dead."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+
+from shim import bootstrap_wire, config, grouping, host_process, state_directory
+from shim.host_process import HostProcess
+from shim.ledger import Ledger
+from shim.refusal import Refusal
+from shim.start import SHIM_PROCESS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from shim.command_line import CommandLine
+
+#: 128 + SIGKILL: what containerd reports for a task whose shim could not say how it ended.
+_KILLED = 137
+#: How long a shim without containers may take to end before it is killed.
+_GRACE_S = 2.0
+_KILL_TIMEOUT_S = 2.0
+
+
+def delete(line: CommandLine) -> bytes:
+    """Undo what is left of a container, and of its sandbox when no other container needs it.
+
+    containerd runs this at the end of every task, and when a shim's connection breaks. A sandbox whose shim
+    lives and has other containers is left alone.
+
+    :param line: flags as containerd gives them.
+    :returns: a ``DeleteResponse`` for standard output.
+    :raises Refusal: if something could not be undone; running this again goes on where it stopped.
+    """
+    grouping.check_identifier(line.id, what="id")
+    bundle = line.bundle or os.getcwd()
+    _delete_from(state_directory.pointed_to(bundle) or _expected_directory(line, bundle), line.id)
+    return bootstrap_wire.encode_delete_response(exit_status=_KILLED, exited_at=time.time())
+
+
+def _expected_directory(line: CommandLine, bundle: str) -> str:
+    """Compute the state directory as ``start`` did, for a bundle in which it left no link."""
+    try:
+        group = grouping.group_of(bundle, line.id)
+    except Refusal:
+        group = line.id
+    try:
+        settings = config.parse(config.locate(os.environ)).shim
+    except Refusal:
+        settings = config.ShimConfig()
+    name = grouping.socket_name(address=line.address, namespace=line.namespace, group=group)
+    return state_directory.path_of(settings.state_dir, name)
+
+
+def _delete_from(directory: str, container: str) -> None:
+    try:
+        ledger = Ledger(directory)
+    except FileNotFoundError:
+        # Nothing there, or start was killed between its first two steps.
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(directory)
+        return
+    try:
+        ledger.deleted(container)
+        if not _is_needed(ledger):
+            _undo(directory, ledger)
+    finally:
+        ledger.close()
+
+
+def _is_needed(ledger: Ledger) -> bool:
+    """Tell whether the shim lives and has other containers; let one that has none end by itself."""
+    shims = [
+        HostProcess(pid=entry.pid, start_time=entry.start_time)
+        for entry in ledger.entries()
+        if entry.kind == "process" and entry.name == SHIM_PROCESS
+    ]
+    if ledger.containers():
+        return any(host_process.is_running(shim) for shim in shims)
+    # Without the lock: a shim that ends takes it to undo what it made.
+    host_process.end(shims, number=signal.SIGTERM, timeout_s=_GRACE_S)
+    return False
+
+
+def _undo(directory: str, ledger: Ledger) -> None:
+    lock = state_directory.lock_existing(directory)
+    if lock is None:
+        return
+    try:
+        failures = ledger.undo_all(deadline_s=_KILL_TIMEOUT_S)
+    finally:
+        os.close(lock)
+    if failures:
+        raise Refusal(f"delete: {failures[0]}")

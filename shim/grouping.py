@@ -1,0 +1,91 @@
+"""Which shim serves a container: its group, and the socket path that follows from it."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from shim.refusal import Refusal
+
+_GROUP_ANNOTATIONS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
+_MAX_IDENTIFIER = 76
+_MAX_SOCKET_PATH = 106
+
+
+def check_identifier(identifier: str, *, what: str) -> None:
+    """Accept only what containerd accepts as an identifier, and what therefore is one safe path segment.
+
+    :param identifier: an id, a namespace or a group.
+    :param what: how the message names it.
+    :raises Refusal: if it is empty, longer than 76 characters, or has other characters than letters, digits,
+        ``-``, ``_`` and ``.``, or does not start with a letter or digit.
+    """
+    if not identifier:
+        raise Refusal(f"start: {what}: it is empty; give -{what}")
+    if len(identifier) > _MAX_IDENTIFIER:
+        raise Refusal(
+            f"start: {what} {identifier[:16]}...: it has {len(identifier)} characters; "
+            f"give at most {_MAX_IDENTIFIER}"
+        )
+    plain = identifier.translate({ord(mark): None for mark in "-_."})
+    if not (plain.isascii() and plain.isalnum() and identifier[0].isalnum()):
+        raise Refusal(
+            f"start: {what} {identifier!r}: it must be letters, digits, '-', '_' and '.', "
+            "with a letter or digit first; choose another"
+        )
+
+
+def group_of(bundle: str, container: str) -> str:
+    """Read the group of a container from the annotations of its OCI spec.
+
+    :param bundle: the bundle directory; one without ``config.json`` is a sandbox that containerd made itself.
+    :param container: the container's id.
+    :returns: the group, which is the container's own id when no annotation names another.
+    :raises Refusal: if the spec is not JSON.
+    """
+    path = os.path.join(bundle, "config.json")
+    try:
+        with open(path, "rb") as file:
+            spec = json.load(file)
+    except FileNotFoundError:
+        return container
+    except ValueError as error:
+        raise Refusal(f"start: {path}: not JSON: {error}; recreate the container") from error
+    annotations = spec.get("annotations") if isinstance(spec, dict) else None
+    for key in _GROUP_ANNOTATIONS:
+        group = annotations.get(key) if isinstance(annotations, dict) else None
+        if isinstance(group, str) and group:
+            return group
+    return container
+
+
+def socket_name(*, address: str, namespace: str, group: str) -> str:
+    """Name the socket as containerd's own tools expect it.
+
+    :param address: containerd's gRPC address as given on the command line.
+    :param namespace: the containerd namespace.
+    :param group: the group of the container.
+    :returns: the hexadecimal SHA-256 of the three joined as Go's ``filepath.Join`` does.
+    """
+    import hashlib  # noqa: PLC0415 - links OpenSSL: only start and delete pay for it
+
+    joined = os.path.normpath("/".join(part for part in (address, namespace, group) if part))
+    if joined.startswith("//"):
+        joined = joined[1:]
+    return hashlib.sha256(joined.encode()).hexdigest()
+
+
+def socket_path(directory: str, name: str) -> str:
+    """Place a socket in the directory that containerd chose.
+
+    :param directory: the directory of shim sockets.
+    :param name: the name of the socket.
+    :returns: the path.
+    :raises Refusal: if the path is too long for a unix socket address.
+    """
+    path = os.path.join(directory, name)
+    if len(path.encode()) > _MAX_SOCKET_PATH:
+        raise Refusal(
+            f"start: {path}: {len(path.encode())} bytes are too long for a unix socket; shorten socket_dir"
+        )
+    return path

@@ -1,0 +1,101 @@
+"""Processes of the host by pid and start time, so that a recycled pid is never touched."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+
+from shim.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class HostProcess(Record):
+    """A process that was running when it was recorded."""
+
+    pid: int
+    #: Clock ticks between the boot of the host and the start of the process: field 22 of proc(5) ``stat``.
+    start_time: int
+
+
+def identify(pid: int) -> HostProcess:
+    """Record a process that is running now.
+
+    :param pid: its id.
+    :returns: its identity.
+    :raises ProcessLookupError: if there is none.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            stat = file.read()
+    except FileNotFoundError as error:
+        raise ProcessLookupError(f"no process {pid}") from error
+    # The command name, in parentheses, may hold spaces and parentheses itself.
+    return HostProcess(pid=pid, start_time=int(stat[stat.rindex(b")") + 1 :].split()[19]))
+
+
+def pin(process: HostProcess) -> int | None:
+    """Open a pidfd on a recorded process.
+
+    :param process: the identity.
+    :returns: a pidfd, or nothing if that process is gone and its pid free or taken by another.
+    """
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return None
+    # The pidfd pins whoever has the pid now: only then does comparing the start time prove anything.
+    try:
+        same = identify(process.pid) == process
+    except ProcessLookupError:
+        same = False
+    if same:
+        return pidfd
+    os.close(pidfd)
+    return None
+
+
+def is_running(process: HostProcess) -> bool:
+    """Tell whether a recorded process is still there and has not ended."""
+    return bool(end([process], number=None, timeout_s=0.0))
+
+
+def end(
+    processes: Iterable[HostProcess], *, number: signal.Signals | None, timeout_s: float
+) -> list[HostProcess]:
+    """Signal processes, which need not be children, and wait until they have ended.
+
+    :param processes: the identities, signalled in this order.
+    :param number: the signal, or nothing to only wait.
+    :param timeout_s: how long to wait for all of them together.
+    :returns: those that are still running.
+    """
+    pinned = {}
+    for process in processes:
+        pidfd = pin(process)
+        if pidfd is not None:
+            pinned[pidfd] = process
+        if pidfd is not None and number is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, number)
+    return [pinned[pidfd] for pidfd in _wait(list(pinned), timeout_s=timeout_s)]
+
+
+def _wait(pidfds: list[int], *, timeout_s: float) -> list[int]:
+    deadline = time.monotonic() + timeout_s
+    poll = select.poll()
+    for pidfd in pidfds:
+        poll.register(pidfd, select.POLLIN)
+    left = list(pidfds)
+    while left and (ready := poll.poll(max(0.0, deadline - time.monotonic()) * 1000)):
+        for pidfd, _ in ready:
+            poll.unregister(pidfd)
+            left.remove(pidfd)
+    for pidfd in pidfds:
+        os.close(pidfd)
+    return left

@@ -1,0 +1,60 @@
+"""The Linux calls that Python has no function for; ``ctypes`` is imported when one is made."""
+
+from __future__ import annotations
+
+import os
+
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SCHED_CORE = 62
+_PR_SCHED_CORE_CREATE = 1
+_PIDTYPE_PGID = 2
+_MNT_DETACH = 2
+_UMOUNT_NOFOLLOW = 8
+
+
+def become_subreaper() -> None:
+    """Adopt the orphans among this process's descendants; see prctl(2).
+
+    :raises OSError: if the kernel refuses.
+    """
+    _call("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def create_core_scheduling_cookie() -> None:
+    """Give this process group a core scheduling cookie of its own; see PR_SCHED_CORE of prctl(2).
+
+    :raises OSError: if the kernel has no core scheduling.
+    """
+    _call("prctl", _PR_SCHED_CORE, _PR_SCHED_CORE_CREATE, 0, _PIDTYPE_PGID, 0)
+
+
+def detach_mounts(below: str) -> None:
+    """Detach everything mounted at or below a path in this mount namespace, busy or not; see umount2(2).
+
+    :param below: an absolute path without symbolic links.
+    :raises OSError: if the kernel refuses.
+    """
+    while targets := mount_targets(below):
+        _call("umount2", os.fsencode(max(targets, key=len)), _MNT_DETACH | _UMOUNT_NOFOLLOW)
+
+
+def mount_targets(below: str) -> list[str]:
+    """List the mount points at or below a path in this mount namespace.
+
+    :param below: an absolute path without symbolic links.
+    """
+    with open("/proc/self/mountinfo", "rb") as file:
+        fields = [line.split(b" ")[4] for line in file]
+    # proc(5) mountinfo writes space, tab, newline and backslash as octal escapes.
+    targets = [os.fsdecode(field.decode("unicode_escape").encode("latin-1")) for field in fields]
+    return [target for target in targets if target == below or target.startswith(f"{below}/")]
+
+
+def _call(function: str, *arguments: int | bytes) -> None:
+    import ctypes  # noqa: PLC0415 - 6 ms that most invocations do not need
+
+    # Variadic functions take longs: a plain int would leave the upper half of a register undefined.
+    converted = [ctypes.c_ulong(value) if isinstance(value, int) else value for value in arguments]
+    if getattr(ctypes.CDLL(None, use_errno=True), function)(*converted) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{function}: {os.strerror(number)}")

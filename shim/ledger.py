@@ -1,0 +1,202 @@
+"""What a sandbox has made on the host, on disk before it is made, so that anyone can undo it.
+
+The ledger is a file of JSON lines, only ever appended to. A line either records one thing, or says that
+its maker has undone it, or that a container came or went. A crash may tear the last line: it is skipped,
+because nothing is made before its line is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+
+from shim import host_process, kernel
+from shim.host_process import HostProcess
+from shim.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_NAME = "ledger"
+
+
+class Entry(Record):
+    """One thing that exists, or may exist, on the host."""
+
+    number: int
+    #: ``process``, ``directory``, ``file`` (sockets too) or ``mount``.
+    kind: str
+    #: Path of the thing, or the name of the process.
+    name: str
+    pid: int
+    start_time: int
+
+
+class Ledger:
+    """The ledger of one sandbox, open for appending.
+
+    :param state_directory: the state directory of the sandbox.
+    :param create: make the file; only ``start`` does, so that nothing revives a deleted sandbox.
+    :raises FileNotFoundError: if there is no ledger and ``create`` is not set.
+    """
+
+    def __init__(self, state_directory: str, *, create: bool = False) -> None:
+        self._directory = _without_links(state_directory)
+        path = os.path.join(self._directory, _NAME)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        self._descriptor = os.open(path, flags, 0o600)
+        self._next = 1 + max((line["number"] for line in self._lines() if "kind" in line), default=0)
+        size = os.fstat(self._descriptor).st_size
+        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
+            os.write(self._descriptor, b"\n")
+
+    def process(self, pid: int, *, name: str) -> int:
+        """Record a process right after it was started.
+
+        :param pid: its id; the caller has not reaped it yet.
+        :param name: what it is, for messages.
+        :returns: the number of the entry, for ``undone``.
+        :raises ProcessLookupError: if there is no such process.
+        """
+        process = host_process.identify(pid)
+        return self._record("process", name, pid=pid, start_time=process.start_time)
+
+    def directory(self, path: str) -> int:
+        """Record a directory that is about to be made; undoing removes it with everything in it."""
+        return self._record("directory", _without_links(path))
+
+    def file(self, path: str) -> int:
+        """Record a file, socket, FIFO or link that is about to be made."""
+        return self._record("file", _without_links(path))
+
+    def mount(self, target: str) -> int:
+        """Record a mount that is about to be made, by its target."""
+        return self._record("mount", _without_links(target))
+
+    def undone(self, number: int) -> None:
+        """Say that the maker of an entry has undone it.
+
+        :param number: what recording it returned.
+        """
+        self._append({"undone": number})
+
+    def created(self, container: str) -> None:
+        """Say that a container is about to be in the sandbox, which ``delete`` of others then spares."""
+        self._append({"created": container})
+
+    def deleted(self, container: str) -> None:
+        """Say that a container is no more, or that containerd is done with it."""
+        self._append({"deleted": container})
+
+    def entries(self) -> list[Entry]:
+        """List what was made and not undone, oldest first."""
+        entries: dict[int, Entry] = {}
+        for line in self._lines():
+            if "kind" in line:
+                entries[line["number"]] = Entry(**line)
+            elif "undone" in line:
+                entries.pop(line["undone"], None)
+        return list(entries.values())
+
+    def containers(self) -> set[str]:
+        """Name the containers that are in the sandbox."""
+        containers: set[str] = set()
+        for line in self._lines():
+            if "created" in line:
+                containers.add(line["created"])
+            elif "deleted" in line:
+                containers.discard(line["deleted"])
+        return containers
+
+    def undo_all(self, *, deadline_s: float) -> list[str]:
+        """Undo everything, processes first, then the newest first, the state directory with this ledger last.
+
+        The calling process is left alone. Nothing is removed while a process lives that could put
+        symbolic links in the way. What fails stays on record: doing this again goes on where it stopped.
+
+        :param deadline_s: how long to wait for all processes together to die.
+        :returns: what could not be undone and why, one line each.
+        """
+        entries = self.entries()
+        processes = {
+            HostProcess(pid=entry.pid, start_time=entry.start_time): entry.name
+            for entry in entries
+            if entry.kind == "process" and entry.pid != os.getpid()
+        }
+        failures = [
+            f"process {process.pid} ({processes[process]}): it outlived SIGKILL by {deadline_s:g} s; "
+            f"see /proc/{process.pid}/stack"
+            for process in host_process.end(processes, number=signal.SIGKILL, timeout_s=deadline_s)
+        ]
+        if failures:
+            return failures
+        things = [(entry.kind, entry.name) for entry in reversed(entries) if entry.kind != "process"]
+        for kind, name in (*things, ("directory", self._directory)):
+            if failures and name == self._directory:
+                break
+            try:
+                _undo(kind, name)
+            except OSError as error:
+                failures.append(f"{kind} {name}: {error.strerror}; remove it by hand")
+        return failures
+
+    def close(self) -> None:
+        """Close the file; the ledger stays on disk."""
+        os.close(self._descriptor)
+
+    def _record(self, kind: str, name: str, *, pid: int = 0, start_time: int = 0) -> int:
+        number = self._next
+        self._next += 1
+        entry = Entry(number=number, kind=kind, name=name, pid=pid, start_time=start_time)
+        self._append(entry.as_dict())
+        return number
+
+    def _append(self, line: dict[str, object]) -> None:
+        os.write(self._descriptor, json.dumps(line).encode() + b"\n")
+
+    def _lines(self) -> list[dict[str, Any]]:
+        content = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+        lines = []
+        for line in content.splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                continue
+        return lines
+
+
+def _without_links(path: str) -> str:
+    directory, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(directory), name)
+
+
+def _undo(kind: str, name: str) -> None:
+    if _without_links(name) != name:
+        # A guest can write below shared directories: what it put there must not lead us elsewhere.
+        raise OSError(errno.ELOOP, "a symbolic link is now part of the path")
+    if kind in {"mount", "directory"}:
+        # What is mounted below a directory is not ours to remove.
+        kernel.detach_mounts(name)
+    try:
+        if kind == "directory":
+            _remove_tree(name)
+        elif kind == "file":
+            os.unlink(name)
+    except FileNotFoundError:
+        return
+
+
+def _remove_tree(path: str) -> None:
+    if os.path.islink(path):
+        os.unlink(path)
+        return
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                _remove_tree(entry.path)
+            else:
+                os.unlink(entry.path)
+    os.rmdir(path)

@@ -1,0 +1,321 @@
+"""``start``: find or make the shim of a container's group and tell containerd its address."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import time
+
+from shim import bootstrap_wire, config, daemonize, grouping, state_directory
+from shim.bootstrap_wire import BootstrapParams, RuntimeOptions
+from shim.ledger import Ledger
+from shim.record import Record
+from shim.refusal import Refusal
+from shim.state_directory import StartRecord
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from shim.command_line import CommandLine
+
+DEFAULT_SOCKET_DIR = "/run/containerd/s"
+#: What the daemon writes to its standard error when its gRPC socket is ready.
+READY = b"\0"
+#: The name of the daemon in the ledger.
+SHIM_PROCESS = "shim"
+_MAX_INPUT = 10 << 20
+_CONNECT_TIMEOUT_S = 0.1
+_READY_TIMEOUT_S = 10.0
+_VERSION_TIMEOUT_S = 5.0
+_CLEANUP_TIMEOUT_S = 2.0
+
+
+class Caller(Record):
+    """Who runs ``start`` and what it sent."""
+
+    #: ``1.6``, ``1.7`` (1.7 to 2.2) or ``2.3`` (and later).
+    dialect: str
+    params: BootstrapParams
+
+
+def start(line: CommandLine) -> bytes:
+    """Return the address of the shim that serves the container, which runs when this returns.
+
+    :param line: flags as containerd gives them; the working directory is the bundle.
+    :returns: what goes to standard output, in the dialect of the caller.
+    :raises Refusal: if the host, the command line, the input, the configuration or the bundle does not
+        allow it; nothing is left behind.
+    :raises OSError: if the host fails; nothing is left behind.
+    """
+    _check_host()
+    grouping.check_identifier(line.namespace, what="namespace")
+    grouping.check_identifier(line.id, what="id")
+    bundle = os.getcwd()
+    caller = identify_caller(_read_input(), line)
+    found = config.locate(
+        os.environ,
+        options_path=caller.params.options.config_path,
+        options_body=caller.params.options.config_body,
+    )
+    settings = config.parse(found)
+    group = grouping.group_of(bundle, line.id)
+    grouping.check_identifier(group, what="group")
+    if settings.shim.protocol == "grpc":
+        _check_grpc(caller, line.publish_binary)
+    socket_name = grouping.socket_name(address=line.address, namespace=line.namespace, group=group)
+    record = StartRecord(
+        namespace=line.namespace,
+        id=group,
+        bundle=bundle,
+        grpc_address=_bare(caller.params.grpc_address),
+        ttrpc_address=_bare(caller.params.ttrpc_address),
+        publish_binary=caller.params.binary,
+        config_text=found.text,
+        config_source=found.source,
+        protocol=settings.shim.protocol,
+        socket_path=grouping.socket_path(caller.params.socket_dir or DEFAULT_SOCKET_DIR, socket_name),
+        state_directory=state_directory.path_of(settings.shim.state_dir, socket_name),
+        debug=line.debug or caller.params.log_level < 0,
+        dialect=caller.dialect,
+        started_at=time.time(),
+    )
+    while True:
+        lock = state_directory.lock(record.state_directory)
+        try:
+            if _is_live(record.socket_path):
+                return _publish(state_directory.read_record(record.state_directory), bundle)
+            if not _remove_leftovers(record):
+                return _make(record)
+        finally:
+            os.close(lock)
+
+
+def identify_caller(data: bytes, line: CommandLine) -> Caller:
+    """Tell containerd's dialects apart by standard input and environment.
+
+    :param data: the whole standard input.
+    :param line: the flags.
+    :returns: the dialect, and what the caller said in it, as if it had said it in the newest one.
+    :raises Refusal: if the input is none of the known messages.
+    """
+    dialect = "1.7" if "MAX_SHIM_VERSION" in os.environ else "1.6"
+    try:
+        params = bootstrap_wire.decode_params(data)
+        if data and params.instance_id == line.id and params.namespace == line.namespace:
+            return Caller(dialect="2.3", params=params)
+        options = bootstrap_wire.decode_options(data) or RuntimeOptions()
+    except bootstrap_wire.NotProtobufError as error:
+        raise Refusal(
+            f"start: standard input: neither runtime options nor bootstrap parameters: {error}; "
+            "use containerd 1.6 or later"
+        ) from error
+    environment = os.environ
+    return Caller(
+        dialect=dialect,
+        params=BootstrapParams(
+            ttrpc_address=environment.get("TTRPC_ADDRESS", ""),
+            grpc_address=environment.get("GRPC_ADDRESS") or line.address,
+            binary=line.publish_binary,
+            options=options,
+        ),
+    )
+
+
+def _check_host() -> None:
+    machine = os.uname().machine
+    if machine != "x86_64":
+        raise Refusal(f"start: host: its architecture is {machine}; only x86_64 is supported")
+    if os.geteuid() != 0:
+        raise Refusal(f"start: host: runs as uid {os.geteuid()}; root is required, run containerd as root")
+
+
+def _read_input() -> bytes:
+    data = bytearray()
+    while block := os.read(0, 1 << 16):
+        data += block
+        if len(data) > _MAX_INPUT:
+            raise Refusal(
+                f"start: standard input: more than {_MAX_INPUT} bytes; send smaller runtime options"
+            )
+    return bytes(data)
+
+
+def _check_grpc(caller: Caller, publish_binary: str) -> None:
+    """Refuse gRPC where containerd cannot drive it: only 1.7 can, and nothing but its version says so."""
+    version = "1.6" if caller.dialect == "1.6" else "2.3 or later"
+    if caller.dialect == "1.7":
+        version = _containerd_version(publish_binary)
+        if version.removeprefix("v").startswith("1.7."):
+            return
+    raise Refusal(
+        f'start: config shim.protocol: containerd {version} cannot drive a shim over grpc; set it to "ttrpc"'
+    )
+
+
+def _containerd_version(publish_binary: str) -> str:
+    import subprocess  # noqa: PLC0415 - only gRPC needs it
+
+    try:
+        output = subprocess.run(
+            [publish_binary, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_VERSION_TIMEOUT_S,
+            check=True,
+            text=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Refusal(
+            f'start: {publish_binary} --version: {error}; set shim.protocol to "ttrpc" in the configuration'
+        ) from error
+    # "containerd <Go module> <version> <revision>"
+    words = output.split()
+    return words[2] if len(words) > 2 else "of unknown version"
+
+
+def _bare(address: str) -> str:
+    return address.removeprefix("unix://")
+
+
+def _is_live(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_CONNECT_TIMEOUT_S)
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        return True
+
+
+def _remove_leftovers(record: StartRecord) -> bool:
+    """Undo what a sandbox of the same name left behind when it and containerd were killed together.
+
+    :returns: whether there was something; then the state directory, and the lock with it, is gone.
+    """
+    try:
+        ledger = Ledger(record.state_directory)
+    except FileNotFoundError:
+        return False
+    try:
+        _undo(ledger)
+    finally:
+        ledger.close()
+    return True
+
+
+def _undo(ledger: Ledger) -> None:
+    failures = ledger.undo_all(deadline_s=_CLEANUP_TIMEOUT_S)
+    if failures:
+        raise Refusal(f"start: {failures[0]}")
+
+
+def _make(record: StartRecord) -> bytes:
+    """Make the daemon of a sandbox and wait until its socket takes connections; the lock is held."""
+    ledger = Ledger(record.state_directory, create=True)
+    done = False
+    try:
+        ledger.file(record.socket_path)
+        os.makedirs(os.path.dirname(record.socket_path), mode=0o700, exist_ok=True)
+        state_directory.write_record(record)
+        daemonize.prepare_inherited_attributes()
+        if record.protocol == "grpc":
+            _spawn_grpc(record, ledger)
+        else:
+            _spawn_ttrpc(record, ledger)
+        reply = _publish(record, record.bundle)
+        done = True
+        return reply
+    finally:
+        if not done:
+            _undo(ledger)
+        ledger.close()
+
+
+def _spawn_ttrpc(record: StartRecord, ledger: Ledger) -> None:
+    """Hand a listening socket to the daemon: connections wait in it while the daemon imports its code."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        _remove_dead_socket(record)
+        previous = os.umask(0o177)
+        try:
+            listener.bind(record.socket_path)
+        finally:
+            os.umask(previous)
+        listener.listen()
+        log = daemonize.open_log(record.bundle)
+        _spawn(record, ledger, listener=listener.fileno(), error_output=log)
+        os.close(log)
+
+
+def _spawn_grpc(record: StartRecord, ledger: Ledger) -> None:
+    """Wait for the daemon's word: a gRPC server can only listen on a socket it made itself."""
+    _remove_dead_socket(record)
+    reader, writer = os.pipe()
+    try:
+        _spawn(record, ledger, listener=None, error_output=writer)
+    finally:
+        os.close(writer)
+    try:
+        _wait_until_ready(reader)
+    finally:
+        os.close(reader)
+
+
+def _remove_dead_socket(record: StartRecord) -> None:
+    try:
+        os.unlink(record.socket_path)
+    except FileNotFoundError:
+        return
+
+
+def _spawn(record: StartRecord, ledger: Ledger, *, listener: int | None, error_output: int) -> None:
+    def register(pid: int) -> None:
+        ledger.process(pid, name=SHIM_PROCESS)
+
+    flags = ["-namespace", record.namespace, "-id", record.id, "-address", record.grpc_address]
+    daemonize.spawn(
+        [*flags, "-state", record.state_directory],
+        listener=listener,
+        error_output=error_output,
+        before_exec=register,
+    )
+
+
+def _wait_until_ready(reader: int) -> None:
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    poll = select.poll()
+    poll.register(reader, select.POLLIN)
+    said = b""
+    while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        block = os.read(reader, 1 << 16)
+        said += block
+        if READY in block:
+            return
+        if not block:
+            lines = said.decode(errors="replace").split("\n")
+            reason = next((text for text in reversed(lines) if text.strip()), "it said nothing")
+            raise Refusal(f"start: daemon: it died before it was ready: {reason}; read containerd's log")
+    raise Refusal(f"start: daemon: not ready within {_READY_TIMEOUT_S:g} s; read containerd's log")
+
+
+def _publish(record: StartRecord, bundle: str) -> bytes:
+    """Leave what containerd and ``delete`` look for in the bundle, and phrase the reply."""
+    if record.protocol == "grpc":
+        # containerd 1.7 dials a gRPC address without a scheme, and reads the file as it reads the reply.
+        text = _json(record.socket_path, record.protocol)
+        address, reply = text, text.encode()
+    else:
+        address = f"unix://{record.socket_path}"
+        if record.dialect == "2.3":
+            reply = bootstrap_wire.encode_result(version=2, address=address, protocol=record.protocol)
+        elif record.dialect == "1.7":
+            reply = _json(address, record.protocol).encode()
+        else:
+            reply = address.encode()
+    state_directory.point_to(record.state_directory, bundle=bundle)
+    state_directory.write_atomically(os.path.join(bundle, "address"), address)
+    return reply
+
+
+def _json(address: str, protocol: str) -> str:
+    return json.dumps({"version": 2, "address": address, "protocol": protocol})
