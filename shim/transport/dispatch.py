@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from google.protobuf.descriptor import ServiceDescriptor
 
 MAX_STATUS_TEXT = 2048
-"""Longest error text sent, in characters: gRPC carries it in headers, of which its peers accept 8 KiB."""
+"""Longest error text sent, in bytes: gRPC escapes it, tripled at worst, into headers of at most 8 KiB."""
 
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
@@ -138,5 +138,4 @@ def status_text(error: ShimError) -> str:
 
     Names of files may hold surrogate escapes, which no protobuf string accepts.
     """
-    text = str(error).encode("utf-8", "replace").decode()
-    return text if len(text) <= MAX_STATUS_TEXT else text[: MAX_STATUS_TEXT - 1] + "…"
+    return str(error).encode("utf-8", "replace")[:MAX_STATUS_TEXT].decode("utf-8", "ignore")

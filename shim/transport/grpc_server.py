@@ -34,6 +34,9 @@ _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE),
     ("grpc.max_send_message_length", MAX_MESSAGE),
+    # By default grpc cancels some of the calls that wait behind a thousand others; here a burst is no attack.
+    ("grpc.server.max_pending_requests", 1 << 20),
+    ("grpc.server.max_pending_requests_hard_limit", 1 << 20),
 ]
 
 _Context = grpc.aio.ServicerContext[bytes, bytes]

@@ -21,6 +21,7 @@ class TtrpcConnection(asyncio.Protocol):
         self._decoder = FrameDecoder()
         self._writable = asyncio.Event()
         self._writable.set()
+        self._turn = asyncio.Lock()
         self.lost = asyncio.Event()
         self.loss_cause = "closed by the peer"
 
@@ -64,9 +65,11 @@ class TtrpcConnection(asyncio.Protocol):
         self._writable.set()
 
     async def writable(self) -> None:
-        """Wait until the write buffer has room, or the connection is lost."""
-        while not self._writable.is_set():
-            await self._writable.wait()
+        """Wait in turn until the write buffer has room, or the connection is lost."""
+        async with self._turn:
+            # Whoever had the turn before may have filled the buffer again.
+            while not self._writable.is_set():
+                await self._writable.wait()
 
     def send(self, frame: bytes) -> None:
         """Write a frame at once; it is lost with the connection if that is ending."""

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class _ClientConnection(TtrpcConnection):
     """One client: each request is a task that the end of the connection cancels.
 
-    While the client does not read its answers, no more requests are read from it: a client that only ever
-    asks cannot make memory grow.
+    While the client does not read its answers, no more requests are read from it and those read wait:
+    a client that only ever asks cannot make memory grow.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class _ClientConnection(TtrpcConnection):
         return frame
 
     async def _serve(self, frame: Frame) -> None:
+        await self.writable()
         try:
             answer = encode_response(frame.stream_id, await self._call(frame.body))
         except ShimError as error:

@@ -1,0 +1,197 @@
+"""A small task service in memory, served for real over each transport, and clients that speak alike."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+from google.protobuf import any_pb2, empty_pb2
+
+from proto.containerd import task_v2_pb2, task_v3_pb2
+from shim.errors import AlreadyExists, FailedPrecondition, NotFound, from_code
+from shim.transport.dispatch import Dispatch
+from shim.transport.grpc_server import serve_grpc
+from shim.transport.ttrpc_client import TtrpcClient
+from shim.transport.ttrpc_server import TtrpcServer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+TASK = "containerd.task.v3.Task"
+
+
+class MemoryTasks:
+    """Tasks that exist only here; what Pause, Resume and the rest would do is left out on purpose."""
+
+    def __init__(self):
+        self.bundles = {}
+        self.exits = {}
+        self.state_calls = 0
+        self.waits_begun = asyncio.Semaphore(0)
+        self.waits_cancelled = asyncio.Semaphore(0)
+        self.stats_bytes = 0
+        self.delete_error = ""
+
+    async def create(self, request):
+        assert type(request) is task_v3_pb2.CreateTaskRequest
+        if request.id in self.bundles:
+            raise AlreadyExists(f"create: {request.id}: the id is taken; choose another")
+        self.bundles[request.id] = request.bundle
+        self.exits[request.id] = asyncio.get_running_loop().create_future()
+        return task_v3_pb2.CreateTaskResponse(pid=len(self.bundles))
+
+    async def state(self, request):
+        self.state_calls += 1
+        if request.id not in self.bundles:
+            raise NotFound(f"state: {request.id}: no such task")
+        return task_v3_pb2.StateResponse(id=request.id, bundle=self.bundles[request.id])
+
+    async def wait(self, request):
+        self.waits_begun.release()
+        try:
+            status = await asyncio.shield(self.exits[request.id])
+        except asyncio.CancelledError:
+            self.waits_cancelled.release()
+            raise
+        return task_v3_pb2.WaitResponse(exit_status=status)
+
+    async def kill(self, request):
+        self.exits[request.id].set_result(128 + request.signal)
+        return empty_pb2.Empty()
+
+    async def delete(self, _request):
+        raise FailedPrecondition(self.delete_error)
+
+    async def pids(self, _request):
+        raise ZeroDivisionError("first line\nsecond line")
+
+    async def close_io(self, _request):
+        return None
+
+    async def stats(self, _request):
+        return task_v3_pb2.StatsResponse(stats=any_pb2.Any(value=bytes(self.stats_bytes)))
+
+
+@pytest.fixture
+async def tasks():
+    return MemoryTasks()
+
+
+@pytest.fixture
+def dispatch(tasks):
+    return Dispatch(
+        [
+            (task_v3_pb2.DESCRIPTOR.services_by_name["Task"], tasks),
+            (task_v2_pb2.DESCRIPTOR.services_by_name["Task"], tasks),
+        ]
+    )
+
+
+@pytest.fixture
+async def ttrpc_server(dispatch, tmp_path):
+    """A running server whose socket is ``tmp_path / "ttrpc"``."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "ttrpc"))
+    listener.listen()
+    server = TtrpcServer(dispatch)
+    serving = asyncio.create_task(server.serve(listener))
+    yield server
+    serving.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await serving
+
+
+@pytest.fixture
+async def grpc_socket(dispatch, tmp_path):
+    path = tmp_path / "grpc"
+    async with serve_grpc(dispatch, path):
+        yield path
+
+
+class OverTtrpc:
+    def __init__(self, path: Path):
+        self.path = path
+
+    @contextlib.asynccontextmanager
+    async def connect(self) -> AsyncIterator[Client]:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(str(self.path))
+        client = await TtrpcClient.over(sock)
+        try:
+            yield Client(client.call)
+        finally:
+            await client.aclose()
+
+
+class OverGrpc:
+    def __init__(self, path: Path):
+        self.path = path
+
+    @contextlib.asynccontextmanager
+    async def connect(self) -> AsyncIterator[Client]:
+        # A pool of its own keeps the channel from sharing the connection of another to the same path.
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
+        async with grpc.aio.insecure_channel(f"unix:{self.path}", options=options) as channel:
+
+            async def call(service, method, request, response_type, *, timeout_s):
+                stub = channel.unary_unary(
+                    f"/{service}/{method}",
+                    request_serializer=type(request).SerializeToString,
+                    response_deserializer=response_type.FromString,
+                )
+                try:
+                    return await stub(request, timeout=timeout_s)
+                except grpc.aio.AioRpcError as error:
+                    raise from_code(error.code().value[0], error.details()) from error
+
+            yield Client(call)
+
+
+class Client:
+    """The same calls over either transport; errors are those of ``shim.errors``."""
+
+    def __init__(self, call):
+        self.call = call
+
+    async def create(self, task_id, *, bundle="/bundle"):
+        request = task_v3_pb2.CreateTaskRequest(id=task_id, bundle=bundle)
+        return await self.call(TASK, "Create", request, task_v3_pb2.CreateTaskResponse, timeout_s=10)
+
+    async def state(self, task_id):
+        request = task_v3_pb2.StateRequest(id=task_id)
+        return await self.call(TASK, "State", request, task_v3_pb2.StateResponse, timeout_s=60)
+
+    async def wait(self, task_id, *, timeout_s=None):
+        request = task_v3_pb2.WaitRequest(id=task_id)
+        return await self.call(TASK, "Wait", request, task_v3_pb2.WaitResponse, timeout_s=timeout_s)
+
+    async def kill(self, task_id, *, signal):
+        request = task_v3_pb2.KillRequest(id=task_id, signal=signal)
+        return await self.call(TASK, "Kill", request, empty_pb2.Empty, timeout_s=10)
+
+
+@pytest.fixture(params=["ttrpc", "grpc"])
+def transport(request):
+    """Each test that asks for this runs over both."""
+    if request.param == "ttrpc":
+        server = request.getfixturevalue("ttrpc_server")
+        del server
+        return OverTtrpc(request.getfixturevalue("tmp_path") / "ttrpc")
+    return OverGrpc(request.getfixturevalue("grpc_socket"))
+
+
+@pytest.fixture
+async def grpc_client(grpc_socket):
+    async with OverGrpc(grpc_socket).connect() as connected:
+        yield connected
+
+
+@pytest.fixture
+async def client(transport):
+    async with transport.connect() as connected:
+        yield connected

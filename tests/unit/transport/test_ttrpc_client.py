@@ -1,0 +1,248 @@
+"""The ttrpc client against a server whose every frame the test writes."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+
+import pytest
+
+from proto import ttrpc_pb2
+from proto.kata import health_pb2
+from shim.errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted, ShimError, Unavailable
+from shim.transport.ttrpc_client import TtrpcClient
+from shim.transport.ttrpc_codec import (
+    MAX_BODY,
+    MAX_STREAM_ID,
+    FrameDecoder,
+    FrameType,
+    encode_error,
+    encode_frame,
+    encode_response,
+)
+
+ANSWER = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING).SerializeToString()
+
+
+class ScriptedServer:
+    def __init__(self, sock):
+        self.sock = sock
+        sock.setblocking(False)
+        self.decoder = FrameDecoder()
+        self.frames = []
+
+    async def receive(self):
+        """Read the next request: its stream id and message."""
+        while not self.frames:
+            data = await asyncio.get_running_loop().sock_recv(self.sock, 1 << 16)
+            assert data, "the client hung up"
+            self.frames += self.decoder.feed(data)
+        frame = self.frames.pop(0)
+        assert frame.kind is FrameType.REQUEST
+        assert frame.flags == 0
+        return frame.stream_id, ttrpc_pb2.Request.FromString(frame.body)
+
+    async def send(self, data):
+        await asyncio.get_running_loop().sock_sendall(self.sock, data)
+
+
+@pytest.fixture
+async def pair():
+    near, far = socket.socketpair()
+    client = await TtrpcClient.over(near)
+    server = ScriptedServer(far)
+    yield client, server
+    await client.aclose()
+    far.close()
+
+
+@pytest.fixture
+def client(pair):
+    return pair[0]
+
+
+@pytest.fixture
+def server(pair):
+    return pair[1]
+
+
+def check(client, *, service="", timeout_s=None, metadata=None):
+    """Start one call."""
+    request = health_pb2.CheckRequest(service=service)
+    return asyncio.create_task(
+        client.call(
+            "grpc.Health",
+            "Check",
+            request,
+            health_pb2.HealthCheckResponse,
+            timeout_s=timeout_s,
+            metadata=metadata or {},
+        )
+    )
+
+
+async def test_a_request_carries_names_payload_timeout_and_metadata(client, server):
+    call = check(client, service="agent", timeout_s=2.5, metadata={"containerd-namespace-ttrpc": "k8s.io"})
+    stream_id, request = await server.receive()
+    assert stream_id == 1
+    assert (request.service, request.method) == ("grpc.Health", "Check")
+    assert health_pb2.CheckRequest.FromString(request.payload).service == "agent"
+    assert request.timeout_nano == 2_500_000_000
+    assert {entry.key: entry.value for entry in request.metadata} == {"containerd-namespace-ttrpc": "k8s.io"}
+    await server.send(encode_response(stream_id, ANSWER))
+    assert (await call).status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize(("timeout_s", "nano"), [(None, 0), (1e30, (1 << 63) - 1)])
+async def test_the_timeout_sent_is_what_fits_and_0_for_none(client, server, timeout_s, nano):
+    call = check(client, timeout_s=timeout_s)
+    assert (await server.receive())[1].timeout_nano == nano
+    call.cancel()
+
+
+async def test_a_timeout_already_over_is_a_deadline_exceeded(client):
+    with pytest.raises(DeadlineExceeded):
+        await check(client, timeout_s=0)
+
+
+async def test_stream_ids_are_odd_and_rise(client, server):
+    calls = [check(client) for _ in range(4)]
+    assert [(await server.receive())[0] for _ in calls] == [1, 3, 5, 7]
+    for call in calls:
+        call.cancel()
+
+
+async def test_answers_find_their_calls_in_any_order(client, server):
+    calls = [check(client) for _ in range(3)]
+    for _ in calls:
+        await server.receive()
+    await server.send(encode_error(5, code=3, message="third") + encode_response(1, ANSWER))
+    with pytest.raises(InvalidArgument, match=r"^third$"):
+        await calls[2]
+    await calls[0]
+    assert not calls[1].done()
+    await server.send(encode_response(3, ANSWER))
+    await calls[1]
+
+
+async def test_an_explicit_status_of_zero_is_success(client, server):
+    call = check(client)
+    await server.receive()
+    body = b"\x0a\x00" + ttrpc_pb2.Response(payload=ANSWER).SerializeToString()
+    await server.send(encode_frame(1, FrameType.RESPONSE, body))
+    assert (await call).status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_status_without_a_class_of_its_own_is_the_root_error(client, server):
+    call = check(client)
+    await server.receive()
+    await server.send(encode_error(1, code=16, message="who are you"))
+    with pytest.raises(ShimError, match=r"^who are you$") as raised:
+        await call
+    assert type(raised.value) is ShimError
+
+
+async def test_the_timeout_is_enforced_here_even_if_the_server_is_silent(client, server):
+    with pytest.raises(DeadlineExceeded, match=r"grpc\.Health/Check: no answer within 0\.05 s"):
+        await check(client, timeout_s=0.05)
+
+
+@pytest.mark.parametrize("ending", ["cancelled", "timed out"])
+async def test_a_late_answer_is_dropped_and_the_connection_stays_usable(client, server, ending):
+    call = check(client, timeout_s=0.05 if ending == "timed out" else None)
+    await server.receive()
+    if ending == "cancelled":
+        call.cancel()
+    with pytest.raises((asyncio.CancelledError, DeadlineExceeded)):
+        await call
+    following = check(client)
+    await server.receive()
+    await server.send(encode_response(1, b"") + encode_response(3, ANSWER))
+    assert (await following).status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_losing_the_connection_fails_every_pending_and_later_call(client, server):
+    calls = [check(client) for _ in range(3)]
+    for _ in calls:
+        await server.receive()
+    server.sock.close()
+    await client.wait_closed()
+    for call in [*calls, check(client)]:
+        with pytest.raises(Unavailable, match=r"grpc\.Health/Check: connection lost"):
+            await call
+
+
+async def test_a_call_just_cancelled_and_a_connection_just_lost_leave_no_complaint(client, server, caplog):
+    call = check(client)
+    await server.receive()
+    await client.aclose()
+    call.cancel()
+    with pytest.raises((asyncio.CancelledError, Unavailable)):
+        await call
+    assert caplog.records == []
+
+
+async def test_closing_twice_is_closing(client):
+    await client.aclose()
+    await client.aclose()
+    with pytest.raises(Unavailable, match="closed by this side"):
+        await check(client)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"OK 1024\nnot ttrpc at all", encode_frame(1, FrameType.DATA, b"")],
+    ids=["text", "stream data"],
+)
+async def test_a_server_that_does_not_speak_ttrpc_is_unavailable(client, server, garbage):
+    call = check(client)
+    await server.receive()
+    await server.send(garbage)
+    with pytest.raises(Unavailable, match="dropped"):
+        await call
+
+
+async def test_an_oversized_answer_fails_its_call_only(client, server):
+    call, other = check(client), check(client)
+    await server.receive()
+    await server.receive()
+    await server.send(struct.pack(">IIBB", MAX_BODY + 1, 1, FrameType.RESPONSE, 0) + bytes(MAX_BODY + 1))
+    with pytest.raises(ResourceExhausted, match="4194305"):
+        await call
+    await server.send(encode_response(3, ANSWER))
+    await other
+
+
+@pytest.mark.parametrize("body", [b"\xff\xff", b"\x12\x01\xff"], ids=["not a response", "not the message"])
+async def test_an_answer_that_cannot_be_read_is_an_internal_error(client, server, body):
+    call = check(client)
+    await server.receive()
+    await server.send(encode_frame(1, FrameType.RESPONSE, body))
+    with pytest.raises(Internal, match=r"not a valid grpc\.HealthCheckResponse"):
+        await call
+
+
+async def test_calls_wait_while_the_server_does_not_read_and_go_out_in_order_after(client, server):
+    calls = [check(client, service="x" * (1 << 20)) for _ in range(8)]
+    await asyncio.wait(calls, timeout=0.1)
+    for number in range(8):
+        stream_id, _ = await server.receive()
+        assert stream_id == 2 * number + 1
+        await server.send(encode_response(stream_id, ANSWER))
+    for call in calls:
+        await call
+
+
+async def test_a_call_that_waits_for_room_still_has_its_deadline(client):
+    filler = check(client, service="x" * (4_000_000))
+    with pytest.raises(DeadlineExceeded):
+        await check(client, timeout_s=0.05)
+    filler.cancel()
+
+
+async def test_a_connection_without_stream_ids_left_is_given_up(client):
+    client._next_stream_id = MAX_STREAM_ID + 2
+    with pytest.raises(Unavailable, match="connect anew"):
+        await check(client)
+    await client.wait_closed()

@@ -1,0 +1,237 @@
+"""The ttrpc server against clients that do not behave."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+
+import pytest
+
+from proto import ttrpc_pb2
+from proto.containerd import task_v3_pb2
+from shim.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unimplemented,
+)
+from shim.transport.ttrpc_codec import MAX_BODY, FrameDecoder, FrameType, encode_frame, encode_request
+from shim.transport.ttrpc_server import TtrpcServer
+
+TASK = "containerd.task.v3.Task"
+
+
+class RawClient:
+    """Sends any bytes and reads frames."""
+
+    def __init__(self, path):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(str(path))
+        self.sock.setblocking(False)
+        self.decoder = FrameDecoder()
+        self.frames = []
+
+    async def send(self, data):
+        await asyncio.get_running_loop().sock_sendall(self.sock, data)
+
+    async def receive(self):
+        """Read the next response; None at the end of the connection."""
+        while not self.frames:
+            try:
+                data = await asyncio.get_running_loop().sock_recv(self.sock, 1 << 16)
+            except ConnectionResetError:
+                return None
+            if not data:
+                return None
+            self.frames += self.decoder.feed(data)
+        frame = self.frames.pop(0)
+        return frame.stream_id, ttrpc_pb2.Response.FromString(frame.body)
+
+    async def refused_as(self, error_class):
+        _, response = await self.receive()
+        assert response.status.code == error_class.code
+        assert response.payload == b""
+        return response.status.message
+
+
+def request_frame(stream_id, method="State", message=None, *, timeout_nano=0):
+    payload = (message or task_v3_pb2.StateRequest(id="ghost")).SerializeToString()
+    return encode_request(
+        stream_id, service=TASK, method=method, payload=payload, timeout_nano=timeout_nano, metadata={}
+    )
+
+
+@pytest.fixture
+async def raw(ttrpc_server, tmp_path):
+    clients = []
+
+    def connect():
+        clients.append(RawClient(tmp_path / "ttrpc"))
+        return clients[-1]
+
+    yield connect
+    for client in clients:
+        client.sock.close()
+
+
+async def test_stream_ids_of_answers_are_those_of_their_requests(raw):
+    client = raw()
+    await client.send(request_frame(7) + request_frame(9))
+    assert [(await client.receive())[0], (await client.receive())[0]] == [7, 9]
+
+
+@pytest.mark.parametrize(
+    ("stream_id", "text"),
+    [(0, "odd"), (2, "odd"), (3, "exceed"), (1, "exceed")],
+    ids=["zero", "even", "reused", "lower"],
+)
+async def test_a_bad_stream_id_is_refused_and_the_connection_lives(raw, stream_id, text):
+    client = raw()
+    await client.send(request_frame(3))
+    await client.refused_as(NotFound)
+    await client.send(request_frame(stream_id))
+    assert text in await client.refused_as(InvalidArgument)
+    await client.send(request_frame(5))
+    await client.refused_as(NotFound)
+
+
+@pytest.mark.parametrize("flags", [1, 2], ids=["server streaming", "client streaming"])
+async def test_a_streaming_call_is_unimplemented(raw, flags):
+    client = raw()
+    await client.send(encode_frame(1, FrameType.REQUEST, request_frame(1)[10:], flags=flags))
+    assert "streaming" in await client.refused_as(Unimplemented)
+
+
+async def test_data_for_a_stream_that_is_not_open_is_an_invalid_argument(raw):
+    client = raw()
+    await client.send(encode_frame(1, FrameType.DATA, b"data"))
+    assert "stream 1 is not open" in await client.refused_as(InvalidArgument)
+
+
+async def test_an_oversized_request_is_refused_and_its_body_skipped(raw):
+    client = raw()
+    header = struct.pack(">IIBB", MAX_BODY + 1, 1, FrameType.REQUEST, 0)
+    sending = asyncio.create_task(client.send(header + bytes(MAX_BODY + 1) + request_frame(3)))
+    assert "4194305" in await client.refused_as(ResourceExhausted)
+    await client.refused_as(NotFound)
+    await sending
+
+
+async def test_a_body_that_is_no_request_is_an_invalid_argument(raw):
+    client = raw()
+    await client.send(encode_frame(1, FrameType.REQUEST, b"\xff\xff\xff") + request_frame(3))
+    await client.refused_as(InvalidArgument)
+    await client.refused_as(NotFound)
+
+
+async def test_the_timeout_of_a_request_limits_its_handler(raw, tasks):
+    client = raw()
+    await client.send(request_frame(1, "Create", task_v3_pb2.CreateTaskRequest(id="one")))
+    await client.receive()
+    await client.send(request_frame(3, "Wait", task_v3_pb2.WaitRequest(id="one"), timeout_nano=20_000_000))
+    assert "0.02 s" in await client.refused_as(DeadlineExceeded)
+    await tasks.waits_cancelled.acquire()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, encode_frame(1, FrameType.RESPONSE, b"")],
+    ids=["http", "noise", "a response"],
+)
+async def test_garbage_ends_its_connection_and_no_other(raw, garbage):
+    good, bad = raw(), raw()
+    await good.send(request_frame(1))
+    await good.refused_as(NotFound)
+    await bad.send(garbage)
+    assert await bad.receive() is None
+    await good.send(request_frame(3))
+    await good.refused_as(NotFound)
+
+
+async def test_half_a_frame_and_a_hang_up_harm_nobody(raw):
+    good, bad = raw(), raw()
+    await bad.send(request_frame(1)[:15])
+    bad.sock.close()
+    await good.send(request_frame(1))
+    await good.refused_as(NotFound)
+
+
+async def test_a_half_closed_connection_is_a_closed_one(raw, tasks):
+    client = raw()
+    await client.send(request_frame(1, "Create", task_v3_pb2.CreateTaskRequest(id="one")))
+    await client.receive()
+    await client.send(request_frame(3, "Wait", task_v3_pb2.WaitRequest(id="one")))
+    await tasks.waits_begun.acquire()
+    client.sock.shutdown(socket.SHUT_WR)
+    await tasks.waits_cancelled.acquire()
+    assert await client.receive() is None
+
+
+async def test_a_client_that_does_not_read_is_not_served_on_but_loses_nothing(raw, tasks):
+    client = raw()
+    tasks.bundles["big"] = "x" * 8192
+    count = 20_000
+    request = task_v3_pb2.StateRequest(id="big")
+    stream = b"".join(request_frame(2 * number + 1, message=request) for number in range(count))
+    sending = asyncio.create_task(client.send(stream))
+    await asyncio.wait([sending], timeout=0.5)
+    assert not sending.done()
+    assert 0 < tasks.state_calls < 200
+    assert {(await client.receive())[0] for _ in range(count)} == {2 * number + 1 for number in range(count)}
+    await sending
+
+
+async def test_draining_answers_what_is_in_flight_and_ends_the_server(ttrpc_server, raw, tasks):
+    client = raw()
+    await client.send(request_frame(1, "Create", task_v3_pb2.CreateTaskRequest(id="one")))
+    await client.receive()
+    await client.send(request_frame(3, "Wait", task_v3_pb2.WaitRequest(id="one")))
+    await tasks.waits_begun.acquire()
+    draining = asyncio.create_task(ttrpc_server.drain(5))
+    await asyncio.sleep(0)
+    await client.send(request_frame(5))
+    tasks.exits["one"].set_result(3)
+    stream_id, response = await client.receive()
+    assert stream_id == 3
+    assert task_v3_pb2.WaitResponse.FromString(response.payload).exit_status == 3
+    assert await client.receive() is None
+    await draining
+
+
+async def test_draining_gives_up_on_handlers_that_do_not_end(ttrpc_server, raw, tasks):
+    client = raw()
+    await client.send(request_frame(1, "Create", task_v3_pb2.CreateTaskRequest(id="one")))
+    await client.receive()
+    await client.send(request_frame(3, "Wait", task_v3_pb2.WaitRequest(id="one")))
+    await tasks.waits_begun.acquire()
+    await ttrpc_server.drain(0.05)
+    await tasks.waits_cancelled.acquire()
+    assert await client.receive() is None
+
+
+async def test_a_drained_server_accepts_nobody(ttrpc_server, tmp_path):
+    await ttrpc_server.drain(1)
+    await asyncio.sleep(0)
+    with socket.socket(socket.AF_UNIX) as late, pytest.raises(ConnectionRefusedError):
+        late.connect(str(tmp_path / "ttrpc"))
+
+
+async def test_cancelling_the_server_cancels_its_handlers_and_hangs_up(dispatch, tasks, tmp_path):
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "own"))
+    serving = asyncio.create_task(TtrpcServer(dispatch).serve(listener))
+    await asyncio.sleep(0)
+    client = RawClient(tmp_path / "own")
+    await client.send(request_frame(1, "Create", task_v3_pb2.CreateTaskRequest(id="one")))
+    await client.receive()
+    await client.send(request_frame(3, "Wait", task_v3_pb2.WaitRequest(id="one")))
+    await tasks.waits_begun.acquire()
+    serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+    await tasks.waits_cancelled.acquire()
+    assert await client.receive() is None
+    assert listener.fileno() == -1
+    client.sock.close()
