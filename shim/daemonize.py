@@ -91,6 +91,8 @@ def _become(arguments: list[str], *, listener: int | None, error_output: int) ->
         os.dup2(listener, LISTENER_DESCRIPTOR)
         # dup2 of a descriptor onto itself leaves close-on-exec as it was.
         os.set_inheritable(LISTENER_DESCRIPTOR, True)  # noqa: FBT003 - its only spelling
+    first_other = LISTENER_DESCRIPTOR + (listener is not None)
+    os.closerange(first_other, os.sysconf("SC_OPEN_MAX"))
     environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
     os.execve(sys.executable, [*_program(), *arguments], environment)  # noqa: S606 - no shell is wanted
 

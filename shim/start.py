@@ -84,7 +84,9 @@ def start(line: CommandLine) -> bytes:
         lock = state_directory.lock(record.state_directory)
         try:
             if _is_live(record.socket_path):
-                return _publish(state_directory.read_record(record.state_directory), bundle)
+                return _publish(
+                    state_directory.read_record(record.state_directory), bundle=bundle, dialect=caller.dialect
+                )
             if not _remove_leftovers(record):
                 return _make(record)
         finally:
@@ -114,7 +116,7 @@ def identify_caller(data: bytes, line: CommandLine) -> Caller:
     return Caller(
         dialect=dialect,
         params=BootstrapParams(
-            ttrpc_address=environment.get("TTRPC_ADDRESS", ""),
+            ttrpc_address=environment.get("TTRPC_ADDRESS") or f"{line.address}.ttrpc",
             grpc_address=environment.get("GRPC_ADDRESS") or line.address,
             binary=line.publish_binary,
             options=options,
@@ -223,7 +225,7 @@ def _make(record: StartRecord) -> bytes:
             _spawn_grpc(record, ledger)
         else:
             _spawn_ttrpc(record, ledger)
-        reply = _publish(record, record.bundle)
+        reply = _publish(record, bundle=record.bundle, dialect=record.dialect)
         done = True
         return reply
     finally:
@@ -298,7 +300,7 @@ def _wait_until_ready(reader: int) -> None:
     raise Refusal(f"start: daemon: not ready within {_READY_TIMEOUT_S:g} s; read containerd's log")
 
 
-def _publish(record: StartRecord, bundle: str) -> bytes:
+def _publish(record: StartRecord, *, bundle: str, dialect: str) -> bytes:
     """Leave what containerd and ``delete`` look for in the bundle, and phrase the reply."""
     if record.protocol == "grpc":
         # containerd 1.7 dials a gRPC address without a scheme, and reads the file as it reads the reply.
@@ -306,9 +308,9 @@ def _publish(record: StartRecord, bundle: str) -> bytes:
         address, reply = text, text.encode()
     else:
         address = f"unix://{record.socket_path}"
-        if record.dialect == "2.3":
+        if dialect == "2.3":
             reply = bootstrap_wire.encode_result(version=2, address=address, protocol=record.protocol)
-        elif record.dialect == "1.7":
+        elif dialect == "1.7":
             reply = _json(address, record.protocol).encode()
         else:
             reply = address.encode()
