@@ -81,7 +81,7 @@ class VmExit:
 class HostProcess:
     """A process on the host that serves one virtual machine.
 
-    :param name: what it does: ``qemu``, ``virtiofsd``, ``vhost-device-vsock``.
+    :param name: what it does: ``QEMU``, ``virtio-fs daemon``, ``vhost-device-vsock``.
     :param pid: its process id.
     """
 

@@ -108,6 +108,11 @@ class Process:
         lines = [line.strip() for line in self.output().splitlines() if line.strip()]
         return "; ".join(printable(line) for line in lines[-_CAUSE_LINES:])
 
+    def obituary(self) -> str:
+        """Say in one line how the process ended; it must have."""
+        words = self.last_words()
+        return f"{self.name} {self.exited.result()}" + (f": {words}" if words else "")
+
     def _reap(self) -> None:
         try:
             result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-_QEMU = "qemu"
+_QEMU = "QEMU"
 
 _LAST_WORDS_S = 1.0
 """How long the death of one process may lag behind what it caused in another."""
@@ -205,8 +206,8 @@ class QemuHypervisor(Hypervisor):
         await asyncio.wait([self._qemu.exited], timeout=_LAST_WORDS_S)
         for daemon in self._daemons:
             if daemon.exited.done() and daemon.exited.result().code != 0:
-                return _ended(daemon)
-        return _ended(self._qemu) if self._qemu.exited.done() else f"QEMU: {error}"
+                return daemon.obituary()
+        return self._qemu.obituary() if self._qemu.exited.done() else f"QEMU: {error}"
 
     async def _supervise(self, qemu: Process, qmp: QmpSession) -> None:
         await asyncio.wait(
@@ -224,10 +225,10 @@ class QemuHypervisor(Hypervisor):
                 await qmp.drained()
         if self._console:
             self._console.close()
-        if self._stopping:
+        if self._stopping and status.signal == signal.SIGKILL:
             reason = "stopped"
         elif blamed is not None:
-            reason = _ended(blamed)
+            reason = blamed.obituary()
         else:
             reason = vm_exit_reason(
                 status,
@@ -281,10 +282,3 @@ async def _cancel(task: asyncio.Task[Any]) -> None:
     if not task.done():
         task.cancel()
         await asyncio.wait([task])
-
-
-def _ended(process: Process) -> str:
-    name = {_QEMU: "QEMU", virtiofsd.NAME: "virtio-fs daemon"}.get(process.name, process.name)
-    words = process.last_words()
-    status = process.exited.result()
-    return f"{name} {status}: {words}" if words else f"{name} {status}"

@@ -15,7 +15,7 @@ from hypervisor.process import Process
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-NAME = "virtiofsd"
+NAME = "virtio-fs daemon"
 
 _HELP_TIMEOUT_S = 5.0
 
@@ -49,7 +49,7 @@ async def detect_dialect(virtiofsd: Path) -> Dialect:
     :param virtiofsd: the program.
     :raises VmStartError: if it cannot be run, or is no virtio-fs daemon.
     """
-    process = Process.spawn(f"{NAME} --help", [str(virtiofsd), "--help"])
+    process = Process.spawn(f"{virtiofsd} --help", [str(virtiofsd), "--help"])
     try:
         async with asyncio.timeout(_HELP_TIMEOUT_S):
             status = await process.exited
@@ -60,7 +60,7 @@ async def detect_dialect(virtiofsd: Path) -> Dialect:
     finally:
         process.kill()
     if status.code != 0:
-        raise VmStartError(f"start vm: {virtiofsd}: --help {status}: {process.last_words()}")
+        raise VmStartError(f"start vm: {process.obituary()}")
     dialect = dialect_of(process.output())
     if dialect is None:
         raise VmStartError(f"start vm: {virtiofsd}: not a virtio-fs daemon; install virtiofsd")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 VHOST_VSOCK = Path("/dev/vhost-vsock")
 
-_DAEMON_NAME = "vhost-device-vsock"
+DAEMON_NAME = "vhost-device-vsock"
 _DAEMON_REDIAL_S = 0.002
 _DAEMON_GUEST_CID = 3
 """Any number does: each daemon serves one guest and is reached by its own socket."""
@@ -148,7 +148,7 @@ class UserVsockChannel(GuestChannel):
         """
         device = f"/proc/self/fd/{self._directory_fd}/vhost-vsock.sock"
         vm = f"guest-cid={_DAEMON_GUEST_CID},socket={device},uds-path={self._ports}"
-        process = self._spawn(_DAEMON_NAME, [str(self._daemon), "--vm", vm], inherit=[self._directory_fd])
+        process = self._spawn(DAEMON_NAME, [str(self._daemon), "--vm", vm], inherit=[self._directory_fd])
         stream = handover.enter_context(socket.socket(socket.AF_UNIX))
         while True:
             try:
@@ -160,9 +160,7 @@ class UserVsockChannel(GuestChannel):
             else:
                 return UserVsock(fd=stream.fileno())
             if process.exited.done():
-                raise VmStartError(
-                    f"start vm: {_DAEMON_NAME} {process.exited.result()}: {process.last_words()}"
-                )
+                raise VmStartError(f"start vm: {process.obituary()}")
 
     async def dial(self, port: int) -> socket.socket:
         """Try once to connect, in the protocol that Firecracker introduced for vsock over a unix socket.
@@ -275,7 +273,7 @@ def channel_problem(channel: Channel, *, vsock_daemon: Path | None) -> str | Non
                 return f"{VHOST_VSOCK}: {error.strerror}; load the kernel module vhost_vsock"
         case Channel.VHOST_USER_VSOCK:
             if vsock_daemon is None or not os.access(vsock_daemon, os.X_OK):
-                return f"{vsock_daemon or _DAEMON_NAME}: no such program; install vhost-device-vsock"
+                return f"{vsock_daemon or DAEMON_NAME}: no such program; install vhost-device-vsock"
         case Channel.VIRTIO_SERIAL:
             pass
     return None
