@@ -6,21 +6,24 @@ import asyncio
 import logging
 import os
 import signal
+import socket
+import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proto.containerd import task_v2_pb2, task_v3_pb2
 from shim import mounts, state_directory
+from shim.config import ConfigText, parse
 from shim.events import Publisher
 from shim.ledger import Ledger
+from shim.log import configure
 from shim.sandbox import Sandbox
 from shim.services.task import TaskService
 from shim.transport.dispatch import Dispatch
 from shim.transport.ttrpc_server import TtrpcServer
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
 
     from shim.config import Config
@@ -33,19 +36,19 @@ EVENTS_TIMEOUT_S = 5.0  # as long as containerd's own shims let the last events 
 UNDO_TIMEOUT_S = 3.0  # for killed processes to be gone; below containerd's 5 s for `delete`
 
 
-def run(
-    record: StartRecord, config: Config, *, listener: socket.socket | None, ready: Callable[[], None]
-) -> None:
+def run(record: StartRecord, socket_descriptor: int | None, ready: Callable[[], None]) -> None:
     """Serve one sandbox until containerd shuts it down, then leave nothing behind.
 
     :param record: how the shim was started.
-    :param config: the configuration that ``start`` found valid.
-    :param listener: the listening ttrpc socket; none if containerd speaks gRPC.
+    :param socket_descriptor: the listening ttrpc socket; none if containerd speaks gRPC.
     :param ready: called once every socket that containerd needs is listening.
     """
+    settings = parse(ConfigText(text=record.config_text, source=record.config_source))
+    configure("debug" if record.debug else settings.shim.log_level)
     mounts.enter_private_namespace()
+    listener = None if socket_descriptor is None else socket.socket(fileno=socket_descriptor)
     try:
-        asyncio.run(_serve(record, config, listener=listener, ready=ready))
+        asyncio.run(_serve(record, settings, listener=listener, ready=ready))
     finally:
         _undo(record)
 
@@ -111,7 +114,7 @@ async def _serve_until(
 
 def _undo(record: StartRecord) -> None:
     """Undo what is left, unless ``delete`` was faster."""
-    held = state_directory.lock(record.state_directory, create=False)
+    held = state_directory.lock_existing(record.state_directory)
     if held is None:
         return
     ledger = Ledger(record.state_directory)

@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from shim import kernel
 from shim.errors import Internal, InvalidArgument
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ MS_BIND = 4096
 MS_REC = 16384
 MS_SLAVE = 1 << 19
 MS_SHARED = 1 << 20
-MNT_DETACH = 2
 
 # mount(8) option -> (flag, whether the option clears it). Names as in mount(2).
 _FLAGS: dict[str, tuple[int, bool]] = {
@@ -109,10 +109,11 @@ def unmount(target: Path) -> None:
 
     :raises Internal: if the kernel refuses for another reason than "not a mount point".
     """
-    if _libc.umount2(os.fsencode(target), MNT_DETACH) != 0:
-        number = ctypes.get_errno()
-        if number not in {errno.EINVAL, errno.ENOENT}:
-            raise Internal(f"unmount: {target}: {os.strerror(number)}")
+    try:
+        kernel.detach_mount(str(target))
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOENT}:
+            raise Internal(f"unmount: {target}: {os.strerror(error.errno or 0)}") from error
 
 
 def enter_private_namespace() -> None:

@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hypervisor import AGENT_PORT, HypervisorError, Qemu, VmSpec
+from hypervisor import AGENT_PORT, HypervisorError, QemuHypervisor, VmSpec
 from shim import mounts
 from shim.agent import Agent
 from shim.container import Container, read_spec
@@ -64,7 +64,7 @@ class Sandbox:
         self._publisher = publisher
         self._ledger = ledger
         self._group = group
-        self._vm: Qemu | None = None
+        self._vm: QemuHypervisor | None = None
         self._ready: asyncio.Future[Agent] = asyncio.get_running_loop().create_future()
         self._running: asyncio.Task[None] | None = None
 
@@ -168,7 +168,7 @@ class Sandbox:
         timeout_s = self._config.guest.boot_timeout_s
         try:
             async with asyncio.timeout(timeout_s) as limit:
-                self._vm = vm = Qemu(spec, on_process=self._record_process)
+                self._vm = vm = QemuHypervisor(spec, on_process=self._record_process)
                 await vm.start(timeout_s=timeout_s)
                 connection = await vm.connect(AGENT_PORT, timeout_s=timeout_s)
                 agent = await Agent.over(connection, timeout_s=timeout_s)
