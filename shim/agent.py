@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 
-from proto.kata import agent_pb2, health_pb2
+from proto.kata import agent_pb2, health_pb2, oci_pb2
 from shim.transport.ttrpc_client import TtrpcClient
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ SHM_DIRECTORY = "/run/kata-containers/sandbox/shm"
 SHM_BYTES = 64 * 1024 * 1024  # the size runc gives /dev/shm
 
 CALL_TIMEOUT_S = 60.0  # the protocol's customary limit, Kata's create_container_timeout among them
+STATS_TIMEOUT_S = 1.8  # containerd asks for statistics with a limit of 2 s
 SIGNAL_TIMEOUT_S = 10.0  # a kill must fail, or reach for the machine, before a client gives up
 
 _Reply = TypeVar("_Reply", bound="Message")
@@ -134,6 +135,38 @@ class Agent:
     async def exec_process(self, request: agent_pb2.ExecProcessRequest) -> None:
         """Create and start a further process in a container."""
         await self._call("ExecProcess", request, Empty)
+
+    async def pause_container(self, container_id: str) -> None:
+        """Freeze every process of a container."""
+        await self._call("PauseContainer", agent_pb2.PauseContainerRequest(container_id=container_id), Empty)
+
+    async def resume_container(self, container_id: str) -> None:
+        """Let the processes of a frozen container go on."""
+        await self._call(
+            "ResumeContainer", agent_pb2.ResumeContainerRequest(container_id=container_id), Empty
+        )
+
+    async def update_container(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
+        """Change a container's limits inside the guest."""
+        request = agent_pb2.UpdateContainerRequest(container_id=container_id, resources=resources)
+        await self._call("UpdateContainer", request, Empty)
+
+    async def stats_container(self, container_id: str) -> agent_pb2.StatsContainerResponse:
+        """Measure a container."""
+        request = agent_pb2.StatsContainerRequest(container_id=container_id)
+        return await self._call(
+            "StatsContainer", request, agent_pb2.StatsContainerResponse, timeout_s=STATS_TIMEOUT_S
+        )
+
+    async def next_oom(self) -> str:
+        """Block until the guest kernel kills a process for memory.
+
+        :returns: the container it was in.
+        """
+        reply = await self._call(
+            "GetOOMEvent", agent_pb2.GetOOMEventRequest(), agent_pb2.OOMEvent, timeout_s=None
+        )
+        return reply.container_id
 
     async def signal_process(self, container_id: str, *, exec_id: str, signal: int) -> None:
         """Send a signal; an empty ``exec_id`` with SIGKILL reaches every process of the container."""

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
     from proto.containerd.types_pb2 import Mount
+    from proto.kata import oci_pb2
     from shim.agent import Agent
     from shim.sandbox import Sandbox
 
@@ -139,6 +140,50 @@ class Container:
             self._sandbox.publish(
                 "/tasks/start", events_pb2.TaskStart(container_id=self.id, pid=self._sandbox.pid)
             )
+
+    async def pause(self) -> None:
+        """Freeze the container.
+
+        :raises FailedPrecondition: if it is not running.
+        """
+        async with self.lock:
+            self.init.require(Input.PAUSE)
+            agent = await self._sandbox.agent()
+            await agent.pause_container(self.id)
+            self.init.apply(Input.PAUSE)
+            self._sandbox.publish("/tasks/paused", events_pb2.TaskPaused(container_id=self.id))
+
+    async def resume(self) -> None:
+        """Let a frozen container go on.
+
+        :raises FailedPrecondition: if it is not paused.
+        """
+        async with self.lock:
+            self.init.require(Input.RESUME)
+            agent = await self._sandbox.agent()
+            await agent.resume_container(self.id)
+            self.init.apply(Input.RESUME)
+            self._sandbox.publish("/tasks/resumed", events_pb2.TaskResumed(container_id=self.id))
+
+    async def update(self, resources: oci_pb2.LinuxResources) -> None:
+        """Change the container's limits.
+
+        :raises FailedPrecondition: if it has ended.
+        """
+        if self.init.exited.is_set():
+            raise FailedPrecondition(f"update: container {self.id}: it is {self.init.state.value}")
+        agent = await self._sandbox.agent()
+        await agent.update_container(self.id, resources)
+
+    async def stats(self) -> agent_pb2.StatsContainerResponse:
+        """Measure the container.
+
+        :raises NotFound: if it has ended.
+        """
+        if self.init.exited.is_set():
+            raise NotFound(f"stats: container {self.id}: not running")
+        agent = await self._sandbox.agent()
+        return await agent.stats_container(self.id)
 
     def add_exec(self, exec_id: str, *, spec: dict[str, Any], stdio: Stdio) -> None:
         """Register an exec; it runs on :meth:`start_exec`.

@@ -17,6 +17,7 @@ Each class carries its wire code (the gRPC status number, which ttrpc shares), s
 needs a table of its own. The message is one line: phase, object, cause, remedy.
 """
 
+# ruff: noqa: N818 - the names are those of the wire statuses
 from __future__ import annotations
 
 from typing import ClassVar

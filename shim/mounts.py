@@ -7,7 +7,6 @@ never seen by the host. Python 3.11 has neither ``mount`` nor ``unshare``, hence
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import threading
 from pathlib import Path
@@ -105,15 +104,14 @@ def mount(source: str, target: Path, fstype: str = "", flags: int = 0, data: str
 
 
 def unmount(target: Path) -> None:
-    """Detach the mount at ``target``; one that is not there is no error.
+    """Detach whatever is mounted at or below ``target``, busy or not; nothing there is no error.
 
-    :raises Internal: if the kernel refuses for another reason than "not a mount point".
+    :raises Internal: if the kernel refuses.
     """
     try:
-        kernel.detach_mount(str(target))
+        kernel.detach_mounts(str(target.resolve()))
     except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.ENOENT}:
-            raise Internal(f"unmount: {target}: {os.strerror(error.errno or 0)}") from error
+        raise Internal(f"unmount: {target}: {os.strerror(error.errno or 0)}") from error
 
 
 def enter_private_namespace() -> None:

@@ -167,7 +167,7 @@ def _linux(linux: dict[str, Any], *, container_id: str, seccomp: bool) -> oci_pb
         UIDMappings=[_id_mapping(m) for m in linux.get("uidMappings") or []],
         GIDMappings=[_id_mapping(m) for m in linux.get("gidMappings") or []],
         Sysctl=linux.get("sysctl") or {},
-        Resources=_resources(linux.get("resources") or {}),
+        Resources=translate_resources(linux.get("resources") or {}),
         CgroupsPath=_cgroups_path(linux.get("cgroupsPath") or "", container_id=container_id),
         # pid is asked for with sandbox_pidns; network is the machine's own; cgroup and time the agent's.
         Namespaces=[oci_pb2.LinuxNamespace(Type=kind) for kind in (*_GUEST_NAMESPACES, *({"user"} & wanted))],
@@ -209,7 +209,8 @@ def _device(device: dict[str, Any]) -> oci_pb2.LinuxDevice | None:
     )
 
 
-def _resources(resources: dict[str, Any]) -> oci_pb2.LinuxResources:
+def translate_resources(resources: dict[str, Any]) -> oci_pb2.LinuxResources:
+    """Translate a container's limits, at its creation or for an update."""
     memory = resources.get("memory") or {}
     cpu = resources.get("cpu") or {}
     pids = resources.get("pids") or {}

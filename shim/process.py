@@ -23,6 +23,7 @@ class State(enum.Enum):
 
     CREATED = "created"
     RUNNING = "running"
+    PAUSED = "paused"
     STOPPED = "stopped"
     DELETED = "deleted"
 
@@ -31,6 +32,8 @@ class Input(enum.Enum):
     """What can happen to a process."""
 
     START = "start"
+    PAUSE = "pause"
+    RESUME = "resume"
     EXIT = "exit"
     DELETE = "delete"
 
@@ -39,7 +42,10 @@ TRANSITIONS: dict[tuple[State, Input], State] = {
     (State.CREATED, Input.START): State.RUNNING,
     (State.CREATED, Input.EXIT): State.STOPPED,
     (State.CREATED, Input.DELETE): State.DELETED,
+    (State.RUNNING, Input.PAUSE): State.PAUSED,
     (State.RUNNING, Input.EXIT): State.STOPPED,
+    (State.PAUSED, Input.RESUME): State.RUNNING,
+    (State.PAUSED, Input.EXIT): State.STOPPED,
     (State.STOPPED, Input.DELETE): State.DELETED,
 }
 

@@ -12,6 +12,8 @@ from google.protobuf.empty_pb2 import Empty
 from proto.containerd import runc_options_pb2, task_types_pb2, task_v3_pb2
 from shim.errors import InvalidArgument, NotFound
 from shim.events import pack
+from shim.metrics import host_has_cgroup_v2, to_metrics
+from shim.oci import translate_resources
 from shim.process import Process, State
 from shim.stdio import Stdio
 from shim.timestamps import to_timestamp
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 _STATUS = {
     State.CREATED: task_types_pb2.CREATED,
     State.RUNNING: task_types_pb2.RUNNING,
+    State.PAUSED: task_types_pb2.PAUSED,
     State.STOPPED: task_types_pb2.STOPPED,
     State.DELETED: task_types_pb2.STOPPED,
 }
@@ -124,12 +127,43 @@ class TaskService:
         ]
         return task_v3_pb2.PidsResponse(processes=processes)
 
+    async def pause(self, request: task_v3_pb2.PauseRequest) -> Empty:
+        """Freeze a container."""
+        await self._sandbox.container(request.id).pause()
+        return Empty()
+
+    async def resume(self, request: task_v3_pb2.ResumeRequest) -> Empty:
+        """Let a frozen container go on."""
+        await self._sandbox.container(request.id).resume()
+        return Empty()
+
+    async def update(self, request: task_v3_pb2.UpdateTaskRequest) -> Empty:
+        """Change a container's limits."""
+        container = self._sandbox.container(request.id)
+        kind = request.resources.type_url.rpartition("/")[2]
+        if kind != "LinuxResources":
+            raise InvalidArgument(
+                f"update: container {request.id}: resources of type {kind!r}; send LinuxResources"
+            )
+        resources = _json_object(request.resources.value, what=f"update: container {request.id}: resources")
+        try:
+            message = translate_resources(resources)
+        except (TypeError, AttributeError, KeyError, ValueError) as error:
+            raise InvalidArgument(f"update: container {request.id}: malformed resources: {error}") from error
+        await container.update(message)
+        return Empty()
+
+    async def stats(self, request: task_v3_pb2.StatsRequest) -> task_v3_pb2.StatsResponse:
+        """Measure a container, in the message of the host's cgroup version."""
+        stats = await self._sandbox.container(request.id).stats()
+        return task_v3_pb2.StatsResponse(stats=pack(to_metrics(stats, unified=host_has_cgroup_v2())))
+
     async def exec(self, request: task_v3_pb2.ExecProcessRequest) -> Empty:
         """Register an exec; Start runs it."""
         container = self._sandbox.container(request.id)
         container.add_exec(
             request.exec_id,
-            spec=_process_spec(request.spec.value, exec_id=request.exec_id),
+            spec=_json_object(request.spec.value, what=f"exec {request.exec_id}: spec"),
             stdio=Stdio(
                 stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal
             ),
@@ -168,11 +202,11 @@ class TaskService:
         return self._sandbox.pid
 
 
-def _process_spec(value: bytes, *, exec_id: str) -> dict[str, Any]:
+def _json_object(value: bytes, *, what: str) -> dict[str, Any]:
     try:
-        spec = json.loads(value)
+        decoded = json.loads(value)
     except ValueError as error:
-        raise InvalidArgument(f"exec {exec_id}: spec is not JSON: {error}") from error
-    if not isinstance(spec, dict):
-        raise InvalidArgument(f"exec {exec_id}: spec is not a JSON object")
-    return spec
+        raise InvalidArgument(f"{what}: not JSON: {error}") from error
+    if not isinstance(decoded, dict):
+        raise InvalidArgument(f"{what}: not a JSON object")
+    return decoded
