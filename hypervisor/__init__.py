@@ -1,5 +1,6 @@
 """The only code that knows what a virtual machine is made of."""
 
+from hypervisor.accelerator import Verdict, choose_accelerator
 from hypervisor.errors import ChannelError, HypervisorError, QmpError, UnsupportedHostError, VmStartError
 from hypervisor.interface import (
     AGENT_PORT,
@@ -25,9 +26,11 @@ __all__ = [
     "QemuHypervisor",
     "QmpError",
     "UnsupportedHostError",
+    "Verdict",
     "VmExit",
     "VmSpec",
     "VmStartError",
     "channel_problem",
+    "choose_accelerator",
     "detect_dialect",
 ]

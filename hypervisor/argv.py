@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from hypervisor.interface import Accelerator, VmSpec
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from hypervisor.machine import Machine
 
 MIB = 1 << 20
@@ -122,6 +124,29 @@ def qemu_argv(spec: VmSpec, inherited: Inherited, *, machine: Machine) -> list[s
         "-device", "virtio-rng-pci",
         # Turns a guest panic into an event, with no wait for a reset.
         "-device", "pvpanic-pci",
+    ]  # fmt: skip
+
+
+def probe_argv(qemu: Path, accelerator: Accelerator, kernel: Path, *, machine: Machine) -> list[str]:
+    """Build the command line that runs the probe kernel the way a virtual machine would be run.
+
+    :param qemu: the QEMU system emulator.
+    :param accelerator: what to probe.
+    :param kernel: a file with the machine's probe kernel.
+    :param machine: the architecture's part.
+    """
+    return [
+        str(qemu),
+        "-no-user-config",
+        "-nodefaults",
+        "-display", "none",
+        "-no-reboot",
+        "-machine", machine.type,
+        "-accel", _accelerator(accelerator),
+        "-cpu", machine.cpu_models[accelerator],
+        "-m", "32M",
+        "-kernel", str(kernel),
+        "-device", machine.probe_device,
     ]  # fmt: skip
 
 

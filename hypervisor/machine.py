@@ -1,50 +1,49 @@
-"""Everything that depends on the architecture of the machine, in one value per architecture."""
+"""What differs between one architecture's virtual machines and another's, and which one this host has."""
 
 from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from hypervisor import x86_64
 from hypervisor.errors import UnsupportedHostError
-from hypervisor.interface import Accelerator
+
+if TYPE_CHECKING:
+    from hypervisor.interface import Accelerator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """How one architecture's virtual machine differs from another's.
+    """One architecture's part of a virtual machine.
 
     :param type: QEMU's machine type with the properties that are always set.
     :param cpu_models: the CPU model for each accelerator.
     :param early_console: QEMU's device that shows the guest kernel's messages before the virtio console
         driver is loaded.
     :param kernel_parameters: the guest kernel's parameters that make sense on this machine only.
+    :param probe_kernel: a kernel that computes for a moment, then makes QEMU exit with ``probe_status``.
+    :param probe_device: the QEMU device through which it does so.
+    :param probe_status: QEMU's exit status then.
     """
 
     type: str
     cpu_models: dict[Accelerator, str]
     early_console: str
     kernel_parameters: tuple[str, ...]
+    probe_kernel: bytes
+    probe_device: str
+    probe_status: int
 
 
 X86_64 = Machine(
-    # q35 because it hotplugs, and because microvm hangs now and then under TCG while calibrating its clock.
-    # Switched off: what no guest of ours uses but its kernel would probe (disk controller, SMBus, VMware
-    # port, USB) and system management mode, which costs the firmware a relocation under TCG and KVM alike.
-    type="q35,sata=off,smbus=off,smm=off,vmport=off,usb=off",
-    cpu_models={
-        # Everything the host has, except the performance counters: they leak timing between tenants, and a
-        # nested host often lacks them.
-        Accelerator.KVM: "host,pmu=off",
-        Accelerator.TCG: "max",
-    },
-    early_console="isa-serial",
-    kernel_parameters=(
-        # The virtio console is a module in distribution kernels; a panic before it is loaded (no init, a
-        # broken initrd) would otherwise leave no trace.
-        "earlyprintk=ttyS0",
-        # Reset through the keyboard controller: QEMU notices at once; the default tries ACPI first.
-        "reboot=k",
-    ),
+    type=x86_64.MACHINE_TYPE,
+    cpu_models=x86_64.CPU_MODELS,
+    early_console=x86_64.EARLY_CONSOLE,
+    kernel_parameters=x86_64.KERNEL_PARAMETERS,
+    probe_kernel=x86_64.probe_kernel(),
+    probe_device=x86_64.PROBE_DEVICE,
+    probe_status=x86_64.PROBE_STATUS,
 )
 
 _MACHINES = {"x86_64": X86_64}

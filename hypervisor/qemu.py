@@ -108,7 +108,7 @@ class QemuHypervisor(Hypervisor):
         :raises ChannelError: if the time ran out, the virtual machine died (the text has the reason),
             or the channel has no such port.
         """
-        last = "no answer"
+        last = "the guest is silent"
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
@@ -119,7 +119,7 @@ class QemuHypervisor(Hypervisor):
                     await self._while_alive(self._hint(), port)
         except TimeoutError:
             raise ChannelError(
-                f"connect guest: port {port}: {last} within {timeout_s:g} s{self._console_suffix()}"
+                f"connect guest: port {port}: no answer within {timeout_s:g} s ({last}){self._console_suffix()}"
             ) from None
 
     @property
