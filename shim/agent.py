@@ -29,6 +29,7 @@ SHM_BYTES = 64 * 1024 * 1024  # the size runc gives /dev/shm
 
 CALL_TIMEOUT_S = 60.0  # the protocol's customary limit, Kata's create_container_timeout among them
 STATS_TIMEOUT_S = 1.8  # containerd asks for statistics with a limit of 2 s
+REMOVE_TIMEOUT_S = 20.0  # it ends in the machine's end anyway; a hung guest must not hold Delete up
 SIGNAL_TIMEOUT_S = 10.0  # a kill must fail, or reach for the machine, before a client gives up
 
 _Reply = TypeVar("_Reply", bound="Message")
@@ -128,9 +129,8 @@ class Agent:
 
     async def remove_container(self, container_id: str) -> None:
         """Kill what is left of a container and forget it."""
-        await self._call(
-            "RemoveContainer", agent_pb2.RemoveContainerRequest(container_id=container_id), Empty
-        )
+        request = agent_pb2.RemoveContainerRequest(container_id=container_id)
+        await self._call("RemoveContainer", request, Empty, timeout_s=REMOVE_TIMEOUT_S)
 
     async def exec_process(self, request: agent_pb2.ExecProcessRequest) -> None:
         """Create and start a further process in a container."""

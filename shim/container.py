@@ -19,6 +19,7 @@ from proto.kata import agent_pb2
 from shim import mounts
 from shim.errors import (
     AlreadyExists,
+    DeadlineExceeded,
     FailedPrecondition,
     Internal,
     InvalidArgument,
@@ -257,7 +258,13 @@ class Container:
         agent = await self._sandbox.agent()
         # Addressed by its own id, init alone gets the signal; the empty id makes SIGKILL reach them all.
         target = "" if everyone and not process.exec_id else process.agent_id
-        await agent.signal_process(self.id, exec_id=target, signal=number)
+        try:
+            await agent.signal_process(self.id, exec_id=target, signal=number)
+        except DeadlineExceeded as error:
+            if number != signal.SIGKILL:
+                raise
+            # A guest that cannot even kill is lost, and whoever kills means it.
+            await self._sandbox.switch_off(f"the guest did not answer SIGKILL of {process}: {error}")
 
     async def delete(self) -> None:
         """Remove the container from the guest and take back what was shown to it.
@@ -310,12 +317,12 @@ class Container:
             )
 
     async def _remove_from_guest(self) -> None:
-        """Remove the container in the guest; a machine that is gone has none."""
+        """Remove the container in the guest; a machine that is gone has none, a hung one is going."""
         try:
             agent = await self._sandbox.agent()
             await agent.remove_container(self.id)
-        except Unavailable as error:
-            log.info("delete: container %s: the machine is gone: %s", self.id, error)
+        except (Unavailable, DeadlineExceeded) as error:
+            log.warning("delete: container %s: not removed from the guest: %s", self.id, error)
 
     # -- file systems -------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hypervisor import AGENT_PORT, HypervisorError, QemuHypervisor, VmSpec
+from proto.containerd import events_pb2
 from shim import mounts
 from shim.agent import Agent
 from shim.container import Container, read_spec
@@ -129,6 +130,15 @@ class Sandbox:
         except KeyError:
             raise NotFound(f"container {container_id}: not found") from None
 
+    async def switch_off(self, reason: str) -> None:
+        """End the machine because it is of no use any more; its processes end with it.
+
+        :param reason: one line for the log.
+        """
+        log.error("sandbox %s: switched off: %s", self.id, reason)
+        if self._vm is not None:
+            await self._vm.stop()
+
     async def stop(self) -> None:
         """Switch the machine off and wait until nothing of it is left; stopping twice is harmless."""
         if self._running is not None:
@@ -151,13 +161,25 @@ class Sandbox:
             return
         self._ready.set_result(agent)
         log.info("boot: sandbox %s: ready", self.id)
+        watching = self.spawn(self._report_ooms(agent), name="out of memory")
         try:
             reason_text = await self._reason_of_end(agent)
             log.error("sandbox %s: %s", self.id, reason_text)
             self._ready = asyncio.get_running_loop().create_future()
             self._settle(Unavailable(f"sandbox {self.id}: {reason_text}"))
         finally:
+            watching.cancel()
             await agent.aclose()
+
+    async def _report_ooms(self, agent: Agent) -> None:
+        """Tell containerd of each container in which the guest's kernel killed for memory."""
+        try:
+            while True:
+                container_id = await agent.next_oom()
+                if container_id in self.containers:
+                    self.publish("/tasks/oom", events_pb2.TaskOOM(container_id=container_id))
+        except ShimError as error:
+            log.debug("out of memory: no more reports: %s", error)
 
     def _settle(self, reason: ShimError) -> None:
         self._ready.set_exception(reason)

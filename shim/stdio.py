@@ -16,7 +16,9 @@ import errno
 import os
 import stat
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 from shim.errors import DeadlineExceeded, InvalidArgument
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 OPEN_TIMEOUT_S = 30.0  # containerd's runc shim gives a client as long to open its end
+_FILE_SCHEME = "file://"
 CHUNK_BYTES = 64 * 1024  # the capacity of a pipe: a larger read returns no more
 
 
@@ -85,7 +88,9 @@ async def open_streams(stdio: Stdio) -> Streams:
         outputs["stderr"] = stdio.stderr
     try:
         for name, path in outputs.items():
-            if path:
+            if path.startswith(_FILE_SCHEME):
+                _open_file(streams, name, path)
+            elif path:
                 await _open_output(streams, name, _plain_path(name, path))
         if stdio.stdin:
             _open_stdin(streams, _plain_path("stdin", stdio.stdin))
@@ -98,13 +103,21 @@ async def open_streams(stdio: Stdio) -> Streams:
     return streams
 
 
+def _open_file(streams: Streams, name: str, uri: str) -> None:
+    """Append to the file of a ``file://`` log URI, as containerd's runc shim does."""
+    path = Path(unquote(urlsplit(uri).path))
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    setattr(streams, name, os.open(path, flags, 0o644))
+
+
 def _plain_path(name: str, path: str) -> str:
     scheme, separator, rest = path.partition("://")
     if not separator:
         return path
     if scheme == "fifo":
         return rest
-    raise InvalidArgument(f"stdio: {name} {path}: scheme {scheme!r} is not supported; use a FIFO")
+    raise InvalidArgument(f"stdio: {name} {path}: scheme {scheme!r} is not supported; use a FIFO or file://")
 
 
 async def _open_output(streams: Streams, name: str, path: str) -> None:

@@ -126,3 +126,12 @@ async def test_an_unknown_scheme_is_refused(tmp_path: Path) -> None:
 async def test_no_streams_open_nothing() -> None:
     streams = await open_streams(Stdio())
     assert (streams.stdin, streams.stdout, streams.stderr) == (-1, -1, -1)
+
+
+async def test_a_file_uri_appends_both_outputs_to_one_file(tmp_path: Path) -> None:
+    uri = f"file://{tmp_path}/new/box%201.log"
+    streams = await open_streams(Stdio(stdout=uri, stderr=uri))
+    await write_all(streams.stdout, b"out\n")
+    await write_all(streams.stderr, b"err\n")
+    streams.close_all()
+    assert (tmp_path / "new" / "box 1.log").read_bytes() == b"out\nerr\n"
