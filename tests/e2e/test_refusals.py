@@ -1,0 +1,115 @@
+"""What cannot work says so in one line, in time, and leaves nothing behind (the census sees to that)."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.busybox import BUSYBOX, IMAGE
+from tests.e2e.conftest import Stack, write_config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+BOOT_TIMEOUT_S = 6
+MARGIN_S = 6.0
+"""What may pass besides the boot itself: containerd, the shim's start, the end of the machine."""
+
+
+@contextlib.contextmanager
+def configured(stack: Stack, **tables: str) -> Iterator[None]:
+    """Give the shims that containerd starts within the block further configuration."""
+    usual = stack.config.read_bytes()
+    write_config(stack.config, state_directory=stack.state_directory, protocol=stack.protocol, **tables)
+    try:
+        yield
+    finally:
+        stack.config.write_bytes(usual)
+
+
+def refusal(stack: Stack, container: str, *, within_s: float, **tables: str) -> str:
+    """Run a container that cannot start, and return the one line that says why."""
+    with configured(stack, **tables):
+        start = time.monotonic()
+        result = stack.containerd.run(IMAGE, container, "true")
+        took_s = time.monotonic() - start
+    lines = result.stderr.strip().splitlines()
+    assert (result.code, result.stdout, len(lines)) == (1, "", 1), result.stderr
+    assert took_s < within_s, lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        pytest.param(
+            {"hypervisor": "memroy_mib = 512"}, ["config: ", "memroy_mib", "memory_mib"], id="misspelt key"
+        ),
+        pytest.param(
+            {"hypervisor": 'memory_mib = "512"'}, ["config: ", "memory_mib", "'512'"], id="wrong type"
+        ),
+        pytest.param({"hypervisor": "= 1"}, ["config: ", "not TOML"], id="no TOML"),
+        pytest.param({"guest": 'kernel = "/no/vmlinux"'}, ["kernel", "/no/vmlinux"], id="missing kernel"),
+        pytest.param({"guest": 'initrd = "/no/initrd"'}, ["initrd", "/no/initrd"], id="missing initrd"),
+        pytest.param({"hypervisor": 'qemu = "/no/qemu"'}, ["/no/qemu"], id="missing QEMU"),
+        pytest.param(
+            {"hypervisor": 'virtiofsd = "/no/virtiofsd"'}, ["/no/virtiofsd"], id="missing virtiofsd"
+        ),
+        pytest.param(
+            {"hypervisor": 'machine_options = "no-such-option=on"'},
+            ["qemu", "no-such-option"],
+            id="QEMU that dies at once",
+        ),
+    ],
+)
+def test_what_cannot_start_is_refused_with_phase_and_cause(
+    stack: Stack, container: str, tables: dict[str, str], words: list[str]
+):
+    line = refusal(stack, container, within_s=MARGIN_S, **tables)
+
+    for word in words:
+        assert word in line
+
+
+def test_a_guest_that_never_answers_is_given_up_at_its_deadline(stack: Stack, container: str, tmp_path: Path):
+    initrd = tmp_path / "initrd"
+    script = b"#!/bin/busybox sh\nexec /bin/busybox sleep 100000\n"
+    initrd.write_bytes(newc({"bin": None, "bin/busybox": BUSYBOX.read_bytes(), "init": script}))
+
+    line = refusal(
+        stack,
+        container,
+        within_s=BOOT_TIMEOUT_S + MARGIN_S,
+        guest=f'initrd = "{initrd}"\nboot_timeout_s = {BOOT_TIMEOUT_S}',
+    )
+
+    assert "boot" in line
+    assert f"{BOOT_TIMEOUT_S} s" in line
+
+
+def test_a_guest_without_an_init_is_given_up_with_what_its_kernel_said(stack: Stack, container: str):
+    line = refusal(
+        stack,
+        container,
+        within_s=BOOT_TIMEOUT_S + MARGIN_S,
+        guest=f'kernel_parameters = "rdinit=/no/init"\nboot_timeout_s = {BOOT_TIMEOUT_S}',
+    )
+
+    assert "boot" in line
+    assert "panic" in line
+
+
+def newc(files: dict[str, bytes | None]) -> bytes:
+    """Return a cpio archive of directories (None) and executable files."""
+    archive = b""
+    for number, (name, content) in enumerate({**files, "TRAILER!!!": b""}.items(), start=1):
+        mode = 0o040755 if content is None else 0o100755
+        body = content or b""
+        fields = [number, mode, 0, 0, 1, 0, len(body), 0, 0, 0, 0, len(name) + 1, 0]
+        entry = b"070701" + "".join(f"{field:08x}" for field in fields).encode() + name.encode() + b"\0"
+        archive += entry + b"\0" * (-len(entry) % 4) + body + b"\0" * (-len(body) % 4)
+    return archive
