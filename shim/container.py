@@ -29,7 +29,7 @@ from shim.errors import (
 )
 from shim.oci import SharedMount, translate, translate_process
 from shim.process import Input, Process, State
-from shim.stdio import CHUNK_BYTES, Stdio, open_streams, read_chunk, write_all
+from shim.stdio import CHUNK_BYTES, Stdio, Streams, open_streams, read_chunk, write_all
 from shim.timestamps import to_timestamp
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Container:
             )
             for share in translation.shared_mounts:
                 self._show(share)
-            self.init.streams = await open_streams(self.init.stdio)
+            self.init.streams = await self._open_streams(self.init.stdio)
             await agent.create_container(
                 agent_pb2.CreateContainerRequest(
                     container_id=self.id,
@@ -212,7 +212,7 @@ class Container:
         if process.streams is not None:
             raise FailedPrecondition(f"start: {process}: it is being started")
         agent = await self._sandbox.agent()
-        process.streams = await open_streams(process.stdio)
+        process.streams = await self._open_streams(process.stdio)
         try:
             await agent.exec_process(
                 agent_pb2.ExecProcessRequest(
@@ -316,6 +316,9 @@ class Container:
                 f"exec {exec_id} of {self.id}: the container is {self.init.state.value}, not running"
             )
 
+    async def _open_streams(self, stdio: Stdio) -> Streams:
+        return await open_streams(stdio, container_id=self.id, namespace=self._sandbox.namespace)
+
     async def _remove_from_guest(self) -> None:
         """Remove the container in the guest; a machine that is gone has none, a hung one is going."""
         try:
@@ -386,6 +389,8 @@ class Container:
                 async with self.lock:
                     self._report_exit(process, status)
                 stdin.cancel()
+            if process.streams is not None:
+                await process.streams.finish()
         finally:
             if process.streams is not None:
                 process.streams.close_all()

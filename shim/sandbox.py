@@ -58,6 +58,7 @@ class Sandbox:
         group: asyncio.TaskGroup,
     ) -> None:
         self.id = record.id
+        self.namespace = record.namespace
         self.containers: dict[str, Container] = {}
         self.share = Path(record.state_directory) / "share"
         self._record = record

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from shim.errors import DeadlineExceeded, InvalidArgument
+from shim.log_driver import SCHEMES, LogDriver
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,7 @@ class Streams:
     stdin: int = -1
     stdout: int = -1
     stderr: int = -1
+    driver: LogDriver | None = None
     _kept: dict[str, int] = field(default_factory=dict)
 
     def close_stdin_writer(self) -> None:
@@ -60,6 +62,12 @@ class Streams:
             setattr(self, name, -1)
             os.close(descriptor)
         self._close_kept(name)
+
+    async def finish(self) -> None:
+        """Let a log driver, once both outputs are closed, write what it has and end."""
+        if self.driver is not None:
+            await self.driver.finish()
+            self.driver = None
 
     def close_all(self) -> None:
         """Close whatever is open."""
@@ -76,9 +84,11 @@ class Streams:
         self._kept[name] = descriptor
 
 
-async def open_streams(stdio: Stdio) -> Streams:
+async def open_streams(stdio: Stdio, *, container_id: str, namespace: str) -> Streams:
     """Open the host ends of a process' streams.
 
+    :param container_id: told to a log driver.
+    :param namespace: containerd's, told to a log driver.
     :raises InvalidArgument: if a path has an unknown scheme or cannot be opened.
     :raises DeadlineExceeded: if no client opens its end of an output FIFO in time.
     """
@@ -87,6 +97,14 @@ async def open_streams(stdio: Stdio) -> Streams:
     if not stdio.terminal:  # with a terminal stderr may name a FIFO that nobody made
         outputs["stderr"] = stdio.stderr
     try:
+        if stdio.stdout.startswith(SCHEMES):  # clients give both outputs the same log URI
+            outputs = {}
+            streams.driver = await LogDriver.start(
+                stdio.stdout, container_id=container_id, namespace=namespace
+            )
+            streams.stdout, streams.stderr = streams.driver.stdout, streams.driver.stderr
+            os.set_blocking(streams.stdout, False)
+            os.set_blocking(streams.stderr, False)
         for name, path in outputs.items():
             if path.startswith(_FILE_SCHEME):
                 _open_file(streams, name, path)
@@ -117,7 +135,9 @@ def _plain_path(name: str, path: str) -> str:
         return path
     if scheme == "fifo":
         return rest
-    raise InvalidArgument(f"stdio: {name} {path}: scheme {scheme!r} is not supported; use a FIFO or file://")
+    raise InvalidArgument(
+        f"stdio: {name} {path}: scheme {scheme!r} is not supported; use a FIFO, file:// or binary://"
+    )
 
 
 async def _open_output(streams: Streams, name: str, path: str) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from shim import stdio
+from shim import log_driver, stdio
 from shim.errors import DeadlineExceeded, InvalidArgument
-from shim.stdio import Stdio, open_streams, read_chunk, write_all
+from shim.stdio import Stdio, Streams, read_chunk, write_all
 
 
 @pytest.fixture
@@ -18,6 +18,10 @@ def fifo(tmp_path: Path) -> Path:
     path = tmp_path / "stream"
     os.mkfifo(path)
     return path
+
+
+async def open_streams(streams: Stdio) -> Streams:
+    return await stdio.open_streams(streams, container_id="box", namespace="test")
 
 
 def descriptors() -> set[str]:
@@ -135,3 +139,62 @@ async def test_a_file_uri_appends_both_outputs_to_one_file(tmp_path: Path) -> No
     await write_all(streams.stderr, b"err\n")
     streams.close_all()
     assert (tmp_path / "new" / "box 1.log").read_bytes() == b"out\nerr\n"
+
+
+DRIVER = """#!/bin/sh
+echo "$CONTAINER_NAMESPACE/$CONTAINER_ID $*" >"{log}"
+env | grep -cv -e ^CONTAINER_ -e ^PWD= -e ^SHLVL= -e ^_= >>"{log}"
+{ready}
+cat <&3 >>"{log}"
+cat <&4 >>"{log}"
+"""
+
+
+def driver(tmp_path: Path, *, ready: str) -> str:
+    program = tmp_path / "driver"
+    program.write_text(DRIVER.format(log=tmp_path / "log", ready=ready))
+    program.chmod(0o755)
+    return f"{program}?first=1&second=2&first=ignored"
+
+
+@pytest.mark.parametrize("scheme", ["binary", "binary-v2"])
+async def test_a_log_driver_reads_both_outputs(tmp_path: Path, scheme: str) -> None:
+    uri = f"{scheme}://{driver(tmp_path, ready='echo >&5')}"
+    streams = await open_streams(Stdio(stdout=uri, stderr=uri))
+    await write_all(streams.stdout, b"out\n")
+    await write_all(streams.stderr, b"err\n")
+    pidfd = os.pidfd_open(streams.driver._pid) if streams.driver else -1
+    streams.close_all()
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_reader(pidfd, ended.set)
+    async with asyncio.timeout(10):
+        await ended.wait()
+    asyncio.get_running_loop().remove_reader(pidfd)
+    os.close(pidfd)
+    await streams.finish()
+    assert (tmp_path / "log").read_text() == "test/box first 1 second 2\n0\nout\nerr\n"
+
+
+async def test_a_log_driver_that_gives_up_before_it_is_ready_is_an_error(tmp_path: Path) -> None:
+    uri = f"binary-v2://{driver(tmp_path, ready='exit 1')}"
+    with pytest.raises(InvalidArgument, match="gave up before it was ready"):
+        await open_streams(Stdio(stdout=uri, stderr=uri))
+
+
+async def test_a_log_driver_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="nobody: No such file"):
+        await open_streams(Stdio(stdout=f"binary://{tmp_path}/nobody"))
+
+
+async def test_a_log_driver_that_ignores_its_end_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_driver, "TERM_TIMEOUT_S", 0.1)
+    stubborn = "trap '' TERM; echo >&5; exec sleep 60"
+    streams = await open_streams(Stdio(stdout=f"binary://{driver(tmp_path, ready=stubborn)}"))
+    process = streams.driver
+    assert process is not None
+    streams.close_all()
+    await streams.finish()
+    async with asyncio.timeout(5):
+        await process._exited.wait()
