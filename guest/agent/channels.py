@@ -100,7 +100,11 @@ def listen_serial(server: Server) -> bool:
     except FileNotFoundError:
         return False
     for port in ports:
-        if files.read(f"{_PORT_CLASS}/{port}/name").strip() == _PORT_NAME:
+        try:
+            name = files.read(f"{_PORT_CLASS}/{port}/name")
+        except FileNotFoundError:  # the port of the console has no name
+            continue
+        if name.strip() == _PORT_NAME:
             fd = os.open(f"/dev/{port}", os.O_RDWR | os.O_CLOEXEC)
             _thread.start_new_thread(_serve_serial, (fd, server))
             return True
