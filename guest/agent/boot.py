@@ -40,12 +40,11 @@ def prepare() -> None:
     for source, target, fstype, flags, data in _MOUNTS:
         files.make_directories(target)
         kernel.mount(source, target, fstype=fstype, flags=flags, data=data)
-    _fill_standard_descriptors("/dev/null")
+    _fill_standard_descriptors()
     for name in files.read(f"{_MODULES}/boot").split():
         kernel.load_module(f"{_MODULES}/{name}.ko")
-        if name == "virtio_console":
-            _open_console()
     _enable_controllers()
+    files.write("/proc/sys/kernel/printk_devkmsg", "on\n")
     os.unlink("/dev/ptmx")  # noqa: PTH108  pathlib costs start-up time
     os.symlink("pts/ptmx", "/dev/ptmx")  # noqa: PTH211  as above
     os.environ["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -65,20 +64,11 @@ def _move_root() -> None:
     os.chdir("/")
 
 
-def _fill_standard_descriptors(path: str) -> None:
-    fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
-    for number in (0, 1, 2):
-        os.dup2(fd, number)
-    if fd > 2:
-        os.close(fd)
-
-
-def _open_console() -> None:
-    try:
-        _fill_standard_descriptors("/dev/console")
-    except OSError:
-        # No console device: the machine runs all the same, unheard.
-        return
+def _fill_standard_descriptors() -> None:
+    """Occupy descriptors 0 to 2, which process 1 lacks when the console's driver is a module."""
+    while (fd := os.open("/dev/null", os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
 
 
 def _enable_controllers() -> None:

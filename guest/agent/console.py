@@ -1,21 +1,31 @@
-"""The agent's log: one line per event on the console, whose last lines are what an operator sees."""
+"""The agent's log: one line per event in the kernel log, and so on the console.
+
+The kernel replays its log on a console that comes up late, as virtio's does when its driver is a module, so
+nothing is lost however early it is written.
+"""
 
 from __future__ import annotations
 
 import os
-import time
 
-_CONSOLE_FD = 2
+# "quiet" on the kernel line keeps everything less severe than an error off the console.
+_LEVEL = 3
+_LONGEST = 900
+
+_fd = -1
 
 
 def log(message: str) -> None:
-    """Write one line to the console; line breaks inside it are flattened.
+    """Write one line to the log; line breaks inside it are flattened.
 
     :param message: what happened.
     """
-    line = f"hako-agent [{time.monotonic():.3f}] {' '.join(message.split())}\n"
+    global _fd  # noqa: PLW0603  one descriptor for the life of the machine
+    line = f"<{_LEVEL}>hako-agent: {' '.join(message.split())[:_LONGEST]}\n"
     try:
-        os.write(_CONSOLE_FD, line.encode(errors="replace"))
+        if _fd < 0:
+            _fd = os.open("/dev/kmsg", os.O_WRONLY | os.O_CLOEXEC)
+        os.write(_fd, line.encode(errors="replace"))
     except OSError:
-        # The console is a convenience: losing it must not take the containers along.
+        # The log is a convenience: losing it must not take the containers along.
         return

@@ -74,3 +74,21 @@ def make_directories(path: str, *, mode: int = 0o755) -> None:
     :raises OSError: if one cannot be made.
     """
     os.makedirs(path, mode=mode, exist_ok=True)  # noqa: PTH103  pathlib costs start-up time
+
+
+def remove_tree(path: str) -> None:
+    """Remove a directory and everything in it, leaving mounted filesystems alone.
+
+    :param path: the directory; nothing happens if it is missing.
+    :raises OSError: if something cannot be removed, such as a mount point.
+    """
+    try:
+        entries = list(os.scandir(path))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            remove_tree(entry.path)
+        else:
+            os.unlink(entry.path)  # noqa: PTH108  pathlib costs start-up time
+    os.rmdir(path)  # noqa: PTH106  as above

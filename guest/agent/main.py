@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import _signal
 
-from guest.agent import boot, channels, tables
+from guest.agent import boot, channels, reaper, tables
 from guest.agent.console import log
-from guest.agent.service import handlers
+from guest.agent.sandbox import Sandbox
+from guest.agent.service import Service
 from guest.agent.ttrpc import Server
 from guest.agent.wire import Codec
 
@@ -25,7 +25,7 @@ def main() -> None:
     # Blocked before any thread starts, so that only the loop below receives them.
     _signal.pthread_sigmask(_signal.SIG_BLOCK, {_signal.SIGCHLD, _signal.SIGIO})
     codec = Codec(tables.MESSAGES)
-    server = Server(codec, methods=tables.METHODS, handlers=handlers(codec))
+    server = Server(codec, methods=tables.METHODS, handlers=Service(Sandbox(), codec).handlers())
     found = [
         name
         for name, present in (
@@ -38,6 +38,8 @@ def main() -> None:
     while True:
         if _signal.sigwait({_signal.SIGCHLD, _signal.SIGIO}) == _signal.SIGIO:
             channels.port_changed()
+        else:
+            reaper.collect()
 
 
 def _report_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -45,6 +47,4 @@ def _report_crash(kind: type[BaseException], error: BaseException, trace: Traceb
     where = "start"
     while trace is not None:
         where, trace = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}", trace.tb_next
-    fd = os.open("/dev/kmsg", os.O_WRONLY)
-    os.write(fd, f"<2>hako-agent: crash at {where}: {kind.__name__}: {error}".encode())
-    os.close(fd)
+    log(f"crash at {where}: {kind.__name__}: {error}")

@@ -1,27 +1,216 @@
-"""The method table."""
+"""The method table: each handler turns one request into a call and its result into a response."""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import struct
+import time
+
+from guest.agent import cgroup, copyfile, files, kernel, storage
+from guest.agent.errors import AgentError, InvalidArgument
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from guest.agent.container import Container
+    from guest.agent.process import Process
+    from guest.agent.sandbox import Sandbox
     from guest.agent.ttrpc import Call, Handler
     from guest.agent.wire import Codec, Message
 
 VERSION = "0.1.0"
 _SERVING = 1
+_MEMORY = "/sys/devices/system/memory"
+_RNDADDTOENTCNT, _RNDRESEEDCRNG = 0x40045201, 0x5207
+_SIGKILL = 9
 
 
-def handlers(codec: Codec) -> dict[str, Handler]:
-    """Tabulate the handlers.
+class Service:
+    """Both services of the agent.
 
+    :param sandbox: the one sandbox.
     :param codec: makes the responses.
-    :returns: method name to handler.
     """
 
-    def check(_request: Message, _call: Call) -> Message:
-        return codec.new("grpc.HealthCheckResponse", status=_SERVING)
+    def __init__(self, sandbox: Sandbox, codec: Codec) -> None:
+        self._sandbox = sandbox
+        self._codec = codec
+        self._empty = codec.new("google.protobuf.Empty")
 
-    def version(_request: Message, _call: Call) -> Message:
-        return codec.new("grpc.VersionCheckResponse", grpc_version="0.0.1", agent_version=VERSION)
+    def handlers(self) -> dict[str, Handler]:
+        """Tabulate the handlers; a method of the protocol that is not here is unimplemented.
 
-    return {"Check": check, "Version": version}
+        :returns: method name to handler.
+        """
+        return {
+            "Check": self._check,
+            "CloseStdin": self._close_stdin,
+            "CopyFile": self._copy_file,
+            "CreateContainer": self._create_container,
+            "CreateSandbox": self._create_sandbox,
+            "DestroySandbox": self._destroy_sandbox,
+            "ExecProcess": self._exec_process,
+            "GetGuestDetails": self._guest_details,
+            "PauseContainer": self._pause,
+            "ReadStderr": self._read_stderr,
+            "ReadStdout": self._read_stdout,
+            "RemoveContainer": self._remove_container,
+            "RemoveStaleVirtiofsShareMounts": self._nothing,
+            "ReseedRandomDev": self._reseed,
+            "ResumeContainer": self._resume,
+            "SetGuestDateTime": self._set_time,
+            "SignalProcess": self._signal,
+            "StartContainer": self._start_container,
+            "StatsContainer": self._stats,
+            "TtyWinResize": self._resize,
+            "UpdateContainer": self._update,
+            "Version": self._version,
+            "WaitProcess": self._wait,
+            "WriteStdin": self._write_stdin,
+        }
+
+    def _check(self, _request: Message, _call: Call) -> Message:
+        return self._codec.new("grpc.HealthCheckResponse", status=_SERVING)
+
+    def _version(self, _request: Message, _call: Call) -> Message:
+        return self._codec.new("grpc.VersionCheckResponse", grpc_version="0.0.1", agent_version=VERSION)
+
+    def _nothing(self, _request: Message, _call: Call) -> Message:
+        return self._empty
+
+    def _create_sandbox(self, request: Message, _call: Call) -> Message:
+        self._sandbox.create(request)
+        return self._empty
+
+    def _destroy_sandbox(self, _request: Message, call: Call) -> Message:
+        self._sandbox.destroy()
+        call.afterwards = kernel.power_off
+        return self._empty
+
+    def _create_container(self, request: Message, _call: Call) -> Message:
+        self._sandbox.create_container(request)
+        return self._empty
+
+    def _start_container(self, request: Message, _call: Call) -> Message:
+        self._sandbox.container(request.container_id, AgentError).start()
+        return self._empty
+
+    def _remove_container(self, request: Message, _call: Call) -> Message:
+        self._sandbox.remove_container(request.container_id, timeout_s=request.timeout)
+        return self._empty
+
+    def _exec_process(self, request: Message, _call: Call) -> Message:
+        container = self._sandbox.container(request.container_id, AgentError)
+        if request.process is None:
+            raise AgentError(f"exec: {request.exec_id}: the request has no process; send it")
+        container.execute(request.exec_id, request.process)
+        return self._empty
+
+    def _process(self, request: Message) -> tuple[Container, Process]:
+        container = self._sandbox.container(request.container_id, InvalidArgument)
+        return container, container.process(request.exec_id)
+
+    def _signal(self, request: Message, _call: Call) -> Message:
+        container, process = self._process(request)
+        if not request.exec_id and request.signal == _SIGKILL:
+            container.signal_all()
+        else:
+            process.signal(request.signal)
+        return self._empty
+
+    def _wait(self, request: Message, call: Call) -> Message:
+        container, process = self._process(request)
+        status = process.wait(call)
+        container.forget_if_done(request.exec_id)
+        return self._codec.new("grpc.WaitProcessResponse", status=status)
+
+    def _read_stdout(self, request: Message, call: Call) -> Message:
+        container, process = self._process(request)
+        data = process.read(process.streams.stdout, request.len, call)
+        if not data:
+            container.forget_if_done(request.exec_id)
+        return self._codec.new("grpc.ReadStreamResponse", data=data)
+
+    def _read_stderr(self, request: Message, call: Call) -> Message:
+        container, process = self._process(request)
+        data = process.read(process.streams.stderr, request.len, call)
+        if not data:
+            container.forget_if_done(request.exec_id)
+        return self._codec.new("grpc.ReadStreamResponse", data=data)
+
+    def _write_stdin(self, request: Message, call: Call) -> Message:
+        _container, process = self._process(request)
+        if request.data:
+            process.streams.stdin.write(request.data, process.end, call)
+        else:
+            self._end_input(process)
+        return self._codec.new("grpc.WriteStreamResponse", len=len(request.data))
+
+    def _close_stdin(self, request: Message, _call: Call) -> Message:
+        self._end_input(self._process(request)[1])
+        return self._empty
+
+    def _end_input(self, process: Process) -> None:
+        # A terminal has no end of input but hang-up, which nobody means by this.
+        if not process.streams.is_terminal:
+            process.streams.stdin.close()
+
+    def _resize(self, request: Message, _call: Call) -> Message:
+        self._process(request)[1].streams.resize(request.row, request.column)
+        return self._empty
+
+    def _pause(self, request: Message, _call: Call) -> Message:
+        self._sandbox.container(request.container_id, InvalidArgument).freeze(frozen=True)
+        return self._empty
+
+    def _resume(self, request: Message, _call: Call) -> Message:
+        self._sandbox.container(request.container_id, InvalidArgument).freeze(frozen=False)
+        return self._empty
+
+    def _update(self, request: Message, _call: Call) -> Message:
+        container = self._sandbox.container(request.container_id, InvalidArgument)
+        if request.resources is None:
+            raise InvalidArgument(f"update: {request.container_id}: the request has no resources; send them")
+        container.update(request.resources)
+        return self._empty
+
+    def _stats(self, request: Message, _call: Call) -> Message:
+        container = self._sandbox.container(request.container_id, InvalidArgument)
+        counted = cgroup.stats(container.cgroup, self._codec)
+        return self._codec.new("grpc.StatsContainerResponse", cgroup_stats=counted)
+
+    def _guest_details(self, request: Message, _call: Call) -> Message:
+        details = self._codec.new(
+            "grpc.AgentDetails",
+            version=VERSION,
+            init_daemon=os.getpid() == 1,
+            storage_handlers=list(storage.DRIVERS),
+            supports_seccomp=True,
+            extra_features=["hako", "seccomp"],
+        )
+        response = self._codec.new("grpc.GuestDetailsResponse", agent_details=details)
+        if request.mem_block_size and files.exists(f"{_MEMORY}/block_size_bytes"):
+            response.mem_block_size_bytes = int(files.read(f"{_MEMORY}/block_size_bytes"), 16)
+        if request.mem_hotplug_probe:
+            response.support_mem_hotplug_probe = files.exists(f"{_MEMORY}/probe")
+        return response
+
+    def _set_time(self, request: Message, _call: Call) -> Message:
+        time.clock_settime_ns(time.CLOCK_REALTIME, request.Sec * 10**9 + request.Usec * 1000)
+        return self._empty
+
+    def _reseed(self, request: Message, _call: Call) -> Message:
+        if not request.data:
+            raise InvalidArgument("reseed: the request has no data; send some")
+        fd = os.open("/dev/random", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.write(fd, request.data)
+            fcntl.ioctl(fd, _RNDADDTOENTCNT, struct.pack("i", len(request.data) * 8))
+            fcntl.ioctl(fd, _RNDRESEEDCRNG)
+        finally:
+            os.close(fd)
+        return self._empty
+
+    def _copy_file(self, request: Message, _call: Call) -> Message:
+        copyfile.copy(request)
+        return self._empty

@@ -25,7 +25,7 @@ from guest.agent.errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Protocol
 
     from guest.agent.wire import Codec, Message
@@ -52,18 +52,23 @@ class Call:
 
     :param connection: where the request came from.
     :param timeout_ns: the caller's limit; 0 for none.
+    :param afterwards: set by a handler: what to do once the answer is on its way.
     """
 
-    __slots__ = ("_closed_fd", "_deadline")
+    __slots__ = ("_closed_fd", "_deadline", "afterwards")
 
     def __init__(self, connection: Connection, timeout_ns: int) -> None:
+        self.afterwards: Callable[[], None] | None = None
         self._closed_fd = connection.closed_fd
         self._deadline = time.monotonic() + timeout_ns / 1e9 if timeout_ns > 0 else None
 
-    def wait(self, *readable: int, timeout_s: float | None = None) -> list[int]:
-        """Wait until a descriptor is readable or at its end.
+    def wait(
+        self, *, readable: Iterable[int], writable: Iterable[int] = (), timeout_s: float | None = None
+    ) -> list[int]:
+        """Wait until a descriptor is ready or at its end.
 
-        :param readable: the descriptors.
+        :param readable: descriptors to read from.
+        :param writable: descriptors to write to.
         :param timeout_s: when to give up and return nothing; None to wait on.
         :returns: those that are ready; empty after the timeout.
         :raises Cancelled: if the caller's connection is gone.
@@ -72,6 +77,8 @@ class Call:
         poll = select.poll()
         for fd in readable:
             poll.register(fd, select.POLLIN)
+        for fd in writable:
+            poll.register(fd, select.POLLOUT)
         poll.register(self._closed_fd, select.POLLIN)
         until = None if timeout_s is None else time.monotonic() + timeout_s
         limits = [limit for limit in (until, self._deadline) if limit is not None]
@@ -172,6 +179,8 @@ class Connection:
             if len(payload) > MAX_PAYLOAD - 64:
                 raise ResourceExhausted(f"answer of {len(payload)} bytes exceeds {MAX_PAYLOAD}")
             self._respond(stream, 0, "", payload)
+            if call.afterwards is not None:
+                call.afterwards()
         except AgentError as error:
             self._fail(stream, error)
         except OSError as error:

@@ -1,0 +1,191 @@
+"""A container: bundle, cgroup, processes."""
+
+from __future__ import annotations
+
+import os
+
+import _thread
+
+from guest.agent import cgroup, files, jsonout, kernel, oci, runtime
+from guest.agent.errors import AgentError, NotFound
+from guest.agent.process import Process
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from guest.agent.wire import Message
+
+ROOT = "/run/kata-containers"
+_REMOVAL_TIMEOUT_S = 60
+_SIGKILL = 9
+
+
+class Container:
+    """A container that crun has created.
+
+    :param container_id: its id.
+    :param spec: grpc.Spec.
+    :param namespaces: the final list of namespaces.
+    :raises AgentError: if a part of the specification is missing, or crun refuses it.
+    :raises OSError: if the root filesystem cannot be mounted.
+    """
+
+    def __init__(self, container_id: str, spec: Message, *, namespaces: list[dict[str, str]]) -> None:
+        for name in ("Process", "Root", "Linux"):
+            if getattr(spec, name) is None:
+                raise AgentError(f"create: {container_id}: the specification has no {name}; send it")
+        self.id = container_id
+        self.storages: list[str] = []
+        self._bundle = f"{ROOT}/{container_id}"
+        self._rootfs = f"{self._bundle}/rootfs"
+        self._cgroup = cgroup.path_of(spec.Linux.CgroupsPath, container_id)
+        self._lock = _thread.allocate_lock()
+        self._execs: dict[str, Process | None] = {}
+        document = oci.spec(spec, rootfs=self._rootfs, namespaces=namespaces, cgroup=self._cgroup)
+        self._capabilities = document["process"].get("capabilities")
+        self._mount_root(spec.Root.Path)
+        try:
+            files.create(f"{self._bundle}/config.json", jsonout.dumps(document), mode=0o600)
+            self.init = Process(
+                runtime.launch(
+                    ["create", f"--bundle={self._bundle}"], container_id, terminal=spec.Process.Terminal
+                )
+            )
+        except BaseException:
+            self._discard()
+            raise
+
+    def _mount_root(self, source: str) -> None:
+        # An overlay storage may have been mounted here already.
+        if files.exists(self._rootfs):
+            return
+        files.make_directories(self._rootfs)
+        kernel.mount(source, self._rootfs, flags=kernel.MS_BIND)
+
+    def start(self) -> None:
+        """Let the init run.
+
+        :raises AgentError: with crun's own message, if it cannot.
+        """
+        runtime.run("start", self.id)
+
+    def execute(self, exec_id: str, message: Message) -> None:
+        """Create and start a further process.
+
+        :param exec_id: its id.
+        :param message: grpc.Process.
+        :raises AgentError: if the id is taken, or crun refuses.
+        """
+        document = oci.process(message)
+        if "capabilities" not in document and self._capabilities is not None:
+            document["capabilities"] = self._capabilities
+        with self._lock:
+            if exec_id in self._execs or exec_id in {"", self.id}:
+                raise AgentError(f"exec: {exec_id}: the id exists already; choose another")
+            self._execs[exec_id] = None
+        try:
+            process = self._launch(document)
+        except BaseException:
+            with self._lock:
+                del self._execs[exec_id]
+            raise
+        with self._lock:
+            self._execs[exec_id] = process
+
+    def _launch(self, document: dict[str, Any]) -> Process:
+        path = f"{self._bundle}/process.{_thread.get_ident()}.json"
+        files.create(path, jsonout.dumps(document), mode=0o600)
+        try:
+            return Process(
+                runtime.launch(
+                    ["exec", "--detach", f"--process={path}"], self.id, terminal=document["terminal"]
+                )
+            )
+        finally:
+            os.unlink(path)  # noqa: PTH108  pathlib costs start-up time
+
+    def process(self, exec_id: str) -> Process:
+        """Find a process.
+
+        :param exec_id: its id; empty, or the container's own, for init.
+        :returns: the process.
+        :raises NotFound: if there is none, or none any more.
+        """
+        if exec_id in {"", self.id}:
+            return self.init
+        with self._lock:
+            process = self._execs.get(exec_id)
+        if process is None:
+            raise NotFound(f"process: {exec_id}: not in container {self.id}")
+        return process
+
+    def forget_if_done(self, exec_id: str) -> None:
+        """Forget an exec whose status and output have both been taken; init stays until removal.
+
+        :param exec_id: its id.
+        """
+        with self._lock:
+            process = self._execs.get(exec_id)
+            if process is None or not process.is_done:
+                return
+            del self._execs[exec_id]
+        process.streams.close()
+
+    def signal_all(self) -> None:
+        """Kill every process of the container."""
+        cgroup.kill(self._cgroup)
+        # Before start, and while frozen, the init may be elsewhere or deaf to the cgroup's kill.
+        self.init.signal(_SIGKILL)
+
+    def update(self, resources: Message) -> None:
+        """Change the limits.
+
+        :param resources: grpc.LinuxResources.
+        :raises AgentError: with crun's own message, if it refuses.
+        """
+        path = f"{self._bundle}/resources.{_thread.get_ident()}.json"
+        files.create(path, jsonout.dumps(oci.resources(resources)), mode=0o600)
+        try:
+            runtime.run("update", f"--resources={path}", self.id)
+        finally:
+            os.unlink(path)  # noqa: PTH108  as above
+
+    def freeze(self, *, frozen: bool) -> None:
+        """Pause or resume every process.
+
+        :param frozen: the state wanted.
+        """
+        cgroup.freeze(self._cgroup, frozen=frozen)
+
+    @property
+    def cgroup(self) -> str:
+        """The container's cgroup."""
+        return self._cgroup
+
+    def remove(self, timeout_s: int) -> None:
+        """Kill what is left and undo everything.
+
+        :param timeout_s: how long the processes may take to die; 0 for the default.
+        :raises AgentError: if they do not, or crun cannot delete the container.
+        """
+        self.signal_all()
+        if not self.init.end.wait(timeout_s or _REMOVAL_TIMEOUT_S):
+            raise AgentError(f"remove: {self.id}: init does not die; destroy the sandbox")
+        runtime.run("delete", "--force", self.id)
+        self.init.streams.close()
+        with self._lock:
+            execs = [process for process in self._execs.values() if process is not None]
+            self._execs.clear()
+        for process in execs:
+            process.streams.close()
+        self._discard()
+
+    def _discard(self) -> None:
+        try:
+            # The host may kill the machine any time later: nothing may be left dirty in its memory.
+            kernel.sync_filesystem(self._rootfs)
+            kernel.unmount(self._rootfs, flags=kernel.MNT_DETACH)
+        except OSError as error:
+            raise AgentError(f"remove: {self.id}: {error}") from error
+        files.remove_tree(self._bundle)

@@ -1,0 +1,63 @@
+"""A process of a container, from the agent's side."""
+
+from __future__ import annotations
+
+from guest.agent import reaper
+from guest.agent.errors import AgentError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from guest.agent.runtime import Started
+    from guest.agent.streams import Output
+    from guest.agent.ttrpc import Call
+
+
+class Process:
+    """A process and its streams.
+
+    :param started: what the runtime left to the agent.
+    """
+
+    def __init__(self, started: Started) -> None:
+        self.pid = started.pid
+        self.end = started.end
+        self.streams = started.streams
+        self._waited = False
+
+    def signal(self, number: int) -> None:
+        """Send a signal; one that comes after the end has nothing to do.
+
+        :param number: the signal.
+        :raises OSError: if there is no such signal.
+        """
+        reaper.signal(self.pid, self.end, number)
+
+    def wait(self, call: Call) -> int:
+        """Wait for the end.
+
+        :param call: the request being served.
+        :returns: the exit code, or 128 plus the signal's number.
+        :raises Cancelled: if the caller is gone.
+        """
+        while self.end.status is None:
+            call.wait(readable=(self.end.fd,))
+        self._waited = True
+        return self.end.status
+
+    def read(self, output: Output | None, size: int, call: Call) -> bytes:
+        """Read from an output.
+
+        :param output: one of the process' streams.
+        :param size: the most to return.
+        :param call: the request being served.
+        :returns: output; empty at the end of the stream.
+        :raises AgentError: if nothing is asked for, which would look like the end.
+        """
+        if size == 0:
+            raise AgentError("read: a length of 0 would look like the end of the stream; ask for more")
+        return b"" if output is None else output.read(size, self.end, call)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the process has ended, its status was asked for and its output read."""
+        return self._waited and self.streams.ended

@@ -1,0 +1,139 @@
+"""Exit statuses of every process of the machine: process 1 inherits all orphans, so one place collects them."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+
+import _thread
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class Exit:
+    """The end of one process, to come or past.
+
+    :param fd: an event descriptor that becomes readable, for ever, when the process has ended.
+    """
+
+    __slots__ = ("at", "fd", "status")
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0)
+        self.status: int | None = None
+        self.at = 0.0
+
+    def set(self, status: int) -> None:
+        """Record the end.
+
+        :param status: the exit code, or 128 plus the signal's number.
+        """
+        self.at = time.monotonic()
+        self.status = status
+        os.eventfd_write(self.fd, 1)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the end.
+
+        :param timeout_s: when to give up.
+        :returns: whether it has come.
+        """
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        return bool(poll.poll(int(timeout_s * 1000)))
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+_lock = _thread.allocate_lock()
+_watched: dict[int, Exit] = {}
+_unclaimed: dict[int, int] = {}
+_launching = 0
+
+
+def collect() -> None:
+    """Collect every process that has ended; the signal loop calls this on SIGCHLD."""
+    while True:
+        with _lock:
+            try:
+                pid, raw = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            status = os.waitstatus_to_exitcode(raw)
+            status = 128 - status if status < 0 else status
+            watcher = _watched.pop(pid, None)
+            if watcher is not None:
+                watcher.set(status)
+            elif _launching:
+                _unclaimed[pid] = status
+
+
+class Launch:
+    """While one is open, statuses of processes not watched yet are kept: a child may end before its id is known."""
+
+    def __enter__(self) -> Launch:
+        global _launching  # noqa: PLW0603  counts the open launches of all threads
+        with _lock:
+            _launching += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _launching  # noqa: PLW0603  as above
+        with _lock:
+            _launching -= 1
+            if not _launching:
+                _unclaimed.clear()
+
+    def watch(self, pid: int) -> Exit:
+        """Watch a process begun in this launch.
+
+        :param pid: its id.
+        :returns: its end, perhaps past already.
+        """
+        end = Exit()
+        with _lock:
+            status = _unclaimed.pop(pid, None)
+            if status is None:
+                _watched[pid] = end
+        if status is not None:
+            end.set(status)
+        return end
+
+    def spawn(self, argv: list[str], stdio: Iterable[int]) -> tuple[int, Exit]:
+        """Start a program with the agent's environment and default signal handling.
+
+        :param argv: program, found by its absolute path, and arguments.
+        :param stdio: descriptors for its 0, 1 and 2.
+        :returns: its process id and its end.
+        :raises OSError: if it cannot be started.
+        """
+        pid = os.posix_spawn(
+            argv[0],
+            argv,
+            os.environ,
+            file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio)],
+            setsigmask=(),
+            setsigdef=range(1, 32),
+        )
+        return pid, self.watch(pid)
+
+
+def signal(pid: int, end: Exit, number: int) -> bool:
+    """Send a signal to a watched process, never to another that got its id since.
+
+    :param pid: its id.
+    :param end: its end.
+    :param number: the signal.
+    :returns: False if it has ended.
+    """
+    with _lock:
+        if end.status is not None:
+            return False
+        os.kill(pid, number)
+        return True

@@ -1,0 +1,149 @@
+"""Driving crun, the OCI runtime inside the guest."""
+
+from __future__ import annotations
+
+import os
+
+import _socket
+import _thread
+
+from guest.agent import files, reaper, streams
+from guest.agent.errors import AgentError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from guest.agent.reaper import Exit
+    from guest.agent.streams import Streams
+
+_CRUN = "/usr/bin/crun"
+_WORK = "/run/hako"
+_TIMEOUT_S = 120.0
+_SIGKILL = 9
+
+_lock = _thread.allocate_lock()
+_serial = 0
+
+
+class Started:
+    """A process that crun has left to the agent.
+
+    :param pid: its process id.
+    :param end: its end.
+    :param its_streams: its standard streams.
+    """
+
+    __slots__ = ("end", "pid", "streams")
+
+    def __init__(self, pid: int, end: Exit, its_streams: Streams) -> None:
+        self.pid = pid
+        self.end = end
+        self.streams = its_streams
+
+
+def _scratch() -> str:
+    """Make a directory for one run of crun."""
+    global _serial  # noqa: PLW0603  numbers the runs
+    with _lock:
+        _serial += 1
+        path = f"{_WORK}/{_serial}"
+    files.make_directories(path, mode=0o700)
+    return path
+
+
+def _run(launch: reaper.Launch, arguments: list[str], *, stdio: tuple[int, int, int], log: str) -> None:
+    pid, end = launch.spawn([_CRUN, f"--log={log}", "--cgroup-manager=cgroupfs", *arguments], stdio)
+    if not end.wait(_TIMEOUT_S):
+        reaper.signal(pid, end, _SIGKILL)
+        raise AgentError(f"crun: {arguments[0]}: no end after {_TIMEOUT_S:.0f} s; see the guest's console")
+    if end.status != 0:
+        raise AgentError(_cause(arguments[0], log))
+
+
+def _cause(command: str, log: str) -> str:
+    try:
+        lines = [line.strip() for line in files.read(log).splitlines() if line.strip()]
+    except OSError:
+        lines = []
+    return f"crun: {command}: {lines[0] if lines else 'failed without a message'}"
+
+
+def run(*arguments: str) -> None:
+    """Run a crun command that takes no input and leaves no process.
+
+    :param arguments: command, options and operands.
+    :raises AgentError: with crun's own message, if it fails.
+    """
+    scratch = _scratch()
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        with reaper.Launch() as launch:
+            _run(launch, list(arguments), stdio=(null, null, null), log=f"{scratch}/log")
+    finally:
+        os.close(null)
+        files.remove_tree(scratch)
+
+
+def launch(command: list[str], operand: str, *, terminal: bool) -> Started:
+    """Run ``crun create`` or ``crun exec --detach`` and adopt the process it leaves behind.
+
+    :param command: the command with its own options.
+    :param operand: the container.
+    :param terminal: whether the process gets a terminal instead of pipes.
+    :returns: the process.
+    :raises AgentError: with crun's own message, if it fails.
+    """
+    scratch = _scratch()
+    try:
+        with reaper.Launch() as begun:
+            arguments = [*command, f"--pid-file={scratch}/pid"]
+            connect = _on_terminal if terminal else _on_pipes
+            its_streams = connect(begun, arguments, operand, scratch)
+            pid = int(files.read(f"{scratch}/pid"))
+            return Started(pid, begun.watch(pid), its_streams)
+    finally:
+        files.remove_tree(scratch)
+
+
+def _on_pipes(begun: reaper.Launch, arguments: list[str], operand: str, scratch: str) -> Streams:
+    pipes = streams.Pipes()
+    its_streams = pipes.streams()
+    try:
+        _run(begun, [*arguments, operand], stdio=pipes.child, log=f"{scratch}/log")
+    except BaseException:
+        its_streams.close()
+        raise
+    finally:
+        pipes.close_child()
+    return its_streams
+
+
+def _on_terminal(begun: reaper.Launch, arguments: list[str], operand: str, scratch: str) -> Streams:
+    listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        listener.bind(f"{scratch}/console")
+        listener.listen(1)
+        console = f"--console-socket={scratch}/console"
+        _run(begun, [*arguments, console, operand], stdio=(null, null, null), log=f"{scratch}/log")
+        # crun has ended well, so what it sent waits in the socket.
+        return streams.of_terminal(_receive_descriptor(listener))
+    finally:
+        os.close(null)
+        listener.close()
+
+
+def _receive_descriptor(listener: _socket.socket) -> int:
+    """Take the one descriptor that crun has sent to the console socket."""
+    listener.setblocking(False)
+    fd, _address = listener._accept()  # noqa: SLF001  the wrapper module costs start-up time
+    peer = _socket.socket(fileno=fd)
+    try:
+        _data, ancillary, _flags, _address = peer.recvmsg(4096, _socket.CMSG_SPACE(4))
+    finally:
+        peer.close()
+    for level, kind, content in ancillary:
+        if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
+            terminal = int.from_bytes(content[:4], "little")
+            os.set_inheritable(terminal, False)
+            return terminal
+    raise AgentError("crun: console: no terminal came with the message")

@@ -1,0 +1,136 @@
+"""Storages: what a request wants mounted or made in the guest before it goes on."""
+
+from __future__ import annotations
+
+import os
+
+from guest.agent import files, kernel
+from guest.agent.errors import AgentError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from guest.agent.wire import Message
+
+# Option to (bits to set, bits to clear), as mount(8) names them.
+_FLAGS = {
+    "async": (0, kernel.MS_SYNCHRONOUS),
+    "atime": (0, kernel.MS_NOATIME),
+    "bind": (kernel.MS_BIND, 0),
+    "defaults": (0, 0),
+    "dev": (0, kernel.MS_NODEV),
+    "diratime": (0, kernel.MS_NODIRATIME),
+    "dirsync": (kernel.MS_DIRSYNC, 0),
+    "exec": (0, kernel.MS_NOEXEC),
+    "noatime": (kernel.MS_NOATIME, 0),
+    "nodev": (kernel.MS_NODEV, 0),
+    "nodiratime": (kernel.MS_NODIRATIME, 0),
+    "noexec": (kernel.MS_NOEXEC, 0),
+    "nosuid": (kernel.MS_NOSUID, 0),
+    "rbind": (kernel.MS_BIND | kernel.MS_REC, 0),
+    "relatime": (kernel.MS_RELATIME, 0),
+    "remount": (kernel.MS_REMOUNT, 0),
+    "ro": (kernel.MS_RDONLY, 0),
+    "rw": (0, kernel.MS_RDONLY),
+    "strictatime": (kernel.MS_STRICTATIME, 0),
+    "suid": (0, kernel.MS_NOSUID),
+    "sync": (kernel.MS_SYNCHRONOUS, 0),
+}
+_SETGID = 0o2000
+_GROUP_ON_MISMATCH = 1
+
+DRIVERS = ("virtio-fs", "ephemeral", "local", "overlayfs", "bind")
+
+
+def split_options(options: Iterable[str]) -> tuple[int, str]:
+    """Part mount options into flags and the filesystem's own.
+
+    :param options: single options.
+    :returns: MS_* bits, and the rest joined by commas.
+    """
+    flags, data = 0, []
+    for option in options:
+        if option in _FLAGS:
+            added, cleared = _FLAGS[option]
+            flags = (flags | added) & ~cleared
+        elif option:
+            data.append(option)
+    return flags, ",".join(data)
+
+
+def add(storage: Message) -> bool:
+    """Mount or make one storage.
+
+    :param storage: grpc.Storage.
+    :returns: whether something was mounted that must be unmounted in the end.
+    :raises AgentError: if the driver is unknown.
+    :raises OSError: if the kernel refuses.
+    """
+    options = list(storage.options)
+    match storage.driver:
+        case "virtio-fs" | "overlayfs" | "bind":
+            if storage.driver == "bind":
+                options.append("bind")
+            _mount(storage, options)
+            mounted = True
+        case "ephemeral":
+            owner = [option for option in options if option.startswith("fsgid=")]
+            _mount(storage, [option for option in options if option not in owner])
+            _own(storage.mount_point, owner)
+            # It belongs to the sandbox, like the volume it stands for.
+            mounted = False
+        case "local":
+            _make_local(storage.mount_point, options)
+            mounted = False
+        case _:
+            raise AgentError(f"storage: {storage.mount_point}: no driver {storage.driver}; use {', '.join(DRIVERS)}")
+    if storage.fs_group is not None:
+        _give_to_group(storage)
+    return mounted
+
+
+def _mount(storage: Message, options: list[str]) -> None:
+    if "bind" in options and not os.path.isdir(storage.source):  # noqa: PTH112  pathlib costs start-up time
+        files.make_directories(os.path.dirname(storage.mount_point))  # noqa: PTH120  as above
+        if not files.exists(storage.mount_point):
+            files.create(storage.mount_point, "")
+    else:
+        files.make_directories(storage.mount_point)
+    flags, data = split_options(options)
+    kernel.mount(storage.source, storage.mount_point, fstype=storage.fstype, flags=flags, data=data)
+    if flags & kernel.MS_BIND and flags & ~(kernel.MS_BIND | kernel.MS_REC):
+        # A bind takes its other flags only by a remount, see mount(2).
+        kernel.mount("", storage.mount_point, flags=flags & ~kernel.MS_REC | kernel.MS_REMOUNT)
+
+
+def _make_local(path: str, options: list[str]) -> None:
+    files.make_directories(path)
+    for option in options:
+        if option.startswith("mode="):
+            os.chmod(path, int(option.removeprefix("mode="), 8))  # noqa: PTH101  pathlib costs start-up time
+    _own(path, options)
+
+
+def _own(path: str, options: list[str]) -> None:
+    for option in options:
+        if option.startswith("fsgid="):
+            os.chown(path, -1, int(option.removeprefix("fsgid=")))
+            os.chmod(path, os.stat(path).st_mode & 0o7777 | _SETGID)  # noqa: PTH101, PTH116  as above
+
+
+def _give_to_group(storage: Message) -> None:
+    """Hand a volume to a group as Kubernetes' fsGroup does; links are left alone."""
+    group, root = storage.fs_group.group_id, storage.mount_point
+    if storage.fs_group.group_change_policy == _GROUP_ON_MISMATCH:
+        status = os.stat(root)  # noqa: PTH116  as above
+        if status.st_gid == group and status.st_mode & _SETGID:
+            return
+    for directory, _names, plain in os.walk(root):
+        for path in (directory, *(f"{directory}/{name}" for name in plain)):
+            status = os.lstat(path)
+            if status.st_mode & 0o170000 == 0o120000:
+                continue
+            os.chown(path, -1, group)
+            more = 0o2070 if path == directory else 0o060 | (status.st_mode >> 3 & 0o010)
+            os.chmod(path, status.st_mode & 0o7777 | more)  # noqa: PTH101  as above

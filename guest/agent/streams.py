@@ -1,0 +1,224 @@
+"""A process' standard streams on the agent's side: three pipes, or one terminal."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+import time
+
+import _thread
+
+from guest.agent.errors import AgentError, Unavailable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from guest.agent.reaper import Exit
+    from guest.agent.ttrpc import Call
+
+DRAIN_WINDOW_S = 0.5
+"""How long output may still come after a process has ended while another one holds its pipe."""
+MAX_READ = 1 << 20
+_PIPE_SIZE = 1 << 20
+_F_SETPIPE_SZ = 1031
+_TIOCSWINSZ = 0x5414
+
+
+class Output:
+    """Where a process' output is read.
+
+    :param fd: a pipe's or terminal's descriptor, owned from now on.
+    """
+
+    def __init__(self, fd: int) -> None:
+        os.set_blocking(fd, False)
+        self._fd = fd
+        self._lock = _thread.allocate_lock()
+        self._readers = 0
+        self._closing = False
+        self.ended = False
+
+    def read(self, size: int, end: Exit, call: Call) -> bytes:
+        """Read what there is, waiting for the first byte.
+
+        Output written before the process ended is never lost: only silence ends the stream early, once the
+        drain window after the end has passed.
+
+        :param size: the most to return.
+        :param end: the end of the process.
+        :param call: the request being served.
+        :returns: output; empty at the end of the stream.
+        :raises Cancelled: if the caller is gone.
+        """
+        with self._lock:
+            if self._closing or self.ended:
+                return b""
+            self._readers += 1
+        try:
+            data = self._next(min(size, MAX_READ), end, call)
+            if not data:
+                self.ended = True
+            return data
+        finally:
+            with self._lock:
+                self._readers -= 1
+                last = self._closing and not self._readers
+            if last:
+                os.close(self._fd)
+
+    def _next(self, size: int, end: Exit, call: Call) -> bytes:
+        while True:
+            if end.status is None:
+                ready = call.wait(readable=(self._fd, end.fd))
+                if self._fd not in ready:
+                    continue
+            else:
+                left = max(0.0, end.at + DRAIN_WINDOW_S - time.monotonic())
+                if not call.wait(readable=(self._fd,), timeout_s=left):
+                    return b""
+            try:
+                return os.read(self._fd, size)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                # A terminal whose other end is closed.
+                if error.errno == errno.EIO:
+                    return b""
+                raise
+
+    def close(self) -> None:
+        """Give the descriptor up, once the last reader has left."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+            idle = not self._readers
+        if idle:
+            os.close(self._fd)
+
+
+class Input:
+    """Where a process' input is written.
+
+    :param fd: a pipe's or terminal's descriptor, owned from now on.
+    """
+
+    def __init__(self, fd: int) -> None:
+        os.set_blocking(fd, False)
+        self._fd = fd
+        self._lock = _thread.allocate_lock()
+
+    def write(self, data: bytes, end: Exit, call: Call) -> None:
+        """Write everything, waiting while the process does not read.
+
+        :param data: the input.
+        :param end: the end of the process.
+        :param call: the request being served.
+        :raises AgentError: if the input is closed or the process has ended.
+        :raises Cancelled: if the caller is gone.
+        """
+        with self._lock:
+            if self._fd < 0:
+                raise AgentError("write: stdin is closed")
+            view = memoryview(data)
+            while view:
+                try:
+                    view = view[os.write(self._fd, view) :]
+                except BlockingIOError:
+                    call.wait(readable=(end.fd,), writable=(self._fd,))
+                    if end.status is not None:
+                        raise AgentError("write: the process has ended") from None
+
+    def close(self) -> None:
+        """Close the input, after a write in progress."""
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+
+class Streams:
+    """The streams of one process.
+
+    :param stdin: its input.
+    :param stdout: its output; of a terminal, both of its outputs.
+    :param stderr: its error output; None on a terminal.
+    :param terminal: the terminal's descriptor, or -1; owned from now on.
+    """
+
+    def __init__(self, *, stdin: Input, stdout: Output, stderr: Output | None, terminal: int = -1) -> None:
+        self.stdin = stdin
+        self.stdout = stdout
+        self.stderr = stderr
+        self._terminal = terminal
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the process has a terminal."""
+        return self.stderr is None
+
+    @property
+    def ended(self) -> bool:
+        """Whether every output has been read to its end."""
+        return self.stdout.ended and (self.stderr is None or self.stderr.ended)
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Set the terminal's size.
+
+        :param rows: its height.
+        :param columns: its width.
+        :raises Unavailable: if the process has no terminal.
+        """
+        if self._terminal < 0:
+            raise Unavailable("no tty")
+        fcntl.ioctl(self._terminal, _TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def close(self) -> None:
+        """Give all descriptors up."""
+        self.stdin.close()
+        self.stdout.close()
+        if self.stderr is not None:
+            self.stderr.close()
+        if self._terminal >= 0:
+            os.close(self._terminal)
+            self._terminal = -1
+
+
+class Pipes:
+    """Three new pipes for a process about to start; both of their ends until it has started."""
+
+    def __init__(self) -> None:
+        self._stdin, self._stdout, self._stderr = os.pipe(), os.pipe(), os.pipe()
+        for pair in (self._stdout, self._stderr):
+            fcntl.fcntl(pair[1], _F_SETPIPE_SZ, _PIPE_SIZE)
+
+    @property
+    def child(self) -> tuple[int, int, int]:
+        """The process' ends: 0, 1 and 2."""
+        return self._stdin[0], self._stdout[1], self._stderr[1]
+
+    def close_child(self) -> None:
+        """Close the process' ends, which it has by now."""
+        for fd in self.child:
+            os.close(fd)
+
+    def streams(self) -> Streams:
+        """Hand the agent's ends over.
+
+        :returns: the streams that own them.
+        """
+        return Streams(
+            stdin=Input(self._stdin[1]), stdout=Output(self._stdout[0]), stderr=Output(self._stderr[0])
+        )
+
+
+def of_terminal(fd: int) -> Streams:
+    """Make the streams of a process on a terminal.
+
+    :param fd: the terminal's controlling side; owned from now on.
+    :returns: the streams.
+    """
+    return Streams(
+        stdin=Input(os.dup(fd)), stdout=Output(os.dup(fd)), stderr=None, terminal=fd
+    )

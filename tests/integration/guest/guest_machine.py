@@ -1,0 +1,170 @@
+"""A virtual machine started by hand from the built image, with a share and the serial channel."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from tests.integration.guest.agent_client import AgentClient
+
+from proto.kata import agent_pb2, health_pb2, oci_pb2
+
+SHARE = "/run/kata-containers/shared/containers"
+KERNEL_LINE = (
+    "console=hvc0 quiet panic=1 reboot=k tsc=reliable no_timer_check mitigations=off 8250.nr_uarts=0 "
+    "cryptomgr.notests random.trust_cpu=on systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=all"
+)
+CAPABILITIES = ["CAP_CHOWN", "CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BIND_SERVICE"]
+BOOT_TIMEOUT_S = 60
+
+
+class GuestMachine:
+    """QEMU, virtiofsd and a client of the agent.
+
+    :param directory: for sockets, console and the shared directory.
+    :param image: directory of the image to boot.
+    """
+
+    def __init__(self, directory: Path, image: Path) -> None:
+        self.share = directory / "share"
+        self.share.mkdir()
+        self.console = directory / "console.log"
+        self._agent_socket = directory / "agent.sock"
+        self._stack = contextlib.ExitStack()
+        self.client: AgentClient
+        started = time.monotonic()
+        try:
+            self._start(directory, image)
+        except BaseException:
+            self.close()
+            raise
+        self.boot_s = time.monotonic() - started
+
+    def _start(self, directory: Path, image: Path) -> None:
+        share_socket = directory / "share.sock"
+        daemon = self._spawn(
+            "/usr/lib/qemu/virtiofsd",
+            f"--socket-path={share_socket}",
+            "-o",
+            f"source={self.share}",
+            "-o",
+            "cache=auto",
+        )
+        self._await(share_socket, daemon)
+        self.qemu = self._spawn(
+            *"qemu-system-x86_64 -machine q35,memory-backend=ram -accel tcg -cpu max -m 512".split(),
+            *"-nodefaults -no-user-config -display none -no-reboot".split(),
+            *("-object", "memory-backend-memfd,id=ram,size=512M,share=on"),
+            *("-kernel", str(image / "vmlinux"), "-initrd", str(image / "initrd"), "-append", KERNEL_LINE),
+            *("-device", "virtio-serial-pci", "-chardev", f"file,id=console,path={self.console}"),
+            *("-device", "virtconsole,chardev=console"),
+            *("-chardev", f"socket,id=agent,path={self._agent_socket},server=on,wait=off"),
+            *("-device", "virtserialport,name=hako.agent,chardev=agent"),
+            *("-chardev", f"socket,id=share,path={share_socket}"),
+            *("-device", "vhost-user-fs-pci,chardev=share,tag=kataShared"),
+        )
+        self._await(self._agent_socket, self.qemu)
+        self.client = self.connect()
+        self.client.call("Check", health_pb2.CheckRequest(), service="grpc.Health", timeout_s=BOOT_TIMEOUT_S)
+
+    def connect(self) -> AgentClient:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(str(self._agent_socket))
+        client = AgentClient(connection)
+        self._stack.callback(client.close)
+        return client
+
+    def _spawn(self, *argv: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._stack.callback(self._end, process)
+        return process
+
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes]) -> None:
+        process.kill()
+        process.wait()
+
+    @staticmethod
+    def _await(path: Path, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + 10
+        while not path.exists():
+            assert process.poll() is None, f"{process.args} ended with {process.returncode}"
+            assert time.monotonic() < deadline, f"{path} did not appear"
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def create_sandbox(self) -> None:
+        self.client.call(
+            "CreateSandbox",
+            agent_pb2.CreateSandboxRequest(
+                hostname="the-pod",
+                sandbox_id="sandbox",
+                dns=["nameserver 192.0.2.1"],
+                storages=[
+                    agent_pb2.Storage(
+                        driver="virtio-fs", source="kataShared", fstype="virtiofs", mount_point=f"{SHARE}/"
+                    )
+                ],
+            ),
+        )
+
+    def make_rootfs(self, name: str) -> None:
+        """Put a busybox root filesystem into the share."""
+        root = self.share / name / "rootfs"
+        for directory in ("bin", "dev", "proc", "sys", "tmp", "etc"):
+            (root / directory).mkdir(parents=True)
+        shutil.copy("/bin/busybox", root / "bin/busybox")
+        for applet in ("sh", "cat", "echo", "sleep", "id", "hostname", "stty", "env", "mount", "ls", "dd"):
+            (root / "bin" / applet).symlink_to("busybox")
+
+
+def process(*args: str, terminal: bool = False, **fields: object) -> oci_pb2.Process:
+    """Describe a process with the capabilities a container usually has."""
+    return oci_pb2.Process(
+        Args=args,
+        Env=["PATH=/bin"],
+        Cwd="/",
+        Terminal=terminal,
+        User=oci_pb2.User(),
+        Capabilities=oci_pb2.LinuxCapabilities(
+            Bounding=CAPABILITIES, Effective=CAPABILITIES, Permitted=CAPABILITIES
+        ),
+        **fields,
+    )
+
+
+def spec(name: str, init: oci_pb2.Process) -> oci_pb2.Spec:
+    """Describe a container the way containerd does."""
+    mount = oci_pb2.Mount
+    return oci_pb2.Spec(
+        Version="1.1.0",
+        Process=init,
+        Root=oci_pb2.Root(Path=f"{SHARE}/{name}/rootfs"),
+        Hostname="ignored",
+        Mounts=[
+            mount(destination="/proc", type="proc", source="proc", options=["nosuid", "noexec", "nodev"]),
+            mount(destination="/dev", type="tmpfs", source="tmpfs", options=["nosuid", "mode=755"]),
+            mount(
+                destination="/dev/pts",
+                type="devpts",
+                source="devpts",
+                options=["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+            ),
+            mount(
+                destination="/sys", type="sysfs", source="sysfs", options=["nosuid", "noexec", "nodev", "ro"]
+            ),
+        ],
+        Linux=oci_pb2.Linux(
+            CgroupsPath=f"/default/{name}",
+            Resources=oci_pb2.LinuxResources(),
+            Namespaces=[oci_pb2.LinuxNamespace(Type=kind) for kind in ("ipc", "uts", "mount")],
+            MaskedPaths=["/proc/kcore", "/proc/keys"],
+            ReadonlyPaths=["/proc/sys"],
+        ),
+    )
