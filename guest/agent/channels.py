@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import _socket
+import _thread
 import fcntl
 import os
 import select
-
-import _socket
-import _thread
 
 from guest.agent import files
 from guest.agent.console import log
