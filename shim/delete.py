@@ -34,7 +34,7 @@ def delete(line: CommandLine) -> bytes:
     :returns: a ``DeleteResponse`` for standard output.
     :raises Refusal: if something could not be undone; running this again goes on where it stopped.
     """
-    grouping.check_identifier(line.id, what="id")
+    grouping.check_identifier(line.id, phase="delete", what="id")
     bundle = line.bundle or os.getcwd()
     _delete_from(state_directory.pointed_to(bundle) or _expected_directory(line, bundle), line.id)
     return bootstrap_wire.encode_delete_response(exit_status=_KILLED, exited_at=time.time())

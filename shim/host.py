@@ -1,4 +1,4 @@
-"""What this host offers for virtual machines, and which of it is used; ``hako check`` and sandboxes ask alike."""
+"""What this host offers for virtual machines, and what of it is used; ``hako check`` asks here too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hypervisor import Accelerator, Channel, channel_problem
+from hypervisor import Accelerator, Channel, HypervisorError, Verdict, channel_problem
+from hypervisor import choose_accelerator as accelerator_probe
 from shim.errors import FailedPrecondition
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from shim.config import Config
 
 AUTO = "auto"
+_VERDICT = Path("/var/cache/hako/accelerator.json")
 #: Where ``scripts/setup`` puts programs that the distribution does not package.
 OWN_PROGRAMS = Path("/var/lib/hako/bin")
 #: Where distributions put daemons that are not commands.
@@ -43,7 +45,7 @@ class HostChoice:
     vsock_daemon: Path | None
 
 
-def resolve(config: Config) -> HostChoice:
+async def resolve(config: Config) -> HostChoice:
     """Choose what a sandbox is made with.
 
     :param config: the operator's configuration.
@@ -51,11 +53,11 @@ def resolve(config: Config) -> HostChoice:
     """
     find_qemu(config)
     find_guest(config)
-    accelerator, accelerator_reason = choose_accelerator(config)
+    verdict = await choose_accelerator(config)
     channel, channel_reason = choose_channel(config)
     return HostChoice(
-        accelerator=accelerator,
-        accelerator_reason=accelerator_reason,
+        accelerator=verdict.accelerator,
+        accelerator_reason=verdict.reason,
         channel=channel,
         channel_reason=channel_reason,
         virtiofsd=find_virtiofsd(config),
@@ -107,15 +109,20 @@ def find_virtiofsd(config: Config) -> Path:
     return found
 
 
-def choose_accelerator(config: Config) -> tuple[Accelerator, str]:
+async def choose_accelerator(config: Config) -> Verdict:
     """Choose how guest instructions are run.
 
     :param config: the operator's configuration.
-    :returns: the accelerator and the reason for it.
+    :raises FailedPrecondition: if that takes guest code to run, and none can be run or its verdict kept.
     """
     if config.hypervisor.accelerator != AUTO:
-        return Accelerator(config.hypervisor.accelerator), "set by [hypervisor] accelerator"
-    return Accelerator.TCG, "KVM is not probed yet"
+        accelerator = Accelerator(config.hypervisor.accelerator)
+        return Verdict(accelerator=accelerator, reason="set by [hypervisor] accelerator")
+    try:
+        _VERDICT.parent.mkdir(parents=True, exist_ok=True)
+        return await accelerator_probe(Path(config.hypervisor.qemu), cache=_VERDICT)
+    except (HypervisorError, OSError) as error:
+        raise FailedPrecondition(f"boot: accelerator: {error}; set [hypervisor] accelerator") from error
 
 
 def choose_channel(config: Config) -> tuple[Channel, str]:

@@ -114,6 +114,7 @@ class Sandbox:
             raise AlreadyExists(f"create: container {container_id}: already exists")
         container = Container(container_id, bundle=bundle, stdio=stdio, sandbox=self)
         self.containers[container_id] = container
+        self._ledger.created(container_id)
         try:
             await container.create(rootfs)
         except BaseException:
@@ -187,7 +188,7 @@ class Sandbox:
         self._ready.exception()  # marks it as seen: maybe nobody asks any more
 
     async def _boot(self) -> Agent:
-        spec = self._vm_spec()
+        spec = await self._vm_spec()
         timeout_s = self._config.guest.boot_timeout_s
         try:
             async with asyncio.timeout(timeout_s) as limit:
@@ -212,9 +213,9 @@ class Sandbox:
             "if the guest is only slow, raise [guest] boot_timeout_s"
         )
 
-    def _vm_spec(self) -> VmSpec:
+    async def _vm_spec(self) -> VmSpec:
         config = self._config
-        choice = resolve(config)
+        choice = await resolve(config)
         log.info("boot: accelerator %s: %s", choice.accelerator.value, choice.accelerator_reason)
         log.info("boot: channel %s: %s", choice.channel.value, choice.channel_reason)
         self.share.mkdir(mode=0o700, exist_ok=True)

@@ -49,8 +49,8 @@ def start(line: CommandLine) -> bytes:
     :raises OSError: if the host fails; nothing is left behind.
     """
     _check_host()
-    grouping.check_identifier(line.namespace, what="namespace")
-    grouping.check_identifier(line.id, what="id")
+    grouping.check_identifier(line.namespace, phase="start", what="namespace")
+    grouping.check_identifier(line.id, phase="start", what="id")
     bundle = os.getcwd()
     caller = identify_caller(_read_input(), line)
     found = config.locate(
@@ -60,7 +60,7 @@ def start(line: CommandLine) -> bytes:
     )
     settings = config.parse(found)
     group = grouping.group_of(bundle, line.id)
-    grouping.check_identifier(group, what="group")
+    grouping.check_identifier(group, phase="start", what="group")
     if settings.shim.protocol == "grpc":
         _check_grpc(caller, line.publish_binary)
     socket_name = grouping.socket_name(address=line.address, namespace=line.namespace, group=group)

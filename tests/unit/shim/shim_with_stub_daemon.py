@@ -23,10 +23,9 @@ def run(record, listener_descriptor, ready):
         listener.listen()
     else:
         listener = socket.socket(fileno=listener_descriptor)
-    descriptors = {}
-    for name in os.listdir("/proc/self/fd"):
-        if Path(f"/proc/self/fd/{name}").is_symlink():
-            descriptors[name] = os.readlink(f"/proc/self/fd/{name}")
+    descriptors = {
+        link.name: str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()
+    }
     seen = {
         "pid": os.getpid(),
         "session": os.getsid(0),
@@ -37,10 +36,10 @@ def run(record, listener_descriptor, ready):
         "oom_score_adj": int(Path("/proc/self/oom_score_adj").read_text()),
     }
     ready()
-    os.write(2, b"the daemon runs\n")
     target = Path(record.state_directory) / "seen.json"
     target.with_suffix(".new").write_text(json.dumps(seen))
     target.with_suffix(".new").rename(target)
+    os.write(2, b"the daemon runs\n")
     signal.sigwait({signal.SIGTERM} if not os.environ.get("STUB_HANGS") else {signal.SIGUSR1})
 
 

@@ -1,0 +1,120 @@
+"""A containerd's side of the bootstrap: a bundle, the flags and environment, and real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shim import grouping, host_process
+from shim.host_process import HostProcess
+from shim.ledger import Ledger
+
+PROGRAM = Path(__file__).with_name("shim_with_stub_daemon.py")
+ROOT = Path(__file__).parents[3]
+
+
+@dataclass
+class Containerd:
+    """Runs the shim as containerd does, in a temporary directory of its own."""
+
+    directory: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    containers: list[str] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        return str(self.directory / "containerd.sock")
+
+    @property
+    def state_dir(self) -> Path:
+        return self.directory / "state"
+
+    def configure(self, text: str) -> None:
+        (self.directory / "config.toml").write_text(text)
+
+    def bundle(self, container: str) -> Path:
+        return self.directory / "bundles" / container
+
+    def make_bundle(self, container: str, *, annotations: dict[str, str] | None = None) -> Path:
+        bundle = self.bundle(container)
+        bundle.mkdir(parents=True)
+        os.mkfifo(bundle / "log")
+        (bundle / "config.json").write_text(json.dumps({"annotations": annotations or {}}))
+        self.containers.append(container)
+        return bundle
+
+    def run(
+        self,
+        action: str,
+        container: str,
+        *,
+        stdin: bytes = b"",
+        flags: tuple[str, ...] = (),
+        namespace: str = "tests",
+        publish_binary: str = "/usr/bin/containerd",
+    ) -> subprocess.CompletedProcess[bytes]:
+        given = ["-namespace", namespace, "-address", self.address]
+        given += ["-publish-binary", publish_binary, "-id", container]
+        if action == "delete":
+            given += ["-bundle", str(self.bundle(container))]
+        return subprocess.run(
+            [sys.executable, str(PROGRAM), *given, *flags, action],
+            cwd=self.bundle(container),
+            env={**os.environ, **self.environment, "PYTHONPATH": str(ROOT)},
+            input=stdin,
+            capture_output=True,
+            timeout=20,
+            check=False,
+        )
+
+    def socket_path(self, group: str, *, directory: Path = Path("/run/containerd/s")) -> Path:
+        return directory / grouping.socket_name(address=self.address, namespace="tests", group=group)
+
+    def state_of(self, group: str) -> Path:
+        return self.state_dir / self.socket_path(group).name[:16]
+
+    def daemon(self, group: str) -> dict[str, Any]:
+        """Wait until the daemon of a group has said what it was given."""
+        reader = os.open(self.bundle(group) / "log", os.O_RDONLY)
+        try:
+            said = b""
+            while b"the daemon runs" not in said:
+                said += os.read(reader, 4096)
+        finally:
+            os.close(reader)
+        return json.loads((self.state_of(group) / "seen.json").read_text())
+
+    def shims(self) -> list[HostProcess]:
+        """Every shim process on record."""
+        return [
+            HostProcess(pid=entry.pid, start_time=entry.start_time)
+            for path in self.state_dir.glob("*/ledger")
+            for entry in Ledger(str(path.parent)).entries()
+            if entry.kind == "process"
+        ]
+
+    def kill_shims(self) -> None:
+        assert host_process.end(self.shims(), number=signal.SIGKILL, timeout_s=5) == []
+
+    def end_all(self) -> None:
+        self.kill_shims()
+        for container in self.containers:
+            self.socket_path(container).unlink(missing_ok=True)
+
+
+@pytest.fixture
+def containerd(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("start refuses to run without root")
+    peer = Containerd(tmp_path, {"MAX_SHIM_VERSION": "2", "HAKO_CONFIG": str(tmp_path / "config.toml")})
+    peer.configure(f'[shim]\nstate_dir = "{peer.state_dir}"\n')
+    yield peer
+    peer.end_all()

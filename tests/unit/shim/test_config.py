@@ -1,0 +1,116 @@
+"""The configuration: every key optional, every mistake named."""
+
+from __future__ import annotations
+
+import pytest
+
+from shim.config import Config, ConfigText, GuestConfig, HypervisorConfig, ShimConfig, locate, parse
+from shim.refusal import Refusal
+
+
+def parsed(text: str) -> Config:
+    return parse(ConfigText(text=text, source="config.toml"))
+
+
+def message(text: str) -> str:
+    with pytest.raises(Refusal) as caught:
+        parsed(text)
+    line = str(caught.value)
+    assert line.startswith("config: config.toml: ")
+    assert "; " in line
+    assert "\n" not in line
+    return line
+
+
+def test_nothing_means_the_defaults():
+    assert parsed("") == Config()
+    assert Config().hypervisor.memory_mib == 512
+    assert Config().guest.kernel == "/var/lib/hako/guest/vmlinux"
+
+
+def test_what_is_given_replaces_only_itself():
+    given = parsed('[hypervisor]\nvcpus = 2\n[guest]\ninitrd = "/i"\n[shim]\nlog_level = "debug"\n')
+    assert given.hypervisor == HypervisorConfig(vcpus=2)
+    assert given.guest == GuestConfig(initrd="/i")
+    assert given.shim == ShimConfig(log_level="debug")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[hypervisor]\nvcpu = 1\n", "hypervisor: unknown key 'vcpu'; the nearest valid key is 'vcpus'"),
+        ("[hypervisor]\nqwerty = 1\n", "unknown key 'qwerty'; the nearest valid key is "),
+        ("[hypervizor]\n", "unknown table 'hypervizor'; the nearest valid table is 'hypervisor'"),
+        ("memory_mib = 1\n", "unknown table 'memory_mib'; the nearest valid table is "),
+        ("guest = 1\n", "guest: not a table; write [guest]"),
+        ("[[guest]]\n", "guest: not a table; write [guest]"),
+        ('[hypervisor]\nvcpus = "2"\n', "hypervisor.vcpus: '2' has the wrong type; give a whole number"),
+        ("[hypervisor]\nvcpus = true\n", "hypervisor.vcpus: True has the wrong type; give a whole number"),
+        ("[hypervisor]\nvcpus = 1.5\n", "hypervisor.vcpus: 1.5 has the wrong type; give a whole number"),
+        ("[guest]\nkernel = 1\n", "guest.kernel: 1 has the wrong type; give a string in quotes"),
+        ("[hypervisor]\nvcpus = 0\n", "hypervisor.vcpus: 0 is too small; give at least 1"),
+        ("[hypervisor]\nmemory_mib = 127\n", "memory_mib: 127 is too small; give at least 128"),
+        ("[guest]\nboot_timeout_s = 0\n", "boot_timeout_s: 0 is too small; give at least 1"),
+        ('[hypervisor]\naccelerator = "hvf"\n', "'hvf' is not offered; give one of auto, kvm, tcg"),
+        ('[hypervisor]\nchannel = "tcp"\n', "'tcp' is not offered; give one of auto, vhost-vsock, "),
+        ('[shim]\nprotocol = "http"\n', "'http' is not offered; give one of ttrpc, grpc"),
+        ('[shim]\nlog_level = "loud"\n', "'loud' is not offered; give one of debug, "),
+        ('[hypervisor]\nqemu = "qemu"\n', "hypervisor.qemu: 'qemu' is not an absolute path; begin it with /"),
+        ('[guest]\nkernel = "auto"\n', "guest.kernel: 'auto' is not an absolute path; begin it with /"),
+        ("[hypervisor\n", "not TOML: "),
+        ("[guest]\nkernel = '/a'\nkernel = '/b'\n", "not TOML: "),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(text, expected):
+    assert expected in message(text)
+
+
+@pytest.mark.parametrize("key", ["virtiofsd", "vsock_daemon"])
+def test_a_daemon_is_searched_for_or_given(key):
+    assert getattr(parsed(f'[hypervisor]\n{key} = "auto"\n').hypervisor, key) == "auto"
+    assert getattr(parsed(f'[hypervisor]\n{key} = "/d"\n').hypervisor, key) == "/d"
+
+
+def test_the_environment_comes_before_the_options_and_these_before_the_default(tmp_path):
+    paths = {}
+    for name in ("environment", "options", "default"):
+        paths[name] = str(tmp_path / name)
+        (tmp_path / name).write_text(f"# {name}")
+    environment = {"HAKO_CONFIG": paths["environment"]}
+    body = "# body"
+
+    def found(environment, **given):
+        return locate(environment, default=paths["default"], **given).text
+
+    assert found(environment, options_path=paths["options"], options_body=body) == "# environment"
+    assert found({}, options_path=paths["options"], options_body=body) == "# options"
+    assert found({}, options_body=body) == "# body"
+    assert found({}) == "# default"
+
+
+def test_the_default_file_need_not_exist(tmp_path):
+    assert locate({}, default=str(tmp_path / "none")) == ConfigText(text="", source="defaults")
+
+
+@pytest.mark.parametrize("given", [{"environment": "HAKO_CONFIG"}, {"options": "path"}])
+def test_a_file_that_was_asked_for_must_exist(tmp_path, given):
+    path = str(tmp_path / "none")
+    environment = {"HAKO_CONFIG": path} if "environment" in given else {}
+    with pytest.raises(Refusal, match="no such file; correct the path"):
+        locate(environment, options_path=path if "options" in given else "")
+
+
+def test_a_directory_is_no_configuration(tmp_path):
+    with pytest.raises(Refusal, match="Is a directory"):
+        locate({"HAKO_CONFIG": str(tmp_path)})
+
+
+def test_a_file_that_is_not_utf_8_is_refused(tmp_path):
+    (tmp_path / "latin").write_bytes(b"# \xe4")
+    with pytest.raises(Refusal, match="not UTF-8; save it as UTF-8"):
+        locate({"HAKO_CONFIG": str(tmp_path / "latin")})
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(AttributeError, match="frozen"):
+        Config().hypervisor.vcpus = 4

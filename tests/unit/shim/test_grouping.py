@@ -1,0 +1,67 @@
+"""Which container goes to which shim."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+
+from shim import grouping
+from shim.refusal import Refusal
+
+
+@pytest.mark.parametrize(
+    ("spec", "group"),
+    [
+        ({}, "c1"),
+        ({"annotations": None}, "c1"),
+        ({"annotations": {"other": "x"}}, "c1"),
+        ({"annotations": {"io.kubernetes.cri.sandbox-id": "pod"}}, "pod"),
+        ({"annotations": {"io.containerd.runc.v2.group": "group"}}, "group"),
+        ({"annotations": {"io.containerd.runc.v2.group": ""}}, "c1"),
+        (
+            {"annotations": {"io.kubernetes.cri.sandbox-id": "pod", "io.containerd.runc.v2.group": "group"}},
+            "group",
+        ),
+        ([], "c1"),
+    ],
+)
+def test_annotations_name_the_group(tmp_path, spec, group):
+    (tmp_path / "config.json").write_text(json.dumps(spec))
+    assert grouping.group_of(str(tmp_path), "c1") == group
+
+
+def test_without_a_spec_a_container_is_alone(tmp_path):
+    assert grouping.group_of(str(tmp_path), "c1") == "c1"
+
+
+@pytest.mark.parametrize(
+    ("address", "joined"),
+    [
+        ("/run/containerd/containerd.sock", "/run/containerd/containerd.sock/ns/c1"),
+        ("//run//containerd.sock/", "/run/containerd.sock/ns/c1"),
+        ("unix:///run/containerd.sock", "unix:/run/containerd.sock/ns/c1"),
+        ("", "ns/c1"),
+    ],
+    ids=["plain", "doubled slashes", "scheme", "empty"],
+)
+def test_the_socket_is_named_as_containerds_tools_name_it(address, joined):
+    name = grouping.socket_name(address=address, namespace="ns", group="c1")
+    assert name == hashlib.sha256(joined.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("identifier", ["a", "0", "A-b_c.d", "x" * 76])
+def test_containerds_identifiers_are_accepted(identifier):
+    grouping.check_identifier(identifier, phase="start", what="id")
+
+
+@pytest.mark.parametrize("length", [106, 107])
+def test_a_socket_path_has_106_bytes_at_most(length):
+    directory = "/" + "d" * (length - 66)
+    name = "n" * 64
+    if length == 106:
+        assert len(grouping.socket_path(directory, name)) == length
+    else:
+        with pytest.raises(Refusal, match="107 bytes are too long"):
+            grouping.socket_path(directory, name)

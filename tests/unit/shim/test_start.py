@@ -1,0 +1,328 @@
+"""``start`` as containerd runs it, up to the daemon's first line; the daemon itself is a stub."""
+
+from __future__ import annotations
+
+import json
+import socket
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from proto.containerd import bootstrap_v1_pb2, runtime_options_pb2
+
+GROUPS = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"]
+
+
+def params(container: str, **fields: object) -> bootstrap_v1_pb2.BootstrapParams:
+    return bootstrap_v1_pb2.BootstrapParams(instance_id=container, namespace="tests", **fields)
+
+
+def test_containerd_1_6_gets_a_plain_address(containerd):
+    containerd.make_bundle("c1")
+    del containerd.environment["MAX_SHIM_VERSION"]
+    reply = containerd.run("start", "c1")
+    assert (reply.returncode, reply.stderr) == (0, b"")
+    assert reply.stdout.decode() == f"unix://{containerd.socket_path('c1')}"
+
+
+def test_containerd_1_7_to_2_2_get_json(containerd):
+    containerd.make_bundle("c1")
+    reply = containerd.run("start", "c1")
+    assert (reply.returncode, reply.stderr) == (0, b"")
+    assert json.loads(reply.stdout) == {
+        "version": 2,
+        "address": f"unix://{containerd.socket_path('c1')}",
+        "protocol": "ttrpc",
+    }
+
+
+@pytest.fixture
+def sockets():
+    # The path of a unix socket is short; pytest's own directories are not.
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        yield Path(directory) / "s"
+
+
+def test_containerd_2_3_gets_a_bootstrap_result(containerd, sockets):
+    bundle = containerd.make_bundle("c1")
+    sent = params("c1", socket_dir=str(sockets), containerd_ttrpc_address="unix:///run/t.sock", log_level=-4)
+    reply = containerd.run("start", "c1", stdin=sent.SerializeToString())
+    assert (reply.returncode, reply.stderr) == (0, b"")
+    result = bootstrap_v1_pb2.BootstrapResult.FromString(reply.stdout)
+    path = containerd.socket_path("c1", directory=sockets)
+    assert (result.version, result.address, result.protocol) == (2, f"unix://{path}", "ttrpc")
+    assert path.is_socket()
+    assert stat.S_IMODE(sockets.stat().st_mode) == 0o700
+    record = json.loads((bundle / "hako" / "sandbox.json").read_text())
+    assert (record["ttrpc_address"], record["debug"], record["dialect"]) == ("/run/t.sock", True, "2.3")
+
+
+def test_the_address_file_holds_the_plain_address(containerd):
+    bundle = containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    assert (bundle / "address").read_text() == f"unix://{containerd.socket_path('c1')}"
+
+
+def test_the_socket_is_for_its_owner_only(containerd):
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    assert stat.S_IMODE(containerd.socket_path("c1").stat().st_mode) == 0o600
+
+
+def test_the_socket_takes_connections_when_start_returns(containerd):
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(containerd.socket_path("c1")))
+        assert client.getpeername() == str(containerd.socket_path("c1"))
+
+
+def test_the_daemon_holds_only_its_socket_and_the_log(containerd):
+    bundle = containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    descriptors = containerd.daemon("c1")["descriptors"]
+    listener = descriptors.pop("3")
+    assert descriptors == {"0": "/dev/null", "1": "/dev/null", "2": str(bundle / "log")}
+    assert listener.startswith("socket:")
+
+
+def test_the_daemon_leads_its_own_session(containerd):
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    seen = containerd.daemon("c1")
+    assert seen["session"] == seen["pid"]
+
+
+def test_the_daemon_can_be_told_in_process_lists(containerd):
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    seen = containerd.daemon("c1")
+    assert seen["command"] == "containerd-shim"
+    assert seen["arguments"][4:6] == ["-id", "c1"]
+
+
+def test_the_daemon_does_not_answer_to_systemd(containerd):
+    containerd.make_bundle("c1")
+    containerd.environment["NOTIFY_SOCKET"] = "/run/systemd/notify"
+    containerd.run("start", "c1")
+    assert "NOTIFY_SOCKET" not in containerd.daemon("c1")["environment"]
+
+
+def test_the_daemon_dies_of_memory_pressure_before_containerd(containerd):
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    own = int(Path("/proc/self/oom_score_adj").read_text())
+    assert containerd.daemon("c1")["oom_score_adj"] == min(own + 1, 1000)
+
+
+def test_core_scheduling_is_done_without_where_the_kernel_lacks_it(containerd):
+    containerd.make_bundle("c1")
+    containerd.environment["SCHED_CORE"] = "1"
+    assert containerd.run("start", "c1").returncode == 0
+
+
+def test_a_bundle_without_a_log_is_served_too(containerd):
+    (containerd.make_bundle("c1") / "log").unlink()
+    assert containerd.run("start", "c1").returncode == 0
+
+
+def test_the_record_has_what_the_daemon_needs(containerd):
+    bundle = containerd.make_bundle("c1")
+    containerd.environment["TTRPC_ADDRESS"] = "/run/t.sock"
+    containerd.run("start", "c1", flags=("-debug",))
+    record = json.loads((containerd.state_of("c1") / "sandbox.json").read_text())
+    assert record.pop("started_at") > 0
+    assert record == {
+        "namespace": "tests",
+        "id": "c1",
+        "bundle": str(bundle),
+        "grpc_address": containerd.address,
+        "ttrpc_address": "/run/t.sock",
+        "publish_binary": "/usr/bin/containerd",
+        "config_text": f'[shim]\nstate_dir = "{containerd.state_dir}"\n',
+        "config_source": str(containerd.directory / "config.toml"),
+        "protocol": "ttrpc",
+        "socket_path": str(containerd.socket_path("c1")),
+        "state_directory": str(containerd.state_of("c1")),
+        "debug": True,
+        "dialect": "1.7",
+    }
+
+
+def test_the_state_directory_is_for_its_owner_only(containerd):
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    assert stat.S_IMODE(containerd.state_of("c1").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("annotation", GROUPS)
+def test_containers_of_a_group_share_one_shim(containerd, annotation):
+    containerd.make_bundle("pod", annotations={annotation: "pod"})
+    member = containerd.make_bundle("member", annotations={annotation: "pod"})
+    first = containerd.run("start", "pod")
+    second = containerd.run("start", "member")
+    assert second.stdout == first.stdout
+    assert (member / "address").read_text() == f"unix://{containerd.socket_path('pod')}"
+    assert len(list(containerd.state_dir.iterdir())) == 1
+
+
+def test_each_caller_is_answered_in_its_own_dialect(containerd):
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    del containerd.environment["MAX_SHIM_VERSION"]
+    assert containerd.run("start", "c1").stdout.decode() == f"unix://{containerd.socket_path('c1')}"
+
+
+def test_a_dead_socket_is_replaced(containerd):
+    containerd.make_bundle("c1")
+    path = containerd.socket_path("c1")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    assert containerd.run("start", "c1").returncode == 0
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+
+
+def test_what_a_dead_shim_of_the_same_name_left_is_removed_first(containerd):
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    killed = containerd.daemon("c1")["pid"]
+    leftover = containerd.state_of("c1") / "leftover"
+    leftover.touch()
+    containerd.kill_shims()
+    assert containerd.run("start", "c1").returncode == 0
+    assert not leftover.exists()
+    assert containerd.daemon("c1")["pid"] != killed
+
+
+def test_the_configuration_comes_from_the_runtime_options(containerd):
+    containerd.make_bundle("c1")
+    del containerd.environment["HAKO_CONFIG"]
+    options = runtime_options_pb2.Options(config_path=str(containerd.directory / "config.toml"))
+    sent = bootstrap_v1_pb2.Extension()
+    sent.value.type_url = "runtimeoptions.v1.Options"
+    sent.value.value = options.SerializeToString()
+    assert containerd.run("start", "c1", stdin=sent.value.SerializeToString()).returncode == 0
+    assert containerd.state_of("c1").is_dir()
+
+
+def test_the_configuration_comes_from_an_extension(containerd):
+    containerd.make_bundle("c1")
+    del containerd.environment["HAKO_CONFIG"]
+    body = f'[shim]\nstate_dir = "{containerd.state_dir}"\n'.encode()
+    sent = params("c1")
+    extension = sent.extensions.add().value
+    extension.type_url = "type.googleapis.com/runtimeoptions.v1.Options"
+    extension.value = runtime_options_pb2.Options(config_body=body).SerializeToString()
+    assert containerd.run("start", "c1", stdin=sent.SerializeToString()).returncode == 0
+    assert containerd.state_of("c1").is_dir()
+
+
+def test_options_of_other_runtimes_are_none_of_its_business(containerd):
+    containerd.make_bundle("c1")
+    sent = bootstrap_v1_pb2.Extension()
+    sent.value.type_url = "containerd.runc.v1.Options"
+    sent.value.value = b"\x18\x01"
+    assert containerd.run("start", "c1", stdin=sent.value.SerializeToString()).returncode == 0
+
+
+def refusal(containerd, container: str = "c1", **arguments: object) -> str:
+    """Run a ``start`` that must fail, and return its line; nothing may be left behind."""
+    before = set(containerd.directory.rglob("*"))
+    reply = containerd.run("start", container, **arguments)
+    assert (reply.returncode, reply.stdout) == (1, b"")
+    assert not containerd.socket_path(container).exists()
+    assert set(containerd.directory.rglob("*")) - before <= {containerd.state_dir}
+    line = reply.stderr.decode()
+    assert line.endswith("\n")
+    assert line.count("\n") == 1
+    return line
+
+
+def test_a_bad_configuration_is_one_line(containerd):
+    containerd.make_bundle("c1")
+    containerd.configure("[hypervisor]\nvcpu = 2\n")
+    assert "unknown key 'vcpu'; the nearest valid key is 'vcpus'" in refusal(containerd)
+
+
+def test_a_missing_configuration_is_one_line(containerd):
+    containerd.make_bundle("c1")
+    containerd.environment["HAKO_CONFIG"] = "/nonexistent/config.toml"
+    assert refusal(containerd).startswith("config: /nonexistent/config.toml: no such file;")
+
+
+def test_a_spec_that_is_not_json_is_one_line(containerd):
+    (containerd.make_bundle("c1") / "config.json").write_text("{")
+    assert "config.json: not JSON" in refusal(containerd)
+
+
+def test_input_that_is_no_message_is_one_line(containerd):
+    containerd.make_bundle("c1")
+    assert refusal(containerd, stdin=b"\xff" * 20).startswith("start: standard input: ")
+
+
+def test_endless_input_is_one_line(containerd):
+    containerd.make_bundle("c1")
+    assert "more than 10485760 bytes" in refusal(containerd, stdin=b"\0" * (10 << 20 | 1))
+
+
+def test_a_socket_directory_too_long_for_a_socket_is_one_line(containerd):
+    containerd.make_bundle("c1")
+    sent = params("c1", socket_dir="/run/" + "s" * 60)
+    assert "too long for a unix socket" in refusal(containerd, stdin=sent.SerializeToString())
+
+
+def test_an_unsafe_group_is_one_line(containerd):
+    containerd.make_bundle("c1", annotations={GROUPS[0]: "../c2"})
+    assert refusal(containerd).startswith("start: group '../c2': ")
+
+
+@pytest.mark.parametrize("version", ["1.6", "2.3"])
+def test_grpc_is_refused_where_containerd_cannot_drive_it(containerd, version):
+    containerd.make_bundle("c1")
+    containerd.configure(f'[shim]\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
+    stdin = b""
+    if version == "1.6":
+        del containerd.environment["MAX_SHIM_VERSION"]
+    else:
+        stdin = params("c1").SerializeToString()
+    assert f"containerd {version}" in refusal(containerd, stdin=stdin)
+
+
+def fake_containerd(directory: Path, module: str, version: str) -> str:
+    path = directory / "containerd"
+    path.write_text(f"#!/bin/sh\necho containerd {module} {version} abc\n")
+    path.chmod(0o700)
+    return str(path)
+
+
+def test_grpc_is_refused_on_containerd_2_1(containerd):
+    containerd.make_bundle("c1")
+    containerd.configure(f'[shim]\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
+    binary = fake_containerd(containerd.directory, "github.com/containerd/containerd/v2", "2.1.9")
+    assert "containerd 2.1.9 cannot drive a shim over grpc" in refusal(containerd, publish_binary=binary)
+
+
+def test_containerd_1_7_is_told_the_grpc_socket_once_it_listens(containerd):
+    bundle = containerd.make_bundle("c1")
+    containerd.configure(f'[shim]\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
+    binary = fake_containerd(containerd.directory, "github.com/containerd/containerd", "1.7.24~ds1")
+    reply = containerd.run("start", "c1", publish_binary=binary)
+    assert (reply.returncode, reply.stderr) == (0, b"")
+    path = str(containerd.socket_path("c1"))
+    assert json.loads(reply.stdout) == {"version": 2, "address": path, "protocol": "grpc"}
+    assert (bundle / "address").read_bytes() == reply.stdout
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+
+
+def test_a_daemon_that_dies_before_it_listens_is_one_line_with_its_last_words(containerd):
+    containerd.make_bundle("c1")
+    containerd.configure(f'[shim]\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
+    containerd.environment["STUB_DIES"] = "listen: no room on this host"
+    binary = fake_containerd(containerd.directory, "github.com/containerd/containerd", "1.7.24")
+    line = refusal(containerd, publish_binary=binary)
+    assert line.startswith("start: daemon: it died before it was ready: listen: no room on this host;")
