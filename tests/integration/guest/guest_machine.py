@@ -120,7 +120,7 @@ class GuestMachine:
         for directory in ("bin", "dev", "proc", "sys", "tmp", "etc"):
             (root / directory).mkdir(parents=True)
         shutil.copy("/bin/busybox", root / "bin/busybox")
-        for applet in ("sh", "cat", "echo", "sleep", "id", "hostname", "stty", "env", "mount", "ls", "dd"):
+        for applet in ("sh", "cat", "echo", "sleep", "id", "hostname", "stty", "env", "mount", "ls", "dd", "grep", "pwd"):
             (root / "bin" / applet).symlink_to("busybox")
 
 

@@ -7,7 +7,9 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from proto.kata import agent_pb2, oci_pb2
 from tests.integration.guest.agent_client import StatusError
+from tests.integration.guest.guest_machine import process, spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,3 +31,164 @@ def test_exit_status(new_container: Callable[[], Life], script: str, status: int
     # A nested shell, because a PID namespace's init ignores signals from inside.
     container.run("sh", "-c", f"sh -c '{script}'; exit $?")
     assert container.wait() == status
+
+
+def test_input_reaches_the_process_and_its_end_ends_it(new_container: Callable[[], Life]) -> None:
+    container = new_container()
+    container.run("cat")
+    container.write(b"hello\n")
+    assert container.read() == b"hello\n"
+    container.close_stdin()
+    assert container.read_all() == b""
+    assert container.wait() == 0
+
+
+def test_empty_input_closes_it(new_container: Callable[[], Life]) -> None:
+    container = new_container()
+    container.run("cat")
+    container.write(b"")
+    assert container.wait() == 0
+
+
+def test_terminal_has_a_size_and_merges_outputs(new_container: Callable[[], Life]) -> None:
+    container = new_container()
+    container.create("sh", terminal=True)
+    container.resize(33, 77)
+    container.start()
+    container.write(b"stty size; echo error >&2\n")
+    seen = container.read_until(b"error\r\n")
+    assert b"33 77\r\n" in seen
+    container.resize(44, 99)
+    container.write(b"stty size; exit 3\n")
+    assert b"44 99\r\n" in container.read_all()
+    assert container.wait() == 3
+
+
+def test_resize_without_a_terminal_is_refused(new_container: Callable[[], Life]) -> None:
+    container = new_container()
+    container.run("cat")
+    with pytest.raises(StatusError, match="no tty") as refused:
+        container.resize(1, 1)
+    assert refused.value.code == 14
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_missing_executable_fails_create_and_names_it(
+    new_container: Callable[[], Life], *, terminal: bool
+) -> None:
+    container = new_container()
+    with pytest.raises(StatusError, match="no-such-program") as refused:
+        container.create("no-such-program", terminal=terminal)
+    assert "\n" not in refused.value.message
+    # Nothing is left of it: the same id can be used at once.
+    container.run("sh", "-c", "exit 7")
+    assert container.wait() == 7
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_missing_executable_fails_exec_and_names_it(
+    new_container: Callable[[], Life], *, terminal: bool
+) -> None:
+    container = new_container()
+    container.run("cat")
+    with pytest.raises(StatusError, match="no-such-program") as refused:
+        container.execute("e1", "no-such-program", terminal=terminal)
+    assert "\n" not in refused.value.message
+    container.execute("e1", "sh", "-c", "exit 5")
+    assert container.wait("e1") == 5
+
+
+def test_exec_has_its_own_streams_and_status(new_container: Callable[[], Life]) -> None:
+    container = new_container()
+    container.run("cat")
+    container.execute("e1", "sh", "-c", "cat; echo done >&2; exit 9")
+    container.write(b"for exec\n", "e1")
+    container.close_stdin("e1")
+    assert container.read_all(exec_id="e1") == b"for exec\n"
+    assert container.read_all("ReadStderr", exec_id="e1") == b"done\n"
+    assert container.wait("e1") == 9
+    with pytest.raises(StatusError) as gone:
+        container.wait("e1")
+    assert gone.value.code == 5
+
+
+def test_exec_on_a_terminal(new_container: Callable[[], Life]) -> None:
+    container = new_container()
+    container.run("cat")
+    container.execute("e1", "sh", terminal=True)
+    container.resize(20, 60, "e1")
+    container.write(b"stty size; exit 4\n", "e1")
+    assert b"20 60\r\n" in container.read_all(exec_id="e1")
+    assert container.wait("e1") == 4
+
+
+def test_signals(new_container: Callable[[], Life]) -> None:
+    container = new_container()
+    container.run("sh", "-c", "trap 'exit 12' TERM; echo ready; while :; do sleep 0.1; done")
+    assert container.read() == b"ready\n"
+    container.execute("e1", "sleep", "100")
+    container.signal(10, "e1")
+    assert container.wait("e1") == 138
+    container.signal(15)
+    assert container.wait() == 12
+    assert container.wait() == 12
+    container.signal(9)
+
+
+def test_kill_reaches_every_process(new_container: Callable[[], Life]) -> None:
+    container = new_container()
+    container.run("sleep", "100")
+    container.execute("e1", "sleep", "100")
+    container.signal(9)
+    assert container.wait() == 137
+    assert container.wait("e1") == 137
+
+
+def test_kill_before_start(new_container: Callable[[], Life]) -> None:
+    container = new_container()
+    container.create("sleep", "100")
+    container.signal(9)
+    assert container.wait() == 137
+
+
+def test_output_before_the_end_is_whole(new_container: Callable[[], Life]) -> None:
+    container = new_container()
+    container.run("dd", "if=/dev/zero", "bs=1M", "count=20")
+    digest = hashlib.sha256(container.read_all(length=1 << 20)).hexdigest()
+    assert digest == hashlib.sha256(bytes(20 << 20)).hexdigest()
+    assert container.wait() == 0
+
+
+def test_background_child_does_not_hold_the_output_open(new_container: Callable[[], Life]) -> None:
+    container = new_container()
+    container.run("cat")
+    container.execute("e1", "sh", "-c", "sleep 30 & echo last")
+    started = time.monotonic()
+    assert container.read_all(exec_id="e1") == b"last\n"
+    assert container.wait("e1") == 0
+    assert time.monotonic() - started < 5
+
+
+def test_process_is_as_specified(new_container: Callable[[], Life]) -> None:
+    container = new_container()
+    whole = spec(
+        container.id,
+        process(
+            "sh",
+            "-c",
+            "id; grep -E 'CapEff|NoNewPrivs' /proc/self/status; ulimit -n; pwd; echo $GREETING; hostname;"
+            "cat /proc/self/oom_score_adj; ls /proc/sys/kernel/hostname; echo x > /proc/sys/kernel/hostname || echo ro;"
+            "cat /proc/self/cgroup; echo $$; ls -l /proc/1/ns/ipc",
+            NoNewPrivileges=True,
+            OOMScoreAdj=123,
+            Rlimits=[oci_pb2.POSIXRlimit(Type="RLIMIT_NOFILE", Hard=512, Soft=256)],
+        ),
+    )
+    whole.Process.Cwd = "/tmp"
+    whole.Process.Env.append("GREETING=hé \"quoted\" \\ \t")
+    whole.Process.User.CopyFrom(oci_pb2.User(UID=1000, GID=1001, AdditionalGids=[5, 6]))
+    container.create_from(whole)
+    container.start()
+    lines = container.read_all().decode().splitlines()
+    print(lines, container.read_all("ReadStderr"))
+    assert lines[0] == "uid=1000 gid=1001 groups=5,6"
