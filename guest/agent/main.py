@@ -6,7 +6,7 @@ import sys
 
 import _signal
 
-from guest.agent import boot, channels, reaper, tables
+from guest.agent import boot, reaper, serial, tables, vsock
 from guest.agent.console import log
 from guest.agent.sandbox import Sandbox
 from guest.agent.service import Service
@@ -26,18 +26,12 @@ def main() -> None:
     _signal.pthread_sigmask(_signal.SIG_BLOCK, {_signal.SIGCHLD, _signal.SIGIO})
     codec = Codec(tables.MESSAGES)
     server = Server(codec, methods=tables.METHODS, handlers=Service(Sandbox(), codec).handlers())
-    found = [
-        name
-        for name, present in (
-            ("vsock", channels.listen_vsock(server)),
-            ("serial", channels.listen_serial(server)),
-        )
-        if present
-    ]
-    log(f"serving on {' and '.join(found) or 'nothing: the machine has no channel'}")
+    vsock.listen(server)
+    serial.listen(server)
+    log("serving")
     while True:
         if _signal.sigwait({_signal.SIGCHLD, _signal.SIGIO}) == _signal.SIGIO:
-            channels.port_changed()
+            serial.port_changed()
         else:
             reaper.collect()
 

@@ -136,6 +136,7 @@ class Connection:
         self._server = server
         self._write_lock = _thread.allocate_lock()
         self.closed_fd = os.eventfd(0)
+        self._ended = False
         self._pending = 1
         self._pending_lock = _thread.allocate_lock()
 
@@ -159,6 +160,8 @@ class Connection:
                     self._begin(stream, payload)
         except OSError as error:
             log(f"ttrpc: connection lost: {error}")
+        with self._write_lock:
+            self._ended = True
         os.eventfd_write(self.closed_fd, 1)
         self._release()
 
@@ -207,6 +210,8 @@ class Connection:
         body = codec.encode("ttrpc.Response", codec.new("ttrpc.Response", status=status, payload=payload))
         try:
             with self._write_lock:
+                if self._ended:
+                    return
                 self._transport.write(HEADER.pack(len(body), stream, RESPONSE, 0) + body)
         except OSError as error:
             log(f"ttrpc: answer lost: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import struct
 import threading
 from typing import TYPE_CHECKING
@@ -11,8 +12,6 @@ from proto import ttrpc_pb2
 from proto.kata import agent_pb2, health_pb2
 
 if TYPE_CHECKING:
-    import socket
-
     from google.protobuf.message import Message
 
 HEADER = struct.Struct(">IIBB")
@@ -78,6 +77,10 @@ class AgentClient:
         stream = self.begin(method, request, service=service)
         reply = SERVICES[service].methods_by_name[method].output_type._concrete_class
         return reply.FromString(self.answer(stream, timeout_s=timeout_s))
+
+    def shut_down(self) -> None:
+        """End the connection while calls are pending."""
+        self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()

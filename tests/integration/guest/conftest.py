@@ -22,7 +22,7 @@ IMAGE = Path(os.environ.get("HAKO_GUEST_IMAGE", "/var/lib/hako/guest"))
 
 @pytest.fixture(scope="session")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuestMachine]:
-    machine = GuestMachine(tmp_path_factory.mktemp("guest"), IMAGE)
+    machine = GuestMachine(tmp_path_factory.mktemp("guest"), IMAGE, channel="serial")
     try:
         machine.create_sandbox()
         yield machine
@@ -39,6 +39,11 @@ class Life:
 
     def create(self, *args: str, terminal: bool = False, **fields: object) -> None:
         self.create_from(spec(self.id, process(*args, terminal=terminal, **fields)))
+
+    def begin_create(self, *args: str) -> int:
+        whole = spec(self.id, process(*args))
+        request = agent_pb2.CreateContainerRequest(container_id=self.id, exec_id=self.id, OCI=whole)
+        return self.client.begin("CreateContainer", request)
 
     def create_from(self, whole: oci_pb2.Spec, **fields: object) -> None:
         request = agent_pb2.CreateContainerRequest(container_id=self.id, exec_id=self.id, OCI=whole, **fields)

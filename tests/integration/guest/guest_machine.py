@@ -1,4 +1,4 @@
-"""A virtual machine started by hand from the built image, with a share and the serial channel."""
+"""A virtual machine started by hand from the built image, with a share and one agent channel."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ KERNEL_LINE = (
 )
 CAPABILITIES = ["CAP_CHOWN", "CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BIND_SERVICE"]
 BOOT_TIMEOUT_S = 60
+VSOCK_DAEMON = "/var/lib/hako/bin/vhost-device-vsock"
 
 
 class GuestMachine:
@@ -27,13 +28,15 @@ class GuestMachine:
 
     :param directory: for sockets, console and the shared directory.
     :param image: directory of the image to boot.
+    :param channel: ``serial`` or ``vsock``.
     """
 
-    def __init__(self, directory: Path, image: Path) -> None:
+    def __init__(self, directory: Path, image: Path, *, channel: str) -> None:
         self.share = directory / "share"
         self.share.mkdir()
         self.console = directory / "console.log"
         self._agent_socket = directory / "agent.sock"
+        self._channel = channel
         self._stack = contextlib.ExitStack()
         self.client: AgentClient
         started = time.monotonic()
@@ -55,6 +58,7 @@ class GuestMachine:
             "cache=auto",
         )
         self._await(share_socket, daemon)
+        channel = self._vsock(directory) if self._channel == "vsock" else self._serial()
         self.qemu = self._spawn(
             *"qemu-system-x86_64 -machine q35,memory-backend=ram -accel tcg -cpu max -m 512".split(),
             *"-nodefaults -no-user-config -display none -no-reboot".split(),
@@ -62,8 +66,7 @@ class GuestMachine:
             *("-kernel", str(image / "vmlinux"), "-initrd", str(image / "initrd"), "-append", KERNEL_LINE),
             *("-device", "virtio-serial-pci", "-chardev", f"file,id=console,path={self.console}"),
             *("-device", "virtconsole,chardev=console"),
-            *("-chardev", f"socket,id=agent,path={self._agent_socket},server=on,wait=off"),
-            *("-device", "virtserialport,name=hako.agent,chardev=agent"),
+            *channel,
             *("-chardev", f"socket,id=share,path={share_socket}"),
             *("-device", "vhost-user-fs-pci,chardev=share,tag=kataShared"),
         )
@@ -71,12 +74,51 @@ class GuestMachine:
         self.client = self.connect()
         self.client.call("Check", health_pb2.CheckRequest(), service="grpc.Health", timeout_s=BOOT_TIMEOUT_S)
 
+    def _serial(self) -> tuple[str, ...]:
+        return (
+            *("-chardev", f"socket,id=agent,path={self._agent_socket},server=on,wait=off"),
+            *("-device", "virtserialport,name=hako.agent,chardev=agent"),
+        )
+
+    def _vsock(self, directory: Path) -> tuple[str, ...]:
+        daemon_socket = directory / "vsock.sock"
+        daemon = self._spawn(
+            VSOCK_DAEMON, "--vm", f"guest-cid=3,socket={daemon_socket},uds-path={self._agent_socket}"
+        )
+        self._await(daemon_socket, daemon)
+        return (
+            *("-chardev", f"socket,id=vsock,path={daemon_socket}"),
+            *("-device", "vhost-user-vsock-pci,chardev=vsock"),
+        )
+
     def connect(self) -> AgentClient:
-        connection = socket.socket(socket.AF_UNIX)
-        connection.connect(str(self._agent_socket))
+        """Connect to the agent, as often as it takes for the guest to listen."""
+        deadline = time.monotonic() + BOOT_TIMEOUT_S
+        while (connection := self._dial()) is None:
+            assert self.qemu.poll() is None, f"QEMU ended: {self.console.read_text()}"
+            assert time.monotonic() < deadline, f"the guest does not listen: {self.console.read_text()}"
+            time.sleep(0.02)
         client = AgentClient(connection)
         self._stack.callback(client.close)
         return client
+
+    def _dial(self) -> socket.socket | None:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(str(self._agent_socket))
+        if self._channel == "serial":
+            return connection
+        connection.settimeout(1)
+        try:
+            connection.sendall(b"CONNECT 1024\n")
+            if connection.recv(64).startswith(b"OK "):
+                connection.settimeout(None)
+                return connection
+        except (ConnectionError, TimeoutError):
+            # The guest's driver or the agent is not up yet.
+            connection.close()
+            return None
+        connection.close()
+        return None
 
     def _spawn(self, *argv: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
