@@ -1,0 +1,142 @@
+"""``hako check``: can this host run sandboxes, and with what."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hypervisor import VmStartError, detect_dialect
+from shim import host
+from shim.errors import FailedPrecondition
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from shim.config import Config
+
+_VERSION_TIMEOUT_S = 10.0
+_SUPPORTED_MACHINE = "x86_64"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that sandboxes need.
+
+    :param name: the thing.
+    :param ok: whether the host has it.
+    :param detail: what was found, or what is wrong.
+    :param remedy: what to do about it; empty if it is there.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+
+async def examine(config: Config) -> list[Finding]:
+    """Look at everything that sandboxes need; what is missing hides nothing else.
+
+    :param config: the operator's configuration.
+    :returns: one finding for each thing, in the order in which a sandbox needs them.
+    """
+    probes: dict[str, Callable[[Config], Awaitable[str]]] = {
+        "user": _user,
+        "architecture": _architecture,
+        "containerd": _containerd,
+        "qemu": _qemu,
+        "accelerator": _accelerator,
+        "channel": _channel,
+        "virtiofsd": _virtiofsd,
+        "guest": _guest,
+    }
+    findings = []
+    for name, probe in probes.items():
+        try:
+            findings.append(Finding(name=name, ok=True, detail=await probe(config)))
+        except (FailedPrecondition, VmStartError) as error:
+            # One line: phase, object, cause, remedy. The phase is this check.
+            detail, _, remedy = str(error).partition(": ")[2].partition("; ")
+            findings.append(Finding(name=name, ok=False, detail=detail, remedy=remedy))
+    return findings
+
+
+async def _user(_: Config) -> str:
+    if os.geteuid() != 0:
+        raise FailedPrecondition(f"check: runs as uid {os.geteuid()}; run containerd and this as root")
+    return "root"
+
+
+async def _architecture(_: Config) -> str:
+    machine = os.uname().machine
+    if machine != _SUPPORTED_MACHINE:
+        raise FailedPrecondition(f"check: {machine} is not supported; use an {_SUPPORTED_MACHINE} host")
+    return machine
+
+
+async def _containerd(_: Config) -> str:
+    found = shutil.which("containerd")
+    if found is None:
+        raise FailedPrecondition("check: containerd: not found in PATH; install containerd 1.6 or later")
+    # The line reads: containerd <Go module> <version> <revision>.
+    line = await asyncio.to_thread(_version_line, Path(found))
+    return f"{found}, version {''.join(line.split()[2:3])}"
+
+
+async def _qemu(config: Config) -> str:
+    qemu = host.find_qemu(config)
+    # The line reads: QEMU emulator version <version> (<package>).
+    line = await asyncio.to_thread(_version_line, qemu)
+    return f"{qemu}, version {line.partition(' version ')[2]}"
+
+
+async def _accelerator(config: Config) -> str:
+    verdict = await host.choose_accelerator(config)
+    return f"{verdict.accelerator.value}: {verdict.reason}"
+
+
+async def _channel(config: Config) -> str:
+    channel, reason = host.choose_channel(config)
+    return f"{channel.value}: {reason}"
+
+
+async def _virtiofsd(config: Config) -> str:
+    virtiofsd = host.find_virtiofsd(config)
+    try:
+        dialect = await detect_dialect(virtiofsd)
+    except OSError as error:
+        missing = error.filename or virtiofsd
+        raise FailedPrecondition(f"check: {missing}: {error.strerror}; install it") from error
+    return f"{virtiofsd}, the {dialect.name.title()} daemon"
+
+
+async def _guest(config: Config) -> str:
+    kernel, initrd = host.find_guest(config)
+    return f"{kernel}, {initrd}"
+
+
+def _version_line(program: Path) -> str:
+    """Run ``--version``: neither program tells its version in another way without starting to work."""
+    try:
+        done = subprocess.run(
+            [program, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_VERSION_TIMEOUT_S,
+            check=False,
+        )
+    except OSError as error:
+        raise FailedPrecondition(f"check: {program}: {error.strerror}; reinstall it") from error
+    except subprocess.TimeoutExpired as error:
+        raise FailedPrecondition(
+            f"check: {program} --version: no answer within {_VERSION_TIMEOUT_S:g} s; reinstall it"
+        ) from error
+    if done.returncode != 0:
+        raise FailedPrecondition(f"check: {program} --version: exit status {done.returncode}; reinstall it")
+    return done.stdout.partition("\n")[0]

@@ -1,0 +1,126 @@
+"""``hako``: what an operator runs by hand."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shim import config
+from shim.refusal import Refusal
+from shim.version import version
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import TextIO
+
+_GUEST_DIRECTORY = Path(config.GuestConfig().kernel).parent
+_CACHE_DIRECTORY = Path("/var/cache/hako")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do one command; the entry point of the console script.
+
+    :param arguments: the command line without the program; of this process if not given.
+    :returns: the exit status: 0 for yes or done, 1 for no or failed, 2 for a wrong command line.
+    """
+    chosen = _parser().parse_args(arguments)
+    try:
+        match chosen.command:
+            case "check":
+                return _check(chosen.config, as_json=chosen.json)
+            case "image":
+                return _build_image(chosen)
+            case _:
+                print(version())
+                return 0
+    except Refusal as refusal:
+        print(refusal, file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hako", description="Containers in virtual machines of their own.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    check = commands.add_parser("check", help="say whether this host can run sandboxes, and with what")
+    check.add_argument("--json", action="store_true", help="for programs")
+    check.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
+    image = commands.add_parser("image", help="make what runs inside the virtual machines")
+    build = image.add_subparsers(dest="image_command", required=True, metavar="COMMAND").add_parser(
+        "build", help="build the guest's kernel and initrd from the distribution's packages"
+    )
+    for option, default, text in (
+        ("--output", _GUEST_DIRECTORY, "where they go"),
+        ("--cache", _CACHE_DIRECTORY, "where downloaded packages are kept"),
+    ):
+        build.add_argument(option, type=Path, default=default, metavar="DIR", help=f"{text} ({default})")
+    build.add_argument("--kernel", type=Path, metavar="FILE", help="a kernel of your own")
+    build.add_argument("--modules", type=Path, metavar="DIR", help="its lib/modules/RELEASE")
+    commands.add_parser("version", help="print the version")
+    return parser
+
+
+def _check(path: str, *, as_json: bool) -> int:
+    from shim import check  # noqa: PLC0415 - imports the hypervisor, which the other commands do without
+
+    environment = {config.ENVIRONMENT_VARIABLE: path} if path else os.environ
+    findings = asyncio.run(check.examine(config.parse(config.locate(environment))))
+    able = all(finding.ok for finding in findings)
+    if as_json:
+        print(json.dumps({"able": able, "findings": [asdict(finding) for finding in findings]}, indent=2))
+        return 0 if able else 1
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        remedy = f"; {finding.remedy}" if finding.remedy else ""
+        print(f"{'ok' if finding.ok else 'no':<3}{finding.name:<{width}}  {finding.detail}{remedy}")
+    print("This host can run sandboxes." if able else "This host cannot run sandboxes.")
+    return 0 if able else 1
+
+
+def _build_image(chosen: argparse.Namespace) -> int:
+    from guest.image import ImageError, build  # noqa: PLC0415 - the other commands do without
+
+    progress = Progress(sys.stderr)
+    try:
+        build(
+            chosen.output,
+            chosen.cache,
+            kernel=chosen.kernel,
+            modules=chosen.modules,
+            progress=progress.step,
+        )
+    except ImageError as error:
+        raise Refusal(str(error)) from error
+    finally:
+        progress.end()
+    print(chosen.output)
+    return 0
+
+
+class Progress:
+    """Show the step that is under way: one line that changes on a terminal, a line each elsewhere.
+
+    :param stream: where to.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._in_place = stream.isatty()
+        self._shown = False
+
+    def step(self, text: str) -> None:
+        """Say what is done now."""
+        # Back to the first column and clear to the end of the line: ECMA-48 EL.
+        self._stream.write(f"\r\x1b[K{text}" if self._in_place else f"{text}\n")
+        self._stream.flush()
+        self._shown = True
+
+    def end(self) -> None:
+        """Leave the last step to be read, with the cursor below it."""
+        if self._in_place and self._shown:
+            self._stream.write("\n")

@@ -1,0 +1,180 @@
+"""``hako`` on a host made of small scripts."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from guest.image import ImageError
+from shim import cli, host
+
+
+@pytest.fixture
+def able_host(tmp_path, monkeypatch):
+    """A host that has everything; returns its configuration file."""
+    programs = {
+        "containerd": "echo containerd github.com/containerd/containerd 1.7.24~ds1 abc",
+        "qemu": "echo 'QEMU emulator version 7.2.22 (Debian)'",
+        "virtiofsd": "echo '  --shared-dir DIR'",
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o700)
+    for name in ("kernel", "initrd"):
+        (tmp_path / name).touch()
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(host, "_DAEMON_DIRECTORIES", ())
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    path = tmp_path / "config.toml"
+    path.write_text(f"""
+[hypervisor]
+qemu = "{tmp_path}/qemu"
+accelerator = "tcg"
+channel = "virtio-serial"
+virtiofsd = "{tmp_path}/virtiofsd"
+[guest]
+kernel = "{tmp_path}/kernel"
+initrd = "{tmp_path}/initrd"
+""")
+    return path
+
+
+def test_an_able_host_gets_a_line_for_each_thing(able_host, capsys):
+    assert cli.main(["check", "--config", str(able_host)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("ok ") for line in lines[:-1])
+    names = [line.split()[1] for line in lines[:-1]]
+    assert names == [
+        "user",
+        "architecture",
+        "containerd",
+        "qemu",
+        "accelerator",
+        "channel",
+        "virtiofsd",
+        "guest",
+    ]
+    assert lines[-1] == "This host can run sandboxes."
+
+
+def test_versions_and_choices_are_shown(able_host, capsys):
+    cli.main(["check", "--json", "--config", str(able_host)])
+    report = json.loads(capsys.readouterr().out)
+    assert report["able"] is True
+    details = {finding["name"]: finding["detail"] for finding in report["findings"]}
+    directory = able_host.parent
+    assert details["containerd"] == f"{directory}/containerd, version 1.7.24~ds1"
+    assert details["qemu"] == f"{directory}/qemu, version 7.2.22 (Debian)"
+    assert details["virtiofsd"] == f"{directory}/virtiofsd, the Rust daemon"
+    assert details["accelerator"].startswith("tcg: ")
+    assert details["channel"].startswith("virtio-serial: ")
+
+
+@pytest.mark.parametrize(
+    ("missing", "name", "remedy"),
+    [
+        ("qemu", "qemu", "install qemu-system-x86 or set [hypervisor] qemu"),
+        ("virtiofsd", "virtiofsd", "install virtiofsd or set [hypervisor] virtiofsd"),
+        ("kernel", "guest", "run `hako image build` or set [guest] kernel"),
+        ("initrd", "guest", "run `hako image build` or set [guest] initrd"),
+    ],
+)
+def test_one_missing_thing_makes_the_host_unable(able_host, capsys, missing, name, remedy):
+    (able_host.parent / missing).unlink()
+    assert cli.main(["check", "--json", "--config", str(able_host)]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["able"] is False
+    [finding] = [finding for finding in report["findings"] if not finding["ok"]]
+    assert (finding["name"], finding["remedy"]) == (name, remedy)
+    assert finding["detail"]
+
+
+def test_a_missing_thing_is_one_line_with_its_remedy(able_host, capsys):
+    (able_host.parent / "kernel").unlink()
+    assert cli.main(["check", "--config", str(able_host)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    path = able_host.parent / "kernel"
+    line = f"no guest         guest kernel {path}: no such file; run `hako image build` or set [guest] kernel"
+    assert [wrong for wrong in lines if wrong.startswith("no ")] == [line]
+    assert lines[-1] == "This host cannot run sandboxes."
+
+
+def test_a_missing_containerd_makes_the_host_unable(able_host, capsys, monkeypatch):
+    (able_host.parent / "containerd").unlink()
+    monkeypatch.setenv("PATH", str(able_host.parent))
+    assert cli.main(["check", "--config", str(able_host)]) == 1
+    assert "containerd: not found in PATH; install containerd 1.6 or later" in capsys.readouterr().out
+
+
+def test_a_containerd_that_cannot_run_makes_the_host_unable(able_host, capsys):
+    (able_host.parent / "containerd").write_text("#!/bin/sh\nexit 3\n")
+    assert cli.main(["check", "--config", str(able_host)]) == 1
+    assert "containerd --version: exit status 3; reinstall it" in capsys.readouterr().out
+
+
+def test_a_user_other_than_root_is_told_so(able_host, capsys, monkeypatch):
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert cli.main(["check", "--config", str(able_host)]) == 1
+    assert "runs as uid 1000; run containerd and this as root" in capsys.readouterr().out
+
+
+def test_a_bad_configuration_is_one_line(able_host, capsys):
+    able_host.write_text("[shim]\nstate = '/x'\n")
+    assert cli.main(["check", "--config", str(able_host)]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert "unknown key 'state'; the nearest valid key is 'state_dir'" in output.err
+
+
+def test_the_version_is_printed(capsys):
+    assert cli.main(["version"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["image"]])
+def test_a_wrong_command_line_has_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: hako" in capsys.readouterr().err
+
+
+def test_building_an_image_passes_on_what_was_asked_for(tmp_path, monkeypatch, capsys):
+    asked = {}
+
+    def build(output, cache, *, kernel, modules, progress):
+        asked.update(output=output, cache=cache, kernel=kernel, modules=modules)
+        progress("packing")
+
+    monkeypatch.setattr("guest.image.build", build)
+    given = {name: tmp_path / name for name in ("output", "cache", "kernel", "modules")}
+    arguments = [argument for name, path in given.items() for argument in (f"--{name}", str(path))]
+    assert cli.main(["image", "build", *arguments]) == 0
+    assert asked == given
+    output = capsys.readouterr()
+    assert (output.out, output.err) == (f"{tmp_path}/output\n", "packing\n")
+
+
+def test_an_image_that_cannot_be_built_is_one_line(tmp_path, monkeypatch, capsys):
+    def build(*_, progress, **__):
+        raise ImageError("image: kernel: unreadable; choose another")
+
+    monkeypatch.setattr("guest.image.build", build)
+    assert cli.main(["image", "build", "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "image: kernel: unreadable; choose another\n"
+
+
+def test_progress_on_a_terminal_stays_on_one_line():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    progress = cli.Progress(terminal)
+    progress.step("one")
+    progress.step("two")
+    progress.end()
+    assert terminal.getvalue() == "\r\x1b[Kone\r\x1b[Ktwo\n"
