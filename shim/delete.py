@@ -58,9 +58,7 @@ def _delete_from(directory: str, container: str) -> None:
     try:
         ledger = Ledger(directory)
     except FileNotFoundError:
-        # Nothing there, or start was killed between its first two steps.
-        with contextlib.suppress(FileNotFoundError):
-            os.rmdir(directory)
+        _remove_if_empty(directory)
         return
     try:
         ledger.deleted(container)
@@ -68,6 +66,15 @@ def _delete_from(directory: str, container: str) -> None:
             _undo(directory, ledger)
     finally:
         ledger.close()
+
+
+def _remove_if_empty(directory: str) -> None:
+    """Remove what a ``start`` left that was killed between its first two steps."""
+    lock = state_directory.lock_existing(directory)
+    if lock is not None:
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
+        os.close(lock)
 
 
 def _is_needed(ledger: Ledger) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from shim.config import Config, ConfigText, GuestConfig, HypervisorConfig, ShimConfig, locate, parse
@@ -114,3 +117,10 @@ def test_a_file_that_is_not_utf_8_is_refused(tmp_path):
 def test_a_configuration_cannot_be_changed():
     with pytest.raises(AttributeError, match="frozen"):
         Config().hypervisor.vcpus = 4
+
+
+def test_every_key_is_read_by_something():
+    root = Path(__file__).parents[3] / "shim"
+    sources = "".join(path.read_text() for path in root.rglob("*.py") if path.name != "config.py")
+    keys = {key for section in (HypervisorConfig, GuestConfig, ShimConfig) for key in section.fields()}
+    assert {key for key in keys if not re.search(rf"\.{key}\b", sources)} == set()

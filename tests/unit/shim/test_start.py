@@ -6,6 +6,7 @@ import json
 import socket
 import stat
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -326,3 +327,19 @@ def test_a_daemon_that_dies_before_it_listens_is_one_line_with_its_last_words(co
     binary = fake_containerd(containerd.directory, "github.com/containerd/containerd", "1.7.24")
     line = refusal(containerd, publish_binary=binary)
     assert line.startswith("start: daemon: it died before it was ready: listen: no room on this host;")
+
+
+@pytest.mark.parametrize("protocol", ["ttrpc", "grpc"])
+def test_a_group_that_starts_all_at_once_shares_one_shim(containerd, protocol):
+    containerd.configure(f'[shim]\nstate_dir = "{containerd.state_dir}"\nprotocol = "{protocol}"\n')
+    binary = fake_containerd(containerd.directory, "github.com/containerd/containerd", "1.7.24")
+    members = ["pod", "a", "b", "c"]
+    for member in members:
+        containerd.make_bundle(member, annotations={GROUPS[0]: "pod"})
+    with ThreadPoolExecutor(len(members)) as pool:
+        replies = list(
+            pool.map(lambda member: containerd.run("start", member, publish_binary=binary), members)
+        )
+    assert {reply.returncode for reply in replies} == {0}
+    assert len({reply.stdout for reply in replies}) == 1
+    assert len(containerd.shims()) == 1
