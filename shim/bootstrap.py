@@ -107,7 +107,9 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 def _fail(message: str) -> int:
-    _write(2, message.replace("\n", " ").encode(errors="replace") + b"\n")
+    # containerd puts what it reads into the middle of a line of its own.
+    ending = "\n" if os.isatty(2) else ""
+    _write(2, (message.replace("\n", " ") + ending).encode(errors="replace"))
     return 1
 
 

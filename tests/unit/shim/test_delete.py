@@ -146,7 +146,7 @@ def test_what_cannot_be_undone_is_one_line_and_stays_on_record(containerd):
     reply = containerd.run("delete", "c1")
     assert (reply.returncode, reply.stdout) == (1, b"")
     assert reply.stderr.decode() == (
-        f"delete: file {target}/file: a symbolic link is now part of the path; remove it by hand\n"
+        f"delete: file {target}/file: a symbolic link is now part of the path; remove it by hand"
     )
     assert (aside / "file").exists()
     target.unlink()
@@ -172,6 +172,6 @@ def test_an_unsafe_id_is_one_line(containerd, action, container, tmp_path):
     reply = containerd.run(action, container)
     assert (reply.returncode, reply.stdout) == (1, b"")
     assert reply.stderr.startswith(f"{action}: id ".encode())
-    assert reply.stderr.count(b"\n") == 1
+    assert b"\n" not in reply.stderr
     assert not containerd.state_dir.exists()
     assert not any(bundle.iterdir())

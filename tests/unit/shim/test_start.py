@@ -238,8 +238,8 @@ def refusal(containerd, container: str = "c1", **arguments: object) -> str:
     assert not containerd.socket_path(container).exists()
     assert set(containerd.directory.rglob("*")) - before <= {containerd.state_dir}
     line = reply.stderr.decode()
-    assert line.endswith("\n")
-    assert line.count("\n") == 1
+    assert line
+    assert "\n" not in line
     return line
 
 
