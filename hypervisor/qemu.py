@@ -118,8 +118,9 @@ class QemuHypervisor(Hypervisor):
                         last = str(error)
                     await self._while_alive(self._hint(), port)
         except TimeoutError:
+            tail = "".join(f"; the guest's console ends with: {line}" for line in self.console_tail(1))
             raise ChannelError(
-                f"connect guest: port {port}: no answer within {timeout_s:g} s ({last}){self._console_suffix()}"
+                f"connect guest: port {port}: no answer within {timeout_s:g} s ({last}){tail}"
             ) from None
 
     @property
@@ -272,10 +273,6 @@ class QemuHypervisor(Hypervisor):
             return task.result()
         finally:
             await _cancel(task)
-
-    def _console_suffix(self) -> str:
-        tail = self.console_tail(1)
-        return f"; the guest's console ends with: {tail[0]}" if tail else ""
 
 
 async def _cancel(task: asyncio.Task[Any]) -> None:

@@ -1,0 +1,134 @@
+"""Supervised processes: their end is an event, their last words are kept, nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hypervisor.exits import ExitStatus
+from hypervisor.process import Process, printable
+
+
+def shell(script: str, **kwargs) -> Process:
+    return Process.spawn("test", ["/bin/sh", "-c", script], **kwargs)
+
+
+async def wait_for_output(process: Process, text: str) -> None:
+    while text not in process.output():  # noqa: ASYNC110  (an event that only a test needs is not worth having)
+        await asyncio.sleep(0.01)
+
+
+def descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "text"),
+    [
+        ("exit 0", ExitStatus(code=0), "exited with status 0"),
+        ("exit 42", ExitStatus(code=42), "exited with status 42"),
+        ("kill -9 $$", ExitStatus(signal=9), "killed by signal 9"),
+    ],
+)
+async def test_the_end_is_reported_exactly(script, status, text):
+    process = shell(script)
+    assert await process.exited == status
+    assert str(status) == text
+    assert gone(process.pid)
+
+
+async def test_kill_ends_a_process_and_is_harmless_afterwards():
+    process = shell("exec sleep 60")
+    process.kill()
+    assert (await process.exited).signal == signal.SIGKILL
+    process.kill()
+
+
+async def test_the_last_lines_of_both_outputs_are_the_obituary():
+    process = shell("for i in 1 2 3; do echo out $i; echo; done; echo err >&2; exit 3")
+    await process.exited
+    assert process.obituary() == "test exited with status 3: out 2; out 3; err"
+
+
+async def test_output_is_bounded_and_keeps_the_end():
+    process = shell("head -c 1000000 /dev/zero | tr '\\0' x; echo; echo the end")
+    await process.exited
+    assert len(process.output()) <= 64 * 1024
+    assert process.last_words().endswith("the end")
+
+
+async def test_only_listed_descriptors_are_inherited():
+    listed, other = os.open(os.devnull, os.O_RDONLY), os.open(os.devnull, os.O_RDONLY)
+    os.set_inheritable(other, False)
+    process = shell(f"test -e /dev/fd/{listed} && test ! -e /dev/fd/{other}", inherit=[listed])
+    try:
+        assert (await process.exited).code == 0, process.output()
+    finally:
+        os.close(listed)
+        os.close(other)
+
+
+async def test_a_program_that_cannot_be_executed_ends_at_once_and_says_so():
+    process = Process.spawn("test", ["/nonexistent/program"])
+    assert (await process.exited).code == 127
+    assert "/nonexistent/program" in process.last_words()
+
+
+async def test_no_descriptor_is_left():
+    before = descriptors()
+    for _ in range(20):
+        await shell("echo x").exited
+    assert descriptors() == before
+
+
+async def test_forked_children_can_be_adopted_and_killed():
+    parent = shell("sleep 60 & echo forked; wait")
+    async with asyncio.timeout(10):
+        await wait_for_output(parent, "forked")
+    children = parent.children()
+    (child,) = children
+    child.kill()
+    assert await child.exited == ExitStatus(), "a grandchild's status belongs to its parent"
+    assert await parent.exited == ExitStatus(code=0)
+
+
+def test_a_child_dies_with_its_parent():
+    script = (
+        "import asyncio, os\n"
+        "from hypervisor.process import Process\n"
+        "async def main():\n"
+        "    print(Process.spawn('child', ['sleep', '60']).pid, flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "asyncio.run(main())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, text=True)
+    pid = int(result.stdout)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        readable, _, _ = select.select([pidfd], [], [], 5)
+    finally:
+        os.close(pidfd)
+    assert readable
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [("plain", "plain"), ("a\x1b[31mb\r", "a [31mb"), ("x" * 1000, "x" * 400)],
+    ids=["plain", "control characters", "long"],
+)
+def test_lines_from_outside_are_made_printable(line, shown):
+    assert printable(line) == shown

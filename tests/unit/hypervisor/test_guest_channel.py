@@ -1,0 +1,91 @@
+"""What each channel does before any guest is involved."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from hypervisor import AGENT_PORT, Channel, ChannelError, VmStartError, channel_problem
+from hypervisor.vsock import NotListeningError, SerialChannel, UserVsockChannel, make_channel
+
+
+def no_spawn(name, argv, *, inherit=()):
+    raise AssertionError("nothing is to be started")
+
+
+async def test_virtio_serial_carries_one_connection_to_the_agents_port():
+    channel = SerialChannel()
+    with ExitStack() as handover:
+        await channel.open(handover)
+        with pytest.raises(ChannelError, match="reaches port 1024 only"):
+            await channel.dial(AGENT_PORT + 1)
+        with await channel.dial(AGENT_PORT) as stream:
+            assert stream.getblocking() is False
+        with pytest.raises(ChannelError, match="one connection only"):
+            await channel.dial(AGENT_PORT)
+
+
+def test_a_vsock_daemon_that_was_not_given_is_named(make_spec):
+    spec = make_spec(channel=Channel.VHOST_USER_VSOCK, vsock_daemon=None)
+    with pytest.raises(VmStartError, match="install vhost-device-vsock"):
+        make_channel(spec, spawn=no_spawn)
+
+
+@pytest.fixture
+async def daemon(tmp_path):
+    """The ports socket of a vsock daemon whose answers a test chooses."""
+    received: list[bytes] = []
+    answer = {"bytes": b""}
+
+    async def serve(reader, writer):
+        received.append(await reader.readline())
+        writer.write(answer["bytes"])
+        await writer.drain()
+        writer.close()
+
+    channel = UserVsockChannel(Path("/unused"), tmp_path, spawn=no_spawn)
+    server = await asyncio.start_unix_server(serve, tmp_path / "vsock.sock")
+    yield channel, received, answer
+    server.close()
+    await server.wait_closed()
+    channel.close()
+
+
+async def test_dialling_the_daemon_leaves_what_follows_its_answer_unread(daemon):
+    channel, received, answer = daemon
+    answer["bytes"] = b"OK 1073741824\nhello"
+    with await channel.dial(1024) as stream:
+        assert await asyncio.get_running_loop().sock_recv(stream, 100) == b"hello"
+    assert received == [b"CONNECT 1024\n"]
+
+
+@pytest.mark.parametrize(
+    "refusal", [b"", b"OK", b"no\n"], ids=["hangs up", "half an answer", "another answer"]
+)
+async def test_a_refusal_may_be_dialled_again(daemon, refusal):
+    channel, _, answer = daemon
+    answer["bytes"] = refusal
+    with pytest.raises(NotListeningError):
+        await channel.dial(1024)
+
+
+@pytest.mark.parametrize(
+    ("channel", "daemon_path", "problem"),
+    [
+        (Channel.VIRTIO_SERIAL, None, None),
+        (Channel.VHOST_USER_VSOCK, Path("/bin/true"), None),
+        (Channel.VHOST_USER_VSOCK, None, "install vhost-device-vsock"),
+        (Channel.VHOST_USER_VSOCK, Path("/nonexistent/daemon"), "/nonexistent/daemon: no such program"),
+    ],
+)
+def test_what_a_channel_lacks_on_this_host(channel, daemon_path, problem):
+    found = channel_problem(channel, vsock_daemon=daemon_path)
+    assert found is None if problem is None else problem in found
+
+
+def test_a_host_without_vhost_vsock_is_told_what_to_load(monkeypatch, tmp_path):
+    monkeypatch.setattr("hypervisor.vsock.VHOST_VSOCK", tmp_path / "vhost-vsock")
+    assert "load the kernel module vhost_vsock" in channel_problem(Channel.VHOST_VSOCK, vsock_daemon=None)

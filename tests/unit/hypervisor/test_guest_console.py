@@ -1,0 +1,59 @@
+"""The console keeps the end of what the guest wrote, and never more than that."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from contextlib import ExitStack
+
+import pytest
+
+from hypervisor.console import Console
+
+
+@pytest.fixture
+async def console_and_guest(tmp_path):
+    with ExitStack() as handover:
+        console = Console(tmp_path / "console.log", handover=handover)
+        guest = socket.socket(fileno=os.dup(console.qemu_fd))
+    with guest:
+        yield console, guest
+    console.close()
+
+
+async def write(console, guest, data):
+    guest.settimeout(0)
+    console.grew.clear()
+    await asyncio.get_running_loop().sock_sendall(guest, data)
+    async with asyncio.timeout(5):
+        await console.grew.wait()
+
+
+async def test_the_tail_is_the_last_lines_made_printable(console_and_guest):
+    console, guest = console_and_guest
+    await write(console, guest, b"one\r\ntwo\r\n\x1b[1mthree\r\nfo")
+    assert console.tail(2) == [" [1mthree", "fo"]
+    assert console.tail(0) == []
+
+
+async def test_what_was_written_just_before_the_end_is_still_read(console_and_guest, tmp_path):
+    console, guest = console_and_guest
+    guest.sendall(b"last words\n")
+    guest.close()
+    console.close()
+    assert console.tail(1) == ["last words"]
+    assert (tmp_path / "console.log").read_bytes() == b"last words\n"
+
+
+async def test_a_flood_is_bounded_in_memory_and_on_disk_and_keeps_the_newest(console_and_guest, tmp_path):
+    console, guest = console_and_guest
+    for _ in range(48):
+        await write(console, guest, b"x" * 65535 + b"\n")
+    await write(console, guest, b"the end\n")
+    console.close()
+    log = tmp_path / "console.log"
+    assert log.stat().st_size <= 1 << 20
+    assert log.read_bytes().endswith(b"the end\n")
+    assert console.tail(1) == ["the end"]
+    assert len(console._tail) <= 64 * 1024

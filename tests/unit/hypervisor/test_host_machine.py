@@ -1,0 +1,21 @@
+"""A host of an architecture nobody described is refused in one line."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+
+from hypervisor import UnsupportedHostError
+from hypervisor.machine import X86_64, for_host
+
+
+def test_an_x86_64_host_gets_its_machine(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert for_host() is X86_64
+
+
+def test_another_architecture_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    with pytest.raises(UnsupportedHostError, match=r"riscv64 is not supported; use x86_64$"):
+        for_host()

@@ -1,0 +1,56 @@
+"""The command lines, word by word: each golden file is one accelerator on one channel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hypervisor import Accelerator, Channel
+from hypervisor.argv import Inherited, KernelVsock, SerialPort, UserVsock, kernel_command_line, qemu_argv
+from hypervisor.machine import X86_64
+
+GOLDEN = Path(__file__).parent / "golden"
+
+DEVICES = {
+    Channel.VHOST_VSOCK: KernelVsock(fd=13, cid=4711),
+    Channel.VHOST_USER_VSOCK: UserVsock(fd=13),
+    Channel.VIRTIO_SERIAL: SerialPort(fd=13),
+}
+
+
+def argv(spec):
+    inherited = Inherited(qmp=10, console=11, share=12, channel=DEVICES[spec.channel])
+    return qemu_argv(spec, inherited, machine=X86_64)
+
+
+def value_of(option, words):
+    return words[words.index(option) + 1]
+
+
+@pytest.mark.parametrize("channel", Channel, ids=lambda channel: channel.value)
+@pytest.mark.parametrize("accelerator", Accelerator, ids=lambda accelerator: accelerator.value)
+def test_the_command_line_is_the_golden_one(make_spec, accelerator, channel):
+    words = argv(make_spec(accelerator=accelerator, channel=channel, vcpus=2))
+    golden = GOLDEN / f"{accelerator.value}-{channel.value}.txt"
+    assert words == golden.read_text().splitlines()
+
+
+def test_the_operators_machine_options_come_last(make_spec):
+    words = argv(make_spec(machine_options="hpet=off,i8042=off"))
+    assert value_of("-machine", words).endswith(",memory-backend=memory,hpet=off,i8042=off")
+
+
+def test_the_operators_kernel_parameters_come_last(make_spec):
+    line = kernel_command_line(make_spec(kernel_parameters=("loglevel=7", "panic=5")), machine=X86_64)
+    assert line.endswith(" loglevel=7 panic=5")
+
+
+def test_a_comma_in_the_name_stays_part_of_the_name(make_spec):
+    assert value_of("-name", argv(make_spec(name="a,process=init"))) == "a,,process=init,debug-threads=on"
+
+
+def test_machine_and_memory_backend_agree_on_the_size(make_spec):
+    words = argv(make_spec(memory_bytes=768 << 20))
+    assert value_of("-m", words) == "768M"
+    assert "memory-backend-memfd,id=memory,size=768M,share=on" in words
