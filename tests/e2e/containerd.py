@@ -65,6 +65,27 @@ class Result:
     stderr: str
 
 
+def converse(argv: Sequence[str], *, timeout_s: float = CALL_TIMEOUT_S) -> int:
+    """Run a ``cat`` in a container, see that what it is sent comes back and that it ends with its input.
+
+    The end of the input waits for the echo: some ctr forget an end that comes before the process exists.
+
+    :param argv: a ``ctr`` command line that runs ``cat``.
+    :returns: its exit code.
+    :raises AssertionError: if something else comes back.
+    """
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("first\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "first\n"
+        process.stdin.write("last without newline")
+        process.stdin.close()
+        assert process.stdout.read() == "last without newline"
+        return process.wait(timeout_s)
+
+
 @dataclass(slots=True, kw_only=True)
 class Containerd:
     """A daemon below ``home``, and the ``ctr`` commands that talk to it."""

@@ -8,6 +8,7 @@ import pytest
 
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import new_id
+from tests.e2e.containerd import converse
 from tests.e2e.test_refusals import configured
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def test_a_container_lives_over_the_channel_that_is_configured(one_stack: Stack,
             if "qemu-system" in process.command and name in process.command
         ]
         assert device in qemu
-        result = containerd.exec(name, "channel", "sh", "-c", "cat; echo err >&2; exit 3")
+        assert converse(containerd.ctr_argv("task", "exec", "--exec-id", "input", name, "cat")) == 0
+        result = containerd.exec(name, "channel", "sh", "-c", "echo err >&2; exit 3")
         assert (result.code, result.stderr.splitlines()[0]) == (3, "err")
         assert len(containerd.exec(name, "much", "head", "-c", "300000", "/dev/zero").stdout) == 300000
     finally:

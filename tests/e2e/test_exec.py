@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.e2e.containerd import converse
 from tests.e2e.terminal import terminal
 
 if TYPE_CHECKING:
@@ -29,14 +30,8 @@ def test_an_exec_sees_the_processes_of_its_container(stack: Stack, long_lived: s
 
 def test_stdin_reaches_an_exec_and_its_end_is_seen(stack: Stack, long_lived: str):
     argv = stack.containerd.ctr_argv("task", "exec", "--exec-id", "input", long_lived, "cat")
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write("ping\n")
-        process.stdin.flush()
-        assert process.stdout.readline() == "ping\n"
-        process.stdin.close()
-        assert process.wait(60) == 0
+
+    assert converse(argv) == 0
 
 
 def test_an_exec_with_a_terminal_has_one_of_the_size_of_the_window(stack: Stack, long_lived: str):

@@ -19,7 +19,7 @@ RUNC = "io.containerd.runc.v2"
 def transcript(containerd: Containerd) -> list[tuple[str, int, str, str]]:
     """Put one task through its life, and return what each command answered.
 
-    :returns: command, exit code, output and error output of each step; names, ids and times are masked.
+    :returns: command, exit code, output and kind of error of each step; names, ids and times are masked.
     """
     name = new_id()
     steps: list[tuple[str, int, str, str]] = []
@@ -29,7 +29,9 @@ def transcript(containerd: Containerd) -> list[tuple[str, int, str, str]]:
         return re.sub(r"[ \t]+", " ", re.sub(r"\b\d{2,}\b(?= +(RUNNING|STOPPED|CREATED|-))", "PID", text))
 
     def note(command: str, result: Result) -> None:
-        steps.append((mask(command), result.code, mask(result.stdout), mask(result.stderr)))
+        # The words of an error are the runtime's own; what it is called at the end is containerd's.
+        kind = mask(result.stderr).strip().rpartition(": ")[2]
+        steps.append((mask(command), result.code, mask(result.stdout), kind))
 
     def ctr(*arguments: str) -> None:
         note(" ".join(arguments), containerd.ctr(*arguments))
