@@ -215,11 +215,12 @@ class Sandbox:
 
     async def _vm_spec(self) -> VmSpec:
         config = self._config
+        # Before the first await: containers put their files here while the machine still boots.
+        self.share.mkdir(mode=0o700, exist_ok=True)
+        mounts.share_directory(self.share)
         choice = await resolve(config)
         log.info("boot: accelerator %s: %s", choice.accelerator.value, choice.accelerator_reason)
         log.info("boot: channel %s: %s", choice.channel.value, choice.channel_reason)
-        self.share.mkdir(mode=0o700, exist_ok=True)
-        mounts.share_directory(self.share)
         return VmSpec(
             name=self.id,
             directory=Path(self._record.state_directory),
