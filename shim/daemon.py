@@ -112,8 +112,8 @@ async def _serve_until(
 
 
 def _undo(record: StartRecord) -> None:
-    """Undo what is left, unless ``delete`` was faster."""
-    held = state_directory.lock_existing(record.state_directory)
+    """Undo what is left, unless ``delete`` was faster or ``start`` still waits and will do it."""
+    held = state_directory.lock_existing(record.state_directory, wait=False)
     if held is None:
         return
     ledger = Ledger(record.state_directory)

@@ -106,18 +106,24 @@ def lock(state_directory: str) -> int:
             return descriptor
 
 
-def lock_existing(state_directory: str) -> int | None:
-    """Take the same lock, unless there is no such state directory, or no more when it is our turn."""
+def lock_existing(state_directory: str, *, wait: bool = True) -> int | None:
+    """Take the same lock, unless there is no such state directory, or no more when it is our turn.
+
+    :param state_directory: the state directory.
+    :param wait: wait until it is our turn. A shim that ends must not: ``start`` holds the lock until the
+        shim is ready or dead, and whoever holds it undoes what a dead shim made.
+    :returns: a descriptor that holds the lock until it is closed, or nothing.
+    """
     try:
         descriptor = os.open(state_directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The holder before us may have removed the directory that we opened.
         if os.path.samestat(os.fstat(descriptor), os.stat(state_directory)):
             return descriptor
-    except FileNotFoundError:
+    except (BlockingIOError, FileNotFoundError):
         pass
     os.close(descriptor)
     return None

@@ -11,11 +11,14 @@ import types
 from pathlib import Path
 
 import shim
+from shim import state_directory
 from shim.bootstrap import main
 
 
 def run(record, listener_descriptor, ready):
     if os.environ.get("STUB_DIES"):
+        # As the real daemon does at its end: it must not wait for a start that waits for it.
+        assert state_directory.lock_existing(record.state_directory, wait=False) is None
         sys.exit(os.environ["STUB_DIES"])
     if listener_descriptor is None:
         listener = socket.socket(socket.AF_UNIX)
