@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _OUTPUT_LIMIT = 64 * 1024
 _CAUSE_LINES = 3
 _LINE_LIMIT = 400
+_REAPING_S = 1.0
 
 _ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -43,6 +44,8 @@ class Process:
         self._pidfd = os.pidfd_open(pid)
         self._output_fd = output
         self._output = bytearray()
+        self.workers: list[Process] = []
+        """The processes this one forked, as far as ``adopt_workers`` found them."""
         self.exited: asyncio.Future[ExitStatus] = self._loop.create_future()
         self._loop.add_reader(self._pidfd, self._reap)
         if output is not None:
@@ -84,14 +87,35 @@ class Process:
             os.close(write_end)
         return cls(name, pid, output=read_end)
 
-    def children(self) -> list[Self]:
-        """Adopt the processes this one has forked, so that they can be killed and waited for too."""
-        pids = _children(self.pid)
-        adopted = []
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                adopted.append(type(self)(self.name, pid))
-        return adopted
+    def adopt_workers(self) -> None:
+        """Find the processes this one has forked by now, so that ``destroy`` ends them too."""
+        known = {worker.pid for worker in self.workers}
+        for pid in _children(self.pid):
+            if pid not in known:
+                with contextlib.suppress(ProcessLookupError):
+                    self.workers.append(Process(self.name, pid))
+
+    async def destroy(self) -> None:
+        """Kill the process and its workers; return when all are gone and none is a zombie."""
+        if not self.exited.done():
+            self.adopt_workers()
+        for worker in self.workers:
+            worker.kill()
+        if self.workers:
+            # A parent that outlives its worker reaps it and then has nothing left to do.
+            await asyncio.wait([self.exited], timeout=_REAPING_S)
+        self.kill()
+        await asyncio.wait([self.exited, *(worker.exited for worker in self.workers)])
+        for worker in self.workers:
+            worker.bury()
+
+    def bury(self) -> None:
+        """Reap a process that was another's child until that other one died. May be called repeatedly."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+            os.close(self._pidfd)
+            self._pidfd = -1
 
     def kill(self) -> None:
         """Kill the process if it still lives; ``exited`` tells when it is gone."""
@@ -117,7 +141,11 @@ class Process:
         try:
             result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
         except ChildProcessError:
-            status = ExitStatus()  # another process's child: it is gone, its status is not ours to know
+            # Another process's child: dead, and its status is not ours to know. If its parent dies without
+            # having reaped it, it may become ours; so the descriptor is kept for bury().
+            self._loop.remove_reader(self._pidfd)
+            self.exited.set_result(ExitStatus())
+            return
         else:
             if result is None:
                 return
@@ -127,6 +155,7 @@ class Process:
                 status = ExitStatus(signal=result.si_status)
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
+        self._pidfd = -1
         if self._output_fd is not None:
             self._read_output()
         self._close_output()

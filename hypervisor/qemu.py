@@ -45,8 +45,7 @@ class QemuHypervisor(Hypervisor):
     def __init__(self, spec: VmSpec, *, on_process: Callable[[str, int], None]) -> None:
         self._spec = spec
         self._on_process = on_process
-        self._daemons: list[Process] = []
-        self._workers: list[Process] = []
+        self._processes: list[Process] = []
         self._qemu: Process | None = None
         self._qmp: QmpSession | None = None
         self._console: Console | None = None
@@ -81,11 +80,10 @@ class QemuHypervisor(Hypervisor):
         May be called at any time, and repeatedly.
         """
         self._stopping = True
-        processes = self._all()
-        for process in processes:
-            process.kill()
-        if processes:
-            await asyncio.wait([process.exited for process in processes])
+        if self._qemu is not None:
+            # First, so that no daemon's end is taken for a failure.
+            await self._qemu.destroy()
+        await asyncio.gather(*(process.destroy() for process in self._daemons()))
         if self._supervisor is not None:
             await asyncio.wait([self._supervisor])
         await self._release()
@@ -138,7 +136,8 @@ class QemuHypervisor(Hypervisor):
 
     def processes(self) -> list[HostProcess]:
         """Return every live process that serves this virtual machine."""
-        return [HostProcess(name=each.name, pid=each.pid) for each in self._all() if not each.exited.done()]
+        everyone = [each for process in self._processes for each in (process, *process.workers)]
+        return [HostProcess(name=each.name, pid=each.pid) for each in everyone if not each.exited.done()]
 
     async def _start(self) -> None:
         spec = self._spec
@@ -155,8 +154,8 @@ class QemuHypervisor(Hypervisor):
                 argv = virtiofsd.daemon_argv(
                     spec.virtiofsd, dialect, fd=listener.fileno(), source=spec.share_source
                 )
-                self._spawn_daemon(virtiofsd.NAME, argv, inherit=[listener.fileno()])
-            self._channel = make_channel(spec, spawn=self._spawn_daemon)
+                self._spawn(virtiofsd.NAME, argv, inherit=[listener.fileno()])
+            self._channel = make_channel(spec, spawn=self._spawn)
             device = await self._channel.open(handover)
             self._qmp = QmpSession(spec.name, handover=handover)
             self._console = Console(spec.directory / "console.log", handover=handover)
@@ -175,46 +174,37 @@ class QemuHypervisor(Hypervisor):
             raise VmStartError(f"start vm: {await self._early_cause(error)}") from error
         if state != "running":
             raise VmStartError(f"start vm: QEMU: the virtual machine is {state}, not running")
-        for daemon in self._daemons:
+        for daemon in self._daemons():
             # A sandboxed virtio-fs daemon serves from a child in namespaces of its own; by now it exists.
-            self._workers += daemon.children()
-        for worker in self._workers:
-            self._on_process(worker.name, worker.pid)
+            daemon.adopt_workers()
+            for worker in daemon.workers:
+                self._on_process(worker.name, worker.pid)
         self._supervisor = asyncio.create_task(self._supervise(self._qemu, self._qmp))
 
     def _spawn(self, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> Process:
         process = Process.spawn(name, argv, inherit=inherit)
-        try:
-            self._on_process(name, process.pid)
-        except BaseException:
-            process.kill()
-            raise
+        self._processes.append(process)  # first of all, so that stop() finds it whatever fails next
+        self._on_process(name, process.pid)
         return process
 
-    def _spawn_daemon(self, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> Process:
-        process = self._spawn(name, argv, inherit=inherit)
-        self._daemons.append(process)
-        return process
-
-    def _all(self) -> list[Process]:
-        # QEMU first, so that no daemon's end is taken for a failure; a worker before its parent, which then
-        # reaps it.
-        return [*([self._qemu] if self._qemu else []), *self._workers, *self._daemons]
+    def _daemons(self) -> list[Process]:
+        return [process for process in self._processes if process is not self._qemu]
 
     async def _early_cause(self, error: QmpError) -> str:
         """Say why QEMU did not come up: a daemon's failure first, for QEMU's own often follows from it."""
         assert self._qemu is not None  # noqa: S101  (called after the spawn only)
         await asyncio.wait([self._qemu.exited], timeout=_LAST_WORDS_S)
-        for daemon in self._daemons:
+        for daemon in self._daemons():
             if daemon.exited.done() and daemon.exited.result().code != 0:
                 return daemon.obituary()
         return self._qemu.obituary() if self._qemu.exited.done() else f"QEMU: {error}"
 
     async def _supervise(self, qemu: Process, qmp: QmpSession) -> None:
+        daemons = self._daemons()
         await asyncio.wait(
-            [process.exited for process in (qemu, *self._daemons)], return_when=asyncio.FIRST_COMPLETED
+            [process.exited for process in (qemu, *daemons)], return_when=asyncio.FIRST_COMPLETED
         )
-        failed = next((each for each in self._daemons if each.exited.done()), None)
+        failed = next((each for each in daemons if each.exited.done()), None)
         if failed is not None and failed.exited.result().code == 0:
             # A daemon ends in good order when QEMU hangs up, and may be seen to end before QEMU is.
             await asyncio.wait([qemu.exited], timeout=_LAST_WORDS_S)

@@ -102,10 +102,11 @@ def connected_pair(directory: Path) -> tuple[socket.socket, socket.socket]:
 
     :param directory: a private directory for the moment in which the socket has a name.
     :returns: the listening socket for the daemon, and the connected one for QEMU.
+    :raises OSError: if the directory cannot be written to.
     """
+    directory_fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     listener = socket.socket(socket.AF_UNIX)
     client = socket.socket(socket.AF_UNIX)
-    directory_fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     # Through the descriptor, because the address of a unix socket has 108 bytes at most.
     path = Path(f"/proc/self/fd/{directory_fd}/virtiofs.sock")
     try:

@@ -92,15 +92,17 @@ async def test_no_descriptor_is_left():
     assert descriptors() == before
 
 
-async def test_forked_children_can_be_adopted_and_killed():
+async def test_destroying_a_process_ends_the_workers_it_forked():
     parent = shell("sleep 60 & echo forked; wait")
     async with asyncio.timeout(10):
         await wait_for_output(parent, "forked")
-    children = parent.children()
-    (child,) = children
-    child.kill()
-    assert await child.exited == ExitStatus(), "a grandchild's status belongs to its parent"
-    assert await parent.exited == ExitStatus(code=0)
+    parent.adopt_workers()
+    (worker,) = parent.workers
+    await parent.destroy()
+    assert parent.exited.result() == ExitStatus(code=0), "it ended by itself, having reaped its worker"
+    assert worker.exited.result() == ExitStatus(), "a grandchild's status belongs to its parent"
+    assert gone(parent.pid)
+    assert gone(worker.pid)
 
 
 def test_a_child_dies_with_its_parent():

@@ -1,0 +1,126 @@
+"""Real virtual machines, and the proof after each test that nothing of them is left."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hypervisor import Accelerator, Channel, QemuHypervisor, VmSpec, channel_problem
+
+GUEST = Path("/var/lib/hako/guest")
+VSOCK_DAEMON = Path("/var/lib/hako/bin/vhost-device-vsock")
+VIRTIOFSDS = [
+    path for path in map(Path, ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")) if path.exists()
+]
+
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+@pytest.fixture(scope="session", autouse=True)
+def subreaper():
+    """Orphans come to this process, as they come to the shim."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    yield
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+@pytest.fixture(scope="session")
+def guest_image():
+    assert (GUEST / "vmlinux").exists(), "no guest image: run `hako image build`"
+    return GUEST
+
+
+@pytest.fixture
+def share():
+    """A directory on a shared mount, as the daemon needs it, with one file in it."""
+    with tempfile.TemporaryDirectory(prefix="hako-share-") as name:
+        subprocess.run(["/bin/mount", "--bind", name, name], check=True)
+        try:
+            subprocess.run(["/bin/mount", "--make-shared", name], check=True)
+            Path(name, "from-the-host").write_text("hello\n")
+            yield Path(name)
+        finally:
+            subprocess.run(["/bin/umount", "--recursive", name], check=True)
+
+
+@pytest.fixture
+def make_spec(guest_image, share, tmp_path):
+    def make(**changes: Any) -> VmSpec:
+        values: dict[str, Any] = {
+            "name": "test",
+            "directory": tmp_path,
+            "qemu": Path("/usr/bin/qemu-system-x86_64"),
+            "machine_options": "",
+            "kernel": guest_image / "vmlinux",
+            "initrd": guest_image / "initrd",
+            "kernel_parameters": (),
+            "accelerator": Accelerator.TCG,
+            "vcpus": 1,
+            "memory_bytes": 512 << 20,
+            "share_source": share,
+            "virtiofsd": VIRTIOFSDS[0],
+            "channel": Channel.VIRTIO_SERIAL,
+            "vsock_daemon": VSOCK_DAEMON,
+        }
+        return VmSpec(**{**values, **changes})
+
+    return make
+
+
+@dataclass
+class Machines:
+    """Makes virtual machines and remembers every process that was started for one."""
+
+    make_spec: Any
+    made: list[QemuHypervisor] = field(default_factory=list)
+    started: list[tuple[str, int]] = field(default_factory=list)
+
+    def __call__(self, **changes: Any) -> QemuHypervisor:
+        vm = QemuHypervisor(
+            self.make_spec(**changes), on_process=lambda name, pid: self.started.append((name, pid))
+        )
+        self.made.append(vm)
+        return vm
+
+    def alive(self) -> list[tuple[str, int]]:
+        return [entry for entry in self.started if Path(f"/proc/{entry[1]}").exists()]
+
+
+def descriptors() -> set[str]:
+    return {path.name for path in Path("/proc/self/fd").iterdir() if path.exists()}
+
+
+@pytest.fixture
+async def machines(make_spec):
+    before = descriptors()
+    machines = Machines(make_spec)
+    yield machines
+    for vm in machines.made:
+        await vm.stop()
+        assert vm.processes() == []
+    assert machines.alive() == [], "processes outlived stop(), or stayed as zombies"
+    assert descriptors() == before, "descriptors stayed open"
+
+
+def usable_channels():
+    return [
+        pytest.param(
+            channel,
+            id=channel.value,
+            marks=[pytest.mark.skip(reason=problem)] if (problem := _problem(channel)) else [],
+        )
+        for channel in Channel
+    ]
+
+
+def _problem(channel: Channel) -> str | None:
+    # Only the kernel's own device may be missing: the rest is what the set-up installs.
+    return channel_problem(channel, vsock_daemon=VSOCK_DAEMON) if channel is Channel.VHOST_VSOCK else None

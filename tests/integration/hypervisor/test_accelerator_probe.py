@@ -1,0 +1,51 @@
+"""The probe against the real QEMU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from hypervisor import Accelerator, choose_accelerator, machine
+from hypervisor.accelerator import _run
+from hypervisor.argv import probe_argv
+
+QEMU = Path("/usr/bin/qemu-system-x86_64")
+
+
+async def test_the_payload_runs_under_tcg_and_reports_through_the_exit_status(tmp_path):
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(machine.X86_64.probe_kernel)
+    argv = probe_argv(QEMU, Accelerator.TCG, kernel, machine=machine.X86_64)
+    run = await _run(argv, expected=machine.X86_64.probe_status, deadline_s=20)
+    assert run.failure is None
+    assert run.elapsed_s > 0
+
+
+async def test_a_payload_that_does_not_end_is_cut_off(tmp_path):
+    kernel = tmp_path / "kernel"
+    endless = machine.X86_64.probe_kernel[: -len(b"\xe6\xf4\xf4")] + b"\xeb\xfe"
+    kernel.write_bytes(endless.ljust(len(machine.X86_64.probe_kernel), b"\x90"))
+    argv = probe_argv(QEMU, Accelerator.TCG, kernel, machine=machine.X86_64)
+    run = await _run(argv, expected=machine.X86_64.probe_status, deadline_s=1.5)
+    assert run.failure == "the probe did not end within 1.50 s"
+
+
+async def test_an_accelerator_that_cannot_start_fails_with_qemus_words(tmp_path):
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(machine.X86_64.probe_kernel)
+    broken = dataclasses.replace(
+        machine.X86_64, cpu_models={**machine.X86_64.cpu_models, Accelerator.TCG: "abacus"}
+    )
+    argv = probe_argv(QEMU, Accelerator.TCG, kernel, machine=broken)
+    run = await _run(argv, expected=broken.probe_status, deadline_s=20)
+    assert "abacus" in run.failure
+
+
+async def test_this_host_gets_a_verdict_with_a_reason_and_keeps_it(tmp_path):
+    cache = tmp_path / "accelerator.json"
+    verdict = await choose_accelerator(QEMU, cache=cache)
+    assert verdict.reason
+    if cache.exists():  # the device opens, so code was run
+        assert json.loads(cache.read_text())["accelerator"] == verdict.accelerator.value
+    assert await choose_accelerator(QEMU, cache=cache) == verdict

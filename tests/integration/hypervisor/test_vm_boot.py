@@ -1,0 +1,113 @@
+"""A virtual machine comes up, is reached on each channel, and is gone without a trace after stop()."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import time
+
+import pytest
+
+from hypervisor import AGENT_PORT, Channel, ChannelError
+
+from .conftest import VIRTIOFSDS, usable_channels
+
+START_S = 20
+BOOT_S = 60
+
+# A ttrpc request (stream 1) with an empty body: the agent answers it with an error, on the same stream.
+REQUEST = struct.pack(">IIBB", 0, 1, 1, 0)
+RESPONSE_TYPE = 2
+
+
+async def ask_agent(connection):
+    loop = asyncio.get_running_loop()
+    with connection:
+        async with asyncio.timeout(BOOT_S):
+            await loop.sock_sendall(connection, REQUEST)
+            header = b""
+            while len(header) < 10:
+                chunk = await loop.sock_recv(connection, 10 - len(header))
+                assert chunk, "the agent hung up"
+                header += chunk
+    _, stream, kind, _ = struct.unpack(">IIBB", header)
+    return stream, kind
+
+
+@pytest.mark.parametrize("channel", usable_channels())
+async def test_the_agent_answers(machines, channel):
+    vm = machines(channel=channel)
+    await vm.start(timeout_s=START_S)
+    connection = await vm.connect(AGENT_PORT, timeout_s=BOOT_S)
+    assert connection.getblocking() is False
+    assert await ask_agent(connection) == (1, RESPONSE_TYPE)
+
+
+@pytest.mark.parametrize("virtiofsd", VIRTIOFSDS, ids=str)
+async def test_either_virtio_fs_daemon_serves(machines, virtiofsd):
+    vm = machines(virtiofsd=virtiofsd)
+    await vm.start(timeout_s=START_S)
+    assert await ask_agent(await vm.connect(AGENT_PORT, timeout_s=BOOT_S)) == (1, RESPONSE_TYPE)
+
+
+async def test_every_process_is_recorded_and_listed(machines):
+    vm = machines(channel=Channel.VHOST_USER_VSOCK)
+    await vm.start(timeout_s=START_S)
+    listed = {(process.name, process.pid) for process in vm.processes()}
+    assert listed == set(machines.started)
+    assert {name for name, _ in listed} == {"QEMU", "virtio-fs daemon", "vhost-device-vsock"}
+    assert ("QEMU", vm.pid) in listed
+
+
+async def test_stop_may_come_at_any_time_and_again(machines):
+    vm = machines()
+    await vm.stop()
+    await vm.stop()
+    assert (await vm.wait()).reason == "stopped"
+
+
+async def test_stop_during_start_leaves_nothing(machines):
+    vm = machines(channel=Channel.VHOST_USER_VSOCK)
+    starting = asyncio.create_task(vm.start(timeout_s=START_S))
+    while not machines.started:  # noqa: ASYNC110  (any moment in the middle will do)
+        await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert vm.processes() == []
+
+
+async def test_a_second_sandbox_does_not_disturb_the_first(machines, tmp_path):
+    directories = [tmp_path / "a", tmp_path / "b"]
+    vms = []
+    for directory in directories:
+        directory.mkdir()
+        vms.append(machines(directory=directory, channel=Channel.VHOST_USER_VSOCK))
+    async with asyncio.TaskGroup() as group:
+        for vm in vms:
+            group.create_task(vm.start(timeout_s=START_S))
+    connections = [await vm.connect(AGENT_PORT, timeout_s=BOOT_S) for vm in vms]
+    await vms[0].stop()
+    connections[0].close()
+    assert await ask_agent(connections[1]) == (1, RESPONSE_TYPE)
+
+
+async def test_a_port_nobody_listens_on_times_out_with_the_last_console_line(machines):
+    vm = machines(channel=Channel.VHOST_USER_VSOCK)
+    await vm.start(timeout_s=START_S)
+    (await vm.connect(AGENT_PORT, timeout_s=BOOT_S)).close()
+    begin = time.monotonic()
+    with pytest.raises(ChannelError, match=r"port 4: no answer within 0.5 s .*console ends with"):
+        await vm.connect(4, timeout_s=0.5)
+    assert time.monotonic() - begin < 1.5
+
+
+async def test_the_console_is_kept_in_a_file_too(machines, tmp_path):
+    vm = machines(channel=Channel.VHOST_USER_VSOCK)
+    await vm.start(timeout_s=START_S)
+    (await vm.connect(AGENT_PORT, timeout_s=BOOT_S)).close()
+    tail = vm.console_tail(5)
+    assert tail
+    await vm.stop()
+    with (tmp_path / "console.log").open(errors="replace") as log:
+        assert tail[-1].strip() in log.read()

@@ -1,0 +1,96 @@
+"""The end of a virtual machine is noticed at once, and its reason is the right one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+
+from hypervisor import AGENT_PORT, Channel, ChannelError, VmExit
+
+START_S = 20
+BOOT_S = 60
+AT_ONCE_S = 1.0
+
+
+async def end_of(vm, *, within_s: float) -> VmExit:
+    async with asyncio.timeout(within_s):
+        return await vm.wait()
+
+
+@pytest.fixture
+async def running(machines):
+    vm = machines(channel=Channel.VHOST_USER_VSOCK)
+    await vm.start(timeout_s=START_S)
+    return vm
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
+async def test_qemu_killed(running, number):
+    os.kill(running.pid, number)
+    end = await end_of(running, within_s=AT_ONCE_S)
+    assert end.reason == f"QEMU killed by signal {number.value}"
+
+
+async def test_qemu_asked_to_terminate(running):
+    os.kill(running.pid, signal.SIGTERM)
+    end = await end_of(running, within_s=AT_ONCE_S)
+    assert end.reason == "QEMU was told to quit (host-signal)"
+
+
+@pytest.mark.parametrize("victim", ["virtio-fs daemon", "vhost-device-vsock"])
+async def test_a_daemon_killed_ends_the_machine_and_is_named(running, machines, victim):
+    # The first of that name is the one the supervisor started; a worker comes after it.
+    pid = next(pid for name, pid in machines.started if name == victim)
+    os.kill(pid, signal.SIGKILL)
+    end = await end_of(running, within_s=AT_ONCE_S)
+    assert end.reason.startswith(f"{victim} killed by signal 9")
+    assert running.processes() == [] or [each.name for each in running.processes()] != ["QEMU"]
+
+
+async def test_the_virtio_fs_worker_killed_ends_the_machine_and_names_the_daemon(running, machines):
+    pid = [pid for name, pid in machines.started if name == "virtio-fs daemon"][-1]
+    os.kill(pid, signal.SIGKILL)
+    end = await end_of(running, within_s=2 * AT_ONCE_S)
+    assert end.reason.startswith("virtio-fs daemon ")
+
+
+async def test_a_guest_without_init_panics_with_its_line(machines):
+    vm = machines(kernel_parameters=("rdinit=/nonexistent",))
+    await vm.start(timeout_s=START_S)
+    end = await end_of(vm, within_s=BOOT_S)
+    assert "guest panicked: " in end.reason
+    assert "Kernel panic - not syncing: " in end.reason
+
+
+async def test_connecting_fails_with_the_reason_the_moment_the_machine_dies(running):
+    connecting = asyncio.create_task(running.connect(4, timeout_s=BOOT_S))
+    await asyncio.sleep(0.3)
+    begin = time.monotonic()
+    os.kill(running.pid, signal.SIGKILL)
+    with pytest.raises(ChannelError, match="the virtual machine is gone: QEMU killed by signal 9"):
+        await connecting
+    assert time.monotonic() - begin < AT_ONCE_S
+
+
+async def test_connecting_to_a_machine_that_is_gone_fails_at_once(running):
+    await running.stop()
+    with pytest.raises(ChannelError, match="gone: stopped"):
+        await running.connect(AGENT_PORT, timeout_s=BOOT_S)
+
+
+async def test_stop_does_not_cover_up_an_end_that_came_before(running):
+    os.kill(running.pid, signal.SIGSEGV)
+    await end_of(running, within_s=AT_ONCE_S)
+    await running.stop()
+    assert (await running.wait()).reason == "QEMU killed by signal 11"
+
+
+async def test_a_machine_that_hangs_is_stopped_all_the_same(running):
+    os.kill(running.pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    await running.stop()
+    assert time.monotonic() - begin < AT_ONCE_S
