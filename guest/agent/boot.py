@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import _socket
 import fcntl
 import os
 import struct
-
-import _socket
 
 from guest.agent import files, kernel
 from guest.agent.kernel import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RELATIME
@@ -45,8 +44,8 @@ def prepare() -> None:
         kernel.load_module(f"{_MODULES}/{name}.ko")
     _enable_controllers()
     files.write("/proc/sys/kernel/printk_devkmsg", "on\n")
-    os.unlink("/dev/ptmx")  # noqa: PTH108  pathlib costs start-up time
-    os.symlink("pts/ptmx", "/dev/ptmx")  # noqa: PTH211  as above
+    os.unlink("/dev/ptmx")
+    os.symlink("pts/ptmx", "/dev/ptmx")
     os.environ["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin"
     _raise_loopback()
 
@@ -54,8 +53,8 @@ def prepare() -> None:
 def _move_root() -> None:
     """Put a bind mount of the root over the root.
 
-    The initramfs is the root of the mount tree itself, which pivot_root(2) refuses to leave; a mount on top of it
-    can be left, so containers get a real pivot_root instead of a chroot.
+    The initramfs is the root of the mount tree itself, which pivot_root(2) refuses to leave; a mount on
+    top of it can be left, so containers get a real pivot_root instead of a chroot.
     """
     kernel.mount("/", "/mnt", flags=kernel.MS_BIND)
     os.chdir("/mnt")

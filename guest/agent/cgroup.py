@@ -60,7 +60,9 @@ def freeze(path: str, *, frozen: bool) -> None:
         while f"frozen {int(frozen)}" not in os.pread(events, 4096, 0).decode():
             left = deadline - time.monotonic()
             if left <= 0:
-                raise AgentError(f"freeze: {path}: not reached in {_FREEZE_TIMEOUT_S:.0f} s; kill the container")
+                raise AgentError(
+                    f"freeze: {path}: not reached in {_FREEZE_TIMEOUT_S:.0f} s; kill the container"
+                )
             poll.poll(int(left * 1000) + 1)
     finally:
         os.close(events)
@@ -173,7 +175,7 @@ def _io(base: str, codec: Codec) -> list[Message]:
 def _hugetlb(base: str, codec: Codec) -> dict[str, Message]:
     sizes = [
         name.split(".")[1]
-        for name in os.listdir(base)  # noqa: PTH208  pathlib costs start-up time
+        for name in os.listdir(base)
         if name.startswith("hugetlb.") and name.endswith(".current") and "rsvd" not in name
     ]
     return {

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 import _thread
+import os
 
 from guest.agent import cgroup, files, jsonout, kernel, oci, runtime
 from guest.agent.errors import AgentError, NotFound
@@ -103,7 +102,7 @@ class Container:
                 )
             )
         finally:
-            os.unlink(path)  # noqa: PTH108  pathlib costs start-up time
+            os.unlink(path)
 
     def process(self, exec_id: str) -> Process:
         """Find a process.
@@ -149,7 +148,7 @@ class Container:
         try:
             runtime.run("update", f"--resources={path}", self.id)
         finally:
-            os.unlink(path)  # noqa: PTH108  as above
+            os.unlink(path)
 
     def freeze(self, *, frozen: bool) -> None:
         """Pause or resume every process.

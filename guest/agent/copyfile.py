@@ -46,7 +46,7 @@ def _open_parent(root: str, parts: list[str], mode: int) -> int:
             try:
                 below = os.open(part, _DIRECTORY_FLAGS, dir_fd=here)
             except FileNotFoundError:
-                os.mkdir(part, mode, dir_fd=here)  # noqa: PTH102  relative to a descriptor
+                os.mkdir(part, mode, dir_fd=here)
                 below = os.open(part, _DIRECTORY_FLAGS, dir_fd=here)
         finally:
             os.close(here)
@@ -60,7 +60,7 @@ def _write(request: Message, parent: int, name: str) -> None:
         _make_directory(request, parent, name)
     elif kind == stat.S_IFLNK:
         _remove(parent, name)
-        os.symlink(request.data, name, dir_fd=parent)  # noqa: PTH211  relative to a descriptor
+        os.symlink(request.data, name, dir_fd=parent)
         os.chown(name, request.uid, request.gid, dir_fd=parent, follow_symlinks=False)
     elif kind == stat.S_IFREG:
         _write_chunk(request, parent, name)
@@ -69,10 +69,8 @@ def _write(request: Message, parent: int, name: str) -> None:
 
 
 def _make_directory(request: Message, parent: int, name: str) -> None:
-    try:
-        os.mkdir(name, dir_fd=parent)  # noqa: PTH102  relative to a descriptor
-    except FileExistsError:
-        pass
+    if not _is_there(parent, name):
+        os.mkdir(name, dir_fd=parent)
     fd = os.open(name, _DIRECTORY_FLAGS, dir_fd=parent)
     os.fchmod(fd, request.file_mode & 0o7777)
     os.fchown(fd, request.uid, request.gid)
@@ -97,11 +95,19 @@ def _write_chunk(request: Message, parent: int, name: str) -> None:
         os.fchmod(fd, request.file_mode & 0o7777)
     finally:
         os.close(fd)
-    os.rename(partial, name, src_dir_fd=parent, dst_dir_fd=parent)  # noqa: PTH104  relative to a descriptor
+    os.rename(partial, name, src_dir_fd=parent, dst_dir_fd=parent)
+
+
+def _is_there(parent: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _remove(parent: int, name: str) -> None:
     try:
-        os.unlink(name, dir_fd=parent)  # noqa: PTH108  relative to a descriptor
+        os.unlink(name, dir_fd=parent)
     except FileNotFoundError:
         return

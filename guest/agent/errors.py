@@ -1,5 +1,7 @@
 """Errors that a handler answers with, each with the status code of the protocol."""
 
+# ruff: noqa: N818 - the names are those of the wire statuses
+
 from __future__ import annotations
 
 

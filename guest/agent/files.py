@@ -60,7 +60,7 @@ def exists(path: str) -> bool:
     :returns: whether stat(2) succeeds.
     """
     try:
-        os.stat(path)  # noqa: PTH116  pathlib costs start-up time
+        os.stat(path)
     except OSError:
         return False
     return True
@@ -73,7 +73,7 @@ def make_directories(path: str, *, mode: int = 0o755) -> None:
     :param mode: permission bits of new ones.
     :raises OSError: if one cannot be made.
     """
-    os.makedirs(path, mode=mode, exist_ok=True)  # noqa: PTH103  pathlib costs start-up time
+    os.makedirs(path, mode=mode, exist_ok=True)
 
 
 def remove_tree(path: str) -> None:
@@ -90,5 +90,5 @@ def remove_tree(path: str) -> None:
         if entry.is_dir(follow_symlinks=False):
             remove_tree(entry.path)
         else:
-            os.unlink(entry.path)  # noqa: PTH108  pathlib costs start-up time
-    os.rmdir(path)  # noqa: PTH106  as above
+            os.unlink(entry.path)
+    os.rmdir(path)

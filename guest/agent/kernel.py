@@ -40,7 +40,7 @@ def _check(result: int, what: str) -> None:
 
 
 def mount(source: str, target: str, *, fstype: str = "", flags: int = 0, data: str = "") -> None:
-    """Mount a filesystem, see mount(2).
+    """Attach a filesystem, see ``man 2 mount``.
 
     :param source: device, directory or tag.
     :param target: where to.
@@ -85,7 +85,7 @@ def load_module(path: str) -> None:
 
 
 def unshare(flags: int) -> None:
-    """Give the calling thread new namespaces, see unshare(2).
+    """Move the calling thread into new namespaces, see ``man 2 unshare``.
 
     :param flags: CLONE_NEW* bits.
     :raises OSError: if the kernel refuses.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # what the signal module wraps in enums
 import sys
-
-import _signal
 
 from guest.agent import boot, reaper, serial, tables, vsock
 from guest.agent.console import log

@@ -1,8 +1,8 @@
 """The protocol's OCI messages as the runtime specification's JSON, for crun.
 
-Left out because a guest with cgroup v2 and no AppArmor profiles cannot honour them, and crun would refuse the
-container for them: kernel and TCP memory, swappiness, the OOM killer switch, realtime CPU time, network classes,
-AppArmor and SELinux labels. Hooks are the host's programs and do not exist here.
+Left out, because a guest with cgroup v2 and no AppArmor profiles cannot honour them and crun would refuse
+the container for them: kernel and TCP memory, swappiness, the OOM killer switch, realtime CPU time, network
+classes, AppArmor and SELinux labels. Hooks are the host's programs and do not exist here.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def _user(message: Message | None) -> dict[str, Any]:
     return user
 
 
-def spec(
-    message: Message, *, rootfs: str, namespaces: list[dict[str, str]], cgroup: str
-) -> dict[str, Any]:
+def spec(message: Message, *, rootfs: str, namespaces: list[dict[str, str]], cgroup: str) -> dict[str, Any]:
     """Translate a container.
 
     :param message: grpc.Spec with Process, Root and Linux.
@@ -99,24 +97,24 @@ def _linux(message: Message, *, namespaces: list[dict[str, str]], cgroup: str) -
     document: dict[str, Any] = {"namespaces": namespaces, "cgroupsPath": cgroup}
     for key, maps in (("uidMappings", message.UIDMappings), ("gidMappings", message.GIDMappings)):
         if maps:
-            document[key] = [
-                {"hostID": one.HostID, "containerID": one.ContainerID, "size": one.Size} for one in maps
-            ]
+            document[key] = [_id_map(one) for one in maps]
     if message.Devices:
         document["devices"] = [_device(device) for device in message.Devices]
     if message.Resources is not None:
         document["resources"] = resources(message.Resources)
     if message.Seccomp is not None:
         document["seccomp"] = _seccomp(message.Seccomp)
-    for key, value in (
-        ("sysctl", message.Sysctl),
-        ("rootfsPropagation", message.RootfsPropagation),
-        ("maskedPaths", message.MaskedPaths),
-        ("readonlyPaths", message.ReadonlyPaths),
-    ):
-        if value:
-            document[key] = value
-    return document
+    optional = {
+        "sysctl": message.Sysctl,
+        "rootfsPropagation": message.RootfsPropagation,
+        "maskedPaths": message.MaskedPaths,
+        "readonlyPaths": message.ReadonlyPaths,
+    }
+    return document | {key: value for key, value in optional.items() if value}
+
+
+def _id_map(message: Message) -> dict[str, int]:
+    return {"hostID": message.HostID, "containerID": message.ContainerID, "size": message.Size}
 
 
 def _device(message: Message) -> dict[str, Any]:
@@ -150,9 +148,7 @@ def resources(message: Message) -> dict[str, Any]:
     if message.CPU is not None:
         cpu = message.CPU
         document["cpu"] = _positive({"shares": cpu.Shares, "quota": cpu.Quota, "period": cpu.Period})
-        document["cpu"] |= {
-            key: value for key, value in (("cpus", cpu.Cpus), ("mems", cpu.Mems)) if value
-        }
+        document["cpu"] |= {key: value for key, value in (("cpus", cpu.Cpus), ("mems", cpu.Mems)) if value}
     if message.Pids is not None and message.Pids.Limit > 0:
         document["pids"] = {"limit": message.Pids.Limit}
     if message.BlockIO is not None:

@@ -1,16 +1,16 @@
-"""Exit statuses of every process of the machine: process 1 inherits all orphans, so one place collects them."""
+"""Exit statuses of every process of the machine, collected in one place: process 1 inherits all orphans."""
 
 from __future__ import annotations
 
+import _thread
 import os
 import select
 import time
 
-import _thread
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Self
 
 
 class Exit:
@@ -75,9 +75,12 @@ def collect() -> None:
 
 
 class Launch:
-    """While one is open, statuses of processes not watched yet are kept: a child may end before its id is known."""
+    """While one is open, statuses of processes not watched yet are kept.
 
-    def __enter__(self) -> Launch:
+    A child may end before its id is known.
+    """
+
+    def __enter__(self) -> Self:
         global _launching  # noqa: PLW0603  counts the open launches of all threads
         with _lock:
             _launching += 1

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import _socket
 import _thread
+import fcntl
+import os
 
 from guest.agent import files, reaper, streams
 from guest.agent.errors import AgentError
@@ -134,8 +134,8 @@ def _on_terminal(begun: reaper.Launch, arguments: list[str], operand: str, scrat
 
 def _receive_descriptor(listener: _socket.socket) -> int:
     """Take the one descriptor that crun has sent to the console socket."""
-    listener.setblocking(False)
-    fd, _address = listener._accept()  # noqa: SLF001  the wrapper module costs start-up time
+    listener.settimeout(0)
+    fd, _address = listener._accept()  # type: ignore[attr-defined]  # noqa: SLF001  as in vsock
     peer = _socket.socket(fileno=fd)
     try:
         _data, ancillary, _flags, _address = peer.recvmsg(4096, _socket.CMSG_SPACE(4))
@@ -144,6 +144,6 @@ def _receive_descriptor(listener: _socket.socket) -> int:
     for level, kind, content in ancillary:
         if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
             terminal = int.from_bytes(content[:4], "little")
-            os.set_inheritable(terminal, False)
+            fcntl.fcntl(terminal, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
             return terminal
     raise AgentError("crun: console: no terminal came with the message")

@@ -32,6 +32,7 @@ class Sandbox:
         self._mounts: dict[str, int] = {}
         self._created = False
         self._shared: dict[str, str] = {}
+        self._pid_owner = ""
 
     def create(self, request: Message) -> None:
         """Set the sandbox up, once.
@@ -131,7 +132,9 @@ class Sandbox:
         """
         container_id, spec = request.container_id, request.OCI
         if len(container_id) < 2 or container_id[0] not in _FIRST or not _REST.issuperset(container_id):
-            raise AgentError(f"create: {container_id!r}: not a container id; use letters, digits, '.', '_', '-'")
+            raise AgentError(
+                f"create: {container_id!r}: not a container id; use letters, digits, '.', '_', '-'"
+            )
         if spec is None or spec.Linux is None:
             raise AgentError(f"create: {container_id}: the request has no specification; send it")
         if request.devices:
@@ -183,6 +186,12 @@ class Sandbox:
             log(f"sandbox: pid namespace of {container.id}: {error}")
             return
         self._shared["pid"] = path
+        self._pid_owner = container.id
+
+    def _unpin_pid(self) -> None:
+        """Let the namespace go with its first process; the next container created is the first again."""
+        kernel.unmount(self._shared.pop("pid"), flags=kernel.MNT_DETACH)
+        self._pid_owner = ""
 
     def container(self, container_id: str, error: type[AgentError]) -> Container:
         """Find a container.
@@ -210,6 +219,8 @@ class Sandbox:
         self.drop_storages(container.storages)
         with self._lock:
             self._containers.pop(container_id, None)
+            if self._pid_owner == container_id:
+                self._unpin_pid()
 
     def destroy(self) -> None:
         """Kill every container; the machine is switched off after that."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import _socket
+import _thread
 import fcntl
 import os
 import select
-
-import _socket
-import _thread
 
 from guest.agent import files
 from guest.agent.console import log
@@ -84,7 +83,7 @@ def _serve(server: Server) -> None:
 
 
 def _open_port() -> int:
-    """Wait for the port: the host names its ports by messages that come some time after the driver is loaded."""
+    """Wait for the port: the host names its ports some time after the driver is loaded."""
     events = _socket.socket(_socket.AF_NETLINK, _socket.SOCK_DGRAM, _NETLINK_KOBJECT_UEVENT)
     events.bind((0, _KERNEL_EVENTS))
     try:
@@ -99,7 +98,7 @@ def _open_port() -> int:
 def _find_port() -> str | None:
     if not files.exists(_PORT_CLASS):
         return None
-    for port in os.listdir(_PORT_CLASS):  # noqa: PTH208  pathlib costs start-up time
+    for port in os.listdir(_PORT_CLASS):
         try:
             name = files.read(f"{_PORT_CLASS}/{port}/name")
         except FileNotFoundError:

@@ -84,15 +84,17 @@ def add(storage: Message) -> bool:
             _make_local(storage.mount_point, options)
             mounted = False
         case _:
-            raise AgentError(f"storage: {storage.mount_point}: no driver {storage.driver}; use {', '.join(DRIVERS)}")
+            raise AgentError(
+                f"storage: {storage.mount_point}: no driver {storage.driver}; use {', '.join(DRIVERS)}"
+            )
     if storage.fs_group is not None:
         _give_to_group(storage)
     return mounted
 
 
 def _mount(storage: Message, options: list[str]) -> None:
-    if "bind" in options and not os.path.isdir(storage.source):  # noqa: PTH112  pathlib costs start-up time
-        files.make_directories(os.path.dirname(storage.mount_point))  # noqa: PTH120  as above
+    if "bind" in options and not os.path.isdir(storage.source):
+        files.make_directories(os.path.dirname(storage.mount_point))
         if not files.exists(storage.mount_point):
             files.create(storage.mount_point, "")
     else:
@@ -108,7 +110,7 @@ def _make_local(path: str, options: list[str]) -> None:
     files.make_directories(path)
     for option in options:
         if option.startswith("mode="):
-            os.chmod(path, int(option.removeprefix("mode="), 8))  # noqa: PTH101  pathlib costs start-up time
+            os.chmod(path, int(option.removeprefix("mode="), 8))
     _own(path, options)
 
 
@@ -116,14 +118,14 @@ def _own(path: str, options: list[str]) -> None:
     for option in options:
         if option.startswith("fsgid="):
             os.chown(path, -1, int(option.removeprefix("fsgid=")))
-            os.chmod(path, os.stat(path).st_mode & 0o7777 | _SETGID)  # noqa: PTH101, PTH116  as above
+            os.chmod(path, os.stat(path).st_mode & 0o7777 | _SETGID)
 
 
 def _give_to_group(storage: Message) -> None:
     """Hand a volume to a group as Kubernetes' fsGroup does; links are left alone."""
     group, root = storage.fs_group.group_id, storage.mount_point
     if storage.fs_group.group_change_policy == _GROUP_ON_MISMATCH:
-        status = os.stat(root)  # noqa: PTH116  as above
+        status = os.stat(root)
         if status.st_gid == group and status.st_mode & _SETGID:
             return
     for directory, _names, plain in os.walk(root):
@@ -133,4 +135,4 @@ def _give_to_group(storage: Message) -> None:
                 continue
             os.chown(path, -1, group)
             more = 0o2070 if path == directory else 0o060 | (status.st_mode >> 3 & 0o010)
-            os.chmod(path, status.st_mode & 0o7777 | more)  # noqa: PTH101  as above
+            os.chmod(path, status.st_mode & 0o7777 | more)

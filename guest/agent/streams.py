@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import fcntl
 import os
 import struct
 import time
-
-import _thread
 
 from guest.agent.errors import AgentError, Unavailable
 
@@ -219,6 +218,4 @@ def of_terminal(fd: int) -> Streams:
     :param fd: the terminal's controlling side; owned from now on.
     :returns: the streams.
     """
-    return Streams(
-        stdin=Input(os.dup(fd)), stdout=Output(os.dup(fd)), stderr=None, terminal=fd
-    )
+    return Streams(stdin=Input(os.dup(fd)), stdout=Output(os.dup(fd)), stderr=None, terminal=fd)

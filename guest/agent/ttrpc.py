@@ -5,12 +5,11 @@ Frame: length (u32), stream id (u32), type (u8), flags (u8), all big-endian, the
 
 from __future__ import annotations
 
+import _thread
 import os
 import select
 import struct
 import time
-
-import _thread
 
 from guest.agent import workers
 from guest.agent.console import log
@@ -44,22 +43,23 @@ if TYPE_CHECKING:
 
 HEADER = struct.Struct(">IIBB")
 REQUEST, RESPONSE = 1, 2
+FIRST_STREAM = 1
 MAX_PAYLOAD = 4 << 20
 
 
 class Call:
     """What a handler may know of the request it serves.
 
-    :param connection: where the request came from.
+    :param closed_fd: becomes readable when the caller is gone.
     :param timeout_ns: the caller's limit; 0 for none.
     :param afterwards: set by a handler: what to do once the answer is on its way.
     """
 
     __slots__ = ("_closed_fd", "_deadline", "afterwards")
 
-    def __init__(self, connection: Connection, timeout_ns: int) -> None:
+    def __init__(self, closed_fd: int, timeout_ns: int) -> None:
         self.afterwards: Callable[[], None] | None = None
-        self._closed_fd = connection.closed_fd
+        self._closed_fd = closed_fd
         self._deadline = time.monotonic() + timeout_ns / 1e9 if timeout_ns > 0 else None
 
     def wait(
@@ -124,6 +124,31 @@ class Server:
         return self.codec.encode(types[1], response)
 
 
+class _Peer:
+    """One host that speaks over a connection: what must end when it goes."""
+
+    __slots__ = ("_calls", "_lock", "closed_fd", "gone", "spoke")
+
+    def __init__(self) -> None:
+        self.closed_fd = os.eventfd(0)
+        self.gone = False
+        self.spoke = False
+        self._calls = 1
+        self._lock = _thread.allocate_lock()
+
+    def hold(self) -> None:
+        with self._lock:
+            self._calls += 1
+
+    def release(self) -> None:
+        # The descriptor outlives the peer until no handler can poll it any more.
+        with self._lock:
+            self._calls -= 1
+            last = self._calls == 0
+        if last:
+            os.close(self.closed_fd)
+
+
 class Connection:
     """One host connection.
 
@@ -135,10 +160,7 @@ class Connection:
         self._transport = transport
         self._server = server
         self._write_lock = _thread.allocate_lock()
-        self.closed_fd = os.eventfd(0)
-        self._ended = False
-        self._pending = 1
-        self._pending_lock = _thread.allocate_lock()
+        self._peer = _Peer()
 
     def serve(self) -> None:
         """Serve until the host closes the stream or breaks the framing."""
@@ -147,72 +169,73 @@ class Connection:
                 length, stream, kind, _flags = HEADER.unpack(header)
                 if length > MAX_PAYLOAD:
                     self._discard(length)
-                    self._fail(stream, InvalidArgument(f"frame of {length} bytes exceeds {MAX_PAYLOAD}"))
+                    excess = InvalidArgument(f"frame of {length} bytes exceeds {MAX_PAYLOAD}")
+                    self._fail(self._peer, stream, excess)
                     continue
                 payload = self._read(length)
                 if payload is None:
                     break
-                if kind != REQUEST:
-                    log(f"ttrpc: frame type {kind} ignored")
-                elif stream % 2 == 0:
-                    self._fail(stream, InvalidArgument("stream id must be odd"))
-                else:
-                    self._begin(stream, payload)
+                self._receive(stream, kind, payload)
         except OSError as error:
             log(f"ttrpc: connection lost: {error}")
-        with self._write_lock:
-            self._ended = True
-        os.eventfd_write(self.closed_fd, 1)
-        self._release()
+        self._dismiss()
 
-    def _begin(self, stream: int, payload: bytes) -> None:
+    def _receive(self, stream: int, kind: int, payload: bytes) -> None:
+        if kind != REQUEST:
+            log(f"ttrpc: frame type {kind} ignored")
+            return
+        if stream == FIRST_STREAM and self._peer.spoke:
+            # On a serial port one host can follow another without a gap: only its first stream tells.
+            self._dismiss()
+            self._peer = _Peer()
+        peer = self._peer
+        peer.spoke = True
+        if stream % 2 == 0:
+            self._fail(peer, stream, InvalidArgument("stream id must be odd"))
+            return
         try:
             request = self._server.codec.decode("ttrpc.Request", payload)
         except InvalidArgument as error:
-            self._fail(stream, error)
+            self._fail(peer, stream, error)
             return
-        with self._pending_lock:
-            self._pending += 1
-        workers.submit(lambda: self._handle(stream, request))
+        peer.hold()
+        workers.submit(lambda: self._handle(peer, stream, request))
 
-    def _handle(self, stream: int, request: Message) -> None:
+    def _dismiss(self) -> None:
+        with self._write_lock:
+            self._peer.gone = True
+        os.eventfd_write(self._peer.closed_fd, 1)
+        self._peer.release()
+
+    def _handle(self, peer: _Peer, stream: int, request: Message) -> None:
         try:
-            call = Call(self, request.timeout_nano)
+            call = Call(peer.closed_fd, request.timeout_nano)
             payload = self._server.answer(request.service, request.method, request.payload, call)
             if len(payload) > MAX_PAYLOAD - 64:
                 raise ResourceExhausted(f"answer of {len(payload)} bytes exceeds {MAX_PAYLOAD}")
-            self._respond(stream, 0, "", payload)
+            self._respond(peer, stream, 0, "", payload)
             if call.afterwards is not None:
                 call.afterwards()
         except AgentError as error:
-            self._fail(stream, error)
+            self._fail(peer, stream, error)
         except OSError as error:
-            self._fail(stream, AgentError(f"{request.method}: {error}"))
+            self._fail(peer, stream, AgentError(f"{request.method}: {error}"))
         except Exception as error:  # noqa: BLE001  a defect must answer its caller, or the caller hangs
             log(f"{request.method}: defect: {error!r}")
-            self._fail(stream, AgentError(f"{request.method}: defect in the agent: {error!r}"))
-        self._release()
+            self._fail(peer, stream, AgentError(f"{request.method}: defect in the agent: {error!r}"))
+        peer.release()
 
-    def _release(self) -> None:
-        # The descriptor outlives the stream until no handler can poll it any more.
-        with self._pending_lock:
-            self._pending -= 1
-            last = self._pending == 0
-        if last:
-            os.close(self.closed_fd)
+    def _fail(self, peer: _Peer, stream: int, error: AgentError) -> None:
+        self._respond(peer, stream, error.code, str(error), b"")
 
-    def _fail(self, stream: int, error: AgentError) -> None:
-        self._respond(stream, error.code, str(error), b"")
-
-    def _respond(self, stream: int, code: int, message: str, payload: bytes) -> None:
+    def _respond(self, peer: _Peer, stream: int, code: int, message: str, payload: bytes) -> None:
         codec = self._server.codec
         status = codec.new("ttrpc.Status", code=code, message=message)
         body = codec.encode("ttrpc.Response", codec.new("ttrpc.Response", status=status, payload=payload))
         try:
             with self._write_lock:
-                if self._ended:
-                    return
-                self._transport.write(HEADER.pack(len(body), stream, RESPONSE, 0) + body)
+                if not peer.gone:
+                    self._transport.write(HEADER.pack(len(body), stream, RESPONSE, 0) + body)
         except OSError as error:
             log(f"ttrpc: answer lost: {error}")
 

@@ -50,7 +50,7 @@ def listen(server: Server) -> None:
 
 def _accept(listener: _socket.socket, server: Server) -> None:
     while True:
-        fd, _address = listener._accept()  # noqa: SLF001  the wrapper module costs start-up time
+        fd, _address = listener._accept()  # type: ignore[attr-defined]  # noqa: SLF001  the base class of socket.socket
         _thread.start_new_thread(_serve_stream, (_Stream(fd), server))
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     Field = tuple[str, str, str, str]
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_LENGTH_DELIMITED = frozenset({"message", "map", "string", "bytes"})
 _IMPLICIT: dict[str, Any] = {
     "bool": False,
     "bytes": b"",
@@ -97,7 +98,7 @@ class Codec:
         while position < end:
             key, position = _varint(data, position)
             wire_type = key & 7
-            raw: int | bytes
+            raw: int | bytes | None
             if wire_type == _VARINT:
                 raw, position = _varint(data, position)
             elif wire_type == _BYTES:
@@ -105,7 +106,8 @@ class Codec:
                 raw = data[position : position + size]
                 position += size
             elif wire_type in {_FIXED64, _FIXED32}:
-                raw = b""
+                # No contract here has fixed-size fields.
+                raw = None
                 position += 8 if wire_type == _FIXED64 else 4
             else:
                 raise ValueError(f"wire type {wire_type}")
@@ -114,41 +116,34 @@ class Codec:
             if key >> 3 == 0:
                 raise ValueError("field number 0")
             field = fields.get(key >> 3)
-            if field is not None:
+            if field is not None and raw is not None:
                 self._store(values, field, raw)
 
-    def _store(self, values: dict[str, Any], field: Field, raw: int | bytes) -> None:
+    def _store(self, values: dict[str, Any], field: Field, raw: Any) -> None:
         name, kind, presence, inner = field
-        if isinstance(raw, int):
-            # A known field under another wire type counts as unknown.
-            if kind not in {"message", "map", "string", "bytes"}:
-                value = _scalar(kind, raw)
-                if presence == "repeated":
-                    values[name].append(value)
-                else:
-                    values[name] = value
-        elif kind == "message":
-            if presence == "repeated":
-                values[name].append(self._decode(inner, raw))
-            elif values[name] is None:
-                values[name] = self._decode(inner, raw)
-            else:
-                self._merge(values[name], inner, raw)
+        if isinstance(raw, int) is (kind in _LENGTH_DELIMITED):
+            # A known field under another wire type counts as unknown, except packed numbers.
+            if isinstance(raw, bytes) and presence == "repeated":
+                values[name] += [_scalar(kind, number) for number in _unpacked(raw)]
         elif kind == "map":
             entry = self._decode(inner, raw)
             value = entry.value
             values[name][entry.key] = self.new(self._messages[inner][2][3]) if value is None else value
-        elif kind in {"string", "bytes"}:
-            content = raw.decode() if kind == "string" else raw
+        elif kind == "message" and presence != "repeated" and values[name] is not None:
+            self._merge(values[name], inner, raw)
+        else:
+            value = self._value(kind, inner, raw)
             if presence == "repeated":
-                values[name].append(content)
+                values[name].append(value)
             else:
-                values[name] = content
-        elif presence == "repeated":
-            position = 0
-            while position < len(raw):
-                number, position = _varint(raw, position)
-                values[name].append(_scalar(kind, number))
+                values[name] = value
+
+    def _value(self, kind: str, inner: str, raw: Any) -> Any:
+        if kind == "message":
+            return self._decode(inner, raw)
+        if kind == "string":
+            return raw.decode()
+        return raw if kind == "bytes" else _scalar(kind, raw)
 
     def encode(self, name: str, message: Message) -> bytes:
         """Encode a message; fields at their implicit default are left out, present sub-messages never are.
@@ -172,7 +167,7 @@ class Codec:
         if kind == "map":
             for key, item in value.items():
                 self._encode_one(parts, number, "message", inner, Message({"key": key, "value": item}))
-        elif kind in {"message", "string", "bytes"}:
+        elif kind in _LENGTH_DELIMITED:
             for item in value:
                 self._encode_one(parts, number, kind, inner, item)
         else:
@@ -219,6 +214,14 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
         shift += 7
         if shift >= 70:
             raise ValueError("varint longer than ten bytes")
+
+
+def _unpacked(data: bytes) -> list[int]:
+    numbers, position = [], 0
+    while position < len(data):
+        number, position = _varint(data, position)
+        numbers.append(number)
+    return numbers
 
 
 def _to_varint(value: int) -> bytes:

@@ -116,7 +116,9 @@ def _unpack_kernel(chosen: tuple[packages.Package, ...], *, cache: Path, staging
     packages.unpack(chosen, cache=cache, staging=staging)
     images = sorted((staging / "boot").glob("vmlinuz-*"))
     if not images:
-        raise ImageError("image: kernel: the kernel package holds no /boot/vmlinuz; give --kernel and --modules")
+        raise ImageError(
+            "image: kernel: the kernel package holds no /boot/vmlinuz; give --kernel and --modules"
+        )
     release = images[-1].name.removeprefix("vmlinuz-")
     return _Kernel(image=images[-1], modules=staging / "usr/lib/modules" / release)
 

@@ -119,4 +119,6 @@ def _find(staging: Path, soname: str, user: str) -> str:
     for place in _LIBRARY_DIRECTORIES:
         if (staging / place.lstrip("/") / soname).exists():
             return f"{place}/{soname}"
-    raise ImageError(f"image: initramfs: {user} needs {soname}, which is in no package; report the distribution")
+    raise ImageError(
+        f"image: initramfs: {user} needs {soname}, which is in no package; report the distribution"
+    )

@@ -49,9 +49,7 @@ def vmlinux(image: bytes, *, name: str) -> bytes:
     """
     kernel = image if image[:4] == b"\x7fELF" else _decompress(_payload(image, name), name)
     if not elf.parse(kernel, name=name).has_pvh_entry:
-        raise ImageError(
-            f"image: kernel: {name}: no PVH entry note; use a kernel built with CONFIG_PVH=y (Debian's and Ubuntu's are)"
-        )
+        raise ImageError(f"image: kernel: {name}: no PVH entry note; use a kernel built with CONFIG_PVH=y")
     return kernel
 
 
@@ -90,7 +88,7 @@ def _decompress(payload: bytes, name: str) -> bytes:
         )
     if len(kernel) != size:
         raise ImageError(
-            f"image: kernel: {name}: {len(kernel)} bytes came out where {size} were promised; use another copy"
+            f"image: kernel: {name}: {len(kernel)} bytes instead of {size} came out; use another copy"
         )
     return kernel
 

@@ -1,4 +1,4 @@
-"""Packages of the running distribution, resolved and fetched with apt, unpacked with dpkg-deb, never installed."""
+"""The distribution's packages: resolved and fetched with apt, unpacked with dpkg-deb, never installed."""
 
 from __future__ import annotations
 
@@ -125,7 +125,9 @@ def unpack(packages: tuple[Package, ...], *, cache: Path, staging: Path) -> None
         (staging / link).symlink_to(f"usr/{link}")
     for package in packages:
         archive = cache / package.file
-        with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE) as producer:
+        with subprocess.Popen(
+            ("/usr/bin/dpkg-deb", "--fsys-tarfile", str(archive)), stdout=subprocess.PIPE
+        ) as producer:
             _run(
                 ["tar", "--extract", "--keep-directory-symlink", "--directory", str(staging)],
                 what=package.file,
@@ -134,7 +136,9 @@ def unpack(packages: tuple[Package, ...], *, cache: Path, staging: Path) -> None
                 stdin=producer.stdout,
             )
         if producer.returncode != 0:
-            raise ImageError(f"image: packages: {package.file}: dpkg-deb failed; remove {archive} and try again")
+            raise ImageError(
+                f"image: packages: {package.file}: dpkg-deb failed; remove {archive} and try again"
+            )
 
 
 def _run(

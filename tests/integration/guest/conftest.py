@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.integration.guest.guest_machine import GuestMachine, process, spec
 
 from proto.kata import agent_pb2
+from tests.integration.guest.guest_machine import GuestMachine, process, spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,6 +36,7 @@ class Life:
     def __init__(self, machine: GuestMachine, name: str) -> None:
         self.client = machine.client
         self.id = name
+        self.created = False
 
     def create(self, *args: str, terminal: bool = False, **fields: object) -> None:
         self.create_from(spec(self.id, process(*args, terminal=terminal, **fields)))
@@ -43,11 +44,13 @@ class Life:
     def begin_create(self, *args: str) -> int:
         whole = spec(self.id, process(*args))
         request = agent_pb2.CreateContainerRequest(container_id=self.id, exec_id=self.id, OCI=whole)
+        self.created = True
         return self.client.begin("CreateContainer", request)
 
     def create_from(self, whole: oci_pb2.Spec, **fields: object) -> None:
         request = agent_pb2.CreateContainerRequest(container_id=self.id, exec_id=self.id, OCI=whole, **fields)
         self.client.call("CreateContainer", request)
+        self.created = True
 
     def start(self) -> None:
         self.client.call("StartContainer", agent_pb2.StartContainerRequest(container_id=self.id))
@@ -81,6 +84,14 @@ class Life:
             seen += part
         return seen
 
+    def read_lines(self, count: int) -> list[str]:
+        seen = b""
+        while seen.count(b"\n") < count:
+            part = self.read()
+            assert part, f"the stream ended after {seen!r}"
+            seen += part
+        return seen.decode().splitlines()
+
     def write(self, data: bytes, exec_id: str = "") -> None:
         request = agent_pb2.WriteStreamRequest(container_id=self.id, exec_id=exec_id, data=data)
         self.client.call("WriteStdin", request)
@@ -101,6 +112,7 @@ class Life:
 
     def remove(self) -> None:
         self.client.call("RemoveContainer", agent_pb2.RemoveContainerRequest(container_id=self.id))
+        self.created = False
 
 
 _numbers = itertools.count(1)
@@ -118,7 +130,6 @@ def new_container(machine: GuestMachine) -> Iterator[Callable[[], Life]]:
         return lives[-1]
 
     yield make
-    present = {life.id for life in lives if not getattr(life, "removed", False)}
     for life in lives:
-        if life.id in present:
+        if life.created:
             life.remove()

@@ -7,11 +7,13 @@ import shutil
 import socket
 import subprocess
 import time
-from pathlib import Path
-
-from tests.integration.guest.agent_client import AgentClient
+from typing import TYPE_CHECKING
 
 from proto.kata import agent_pb2, health_pb2, oci_pb2
+from tests.integration.guest.agent_client import AgentClient
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SHARE = "/run/kata-containers/shared/containers"
 KERNEL_LINE = (
@@ -21,6 +23,21 @@ KERNEL_LINE = (
 CAPABILITIES = ["CAP_CHOWN", "CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BIND_SERVICE"]
 BOOT_TIMEOUT_S = 60
 VSOCK_DAEMON = "/var/lib/hako/bin/vhost-device-vsock"
+APPLETS = [
+    "cat",
+    "dd",
+    "echo",
+    "env",
+    "grep",
+    "hostname",
+    "id",
+    "ls",
+    "pwd",
+    "readlink",
+    "sh",
+    "sleep",
+    "stty",
+]
 
 
 class GuestMachine:
@@ -60,8 +77,9 @@ class GuestMachine:
         self._await(share_socket, daemon)
         channel = self._vsock(directory) if self._channel == "vsock" else self._serial()
         self.qemu = self._spawn(
-            *"qemu-system-x86_64 -machine q35,memory-backend=ram -accel tcg -cpu max -m 512".split(),
-            *"-nodefaults -no-user-config -display none -no-reboot".split(),
+            *("qemu-system-x86_64", "-machine", "q35,memory-backend=ram", "-accel", "tcg"),
+            *("-cpu", "max", "-m", "512"),
+            *["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"],
             *("-object", "memory-backend-memfd,id=ram,size=512M,share=on"),
             *("-kernel", str(image / "vmlinux"), "-initrd", str(image / "initrd"), "-append", KERNEL_LINE),
             *("-device", "virtio-serial-pci", "-chardev", f"file,id=console,path={self.console}"),
@@ -162,7 +180,7 @@ class GuestMachine:
         for directory in ("bin", "dev", "proc", "sys", "tmp", "etc"):
             (root / directory).mkdir(parents=True)
         shutil.copy("/bin/busybox", root / "bin/busybox")
-        for applet in ("sh", "cat", "echo", "sleep", "id", "hostname", "stty", "env", "mount", "ls", "dd", "grep", "pwd"):
+        for applet in APPLETS:
             (root / "bin" / applet).symlink_to("busybox")
 
 

@@ -57,10 +57,14 @@ def test_vsock_read_of_a_lost_connection_takes_no_output(vsock_machine: GuestMac
     container.remove()
 
 
-def test_serial_serves_one_host_after_another(machine: GuestMachine, new_container: Callable[[], Life]) -> None:
+def test_serial_serves_one_host_after_another(
+    machine: GuestMachine, new_container: Callable[[], Life]
+) -> None:
     container = new_container()
     container.run("cat")
-    waiting = machine.client.begin("ReadStdout", agent_pb2.ReadStreamRequest(container_id=container.id, len=9))
+    waiting = machine.client.begin(
+        "ReadStdout", agent_pb2.ReadStreamRequest(container_id=container.id, len=9)
+    )
     machine.client.shut_down()
     with pytest.raises(ConnectionError):
         machine.client.answer(waiting, timeout_s=10)

@@ -7,7 +7,8 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from proto.kata import agent_pb2, oci_pb2
+
+from proto.kata import oci_pb2
 from tests.integration.guest.agent_client import StatusError
 from tests.integration.guest.guest_machine import process, spec
 
@@ -171,24 +172,52 @@ def test_background_child_does_not_hold_the_output_open(new_container: Callable[
 
 def test_process_is_as_specified(new_container: Callable[[], Life]) -> None:
     container = new_container()
+    report = (
+        "id; pwd; ulimit -n; echo $GREETING; hostname; cat /proc/self/oom_score_adj /proc/self/cgroup; "
+        "echo $$; grep -E 'CapEff|NoNewPrivs' /proc/self/status; "
+        "echo x > /proc/sys/kernel/hostname || echo readonly"
+    )
     whole = spec(
         container.id,
         process(
             "sh",
             "-c",
-            "id; grep -E 'CapEff|NoNewPrivs' /proc/self/status; ulimit -n; pwd; echo $GREETING; hostname;"
-            "cat /proc/self/oom_score_adj; ls /proc/sys/kernel/hostname; echo x > /proc/sys/kernel/hostname || echo ro;"
-            "cat /proc/self/cgroup; echo $$; ls -l /proc/1/ns/ipc",
+            report,
             NoNewPrivileges=True,
             OOMScoreAdj=123,
             Rlimits=[oci_pb2.POSIXRlimit(Type="RLIMIT_NOFILE", Hard=512, Soft=256)],
         ),
     )
     whole.Process.Cwd = "/tmp"
-    whole.Process.Env.append("GREETING=hé \"quoted\" \\ \t")
+    whole.Process.Env.append('GREETING=h\u00e9 "quoted" \\ end')
     whole.Process.User.CopyFrom(oci_pb2.User(UID=1000, GID=1001, AdditionalGids=[5, 6]))
     container.create_from(whole)
     container.start()
-    lines = container.read_all().decode().splitlines()
-    print(lines, container.read_all("ReadStderr"))
-    assert lines[0] == "uid=1000 gid=1001 groups=5,6"
+    assert container.read_all().decode().splitlines() == [
+        "uid=1000 gid=1001 groups=5,6",
+        "/tmp",
+        "256",
+        'h\u00e9 "quoted" \\ end',
+        "the-pod",
+        "123",
+        "0::/",
+        "1",
+        "CapEff:\t0000000000000000",
+        "NoNewPrivs:\t1",
+        "readonly",
+    ]
+    assert container.wait() == 0
+
+
+def test_containers_share_a_pid_namespace_if_asked(new_container: Callable[[], Life]) -> None:
+    first, second, third = new_container(), new_container(), new_container()
+    show = ("sh", "-c", "for n in pid ipc uts; do readlink /proc/self/ns/$n; done; echo $$; cat")
+    for container, shares in ((first, False), (second, True), (third, False)):
+        container.create_from(spec(container.id, process(*show)), sandbox_pidns=shares)
+        container.start()
+    seen = [container.read_lines(4) for container in (first, second, third)]
+    # Which container is the sandbox's first depends on the tests before; the shared one is not its own.
+    assert seen[1][3] != "1"
+    assert seen[0][3] == seen[2][3] == "1"
+    assert seen[0][0] != seen[2][0]
+    assert seen[0][1:3] == seen[1][1:3] == seen[2][1:3]
