@@ -156,22 +156,23 @@ class Process:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1
-        if self._output_fd is not None:
-            self._read_output()
+        self._read_output()
         self._close_output()
         self.exited.set_result(status)
 
     def _read_output(self) -> None:
-        while self._output_fd is not None:
-            try:
-                chunk = os.read(self._output_fd, _OUTPUT_LIMIT)
-            except BlockingIOError:
-                return
-            if not chunk:
-                self._close_output()
-                return
-            self._output += chunk
-            del self._output[:-_OUTPUT_LIMIT]
+        # One read at a time: a program that floods its output must not keep the event loop. The limit is also
+        # what a pipe holds, so the read at the end misses nothing.
+        if self._output_fd is None:
+            return
+        try:
+            chunk = os.read(self._output_fd, _OUTPUT_LIMIT)
+        except BlockingIOError:
+            return
+        if not chunk:
+            self._close_output()
+        self._output += chunk
+        del self._output[:-_OUTPUT_LIMIT]
 
     def _close_output(self) -> None:
         if self._output_fd is not None:

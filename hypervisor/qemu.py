@@ -201,9 +201,10 @@ class QemuHypervisor(Hypervisor):
 
     async def _supervise(self, qemu: Process, qmp: QmpSession) -> None:
         daemons = self._daemons()
-        await asyncio.wait(
-            [process.exited for process in (qemu, *daemons)], return_when=asyncio.FIRST_COMPLETED
-        )
+        broken = asyncio.create_task(qmp.broken())
+        ends: list[asyncio.Future[Any]] = [broken, *(process.exited for process in (qemu, *daemons))]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        await _cancel(broken)
         failed = next((each for each in daemons if each.exited.done()), None)
         if failed is not None and failed.exited.result().code == 0:
             # A daemon ends in good order when QEMU hangs up, and may be seen to end before QEMU is.
@@ -218,6 +219,8 @@ class QemuHypervisor(Hypervisor):
             self._console.close()
         if self._stopping and status.signal == signal.SIGKILL:
             reason = "stopped"
+        elif not broken.cancelled():
+            reason = f"QEMU stopped the virtual machine ({broken.result()})"
         elif blamed is not None:
             reason = blamed.obituary()
         else:

@@ -21,26 +21,33 @@ if TYPE_CHECKING:
 
 _COMMAND_TIMEOUT_S = 10.0
 
+_BROKEN_STATES = frozenset({"internal-error", "io-error"})
+"""Values of QEMU's ``RunState`` in which the guest will never run again by itself."""
+
 # The library reports a connection that ends as an error; for this program that is the ordinary end of a
 # virtual machine, and every failure that matters is raised to the caller anyway.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 
 class _Lifecycle(EventListener):
-    """Keeps the one event that tells how the guest ended, and none of the others."""
+    """Keeps what tells how the guest ends, and none of the other events."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shutdown: Shutdown | None = None
+        self.stopped = asyncio.Event()
 
     async def put(self, event: Message) -> None:
-        """Note a ``SHUTDOWN`` event.
+        """Note a ``SHUTDOWN`` or ``STOP`` event.
 
         :param event: any event, as QEMU sent it.
         """
-        if event["event"] == "SHUTDOWN":
-            data: Any = event["data"]
-            self.shutdown = Shutdown(by_guest=data["guest"], cause=data["reason"])
+        match event["event"]:
+            case "SHUTDOWN":
+                data: Any = event["data"]
+                self.shutdown = Shutdown(by_guest=data["guest"], cause=data["reason"])
+            case "STOP":
+                self.stopped.set()
 
 
 class QmpSession:
@@ -84,6 +91,21 @@ class QmpSession:
         """
         reply = await self._execute("query-status")
         return str(reply["status"])
+
+    async def broken(self) -> str:
+        """Wait until QEMU has stopped the guest for good; for ever if QEMU ends first.
+
+        A failure inside KVM ends no process: QEMU stops the virtual CPUs and waits for somebody to look.
+
+        :returns: the run state that says so.
+        """
+        while True:
+            await self._lifecycle.stopped.wait()
+            self._lifecycle.stopped.clear()
+            with contextlib.suppress(QmpError):
+                state = await self.run_state()
+                if state in _BROKEN_STATES:
+                    return state
 
     async def close(self) -> None:
         """End the session after every event that QEMU sent has been read, if QEMU is gone."""

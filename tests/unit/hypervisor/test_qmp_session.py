@@ -136,6 +136,20 @@ async def test_a_shutdown_event_sent_just_before_the_end_is_not_lost(connected):
     assert session.shutdown == Shutdown(by_guest=True, cause="guest-reset")
 
 
+async def test_a_stop_counts_only_if_the_guest_is_broken(connected):
+    session, peer = connected
+    broken = asyncio.create_task(session.broken())
+    for state in ("paused", "internal-error"):
+        await peer.send({"event": "STOP", "timestamp": TIMESTAMP})
+        query = await peer.receive()
+        assert not broken.done()
+        await peer.send(
+            {"return": {"status": state, "running": False, "singlestep": False}, "id": query["id"]}
+        )
+    async with asyncio.timeout(5):
+        assert await broken == "internal-error"
+
+
 async def test_a_flood_of_events_is_not_kept(connected):
     session, peer = connected
     for number in range(200):
