@@ -60,7 +60,7 @@ def entries(staging: Path, *, python: PythonTree, modules: Iterable[Module], boo
     yield character_device("/dev/console", 5, 1)
     yield character_device("/dev/urandom", 1, 9, mode=0o666)
     yield character_device("/dev/kmsg", 1, 11, mode=0o644)
-    yield regular("/init", _init(python.interpreter).encode(), mode=0o755)
+    yield regular("/init", init_script(python.interpreter).encode(), mode=0o755)
     programs = (python.interpreter, RUNTIME, *python.extensions)
     for path in (*programs, *_libraries(staging, programs)):
         yield regular(path, _read(staging, path), mode=0o755)
@@ -73,7 +73,12 @@ def entries(staging: Path, *, python: PythonTree, modules: Iterable[Module], boo
     yield regular(_merged(LOAD_ORDER), "".join(f"{name}\n" for name in names[:boot]).encode())
 
 
-def _init(interpreter: str) -> str:
+def init_script(interpreter: str) -> str:
+    """Write process 1: a few lines that hand over to the agent.
+
+    :param interpreter: path of Python in the guest.
+    :returns: the script.
+    """
     # -I: no environment, no user directory; -S: no site module; -B: no bytecode is ever written.
     return (
         f"#!{interpreter} -ISB\n"

@@ -1,0 +1,149 @@
+"""What the agent writes for crun: JSON, and OCI objects translated from the protocol."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guest.agent import cgroup, jsonout, oci, storage
+from guest.agent.wire import Codec, Message
+from guest.image import schema
+from proto.kata import oci_pb2
+
+CODEC = Codec(schema.messages())
+DOCUMENTS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+def translated(reference: oci_pb2.Spec | oci_pb2.Process | oci_pb2.LinuxResources) -> Message:
+    return CODEC.decode(reference.DESCRIPTOR.full_name, reference.SerializeToString())
+
+
+@given(DOCUMENTS)
+def test_json_is_read_back_as_it_was(document: object) -> None:
+    assert json.loads(jsonout.dumps(document)) == document
+
+
+def test_json_refuses_what_it_cannot_say() -> None:
+    with pytest.raises(TypeError, match="float"):
+        jsonout.dumps([1.5])
+
+
+def test_process_carries_everything() -> None:
+    process = oci_pb2.Process(
+        Terminal=True,
+        ConsoleSize=oci_pb2.Box(Height=24, Width=80),
+        User=oci_pb2.User(UID=1, GID=2, AdditionalGids=[3]),
+        Args=["a"],
+        Env=["K=V"],
+        Cwd="/w",
+        Capabilities=oci_pb2.LinuxCapabilities(Bounding=["CAP_KILL", "CHOWN"]),
+        Rlimits=[oci_pb2.POSIXRlimit(Type="RLIMIT_NOFILE", Hard=2, Soft=1)],
+        NoNewPrivileges=True,
+        OOMScoreAdj=-5,
+        ApparmorProfile="left out",
+    )
+    assert oci.process(translated(process)) == {
+        "terminal": True,
+        "consoleSize": {"height": 24, "width": 80},
+        "user": {"uid": 1, "gid": 2, "additionalGids": [3]},
+        "args": ["a"],
+        "env": ["K=V"],
+        "cwd": "/w",
+        "capabilities": {
+            "bounding": ["CAP_KILL", "CAP_CHOWN"],
+            "effective": [],
+            "inheritable": [],
+            "permitted": [],
+            "ambient": [],
+        },
+        "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 2, "soft": 1}],
+        "noNewPrivileges": True,
+        "oomScoreAdj": -5,
+    }
+
+
+def test_process_has_the_protocols_defaults() -> None:
+    document = oci.process(translated(oci_pb2.Process()))
+    assert (document["args"], document["cwd"], document["user"]) == (["sh"], "/", {"uid": 0, "gid": 0})
+    assert "capabilities" not in document
+
+
+def test_limits_of_zero_are_unset_and_those_of_cgroup_v1_left_out() -> None:
+    resources = oci_pb2.LinuxResources(
+        Devices=[
+            oci_pb2.LinuxDeviceCgroup(Allow=False, Access="rwm"),
+            oci_pb2.LinuxDeviceCgroup(Allow=True, Type="c", Major=1, Minor=3, Access="rw"),
+        ],
+        Memory=oci_pb2.LinuxMemory(Limit=1 << 20, Kernel=5, Swappiness=60),
+        CPU=oci_pb2.LinuxCPU(Quota=5000, Period=10000, Cpus="0", RealtimePeriod=1),
+        Pids=oci_pb2.LinuxPids(Limit=10),
+    )
+    assert oci.resources(translated(resources)) == {
+        "devices": [
+            {"allow": False, "type": "a", "access": "rwm"},
+            {"allow": True, "type": "c", "major": 1, "minor": 3, "access": "rw"},
+        ],
+        "memory": {"limit": 1 << 20},
+        "cpu": {"quota": 5000, "period": 10000, "cpus": "0"},
+        "pids": {"limit": 10},
+    }
+
+
+@pytest.mark.parametrize(("given_errno", "expected"), [(None, 1), (0, 0), (38, 38)])
+def test_seccomp_errno_is_eperm_unless_given(given_errno: int | None, expected: int) -> None:
+    rule = oci_pb2.LinuxSyscall(Names=["ptrace"], Action="SCMP_ACT_ERRNO")
+    if given_errno is not None:
+        rule.errnoret = given_errno
+    spec = oci_pb2.Spec(
+        Process=oci_pb2.Process(),
+        Root=oci_pb2.Root(Readonly=True),
+        Linux=oci_pb2.Linux(Seccomp=oci_pb2.LinuxSeccomp(DefaultAction="SCMP_ACT_ALLOW", Syscalls=[rule])),
+    )
+    document = oci.spec(translated(spec), rootfs="/r", namespaces=[{"type": "mount"}], cgroup="/c")
+    assert document["linux"]["seccomp"]["syscalls"][0]["errnoRet"] == expected
+    assert document["root"] == {"path": "/r", "readonly": True}
+
+
+@pytest.mark.parametrize(
+    ("namespaces", "named"),
+    [([{"type": "uts"}], True), ([{"type": "uts", "path": "/run/ns/uts"}], False), ([], False)],
+)
+def test_hostname_is_set_only_in_a_uts_namespace_of_its_own(
+    namespaces: list[dict[str, str]], *, named: bool
+) -> None:
+    spec = oci_pb2.Spec(Hostname="h", Process=oci_pb2.Process(), Root=oci_pb2.Root(), Linux=oci_pb2.Linux())
+    document = oci.spec(translated(spec), rootfs="/r", namespaces=namespaces, cgroup="/c")
+    assert ("hostname" in document) is named
+
+
+@pytest.mark.parametrize(
+    ("wanted", "path"),
+    [
+        ("", "/cid"),
+        ("/kubepods/pod1/cid", "/kubepods/pod1/cid"),
+        ("system.slice:cri:abc", "/system.slice/cri/abc"),
+        ("/../../etc", "/etc"),
+        ("::", "/cid"),
+    ],
+)
+def test_cgroup_path(wanted: str, path: str) -> None:
+    assert cgroup.path_of(wanted, "cid") == path
+
+
+@pytest.mark.parametrize(
+    ("options", "flags", "data"),
+    [
+        (["ro", "nosuid", "size=1m", "mode=755"], 3, "size=1m,mode=755"),
+        (["ro", "rw"], 0, ""),
+        (["rbind"], 4096 | 16384, ""),
+        (["", "defaults"], 0, ""),
+    ],
+)
+def test_mount_options_are_parted(options: list[str], flags: int, data: str) -> None:
+    assert storage.split_options(options) == (flags, data)

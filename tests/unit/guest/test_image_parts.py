@@ -1,0 +1,145 @@
+"""The pure parts of the image builder: archive, ELF facts, kernel extraction, module order."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from guest.image import ImageError, cpio, elf, initramfs, kernel
+
+XEN_NOTE = struct.pack("<III4sQ", 4, 8, 18, b"Xen\0", 0x1000000)
+
+
+def elf_with(notes: bytes) -> bytes:
+    """Make the smallest ELF file with one note segment."""
+    header = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 2, 62, 1, 0, 64, 0, 0, 64, 56, 1, 64, 0, 0)
+    segment = struct.pack("<IIQQQQQQ", elf.PT_NOTE, 4, 120, 0, 0, len(notes), len(notes), 4)
+    return header + segment + notes
+
+
+def bzimage_with(payload: bytes) -> bytes:
+    """Wrap a payload as the x86 boot protocol wants it, with one setup sector."""
+    image = bytearray(1024)
+    image[0x1F1] = 1
+    image[0x202:0x208] = b"HdrS" + struct.pack("<H", 0x20F)
+    struct.pack_into("<II", image, 0x248, 16, len(payload))
+    return bytes(image) + bytes(16) + payload
+
+
+KERNEL = elf_with(XEN_NOTE)
+SIZE = struct.pack("<I", len(KERNEL))
+
+
+def by_tool(tool: str, *options: str) -> bytes:
+    if shutil.which(tool) is None:
+        pytest.skip(f"{tool} is not installed")
+    return subprocess.run([tool, *options, "-c"], input=KERNEL, capture_output=True, check=True).stdout
+
+
+@pytest.mark.parametrize("method", ["xz", "gzip", "zstd", "lz4"])
+def test_kernel_is_extracted_whatever_its_compression(method: str) -> None:
+    payload = {
+        "xz": lambda: lzma.compress(KERNEL),
+        "gzip": lambda: gzip.compress(KERNEL),
+        "zstd": lambda: by_tool("zstd"),
+        "lz4": lambda: by_tool("lz4", "-l"),
+    }[method]()
+    assert kernel.vmlinux(bzimage_with(payload + SIZE), name="k") == KERNEL
+
+
+def test_uncompressed_kernel_is_taken_as_it_is() -> None:
+    assert kernel.vmlinux(KERNEL, name="k") == KERNEL
+
+
+@pytest.mark.parametrize(
+    ("image", "cause"),
+    [
+        (b"nothing" * 200, "neither a bzImage nor an ELF"),
+        (elf_with(b""), "no PVH entry"),
+        (bzimage_with(b"????" + SIZE), "unknown compression"),
+        (bzimage_with(lzma.compress(KERNEL)[:6] + b"broken" + SIZE), "damaged"),
+    ],
+)
+def test_bad_kernels_are_refused_with_the_cause(image: bytes, cause: str) -> None:
+    with pytest.raises(ImageError, match=cause):
+        kernel.vmlinux(image, name="k")
+
+
+def test_elf_facts_of_the_running_interpreter() -> None:
+    path = Path(sys.executable).resolve()
+    image = elf.parse(path.read_bytes(), name=path.name)
+    assert image.interpreter is not None
+    assert image.interpreter.startswith("/lib64/ld-linux")
+    assert "libc.so.6" in image.needed
+    assert image.section(".interp").rstrip(b"\0").decode() == image.interpreter
+    assert image.section(".no-such-section") == b""
+
+
+def test_archive_is_read_by_cpio_and_holds_what_was_given(tmp_path: Path) -> None:
+    tool = shutil.which("busybox")
+    if tool is None:
+        pytest.skip("busybox is not installed")
+    entries = [
+        cpio.regular("/a/b/file", b"content", mode=0o640),
+        cpio.symlink("/a/link", "b/file"),
+        cpio.directory("/empty", mode=0o711),
+    ]
+    subprocess.run(
+        [tool, "cpio", "-id"], input=cpio.archive(entries), cwd=tmp_path, check=True, capture_output=True
+    )
+    assert (tmp_path / "a/link").read_bytes() == b"content"
+    assert (tmp_path / "a/b/file").stat().st_mode & 0o7777 == 0o640
+    assert (tmp_path / "empty").stat().st_mode & 0o7777 == 0o711
+
+
+def test_archive_does_not_depend_on_the_order_of_its_entries() -> None:
+    entries = [cpio.regular(f"/dir/{name}", name.encode()) for name in "cab"]
+    assert cpio.archive(entries) == cpio.archive(reversed(entries))
+
+
+def module(name: str, depends: str) -> bytes:
+    """Make an ELF file with just a .modinfo section."""
+    info = f"name={name}\0depends={depends}\0".encode()
+    names = b"\0.modinfo\0.shstrtab\0"
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 1, 62, 1, 0, 0, 64 + len(info + names), 0, 64, 0, 0, 64, 3, 2
+    )
+    sections = (
+        struct.pack("<IIQQQQIIQQ", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+        struct.pack("<IIQQQQIIQQ", 1, 1, 0, 0, 64, len(info), 0, 0, 1, 0),
+        struct.pack("<IIQQQQIIQQ", 10, 3, 0, 0, 64 + len(info), len(names), 0, 0, 1, 0),
+    )
+    return header + info + names + b"".join(sections)
+
+
+@pytest.fixture
+def modules(tmp_path: Path) -> Path:
+    (tmp_path / "kernel").mkdir()
+    (tmp_path / "kernel/virtio-fs.ko.xz").write_bytes(lzma.compress(module("virtio-fs", "fuse,virtio")))
+    (tmp_path / "kernel/fuse.ko").write_bytes(module("fuse", ""))
+    (tmp_path / "kernel/virtio.ko.gz").write_bytes(gzip.compress(module("virtio", "virtio-ring")))
+    (tmp_path / "kernel/virtio_ring.ko").write_bytes(module("virtio_ring", ""))
+    (tmp_path / "modules.builtin").write_text("kernel/fs/ext4.ko\n")
+    return tmp_path
+
+
+def test_modules_come_after_what_they_need_and_uncompressed(modules: Path) -> None:
+    loaded = kernel.load_modules(modules, ("virtio", "virtio_fs", "ext4"))
+    assert [one.name for one in loaded] == ["virtio_ring", "virtio", "fuse", "virtio_fs"]
+    assert all(one.data.startswith(b"\x7fELF") for one in loaded)
+
+
+def test_missing_module_is_named(modules: Path) -> None:
+    with pytest.raises(ImageError, match="vsock"):
+        kernel.load_modules(modules, ("vsock",))
+
+
+def test_init_script_starts_the_staged_interpreter_isolated() -> None:
+    assert initramfs.init_script("/usr/bin/python3.13").startswith("#!/usr/bin/python3.13 -ISB\n")
