@@ -386,6 +386,8 @@ class Container:
                 status = await self._await_exit(process, agent)
                 if process is self.init:
                     await self._await_execs()
+                    # A client may stop reading once it has learnt of the exit of a task.
+                    await asyncio.wait(outputs, timeout=DRAIN_TIMEOUT_S)
                 async with self.lock:
                     self._report_exit(process, status)
                 stdin.cancel()
