@@ -27,6 +27,8 @@ VHOST_VSOCK = Path("/dev/vhost-vsock")
 
 DAEMON_NAME = "vhost-device-vsock"
 _DAEMON_REDIAL_S = 0.002
+_DAEMON_REPLY_TIMEOUT_S = 2.0
+"""A request that comes while the guest's driver starts can get lost, and the daemon never says so."""
 _DAEMON_GUEST_CID = 3
 """Any number does: each daemon serves one guest and is reached by its own socket."""
 
@@ -175,14 +177,18 @@ class UserVsockChannel(GuestChannel):
             await loop.sock_connect(stream, self._ports)
             await loop.sock_sendall(stream, f"CONNECT {port}\n".encode())
             reply = bytearray()
-            while not reply.endswith(b"\n"):
-                # One byte at a time: what follows the line belongs to the caller.
-                byte = await loop.sock_recv(stream, 1)
-                if not byte:
-                    raise NotListeningError("the guest refused")
-                reply += byte
+            async with asyncio.timeout(_DAEMON_REPLY_TIMEOUT_S):
+                while not reply.endswith(b"\n"):
+                    # One byte at a time: what follows the line belongs to the caller.
+                    byte = await loop.sock_recv(stream, 1)
+                    if not byte:
+                        raise NotListeningError("the guest refused")
+                    reply += byte
             if not reply.startswith(b"OK "):
                 raise NotListeningError(f"unexpected answer {bytes(reply)!r}")
+        except TimeoutError:
+            stream.close()
+            raise NotListeningError("no answer to CONNECT") from None
         except OSError as error:
             stream.close()
             raise NotListeningError(error.strerror) from error

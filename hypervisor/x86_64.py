@@ -17,6 +17,8 @@ CPU_MODELS = {
     # Everything the host has but the performance counters: they leak timing between tenants, and a nested
     # host often lacks them.
     Accelerator.KVM: "host,pmu=off",
+    # Everything QEMU can translate. Images built for x86-64-v2 or v3 refuse to start on less, and smaller
+    # models were measured to bring the agent up later, not earlier: its libraries fall back to slower code.
     Accelerator.TCG: "max",
 }
 
