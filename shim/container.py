@@ -29,7 +29,7 @@ from shim.errors import (
 )
 from shim.oci import SharedMount, translate, translate_process
 from shim.process import Input, Process, State
-from shim.stdio import CHUNK_BYTES, Stdio, Streams, open_streams, read_chunk, write_all
+from shim.stdio import CHUNK_BYTES, Stdio, Streams, open_streams, plain_path, read_chunk, write_all
 from shim.timestamps import to_timestamp
 
 if TYPE_CHECKING:
@@ -454,7 +454,9 @@ class Container:
         if streams is None:
             raise Internal(f"stdio: {process}: followed before its streams were opened")
         try:
-            if streams.stdin >= 0:
+            if process.stdio.stdin:
+                await process.started.wait()
+                streams.open_stdin(plain_path("stdin", process.stdio.stdin))
                 while data := await read_chunk(streams.stdin):
                     await agent.write_stdin(self.id, exec_id=process.agent_id, data=data)
             if not process.stdio.terminal:

@@ -73,6 +73,7 @@ class Process:
         self.terminal_size: tuple[int, int] | None = None
         self.exit_status = 0
         self.exited_at_s: float | None = None
+        self.started = asyncio.Event()
         self.exited = asyncio.Event()
 
     def __str__(self) -> str:
@@ -96,6 +97,8 @@ class Process:
         if following is None:
             raise FailedPrecondition(f"{happening.value}: {self}: it is {self.state.value}")
         self.state = following
+        if happening is Input.START:
+            self.started.set()
 
     def require(self, happening: Input) -> None:
         """Refuse now what :meth:`apply` would refuse later, before work is begun.

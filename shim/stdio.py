@@ -5,6 +5,8 @@ Rules that avoid deadlock and loss (containerd's client waits for end of file be
 * an output FIFO is opened only once a reader is there, so a short-lived process loses nothing;
 * the shim keeps a reading end too, so that a client that goes away does not break the pipe;
 * both ends are closed as soon as the process' output is at its end, not at Delete;
+* stdin is opened when the process starts: a client can only tell that its input is over once Create
+  has returned, and ctr before 1.7 never says so if it has copied all of it by then;
 * stdin has a writing end kept by the shim, so that a client that goes away is no end of file;
   CloseIO gives that end up, and the process sees end of file once the client's end is closed too.
 """
@@ -49,11 +51,22 @@ class Streams:
     stdout: int = -1
     stderr: int = -1
     driver: LogDriver | None = None
+    _stdin_over: bool = False
     _kept: dict[str, int] = field(default_factory=dict)
 
     def close_stdin_writer(self) -> None:
-        """Give up the shim's own writing end of stdin (CloseIO)."""
+        """Give up the shim's own writing end of stdin (CloseIO), now or as soon as it would be opened."""
+        self._stdin_over = True
         self._close_kept("stdin")
+
+    def open_stdin(self, path: str) -> None:
+        """Open the FIFO or file that the process reads from.
+
+        :raises OSError: if it cannot be opened.
+        """
+        self.stdin = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not self._stdin_over and stat.S_ISFIFO(os.fstat(self.stdin).st_mode):
+            self.keep("stdin", os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
 
     def close(self, name: str) -> None:
         """Close one stream: ``stdin``, ``stdout`` or ``stderr``. Closing twice is harmless."""
@@ -85,7 +98,7 @@ class Streams:
 
 
 async def open_streams(stdio: Stdio, *, container_id: str, namespace: str) -> Streams:
-    """Open the host ends of a process' streams.
+    """Open the host ends of a process' outputs.
 
     :param container_id: told to a log driver.
     :param namespace: containerd's, told to a log driver.
@@ -97,6 +110,7 @@ async def open_streams(stdio: Stdio, *, container_id: str, namespace: str) -> St
     if not stdio.terminal:  # with a terminal stderr may name a FIFO that nobody made
         outputs["stderr"] = stdio.stderr
     try:
+        plain_path("stdin", stdio.stdin)
         if stdio.stdout.startswith(SCHEMES):  # clients give both outputs the same log URI
             outputs = {}
             streams.driver = await LogDriver.start(
@@ -109,9 +123,7 @@ async def open_streams(stdio: Stdio, *, container_id: str, namespace: str) -> St
             if path.startswith(_FILE_SCHEME):
                 _open_file(streams, name, path)
             elif path:
-                await _open_output(streams, name, _plain_path(name, path))
-        if stdio.stdin:
-            _open_stdin(streams, _plain_path("stdin", stdio.stdin))
+                await _open_output(streams, name, plain_path(name, path))
     except OSError as error:
         streams.close_all()
         raise InvalidArgument(f"stdio: {error.filename}: {error.strerror}") from error
@@ -129,7 +141,11 @@ def _open_file(streams: Streams, name: str, uri: str) -> None:
     setattr(streams, name, os.open(path, flags, 0o644))
 
 
-def _plain_path(name: str, path: str) -> str:
+def plain_path(name: str, path: str) -> str:
+    """Strip the scheme of a FIFO's URI.
+
+    :raises InvalidArgument: if the scheme is another than ``fifo://``.
+    """
     scheme, separator, rest = path.partition("://")
     if not separator:
         return path
@@ -169,12 +185,6 @@ async def _open_when_read(path: str) -> int:
                 f"stdio: {path}: no reader within {OPEN_TIMEOUT_S:.0f} s; the client must open its end"
             ) from error
         raise
-
-
-def _open_stdin(streams: Streams, path: str) -> None:
-    streams.stdin = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if stat.S_ISFIFO(os.fstat(streams.stdin).st_mode):
-        streams.keep("stdin", os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
 
 
 async def _ready(descriptor: int, add: Callable[..., None], remove: Callable[[int], bool]) -> None:

@@ -97,6 +97,7 @@ async def test_more_than_a_pipe_holds_waits_for_the_reader(fifo: Path) -> None:
 
 async def test_stdin_ends_only_after_the_shim_and_the_client_let_go(fifo: Path) -> None:
     streams = await open_streams(Stdio(stdin=str(fifo)))
+    streams.open_stdin(str(fifo))
     writer = os.open(fifo, os.O_WRONLY)
     os.write(writer, b"first")
     os.close(writer)
@@ -106,6 +107,17 @@ async def test_stdin_ends_only_after_the_shim_and_the_client_let_go(fifo: Path) 
     assert not second.done()
     streams.close_stdin_writer()
     assert await second == b""
+    streams.close_all()
+
+
+async def test_an_input_that_is_over_before_the_start_ends_with_its_client(fifo: Path) -> None:
+    streams = await open_streams(Stdio(stdin=str(fifo)))
+    streams.close_stdin_writer()
+    client = asyncio.create_task(asyncio.to_thread(fifo.write_bytes, b"early"))
+    await asyncio.sleep(0.05)
+    streams.open_stdin(str(fifo))
+    await client
+    assert await read_to_end(streams.stdin) == b"early"
     streams.close_all()
 
 
