@@ -173,7 +173,7 @@ def _accelerator(accelerator: Accelerator) -> str:
             return "kvm,kernel-irqchip=on"
         case Accelerator.TCG:
             # Memory for translated code, in MiB. QEMU's own choice is up to a gigabyte, which a guest that
-            # lives long would fill; a whole boot fits in less than this (measured: no slower than the default).
+            # lives long would fill; a whole boot fits in less than this (measured: as fast as the default).
             return "tcg,tb-size=128"
 
 

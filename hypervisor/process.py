@@ -56,6 +56,9 @@ class Process:
     def spawn(cls, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> Self:
         """Start a program that the kernel kills when this thread ends.
 
+        If this thread ends within the millisecond before ``setpriv`` has asked for that, the program stays:
+        whoever cleans up after a killed shim must still look for the processes it recorded.
+
         :param name: what the process does.
         :param argv: the program and its arguments.
         :param inherit: descriptors the program gets under the same numbers; it gets no others but 0 to 2.

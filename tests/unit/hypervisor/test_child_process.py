@@ -110,7 +110,10 @@ def test_a_child_dies_with_its_parent():
         "import asyncio, os\n"
         "from hypervisor.process import Process\n"
         "async def main():\n"
-        "    print(Process.spawn('child', ['sleep', '60']).pid, flush=True)\n"
+        "    child = Process.spawn('child', ['sh', '-c', 'echo up; exec sleep 60'])\n"
+        "    while 'up' not in child.output():\n"
+        "        await asyncio.sleep(0.01)\n"
+        "    print(child.pid, flush=True)\n"
         "    os.kill(os.getpid(), 9)\n"
         "asyncio.run(main())\n"
     )
