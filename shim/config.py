@@ -87,7 +87,9 @@ def locate(
     options_body: str = "",
     default: str = DEFAULT_PATH,
 ) -> ConfigText:
-    """Read the configuration that applies: ``HAKO_CONFIG``, the runtime options, the default file, nothing.
+    """Read the configuration that applies: the runtime options', ``HAKO_CONFIG``, the default file, nothing.
+
+    What is said for one container or runtime class wins over what holds for all of containerd.
 
     :param environment: where ``HAKO_CONFIG`` may be set.
     :param options_path: the path in containerd's runtime options.
@@ -96,9 +98,9 @@ def locate(
     :returns: the text, empty if there is no configuration.
     :raises Refusal: if a file that was asked for cannot be read, or is not UTF-8.
     """
-    path = environment.get(ENVIRONMENT_VARIABLE) or options_path
-    if not path and options_body:
+    if options_body and not options_path:
         return ConfigText(text=options_body, source="runtime options")
+    path = options_path or environment.get(ENVIRONMENT_VARIABLE)
     try:
         with open(path or default, encoding="utf-8") as file:
             return ConfigText(text=file.read(), source=path or default)

@@ -74,7 +74,7 @@ def test_a_daemon_is_searched_for_or_given(key):
     assert getattr(parsed(f'[hypervisor]\n{key} = "/d"\n').hypervisor, key) == "/d"
 
 
-def test_the_environment_comes_before_the_options_and_these_before_the_default(tmp_path):
+def test_the_options_come_before_the_environment_and_this_before_the_default(tmp_path):
     paths = {}
     for name in ("environment", "options", "default"):
         paths[name] = str(tmp_path / name)
@@ -85,9 +85,9 @@ def test_the_environment_comes_before_the_options_and_these_before_the_default(t
     def found(environment, **given):
         return locate(environment, default=paths["default"], **given).text
 
-    assert found(environment, options_path=paths["options"], options_body=body) == "# environment"
-    assert found({}, options_path=paths["options"], options_body=body) == "# options"
-    assert found({}, options_body=body) == "# body"
+    assert found(environment, options_path=paths["options"], options_body=body) == "# options"
+    assert found(environment, options_body=body) == "# body"
+    assert found(environment) == "# environment"
     assert found({}) == "# default"
 
 
