@@ -7,10 +7,9 @@ import fcntl
 import os
 import struct
 
-from guest.agent import files, kernel
+from guest.agent import files, kernel, modules
 from guest.agent.kernel import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RELATIME
 
-_MODULES = "/lib/modules"
 _MOUNTS = (
     # Kata's agent mounts the same set (reference, section 3.1).
     ("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
@@ -40,8 +39,7 @@ def prepare() -> None:
         files.make_directories(target)
         kernel.mount(source, target, fstype=fstype, flags=flags, data=data)
     _fill_standard_descriptors()
-    for name in files.read(f"{_MODULES}/boot").split():
-        kernel.load_module(f"{_MODULES}/{name}.ko")
+    modules.load_boot()
     _enable_controllers()
     files.write("/proc/sys/kernel/printk_devkmsg", "on\n")
     os.unlink("/dev/ptmx")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
-from guest.agent import files, kernel
+from guest.agent import files, kernel, modules
 from guest.agent.errors import AgentError
 
 TYPE_CHECKING = False
@@ -100,7 +101,13 @@ def _mount(storage: Message, options: list[str]) -> None:
     else:
         files.make_directories(storage.mount_point)
     flags, data = split_options(options)
-    kernel.mount(storage.source, storage.mount_point, fstype=storage.fstype, flags=flags, data=data)
+    try:
+        kernel.mount(storage.source, storage.mount_point, fstype=storage.fstype, flags=flags, data=data)
+    except OSError as error:
+        # The filesystem is unknown until its module is loaded.
+        if error.errno != errno.ENODEV or not modules.load(storage.fstype):
+            raise
+        kernel.mount(storage.source, storage.mount_point, fstype=storage.fstype, flags=flags, data=data)
     if flags & kernel.MS_BIND and flags & ~(kernel.MS_BIND | kernel.MS_REC):
         # A bind takes its other flags only by a remount, see mount(2).
         kernel.mount("", storage.mount_point, flags=flags & ~kernel.MS_REC | kernel.MS_REMOUNT)

@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 
     from guest.image.kernel import Module
 
-RUNTIME = "/usr/bin/crun"
-MODULE_DIRECTORY = "/lib/modules"
-LOAD_ORDER = f"{MODULE_DIRECTORY}/boot"
+_RUNTIME = "/usr/bin/crun"
+_MODULES = "/lib/modules"
 _LIBRARY_DIRECTORIES = ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib")
 # /lib and its like are links, as in the distributions: a library is found under either name.
 _LINKS = {"/bin": "usr/bin", "/sbin": "usr/sbin", "/lib": "usr/lib", "/lib64": "usr/lib64"}
@@ -61,16 +60,18 @@ def entries(staging: Path, *, python: PythonTree, modules: Iterable[Module], boo
     yield character_device("/dev/urandom", 1, 9, mode=0o666)
     yield character_device("/dev/kmsg", 1, 11, mode=0o644)
     yield regular("/init", init_script(python.interpreter).encode(), mode=0o755)
-    programs = (python.interpreter, RUNTIME, *python.extensions)
+    programs = (python.interpreter, _RUNTIME, *python.extensions)
     for path in (*programs, *_libraries(staging, programs)):
         yield regular(path, _read(staging, path), mode=0o755)
     for path in python.bytecode:
         yield regular(path, _read(staging, path))
-    names = []
-    for module in modules:
-        names.append(module.name)
-        yield regular(f"{_merged(MODULE_DIRECTORY)}/{module.name}.ko", module.data)
-    yield regular(_merged(LOAD_ORDER), "".join(f"{name}\n" for name in names[:boot]).encode())
+    kept = list(modules)
+    for module in kept:
+        yield regular(f"{_merged(_MODULES)}/{module.name}.ko", module.data)
+    order = "".join(f"{module.name}\n" for module in kept[:boot])
+    yield regular(f"{_merged(_MODULES)}/boot", order.encode())
+    depends = "".join(f"{' '.join((module.name, *module.depends))}\n" for module in kept)
+    yield regular(f"{_merged(_MODULES)}/depends", depends.encode())
 
 
 def init_script(interpreter: str) -> str:

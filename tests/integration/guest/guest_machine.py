@@ -25,6 +25,7 @@ BOOT_TIMEOUT_S = 60
 VSOCK_DAEMON = "/var/lib/hako/bin/vhost-device-vsock"
 APPLETS = [
     "cat",
+    "date",
     "dd",
     "echo",
     "env",
@@ -32,6 +33,8 @@ APPLETS = [
     "hostname",
     "id",
     "ls",
+    "mkdir",
+    "mknod",
     "pwd",
     "readlink",
     "sh",
