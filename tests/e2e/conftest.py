@@ -59,6 +59,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--runtime", default=HAKO, help="the containerd runtime that the e2e tests run")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the mark of this directory."""
+    config.addinivalue_line("markers", "hako: has no meaning under another runtime")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what another runtime cannot do."""
+    if config.getoption("--runtime") != HAKO:
+        for item in items:
+            if item.get_closest_marker("hako"):
+                item.add_marker(pytest.mark.skip(reason="only Hako is meant"))
+
+
 def pytest_report_header() -> list[str]:
     """Name the exact containerd behind each release."""
     lines = []

@@ -14,6 +14,8 @@ from tests.e2e.test_refusals import configured
 if TYPE_CHECKING:
     from tests.e2e.conftest import Stack
 
+pytestmark = pytest.mark.hako
+
 
 @pytest.mark.parametrize(
     ("channel", "device"),

@@ -7,10 +7,14 @@ import signal
 import subprocess
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.e2e.busybox import IMAGE
 
 if TYPE_CHECKING:
     from tests.e2e.conftest import Stack
+
+pytestmark = pytest.mark.hako
 
 
 def kill(stack: Stack, container: str, program: str) -> None:

@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
+import pytest
 from google.protobuf import empty_pb2
 from google.protobuf.message_factory import GetMessageClass
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
     from tests.e2e.conftest import Stack
     from tests.e2e.nursery import Nursery
+
+pytestmark = pytest.mark.hako
 
 DEADLINE_S = 60.0
 STOPPED = task_types_pb2.Status.Value("STOPPED")

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from guest.image import cpio
 from tests.e2e.busybox import BUSYBOX, IMAGE
 from tests.e2e.conftest import Stack, write_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+pytestmark = pytest.mark.hako
 
 BOOT_TIMEOUT_S = 6
 MARGIN_S = 6.0
@@ -78,7 +81,8 @@ def test_what_cannot_start_is_refused_with_phase_and_cause(
 def test_a_guest_that_never_answers_is_given_up_at_its_deadline(stack: Stack, container: str, tmp_path: Path):
     initrd = tmp_path / "initrd"
     script = b"#!/bin/busybox sh\nexec /bin/busybox sleep 100000\n"
-    initrd.write_bytes(newc({"bin": None, "bin/busybox": BUSYBOX.read_bytes(), "init": script}))
+    files = {"/bin/busybox": BUSYBOX.read_bytes(), "/init": script}
+    initrd.write_bytes(cpio.archive(cpio.regular(name, data, mode=0o755) for name, data in files.items()))
 
     line = refusal(
         stack,
@@ -101,15 +105,3 @@ def test_a_guest_without_an_init_is_given_up_with_what_its_kernel_said(stack: St
 
     assert "boot" in line
     assert "panic" in line
-
-
-def newc(files: dict[str, bytes | None]) -> bytes:
-    """Return a cpio archive of directories (None) and executable files."""
-    archive = b""
-    for number, (name, content) in enumerate({**files, "TRAILER!!!": b""}.items(), start=1):
-        mode = 0o040755 if content is None else 0o100755
-        body = content or b""
-        fields = [number, mode, 0, 0, 1, 0, len(body), 0, 0, 0, 0, len(name) + 1, 0]
-        entry = b"070701" + "".join(f"{field:08x}" for field in fields).encode() + name.encode() + b"\0"
-        archive += entry + b"\0" * (-len(entry) % 4) + body + b"\0" * (-len(body) % 4)
-    return archive
