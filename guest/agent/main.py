@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # what the signal module wraps in enums
 import sys
+import time
 
 from guest.agent import boot, reaper, serial, tables, vsock
 from guest.agent.console import log
@@ -14,12 +15,17 @@ from guest.agent.wire import Codec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
     from types import TracebackType
+
+
+_CONSOLE_DELAY_S = 0.5
 
 
 def main() -> None:
     """Run the agent; returns never. Any error here ends process 1, and with it the machine."""
     sys.excepthook = _report_crash
+    sys.unraisablehook = _report_lost_thread
     boot.prepare()
     # Blocked before any thread starts, so that only the loop below receives them.
     _signal.pthread_sigmask(_signal.SIG_BLOCK, {_signal.SIGCHLD, _signal.SIGIO})
@@ -35,9 +41,15 @@ def main() -> None:
             reaper.collect()
 
 
+def _report_lost_thread(lost: UnraisableHookArgs) -> None:
+    log(f"thread: {lost.exc_type.__name__}: {lost.exc_value}")
+
+
 def _report_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Put the cause into the kernel log, which every console shows, now or when it comes up."""
+    """Put the cause into the kernel log, and so on the console, before the kernel's panic."""
     where = "start"
     while trace is not None:
         where, trace = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}", trace.tb_next
+    # The console comes up a moment after its driver is loaded, and shows nothing from before.
+    time.sleep(_CONSOLE_DELAY_S)
     log(f"crash at {where}: {kind.__name__}: {error}")

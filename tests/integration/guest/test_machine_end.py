@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
+from guest.image import cpio
 from proto.kata import agent_pb2
 from tests.integration.guest.agent_client import StatusError
 from tests.integration.guest.conftest import IMAGE, Life
-from tests.integration.guest.guest_machine import GuestMachine
+from tests.integration.guest.guest_machine import KERNEL_LINE, GuestMachine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+MODULES = (
+    *("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci"),
+    *("virtio_console", "no-such-module"),
+)
 
 
 @pytest.fixture
@@ -39,3 +47,28 @@ def test_destroying_the_sandbox_writes_back_and_powers_off(own_machine: GuestMac
         own_machine.client.call("DestroySandbox", agent_pb2.DestroySandboxRequest())
     assert own_machine.qemu.wait(timeout=20) == 0
     assert (own_machine.share / "last/rootfs/kept").read_text() == "kept\n"
+
+
+def test_crash_of_the_agent_ends_the_machine_and_says_why(tmp_path: Path) -> None:
+    broken = tmp_path / "image"
+    broken.mkdir()
+    (broken / "vmlinux").symlink_to(IMAGE / "vmlinux")
+    # The kernel unpacks archives one over the other.
+    order = cpio.regular("/usr/lib/modules/boot", "\n".join(MODULES).encode())
+    (broken / "initrd").write_bytes((IMAGE / "initrd").read_bytes() + cpio.archive([order]))
+    console = tmp_path / "console"
+    ended = subprocess.run(
+        [
+            *("qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", "512"),
+            *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-append", KERNEL_LINE),
+            *("-kernel", str(broken / "vmlinux"), "-initrd", str(broken / "initrd")),
+            *("-device", "virtio-serial-pci", "-chardev", f"file,id=console,path={console}"),
+            *("-device", "virtconsole,chardev=console"),
+        ],
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 0
+    lines = console.read_text().splitlines()
+    assert "no-such-module.ko" in next(line for line in lines if "hako-agent: crash at" in line)
+    assert any("Kernel panic" in line for line in lines)
