@@ -108,16 +108,17 @@ class Launch:
             end.set(status)
         return end
 
-    def spawn(self, argv: list[str], stdio: Iterable[int]) -> tuple[int, Exit]:
+    def spawn(self, path: str, argv: list[str], stdio: Iterable[int]) -> tuple[int, Exit]:
         """Start a program with the agent's environment and default signal handling.
 
-        :param argv: program, found by its absolute path, and arguments.
+        :param path: the program.
+        :param argv: its name and arguments.
         :param stdio: descriptors for its 0, 1 and 2.
         :returns: its process id and its end.
         :raises OSError: if it cannot be started.
         """
         pid = os.posix_spawn(
-            argv[0],
+            path,
             argv,
             os.environ,
             file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio)],

@@ -22,6 +22,7 @@ _SIGKILL = 9
 
 _lock = _thread.allocate_lock()
 _serial = 0
+_sealed_fd = -1
 
 
 class Started:
@@ -40,6 +41,24 @@ class Started:
         self.streams = its_streams
 
 
+def _sealed_crun() -> str:
+    """Give the path of a sealed copy of crun.
+
+    crun refuses to run from a file that a container could overwrite through /proc: it makes itself a safe
+    copy and starts over. From a sealed one it starts once, which halves its start-up.
+    """
+    global _sealed_fd  # noqa: PLW0603  one copy for the life of the machine
+    with _lock:
+        if _sealed_fd < 0:
+            fd = os.memfd_create("crun", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            with open(_CRUN, "rb", buffering=0) as file:
+                os.sendfile(fd, file.fileno(), 0, os.fstat(file.fileno()).st_size)
+            seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+            _sealed_fd = fd
+    return f"/proc/self/fd/{_sealed_fd}"
+
+
 def _scratch() -> str:
     """Make a directory for one run of crun."""
     global _serial  # noqa: PLW0603  numbers the runs
@@ -51,7 +70,8 @@ def _scratch() -> str:
 
 
 def _run(launch: reaper.Launch, arguments: list[str], *, stdio: tuple[int, int, int], log: str) -> None:
-    pid, end = launch.spawn([_CRUN, f"--log={log}", "--cgroup-manager=cgroupfs", *arguments], stdio)
+    argv = ["crun", f"--log={log}", "--cgroup-manager=cgroupfs", *arguments]
+    pid, end = launch.spawn(_sealed_crun(), argv, stdio)
     if not end.wait(_TIMEOUT_S):
         reaper.signal(pid, end, _SIGKILL)
         raise AgentError(f"crun: {arguments[0]}: no end after {_TIMEOUT_S:.0f} s; see the guest's console")
