@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match chosen.command:
             case "check":
                 return _check(chosen.config, as_json=chosen.json)
+            case "logs":
+                return _logs(chosen)
             case "image":
                 return _build_image(chosen)
             case _:
@@ -50,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="say whether this host can run sandboxes, and with what")
     check.add_argument("--json", action="store_true", help="for programs")
     check.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
+    logs = commands.add_parser("logs", help="show a sandbox's console, or why it ended")
+    logs.add_argument("id", metavar="ID", help="the sandbox: a pod's, or that of a container on its own")
+    logs.add_argument("--namespace", default="*", metavar="NAME", help="containerd's namespace (any)")
+    logs.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
     image = commands.add_parser("image", help="make what runs inside the virtual machines")
     build = image.add_subparsers(dest="image_command", required=True, metavar="COMMAND").add_parser(
         "build", help="build the guest's kernel and initrd from the distribution's packages"
@@ -80,6 +86,26 @@ def _check(path: str, *, as_json: bool) -> int:
         print(f"{'ok' if finding.ok else 'no':<3}{finding.name:<{width}}  {finding.detail}{remedy}")
     print("This host can run sandboxes." if able else "This host cannot run sandboxes.")
     return 0 if able else 1
+
+
+def _logs(chosen: argparse.Namespace) -> int:
+    """Print the kept reason of a sandbox that failed, and the console of one that runs."""
+    from shim import postmortem, state_directory  # noqa: PLC0415 - the other commands do without
+
+    environment = {config.ENVIRONMENT_VARIABLE: chosen.config} if chosen.config else os.environ
+    settings = config.parse(config.locate(environment)).shim
+    text = postmortem.read(Path(settings.log_dir), sandbox_id=chosen.id, namespace=chosen.namespace)
+    for path in sorted(Path(settings.state_dir).glob("*/sandbox.json")):
+        record = state_directory.read_record(str(path.parent))
+        console = path.parent / "console.log"
+        if record.id == chosen.id and chosen.namespace in {"*", record.namespace} and console.exists():
+            text += console.read_text(errors="replace")
+    if not text:
+        raise Refusal(
+            f"logs: {chosen.id}: no such sandbox runs and none of that name failed; see `ctr task ls`"
+        )
+    sys.stdout.write(text)
+    return 0
 
 
 def _build_image(chosen: argparse.Namespace) -> int:

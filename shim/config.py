@@ -53,6 +53,8 @@ class ShimConfig(Record):
     #: ``debug``, ``info``, ``warning`` or ``error``.
     log_level: str = "info"
     state_dir: str = "/run/hako"
+    #: Where the reason and the last console lines of a failed sandbox are kept for ``hako logs``.
+    log_dir: str = "/var/log/hako"
 
 
 class Config(Record):
@@ -69,7 +71,7 @@ _CHOICES = {
     "protocol": ("ttrpc", "grpc"),
     "log_level": ("debug", "info", "warning", "error"),
 }
-_PATHS = ("qemu", "virtiofsd", "vsock_daemon", "kernel", "initrd", "state_dir")
+_PATHS = ("qemu", "virtiofsd", "vsock_daemon", "kernel", "initrd", "state_dir", "log_dir")
 _MINIMUM = {"vcpus": 1, "memory_mib": 128, "boot_timeout_s": 1}
 
 

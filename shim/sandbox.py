@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from hypervisor import AGENT_PORT, HypervisorError, QemuHypervisor, VmSpec
 from proto.containerd import events_pb2
-from shim import mounts
+from shim import mounts, postmortem
 from shim.agent import Agent
 from shim.container import Container, read_spec
 from shim.errors import AlreadyExists, DeadlineExceeded, Internal, NotFound, ShimError, Unavailable
@@ -69,6 +69,7 @@ class Sandbox:
         self._vm: QemuHypervisor | None = None
         self._ready: asyncio.Future[Agent] = asyncio.get_running_loop().create_future()
         self._running: asyncio.Task[None] | None = None
+        self._doom = ""
 
     @property
     def pid(self) -> int:
@@ -137,7 +138,7 @@ class Sandbox:
 
         :param reason: one line for the log.
         """
-        log.error("sandbox %s: switched off: %s", self.id, reason)
+        self._doom = self._doom or f"switched off: {reason}"
         if self._vm is not None:
             await self._vm.stop()
 
@@ -157,6 +158,7 @@ class Sandbox:
         except (ShimError, HypervisorError) as error:
             reason = error if isinstance(error, ShimError) else Internal(f"boot: sandbox {self.id}: {error}")
             log.error("%s", reason)  # noqa: TRY400 - the reason is complete; a traceback would bury it
+            self._keep_reason(str(reason))
             if self._vm is not None:
                 await self._vm.stop()
             self._settle(reason)
@@ -166,12 +168,27 @@ class Sandbox:
         watching = self.spawn(self._report_ooms(agent), name="out of memory")
         try:
             reason_text = await self._reason_of_end(agent)
+            reason_text = self._doom or reason_text
             log.error("sandbox %s: %s", self.id, reason_text)
+            self._keep_reason(reason_text)
             self._ready = asyncio.get_running_loop().create_future()
             self._settle(Unavailable(f"sandbox {self.id}: {reason_text}"))
         finally:
             watching.cancel()
             await agent.aclose()
+
+    def _keep_reason(self, reason: str) -> None:
+        console = self._vm.console_tail(postmortem.CONSOLE_LINES) if self._vm is not None else []
+        try:
+            postmortem.write(
+                Path(self._config.shim.log_dir),
+                namespace=self.namespace,
+                sandbox_id=self.id,
+                reason=reason,
+                console=console,
+            )
+        except OSError as error:
+            log.warning("sandbox %s: its last words are lost: %s", self.id, error)
 
     async def _report_ooms(self, agent: Agent) -> None:
         """Tell containerd of each container in which the guest's kernel killed for memory."""
