@@ -20,6 +20,15 @@ _REMOVAL_TIMEOUT_S = 60
 _SIGKILL = 9
 
 
+def bundle_of(container_id: str) -> str:
+    """Name a container's directory.
+
+    :param container_id: its id.
+    :returns: the path.
+    """
+    return f"{ROOT}/{container_id}"
+
+
 class Container:
     """A container that crun has created.
 
@@ -36,7 +45,8 @@ class Container:
                 raise AgentError(f"create: {container_id}: the specification has no {name}; send it")
         self.id = container_id
         self.storages: list[str] = []
-        self._bundle = f"{ROOT}/{container_id}"
+        self._owns_root = True
+        self._bundle = bundle_of(container_id)
         self._rootfs = f"{self._bundle}/rootfs"
         self._cgroup = cgroup.path_of(spec.Linux.CgroupsPath, container_id)
         self._lock = _thread.allocate_lock()
@@ -58,6 +68,7 @@ class Container:
     def _mount_root(self, source: str) -> None:
         # An overlay storage may have been mounted here already.
         if files.exists(self._rootfs):
+            self._owns_root = False
             return
         files.make_directories(self._rootfs)
         kernel.mount(source, self._rootfs, flags=kernel.MS_BIND)
@@ -163,7 +174,7 @@ class Container:
         return self._cgroup
 
     def remove(self, timeout_s: int) -> None:
-        """Kill what is left and undo everything.
+        """Kill what is left and undo everything but the storages and the bundle they may lie in.
 
         :param timeout_s: how long the processes may take to die; 0 for the default.
         :raises AgentError: if they do not, or crun cannot delete the container.
@@ -184,7 +195,7 @@ class Container:
         try:
             # The host may kill the machine any time later: nothing may be left dirty in its memory.
             kernel.sync_filesystem(self._rootfs)
-            kernel.unmount(self._rootfs, flags=kernel.MNT_DETACH)
+            if self._owns_root:
+                kernel.unmount(self._rootfs, flags=kernel.MNT_DETACH)
         except OSError as error:
             raise AgentError(f"remove: {self.id}: {error}") from error
-        files.remove_tree(self._bundle)

@@ -7,7 +7,7 @@ import _thread
 
 from guest.agent import files, kernel, storage
 from guest.agent.console import log
-from guest.agent.container import ROOT, Container
+from guest.agent.container import ROOT, Container, bundle_of
 from guest.agent.errors import AgentError
 
 TYPE_CHECKING = False
@@ -149,9 +149,7 @@ class Sandbox:
             namespaces = self._namespaces(spec.Linux, shares_pid=request.sandbox_pidns)
             container = Container(container_id, spec, namespaces=namespaces)
         except BaseException:
-            self.drop_storages(held)
-            with self._lock:
-                del self._containers[container_id]
+            self._forget(container_id, held)
             raise
         container.storages = held
         with self._lock:
@@ -216,7 +214,11 @@ class Sandbox:
         """
         container = self.container(container_id, AgentError)
         container.remove(timeout_s)
-        self.drop_storages(container.storages)
+        self._forget(container_id, container.storages)
+
+    def _forget(self, container_id: str, storages: list[str]) -> None:
+        self.drop_storages(storages)
+        files.remove_tree(bundle_of(container_id))
         with self._lock:
             self._containers.pop(container_id, None)
             if self._pid_owner == container_id:
