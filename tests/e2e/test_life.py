@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.e2e.busybox import IMAGE
+from tests.e2e.conftest import write_config
 from tests.e2e.containerd import converse
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.e2e.conftest import Stack
 
 
@@ -69,6 +72,22 @@ def test_a_container_has_the_environment_and_directory_of_its_spec(stack: Stack,
     )
 
     assert result.stdout.splitlines() == ["hello", "/tmp", "CapEff:\t00000000a80425fb"], result.stderr
+
+
+@pytest.mark.hako
+def test_a_container_can_have_a_configuration_of_its_own(stack: Stack, container: str, tmp_path: Path):
+    config = write_config(
+        tmp_path / "two.toml",
+        state_directory=stack.state_directory,
+        protocol=stack.protocol,
+        hypervisor="vcpus = 2",
+    )
+
+    result = stack.containerd.run(
+        IMAGE, container, "nproc", options=["--rm", "--runtime-config-path", config]
+    )
+
+    assert result.stdout == "2\n", result.stderr
 
 
 def test_what_a_container_writes_is_in_its_own_root_file_system(stack: Stack, container: str):
