@@ -27,7 +27,7 @@ from shim.errors import (
     ShimError,
     Unavailable,
 )
-from shim.oci import SharedMount, translate, translate_process
+from shim.oci import translate, translate_process
 from shim.process import Input, Process, State
 from shim.stdio import CHUNK_BYTES, Stdio, Streams, open_streams, plain_path, read_chunk, write_all
 from shim.timestamps import to_timestamp
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from proto.containerd.types_pb2 import Mount
     from proto.kata import oci_pb2
     from shim.agent import Agent
+    from shim.oci_mounts import SharedMount
     from shim.sandbox import Sandbox
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import pytest
 
 from shim.agent import SHARE_DIRECTORY, SHM_DIRECTORY
 from shim.errors import InvalidArgument
-from shim.oci import Translation, translate
+from shim.oci import Translation, translate, translate_resources
 
 
 def spec(**parts: Any) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def test_host_namespaces_are_not_taken_literally() -> None:
 
 @pytest.mark.parametrize(("path", "shared"), [("", False), ("/proc/7/ns/pid", True)])
 def test_a_pid_namespace_with_a_path_is_the_sandboxes(path: str, *, shared: bool) -> None:
-    namespaces = [{"type": "mount"}, {"type": "pid", "path": path}]
+    namespaces = [{"type": "network"}, {"type": "ipc"}, {"type": "pid", "path": path}]
     assert translated(linux={"namespaces": namespaces}).sandbox_pidns is shared
 
 
@@ -185,13 +185,71 @@ def test_resources_are_present_even_when_empty() -> None:
     assert translated().spec.Linux.HasField("Resources")
 
 
-def test_the_hosts_devices_do_not_exist_in_the_guest() -> None:
-    devices = [
-        {"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
-        {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
-        {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229},
-    ]
-    assert [d.Path for d in translated(linux={"devices": devices}).spec.Linux.Devices] == ["/dev/fuse"]
+DEVICES = [
+    {"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
+    {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
+    {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 438, "uid": 1, "gid": 2},
+]
+
+
+def test_a_privileged_container_gets_those_devices_of_its_long_list_that_the_guest_has() -> None:
+    resources = {"devices": [{"allow": True, "access": "rwm"}]}
+    (device,) = translated(linux={"devices": DEVICES, "resources": resources}).spec.Linux.Devices
+    assert (device.Path, device.Type, device.Major, device.Minor) == ("/dev/fuse", "c", 10, 229)
+    assert (device.FileMode, device.UID, device.GID) == (0o666, 1, 2)
+
+
+def test_a_single_device_of_the_host_is_refused_by_name() -> None:
+    rules = [{"allow": False, "access": "rwm"}, {"allow": True, "type": "b", "major": 8, "minor": 0}]
+    with pytest.raises(InvalidArgument, match=r"linux\.devices: /dev/sda: .* does not exist in the guest"):
+        translated(linux={"devices": DEVICES, "resources": {"devices": rules}})
+
+
+@pytest.mark.parametrize("missing", ["network", "pid", "ipc"])
+def test_the_hosts_own_namespaces_are_refused_by_name(missing: str) -> None:
+    kinds = {"network", "pid", "ipc", "uts", "mount"} - {missing}
+    with pytest.raises(InvalidArgument, match=f"linux.namespaces: without {missing}"):
+        translated(linux={"namespaces": [{"type": kind} for kind in sorted(kinds)]})
+
+
+def test_what_the_protocol_has_no_field_for_is_an_annotation() -> None:
+    message = translated(
+        annotations={"a": "b"},
+        linux={
+            "resources": {"unified": {"memory.oom.group": "1"}},
+            "seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 38},
+        },
+    ).spec
+    assert dict(message.Annotations) == {
+        "a": "b",
+        "io.hako.unified/memory.oom.group": "1",
+        "io.hako.seccomp/default-errno": "38",
+    }
+
+
+def test_the_domain_name_is_a_sysctl() -> None:
+    linux = {"sysctl": {"net.ipv4.ip_forward": "1"}}
+    assert dict(translated(domainname="example.org", linux=linux).spec.Linux.Sysctl) == {
+        "net.ipv4.ip_forward": "1",
+        "kernel.domainname": "example.org",
+    }
+
+
+def test_a_limit_on_huge_pages_that_allows_none_is_left_out() -> None:
+    limits = [{"pageSize": "1GB", "limit": 0}, {"pageSize": "2MB", "limit": 4 << 20}]
+    (sent,) = translated(linux={"resources": {"hugepageLimits": limits}}).spec.Linux.Resources.HugepageLimits
+    assert (sent.Pagesize, sent.Limit) == ("2MB", 4 << 20)
+
+
+def test_an_update_is_translated_like_a_creation() -> None:
+    limits = {"memory": {"limit": -1}, "cpu": {"shares": 2, "cpus": "7"}, "unified": {"memory.high": "max"}}
+    message = translate_resources(limits)
+    assert (message.Memory.Limit, message.CPU.Shares, message.CPU.Cpus) == (-1, 2, "")
+
+
+def test_an_unknown_field_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    translated(linux={"hyperspace": {"lanes": 3}})
+    assert "linux.hyperspace" in caplog.text
 
 
 def test_a_systemd_cgroup_becomes_a_plain_one() -> None:

@@ -1,0 +1,65 @@
+"""A container's mounts: which files of the host must be shown to the guest, and where it finds them."""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+from dataclasses import dataclass
+from typing import Any
+
+from shim.agent import SHARE_DIRECTORY, SHM_DIRECTORY
+
+_KERNEL_FILE_SYSTEMS = ("/proc", "/sys", "/dev")
+_SHM = "/dev/shm"  # noqa: S108 - a path of the container's, not a file of ours
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMount:
+    """A bind mount whose source the host must show to the guest.
+
+    :param source: path on the host.
+    :param name: name in the share; the guest sees it as ``SHARE_DIRECTORY/name``.
+    """
+
+    source: str
+    name: str
+    read_only: bool
+    recursive: bool
+
+
+def rewrite_mount(entry: dict[str, Any], *, container_id: str) -> tuple[dict[str, Any], SharedMount | None]:
+    """Give one mount the source that it has in the guest.
+
+    :param entry: an element of the specification's ``mounts``.
+    :param container_id: whose it is, for the name in the share.
+    :returns: the mount to send, and what the host must share for it.
+    :raises KeyError: if it has no destination.
+    """
+    destination = entry["destination"]
+    source = entry.get("source") or ""
+    options = entry.get("options") or []
+    if entry.get("type") != "bind" and not {"bind", "rbind"}.intersection(options):
+        return entry, None
+    if destination == _SHM:
+        return {**entry, "type": "bind", "source": SHM_DIRECTORY, "options": ["rbind"]}, None
+    if _is_of_a_kernel_file_system(source):
+        # The host's kernel file systems say nothing about the guest: the guest's own are bound instead.
+        return {**entry, "type": "bind", "source": posixpath.normpath(source)}, None
+    # The same destination may be mounted on twice; the digest keeps names apart and short.
+    digest = hashlib.sha256(f"{destination}\0{source}".encode()).hexdigest()[:16]
+    name = f"{container_id}-{digest}-{posixpath.basename(destination.rstrip('/')) or 'root'}"
+    share = SharedMount(
+        source=source,
+        name=name,
+        read_only="ro" in options or "rro" in options,
+        recursive="rbind" in options,
+    )
+    return {**entry, "type": "bind", "source": f"{SHARE_DIRECTORY}/{name}"}, share
+
+
+def _is_of_a_kernel_file_system(path: str) -> bool:
+    """Tell whether a path on the host belongs to /proc, /sys or /dev; files below /dev/shm are ordinary."""
+    normal = posixpath.normpath(path)
+    if normal.startswith(f"{_SHM}/"):
+        return False
+    return any(normal == top or normal.startswith(f"{top}/") for top in _KERNEL_FILE_SYSTEMS)
