@@ -43,7 +43,11 @@ class LogfmtFormatter(logging.Formatter):
         if record.exc_info:
             message = f"{message}: {self.formatException(record.exc_info)}"
         time = datetime.fromtimestamp(record.created, tz=UTC).isoformat(timespec="milliseconds")
-        quoted = message.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        quoted = message.replace("\\", "\\\\").replace('"', '\\"')
+        # Guests and clients choose parts of messages; whoever reads the log has a terminal.
+        quoted = "".join(
+            mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in quoted
+        )
         return f'time="{time}" level={record.levelname.lower()} msg="{quoted}" logger={record.name}'
 
 

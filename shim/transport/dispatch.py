@@ -134,8 +134,11 @@ def snake_case(name: str) -> str:
 
 
 def status_text(error: ShimError) -> str:
-    """Give the text of an error as every transport can carry it: bounded, and valid Unicode.
+    """Give the text of an error as every transport can carry it: bounded, one line, and printable.
 
-    Names of files may hold surrogate escapes, which no protobuf string accepts.
+    Names of files may hold surrogate escapes, which no protobuf string accepts, and what a client or a guest
+    sent may hold control characters, which clients print on terminals.
     """
-    return str(error).encode("utf-8", "replace")[:MAX_STATUS_TEXT].decode("utf-8", "ignore")
+    text = " ".join(str(error)[:MAX_STATUS_TEXT].split())
+    shown = "".join(mark if mark.isprintable() else "?" for mark in text)
+    return shown.encode()[:MAX_STATUS_TEXT].decode("utf-8", "ignore")

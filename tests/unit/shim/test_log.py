@@ -53,6 +53,12 @@ def test_a_record_is_one_logfmt_line(root, fifo):
     assert line.count("\n") == 1
 
 
+def test_what_a_guest_says_moves_no_cursor(root, fifo):
+    log.configure("info", descriptor=fifo)
+    logging.getLogger().error("guest: %s", "\x1b[2J\r\x85gone")
+    assert b'msg="guest: \\x1b[2J\\r\\x85gone"' in os.read(fifo, 4096)
+
+
 def test_an_exception_is_one_line(root, fifo):
     log.configure("info", descriptor=fifo)
     try:

@@ -180,8 +180,8 @@ async def test_a_response_over_the_limit_is_refused_and_the_connection_lives(cli
 
 @pytest.mark.parametrize(
     "text",
-    ["x" * 100_000, "é漢" * 50_000, "/run/\udcff.sock", "two\nlines", ""],
-    ids=["long", "long and not ASCII", "undecodable file name", "two lines", "empty"],
+    ["x" * 100_000, "é漢" * 50_000, "/run/\udcff.sock", "two\nlines", "red \x1b[31m", ""],
+    ids=["long", "long and not ASCII", "undecodable file name", "two lines", "terminal control", "empty"],
 )
 async def test_any_error_text_arrives_as_the_error_it_is(client, tasks, text):
     tasks.delete_error = text
@@ -189,4 +189,5 @@ async def test_any_error_text_arrives_as_the_error_it_is(client, tasks, text):
         await client.call(
             TASK, "Delete", task_v3_pb2.DeleteRequest(), task_v3_pb2.DeleteResponse, timeout_s=5
         )
-    assert str(raised.value)[:400] == text.replace("\udcff", "?")[:400]
+    shown = text.replace("\udcff", "?").replace("\n", " ").replace("\x1b", "?")
+    assert str(raised.value)[:400] == shown[:400]
