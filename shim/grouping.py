@@ -22,7 +22,7 @@ def check_identifier(identifier: str, *, phase: str, what: str) -> None:
         ``-``, ``_`` and ``.``, or does not start with a letter or digit.
     """
     if not identifier:
-        raise Refusal(f"{phase}: {what}: it is empty; give -{what}")
+        raise Refusal(f"{phase}: {what}: it is empty; give one")
     if len(identifier) > _MAX_IDENTIFIER:
         raise Refusal(
             f"{phase}: {what} {identifier[:16]}...: it has {len(identifier)} characters; "

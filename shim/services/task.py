@@ -12,9 +12,11 @@ from google.protobuf.empty_pb2 import Empty
 from proto.containerd import runc_options_pb2, task_types_pb2, task_v3_pb2
 from shim.errors import InvalidArgument, NotFound
 from shim.events import pack
+from shim.grouping import check_identifier
 from shim.metrics import host_has_cgroup_v2, to_metrics
 from shim.oci import translate_resources
 from shim.process import Process, State
+from shim.refusal import Refusal
 from shim.stdio import Stdio
 from shim.timestamps import to_timestamp
 
@@ -45,6 +47,7 @@ class TaskService:
 
     async def create(self, request: task_v3_pb2.CreateTaskRequest) -> task_v3_pb2.CreateTaskResponse:
         """Create a container."""
+        _check_identifier(request.id, phase="create", what="id")
         if request.checkpoint:
             raise InvalidArgument(f"create: container {request.id}: restoring a checkpoint is not supported")
         await self._sandbox.create(
@@ -161,6 +164,7 @@ class TaskService:
     async def exec(self, request: task_v3_pb2.ExecProcessRequest) -> Empty:
         """Register an exec; Start runs it."""
         container = self._sandbox.container(request.id)
+        _check_identifier(request.exec_id, phase="exec", what="exec id")
         container.add_exec(
             request.exec_id,
             spec=_json_object(request.spec.value, what=f"exec {request.exec_id}: spec"),
@@ -200,6 +204,14 @@ class TaskService:
         if process.exec_id and process.state is State.CREATED:
             return 0
         return self._sandbox.pid
+
+
+def _check_identifier(identifier: str, *, phase: str, what: str) -> None:
+    # An id becomes part of paths: of the share, and in the guest.
+    try:
+        check_identifier(identifier, phase=phase, what=what)
+    except Refusal as refusal:
+        raise InvalidArgument(str(refusal)) from refusal
 
 
 def _json_object(value: bytes, *, what: str) -> dict[str, Any]:

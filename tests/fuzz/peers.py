@@ -1,0 +1,190 @@
+"""Clients of a served shim that say whatever they are told to, and what every answer must look like."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+
+from proto import ttrpc_pb2
+from proto.containerd import task_v3_pb2
+from shim.transport.ttrpc_codec import Frame, FrameDecoder, encode_request
+
+TASK = "containerd.task.v3.Task"
+ANSWER_TIMEOUT_S = 15.0
+MIB = 1 << 20
+
+CONTRACT_CODES = frozenset({0, 3, 4, 5, 6, 8, 9, 12, 14})
+"""What a client's own mistake may be answered with: not Unknown, and not Internal."""
+
+_ROOT = Path(__file__).parents[2]
+_DEFECTS = ("unexpected failure", "Traceback", "was never retrieved", "Exception in callback")
+
+
+def assert_contract(code: int, message: str) -> None:
+    assert code in CONTRACT_CODES, f"{code}: {message}"
+    assert message.isprintable(), repr(message)
+    assert len(message.encode()) <= 2048
+
+
+class TtrpcPeer:
+    """One connection over which anything can be sent."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(ANSWER_TIMEOUT_S)
+        self.socket.connect(str(path))
+        self._decoder = FrameDecoder()
+        self._frames: list[Frame] = []
+        self._stream_id = -1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+    def call(self, method: str, payload: bytes, *, service: str = TASK, timeout_s: float = 0):
+        """Make one call and return code, message and payload of its answer."""
+        self._stream_id += 2
+        self.socket.sendall(
+            encode_request(
+                self._stream_id,
+                service=service,
+                method=method,
+                payload=payload,
+                timeout_nano=int(timeout_s * 1e9),
+                metadata={},
+            )
+        )
+        while True:
+            frame = self._next()
+            if frame.stream_id == self._stream_id:
+                response = ttrpc_pb2.Response.FromString(frame.body)
+                assert_contract(response.status.code, response.status.message)
+                return response.status.code, response.status.message, response.payload
+
+    def ask(self, method: str, request) -> int:
+        """Make one call with a message and return the code of its answer."""
+        return self.call(method, request.SerializeToString())[0]
+
+    def _next(self) -> Frame:
+        while not self._frames:
+            data = self.socket.recv(1 << 20)
+            assert data, "the shim hung up on a valid request"
+            self._frames += self._decoder.feed(data)
+        return self._frames.pop(0)
+
+    def say(self, data: bytes) -> list[Frame]:
+        """Send bytes of any kind while reading; return what is answered at once."""
+        self.socket.setblocking(False)
+        frames = []
+        view = memoryview(data)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.socket, selectors.EVENT_READ | selectors.EVENT_WRITE)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                while view:
+                    for _, events in selector.select(ANSWER_TIMEOUT_S):
+                        if events & selectors.EVENT_WRITE:
+                            view = view[self.socket.send(view) :]
+                        if events & selectors.EVENT_READ:
+                            received = self.socket.recv(1 << 20)
+                            if not received:
+                                return frames
+                            frames += self._decoder.feed(received)
+        return frames
+
+
+class ServedShim:
+    """The process of ``served_shim`` and the sockets it serves.
+
+    :param directory: where its sockets, its state and the bundles are.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.bundle = directory / "bundle"
+        self._log = directory / "log"
+
+    def __enter__(self):
+        (self.bundle / "rootfs").mkdir(parents=True)
+        self.write_spec({"process": {"args": ["true"]}, "root": {"path": "rootfs"}})
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.fuzz.served_shim", str(self.directory)],
+                cwd=_ROOT,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        assert self.process.stdout.readline() == b"ready\n", self._log.read_text()
+        self._witness = self.connect()
+        self.channel = grpc.insecure_channel(f"unix:{self.directory / 'grpc'}")
+        return self
+
+    def __exit__(self, *_):
+        self.channel.close()
+        self._witness.socket.close()
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def write_spec(self, spec: object) -> None:
+        (self.bundle / "config.json").write_text(spec if isinstance(spec, str) else json.dumps(spec))
+
+    def connect(self) -> TtrpcPeer:
+        return TtrpcPeer(self.directory / "ttrpc")
+
+    def assert_serves(self) -> None:
+        """The next valid request of another client is answered."""
+        code, message, payload = self._witness.call(
+            "Connect", task_v3_pb2.ConnectRequest(id="box").SerializeToString()
+        )
+        assert code == 0, message
+        assert task_v3_pb2.ConnectResponse.FromString(payload).shim_pid == self.process.pid
+
+    def ensure_running(self, container: str = "box", exec_id: str = "shell") -> None:
+        """Have a running container with a running exec, whatever the last case did to it."""
+        peer = self._witness
+        if peer.ask("State", task_v3_pb2.StateRequest(id=container)):
+            request = task_v3_pb2.CreateTaskRequest(id=container, bundle=str(self.bundle))
+            assert peer.ask("Create", request) == 0
+        state = task_v3_pb2.StateRequest(id=container)
+        if task_v3_pb2.StateResponse.FromString(peer.call("State", state.SerializeToString())[2]).status == 1:
+            assert peer.ask("Start", task_v3_pb2.StartRequest(id=container)) == 0
+        spec = json.dumps({"args": ["true"]}).encode()
+        request = task_v3_pb2.ExecProcessRequest(id=container, exec_id=exec_id)
+        request.spec.value = spec
+        if peer.ask("Exec", request) == 0:
+            peer.ask("Start", task_v3_pb2.StartRequest(id=container, exec_id=exec_id))
+
+    def remove(self, container: str) -> None:
+        """Leave no container of this id."""
+        peer = self._witness
+        peer.ask("Kill", task_v3_pb2.KillRequest(id=container, signal=9, all=True))
+        peer.call("Wait", task_v3_pb2.WaitRequest(id=container).SerializeToString(), timeout_s=5)
+        assert peer.ask("Delete", task_v3_pb2.DeleteRequest(id=container)) in {0, 5}
+
+    def memory_bytes(self) -> int:
+        """The resident memory of the process."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGESIZE")
+
+    def assert_sound(self) -> None:
+        """It lives, and nothing went wrong in it that its answers did not tell."""
+        assert self.process.poll() is None
+        text = self._log.read_text(errors="replace")
+        for defect in _DEFECTS:
+            at = text.find(defect)
+            assert at < 0, text[max(0, at - 500) : at + 4000]
+
+
+def header(length: int, *, stream_id: int = 1, kind: int = 1, flags: int = 0) -> bytes:
+    return struct.pack(">IIBB", length, stream_id, kind, flags)

@@ -1,0 +1,174 @@
+"""The program behind the ``shim`` fixture: everything of the daemon but the virtual machine.
+
+Run as ``python -m tests.fuzz.served_shim DIRECTORY``. It serves ``DIRECTORY/ttrpc`` and ``DIRECTORY/grpc``,
+and writes a line to standard output when both listen. The agent is an honest one, spoken to over a socket:
+it keeps the lives of processes and agrees to everything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import signal
+import socket
+import sys
+from functools import partial
+from pathlib import Path
+
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message_factory import GetMessageClass
+
+from proto.containerd import task_v2_pb2, task_v3_pb2
+from proto.kata import agent_pb2, health_pb2
+from shim import mounts
+from shim.agent import Agent
+from shim.config import Config
+from shim.events import Publisher
+from shim.ledger import Ledger
+from shim.log import configure
+from shim.sandbox import Sandbox
+from shim.services.task import TaskService
+from shim.state_directory import StartRecord
+from shim.transport.dispatch import Dispatch, snake_case
+from shim.transport.grpc_server import serve_grpc
+from shim.transport.ttrpc_server import TtrpcServer
+
+_SERVICE = agent_pb2.DESCRIPTOR.services_by_name["AgentService"]
+
+
+class HonestAgent:
+    """A guest agent in which processes live until they are killed and write nothing."""
+
+    def __init__(self):
+        self._ended = collections.defaultdict(asyncio.Event)
+        for method in _SERVICE.methods:
+            name = snake_case(method.name)
+            if not hasattr(self, name):
+                setattr(self, name, partial(self._agree, GetMessageClass(method.output_type)))
+
+    async def _agree(self, reply, _request):
+        return reply()
+
+    async def get_guest_details(self, _request):
+        details = agent_pb2.AgentDetails(extra_features=["hako"], supports_seccomp=True)
+        return agent_pb2.GuestDetailsResponse(agent_details=details)
+
+    async def signal_process(self, request):
+        if request.signal == signal.SIGKILL:
+            self._end(request.container_id, request.exec_id)
+        return Empty()
+
+    async def remove_container(self, request):
+        self._end(request.container_id, "")
+        return Empty()
+
+    def _end(self, container_id, exec_id):
+        for (container, process), ended in self._ended.items():
+            if container == container_id and exec_id in {"", process}:
+                ended.set()
+
+    async def create_container(self, request):
+        self._ended[request.container_id, request.exec_id] = asyncio.Event()
+        return Empty()
+
+    async def wait_process(self, request):
+        await self._ended[request.container_id, request.exec_id].wait()
+        return agent_pb2.WaitProcessResponse(status=137)
+
+    async def read_stdout(self, request):
+        await self._ended[request.container_id, request.exec_id].wait()
+        return agent_pb2.ReadStreamResponse()
+
+    read_stderr = read_stdout
+
+    async def get_oom_event(self, _request):
+        await asyncio.Event().wait()
+
+    async def check(self, _request):
+        return health_pb2.HealthCheckResponse()
+
+
+class MachinelessSandbox(Sandbox):
+    """A sandbox with a process of its own for a machine, and an agent that is there from the beginning."""
+
+    pid = 1
+
+    async def admit(self, agent):
+        self.share.mkdir()
+        self._ready.set_result(agent)
+
+
+def listen(path):
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(100)
+    return listener
+
+
+async def serve(directory):
+    state = directory / "state"
+    state.mkdir()
+    record = StartRecord(
+        namespace="fuzz",
+        id="box",
+        bundle=str(directory / "bundle"),
+        grpc_address="",
+        ttrpc_address="",
+        publish_binary="",
+        config_text="",
+        config_source="",
+        protocol="ttrpc",
+        socket_path=str(directory / "ttrpc"),
+        state_directory=str(state),
+        debug=False,
+        dialect="1.6",
+        started_at=0.0,
+    )
+    honest = HonestAgent()
+    guest = Dispatch([(_SERVICE, honest), (health_pb2.DESCRIPTOR.services_by_name["Health"], honest)])
+    async with asyncio.TaskGroup() as group:
+        group.create_task(TtrpcServer(guest).serve(listen(directory / "agent")))
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(str(directory / "agent"))
+        connection.setblocking(False)
+        agent = await Agent.over(connection, timeout_s=5)
+        await agent.create_sandbox(sandbox_id="box", hostname="", dns=[])
+        sandbox = MachinelessSandbox(
+            record,
+            config=Config(),
+            publisher=Publisher("", namespace="fuzz"),
+            ledger=Ledger(str(state), create=True),
+            group=group,
+        )
+        await sandbox.admit(agent)
+        task = TaskService(sandbox, shut_down=lambda: None)
+        dispatch = Dispatch(
+            [
+                (task_v3_pb2.DESCRIPTOR.services_by_name["Task"], task),
+                (task_v2_pb2.DESCRIPTOR.services_by_name["Task"], task),
+            ]
+        )
+        group.create_task(TtrpcServer(dispatch).serve(listen(directory / "ttrpc")))
+        async with serve_grpc(dispatch, directory / "grpc"):
+            print("ready", flush=True)
+            await asyncio.Event().wait()
+
+
+def protect_host(directory):
+    """Let hostile requests write nowhere but below ``directory``, and mount nothing that others see."""
+    mounts.enter_private_namespace()
+    mounts.mount(str(directory), directory, flags=mounts.MS_BIND)
+    targets = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    for target in {"/", "/run", "/tmp"} & set(targets):
+        mounts.mount("none", Path(target), flags=mounts.MS_BIND | mounts.MS_REMOUNT | mounts.MS_RDONLY)
+
+
+def main():
+    directory = Path(sys.argv[1])
+    configure("info")
+    protect_host(directory)
+    asyncio.run(serve(directory))
+
+
+if __name__ == "__main__":
+    main()
