@@ -489,7 +489,7 @@ def read_spec(bundle: Path) -> dict[str, Any]:
         spec = json.loads(path.read_bytes())
     except OSError as error:
         raise InvalidArgument(f"spec: {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"spec: {path}: not JSON: {error}") from error
     if not isinstance(spec, dict):
         raise InvalidArgument(f"spec: {path}: not a JSON object")

@@ -50,7 +50,7 @@ def group_of(bundle: str, container: str) -> str:
             spec = json.load(file)
     except FileNotFoundError:
         return container
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refusal(f"start: {path}: not JSON: {error}; recreate the container") from error
     annotations = spec.get("annotations") if isinstance(spec, dict) else None
     for key in _GROUP_ANNOTATIONS:
