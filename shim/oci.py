@@ -8,14 +8,18 @@ honour a wish silently dropping it would be a lie, so it is refused with the fie
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proto.kata import oci_pb2
 from shim.agent import SHARE_DIRECTORY
 from shim.errors import InvalidArgument
 from shim.oci_fields import copy
 from shim.oci_mounts import SharedMount, rewrite_mount
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # The guest gives every container a private one or the sandbox's; the host's are meaningless in it.
 _GUEST_NAMESPACES = ("ipc", "uts", "mount")
@@ -53,10 +57,16 @@ def translate(spec: dict[str, Any], *, container_id: str, terminal: bool, seccom
     :param seccomp: whether the guest can apply a profile; if not, the profile is left out.
     :raises InvalidArgument: if the specification is malformed or asks for what a guest cannot give.
     """
-    try:
+    with _refusing_malformed(f"config.json of {container_id}"):
         return _translate(spec, container_id=container_id, terminal=terminal, seccomp=seccomp)
-    except (TypeError, AttributeError, KeyError, ValueError) as error:
-        raise InvalidArgument(f"config.json of {container_id}: malformed: {error}") from error
+
+
+@contextmanager
+def _refusing_malformed(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError, ValueError, OverflowError) as error:
+        raise InvalidArgument(f"{what}: malformed: {error}") from error
 
 
 def _translate(spec: dict[str, Any], *, container_id: str, terminal: bool, seccomp: bool) -> Translation:
@@ -86,27 +96,27 @@ def _translate(spec: dict[str, Any], *, container_id: str, terminal: bool, secco
 def translate_process(process: dict[str, Any], *, terminal: bool) -> oci_pb2.Process:
     """Translate an OCI process, whole: of a container's init or of an exec.
 
-    :raises InvalidArgument: if it names no program, or asks for what a guest cannot give.
-    :raises TypeError, ValueError, AttributeError: if a value is not of its field's type.
+    :raises InvalidArgument: if it is malformed, names no program, or asks for what a guest cannot give.
     """
-    if not process.get("args"):
-        raise InvalidArgument("process: args is empty; name the program to run")
     message = oci_pb2.Process()
     # Present even when empty: an agent reads an absent message as "as the container has".
     message.Capabilities.SetInParent()
     message.User.SetInParent()
-    copy({"cwd": "/", **process, "terminal": terminal}, message, path="process")
+    with _refusing_malformed("process"):
+        if not process.get("args"):
+            raise InvalidArgument("process: args is empty; name the program to run")
+        copy({"cwd": "/", **process, "terminal": terminal}, message, path="process")
     return message
 
 
 def translate_resources(resources: dict[str, Any]) -> oci_pb2.LinuxResources:
     """Translate a container's limits, for an update.
 
-    :raises InvalidArgument: if one of them is refused.
-    :raises TypeError, ValueError, AttributeError: if a value is not of its field's type.
+    :raises InvalidArgument: if they are malformed, or one of them is refused.
     """
     message = oci_pb2.LinuxResources()
-    copy(_resources(resources, annotations={}), message, path="linux.resources")
+    with _refusing_malformed("resources"):
+        copy(_resources(resources, annotations={}), message, path="linux.resources")
     return message
 
 

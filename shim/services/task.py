@@ -149,11 +149,7 @@ class TaskService:
                 f"update: container {request.id}: resources of type {kind!r}; send LinuxResources"
             )
         resources = _json_object(request.resources.value, what=f"update: container {request.id}: resources")
-        try:
-            message = translate_resources(resources)
-        except (TypeError, AttributeError, KeyError, ValueError) as error:
-            raise InvalidArgument(f"update: container {request.id}: malformed resources: {error}") from error
-        await container.update(message)
+        await container.update(translate_resources(resources))
         return Empty()
 
     async def stats(self, request: task_v3_pb2.StatsRequest) -> task_v3_pb2.StatsResponse:
@@ -217,7 +213,7 @@ def _check_identifier(identifier: str, *, phase: str, what: str) -> None:
 def _json_object(value: bytes, *, what: str) -> dict[str, Any]:
     try:
         decoded = json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"{what}: not JSON: {error}") from error
     if not isinstance(decoded, dict):
         raise InvalidArgument(f"{what}: not a JSON object")
