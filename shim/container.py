@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proto.containerd import events_pb2
@@ -34,6 +34,7 @@ from shim.timestamps import to_timestamp
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
+    from pathlib import Path
 
     from proto.containerd.types_pb2 import Mount
     from proto.kata import oci_pb2
@@ -337,15 +338,20 @@ class Container:
             mounts.mount_all(rootfs, source)
             self._shown.callback(mounts.unmount, source)
         else:
-            path = Path((spec.get("root") or {}).get("path") or "rootfs")
-            source = path if path.is_absolute() else self.bundle / path
-            if not source.is_dir():
+            root = spec.get("root") or {}
+            path = root.get("path") or "rootfs" if isinstance(root, dict) else None
+            if not isinstance(path, str):
+                raise InvalidArgument(
+                    f"rootfs: container {self.id}: root.path of config.json is not a string"
+                )
+            source = self.bundle / path
+            if not os.path.isdir(source):  # noqa: PTH112 - a path that no file can have is no error to it
                 raise InvalidArgument(f"rootfs: container {self.id}: {source} is not a directory")
         self._bind_into_share(source, f"{self.id}/rootfs", read_only=False, recursive=True)
 
     def _show(self, share: SharedMount) -> None:
-        source = Path(share.source)
-        if not (source.is_dir() or source.is_file()):
+        source = self.bundle / share.source
+        if not (os.path.isdir(source) or os.path.isfile(source)):  # noqa: PTH112, PTH113 - as for a root
             raise InvalidArgument(
                 f"mount: container {self.id}: {source}: only files and directories can be shared with a guest"
             )

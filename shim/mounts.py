@@ -7,13 +7,14 @@ never seen by the host. Python 3.11 has neither ``mount`` nor ``unshare``, hence
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from shim import kernel
-from shim.errors import Internal, InvalidArgument
+from shim.errors import Internal, InvalidArgument, ShimError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -62,6 +63,20 @@ _FLAGS: dict[str, tuple[int, bool]] = {
 }
 
 
+_CALLERS_MISTAKES = frozenset(
+    {
+        errno.EINVAL,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENODEV,
+        errno.ENOENT,
+        errno.ENOTBLK,
+        errno.ENOTDIR,
+        errno.ENXIO,
+    }
+)
+
+
 class MountOptions(NamedTuple):
     """Option strings split the way mount(2) wants them."""
 
@@ -89,8 +104,11 @@ def parse_options(options: Iterable[str]) -> MountOptions:
 def mount(source: str, target: Path, fstype: str = "", flags: int = 0, data: str = "") -> None:
     """Mount a file system.
 
-    :raises Internal: if the kernel refuses; the message names source, target and errno.
+    :raises InvalidArgument: if there is no such source, target, file system or option.
+    :raises Internal: if the kernel refuses for another reason; the message names source, target and errno.
     """
+    if any("\0" in part for part in (source, str(target), fstype, data)):
+        raise InvalidArgument(f"mount: {fstype or 'bind'} {source!r} on {str(target)!r}: holds a NUL byte")
     result = _libc.mount(
         os.fsencode(source),
         os.fsencode(target),
@@ -100,7 +118,8 @@ def mount(source: str, target: Path, fstype: str = "", flags: int = 0, data: str
     )
     if result != 0:
         number = ctypes.get_errno()
-        raise Internal(f"mount: {fstype or 'bind'} {source} on {target}: {os.strerror(number)}")
+        kind = InvalidArgument if number in _CALLERS_MISTAKES else Internal
+        raise kind(f"mount: {fstype or 'bind'} {source} on {target}: {os.strerror(number)}")
 
 
 def unmount(target: Path) -> None:
@@ -164,9 +183,7 @@ def mount_all(mounts: Iterable[Mount], target: Path) -> int:
     made: list[Path] = []
     try:
         for entry in mounts:
-            where = target / entry.target.lstrip("/") if entry.target else target
-            if ".." in where.parts:
-                raise InvalidArgument(f"rootfs: mount target {entry.target!r}: leaves the root file system")
+            where = _below(target, entry.target)
             _mount_entry(entry, where)
             made.append(where)
     except (Internal, InvalidArgument):
@@ -174,6 +191,15 @@ def mount_all(mounts: Iterable[Mount], target: Path) -> int:
             unmount(where)
         raise
     return len(made)
+
+
+def _below(target: Path, path: str) -> Path:
+    """Find a path in a root file system, where what was mounted before may be symbolic links to anywhere."""
+    root = os.path.realpath(target)
+    where = Path(os.path.realpath(f"{root}/{path}")) if "\0" not in path else None
+    if where is None or not where.is_relative_to(root):
+        raise InvalidArgument(f"rootfs: mount target {path!r}: leaves the root file system")
+    return where
 
 
 def _mount_entry(entry: Mount, where: Path) -> None:
@@ -198,8 +224,13 @@ def _mount_from_common_directory(source: str, where: Path, fstype: str, options:
     The working directory is changed in a thread that has unshared it, so that no other thread notices.
     """
     others = [part for part in options.data.split(",") if not part.startswith("lowerdir=")]
-    lowers = next(part for part in options.data.split(",") if part.startswith("lowerdir="))
+    lowers = "".join(part for part in options.data.split(",") if part.startswith("lowerdir="))
     layers = lowers.removeprefix("lowerdir=").split(":")
+    if not all(layer.startswith("/") for layer in layers):
+        raise InvalidArgument(
+            f"mount: {fstype} on {where}: {len(options.data)} bytes of options without absolute lower "
+            "directories; shorten them"
+        )
     common = os.path.commonpath(layers)
     relative = ":".join(os.path.relpath(layer, common) for layer in layers)
     data = ",".join([*others, f"lowerdir={relative}"])
@@ -211,11 +242,12 @@ def _mount_from_common_directory(source: str, where: Path, fstype: str, options:
                 raise Internal(f"mount: unshare: {os.strerror(ctypes.get_errno())}")
             os.chdir(common)
             mount(source, where, fstype, options.flags, data)
-        except (Internal, OSError) as error:
+        except (ShimError, OSError) as error:
             failure.append(error)
 
     thread = threading.Thread(target=mount_relative, name="overlay-mount")
     thread.start()
     thread.join()
     if failure:
-        raise Internal(str(failure[0])) from failure[0]
+        kind = InvalidArgument if isinstance(failure[0], InvalidArgument) else Internal
+        raise kind(str(failure[0])) from failure[0]

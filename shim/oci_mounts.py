@@ -10,6 +10,7 @@ from typing import Any
 from shim.agent import SHARE_DIRECTORY, SHM_DIRECTORY
 
 _KERNEL_FILE_SYSTEMS = ("/proc", "/sys", "/dev")
+_SHOWN_NAME_BYTES = 64  # with the longest id and the digest, well below the 255 of a file name
 _SHM = "/dev/shm"  # noqa: S108 - a path of the container's, not a file of ours
 
 
@@ -34,6 +35,7 @@ def rewrite_mount(entry: dict[str, Any], *, container_id: str) -> tuple[dict[str
     :param container_id: whose it is, for the name in the share.
     :returns: the mount to send, and what the host must share for it.
     :raises KeyError: if it has no destination.
+    :raises ValueError: if no file can have its source or destination.
     """
     destination = entry["destination"]
     source = entry.get("source") or ""
@@ -45,9 +47,12 @@ def rewrite_mount(entry: dict[str, Any], *, container_id: str) -> tuple[dict[str
     if _is_of_a_kernel_file_system(source):
         # The host's kernel file systems say nothing about the guest: the guest's own are bound instead.
         return {**entry, "type": "bind", "source": posixpath.normpath(source)}, None
+    if not source or "\0" in f"{source}{destination}":
+        raise ValueError(f"mounts: {destination!r}: no file has the path {source!r}; give another source")
     # The same destination may be mounted on twice; the digest keeps names apart and short.
     digest = hashlib.sha256(f"{destination}\0{source}".encode()).hexdigest()[:16]
-    name = f"{container_id}-{digest}-{posixpath.basename(destination.rstrip('/')) or 'root'}"
+    last = posixpath.basename(destination.rstrip("/")).encode()[:_SHOWN_NAME_BYTES].decode(errors="ignore")
+    name = f"{container_id}-{digest}-{last or 'root'}"
     share = SharedMount(
         source=source,
         name=name,

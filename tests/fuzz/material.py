@@ -12,7 +12,23 @@ LONG = "x" * 300
 
 texts = st.one_of(
     st.sampled_from(
-        ["", "box", "shell", ".", "..", "../..", "a/b", "/", "/etc", "a\0b", "\n", LONG, "é", "rootfs", "none"]
+        [
+            "",
+            "box",
+            "shell",
+            ".",
+            "..",
+            "../..",
+            "a/b",
+            "/",
+            "/etc",
+            "a\0b",
+            "\n",
+            LONG,
+            "é",
+            "rootfs",
+            "none",
+        ]
     ),
     st.text(max_size=20),
 )
@@ -28,7 +44,9 @@ _INTEGERS = {
 def _scalars(field):
     if field.type in _INTEGERS:
         low, high = _INTEGERS[field.type]
-        return st.one_of(st.sampled_from([value for value in (-1, 0, 1, 9, 15) if value >= low]), st.integers(low, high))
+        return st.one_of(
+            st.sampled_from([value for value in (-1, 0, 1, 9, 15) if value >= low]), st.integers(low, high)
+        )
     if field.type == FieldDescriptor.TYPE_BOOL:
         return st.booleans()
     if field.type == FieldDescriptor.TYPE_STRING:
@@ -56,7 +74,9 @@ def messages(draw, descriptor, *, depth=4):
                 if value.message_type is None:
                     getattr(message, field.name)[key] = draw(_scalars(value))
                 else:
-                    getattr(message, field.name)[key].CopyFrom(draw(messages(value.message_type, depth=depth - 1)))
+                    getattr(message, field.name)[key].CopyFrom(
+                        draw(messages(value.message_type, depth=depth - 1))
+                    )
         elif field.is_repeated:
             for _ in range(draw(st.integers(0, 2))):
                 getattr(message, field.name).add().CopyFrom(draw(messages(inner, depth=depth - 1)))
@@ -93,7 +113,9 @@ json_values = st.recursive(
     st.one_of(
         st.none(),
         st.booleans(),
-        st.sampled_from([0, -1, 1 << 31, 1 << 63, 1 << 64, 1 << 70, -(1 << 70), 1.5, float("inf"), float("nan")]),
+        st.sampled_from(
+            [0, -1, 1 << 31, 1 << 63, 1 << 64, 1 << 70, -(1 << 70), 1.5, float("inf"), float("nan")]
+        ),
         st.integers(),
         texts,
         st.just("\ud800"),
@@ -188,7 +210,15 @@ SPEC = {
         "cgroupsPath": "/default/box",
         "namespaces": [{"type": "pid"}, {"type": "network", "path": "/proc/1/ns/net"}, {"type": "user"}],
         "devices": [
-            {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 438, "uid": 0, "gid": 0},
+            {
+                "path": "/dev/fuse",
+                "type": "c",
+                "major": 10,
+                "minor": 229,
+                "fileMode": 438,
+                "uid": 0,
+                "gid": 0,
+            },
             {"path": "/dev/p", "type": "p"},
         ],
         "seccomp": {

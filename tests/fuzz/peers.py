@@ -111,12 +111,11 @@ class ServedShim:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.bundle = directory / "bundle"
+        spec = json.dumps({"process": {"args": ["true"]}, "root": {"path": "rootfs"}})
+        self.bundle = self.write_bundle("bundle", spec)
         self._log = directory / "log"
 
     def __enter__(self):
-        (self.bundle / "rootfs").mkdir(parents=True)
-        self.write_spec({"process": {"args": ["true"]}, "root": {"path": "rootfs"}})
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.fuzz.served_shim", str(self.directory)],
@@ -136,8 +135,12 @@ class ServedShim:
         self.process.wait()
         self.process.stdout.close()
 
-    def write_spec(self, spec: object) -> None:
-        (self.bundle / "config.json").write_text(spec if isinstance(spec, str) else json.dumps(spec))
+    def write_bundle(self, name: str, spec: str) -> Path:
+        """Have a bundle with any text for a specification."""
+        bundle = self.directory / name
+        (bundle / "rootfs").mkdir(parents=True, exist_ok=True)
+        (bundle / "config.json").write_text(spec)
+        return bundle
 
     def connect(self) -> TtrpcPeer:
         return TtrpcPeer(self.directory / "ttrpc")
