@@ -53,14 +53,16 @@ def decode_params(data: bytes) -> BootstrapParams:
     fields: dict[str, object] = {}
     names = {
         1: "instance_id",
-        2: "namespace",
         5: "ttrpc_address",
         6: "grpc_address",
         7: "binary",
         9: "socket_dir",
     }
     for number, value in _fields(data):
-        if number in names:
+        if number == 2:
+            # That of an Any is a message: no text, and no namespace that anything equals.
+            fields["namespace"] = _message(value).decode(errors="replace")
+        elif number in names:
             fields[names[number]] = _text(value)
         elif number == 3 and isinstance(value, int):
             fields["log_level"] = value - (1 << 64) if value >> 63 else value

@@ -55,6 +55,14 @@ def test_any_bytes_are_read_or_refused(data):
         assert isinstance(bootstrap_wire.decode_options(data), RuntimeOptions | None)
 
 
+def test_options_of_another_runtime_may_hold_any_bytes():
+    url = b"containerd.runc.v1.Options"
+    value = b"\x28\xff\xff\x03"  # a number that is not UTF-8
+    data = bytes([10, len(url)]) + url + bytes([18, len(value)]) + value
+    assert bootstrap_wire.decode_params(data).instance_id == url.decode()
+    assert bootstrap_wire.decode_options(data) is None
+
+
 @pytest.mark.parametrize(
     "data",
     [
