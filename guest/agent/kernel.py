@@ -93,6 +93,19 @@ def unshare(flags: int) -> None:
     _check(_libc.unshare(flags), "namespace")
 
 
+def enter(namespace: str) -> None:
+    """Move the calling thread into a namespace, see setns(2).
+
+    :param namespace: a file that stands for it.
+    :raises OSError: if the kernel refuses.
+    """
+    fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check(_libc.setns(fd, 0), namespace)
+    finally:
+        os.close(fd)
+
+
 def sync_filesystem(path: str) -> None:
     """Write back the dirty pages of the filesystem that holds a path, see syncfs(2).
 

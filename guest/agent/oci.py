@@ -2,7 +2,8 @@
 
 Left out, because a guest with cgroup v2 and no AppArmor profiles cannot honour them and crun would refuse
 the container for them: kernel and TCP memory, swappiness, the OOM killer switch, realtime CPU time, network
-classes, AppArmor and SELinux labels. Hooks are the host's programs and do not exist here.
+classes, AppArmor and SELinux labels. Hooks are the host's programs and do not exist here. Sysctls are set by
+the agent (see sysctl): crun knows neither shared namespaces nor those that are the whole machine's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 VERSION = "1.0.2"
 _EPERM = 1
+# The protocol has no field for these; a host that knows this agent sends them as annotations.
+_UNIFIED = "io.hako.unified/"
+_DEFAULT_ERRNO = "io.hako.seccomp/default-errno"
 
 
 def process(message: Message) -> dict[str, Any]:
@@ -76,10 +80,21 @@ def spec(message: Message, *, rootfs: str, namespaces: list[dict[str, str]], cgr
         "annotations": message.Annotations,
         "linux": _linux(message.Linux, namespaces=namespaces, cgroup=cgroup),
     }
+    _apply_annotations(document["linux"], message.Annotations)
     # A joined UTS namespace keeps the name that CreateSandbox gave it.
     if message.Hostname and {"type": "uts"} in namespaces:
         document["hostname"] = message.Hostname
     return document
+
+
+def _apply_annotations(linux: dict[str, Any], annotations: dict[str, str]) -> None:
+    unified = {
+        key.removeprefix(_UNIFIED): value for key, value in annotations.items() if key.startswith(_UNIFIED)
+    }
+    if unified:
+        linux.setdefault("resources", {})["unified"] = unified
+    if "seccomp" in linux and _DEFAULT_ERRNO in annotations:
+        linux["seccomp"]["defaultErrnoRet"] = int(annotations[_DEFAULT_ERRNO])
 
 
 def _mount(message: Message) -> dict[str, Any]:
@@ -105,7 +120,6 @@ def _linux(message: Message, *, namespaces: list[dict[str, str]], cgroup: str) -
     if message.Seccomp is not None:
         document["seccomp"] = _seccomp(message.Seccomp)
     optional = {
-        "sysctl": message.Sysctl,
         "rootfsPropagation": message.RootfsPropagation,
         "maskedPaths": message.MaskedPaths,
         "readonlyPaths": message.ReadonlyPaths,
@@ -132,7 +146,7 @@ def _device(message: Message) -> dict[str, Any]:
 
 
 def resources(message: Message) -> dict[str, Any]:
-    """Translate limits; zero means unset, as the protocol cannot say the difference.
+    """Translate limits; zero means unset, as the protocol cannot say the difference, and -1 none.
 
     :param message: grpc.LinuxResources.
     :returns: the ``resources`` object.
@@ -142,14 +156,14 @@ def resources(message: Message) -> dict[str, Any]:
         document["devices"] = [_device_rule(rule) for rule in message.Devices]
     if message.Memory is not None:
         memory = message.Memory
-        document["memory"] = _positive(
+        document["memory"] = _set(
             {"limit": memory.Limit, "reservation": memory.Reservation, "swap": memory.Swap}
         )
     if message.CPU is not None:
         cpu = message.CPU
-        document["cpu"] = _positive({"shares": cpu.Shares, "quota": cpu.Quota, "period": cpu.Period})
+        document["cpu"] = _set({"shares": cpu.Shares, "quota": cpu.Quota, "period": cpu.Period})
         document["cpu"] |= {key: value for key, value in (("cpus", cpu.Cpus), ("mems", cpu.Mems)) if value}
-    if message.Pids is not None and message.Pids.Limit > 0:
+    if message.Pids is not None and message.Pids.Limit:
         document["pids"] = {"limit": message.Pids.Limit}
     if message.BlockIO is not None:
         document["blockIO"] = _block_io(message.BlockIO)
@@ -158,6 +172,10 @@ def resources(message: Message) -> dict[str, Any]:
             {"pageSize": limit.Pagesize, "limit": limit.Limit} for limit in message.HugepageLimits
         ]
     return document
+
+
+def _set(values: dict[str, int]) -> dict[str, int]:
+    return {key: value for key, value in values.items() if value}
 
 
 def _positive(values: dict[str, int]) -> dict[str, int]:
@@ -199,7 +217,7 @@ def _seccomp(message: Message) -> dict[str, Any]:
 
 def _syscall(message: Message) -> dict[str, Any]:
     rule: dict[str, Any] = {"names": message.Names, "action": message.Action}
-    if message.Action == "SCMP_ACT_ERRNO":
+    if message.Action in {"SCMP_ACT_ERRNO", "SCMP_ACT_TRACE"}:
         rule["errnoRet"] = _EPERM if message.errnoret is None else message.errnoret
     if message.Args:
         rule["args"] = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import _socket
 import _thread
 
-from guest.agent import files, kernel, storage
+from guest.agent import files, kernel, modules, storage, sysctl
 from guest.agent.console import log
 from guest.agent.container import ROOT, Container, bundle_of
 from guest.agent.errors import AgentError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _NAMESPACES = "/run/sandbox-ns"
 _RESOLV_CONF = f"{ROOT}/sandbox/resolv.conf"
+_TUN = (10, 200)
 _ALIASES = {"mnt": "mount", "net": "network"}
 _FIRST = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
 _REST = _FIRST | frozenset("._-")
@@ -128,7 +129,7 @@ class Sandbox:
 
         :param request: grpc.CreateContainerRequest.
         :raises AgentError: if the id is bad or taken, or the container cannot be created.
-        :raises OSError: if a storage cannot be mounted.
+        :raises OSError: if a storage cannot be mounted, or a module not loaded.
         """
         container_id, spec = request.container_id, request.OCI
         if len(container_id) < 2 or container_id[0] not in _FIRST or not _REST.issuperset(container_id):
@@ -147,6 +148,12 @@ class Sandbox:
         try:
             held = self.add_storages(request.storages)
             namespaces = self._namespaces(spec.Linux, shares_pid=request.sandbox_pidns)
+            sysctl.apply(
+                spec.Linux.Sysctl,
+                namespaces=[self._shared[kind] for kind in ("ipc", "uts") if kind in self._shared],
+            )
+            if any((device.Major, device.Minor) == _TUN for device in spec.Linux.Devices):
+                modules.load("tun")
             container = Container(container_id, spec, namespaces=namespaces)
         except BaseException:
             self._forget(container_id, held)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guest.agent import cgroup, jsonout, oci, storage
+from guest.agent import cgroup, jsonout, oci, storage, sysctl
+from guest.agent.errors import AgentError
 from guest.agent.wire import Codec, Message
 from guest.image import schema
 from proto.kata import oci_pb2
@@ -93,6 +94,50 @@ def test_limits_of_zero_are_unset_and_those_of_cgroup_v1_left_out() -> None:
         "cpu": {"quota": 5000, "period": 10000, "cpus": "0"},
         "pids": {"limit": 10},
     }
+
+
+def test_an_update_can_lift_a_limit() -> None:
+    resources = oci_pb2.LinuxResources(
+        Memory=oci_pb2.LinuxMemory(Limit=-1),
+        CPU=oci_pb2.LinuxCPU(Quota=-1),
+        Pids=oci_pb2.LinuxPids(Limit=-1),
+    )
+    assert oci.resources(translated(resources)) == {
+        "memory": {"limit": -1},
+        "cpu": {"quota": -1},
+        "pids": {"limit": -1},
+    }
+
+
+def test_what_the_protocol_has_no_field_for_comes_as_an_annotation() -> None:
+    annotations = {"io.hako.unified/memory.high": "max", "io.hako.seccomp/default-errno": "38", "a": "b"}
+    spec = oci_pb2.Spec(
+        Annotations=annotations,
+        Process=oci_pb2.Process(),
+        Root=oci_pb2.Root(),
+        Linux=oci_pb2.Linux(Seccomp=oci_pb2.LinuxSeccomp(DefaultAction="SCMP_ACT_ERRNO")),
+    )
+    linux = oci.spec(translated(spec), rootfs="/r", namespaces=[], cgroup="/c")["linux"]
+    assert linux["resources"] == {"unified": {"memory.high": "max"}}
+    assert linux["seccomp"]["defaultErrnoRet"] == 38
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("kernel.shmmax", "/proc/sys/kernel/shmmax"),
+        ("net.ipv4.conf.eth0/100.forwarding", "/proc/sys/net/ipv4/conf/eth0.100/forwarding"),
+        ("net/ipv4/conf/eth0.100/forwarding", "/proc/sys/net/ipv4/conf/eth0.100/forwarding"),
+    ],
+)
+def test_a_sysctl_has_a_file(name: str, path: str) -> None:
+    assert sysctl.path_of(name) == path
+
+
+@pytest.mark.parametrize("name", ["", "kernel", "../etc/passwd", "net/../../etc", "a//b", "a..b", "/a/b"])
+def test_a_sysctl_never_leaves_its_directory(name: str) -> None:
+    with pytest.raises(AgentError, match="not a parameter's name"):
+        sysctl.path_of(name)
 
 
 @pytest.mark.parametrize(("given_errno", "expected"), [(None, 1), (0, 0), (38, 38)])
