@@ -127,6 +127,9 @@ async def open_streams(stdio: Stdio, *, container_id: str, namespace: str) -> St
     except OSError as error:
         streams.close_all()
         raise InvalidArgument(f"stdio: {error.filename}: {error.strerror}") from error
+    except ValueError as error:  # not a URL, or a NUL byte behind its escapes
+        streams.close_all()
+        raise InvalidArgument(f"stdio: {stdio.stdout!r}, {stdio.stderr!r}: {error}") from error
     except (InvalidArgument, DeadlineExceeded, asyncio.CancelledError):
         streams.close_all()
         raise
@@ -144,8 +147,10 @@ def _open_file(streams: Streams, name: str, uri: str) -> None:
 def plain_path(name: str, path: str) -> str:
     """Strip the scheme of a FIFO's URI.
 
-    :raises InvalidArgument: if the scheme is another than ``fifo://``.
+    :raises InvalidArgument: if the scheme is another than ``fifo://``, or no file can have the path.
     """
+    if "\0" in path:
+        raise InvalidArgument(f"stdio: {name} {path!r}: holds a NUL byte; give another path")
     scheme, separator, rest = path.partition("://")
     if not separator:
         return path
