@@ -183,10 +183,9 @@ class ServedShim:
     def assert_sound(self) -> None:
         """It lives, and nothing went wrong in it that its answers did not tell."""
         assert self.process.poll() is None
-        text = self._log.read_text(errors="replace")
-        for defect in _DEFECTS:
-            at = text.find(defect)
-            assert at < 0, text[max(0, at - 500) : at + 4000]
+        for line in self._log.read_text(errors="replace").splitlines():
+            of_grpc_itself = "servicer method [/grpc." in line
+            assert of_grpc_itself or not any(defect in line for defect in _DEFECTS), line
 
 
 def header(length: int, *, stream_id: int = 1, kind: int = 1, flags: int = 0) -> bytes:
