@@ -68,6 +68,29 @@ def freeze(path: str, *, frozen: bool) -> None:
         os.close(events)
 
 
+def open_kills(path: str) -> int:
+    """Open the file that :func:`kills` reads; poll(2) reports its changes as POLLPRI.
+
+    :param path: the cgroup.
+    :returns: a descriptor, the caller's to close.
+    :raises FileNotFoundError: if the cgroup has no memory controller.
+    """
+    return os.open(f"{_ROOT}{path}/memory.events", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def kills(fd: int) -> int:
+    """Count the processes killed for memory in a cgroup and below.
+
+    :param fd: what :func:`open_kills` returned.
+    :raises OSError: if the cgroup is gone.
+    """
+    for line in os.pread(fd, 4096, 0).decode().splitlines():
+        key, _, value = line.partition(" ")
+        if key == "oom_kill":
+            return int(value)
+    return 0
+
+
 def _pairs(file: str) -> dict[str, int]:
     try:
         lines = files.read(file).splitlines()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import _thread
 import os
 
-from guest.agent import cgroup, files, jsonout, kernel, oci, runtime
+from guest.agent import cgroup, files, jsonout, kernel, oci, oom, runtime
 from guest.agent.errors import AgentError, NotFound
 from guest.agent.process import Process
 
@@ -64,6 +64,7 @@ class Container:
         except BaseException:
             self._discard()
             raise
+        oom.watch(container_id, self._cgroup)
 
     def _mount_root(self, source: str) -> None:
         # An overlay storage may have been mounted here already.
@@ -182,6 +183,7 @@ class Container:
         self.signal_all()
         if not self.init.end.wait(timeout_s or _REMOVAL_TIMEOUT_S):
             raise AgentError(f"remove: {self.id}: init does not die; destroy the sandbox")
+        oom.forget(self.id)
         runtime.run("delete", "--force", self.id)
         self.init.streams.close()
         with self._lock:

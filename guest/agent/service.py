@@ -7,7 +7,7 @@ import os
 import struct
 import time
 
-from guest.agent import cgroup, copyfile, files, kernel, storage
+from guest.agent import cgroup, copyfile, files, kernel, oom, storage
 from guest.agent.errors import AgentError, InvalidArgument
 
 TYPE_CHECKING = False
@@ -51,6 +51,7 @@ class Service:
             "DestroySandbox": self._destroy_sandbox,
             "ExecProcess": self._exec_process,
             "GetGuestDetails": self._guest_details,
+            "GetOOMEvent": self._next_oom,
             "PauseContainer": self._pause,
             "ReadStderr": self._read_stderr,
             "ReadStdout": self._read_stdout,
@@ -121,8 +122,12 @@ class Service:
     def _wait(self, request: Message, call: Call) -> Message:
         container, process = self._process(request)
         status = process.wait(call)
+        oom.settle(container.id)
         container.forget_if_done(request.exec_id)
         return self._codec.new("grpc.WaitProcessResponse", status=status)
+
+    def _next_oom(self, _request: Message, call: Call) -> Message:
+        return self._codec.new("grpc.OOMEvent", container_id=oom.next_kill(call))
 
     def _read_stdout(self, request: Message, call: Call) -> Message:
         container, process = self._process(request)

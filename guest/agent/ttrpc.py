@@ -63,12 +63,18 @@ class Call:
         self._deadline = time.monotonic() + timeout_ns / 1e9 if timeout_ns > 0 else None
 
     def wait(
-        self, *, readable: Iterable[int], writable: Iterable[int] = (), timeout_s: float | None = None
+        self,
+        *,
+        readable: Iterable[int],
+        writable: Iterable[int] = (),
+        changed: Iterable[int] = (),
+        timeout_s: float | None = None,
     ) -> list[int]:
         """Wait until a descriptor is ready or at its end.
 
         :param readable: descriptors to read from.
         :param writable: descriptors to write to.
+        :param changed: descriptors of the kernel's files that tell of their changes.
         :param timeout_s: when to give up and return nothing; None to wait on.
         :returns: those that are ready; empty after the timeout.
         :raises Cancelled: if the caller's connection is gone.
@@ -79,6 +85,8 @@ class Call:
             poll.register(fd, select.POLLIN)
         for fd in writable:
             poll.register(fd, select.POLLOUT)
+        for fd in changed:
+            poll.register(fd, select.POLLPRI)
         poll.register(self._closed_fd, select.POLLIN)
         until = None if timeout_s is None else time.monotonic() + timeout_s
         limits = [limit for limit in (until, self._deadline) if limit is not None]
