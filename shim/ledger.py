@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _NAME = "ledger"
+_PID_MAX = 1 << 22  # PID_MAX_LIMIT of the kernel, see proc(5)
 
 
 class Entry(Record):
@@ -160,12 +161,34 @@ class Ledger:
     def _lines(self) -> list[dict[str, Any]]:
         content = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
         lines = []
-        for line in content.splitlines():
+        for text in content.splitlines():
             try:
-                lines.append(json.loads(line))
-            except ValueError:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
                 continue
+            if _is_whole(line):
+                lines.append(line)
         return lines
+
+
+def _is_whole(line: Any) -> bool:
+    """Tell whether a line is one that this class writes; what a crash or a bad disk left may be any JSON."""
+    if not isinstance(line, dict):
+        return False
+    if len(line) == 1:
+        ((key, value),) = line.items()
+        return (key == "undone" and type(value) is int) or (
+            key in {"created", "deleted"} and isinstance(value, str)
+        )
+    if set(line) != set(Entry.fields()):
+        return False
+    numbers = (line["number"], line["pid"], line["start_time"])
+    if not all(type(number) is int and number >= 0 for number in numbers) or line["pid"] > _PID_MAX:
+        return False
+    kind, name = line["kind"], line["name"]
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    return kind == "process" or (kind in {"directory", "file", "mount"} and name.startswith("/"))
 
 
 def _without_links(path: str) -> str:
