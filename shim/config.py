@@ -72,7 +72,8 @@ _CHOICES = {
     "log_level": ("debug", "info", "warning", "error"),
 }
 _PATHS = ("qemu", "virtiofsd", "vsock_daemon", "kernel", "initrd", "state_dir", "log_dir")
-_MINIMUM = {"vcpus": 1, "memory_mib": 128, "boot_timeout_s": 1}
+#: Least and most that can be meant: 255 is as many as q35 numbers without an IOMMU, 16 TiB more than it maps.
+_RANGES = {"vcpus": (1, 255), "memory_mib": (128, 1 << 24), "boot_timeout_s": (1, 3600)}
 
 
 class ConfigText(Record):
@@ -98,7 +99,7 @@ def locate(
     :param options_body: the configuration in containerd's runtime options itself.
     :param default: the file that is read if it exists.
     :returns: the text, empty if there is no configuration.
-    :raises Refusal: if a file that was asked for cannot be read, or is not UTF-8.
+    :raises Refusal: if a file that was asked for cannot be there or be read, or is not UTF-8.
     """
     if options_body and not options_path:
         return ConfigText(text=options_body, source="runtime options")
@@ -114,6 +115,8 @@ def locate(
         raise Refusal(f"config: {path or default}: {error.strerror}; make it readable") from error
     except UnicodeDecodeError as error:
         raise Refusal(f"config: {path or default}: not UTF-8; save it as UTF-8") from error
+    except ValueError as error:
+        raise Refusal(f"config: {path!r}: {error}; correct the path") from error
 
 
 def parse(found: ConfigText) -> Config:
@@ -129,7 +132,7 @@ def parse(found: ConfigText) -> Config:
 
     try:
         tables = tomllib.loads(found.text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # beyond syntax: numbers too long, arrays too deep
         raise Refusal(f"config: {found.source}: not TOML: {error}; correct that line") from error
     sections = {"hypervisor": HypervisorConfig, "guest": GuestConfig, "shim": ShimConfig}
     checked = {
@@ -154,13 +157,19 @@ def _section(kind: type[Record], table: Any, where: str) -> Record:
 
 
 def _check_value(key: str, value: Any, where: str) -> None:
+    if isinstance(value, str) and "\0" in value:
+        raise Refusal(f"config: {where}: {value!r} holds a NUL character; no argument can, leave it out")
     choices = _CHOICES.get(key)
     if choices is not None and value not in choices:
         raise Refusal(f"config: {where}: {value!r} is not offered; give one of {', '.join(choices)}")
     if key in _PATHS and not (value.startswith("/") or value == getattr(HypervisorConfig, key, None)):
         raise Refusal(f"config: {where}: {value!r} is not an absolute path; begin it with /")
-    if key in _MINIMUM and value < _MINIMUM[key]:
-        raise Refusal(f"config: {where}: {value} is too small; give at least {_MINIMUM[key]}")
+    if key in _RANGES:
+        least, most = _RANGES[key]
+        if value < least:
+            raise Refusal(f"config: {where}: {value} is too small; give at least {least}")
+        if value > most:
+            raise Refusal(f"config: {where}: it is too large; give at most {most}")
 
 
 def _known(offered: dict[str, type[Any]], name: str, where: str, what: str) -> type[Any]:
