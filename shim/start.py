@@ -105,6 +105,7 @@ def identify_caller(data: bytes, line: CommandLine) -> Caller:
     try:
         params = bootstrap_wire.decode_params(data)
         if data and params.instance_id == line.id and params.namespace == line.namespace:
+            _check_paths(params)
             return Caller(dialect="2.3", params=params)
         options = bootstrap_wire.decode_options(data) or RuntimeOptions()
     except bootstrap_wire.NotProtobufError as error:
@@ -122,6 +123,14 @@ def identify_caller(data: bytes, line: CommandLine) -> Caller:
             options=options,
         ),
     )
+
+
+def _check_paths(params: BootstrapParams) -> None:
+    for path in (params.ttrpc_address, params.grpc_address, params.binary, params.socket_dir):
+        if "\0" in path:
+            raise Refusal(
+                f"start: standard input: {path!r}: holds a NUL byte, which no path can; use containerd's own"
+            )
 
 
 def _check_host() -> None:
