@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 VERSION = "1.0.2"
 _EPERM = 1
+_WITH_ERRNO = frozenset({"SCMP_ACT_ERRNO", "SCMP_ACT_TRACE"})
 # The protocol has no field for these; a host that knows this agent sends them as annotations.
 _UNIFIED = "io.hako.unified/"
 _DEFAULT_ERRNO = "io.hako.seccomp/default-errno"
@@ -93,7 +94,8 @@ def _apply_annotations(linux: dict[str, Any], annotations: dict[str, str]) -> No
     }
     if unified:
         linux.setdefault("resources", {})["unified"] = unified
-    if "seccomp" in linux and _DEFAULT_ERRNO in annotations:
+    # crun takes no number with an action that has no use for it.
+    if _DEFAULT_ERRNO in annotations and linux.get("seccomp", {}).get("defaultAction") in _WITH_ERRNO:
         linux["seccomp"]["defaultErrnoRet"] = int(annotations[_DEFAULT_ERRNO])
 
 
@@ -217,7 +219,7 @@ def _seccomp(message: Message) -> dict[str, Any]:
 
 def _syscall(message: Message) -> dict[str, Any]:
     rule: dict[str, Any] = {"names": message.Names, "action": message.Action}
-    if message.Action in {"SCMP_ACT_ERRNO", "SCMP_ACT_TRACE"}:
+    if message.Action in _WITH_ERRNO:
         rule["errnoRet"] = _EPERM if message.errnoret is None else message.errnoret
     if message.Args:
         rule["args"] = [

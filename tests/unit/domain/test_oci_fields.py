@@ -127,7 +127,7 @@ def test_what_is_refused_is_refused_by_name_and_reason(path: str) -> None:
     assert str(caught.value) == f"spec: {path}: {row.why}"
 
 
-@pytest.mark.parametrize("value", [None, 0, False, "", [], {}], ids=repr)
+@pytest.mark.parametrize("value", [None, 0, False, "", [], {}, {"weight": 0}], ids=repr)
 @pytest.mark.parametrize("path", [path for path in REFUSED if path.startswith("linux.resources.")])
 def test_an_empty_value_asks_for_nothing_and_is_not_refused(path: str, value: Any) -> None:
     name = path.removeprefix("linux.resources.")
