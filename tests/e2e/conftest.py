@@ -48,7 +48,10 @@ def write_config(path: Path, *, state_directory: Path, protocol: str = "ttrpc", 
     :param protocol: how containerd drives the shim.
     :param tables: the body of further tables by name; that of ``shim`` is appended to.
     """
-    shim = f'protocol = "{protocol}"\nstate_dir = "{state_directory}"\n{tables.pop("shim", "")}'
+    shim = (
+        f'protocol = "{protocol}"\nstate_dir = "{state_directory}"\n'
+        f'log_dir = "{state_directory.parent / "log"}"\n{tables.pop("shim", "")}'
+    )
     bodies = {"shim": shim, **tables}
     path.write_text("".join(f"[{name}]\n{body}\n" for name, body in bodies.items()), encoding="utf-8")
     return path
@@ -60,16 +63,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the mark of this directory."""
+    """Declare the marks of this directory."""
     config.addinivalue_line("markers", "hako: has no meaning under another runtime")
+    config.addinivalue_line("markers", "mostly_on(STACK): only nightly on any other stack")
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that are not meant are left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what another runtime cannot do."""
-    if config.getoption("--runtime") != HAKO:
-        for item in items:
-            if item.get_closest_marker("hako"):
-                item.add_marker(pytest.mark.skip(reason="only Hako is meant"))
+    """Leave out what another runtime cannot do, and leave to the night what one stack shows by day."""
+    for item in items:
+        if item.get_closest_marker("hako") and config.getoption("--runtime") != HAKO:
+            item.add_marker(pytest.mark.skip(reason="only Hako is meant"))
+        mostly = item.get_closest_marker("mostly_on")
+        if mostly and isinstance(item, pytest.Function):
+            release, protocol = item.callspec.params["stack"]
+            if f"{release.name}-{protocol}" != mostly.args[0]:
+                item.add_marker(pytest.mark.nightly)
 
 
 def pytest_report_header() -> list[str]:

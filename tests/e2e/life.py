@@ -1,0 +1,184 @@
+"""One container brought to an exact moment of its life, and whoever can be killed at that moment."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+from tests.e2e.busybox import IMAGE
+from tests.e2e.conftest import HAKO, new_id
+from tests.e2e.tasks import Exits, Tasks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.e2e.conftest import Stack
+    from tests.e2e.nursery import Process
+
+MOMENT_S = 30.0
+PROGRAMS = {
+    "shim": "containerd-shim-hako-v2",
+    "QEMU": "qemu-system-x86_64",
+    "virtio-fs daemon": "virtiofsd",
+    "vsock daemon": "vhost-device-vsock",
+}
+
+
+class Life:
+    """The life of one container, and of a privileged one beside it in the machine if there is a door.
+
+    :param stack: where it lives.
+    :param place: a directory for FIFOs.
+    """
+
+    def __init__(self, stack: Stack, place: Path) -> None:
+        self.id = new_id()
+        self.exits = Exits()
+        self._containerd = stack.containerd
+        self._place = place
+        self._door = -1
+        self._door_id = ""
+        self._log_start = stack.containerd.log.stat().st_size
+        self.connect()
+
+    def __enter__(self) -> Self:
+        """Return the life; leaving the block ends it by force."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove what is left of the containers."""
+        self.tasks.__exit__()
+        if self._door >= 0:
+            os.close(self._door)
+        for name in filter(None, (self.id, self._door_id)):
+            if name in self._containerd.containers():
+                self._containerd.remove(name)
+
+    def connect(self) -> None:
+        """Connect to containerd, again if it was restarted."""
+        self.tasks = Tasks(self._containerd.address)
+        self.tasks.subscribe(self.exits)
+
+    @property
+    def all_ids(self) -> list[str]:
+        """The containers of the machine."""
+        return [name for name in (self._door_id, self.id) if name]
+
+    def write_down(self, *options: str | Path) -> None:
+        """Let containerd know the container: its image, its snapshot, its process."""
+        joined = ["--annotation", f"io.containerd.runc.v2.group={self._door_id}"] if self._door_id else []
+        self._record(self.id, "sleep", "1000", options=[*joined, *options])
+
+    def open_door(self) -> None:
+        """Start a privileged container in the same machine that makes its kernel panic when told to."""
+        self._door_id = new_id()
+        command = "echo open; read line; echo c > /proc/sysrq-trigger"
+        self._record(self._door_id, "sh", "-c", command, options=["--privileged"])
+        streams = {name: self._place / f"{self._door_id}-{name}" for name in ("stdin", "stdout")}
+        for path in streams.values():
+            os.mkfifo(path)
+        output = os.open(streams["stdout"], os.O_RDWR)  # so that it opens without a peer
+        self._door = os.open(streams["stdin"], os.O_RDWR)
+        try:
+            self.tasks.begin_create(
+                self._door_id, **{name: str(path) for name, path in streams.items()}
+            ).result()
+            self.tasks.call("Start", self._door_id)
+            assert select.select([output], [], [], MOMENT_S)[0], "the privileged container is silent"
+            assert os.read(output, 100) == b"open\n"
+        finally:
+            os.close(output)
+
+    def kill(self, victim: str) -> None:
+        """Kill whoever it is, now, or as soon as it exists."""
+        if victim == "guest":
+            os.write(self._door, b"now\n")
+        elif victim == "containerd":
+            self._containerd.stop(how=signal.SIGKILL)
+        else:
+            self.signal(victim, signal.SIGKILL)
+
+    def signal(self, victim: str, number: signal.Signals) -> None:
+        """Send a signal to a process of the sandbox, as soon as it exists."""
+        os.kill(_until(lambda: self._find(victim), what=f"the {victim} runs").pid, number)
+
+    def processes(self, program: str) -> list[Process]:
+        """Return the processes of a program below this containerd, oldest first."""
+        running = (
+            process
+            for process in self._containerd.nursery.descendants()
+            if program in process.command and "setpriv" not in process.command
+        )
+        return sorted(running, key=lambda process: process.start_time)
+
+    def wait_for_log(self, text: str) -> None:
+        """Wait until containerd's log, which has the shims' too, says something."""
+
+        def said() -> bool:
+            with self._containerd.log.open("rb") as log:
+                log.seek(self._log_start)
+                return text.encode() in log.read()
+
+        _until(said, what=f"the log says {text!r}")
+
+    def log(self) -> str:
+        """Return what containerd and the shims have logged since this life began."""
+        with self._containerd.log.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode(errors="replace")
+
+    def wait_for_state(self, states: set[str], *, timeout_s: float) -> tuple[str, int]:
+        """Wait for one of some states; return it and the exit status."""
+        return self.wait_for_state_of(self.id, states, timeout_s=timeout_s)
+
+    def wait_for_state_of(self, name: str, states: set[str], *, timeout_s: float) -> tuple[str, int]:
+        """As :meth:`wait_for_state`, for one of the containers."""
+        seen: list[tuple[str, int]] = []
+
+        def reached() -> bool:
+            seen.append(self.tasks.state(name))
+            return seen[-1][0] in states
+
+        _until(reached, what=f"{name} is one of {states}", timeout_s=timeout_s)
+        return seen[-1]
+
+    def remove(self) -> None:
+        """Delete every task and container as a user would, whatever is left of them.
+
+        :raises AssertionError: if ``ctr`` cannot.
+        """
+        for name in reversed(self.all_ids):
+            if name in self._containerd.tasks():
+                self._containerd.ctr("task", "delete", "--force", name)
+            assert name not in self._containerd.tasks()
+            deleted = self._containerd.ctr("container", "delete", name)
+            assert deleted.code == 0, deleted.stderr
+
+    def _find(self, victim: str) -> Process | None:
+        # A virtio-fs daemon is two processes, of which the younger serves; one that is asked for its options
+        # serves nobody.
+        found = [each for each in self.processes(PROGRAMS[victim]) if "--help" not in each.command]
+        if victim == "shim":
+            found = [each for each in found if " -state " in each.command]
+        return found[-1] if found else None
+
+    def _record(self, name: str, *command: str, options: list[str | Path]) -> None:
+        made = self._containerd.ctr("container", "create", "--runtime", HAKO, *options, IMAGE, name, *command)
+        assert made.code == 0, made.stderr
+
+
+def _until(condition: Callable[[], Any], *, what: str, timeout_s: float = MOMENT_S) -> Any:
+    """Wait until a condition has a true value, and return it.
+
+    :raises TimeoutError: if it has none in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {timeout_s:g} s: {what}")
+        time.sleep(0.005)
+    return value

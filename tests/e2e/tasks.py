@@ -1,0 +1,158 @@
+"""containerd's own services, called one step at a time: finer than ``ctr`` can."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import grpc
+from google.protobuf import descriptor_pb2, descriptor_pool
+from google.protobuf.message_factory import GetMessageClass
+from grpc_tools import protoc
+
+from proto.containerd import events_pb2
+from tests.e2e.containerd import NAMESPACE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from google.protobuf.descriptor import ServiceDescriptor
+
+CALL_TIMEOUT_S = 60.0
+_PROTO = Path(__file__).with_name("containerd_services.proto")
+_SERVICES = {"Tasks": "tasks", "Snapshots": "snapshots", "Events": "events"}
+
+
+@functools.cache
+def _service(name: str) -> ServiceDescriptor:
+    with tempfile.NamedTemporaryFile(suffix=".pb") as output:
+        well_known = Path(protoc.__file__).parent / "_proto"
+        arguments = [f"-I{_PROTO.parent}", f"-I{well_known}", f"--descriptor_set_out={output.name}"]
+        assert protoc.main(["protoc", *arguments, "--include_imports", _PROTO.name]) == 0
+        files = descriptor_pb2.FileDescriptorSet.FromString(Path(output.name).read_bytes())
+    pool = descriptor_pool.DescriptorPool()
+    for file in files.file:
+        pool.AddSerializedFile(file.SerializeToString())
+    return pool.FindServiceByName(f"containerd.services.{name}")
+
+
+@dataclass(slots=True)
+class Exits:
+    """The ``/tasks/exit`` events that containerd has sent on, by the id of the process."""
+
+    seen: list[tuple[str, int]] = field(default_factory=list)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def of(self, name: str) -> list[int]:
+        """Return the status in every event about a process, in order."""
+        with self.changed:
+            return [status for process, status in self.seen if process == name]
+
+    def wait_for(self, name: str, *, timeout_s: float) -> bool:
+        """Wait for the first event about a process; tell whether it came."""
+        with self.changed:
+            return self.changed.wait_for(
+                lambda: any(process == name for process, _ in self.seen), timeout=timeout_s
+            )
+
+    def follow(self, stream: Iterable[Any]) -> None:
+        """Collect until the connection ends."""
+        try:
+            for envelope in stream:
+                event = events_pb2.TaskExit.FromString(envelope.event.value)
+                with self.changed:
+                    self.seen.append((event.id, event.exit_status))
+                    self.changed.notify_all()
+        except grpc.RpcError:
+            return
+
+
+class Tasks:
+    """A connection to a containerd.
+
+    :param address: the path of its gRPC socket.
+    """
+
+    def __init__(self, address: Path) -> None:
+        self._channel = grpc.insecure_channel(f"unix://{address}")
+        grpc.channel_ready_future(self._channel).result(CALL_TIMEOUT_S)
+
+    def __enter__(self) -> Self:
+        """Return the connection; leaving the block closes it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def begin(self, name: str, container: str, *, timeout_s: float = CALL_TIMEOUT_S, **fields: Any) -> Any:
+        """Call a method of the task service on a container; return the call, which is under way."""
+        return self._call("Tasks", name, {"container_id": container, **fields}, timeout_s=timeout_s)
+
+    def call(self, name: str, container: str, *, timeout_s: float = CALL_TIMEOUT_S, **fields: Any) -> Any:
+        """Call a method of the task service on a container, and return its answer.
+
+        :raises grpc.RpcError: if containerd or the shim refuses.
+        """
+        return self.begin(name, container, timeout_s=timeout_s, **fields).result()
+
+    def begin_create(self, container: str, **streams: str) -> Any:
+        """Begin to create the task of a container that ``ctr`` has created."""
+        snapshot = {"snapshotter": "overlayfs", "key": container}
+        mounts = self._call("Snapshots", "Mounts", snapshot, timeout_s=CALL_TIMEOUT_S).result().mounts
+        rootfs = [
+            {"type": mount.type, "source": mount.source, "options": list(mount.options)} for mount in mounts
+        ]
+        return self.begin("Create", container, rootfs=rootfs, **streams)
+
+    def add_exec(self, container: str, exec_id: str, *command: str) -> None:
+        """Register an exec, which Start then runs."""
+        process = {"args": command, "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}}
+        kind = "types.containerd.io/opencontainers/runtime-spec/1/Process"
+        spec = {"type_url": kind, "value": json.dumps(process).encode()}
+        self.call("Exec", container, exec_id=exec_id, spec=spec)
+
+    def state(self, container: str) -> tuple[str, int]:
+        """Return a task's state and exit status; ``GONE`` if containerd knows of none."""
+        try:
+            process = self.call("Get", container, timeout_s=10).process
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                return ("GONE", 0)
+            raise
+        status = process.DESCRIPTOR.fields_by_name["status"].enum_type.values_by_number[process.status]
+        return (status.name, process.exit_status)
+
+    def subscribe(self, exits: Exits) -> None:
+        """Collect the exits that containerd reports while this connection is open."""
+        stream = self._call("Events", "Subscribe", {"filters": ['topic=="/tasks/exit"']}, timeout_s=None)
+        threading.Thread(target=exits.follow, args=(stream,), daemon=True).start()
+
+    def _call(self, service: str, name: str, fields: dict[str, Any], *, timeout_s: float | None) -> Any:
+        method = _service(service).methods_by_name[name]
+        path = f"/containerd.services.{_SERVICES[service]}.v1.{service}/{name}"
+        make = self._channel.unary_stream if method.server_streaming else self._channel.unary_unary
+        request = GetMessageClass(method.input_type)
+        callee = make(
+            path,
+            request_serializer=request.SerializeToString,
+            response_deserializer=GetMessageClass(method.output_type).FromString,
+        )
+        metadata = [("containerd-namespace", NAMESPACE)]
+        begin = callee if method.server_streaming else callee.future
+        return begin(request(**fields), timeout=timeout_s, metadata=metadata)
+
+
+def outcomes(calls: Iterable[Any], *, timeout_s: float) -> Iterator[grpc.StatusCode]:
+    """Wait for the ends of calls, and yield how each ended.
+
+    :raises grpc.FutureTimeoutError: if one does not end in time.
+    """
+    for call in calls:
+        error = call.exception(timeout_s)
+        yield grpc.StatusCode.OK if error is None else error.code()

@@ -1,0 +1,148 @@
+"""Whoever dies, and whenever: containerd learns of it, a user can clean up, and nothing is left."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+
+from tests.e2e.conftest import write_config
+from tests.e2e.life import Life
+from tests.e2e.tasks import outcomes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.e2e.conftest import Stack
+
+pytestmark = [pytest.mark.hako, pytest.mark.mostly_on("1.7-ttrpc")]
+
+CONSISTENT_S = 10.0
+CALLS_END_S = 15.0
+
+VICTIMS = ("shim", "QEMU", "virtio-fs daemon", "vsock daemon", "guest", "containerd")
+PHASES = (
+    "during start",
+    "during create",
+    "created",
+    "running",
+    "during exec",
+    "paused",
+    "stopping",
+    "during delete",
+)
+BEFORE_THE_TASK_EXISTS = ("during start", "during create")
+# A kernel that panics while it boots is the test below this one: no container can make it panic then.
+IMPOSSIBLE = {("guest", "during start")}
+MATRIX = [
+    pair for pair in itertools.product(VICTIMS, PHASES) if pair not in IMPOSSIBLE and pair[0] != "containerd"
+]
+
+
+def bring_to(life: Life, phase: str) -> list[Any]:
+    """Bring a container to a phase.
+
+    :returns: the calls that are under way then.
+    """
+    creating = life.tasks.begin_create(life.id)
+    if phase in BEFORE_THE_TASK_EXISTS:
+        if phase == "during create":
+            life.wait_for_log(": ready")
+        return [creating]
+    creating.result()
+    if phase == "created":
+        return []
+    life.tasks.call("Start", life.id)
+    return further_to(life, phase)
+
+
+def further_to(life: Life, phase: str) -> list[Any]:
+    """Bring a running container to a phase, as :func:`bring_to` does."""
+    match phase:
+        case "during exec":
+            life.tasks.add_exec(life.id, "extra", "sleep", "1000")
+            return [life.tasks.begin("Start", life.id, exec_id="extra")]
+        case "paused":
+            life.tasks.call("Pause", life.id)
+        case "stopping":
+            return [life.tasks.begin("Kill", life.id, signal=signal.SIGKILL)]
+        case "during delete":
+            life.tasks.call("Kill", life.id, signal=signal.SIGKILL)
+            life.wait_for_state({"STOPPED"}, timeout_s=CONSISTENT_S)
+            return [life.tasks.begin("Delete", life.id)]
+    return []
+
+
+@pytest.mark.parametrize(("victim", "phase"), MATRIX)
+def test_a_death_ends_the_task_once_and_leaves_nothing(stack: Stack, home: Path, victim: str, phase: str):
+    with Life(stack, home) as life:
+        if victim == "guest":
+            life.open_door()
+        life.write_down()
+
+        under_way = bring_to(life, phase)
+        life.kill(victim)
+
+        list(outcomes(under_way, timeout_s=CALLS_END_S))
+        for name in life.all_ids:
+            state, status = life.wait_for_state_of(name, {"STOPPED", "GONE"}, timeout_s=CONSISTENT_S)
+            assert (state, status) in {("STOPPED", 128 + signal.SIGKILL), ("GONE", 0)}
+        if phase not in BEFORE_THE_TASK_EXISTS:
+            assert life.exits.wait_for(life.id, timeout_s=CONSISTENT_S)
+        life.remove()
+        exits = life.exits.of(life.id)
+        assert set(exits) <= {128 + signal.SIGKILL}
+        # containerd itself reports the exit of whatever task it still has when a shim is gone.
+        assert len(exits) <= (2 if victim == "shim" and phase in {"stopping", "during delete"} else 1)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_restarted_containerd_takes_a_task_up_where_it_was(stack: Stack, home: Path, phase: str):
+    with Life(stack, home) as life:
+        life.write_down()
+        under_way = bring_to(life, phase)
+        life.kill("containerd")
+        assert grpc.StatusCode.OK not in outcomes(under_way, timeout_s=CALLS_END_S)
+
+        stack.containerd.start()
+        life.connect()
+
+        state, status = life.tasks.state(life.id)
+        expected = {
+            "during start": {"GONE", "CREATED"},
+            "during create": {"GONE", "CREATED"},
+            "created": {"CREATED"},
+            "running": {"RUNNING"},
+            "during exec": {"RUNNING"},
+            "paused": {"PAUSED"},
+            "stopping": {"RUNNING", "STOPPED", "GONE"},
+            "during delete": {"STOPPED", "GONE"},
+        }
+        assert state in expected[phase]
+        if state in {"CREATED", "RUNNING", "PAUSED"}:
+            life.tasks.call("Kill", life.id, signal=signal.SIGKILL)
+            _, status = life.wait_for_state({"STOPPED"}, timeout_s=CONSISTENT_S)
+            assert life.exits.wait_for(life.id, timeout_s=CONSISTENT_S)
+            assert status == 128 + signal.SIGKILL
+        life.remove()
+        assert life.exits.of(life.id) in ([], [128 + signal.SIGKILL])
+
+
+def test_a_kernel_that_panics_while_it_boots_fails_the_create(stack: Stack, home: Path, tmp_path: Path):
+    config = write_config(
+        tmp_path / "panic.toml",
+        state_directory=stack.state_directory,
+        protocol=stack.protocol,
+        guest='kernel_parameters = "rdinit=/none init=/none root=/dev/none"',
+    )
+    with Life(stack, home) as life:
+        life.write_down("--runtime-config-path", config)
+        with pytest.raises(grpc.RpcError, match="panic"):
+            life.tasks.begin_create(life.id).result()
+
+        assert life.wait_for_state({"GONE"}, timeout_s=CONSISTENT_S) == ("GONE", 0)
+        life.remove()
+        assert life.exits.of(life.id) == []
