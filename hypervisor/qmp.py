@@ -8,7 +8,7 @@ import logging
 import socket
 from typing import TYPE_CHECKING, Any
 
-from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, StateError
+from qemu.qmp import ConnectError, EventListener, QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
 
 from hypervisor.errors import QmpError
@@ -44,8 +44,11 @@ class _Lifecycle(EventListener):
         """
         match event["event"]:
             case "SHUTDOWN":
-                data: Any = event["data"]
-                self.shutdown = Shutdown(by_guest=data["guest"], cause=data["reason"])
+                data: Any = event.get("data")
+                if isinstance(data, dict):  # an exception here would end the session
+                    self.shutdown = Shutdown(
+                        by_guest=bool(data.get("guest")), cause=str(data.get("reason", "unknown"))
+                    )
             case "STOP":
                 self.stopped.set()
 
@@ -83,6 +86,8 @@ class QmpSession:
             await self._client.connect(self._stream)
         except ConnectError as error:
             raise QmpError(f"qmp: connect: {error.exc or error}") from error
+        except AssertionError as error:  # the library's own, if the connection ends in its very last step
+            raise QmpError("qmp: connect: the connection ended during negotiation") from error
 
     async def run_state(self) -> str:
         """Return QEMU's ``RunState``, for example ``running``.
@@ -90,7 +95,7 @@ class QmpSession:
         :raises QmpError: if QEMU does not answer.
         """
         reply = await self._execute("query-status")
-        return str(reply["status"])
+        return str(reply.get("status"))
 
     async def broken(self) -> str:
         """Wait until QEMU has stopped the guest for good; for ever if QEMU ends first.
@@ -109,8 +114,9 @@ class QmpSession:
 
     async def close(self) -> None:
         """End the session after every event that QEMU sent has been read, if QEMU is gone."""
-        # How QEMU ended is known from its process, not from its socket.
-        with contextlib.suppress(EOFError, OSError):
+        # How QEMU ended is known from its process, not from its socket; the rest is what the library's reader
+        # ends with if it was told what is no QMP.
+        with contextlib.suppress(EOFError, OSError, QMPError, ValueError, RecursionError):
             await self._client.disconnect()
         self._stream.close()
 
@@ -125,7 +131,7 @@ class QmpSession:
                 reply: Any = await self._client.execute(command)
         except TimeoutError:
             raise QmpError(f"qmp: {command}: no answer within {_COMMAND_TIMEOUT_S:g} s") from None
-        except (ExecuteError, ExecInterruptedError, StateError) as error:
+        except QMPError as error:
             raise QmpError(f"qmp: {command}: {error}") from error
         if not isinstance(reply, dict):
             raise QmpError(f"qmp: {command}: unexpected reply {reply!r}")
