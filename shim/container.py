@@ -351,10 +351,7 @@ class Container:
 
     def _show(self, share: SharedMount) -> None:
         source = self.bundle / share.source
-        if not (os.path.isdir(source) or os.path.isfile(source)):  # noqa: PTH112, PTH113 - as for a root
-            raise InvalidArgument(
-                f"mount: container {self.id}: {source}: only files and directories can be shared with a guest"
-            )
+        mounts.require_shareable(source)
         self._bind_into_share(source, share.name, read_only=share.read_only, recursive=share.recursive)
 
     def _bind_into_share(self, source: Path, name: str, *, read_only: bool, recursive: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -75,6 +76,14 @@ _CALLERS_MISTAKES = frozenset(
         errno.ENXIO,
     }
 )
+
+
+_KINDS = {
+    stat.S_IFSOCK: "socket",
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFBLK: "block device",
+    stat.S_IFCHR: "character device",
+}
 
 
 class MountOptions(NamedTuple):
@@ -156,6 +165,24 @@ def share_directory(path: Path) -> None:
     """
     mount(str(path), path, flags=MS_BIND)
     mount("none", path, flags=MS_SHARED)
+
+
+def require_shareable(path: Path) -> None:
+    """Make sure that a guest can have a path of the host.
+
+    :raises InvalidArgument: if it is neither a file nor a directory; the message says what it is.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise InvalidArgument(f"mount: {path}: {error.strerror}; name a file or directory") from error
+    except ValueError as error:  # a NUL byte
+        raise InvalidArgument(f"mount: {path}: {error}; name a file or directory") from error
+    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+        kind = _KINDS.get(stat.S_IFMT(mode), "special file")
+        raise InvalidArgument(
+            f"mount: {path}: is a {kind} of the host; a guest can share files and directories"
+        )
 
 
 def bind(source: Path, target: Path, *, read_only: bool, recursive: bool) -> None:

@@ -1,0 +1,523 @@
+"""What a specification asks for is what a process in the container sees, field by field."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import socket
+import stat
+import subprocess
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from google.protobuf.any_pb2 import Any as Packed
+from google.protobuf.empty_pb2 import Empty
+
+from proto.containerd import task_v3_pb2
+from shim.oci_fields import ROWS, Fate
+from tests.e2e import census
+from tests.e2e.busybox import IMAGE, rootfs_archive
+from tests.e2e.conftest import new_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from google.protobuf.message import Message
+
+    from tests.e2e.conftest import Stack
+
+pytestmark = pytest.mark.hako
+
+DEADLINE_S = 60.0
+CAP_KILL = 1 << 5
+CAP_SYS_ADMIN = 1 << 21
+CAP_MKNOD = 1 << 27
+ROWS_OF_EXEC, COLUMNS_OF_EXEC = 31, 97
+
+
+def specification(*, rootfs: Path, volume: Path, file: Path) -> dict[str, Any]:
+    """Ask for something unusual in every field that a guest can honour."""
+    few = ["CAP_KILL", "CAP_MKNOD"]
+    return {
+        "ociVersion": "1.1.0",
+        "process": {
+            "terminal": False,
+            "args": ["sleep", "100000"],
+            "env": ["PATH=/bin", "COLOUR=red green"],
+            "cwd": "/made/for/it",
+            "user": {"uid": 1000, "gid": 1001, "additionalGids": [5, 6], "umask": 0o022},
+            "capabilities": {
+                "bounding": [*few, "CAP_SYS_ADMIN"],
+                "permitted": few,
+                "effective": few,
+                "inheritable": few,
+                "ambient": few[:1],
+            },
+            "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 512, "hard": 2048}],
+            "noNewPrivileges": True,
+            "oomScoreAdj": 321,
+            "apparmorProfile": "cri-containerd.apparmor.d",
+            "selinuxLabel": "system_u:system_r:container_t:s0",
+        },
+        "root": {"path": str(rootfs), "readonly": True},
+        "hostname": "specified",
+        "domainname": "example.org",
+        "annotations": {"com.example.key": "value"},
+        "hooks": {"createRuntime": [{"path": "/bin/true"}]},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec"]},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
+            {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["newinstance"]},
+            {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nodev"]},
+            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["size=4m", "noexec"]},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro", "nosuid"]},
+            {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]},
+            {
+                "destination": "/scratch",
+                "type": "tmpfs",
+                "source": "none",
+                "options": ["size=1m", "mode=1777"],
+            },
+            {"destination": "/volume", "type": "bind", "source": str(volume), "options": ["rbind", "rw"]},
+            {"destination": "/locked", "source": str(volume), "options": ["rbind", "ro", "nosuid", "nodev"]},
+            {"destination": "/shallow", "type": "bind", "source": str(volume), "options": ["bind"]},
+            {"destination": "/etc/file", "type": "bind", "source": str(file), "options": ["bind"]},
+            {"destination": "/etc/locked", "type": "bind", "source": str(file), "options": ["bind", "ro"]},
+            {"destination": "/guest", "type": "bind", "source": "/proc/version", "options": ["bind", "ro"]},
+        ],
+        "linux": {
+            "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network", "cgroup")],
+            "cgroupsPath": "system.slice:hako:specified",
+            "rootfsPropagation": "private",
+            "sysctl": {
+                "net.ipv4.ip_unprivileged_port_start": "80",
+                "kernel.shmmax": "1048576",
+                "fs.mqueue.msg_max": "20",
+                "vm.max_map_count": "262144",
+            },
+            "maskedPaths": ["/proc/keys", "/sys/firmware", "/not/there"],
+            "readonlyPaths": ["/proc/sys", "/scratch", "/not/there"],
+            "devices": [
+                {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 0o640, "gid": 7},
+                {"path": "/dev/net/tun", "type": "c", "major": 10, "minor": 200, "fileMode": 0o666, "uid": 8},
+                {"path": "/dev/pipe", "type": "p", "fileMode": 0o600, "uid": 1000, "gid": 1001},
+            ],
+            "seccomp": {
+                "defaultAction": "SCMP_ACT_ALLOW",
+                "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"],
+                "flags": [],
+                "syscalls": [
+                    {"names": ["swapon"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38},
+                    {"names": ["swapoff"], "action": "SCMP_ACT_ERRNO"},
+                    {
+                        "names": ["kill"],
+                        "action": "SCMP_ACT_ERRNO",
+                        "errnoRet": 5,
+                        "args": [{"index": 1, "value": 63, "valueTwo": 12, "op": "SCMP_CMP_MASKED_EQ"}],
+                    },
+                ],
+            },
+            "resources": {
+                "devices": [
+                    {"allow": False, "access": "rwm"},
+                    {"allow": True, "type": "c", "major": 10, "minor": 229, "access": "rw"},
+                    {"allow": True, "type": "c", "major": 10, "minor": 200, "access": "r"},
+                ],
+                "memory": {
+                    "limit": 64 << 20,
+                    "reservation": 32 << 20,
+                    "swap": 64 << 20,
+                    "kernel": 1 << 30,
+                    "swappiness": 60,
+                    "disableOOMKiller": False,
+                },
+                "cpu": {"shares": 512, "quota": 50000, "period": 100000, "cpus": "0-63", "mems": "0"},
+                "pids": {"limit": 50},
+                "blockIO": {"weight": 0},
+                "hugepageLimits": [{"pageSize": "2MB", "limit": 4 << 20}, {"pageSize": "1TB", "limit": 0}],
+                "unified": {"memory.oom.group": "1"},
+            },
+        },
+    }
+
+
+STATUS = "cat /proc/1/status"
+LIMITS = "cd /sys/fs/cgroup && grep -H . memory.max memory.low memory.swap.max cpu.max cpu.weight pids.max"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What shows a process that fields arrived.
+
+    :param fields: their rows.
+    :param command: what the process runs.
+    :param expected: a pattern found in what it prints, on either output.
+    """
+
+    fields: str
+    command: str
+    expected: str
+
+
+def capability(kind: str, mask: int) -> str:
+    return rf"Cap{kind}:\s+{mask:016x}\n"
+
+
+SEEN = (
+    Seen("process.args", "tr '\\0' ' ' </proc/1/cmdline", r"^sleep 100000 $"),
+    Seen("process.env", "tr '\\0' '\\n' </proc/1/environ", r"(?m)^COLOUR=red green$"),
+    Seen("process.cwd", "readlink /proc/1/cwd", r"^/made/for/it$"),
+    Seen("process.user.uid", STATUS, r"Uid:\s+1000\s+1000\s+1000\s+1000\n"),
+    Seen("process.user.gid", STATUS, r"Gid:\s+1001\s+1001\s+1001\s+1001\n"),
+    Seen("process.user.additionalGids", STATUS, r"Groups:\s+5 6 ?\n"),
+    Seen("process.user.umask", STATUS, r"Umask:\s+0022\n"),
+    Seen("process.capabilities.bounding", STATUS, capability("Bnd", CAP_KILL | CAP_MKNOD | CAP_SYS_ADMIN)),
+    Seen("process.capabilities.permitted", STATUS, capability("Prm", CAP_KILL)),
+    Seen("process.capabilities.effective", STATUS, capability("Eff", CAP_KILL)),
+    Seen("process.capabilities.inheritable", STATUS, capability("Inh", CAP_KILL | CAP_MKNOD)),
+    Seen("process.capabilities.ambient", STATUS, capability("Amb", CAP_KILL)),
+    Seen("process.rlimits.type process.rlimits.soft", "cat /proc/1/limits", r"Max open files +512 "),
+    Seen("process.rlimits.hard", "cat /proc/1/limits", r"Max open files +512 +2048 "),
+    Seen("process.noNewPrivileges", STATUS, r"NoNewPrivs:\s+1\n"),
+    Seen("process.oomScoreAdj", "cat /proc/1/oom_score_adj", r"^321$"),
+    Seen("process.terminal", "test -t 1 || echo none", r"^none$"),
+    Seen("ociVersion root.path", "ls /", r"(?m)^bin$"),
+    Seen("root.readonly", "touch /new", r"Read-only file system"),
+    Seen("hostname", "hostname", r"^specified$"),
+    Seen("domainname", "cat /proc/sys/kernel/domainname", r"^example\.org$"),
+    # mounts
+    Seen("mounts.destination mounts.type", "stat -f -c %T /scratch", r"^tmpfs$"),
+    Seen("mounts.options", "df -k /scratch && stat -c %a /scratch", r" 1024 +0 +1024 [^\n]*\n1777$"),
+    Seen("mounts.options", "grep ' /dev/shm ' /proc/mounts", r"noexec.*size=4096k"),
+    Seen("mounts.source", "cat /volume/plain", r"^from the host$"),
+    Seen("mounts.source", "cat /etc/file", r"^a file of the host$"),
+    Seen("mounts.source", "cut -d' ' -f1-3 /guest; uname -sr", r"^Linux version (\S+)\nLinux \1$"),
+    Seen("mounts.options", "cat /volume/nested/deep /locked/nested/deep", r"^below\nbelow$"),
+    Seen("mounts.options", "ls -a /shallow/nested", r"^\.\n\.\.$"),
+    Seen("mounts.options", "touch /locked/new", r"Read-only file system"),
+    Seen("mounts.options", "echo x >/etc/locked", r"Read-only file system"),
+    Seen("mounts.options", "grep ' /locked ' /proc/mounts", r"ro,nosuid,nodev"),
+    Seen("mounts.type", "ls -d /dev/mqueue && grep -c ' /dev/mqueue mqueue ' /proc/mounts", r"\n1$"),
+    Seen("linux.rootfsPropagation", "grep ' / / ' /proc/self/mountinfo | grep -c -e shared -e master", "^0$"),
+    # linux
+    Seen("linux.namespaces.type", "readlink /proc/self/ns/net; echo $$", r"^net:\[\d+\]\n\d{1,3}$"),
+    Seen("linux.cgroupsPath", "cat /proc/1/cgroup", r"^0::/$"),
+    Seen("linux.sysctl", "cat /proc/sys/net/ipv4/ip_unprivileged_port_start", r"^80$"),
+    Seen("linux.sysctl", "cat /proc/sys/kernel/shmmax /proc/sys/fs/mqueue/msg_max", r"^1048576\n20$"),
+    Seen("linux.sysctl", "cat /proc/sys/vm/max_map_count", r"^262144$"),
+    Seen("linux.maskedPaths", "wc -c </proc/keys; ls -A /sys/firmware | wc -l", r"^0\n0$"),
+    Seen("linux.readonlyPaths", "echo x >/proc/sys/kernel/shmmax", r"Read-only file system"),
+    Seen("linux.readonlyPaths", "touch /scratch/new", r"Read-only file system"),
+    Seen(
+        "linux.devices.path linux.devices.type linux.devices.major linux.devices.minor linux.devices.fileMode"
+        " linux.devices.uid linux.devices.gid",
+        "ls -ln /dev/fuse /dev/net/tun /dev/pipe",
+        r"crw-r-----\s+1 0\s+7\s+10, 229 .*\ncrw-rw-rw-\s+1 8\s+0\s+10, 200 .*\nprw-------\s+1 1000\s+1001 ",
+    ),
+    Seen(
+        "linux.devices.path",
+        "ls /dev",
+        r"^core\nfd\nfull\nfuse\nmqueue\nnet\nnull\npipe\nptmx\npts\nrandom\nshm\nstderr\nstdin\nstdout\ntty\n"
+        r"urandom\nzero$",
+    ),
+    # linux.seccomp
+    Seen("linux.seccomp.defaultAction linux.seccomp.architectures", STATUS, r"Seccomp:\s+2\n"),
+    Seen("linux.seccomp.syscalls.names linux.seccomp.syscalls.action", "swapoff /dev/null", r"not permitted"),
+    Seen("linux.seccomp.syscalls.errnoRet", "swapon /dev/null", r"Function not implemented"),
+    Seen(
+        "linux.seccomp.syscalls.args.index linux.seccomp.syscalls.args.value"
+        " linux.seccomp.syscalls.args.valueTwo linux.seccomp.syscalls.args.op",
+        "kill -0 $$ && echo allowed; kill -12 $$",
+        r"allowed\n.*Input/output error",
+    ),
+    # linux.resources
+    Seen(
+        "linux.resources.devices.allow linux.resources.devices.type linux.resources.devices.major"
+        " linux.resources.devices.minor linux.resources.devices.access",
+        "exec 3</dev/net/tun; echo read; exec 4>/dev/net/tun",
+        r"^read\n.*not permitted",
+    ),
+    Seen("linux.resources.memory.limit", LIMITS, rf"memory.max:{64 << 20}\n"),
+    Seen("linux.resources.memory.reservation", LIMITS, rf"memory.low:{32 << 20}\n"),
+    Seen("linux.resources.memory.swap", LIMITS, r"memory.swap.max:0\n"),
+    Seen("linux.resources.cpu.quota linux.resources.cpu.period", LIMITS, r"cpu.max:50000 100000\n"),
+    Seen("linux.resources.cpu.shares", LIMITS, r"cpu.weight:20\n"),
+    Seen("linux.resources.pids.limit", LIMITS, r"pids.max:50$"),
+    Seen(
+        "linux.resources.hugepageLimits.pageSize linux.resources.hugepageLimits.limit",
+        "cat /sys/fs/cgroup/hugetlb.2MB.max",
+        rf"^{4 << 20}$",
+    ),
+    Seen("linux.resources.unified", "cat /sys/fs/cgroup/memory.oom.group", r"^1$"),
+)
+SEEN_BY_OTHER_TESTS = {
+    "annotations",  # no process can see one; see test_oci
+    "process.consoleSize.height",
+    "process.consoleSize.width",
+    "linux.namespaces.path",  # a pod's; see sandbox_pidns in test_oci
+    "linux.seccomp.defaultErrnoRet",
+    "linux.seccomp.flags",  # none has an effect that a process can see
+    *(
+        f"linux.{kind}Mappings.{name}"
+        for kind in ("uid", "gid")
+        for name in ("hostID", "containerID", "size")
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A container with that specification, and what is the host's side of it."""
+
+    stack: Stack
+    name: str
+    volume: Path
+    file: Path
+    service: Path
+
+    def call(self, method: str, **fields: Any) -> Any:
+        """Call one method of the shim's task service."""
+        requests: dict[str, tuple[type[Message], type[Message]]] = {
+            "Exec": (task_v3_pb2.ExecProcessRequest, Empty),
+            "Start": (task_v3_pb2.StartRequest, task_v3_pb2.StartResponse),
+            "Wait": (task_v3_pb2.WaitRequest, task_v3_pb2.WaitResponse),
+            "Delete": (task_v3_pb2.DeleteRequest, task_v3_pb2.DeleteResponse),
+            "Update": (task_v3_pb2.UpdateTaskRequest, Empty),
+        }
+        request, response = requests[method]
+        with grpc.insecure_channel(f"unix://{self.service}") as channel:
+            call = channel.unary_unary(
+                f"/containerd.task.v3.Task/{method}",
+                request_serializer=request.SerializeToString,
+                response_deserializer=response.FromString,
+            )
+            return call(request(id=self.name, **fields), timeout=DEADLINE_S)
+
+    def exec_process(self, process: dict[str, Any], *, exec_id: str, output: Path) -> str:
+        """Run a process that is given whole, as a client other than ctr can."""
+        packed = Packed(
+            type_url="types.containerd.io/opencontainers/runtime-spec/1/Process",
+            value=json.dumps(process).encode(),
+        )
+        self.call("Exec", exec_id=exec_id, spec=packed, stdout=f"file://{output}", stderr=f"file://{output}")
+        self.call("Start", exec_id=exec_id)
+        self.call("Wait", exec_id=exec_id)
+        self.call("Delete", exec_id=exec_id)
+        return output.read_text()
+
+
+@pytest.fixture(scope="module")
+def place(home: Path) -> Iterator[Path]:
+    """A directory of the host with a root file system, a volume with a mount in it, and a file."""
+    with tempfile.TemporaryDirectory(dir=home, prefix="spec-") as directory:
+        place = Path(directory)
+        place.chmod(0o755)
+        with tarfile.open(fileobj=io.BytesIO(rootfs_archive())) as archive:
+            archive.extractall(place / "rootfs", filter="fully_trusted")  # noqa: S202 - made by this test
+        nested = place / "volume/nested"
+        nested.mkdir(parents=True)
+        (place / "volume/plain").write_text("from the host\n")
+        (place / "volume").chmod(0o777)
+        (place / "file").write_text("a file of the host\n")
+        (place / "file").chmod(0o666)
+        subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "hako-nested", nested], check=True)
+        try:
+            (nested / "deep").write_text("below\n")
+            yield place
+        finally:
+            subprocess.run(["/usr/bin/umount", nested], check=True)
+
+
+@pytest.fixture(scope="module")
+def box(one_stack: Stack, place: Path) -> Iterator[Box]:
+    """One container that asks for everything; what it leaves behind is counted when it is gone."""
+    name = new_id()
+    spec = specification(rootfs=place / "rootfs", volume=place / "volume", file=place / "file")
+    config = place / "config.json"
+    config.write_text(json.dumps(spec))
+    containerd = one_stack.containerd
+    before = census.take(containerd, state_directory=one_stack.state_directory)
+    started = containerd.ctr("run", "--runtime", containerd.runtime, "--detach", "--config", config, name)
+    try:
+        assert started.code == 0, started.stderr
+        [service] = one_stack.state_directory.glob("*/grpc.sock")
+        yield Box(one_stack, name, place / "volume", place / "file", service)
+    finally:
+        containerd.remove(name)
+    assert census.difference(before, containerd, state_directory=one_stack.state_directory) == []
+
+
+@pytest.fixture(scope="module")
+def answers(box: Box) -> dict[str, str]:
+    """What every command of ``SEEN`` prints, all of them run by one exec."""
+    commands = sorted({seen.command for seen in SEEN})
+    script = "".join(f"echo; echo '@ {number}'; ({line}) 2>&1\n" for number, line in enumerate(commands))
+    result = box.stack.containerd.exec(box.name, "answers", "sh", "-c", script)
+    parts = re.split(r"\n@ \d+\n", result.stdout)[1:]
+    assert len(parts) == len(commands), result
+    return dict(zip(commands, parts, strict=True))
+
+
+@pytest.mark.parametrize("seen", SEEN, ids=lambda seen: f"{seen.fields.split()[0]}: {seen.command[:30]}")
+def test_a_process_sees_what_was_asked_for(answers: dict[str, str], seen: Seen):
+    assert re.search(seen.expected, answers[seen.command])
+
+
+def test_every_field_that_is_sent_is_seen_by_some_test():
+    tested = {field for seen in SEEN for field in seen.fields.split()} | SEEN_BY_OTHER_TESTS
+    assert {row.path for row in ROWS if row.fate in {Fate.SENT, Fate.REPLACED}} - tested == set()
+
+
+def test_the_host_sees_what_is_written_through_a_bind_mount(box: Box):
+    written = box.stack.containerd.exec(
+        box.name, "write", "sh", "-c", "echo one >/volume/new; echo two >/etc/file"
+    )
+    assert written.code == 0, written.stderr
+    assert (box.volume / "new").read_text() == "one\n"
+    assert (box.volume / "new").stat().st_uid == 1000
+    assert box.file.read_text() == "two\n"
+    box.file.write_text("a file of the host\n")
+
+
+def test_an_exec_has_a_process_of_its_own(box: Box, tmp_path: Path):
+    process = {
+        "args": ["sh", "-c", "id; pwd; env; umask; ulimit -n; ulimit -Hn; cat /proc/self/status"],
+        "env": ["PATH=/bin", "ONLY=this"],
+        "cwd": "/etc",
+        "user": {"uid": 7, "gid": 8, "additionalGids": [9]},
+        "capabilities": {"bounding": ["CAP_SYS_ADMIN"], "inheritable": [], "permitted": [], "effective": []},
+        "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 100, "hard": 200}],
+        "noNewPrivileges": False,
+        "oomScoreAdj": 5,
+    }
+    seen = box.exec_process(process, exec_id="own", output=tmp_path / "output")
+
+    assert seen.startswith("uid=7 gid=8 groups=9\n/etc\n")
+    assert "ONLY=this\n" in seen
+    assert "COLOUR" not in seen
+    assert "\n100\n200\n" in seen
+    for expected in (
+        capability("Bnd", CAP_SYS_ADMIN),
+        capability("Eff", 0),
+        capability("Inh", 0),
+        r"NoNewPrivs:\s+0\n",
+        r"Seccomp:\s+2\n",
+    ):
+        assert re.search(expected, seen), expected
+
+
+def test_the_terminal_of_an_exec_has_the_size_its_process_asks_for(box: Box, tmp_path: Path):
+    output = tmp_path / "output"
+    process = {
+        "args": ["stty", "size"],
+        "env": ["PATH=/bin"],
+        "cwd": "/",
+        "user": {},
+        "terminal": True,
+        "consoleSize": {"height": ROWS_OF_EXEC, "width": COLUMNS_OF_EXEC},
+    }
+    packed = Packed(type_url="Process", value=json.dumps(process).encode())
+    box.call("Exec", exec_id="tty", spec=packed, terminal=True, stdout=f"file://{output}")
+    box.call("Start", exec_id="tty")
+    box.call("Wait", exec_id="tty")
+    box.call("Delete", exec_id="tty")
+    assert output.read_text() == f"{ROWS_OF_EXEC} {COLUMNS_OF_EXEC}\n"
+
+
+@pytest.mark.parametrize(
+    ("limits", "seen"),
+    [
+        ({"memory": {"limit": 48 << 20, "swap": 48 << 20}}, f"memory.max:{48 << 20}\n"),
+        ({"memory": {"limit": -1, "swap": -1}}, "memory.max:max\n"),
+        ({"cpu": {"quota": 20000, "period": 40000}}, "cpu.max:20000 40000\n"),
+        ({"cpu": {"quota": -1, "period": 100000}}, "cpu.max:max 100000\n"),
+        ({"cpu": {"shares": 1024, "cpus": "0-127", "mems": "0-1"}}, "cpu.weight:39\n"),
+        ({"pids": {"limit": 77}}, "pids.max:77\n"),
+        ({"pids": {"limit": -1}}, "pids.max:max\n"),
+    ],
+    ids=str,
+)
+def test_limits_can_be_changed_and_lifted(box: Box, limits: dict[str, Any], seen: str):
+    url = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
+    box.call("Update", resources=Packed(type_url=url, value=json.dumps(limits).encode()))
+
+    assert seen in box.stack.containerd.exec(box.name, "limits", "sh", "-c", LIMITS).stdout
+
+
+def refused(stack: Stack, *options: str | Path) -> str:
+    """Run a container that cannot be, and return the one line that says why."""
+    result = stack.containerd.run(IMAGE, (name := new_id()), "true", options=options)
+    if result.code == 0 or name in stack.containerd.containers():
+        stack.containerd.remove(name)
+    lines = result.stderr.strip().splitlines()
+    assert (result.code, len(lines)) == (1, 1), result.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize("kind", ["socket", "FIFO", "block device", "character device", "nothing"])
+def test_only_files_and_directories_can_be_bound(one_stack: Stack, tmp_path: Path, kind: str):
+    source = tmp_path / "source"
+    with socket.socket(socket.AF_UNIX) as opened:
+        if kind == "socket":
+            opened.bind(str(source))
+        elif kind != "nothing":
+            types = {"FIFO": stat.S_IFIFO, "block device": stat.S_IFBLK, "character device": stat.S_IFCHR}
+            os.mknod(source, types[kind] | 0o600, os.makedev(1, 3))
+        line = refused(one_stack, "--mount", f"type=bind,src={source},dst=/x,options=rbind")
+
+    assert f"{source}: {'No such file or directory' if kind == 'nothing' else f'is a {kind}'}" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--net-host"], "linux.namespaces: without network it asks for the host's network"),
+        (["--mount", "type=bind,src=/dev/log,dst=/dev/log,options=rbind"], "/dev/log"),
+    ],
+    ids=["network of the host", "path of /dev"],
+)
+def test_what_only_the_host_has_is_refused_by_name(one_stack: Stack, options: list[str], words: str):
+    assert words in refused(one_stack, *options)
+
+
+def test_a_device_of_the_host_is_refused_by_name(one_stack: Stack, tmp_path: Path):
+    device = tmp_path / "disk"
+    os.mknod(device, stat.S_IFBLK | 0o600, os.makedev(7, 99))
+
+    assert f"linux.devices: {device}: " in refused(one_stack, "--device", device)
+
+
+def test_a_privileged_container_has_every_capability_and_the_devices_of_the_guest(one_stack: Stack):
+    script = (
+        "grep CapBnd /proc/self/status; ls /dev; echo x >/proc/sys/kernel/hostname; hostname; dmesg | wc -l"
+    )
+    result = one_stack.containerd.run(
+        IMAGE, new_id(), "sh", "-c", script, options=["--rm", "--privileged", "--seccomp"]
+    )
+
+    assert result.code == 0, result.stderr
+    [capabilities] = re.findall(r"CapBnd:\s+(\w+)", result.stdout)
+    mine = re.search(r"CapBnd:\s+(\w+)", Path("/proc/self/status").read_text())
+    assert mine is not None
+    assert capabilities == mine[1]
+    assert {"fuse", "kmsg", "null"} <= set(result.stdout.split())
+    assert "\nx\n" in result.stdout
+
+
+def test_a_user_namespace_maps_ids(one_stack: Stack):
+    result = one_stack.containerd.run(
+        IMAGE,
+        new_id(),
+        "cat",
+        *("/proc/self/uid_map", "/proc/self/gid_map"),
+        options=["--rm", "--uidmap", "0:100000:65536", "--gidmap", "0:200000:65536"],
+    )
+
+    assert result.stdout.split() == ["0", "100000", "65536", "0", "200000", "65536"], result.stderr
