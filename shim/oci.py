@@ -21,6 +21,9 @@ from shim.oci_mounts import SharedMount, rewrite_mount
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 # The guest gives every container a private one or the sandbox's; the host's are meaningless in it.
 _GUEST_NAMESPACES = ("ipc", "uts", "mount")
 # Without one of these a container would share the host's, which is out of reach from inside a machine.

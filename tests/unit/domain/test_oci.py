@@ -8,7 +8,7 @@ import pytest
 
 from shim.agent import SHARE_DIRECTORY, SHM_DIRECTORY
 from shim.errors import InvalidArgument
-from shim.oci import Translation, translate, translate_resources
+from shim.oci import Translation, translate, translate_process, translate_resources
 
 
 def spec(**parts: Any) -> dict[str, Any]:
@@ -275,3 +275,21 @@ def test_hooks_of_the_host_are_not_run_in_the_guest() -> None:
 def test_a_malformed_specification_is_an_invalid_argument(broken: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument):
         translated(**broken)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{}, {"args": "sh"}, {"args": ["x"], "rlimits": 7}, {"args": ["x"], "user": []}, {"args": ["\udc80"]}],
+    ids=ascii,
+)
+def test_a_malformed_process_is_an_invalid_argument(broken: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument, match="process: "):
+        translate_process(broken, terminal=False)
+
+
+@pytest.mark.parametrize(
+    "broken", [{"memory": 7}, {"cpu": {"shares": -1}}, {"unified": ["a"]}, {"devices": [1]}], ids=str
+)
+def test_malformed_limits_are_an_invalid_argument(broken: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument, match="resources: malformed"):
+        translate_resources(broken)
