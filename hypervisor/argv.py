@@ -195,7 +195,7 @@ def _channel(device: ChannelDevice) -> list[str]:
         case UserVsock(fd=fd):
             return [
                 "-chardev", f"socket,id=vsock,fd={fd}",
-                "-device", "vhost-user-vsock-pci,chardev=vsock",
+                "-device", "vhost-user-vsock-pci,chardev=vsock,id=vsock",
             ]  # fmt: skip
         case SerialPort(fd=fd):
             return [

@@ -241,9 +241,19 @@ class QemuHypervisor(Hypervisor):
             self._channel.close()
 
     async def _dial(self, port: int) -> socket.socket:
-        if self._channel is None:
+        if self._channel is None or self._qmp is None:
             raise ChannelError(f"connect guest: port {port}: the virtual machine was not started")
+        device = self._channel.needs_driver
+        if device and not await self._driver_runs(device):
+            raise NotListeningError("the guest's driver does not run yet")
         return await self._channel.dial(port)
+
+    async def _driver_runs(self, device: str) -> bool:
+        assert self._qmp is not None  # noqa: S101  (the caller has looked)
+        try:
+            return await self._qmp.driver_runs(device)
+        except QmpError:  # QEMU is going: whoever waits for its end will say why
+            return False
 
     async def _hint(self) -> None:
         """Wait until it makes sense to dial again: the guest said something, or a moment passed."""

@@ -8,7 +8,7 @@ import logging
 import socket
 from typing import TYPE_CHECKING, Any
 
-from qemu.qmp import ConnectError, EventListener, QMPClient, QMPError
+from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
 
 from hypervisor.errors import QmpError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qemu.qmp.message import Message
 
 _COMMAND_TIMEOUT_S = 10.0
+_DRIVER_OK = "VIRTIO_CONFIG_S_DRIVER_OK"
 
 _BROKEN_STATES = frozenset({"internal-error", "io-error"})
 """Values of QEMU's ``RunState`` in which the guest will never run again by itself."""
@@ -51,6 +52,10 @@ class _Lifecycle(EventListener):
                     )
             case "STOP":
                 self.stopped.set()
+
+
+class CommandRefusedError(QmpError):
+    """QEMU understood and said no, or does not know the command."""
 
 
 class QmpSession:
@@ -97,6 +102,23 @@ class QmpSession:
         reply = await self._execute("query-status")
         return str(reply.get("status"))
 
+    async def driver_runs(self, device: str) -> bool:
+        """Tell whether the guest's driver has taken a virtio device into use (DRIVER_OK of virtio 1.2, 2.1).
+
+        :param device: the device's id.
+        :returns: also true of a QEMU that cannot tell.
+        :raises QmpError: if QEMU does not answer.
+        """
+        try:
+            reply = await self._execute(
+                "x-query-virtio-status", path=f"/machine/peripheral/{device}/virtio-backend"
+            )
+        except CommandRefusedError:
+            return True
+        status = reply.get("status")
+        named = status.get("statuses") if isinstance(status, dict) else None
+        return isinstance(named, list) and any(str(each).startswith(_DRIVER_OK) for each in named)
+
     async def broken(self) -> str:
         """Wait until QEMU has stopped the guest for good; for ever if QEMU ends first.
 
@@ -125,10 +147,12 @@ class QmpSession:
         while self._client.runstate is Runstate.RUNNING:
             await self._client.runstate_changed()
 
-    async def _execute(self, command: str) -> dict[str, Any]:
+    async def _execute(self, command: str, **arguments: object) -> dict[str, Any]:
         try:
             async with asyncio.timeout(_COMMAND_TIMEOUT_S):
-                reply: Any = await self._client.execute(command)
+                reply: Any = await self._client.execute(command, arguments or None)
+        except ExecuteError as error:
+            raise CommandRefusedError(f"qmp: {command}: {error}") from error
         except TimeoutError:
             raise QmpError(f"qmp: {command}: no answer within {_COMMAND_TIMEOUT_S:g} s") from None
         except QMPError as error:

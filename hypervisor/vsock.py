@@ -11,7 +11,7 @@ import secrets
 import socket
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from hypervisor.argv import ChannelDevice, KernelVsock, SerialPort, UserVsock
 from hypervisor.errors import ChannelError, VmStartError
@@ -54,6 +54,9 @@ class NotListeningError(Exception):
 
 class GuestChannel(abc.ABC):
     """A way to the guest agent."""
+
+    needs_driver: ClassVar[str] = ""
+    """Id of the device that must not be dialled before the guest's driver runs it; empty if it may be."""
 
     @abc.abstractmethod
     async def open(self, handover: ExitStack) -> ChannelDevice:
@@ -135,6 +138,10 @@ class UserVsockChannel(GuestChannel):
     :param directory: where its sockets go.
     :param spawn: starts it.
     """
+
+    # A connection that comes while QEMU still hands over the queues ends the daemon's worker for good:
+    # the daemon stays, answers CONNECT, and no byte ever moves (seen with vhost-device-vsock 0.3.0).
+    needs_driver = "vsock"
 
     def __init__(self, daemon: Path, directory: Path, *, spawn: Spawn) -> None:
         self._daemon = daemon

@@ -71,6 +71,27 @@ async def connected(ends):
     return session, peer
 
 
+@pytest.mark.parametrize(
+    ("answer", "runs"),
+    [
+        ({"return": {"status": {"statuses": []}}}, False),
+        ({"return": {"status": {"statuses": ["VIRTIO_CONFIG_S_DRIVER: Guest OS compatible"]}}}, False),
+        ({"return": {"status": {"statuses": ["VIRTIO_CONFIG_S_DRIVER_OK: Driver setup and ready"]}}}, True),
+        ({"return": {"status": "nonsense"}}, False),
+        ({"error": {"class": "CommandNotFound", "desc": "no such command"}}, True),
+    ],
+    ids=["no driver", "driver being set up", "driver runs", "nonsense", "a QEMU that cannot tell"],
+)
+async def test_a_driver_runs_once_qemu_says_so(connected, answer, runs):
+    session, peer = connected
+    asking = asyncio.create_task(session.driver_runs("vsock"))
+    query = await peer.receive()
+    assert query["execute"] == "x-query-virtio-status"
+    assert query["arguments"] == {"path": "/machine/peripheral/vsock/virtio-backend"}
+    await peer.send({**answer, "id": query["id"]})
+    assert await asking is runs
+
+
 async def test_the_run_state_is_what_qemu_says(connected):
     session, peer = connected
     asking = asyncio.create_task(session.run_state())
