@@ -32,6 +32,8 @@ STATS_TIMEOUT_S = 1.8  # containerd asks for statistics with a limit of 2 s
 REMOVE_TIMEOUT_S = 20.0  # it ends in the machine's end anyway; a hung guest must not hold Delete up
 SIGNAL_TIMEOUT_S = 10.0  # a kill must fail, or reach for the machine, before a client gives up
 
+_MAX_STATUS = 255  # wait(2); containerd's own value for an exit that nobody can tell, too
+
 _Reply = TypeVar("_Reply", bound="Message")
 
 
@@ -176,11 +178,11 @@ class Agent:
     async def wait_process(self, container_id: str, *, exec_id: str) -> int:
         """Block until a process ends.
 
-        :returns: its exit code, or 128 plus the signal number.
+        :returns: its exit code, or 128 plus the signal number; 255 for one that no process has.
         """
         request = agent_pb2.WaitProcessRequest(container_id=container_id, exec_id=exec_id)
         reply = await self._call("WaitProcess", request, agent_pb2.WaitProcessResponse, timeout_s=None)
-        return reply.status
+        return reply.status if 0 <= reply.status <= _MAX_STATUS else _MAX_STATUS
 
     async def read_stdout(self, container_id: str, *, exec_id: str, length: int) -> bytes:
         """Block until there is output; empty means end of file."""
