@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _PANIC_MARK = "Kernel panic - not syncing"
+_INIT_DIED = "Attempted to kill init"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,15 @@ class Shutdown:
     cause: str
 
 
+def _panic(console: Sequence[str]) -> str | None:
+    """Find the kernel's word on its panic; when process 1 died, what it said just before is the cause."""
+    for index in range(len(console) - 1, -1, -1):
+        if _PANIC_MARK in console[index]:
+            last_words = f"; before that: {console[index - 1]}" if index else ""
+            return console[index] + (last_words if _INIT_DIED in console[index] else "")
+    return None
+
+
 def vm_exit_reason(
     status: ExitStatus, *, shutdown: Shutdown | None, console: Sequence[str], stderr: str
 ) -> str:
@@ -53,7 +63,7 @@ def vm_exit_reason(
     :param stderr: the last lines QEMU wrote to its standard error, joined.
     """
     if shutdown is not None:
-        panic = next((line for line in reversed(console) if _PANIC_MARK in line), None)
+        panic = _panic(console)
         if shutdown.cause == "guest-panic":
             return f"guest panicked: {panic or (console[-1] if console else 'no console output')}"
         if shutdown.cause == "guest-reset":

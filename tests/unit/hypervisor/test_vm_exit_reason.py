@@ -7,6 +7,7 @@ import pytest
 from hypervisor.exits import ExitStatus, Shutdown, vm_exit_reason
 
 CLEAN = ExitStatus(code=0)
+PANIC_OF_INIT = "[    1.0] Kernel panic - not syncing: Attempted to kill init! exitcode=0x100"
 PANIC = "[    1.0] Kernel panic - not syncing: no init found"
 
 
@@ -30,6 +31,14 @@ PANIC = "[    1.0] Kernel panic - not syncing: no init found"
             "",
             f"guest panicked: {PANIC}",
             id="panic with its line",
+        ),
+        pytest.param(
+            CLEAN,
+            Shutdown(by_guest=True, cause="guest-panic"),
+            ["hako-agent: crash at main:1: OSError", PANIC_OF_INIT, "[    1.1] more"],
+            "",
+            f"guest panicked: {PANIC_OF_INIT}; before that: hako-agent: crash at main:1: OSError",
+            id="panic because process 1 died",
         ),
         pytest.param(
             CLEAN,
