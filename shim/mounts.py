@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import stat
+import struct
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,6 +34,17 @@ MS_BIND = 4096
 MS_REC = 16384
 MS_SLAVE = 1 << 19
 MS_SHARED = 1 << 20
+
+# The system calls that open_tree(2), move_mount(2) and mount_setattr(2) describe; Linux 5.12 has them all.
+_SYS_OPEN_TREE = 428
+_SYS_MOVE_MOUNT = 429
+_SYS_MOUNT_SETATTR = 442
+_AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
+_AT_RECURSIVE = 0x8000
+_OPEN_TREE_CLONE = 1
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_MOUNT_ATTR_RDONLY = 1
 
 # mount(8) option -> (flag, whether the option clears it). Names as in mount(2).
 _FLAGS: dict[str, tuple[int, bool]] = {
@@ -126,9 +138,12 @@ def mount(source: str, target: Path, fstype: str = "", flags: int = 0, data: str
         data.encode() or None,
     )
     if result != 0:
-        number = ctypes.get_errno()
-        kind = InvalidArgument if number in _CALLERS_MISTAKES else Internal
-        raise kind(f"mount: {fstype or 'bind'} {source} on {target}: {os.strerror(number)}")
+        raise _refused(ctypes.get_errno(), f"{fstype or 'bind'} {source} on {target}")
+
+
+def _refused(number: int, what: str) -> ShimError:
+    kind = InvalidArgument if number in _CALLERS_MISTAKES else Internal
+    return kind(f"mount: {what}: {os.strerror(number)}")
 
 
 def unmount(target: Path) -> None:
@@ -188,14 +203,48 @@ def require_shareable(path: Path) -> None:
 def bind(source: Path, target: Path, *, read_only: bool, recursive: bool) -> None:
     """Bind ``source`` on ``target``, which must exist and be of the same kind.
 
-    A read-only bind takes two calls: mount(2) ignores MS_RDONLY on the first.
-
-    :raises Internal: if the kernel refuses.
+    :raises InvalidArgument: if one of them does not exist.
+    :raises Internal: if the kernel refuses for another reason.
     """
-    flags = MS_BIND | (MS_REC if recursive else 0)
-    mount(str(source), target, flags=flags)
     if read_only:
-        mount("none", target, flags=MS_BIND | MS_REMOUNT | MS_RDONLY)
+        _bind_read_only(source, target, recursive=recursive)
+    else:
+        mount(str(source), target, flags=MS_BIND | (MS_REC if recursive else 0))
+
+
+def _bind_read_only(source: Path, target: Path, *, recursive: bool) -> None:
+    """Bind what is read-only before anybody sees it; see mount_setattr(2).
+
+    Making a mount read-only after it was made does not propagate: the virtio-fs daemon, which has a mount
+    namespace of its own, would go on to see a writable one.
+    """
+    what = f"bind {source} on {target}"
+    tree = _mount_call(
+        _SYS_OPEN_TREE,
+        *(
+            _AT_FDCWD,
+            os.fsencode(source),
+            _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0),
+        ),
+        what=what,
+    )
+    try:
+        attributes = struct.pack("=QQQQ", _MOUNT_ATTR_RDONLY, 0, 0, 0)
+        _mount_call(_SYS_MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, attributes, len(attributes), what=what)
+        _mount_call(
+            _SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH, what=what
+        )
+    finally:
+        os.close(tree)
+
+
+def _mount_call(number: int, *arguments: int | bytes, what: str) -> int:
+    # Variadic functions take longs: a plain int would leave the upper half of a register undefined.
+    converted = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
+    result = int(_libc.syscall(ctypes.c_long(number), *converted))
+    if result < 0:
+        raise _refused(ctypes.get_errno(), what)
+    return result
 
 
 def mount_all(mounts: Iterable[Mount], target: Path) -> int:
