@@ -45,6 +45,7 @@ HEADER = struct.Struct(">IIBB")
 REQUEST, RESPONSE = 1, 2
 FIRST_STREAM = 1
 MAX_PAYLOAD = 4 << 20
+LONGEST_POLL_MS = 0x7FFFFFFF  # an int in poll(2): a call that allows more than 24 days may end early
 
 
 class Call:
@@ -90,7 +91,9 @@ class Call:
         poll.register(self._closed_fd, select.POLLIN)
         until = None if timeout_s is None else time.monotonic() + timeout_s
         limits = [limit for limit in (until, self._deadline) if limit is not None]
-        left_ms = None if not limits else max(0, int((min(limits) - time.monotonic()) * 1000) + 1)
+        left_ms = None
+        if limits:
+            left_ms = min(max(0, int((min(limits) - time.monotonic()) * 1000) + 1), LONGEST_POLL_MS)
         ready = [fd for fd, _events in poll.poll(left_ms)]
         if self._closed_fd in ready:
             raise Cancelled("the connection is closed")
