@@ -29,7 +29,7 @@ SHM_BYTES = 64 * 1024 * 1024  # the size runc gives /dev/shm
 
 CALL_TIMEOUT_S = 60.0  # the protocol's customary limit, Kata's create_container_timeout among them
 STATS_TIMEOUT_S = 1.8  # containerd asks for statistics with a limit of 2 s
-REMOVE_TIMEOUT_S = 20.0  # it ends in the machine's end anyway; a hung guest must not hold Delete up
+REMOVE_TIMEOUT_S = 7.0  # containerd's CRI lets the end of a task, all of Delete included, take 10 s
 SIGNAL_TIMEOUT_S = 10.0  # a kill must fail, or reach for the machine, before a client gives up
 
 _MAX_STATUS = 255  # wait(2); containerd's own value for an exit that nobody can tell, too

@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 STATUS_MACHINE_GONE = 128 + signal.SIGKILL  # as a process whose machine was switched off under it
 STATUS_UNKNOWN = 255  # containerd's own value for an exit nobody can tell
+KILL_TIMEOUT_S = 8.0  # for a killed process to be gone; a machine under emulation may be slow
 EXECS_GONE_TIMEOUT_S = 5.0  # the kernel ends them with their pid namespace; only the report takes time
 DRAIN_TIMEOUT_S = 10.0  # containerd's runc shim lets Delete wait as long for output to be read
 
@@ -267,6 +268,16 @@ class Container:
                 raise
             # A guest that cannot even kill is lost, and whoever kills means it.
             await self._sandbox.switch_off(f"the guest did not answer SIGKILL of {process}: {error}")
+        if number == signal.SIGKILL and not process.ended.is_set():
+            self._sandbox.spawn(self._see_it_end(process), name=f"kill {process}")
+
+    async def _see_it_end(self, process: Process) -> None:
+        """Switch the machine off if a process outlives SIGKILL there, as one that waits for a file may."""
+        try:
+            async with asyncio.timeout(KILL_TIMEOUT_S):
+                await process.ended.wait()
+        except TimeoutError:
+            await self._sandbox.switch_off(f"{process} outlived SIGKILL by {KILL_TIMEOUT_S:g} s")
 
     async def delete(self) -> None:
         """Remove the container from the guest and take back what was shown to it.
@@ -328,6 +339,8 @@ class Container:
             await agent.remove_container(self.id)
         except (Unavailable, DeadlineExceeded) as error:
             log.warning("delete: container %s: not removed from the guest: %s", self.id, error)
+            if isinstance(error, DeadlineExceeded) and len(self._sandbox.containers) == 1:
+                await self._sandbox.switch_off(f"the guest did not remove {self.init}, its last: {error}")
 
     # -- file systems -------------------------------------------------------------------------------
 
@@ -412,6 +425,8 @@ class Container:
         except ShimError as error:
             log.error("wait: %s: %s; its status is %d", process, error, STATUS_UNKNOWN)  # noqa: TRY400 - one line, no traceback
             return STATUS_UNKNOWN
+        finally:
+            process.ended.set()
 
     async def _await_execs(self) -> None:
         """Let the execs' exits be reported first: init's must be the last of its container."""

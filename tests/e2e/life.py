@@ -104,7 +104,12 @@ class Life:
 
     def signal(self, victim: str, number: signal.Signals) -> None:
         """Send a signal to a process of the sandbox, as soon as it exists."""
-        os.kill(_until(lambda: self._find(victim), what=f"the {victim} runs").pid, number)
+        os.kill(self.pid(victim), number)
+
+    def pid(self, victim: str) -> int:
+        """Return the id of a process of the sandbox, as soon as it exists."""
+        found: Process = until(lambda: self._find(victim), what=f"the {victim} runs")
+        return found.pid
 
     def processes(self, program: str) -> list[Process]:
         """Return the processes of a program below this containerd, oldest first."""
@@ -123,7 +128,7 @@ class Life:
                 log.seek(self._log_start)
                 return text.encode() in log.read()
 
-        _until(said, what=f"the log says {text!r}")
+        until(said, what=f"the log says {text!r}")
 
     def log(self) -> str:
         """Return what containerd and the shims have logged since this life began."""
@@ -143,7 +148,7 @@ class Life:
             seen.append(self.tasks.state(name))
             return seen[-1][0] in states
 
-        _until(reached, what=f"{name} is one of {states}", timeout_s=timeout_s)
+        until(reached, what=f"{name} is one of {states}", timeout_s=timeout_s)
         return seen[-1]
 
     def remove(self) -> None:
@@ -171,7 +176,7 @@ class Life:
         assert made.code == 0, made.stderr
 
 
-def _until(condition: Callable[[], Any], *, what: str, timeout_s: float = MOMENT_S) -> Any:
+def until(condition: Callable[[], Any], *, what: str, timeout_s: float = MOMENT_S) -> Any:
     """Wait until a condition has a true value, and return it.
 
     :raises TimeoutError: if it has none in time.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from typing import TYPE_CHECKING
@@ -10,11 +11,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.e2e.busybox import IMAGE
+from tests.e2e.containerd import SHIM_DIRECTORY
+from tests.e2e.life import Life
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.e2e.conftest import Stack
 
 pytestmark = pytest.mark.hako
+
+AT_ONCE_S = 5.0
 
 
 def kill(stack: Stack, container: str, program: str) -> None:
@@ -47,3 +54,42 @@ def test_containerd_forgets_a_task_whose_shim_is_killed(stack: Stack, container:
 
     containerd.wait_for_state(container, "GONE", timeout_s=20)
     assert containerd.ctr("container", "delete", container).code == 0
+
+
+@pytest.mark.mostly_on("1.7-ttrpc")
+@pytest.mark.parametrize(
+    ("victim", "reason"),
+    [
+        ("guest", "guest panicked: .*sysrq triggered crash"),
+        ("QEMU", "QEMU killed by signal 9"),
+        ("virtio-fs daemon", "virtio-fs daemon (killed by signal 9|exited with status)"),
+        ("vsock daemon", "vhost-device-vsock killed by signal 9"),
+    ],
+)
+def test_every_task_of_a_sandbox_ends_at_once_and_an_operator_can_learn_why(
+    stack: Stack, home: Path, victim: str, reason: str
+):
+    with Life(stack, home) as life:
+        life.open_door()
+        life.write_down()
+        life.tasks.begin_create(life.id).result()
+        life.tasks.call("Start", life.id)
+
+        life.kill(victim)
+
+        for name in life.all_ids:
+            assert life.wait_for_state_of(name, {"STOPPED"}, timeout_s=AT_ONCE_S) == ("STOPPED", 137)
+        sandbox_id = life.all_ids[0]
+        life.remove()
+        assert re.search(f"level=error .*sandbox {sandbox_id}: {reason}", life.log())
+        kept = subprocess.run(
+            [SHIM_DIRECTORY / "hako", "logs", sandbox_id, "--config", stack.config],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        first, *console = kept.stdout.splitlines()
+        assert re.search(reason, first)
+        assert console
+        assert all(line.startswith("console: ") for line in console)
