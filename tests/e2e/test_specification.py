@@ -88,6 +88,7 @@ def specification(*, rootfs: Path, volume: Path, file: Path) -> dict[str, Any]:
             {"destination": "/volume", "type": "bind", "source": str(volume), "options": ["rbind", "rw"]},
             {"destination": "/locked", "source": str(volume), "options": ["rbind", "ro", "nosuid", "nodev"]},
             {"destination": "/shallow", "type": "bind", "source": str(volume), "options": ["bind"]},
+            {"destination": "/following", "source": str(volume), "options": ["rbind", "rslave"]},
             {"destination": "/etc/file", "type": "bind", "source": str(file), "options": ["bind"]},
             {"destination": "/etc/locked", "type": "bind", "source": str(file), "options": ["bind", "ro"]},
             {"destination": "/guest", "type": "bind", "source": "/proc/version", "options": ["bind", "ro"]},
@@ -384,6 +385,20 @@ def test_the_host_sees_what_is_written_through_a_bind_mount(box: Box):
     assert (box.volume / "new").stat().st_uid == 1000
     assert box.file.read_text() == "two\n"
     box.file.write_text("a file of the host\n")
+
+
+def test_a_mount_made_later_on_the_host_is_seen_where_propagation_is_asked_for(box: Box):
+    late = box.volume / "late"
+    late.mkdir()
+    subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "hako-late", late], check=True)
+    try:
+        (late / "file").write_text("later\n")
+        seen = box.stack.containerd.exec(box.name, "late", "sh", "-c", "cat /following/late/file")
+        assert seen.stdout == "later\n", seen.stderr
+    finally:
+        # The guest's kernel, and so the virtio-fs daemon, remembers the directories that it has seen.
+        subprocess.run(["/usr/bin/umount", "--lazy", late], check=True)
+        late.rmdir()
 
 
 def test_an_exec_has_a_process_of_its_own(box: Box, tmp_path: Path):
