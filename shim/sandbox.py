@@ -61,6 +61,7 @@ class Sandbox:
         self.namespace = record.namespace
         self.containers: dict[str, Container] = {}
         self.share = Path(record.state_directory) / "share"
+        self._guest_share = Path(record.state_directory) / "guest-share"
         self._record = record
         self._config = config
         self._publisher = publisher
@@ -149,6 +150,7 @@ class Sandbox:
             await asyncio.wait({self._running})
         if self._vm is not None:
             await self._vm.stop()
+        mounts.unmount(self._guest_share)
         mounts.unmount(self.share)
 
     async def _live(self) -> None:
@@ -235,6 +237,10 @@ class Sandbox:
         # Before the first await: containers put their files here while the machine still boots.
         self.share.mkdir(mode=0o700, exist_ok=True)
         mounts.share_directory(self.share)
+        # A guest writes in what is mounted there, not in the share itself: a link that it put in the way of
+        # another container would lead that one's mounts to anywhere on the host.
+        self._guest_share.mkdir(mode=0o700, exist_ok=True)
+        mounts.bind(self.share, self._guest_share, read_only=True, recursive=False)
         choice = await resolve(config)
         log.info("boot: accelerator %s: %s", choice.accelerator.value, choice.accelerator_reason)
         log.info("boot: channel %s: %s", choice.channel.value, choice.channel_reason)
@@ -249,7 +255,7 @@ class Sandbox:
             accelerator=choice.accelerator,
             vcpus=config.hypervisor.vcpus,
             memory_bytes=config.hypervisor.memory_mib * MIB,
-            share_source=self.share,
+            share_source=self._guest_share,
             virtiofsd=choice.virtiofsd,
             channel=choice.channel,
             vsock_daemon=choice.vsock_daemon,
