@@ -281,6 +281,13 @@ def test_an_unsafe_group_is_one_line(containerd):
     assert refusal(containerd).startswith("start: group '../c2': ")
 
 
+@pytest.mark.parametrize("flag", ["-id", "-namespace"])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../../etc", "a\nb", "-x", "x" * 77])
+def test_an_unsafe_name_is_one_line(containerd, flag, name):
+    containerd.make_bundle("c1")
+    assert refusal(containerd, flags=(flag, name)).startswith(f"start: {flag[1:]}")
+
+
 @pytest.mark.parametrize("version", ["1.6", "2.3"])
 def test_grpc_is_refused_where_containerd_cannot_drive_it(containerd, version):
     containerd.make_bundle("c1")
