@@ -13,7 +13,7 @@ from hypervisor.argv import Inherited, qemu_argv
 from hypervisor.console import Console
 from hypervisor.errors import ChannelError, QmpError, VmStartError
 from hypervisor.exits import vm_exit_reason
-from hypervisor.interface import HostProcess, Hypervisor, VmExit, VmSpec
+from hypervisor.interface import AGENT_READY_MARK, HostProcess, Hypervisor, VmExit, VmSpec
 from hypervisor.process import Process
 from hypervisor.qmp import QmpSession
 from hypervisor.vsock import NotListeningError, make_channel
@@ -32,6 +32,7 @@ _LAST_WORDS_S = 1.0
 """How long the death of one process may lag behind what it caused in another."""
 
 _REDIAL_S = 0.05
+_SETTLE_S = 2.0
 _CONSOLE_LINES = 50
 
 
@@ -52,7 +53,9 @@ class QemuHypervisor(Hypervisor):
         self._channel: GuestChannel | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
-        self._gone: asyncio.Future[VmExit] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._driver_seen_at: float | None = None
+        self._gone: asyncio.Future[VmExit] = self._loop.create_future()
 
     async def start(self, *, timeout_s: float) -> None:
         """Start the daemons and QEMU; return when the virtual machine runs.
@@ -243,17 +246,25 @@ class QemuHypervisor(Hypervisor):
     async def _dial(self, port: int) -> socket.socket:
         if self._channel is None or self._qmp is None:
             raise ChannelError(f"connect guest: port {port}: the virtual machine was not started")
-        device = self._channel.needs_driver
-        if device and not await self._driver_runs(device):
+        if self._channel.needs_driver and not await self._is_settled(self._channel.needs_driver, self._qmp):
             raise NotListeningError("the guest's driver does not run yet")
         return await self._channel.dial(port)
 
-    async def _driver_runs(self, device: str) -> bool:
-        assert self._qmp is not None  # noqa: S101  (the caller has looked)
+    async def _is_settled(self, device: str, qmp: QmpSession) -> bool:
+        """Tell whether a device's daemon has surely got its queues.
+
+        QEMU hands them over after the guest's driver has said DRIVER_OK and does not wait for the daemon. An
+        agent that listens is proof; one that never says so on the console, as Kata's, is given a moment.
+        """
+        if any(AGENT_READY_MARK in line for line in self.console_tail(_CONSOLE_LINES)):
+            return True
         try:
-            return await self._qmp.driver_runs(device)
+            runs = await qmp.driver_runs(device)
         except QmpError:  # QEMU is going: whoever waits for its end will say why
             return False
+        if runs and self._driver_seen_at is None:
+            self._driver_seen_at = self._loop.time()
+        return self._driver_seen_at is not None and self._loop.time() - self._driver_seen_at > _SETTLE_S
 
     async def _hint(self) -> None:
         """Wait until it makes sense to dial again: the guest said something, or a moment passed."""

@@ -56,7 +56,7 @@ class GuestChannel(abc.ABC):
     """A way to the guest agent."""
 
     needs_driver: ClassVar[str] = ""
-    """Id of the device that must not be dialled before the guest's driver runs it; empty if it may be."""
+    """Id of the device whose daemon must not be dialled before it has its queues; empty if it may be."""
 
     @abc.abstractmethod
     async def open(self, handover: ExitStack) -> ChannelDevice:
