@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from proto.containerd import task_v3_pb2
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,3 +81,51 @@ def test_a_read_only_volume_is_read_only_to_the_daemon_that_serves_it(tmp_path, 
 def test_a_guest_cannot_put_a_link_in_the_way_of_another_container(tmp_path):
     assert guest_writes(tmp_path, to="next-container") == errno.EROFS
     assert not (tmp_path / "share" / "next-container").is_symlink()
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(path))
+
+
+SOURCES = {
+    "socket": (make_socket, 3),
+    "FIFO": (os.mkfifo, 3),
+    "block device": (lambda path: os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(7, 200)), 3),
+    "character device": (lambda path: os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3)), 3),
+    "dangling link": (lambda path: path.symlink_to("/no/such/file"), 3),
+    "link to itself": (lambda path: path.symlink_to(path), 3),
+    "link to a device": (lambda path: path.symlink_to("/dev/null"), 3),
+    "link to a file": (lambda path: path.symlink_to("/etc/hosts"), 0),
+    "file": (lambda path: path.touch(), 0),
+    "directory": (lambda path: path.mkdir(), 0),
+}
+
+
+def shared_by(shim):
+    return [path.name for path in (shim.directory / "state" / "share").iterdir()]
+
+
+@pytest.mark.parametrize(("make", "code"), SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize("destination", ["/data", "/..", "/a/../../b", f"/{'x' * 300}", "/a\nb"])
+def test_only_files_and_directories_are_shared_and_under_names_of_the_share(shim, make, code, destination):
+    source = shim.directory / "source"
+    make(source)
+    mount = {"destination": destination, "type": "bind", "source": str(source), "options": ["bind", "ro"]}
+    bundle = shim.write_bundle("shared", json.dumps({"process": {"args": ["true"]}, "mounts": [mount]}))
+    before = set(shim.directory.iterdir())
+    try:
+        with shim.connect() as peer:
+            request = task_v3_pb2.CreateTaskRequest(id="shared", bundle=str(bundle))
+            assert peer.ask("Create", request) == code
+        assert all(name == "box" or name.startswith("shared") for name in shared_by(shim))
+        assert set(shim.directory.iterdir()) == before
+        if code == 0:
+            shim.remove("shared")
+        assert set(shared_by(shim)) <= {"box"}
+    finally:
+        if stat.S_ISDIR(source.lstat().st_mode):
+            source.rmdir()
+        else:
+            source.unlink()
+    shim.assert_serves()
