@@ -29,11 +29,12 @@ from shim.errors import (
 )
 from shim.oci import translate, translate_process
 from shim.process import Input, Process, State
-from shim.stdio import CHUNK_BYTES, Stdio, Streams, open_streams, plain_path, read_chunk, write_all
+from shim.stdio import Stdio, Streams, open_streams
+from shim.streams import DRAIN_TIMEOUT_S, Carrier
 from shim.timestamps import to_timestamp
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Iterable
     from pathlib import Path
 
     from proto.containerd.types_pb2 import Mount
@@ -48,7 +49,6 @@ STATUS_MACHINE_GONE = 128 + signal.SIGKILL  # as a process whose machine was swi
 STATUS_UNKNOWN = 255  # containerd's own value for an exit nobody can tell
 KILL_TIMEOUT_S = 8.0  # for a killed process to be gone; a machine under emulation may be slow
 EXECS_GONE_TIMEOUT_S = 5.0  # the kernel ends them with their pid namespace; only the report takes time
-DRAIN_TIMEOUT_S = 10.0  # containerd's runc shim lets Delete wait as long for output to be read
 
 
 class Container:
@@ -255,7 +255,7 @@ class Container:
         :raises FailedPrecondition: if it is an exec that was never started.
         """
         if process.exited.is_set():
-            raise NotFound(f"kill: {process}: process already finished")
+            raise NotFound(f"kill: {process}: process already finished: not found")
         if process.exec_id and process.state is State.CREATED:
             raise FailedPrecondition(f"kill: {process}: process not started")
         agent = await self._sandbox.agent()
@@ -384,27 +384,33 @@ class Container:
     # -- streams and exit ---------------------------------------------------------------------------
 
     def _follow(self, process: Process, agent: Agent) -> None:
+        if process.streams is None:
+            raise Internal(f"stdio: {process}: followed before its streams were opened")
+        process.carrier = Carrier(
+            agent,
+            stdio=process.stdio,
+            streams=process.streams,
+            container_id=self.id,
+            exec_id=process.agent_id,
+        )
         process.following = self._sandbox.spawn(
-            self._follow_until_over(process, agent), name=f"follow {process}"
+            self._follow_until_over(process, agent, process.carrier), name=f"follow {process}"
         )
 
-    async def _follow_until_over(self, process: Process, agent: Agent) -> None:
+    async def _follow_until_over(self, process: Process, agent: Agent, carrier: Carrier) -> None:
         """Carry a process' streams and learn of its exit, until both are over."""
         try:
             async with asyncio.TaskGroup() as group:
-                outputs = [group.create_task(self._carry_output(process, agent.read_stdout, "stdout"))]
-                if not process.stdio.terminal:
-                    outputs.append(
-                        group.create_task(self._carry_output(process, agent.read_stderr, "stderr"))
-                    )
-                stdin = group.create_task(self._carry_input(process, agent))
+                outputs = carrier.outputs(group)
+                stdin = group.create_task(carrier.carry_input(process.started))
                 if not agent.keeps_streams:
                     await asyncio.wait(outputs)
                 status = await self._await_exit(process, agent)
+                carrier.process_ended()
                 if process is self.init:
                     await self._await_execs()
                     # A client may stop reading once it has learnt of the exit of a task.
-                    await asyncio.wait(outputs, timeout=DRAIN_TIMEOUT_S)
+                    await carrier.drained(outputs)
                 async with self.lock:
                     self._report_exit(process, status)
                 stdin.cancel()
@@ -450,51 +456,14 @@ class Container:
             ),
         )
 
-    async def _carry_output(self, process: Process, read: Callable[..., Awaitable[bytes]], name: str) -> None:
-        """Copy one output until its end; without a stream the bytes are read and dropped."""
-        streams = process.streams
-        if streams is None:
-            raise Internal(f"stdio: {process}: followed before its streams were opened")
-        try:
-            while data := await read(self.id, exec_id=process.agent_id, length=CHUNK_BYTES):
-                descriptor = getattr(streams, name)
-                if descriptor >= 0:
-                    await write_all(descriptor, data)
-        except ShimError as error:
-            log.debug("stdio: %s of %s ended: %s", name, process, error)
-        except OSError as error:
-            log.warning("stdio: %s of %s: %s", name, process, error)
-        finally:
-            streams.close(name)
-
-    async def _carry_input(self, process: Process, agent: Agent) -> None:
-        """Copy stdin until its end, then give the process end of file."""
-        streams = process.streams
-        if streams is None:
-            raise Internal(f"stdio: {process}: followed before its streams were opened")
-        try:
-            if process.stdio.stdin:
-                await process.started.wait()
-                streams.open_stdin(plain_path("stdin", process.stdio.stdin))
-                while data := await read_chunk(streams.stdin):
-                    await agent.write_stdin(self.id, exec_id=process.agent_id, data=data)
-            if not process.stdio.terminal:
-                await agent.close_stdin(self.id, exec_id=process.agent_id)
-        except ShimError as error:
-            log.debug("stdio: stdin of %s ended: %s", process, error)
-        except OSError as error:
-            log.warning("stdio: stdin of %s: %s", process, error)
-
     async def _drain(self, process: Process) -> None:
-        """Wait until a process' output has been read by the client, at most as long as runc does."""
-        if process.following is None:
+        """Wait until a process' output has been read by the client, as long as the client does read."""
+        if process.following is None or process.carrier is None:
             return
-        _, pending = await asyncio.wait({process.following}, timeout=DRAIN_TIMEOUT_S)
-        for task in pending:
+        if not await process.carrier.drained({process.following}):
             log.warning("delete: %s: output not read for %.0f s; dropping it", process, DRAIN_TIMEOUT_S)
-            task.cancel()
-        if pending:
-            await asyncio.wait(pending)
+            process.following.cancel()
+            await asyncio.wait({process.following})
 
 
 def read_spec(bundle: Path) -> dict[str, Any]:

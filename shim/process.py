@@ -16,6 +16,7 @@ from shim.errors import FailedPrecondition
 
 if TYPE_CHECKING:
     from shim.stdio import Stdio, Streams
+    from shim.streams import Carrier
 
 
 class State(enum.Enum):
@@ -69,6 +70,7 @@ class Process:
         self.spec = spec
         self.state = State.CREATED
         self.streams: Streams | None = None
+        self.carrier: Carrier | None = None
         self.following: asyncio.Task[None] | None = None
         self.terminal_size: tuple[int, int] | None = None
         self.exit_status = 0

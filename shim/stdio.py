@@ -212,9 +212,10 @@ async def read_chunk(descriptor: int) -> bytes:
             await _ready(descriptor, loop.add_reader, loop.remove_reader)
 
 
-async def write_all(descriptor: int, data: bytes) -> None:
+async def write_all(descriptor: int, data: bytes, *, progressed: Callable[[], None] = lambda: None) -> None:
     """Write all of ``data``, waiting while the pipe is full; a stalled reader stalls only its own stream.
 
+    :param progressed: called whenever some of it was taken.
     :raises OSError: if the file behind the descriptor refuses (a full disk); FIFOs do not.
     """
     loop = asyncio.get_running_loop()
@@ -222,5 +223,6 @@ async def write_all(descriptor: int, data: bytes) -> None:
     while view:
         try:
             view = view[os.write(descriptor, view) :]
+            progressed()
         except BlockingIOError:
             await _ready(descriptor, loop.add_writer, loop.remove_writer)

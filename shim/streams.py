@@ -1,0 +1,113 @@
+"""Carrying a process' streams between the guest agent and the client's FIFOs.
+
+Each output is read by one request after another, so a stalled reader stalls its own stream only, and the
+guest's pipe makes the process wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from shim.errors import ShimError
+from shim.stdio import Stdio, Streams, plain_path, read_chunk, write_all
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+
+    from shim.agent import Agent
+
+log = logging.getLogger(__name__)
+
+DRAIN_TIMEOUT_S = 10.0  # containerd's runc shim lets Delete wait as long for output to be read
+READ_BYTES = 1024 * 1024  # the agent's limit, and what its pipes hold: a round trip costs more than the bytes
+
+
+class Carrier:
+    """Carries the streams of one process.
+
+    :param agent: the agent of its sandbox.
+    :param stdio: the stream paths.
+    :param streams: the open host ends.
+    :param container_id: the container's id at the agent.
+    :param exec_id: the process' id at the agent.
+    """
+
+    def __init__(
+        self, agent: Agent, *, stdio: Stdio, streams: Streams, container_id: str, exec_id: str
+    ) -> None:
+        self._agent = agent
+        self._stdio = stdio
+        self._streams = streams
+        self._container_id = container_id
+        self._exec_id = exec_id
+        self._moved_at_s: float | None = None
+
+    def outputs(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        """Begin to carry the outputs, each until its end."""
+        tasks = [group.create_task(self._carry_output(self._agent.read_stdout, "stdout"))]
+        if not self._stdio.terminal:
+            tasks.append(group.create_task(self._carry_output(self._agent.read_stderr, "stderr")))
+        return tasks
+
+    async def carry_input(self, started: asyncio.Event) -> None:
+        """Copy stdin until its end, then give the process end of file.
+
+        :param started: set when the process runs.
+        """
+        try:
+            if self._stdio.stdin:
+                await started.wait()
+                self._streams.open_stdin(plain_path("stdin", self._stdio.stdin))
+                while data := await read_chunk(self._streams.stdin):
+                    await self._agent.write_stdin(self._container_id, exec_id=self._exec_id, data=data)
+            if not self._stdio.terminal:
+                await self._agent.close_stdin(self._container_id, exec_id=self._exec_id)
+        except ShimError as error:
+            log.debug("stdio: stdin of %s: ended: %s", self._exec_id, error)
+        except OSError as error:
+            log.warning("stdio: stdin of %s: %s", self._exec_id, error)
+
+    def process_ended(self) -> None:
+        """Give the reader the drain time from now on."""
+        self._moved()
+
+    async def drained(self, tasks: Iterable[asyncio.Task[None]]) -> bool:
+        """Wait for tasks as long as output keeps being read, however slowly.
+
+        :param tasks: what ends when everything has been read.
+        :returns: False if nothing was read for the drain time; the tasks go on.
+        """
+        pending = {task for task in tasks if not task.done()}
+        now_s = asyncio.get_running_loop().time
+        moved_at_s = self._moved_at_s or now_s()
+        while pending and (left_s := moved_at_s + DRAIN_TIMEOUT_S - now_s()) > 0:
+            _, pending = await asyncio.wait(pending, timeout=left_s)
+            moved_at_s = self._moved_at_s or moved_at_s
+        return not pending
+
+    def _moved(self) -> None:
+        self._moved_at_s = asyncio.get_running_loop().time()
+
+    async def _carry_output(self, read: Callable[..., Awaitable[bytes]], name: str) -> None:
+        """Copy one output until its end; without a stream the bytes are read and dropped."""
+        try:
+            while data := await read(self._container_id, exec_id=self._exec_id, length=READ_BYTES):
+                self._moved()
+                await self._write(name, data)
+        except ShimError as error:
+            log.debug("stdio: %s of %s: ended: %s", name, self._exec_id, error)
+        finally:
+            self._streams.close(name)
+
+    async def _write(self, name: str, data: bytes) -> None:
+        descriptor = getattr(self._streams, name)
+        if descriptor < 0:
+            return
+        try:
+            await write_all(descriptor, data, progressed=self._moved)
+        except OSError as error:
+            # Such as a full disk below a file:// log; the process must not be made to wait for ever.
+            log.warning("stdio: %s of %s: %s; dropping what follows", name, self._exec_id, error)
+            self._streams.close(name)
