@@ -48,7 +48,7 @@ def test_a_state_is_told_at_once_though_the_guest_hangs(life: Life):
     life.remove()
 
 
-@pytest.mark.parametrize("deaf", ["QEMU", "virtio-fs daemon"])
+@pytest.mark.parametrize("deaf", ["QEMU", "virtio-fs daemon", "vsock daemon"])
 def test_sigkill_ends_a_task_though_someone_in_its_sandbox_hangs(life: Life, deaf: str):
     life.signal(deaf, signal.SIGSTOP)
 
@@ -63,7 +63,7 @@ def test_sigkill_ends_a_task_though_someone_in_its_sandbox_hangs(life: Life, dea
     life.remove()
 
 
-@pytest.mark.parametrize("deaf", ["QEMU", "virtio-fs daemon"])
+@pytest.mark.parametrize("deaf", ["QEMU", "virtio-fs daemon", "vsock daemon"])
 def test_a_stopped_task_can_be_deleted_though_someone_in_its_sandbox_hangs(life: Life, deaf: str):
     life.tasks.call("Kill", life.id, signal=signal.SIGKILL)
     life.wait_for_state({"STOPPED"}, timeout_s=KILL_S)
