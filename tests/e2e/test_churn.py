@@ -1,0 +1,83 @@
+"""Containers come and go by the hundred, and neither the machine nor a long-lived shim grows."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.busybox import IMAGE
+from tests.e2e.conftest import new_id
+from tests.e2e.life import Life
+
+if TYPE_CHECKING:
+    from tests.e2e.conftest import Stack
+
+pytestmark = [pytest.mark.hako, pytest.mark.mostly_on("1.7-ttrpc")]
+
+NIGHTLY = pytest.mark.nightly
+GROWTH_BYTES = 1 << 20
+WARM_UP = 20
+
+
+def run_one(stack: Stack, number: int) -> tuple[int, str]:
+    """Run a container that says its number; return its exit code and output."""
+    result = stack.containerd.run(
+        IMAGE, new_id(), "sh", "-c", f"echo {number}; exit {number % 7}", timeout_s=200
+    )
+    return result.code, result.stdout + result.stderr
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=NIGHTLY)])
+def test_containers_one_after_the_other_leave_nothing(stack: Stack, count: int):
+    outcomes = [run_one(stack, number) for number in range(count)]
+
+    assert outcomes == [(number % 7, f"{number}\n") for number in range(count)]
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("at_once", "each"), [(5, 4), pytest.param(10, 10, marks=NIGHTLY)], ids=["5x4", "10x10"]
+)
+def test_containers_beside_each_other_leave_nothing(stack: Stack, at_once: int, each: int):
+    with ThreadPoolExecutor(at_once) as pool:
+        outcomes = list(pool.map(lambda number: run_one(stack, number), range(at_once * each)))
+
+    assert outcomes == [(number % 7, f"{number}\n") for number in range(at_once * each)]
+
+
+@pytest.mark.timeout(600)
+def test_a_hundred_execs_leave_a_shim_as_it_was(stack: Stack, home: Path):
+    with Life(stack, home) as life:
+        life.write_down()
+        life.tasks.begin_create(life.id).result()
+        life.tasks.call("Start", life.id)
+
+        def run_execs(count: int) -> None:
+            for number in range(count):
+                life.tasks.add_exec(life.id, f"extra-{number}", "true")
+                life.tasks.call("Start", life.id, exec_id=f"extra-{number}")
+                assert life.tasks.call("Wait", life.id, exec_id=f"extra-{number}").exit_status == 0
+                life.tasks.call("DeleteProcess", life.id, exec_id=f"extra-{number}")
+
+        run_execs(WARM_UP)
+        before = measure(life.pid("shim"))
+        run_execs(100)
+        after = measure(life.pid("shim"))
+
+        assert after[0] == before[0], "file descriptors"
+        assert after[1] - before[1] < GROWTH_BYTES, "resident memory"
+        life.tasks.call("Kill", life.id, signal=9)
+        life.wait_for_state({"STOPPED"}, timeout_s=10)
+        life.remove()
+
+
+def measure(pid: int) -> tuple[int, int]:
+    """Return a process' number of file descriptors and its resident memory in bytes."""
+    process = Path(f"/proc/{pid}")
+    pages = int((process / "statm").read_text(encoding="utf-8").split()[1])
+    return len(list((process / "fd").iterdir())), pages * os.sysconf("SC_PAGE_SIZE")
