@@ -76,8 +76,7 @@ class Life:
     def open_door(self) -> None:
         """Start a privileged container in the same machine that makes its kernel panic when told to."""
         self._door_id = new_id()
-        command = "echo open; read line; echo c > /proc/sysrq-trigger"
-        self._record(self._door_id, "sh", "-c", command, options=["--privileged"])
+        self._record(self._door_id, "sh", options=["--privileged"])
         streams = {name: self._place / f"{self._door_id}-{name}" for name in ("stdin", "stdout")}
         for path in streams.values():
             os.mkfifo(path)
@@ -88,6 +87,7 @@ class Life:
                 self._door_id, **{name: str(path) for name, path in streams.items()}
             ).result()
             self.tasks.call("Start", self._door_id)
+            os.write(self._door, b"echo open\n")
             assert select.select([output], [], [], MOMENT_S)[0], "the privileged container is silent"
             assert os.read(output, 100) == b"open\n"
         finally:
@@ -96,7 +96,7 @@ class Life:
     def kill(self, victim: str) -> None:
         """Kill whoever it is, now, or as soon as it exists."""
         if victim == "guest":
-            os.write(self._door, b"now\n")
+            os.write(self._door, b"echo c > /proc/sysrq-trigger\n")
         elif victim == "containerd":
             self._containerd.stop(how=signal.SIGKILL)
         else:
