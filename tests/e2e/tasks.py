@@ -118,12 +118,15 @@ class Tasks:
         self.call("Exec", container, exec_id=exec_id, spec=spec)
 
     def state(self, container: str) -> tuple[str, int]:
-        """Return a task's state and exit status; ``GONE`` if containerd knows of none."""
+        """Return a task's state and exit status; ``GONE`` if none, ``UNKNOWN`` if its shim is gone."""
         try:
             process = self.call("Get", container, timeout_s=10).process
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.NOT_FOUND:
                 return ("GONE", 0)
+            # A shim over gRPC is dead, and containerd has yet to notice.
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                return ("UNKNOWN", 0)
             raise
         status = process.DESCRIPTOR.fields_by_name["status"].enum_type.values_by_number[process.status]
         return (status.name, process.exit_status)
