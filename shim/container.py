@@ -212,8 +212,15 @@ class Container:
         process = self.process(exec_id)
         self._require_alive(exec_id)
         process.require(Input.START)
-        if process.streams is not None:
+        if process.starting:
             raise FailedPrecondition(f"start: {process}: it is being started")
+        process.starting = True
+        try:
+            await self._start_exec(process)
+        finally:
+            process.starting = False
+
+    async def _start_exec(self, process: Process) -> None:
         agent = await self._sandbox.agent()
         process.streams = await self._open_streams(process.stdio)
         try:
@@ -231,7 +238,7 @@ class Container:
             raise
         self._sandbox.publish(
             "/tasks/exec-started",
-            events_pb2.TaskExecStarted(container_id=self.id, exec_id=exec_id, pid=self._sandbox.pid),
+            events_pb2.TaskExecStarted(container_id=self.id, exec_id=process.exec_id, pid=self._sandbox.pid),
         )
         self._follow(process, agent)
         if process.terminal_size is not None:

@@ -69,6 +69,7 @@ class Process:
         self.stdio = stdio
         self.spec = spec
         self.state = State.CREATED
+        self.starting = False
         self.streams: Streams | None = None
         self.carrier: Carrier | None = None
         self.following: asyncio.Task[None] | None = None
