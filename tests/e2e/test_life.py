@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,9 +15,9 @@ from tests.e2e.conftest import write_config
 from tests.e2e.containerd import converse
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.e2e.conftest import Stack
+
+GUEST_IMAGE = Path("/var/lib/hako/guest/image.json")
 
 
 def test_a_container_runs_on_the_guests_kernel_and_not_on_the_hosts(stack: Stack, container: str):
@@ -23,7 +25,8 @@ def test_a_container_runs_on_the_guests_kernel_and_not_on_the_hosts(stack: Stack
 
     assert result.code == 0, result.stderr
     assert result.stderr == ""
-    assert (result.stdout.strip() != os.uname().release) == stack.is_hako
+    guest = json.loads(GUEST_IMAGE.read_bytes())["kernel_release"]
+    assert result.stdout.strip() == (guest if stack.is_hako else os.uname().release)
 
 
 @pytest.mark.parametrize("code", [0, 1, 42])
