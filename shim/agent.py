@@ -28,6 +28,7 @@ SHM_DIRECTORY = "/run/kata-containers/sandbox/shm"
 SHM_BYTES = 64 * 1024 * 1024  # the size runc gives /dev/shm
 
 CALL_TIMEOUT_S = 60.0  # the protocol's customary limit, Kata's create_container_timeout among them
+PROCESSES_TIMEOUT_S = 1.0  # containerd asks for pids within the 5 s that a restart gives a shim
 STATS_TIMEOUT_S = 1.8  # containerd asks for statistics with a limit of 2 s
 REMOVE_TIMEOUT_S = 7.0  # containerd's CRI lets the end of a task, all of Delete included, take 10 s
 SIGNAL_TIMEOUT_S = 10.0  # a kill must fail, or reach for the machine, before a client gives up
@@ -159,6 +160,19 @@ class Agent:
         return await self._call(
             "StatsContainer", request, agent_pb2.StatsContainerResponse, timeout_s=STATS_TIMEOUT_S
         )
+
+    async def exec_ids_of_processes(self, container_id: str) -> list[str]:
+        """List the processes of a container by the ids of their execs; init and children have an empty one.
+
+        Kata's protocol has no call for this; Hako's agent answers it as diagnostic data.
+
+        :raises ShimError: of any kind, if the agent cannot tell.
+        """
+        request = agent_pb2.GetDiagnosticDataRequest(log_type="hako.processes", container_id=container_id)
+        reply = await self._call(
+            "GetDiagnosticData", request, agent_pb2.GetDiagnosticDataResponse, timeout_s=PROCESSES_TIMEOUT_S
+        )
+        return [line.partition(" ")[2] for line in reply.data.splitlines()]
 
     async def next_oom(self) -> str:
         """Block until the guest kernel kills a process for memory.

@@ -189,6 +189,22 @@ class Container:
         agent = await self._sandbox.agent()
         return await agent.stats_container(self.id)
 
+    async def exec_ids_of_processes(self) -> list[str]:
+        """List every process but init by the id of its exec; a child of another process has an empty one.
+
+        :raises NotFound: if the container has ended.
+        """
+        if self.init.exited.is_set():
+            raise NotFound(f"pids: container {self.id}: not running")
+        running = {p.agent_id: p.exec_id for p in self.execs.values() if p.state is State.RUNNING}
+        try:
+            agent = await self._sandbox.agent()
+            _init, *others = await agent.exec_ids_of_processes(self.id)
+        except (ShimError, ValueError) as error:  # a stock agent, a hung guest, or none left
+            log.debug("pids: container %s: asking the guest: %s", self.id, error)
+            return list(running.values())
+        return [running.get(agent_id, "") for agent_id in others]
+
     def add_exec(self, exec_id: str, *, spec: dict[str, Any], stdio: Stdio) -> None:
         """Register an exec; it runs on :meth:`start_exec`.
 

@@ -43,6 +43,20 @@ def kill(path: str) -> None:
         return
 
 
+def pids(path: str) -> list[int]:
+    """List the processes in a cgroup and below it, the oldest first.
+
+    :param path: the cgroup.
+    :raises OSError: if there is no such cgroup.
+    """
+    found = [int(line) for line in files.read(f"{_ROOT}{path}/cgroup.procs").split()]
+    with os.scandir(f"{_ROOT}{path}") as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                found += pids(f"{path}/{entry.name}")
+    return sorted(found)
+
+
 def freeze(path: str, *, frozen: bool) -> None:
     """Freeze or thaw a cgroup and wait until the kernel says so.
 

@@ -131,6 +131,15 @@ class Container:
             raise NotFound(f"process: {exec_id}: not in container {self.id}")
         return process
 
+    def processes(self) -> list[tuple[int, str]]:
+        """List every process of the container: its pid in the guest, and its exec's id if it is one.
+
+        :raises OSError: if the cgroup is gone.
+        """
+        with self._lock:
+            execs = {process.pid: exec_id for exec_id, process in self._execs.items() if process is not None}
+        return [(pid, execs.get(pid, "")) for pid in cgroup.pids(self._cgroup)]
+
     def forget_if_done(self, exec_id: str) -> None:
         """Forget an exec whose status and output have both been taken; init stays until removal.
 

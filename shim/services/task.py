@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.empty_pb2 import Empty
 
 from proto.containerd import runc_options_pb2, task_types_pb2, task_v3_pb2
-from shim.errors import InvalidArgument, NotFound
+from shim.errors import InvalidArgument
 from shim.events import pack
 from shim.grouping import check_identifier
 from shim.metrics import host_has_cgroup_v2, to_metrics
@@ -118,16 +118,12 @@ class TaskService:
 
     async def pids(self, request: task_v3_pb2.PidsRequest) -> task_v3_pb2.PidsResponse:
         """List the processes that live; every one stands behind the machine's own process on the host."""
-        container = self._sandbox.container(request.id)
-        if container.init.exited.is_set():
-            raise NotFound(f"pids: container {request.id}: not running")
+        exec_ids = await self._sandbox.container(request.id).exec_ids_of_processes()
         pid = self._sandbox.pid
         processes = [task_types_pb2.ProcessInfo(pid=pid)]
-        processes += [
-            task_types_pb2.ProcessInfo(pid=pid, info=pack(runc_options_pb2.ProcessDetails(exec_id=exec_id)))
-            for exec_id, process in container.execs.items()
-            if process.state is State.RUNNING
-        ]
+        for exec_id in exec_ids:
+            info = pack(runc_options_pb2.ProcessDetails(exec_id=exec_id)) if exec_id else None
+            processes.append(task_types_pb2.ProcessInfo(pid=pid, info=info))
         return task_v3_pb2.PidsResponse(processes=processes)
 
     async def pause(self, request: task_v3_pb2.PauseRequest) -> Empty:

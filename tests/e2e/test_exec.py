@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.e2e.busybox import IMAGE
 from tests.e2e.containerd import converse
 from tests.e2e.terminal import terminal
 
@@ -92,3 +93,25 @@ def test_the_output_of_an_exec_arrives_whole(stack: Stack, long_lived: str, size
     result = stack.containerd.exec(long_lived, f"whole{size}", "head", "-c", str(size), "/dev/zero")
 
     assert len(result.stdout) == size
+
+
+@pytest.mark.hako
+def test_every_process_is_listed_behind_the_machines_and_an_exec_with_its_id(
+    one_stack: Stack, request: pytest.FixtureRequest
+):
+    box = "listed"
+    request.addfinalizer(lambda: one_stack.containerd.remove(box))
+    started = one_stack.containerd.run(
+        IMAGE, box, "sh", "-c", "sleep 1000 & exec sleep 2000", options=["--detach"]
+    )
+    assert started.code == 0, started.stderr
+    detached = one_stack.containerd.ctr(
+        "task", "exec", "--detach", "--exec-id", "third", box, "sleep", "3000"
+    )
+    assert detached.code == 0, detached.stderr
+
+    pid = one_stack.containerd.tasks()[box][0]
+    _header, *lines = one_stack.containerd.ctr("task", "ps", box).stdout.splitlines()
+
+    assert [int(line.split()[0]) for line in lines] == [pid] * 3
+    assert sum("third" in line for line in lines) == 1
