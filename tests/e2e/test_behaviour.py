@@ -1,0 +1,93 @@
+"""Behaviour of runc's shim that containerd's clients have come to rely on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.busybox import IMAGE
+from tests.e2e.conftest import new_id
+from tests.e2e.life import until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.e2e.conftest import Stack
+
+LONGEST_NAMESPACE = "n" * 76  # containerd's identifiers are no longer
+
+
+@pytest.fixture
+def box(one_stack: Stack) -> Iterator[str]:
+    name = new_id()
+    yield name
+    if name in one_stack.containerd.containers():
+        one_stack.containerd.remove(name)
+
+
+def test_a_container_can_be_started_again_after_its_task_was_deleted(one_stack: Stack, box: str):
+    containerd = one_stack.containerd
+    assert containerd.run(IMAGE, box, "sleep", "1000", options=["--detach"]).code == 0
+    for _ in range(2):
+        assert containerd.exec(box, "touch", "touch", "/seen").code == 0
+        assert containerd.ctr("task", "kill", "--signal", "9", box).code == 0
+        containerd.wait_for_state(box, "STOPPED")
+        containerd.ctr("task", "delete", box)
+        again = containerd.ctr("task", "start", "--detach", box)
+        assert again.code == 0, again.stderr
+        assert containerd.exec(box, "look", "ls", "/seen").stdout == "/seen\n"
+
+
+def test_an_exec_ends_although_a_child_it_left_behind_holds_its_output(one_stack: Stack, box: str):
+    containerd = one_stack.containerd
+    assert containerd.run(IMAGE, box, "sleep", "1000", options=["--detach"]).code == 0
+
+    result = containerd.exec(box, "parent", "sh", "-c", "sleep 1000 & echo done; exit 3")
+
+    assert (result.code, result.stdout) == (3, "done\n")
+
+
+def test_output_goes_on_to_the_same_log_after_a_restart_of_containerd(
+    one_stack: Stack, box: str, tmp_path: Path
+):
+    containerd = one_stack.containerd
+    log = tmp_path / "box.log"
+    script = "i=0; while true; do i=$((i+1)); echo $i; sleep 0.2; done"
+    started = containerd.run(
+        IMAGE, box, "sh", "-c", script, options=["--detach", "--log-uri", f"file://{log}"]
+    )
+    assert started.code == 0, started.stderr
+    until(lambda: log.exists() and log.read_text(), what="output in the log")
+
+    containerd.stop()
+    before = len(log.read_text().splitlines())
+    until(lambda: len(log.read_text().splitlines()) > before + 1, what="output while containerd is away")
+    containerd.start()
+    after = len(log.read_text().splitlines())
+    until(lambda: len(log.read_text().splitlines()) > after + 1, what="output after the restart")
+
+    lines = log.read_text().splitlines()
+    assert lines == [str(number) for number in range(1, len(lines) + 1)]
+
+
+def test_a_container_lives_in_a_namespace_of_the_longest_name(
+    one_stack: Stack, image_archive: Path, request: pytest.FixtureRequest
+):
+    containerd = one_stack.containerd
+
+    def ctr(*arguments: str | Path) -> str:
+        result = containerd.ctr("--namespace", LONGEST_NAMESPACE, *arguments)
+        assert result.code == 0, result.stderr
+        return result.stdout
+
+    def forget() -> None:
+        ctr("images", "remove", "--sync", IMAGE)
+        containerd.ctr("namespaces", "remove", LONGEST_NAMESPACE)
+
+    ctr("images", "import", image_archive)
+    request.addfinalizer(forget)
+    box = "b" * 76
+
+    assert ctr("run", "--rm", "--runtime", containerd.runtime, IMAGE, box, "echo", "here") == "here\n"
