@@ -53,6 +53,7 @@ class QemuHypervisor(Hypervisor):
         self._channel: GuestChannel | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
+        self._stop_lock = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self._driver_seen_at: float | None = None
         self._gone: asyncio.Future[VmExit] = self._loop.create_future()
@@ -80,18 +81,20 @@ class QemuHypervisor(Hypervisor):
     async def stop(self) -> None:
         """Kill the virtual machine; return when all its processes are gone.
 
-        May be called at any time, and repeatedly.
+        May be called at any time, repeatedly and by several at once.
         """
         self._stopping = True
-        if self._qemu is not None:
-            # First, so that no daemon's end is taken for a failure.
-            await self._qemu.destroy()
-        await asyncio.gather(*(process.destroy() for process in self._daemons()))
-        if self._supervisor is not None:
-            await asyncio.wait([self._supervisor])
-        await self._release()
-        if not self._gone.done():
-            self._gone.set_result(VmExit(reason="stopped"))
+        # Whoever kills and whoever saw the end may come at once; a QMP session is closed by one of them.
+        async with self._stop_lock:
+            if self._qemu is not None:
+                # First, so that no daemon's end is taken for a failure.
+                await self._qemu.destroy()
+            await asyncio.gather(*(process.destroy() for process in self._daemons()))
+            if self._supervisor is not None:
+                await asyncio.wait([self._supervisor])
+            await self._release()
+            if not self._gone.done():
+                self._gone.set_result(VmExit(reason="stopped"))
 
     async def wait(self) -> VmExit:
         """Block until the virtual machine is gone.

@@ -66,6 +66,13 @@ async def test_stop_may_come_at_any_time_and_again(machines):
     assert (await vm.wait()).reason == "stopped"
 
 
+async def test_many_may_stop_it_at_once(machines):
+    vm = machines()
+    await vm.start(timeout_s=START_S)
+    await asyncio.gather(*(vm.stop() for _ in range(8)))
+    assert (await vm.wait()).reason == "stopped"
+
+
 async def test_stop_during_start_leaves_nothing(machines):
     vm = machines(channel=Channel.VHOST_USER_VSOCK)
     starting = asyncio.create_task(vm.start(timeout_s=START_S))
