@@ -69,6 +69,7 @@ class Container:
         self._sandbox = sandbox
         self._shown = contextlib.ExitStack()
         self._ending = False
+        self._settled = asyncio.Event()
 
     def process(self, exec_id: str) -> Process:
         """Find init (empty id) or an exec.
@@ -114,6 +115,8 @@ class Container:
                 self.init.streams.close_all()
             self._shown.close()
             raise
+        finally:
+            self._settled.set()
         self._follow(self.init, agent)
         self._sandbox.publish(
             "/tasks/create",
@@ -307,6 +310,9 @@ class Container:
 
         :raises FailedPrecondition: if init is running.
         """
+        await self._settled.wait()
+        if self.id not in self._sandbox.containers:
+            raise NotFound(f"container {self.id}: not found")
         self.init.require(Input.DELETE)
         removed = self.init.state is State.CREATED
         if removed:  # init still waits to be started: removing it is what ends it
@@ -315,6 +321,8 @@ class Container:
                 async with asyncio.timeout(DRAIN_TIMEOUT_S):
                     await self.init.exited.wait()
         async with self.lock:
+            if self.init.state is State.DELETED:
+                raise NotFound(f"container {self.id}: not found")
             self.init.require(Input.DELETE)
             for process in (self.init, *self.execs.values()):
                 await self._drain(process)
@@ -322,6 +330,7 @@ class Container:
                 await self._remove_from_guest()
             self._shown.close()
             self.init.apply(Input.DELETE)
+            self._sandbox.containers.pop(self.id, None)
             self._sandbox.publish(
                 "/tasks/delete",
                 events_pb2.TaskDelete(

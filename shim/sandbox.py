@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from hypervisor import AGENT_PORT, HypervisorError, QemuHypervisor, VmSpec
 from proto.containerd import events_pb2
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from shim.ledger import Ledger
     from shim.state_directory import StartRecord
     from shim.stdio import Stdio
+
+_T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class Sandbox:
         self._vm: QemuHypervisor | None = None
         self._ready: asyncio.Future[Agent] = asyncio.get_running_loop().create_future()
         self._running: asyncio.Task[None] | None = None
+        self._requests: set[asyncio.Task[None]] = set()
         self._doom = ""
 
     @property
@@ -91,6 +94,28 @@ class Sandbox:
                 log.exception("%s: unexpected failure", name)
 
         return self._group.create_task(contained(), name=name)
+
+    def finish(self, work: Coroutine[object, object, _T]) -> asyncio.Future[_T]:
+        """Do work to its end, whoever asked for it goes away meanwhile: half done it could not be repeated.
+
+        :returns: its outcome; cancelling that leaves the work alone.
+        """
+        outcome: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+
+        async def settled() -> None:
+            try:
+                result = await work
+            except Exception as error:  # noqa: BLE001 - handed on to whoever asked
+                if not outcome.done():
+                    outcome.set_exception(error)
+            else:
+                if not outcome.done():
+                    outcome.set_result(result)
+
+        task = self._group.create_task(settled(), name="request")
+        self._requests.add(task)
+        task.add_done_callback(self._requests.discard)
+        return outcome
 
     def start(self) -> None:
         """Begin to boot the machine; :meth:`agent` waits for it."""
@@ -145,6 +170,8 @@ class Sandbox:
 
     async def stop(self) -> None:
         """Switch the machine off and wait until nothing of it is left; stopping twice is harmless."""
+        for request in self._requests:
+            request.cancel()
         if self._running is not None:
             self._running.cancel()
             await asyncio.wait({self._running})

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.hako
 
 BOOT_TIMEOUT_S = 6
+PANIC_TIMEOUT_S = 30
 MARGIN_S = 6.0
 """What may pass besides the boot itself: containerd, the shim's start, the end of the machine."""
 
@@ -99,8 +100,8 @@ def test_a_guest_without_an_init_is_given_up_with_what_its_kernel_said(stack: St
     line = refusal(
         stack,
         container,
-        within_s=BOOT_TIMEOUT_S + MARGIN_S,
-        guest=f'kernel_parameters = "rdinit=/no/init"\nboot_timeout_s = {BOOT_TIMEOUT_S}',
+        within_s=PANIC_TIMEOUT_S + MARGIN_S,
+        guest=f'kernel_parameters = "rdinit=/no/init"\nboot_timeout_s = {PANIC_TIMEOUT_S}',
     )
 
     assert "boot" in line
