@@ -21,13 +21,8 @@ from shim.oci_mounts import SharedMount, rewrite_mount
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 # The guest gives every container a private one or the sandbox's; the host's are meaningless in it.
 _GUEST_NAMESPACES = ("ipc", "uts", "mount")
-# Without one of these a container would share the host's, which is out of reach from inside a machine.
-_NAMESPACES_NOT_THE_HOSTS = {"network": "network", "pid": "processes", "ipc": "IPC"}
 # Made by the agent in every container's /dev; naming them again is an error in Kata's agent.
 _DEFAULT_DEVICES = frozenset(f"/dev/{name}" for name in ("null", "zero", "full", "tty", "random", "urandom"))
 # Character devices that every Linux has under the same number: memory, terminals, and tun and fuse.
@@ -142,12 +137,13 @@ def _linux(
 
 def _namespaces(namespaces: list[dict[str, Any]]) -> list[dict[str, str]]:
     wanted = {namespace["type"] for namespace in namespaces}
-    for kind, what in _NAMESPACES_NOT_THE_HOSTS.items():
-        if wanted and kind not in wanted:
-            raise InvalidArgument(
-                f"spec: linux.namespaces: without {kind} it asks for the host's {what}, which a machine"
-                f" cannot see; ask for a {kind} namespace"
-            )
+    # The host's processes and IPC are not in the machine: who asks for them gets a container's usual ones.
+    # Who asks for the host's network wants to be reached there, and would wait in vain.
+    if wanted and "network" not in wanted:
+        raise InvalidArgument(
+            "spec: linux.namespaces: without network it asks for the host's network, which a machine cannot"
+            " see; ask for a network namespace"
+        )
     # pid is asked for with sandbox_pidns; network is the machine's own; cgroup and time the agent's.
     return [{"type": kind} for kind in (*_GUEST_NAMESPACES, *sorted({"user"} & wanted))]
 
