@@ -9,6 +9,7 @@ import pytest
 
 from tests.e2e.busybox import IMAGE
 from tests.e2e.containerd import converse
+from tests.e2e.life import until
 from tests.e2e.terminal import terminal
 
 if TYPE_CHECKING:
@@ -105,13 +106,18 @@ def test_every_process_is_listed_behind_the_machines_and_an_exec_with_its_id(
         IMAGE, box, "sh", "-c", "sleep 1000 & exec sleep 2000", options=["--detach"]
     )
     assert started.code == 0, started.stderr
-    detached = one_stack.containerd.ctr(
-        "task", "exec", "--detach", "--exec-id", "third", box, "sleep", "3000"
+    third = subprocess.Popen(
+        one_stack.containerd.ctr_argv("task", "exec", "--exec-id", "third", box, "sleep", "3000"),
+        stdin=subprocess.DEVNULL,
     )
-    assert detached.code == 0, detached.stderr
 
+    def listed() -> list[str]:
+        return one_stack.containerd.ctr("task", "ps", box).stdout.splitlines()[1:]
+
+    until(lambda: any("third" in line for line in listed()), what="the exec in the list")
+    lines = listed()
     pid = one_stack.containerd.tasks()[box][0]
-    _header, *lines = one_stack.containerd.ctr("task", "ps", box).stdout.splitlines()
-
     assert [int(line.split()[0]) for line in lines] == [pid] * 3
     assert sum("third" in line for line in lines) == 1
+    one_stack.containerd.ctr("task", "kill", "--signal", "9", box)
+    assert third.wait(60) == 137
