@@ -50,7 +50,7 @@ class TaskService:
         _check_identifier(request.id, phase="create", what="id")
         if request.checkpoint:
             raise InvalidArgument(f"create: container {request.id}: restoring a checkpoint is not supported")
-        creation = self._sandbox.create(
+        await self._sandbox.create(
             request.id,
             bundle=Path(request.bundle),
             rootfs=list(request.rootfs),
@@ -58,14 +58,15 @@ class TaskService:
                 stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal
             ),
         )
-        await self._sandbox.finish(creation)
         return task_v3_pb2.CreateTaskResponse(pid=self._sandbox.pid)
 
     async def start(self, request: task_v3_pb2.StartRequest) -> task_v3_pb2.StartResponse:
         """Start a container's init, or an exec."""
         container = self._sandbox.container(request.id)
-        start = container.start_exec(request.exec_id) if request.exec_id else container.start()
-        await self._sandbox.finish(start)
+        if request.exec_id:
+            await container.start_exec(request.exec_id)
+        else:
+            await container.start()
         return task_v3_pb2.StartResponse(pid=self._sandbox.pid)
 
     async def state(self, request: task_v3_pb2.StateRequest) -> task_v3_pb2.StateResponse:
@@ -126,12 +127,12 @@ class TaskService:
 
     async def pause(self, request: task_v3_pb2.PauseRequest) -> Empty:
         """Freeze a container."""
-        await self._sandbox.finish(self._sandbox.container(request.id).pause())
+        await self._sandbox.container(request.id).pause()
         return Empty()
 
     async def resume(self, request: task_v3_pb2.ResumeRequest) -> Empty:
         """Let a frozen container go on."""
-        await self._sandbox.finish(self._sandbox.container(request.id).resume())
+        await self._sandbox.container(request.id).resume()
         return Empty()
 
     async def update(self, request: task_v3_pb2.UpdateTaskRequest) -> Empty:
@@ -143,7 +144,7 @@ class TaskService:
                 f"update: container {request.id}: resources of type {kind!r}; send LinuxResources"
             )
         resources = _json_object(request.resources.value, what=f"update: container {request.id}: resources")
-        await self._sandbox.finish(container.update(translate_resources(resources)))
+        await container.update(translate_resources(resources))
         return Empty()
 
     async def stats(self, request: task_v3_pb2.StatsRequest) -> task_v3_pb2.StatsResponse:

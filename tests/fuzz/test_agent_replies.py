@@ -209,7 +209,7 @@ async def life(directory, script, begin):
             finally:
                 theirs.shutdown(socket.SHUT_RDWR)
                 await agent.aclose()
-                for container in sandbox.containers.values():
+                for container in list(sandbox.containers.values()):
                     await container.init.exited.wait()
                     container._shown.close()
                 ledger.close()
