@@ -105,6 +105,9 @@ class Sandbox:
         async def settled() -> None:
             try:
                 result = await work
+            except asyncio.CancelledError:
+                outcome.cancel()  # the sandbox ends: nobody may wait for this any more
+                raise
             except Exception as error:  # noqa: BLE001 - handed on to whoever asked
                 if not outcome.done():
                     outcome.set_exception(error)
