@@ -208,9 +208,11 @@ class QemuHypervisor(Hypervisor):
     async def _supervise(self, qemu: Process, qmp: QmpSession) -> None:
         daemons = self._daemons()
         broken = asyncio.create_task(qmp.broken())
-        ends: list[asyncio.Future[Any]] = [broken, *(process.exited for process in (qemu, *daemons))]
+        overdue = asyncio.create_task(_overdue(qemu, qmp))
+        ends: list[asyncio.Future[Any]] = [broken, overdue, *(each.exited for each in (qemu, *daemons))]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         await _cancel(broken)
+        await _cancel(overdue)
         failed = next((each for each in daemons if each.exited.done()), None)
         if failed is not None and failed.exited.result().code == 0:
             # A daemon ends in good order when QEMU hangs up, and may be seen to end before QEMU is.
@@ -290,6 +292,12 @@ class QemuHypervisor(Hypervisor):
             return task.result()
         finally:
             await _cancel(task)
+
+
+async def _overdue(qemu: Process, qmp: QmpSession) -> None:
+    """Wait until QEMU should have ended: having shut down, it may wait for a vhost-user daemon for ever (7.2)."""
+    await qmp.shut_down()
+    await asyncio.wait([qemu.exited], timeout=_LAST_WORDS_S)
 
 
 async def _cancel(task: asyncio.Task[Any]) -> None:

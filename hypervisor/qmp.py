@@ -36,6 +36,7 @@ class _Lifecycle(EventListener):
     def __init__(self) -> None:
         super().__init__()
         self.shutdown: Shutdown | None = None
+        self.shut_down = asyncio.Event()
         self.stopped = asyncio.Event()
 
     async def put(self, event: Message) -> None:
@@ -50,6 +51,7 @@ class _Lifecycle(EventListener):
                     self.shutdown = Shutdown(
                         by_guest=bool(data.get("guest")), cause=str(data.get("reason", "unknown"))
                     )
+                self.shut_down.set()
             case "STOP":
                 self.stopped.set()
 
@@ -133,6 +135,10 @@ class QmpSession:
                 state = await self.run_state()
                 if state in _BROKEN_STATES:
                     return state
+
+    async def shut_down(self) -> None:
+        """Wait for a ``SHUTDOWN`` event; for ever if QEMU ends without one."""
+        await self._lifecycle.shut_down.wait()
 
     async def close(self) -> None:
         """End the session after every event that QEMU sent has been read, if QEMU is gone."""

@@ -59,10 +59,12 @@ async def test_the_virtio_fs_worker_killed_ends_the_machine_and_names_the_daemon
 
 
 async def test_a_guest_without_init_panics_with_its_line(machines):
-    vm = machines(kernel_parameters=("rdinit=/nonexistent",))
+    vm = machines(kernel_parameters=("rdinit=/nonexistent",), channel=Channel.VHOST_USER_VSOCK)
     await vm.start(timeout_s=START_S)
-    end = await end_of(vm, within_s=BOOT_S)
-    assert "guest panicked: " in end.reason
+    # Asked about a vhost-user device meanwhile, QEMU 7.2 may announce its shutdown and then never leave.
+    with pytest.raises(ChannelError, match=r"guest panicked: .*Kernel panic - not syncing: "):
+        await vm.connect(AGENT_PORT, timeout_s=BOOT_S)
+    end = await end_of(vm, within_s=AT_ONCE_S)
     assert "Kernel panic - not syncing: " in end.reason
 
 
