@@ -295,7 +295,7 @@ class QemuHypervisor(Hypervisor):
 
 
 async def _overdue(qemu: Process, qmp: QmpSession) -> None:
-    """Wait until QEMU should have ended: having shut down, it may wait for a vhost-user daemon for ever (7.2)."""
+    """Wait until QEMU should be gone: shut down, it may yet wait for a vhost-user daemon for ever (7.2)."""
     await qmp.shut_down()
     await asyncio.wait([qemu.exited], timeout=_LAST_WORDS_S)
 
