@@ -81,11 +81,12 @@ class Container:
         """
         runtime.run("start", self.id)
 
-    def execute(self, exec_id: str, message: Message) -> None:
+    def execute(self, exec_id: str, message: Message) -> Process:
         """Create and start a further process.
 
         :param exec_id: its id.
         :param message: grpc.Process.
+        :returns: the process.
         :raises AgentError: if the id is taken, or crun refuses.
         """
         document = oci.process(message)
@@ -103,6 +104,7 @@ class Container:
             raise
         with self._lock:
             self._execs[exec_id] = process
+        return process
 
     def _launch(self, document: dict[str, Any]) -> Process:
         path = f"{self._bundle}/process.{_thread.get_ident()}.json"

@@ -6,7 +6,7 @@ import _signal  # type: ignore[import-not-found]  # what the signal module wraps
 import sys
 import time
 
-from guest.agent import boot, reaper, serial, tables, vsock
+from guest.agent import boot, files, rawstreams, reaper, serial, tables, vsock
 from guest.agent.console import log
 from guest.agent.sandbox import Sandbox
 from guest.agent.service import Service
@@ -33,6 +33,7 @@ def main() -> None:
     server = Server(codec, methods=tables.METHODS, handlers=Service(Sandbox(), codec).handlers())
     vsock.listen(server)
     serial.listen(server)
+    rawstreams.listen(files.read("/proc/cmdline"))
     log("serving")
     while True:
         if _signal.sigwait({_signal.SIGCHLD, _signal.SIGIO}) == _signal.SIGIO:

@@ -124,10 +124,11 @@ class Sandbox:
                 except OSError as error:
                     log(f"storage: {mount_point}: {error}")
 
-    def create_container(self, request: Message) -> None:
+    def create_container(self, request: Message) -> Container:
         """Create a container up to the point where its init waits to be started.
 
         :param request: grpc.CreateContainerRequest.
+        :returns: the container.
         :raises AgentError: if the id is bad or taken, or the container cannot be created.
         :raises OSError: if a storage cannot be mounted, or a module not loaded.
         """
@@ -163,6 +164,7 @@ class Sandbox:
             if "pid" not in self._shared:
                 self._pin_pid(container)
             self._containers[container_id] = container
+        return container
 
     def _namespaces(self, linux: Message, *, shares_pid: bool) -> list[dict[str, str]]:
         """Choose the namespaces: ipc and uts are the sandbox's, pid is decided by the request alone."""

@@ -7,7 +7,7 @@ import os
 import struct
 import time
 
-from guest.agent import cgroup, copyfile, files, kernel, oom, storage
+from guest.agent import cgroup, copyfile, files, kernel, oom, rawstreams, storage
 from guest.agent.errors import AgentError, InvalidArgument
 
 TYPE_CHECKING = False
@@ -92,7 +92,8 @@ class Service:
         return self._empty
 
     def _create_container(self, request: Message, _call: Call) -> Message:
-        self._sandbox.create_container(request)
+        with rawstreams.Claims(request) as claims:
+            claims.attach(self._sandbox.create_container(request).init, ended=lambda: None)
         return self._empty
 
     def _start_container(self, request: Message, _call: Call) -> Message:
@@ -107,7 +108,9 @@ class Service:
         container = self._sandbox.container(request.container_id, AgentError)
         if request.process is None:
             raise AgentError(f"exec: {request.exec_id}: the request has no process; send it")
-        container.execute(request.exec_id, request.process)
+        with rawstreams.Claims(request) as claims:
+            process = container.execute(request.exec_id, request.process)
+            claims.attach(process, ended=lambda: container.forget_if_done(request.exec_id))
         return self._empty
 
     def _process(self, request: Message) -> tuple[Container, Process]:

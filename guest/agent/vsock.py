@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from guest.agent.ttrpc import Server
 
 PORT = 1024
-_ANY_CID = 0xFFFFFFFF
+ANY_CID = 0xFFFFFFFF
 
 
 class _Stream:
@@ -43,7 +43,7 @@ def listen(server: Server) -> None:
     :raises OSError: if the kernel has no vsock, or the port is taken.
     """
     listener = _socket.socket(_socket.AF_VSOCK, _socket.SOCK_STREAM)
-    listener.bind((_ANY_CID, PORT))
+    listener.bind((ANY_CID, PORT))
     listener.listen(16)
     _thread.start_new_thread(_accept, (listener, server))
 
