@@ -6,6 +6,8 @@
      ├── UnsupportedHostError  run on another machine
      ├── VmStartError          mend the host or the configuration; nothing was left running
      ├── ChannelError          the guest was not reached; the text says whether the VM still lives
+     ├── HotplugError          a device was not added, changed or removed; the virtual machine goes on
+     │    └── NoSlotError      every slot is taken; unplug something first
      └── QmpError              QEMU refused a command or its control connection broke
 
 The message is one line: phase, object, cause, remedy.
@@ -28,6 +30,14 @@ class VmStartError(HypervisorError):
 
 class ChannelError(HypervisorError):
     """No connection to the guest's port could be made."""
+
+
+class HotplugError(HypervisorError):
+    """A device could not be added to, changed in or removed from a running virtual machine."""
+
+
+class NoSlotError(HotplugError):
+    """The virtual machine has no free slot for another device."""
 
 
 class QmpError(HypervisorError):

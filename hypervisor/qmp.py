@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import socket
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
@@ -15,9 +17,12 @@ from hypervisor.errors import QmpError
 from hypervisor.exits import Shutdown
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from contextlib import ExitStack
 
     from qemu.qmp.message import Message
+
+_T = TypeVar("_T")
 
 _COMMAND_TIMEOUT_S = 10.0
 _DRIVER_OK = "VIRTIO_CONFIG_S_DRIVER_OK"
@@ -57,7 +62,65 @@ class _Lifecycle(EventListener):
 
 
 class CommandRefusedError(QmpError):
-    """QEMU understood and said no, or does not know the command."""
+    """QEMU understood and said no, or does not know the command.
+
+    :param message: the whole line.
+    :param kind: the error's class in QMP, for example ``DeviceNotFound``.
+    """
+
+    def __init__(self, message: str, *, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something QEMU reported.
+
+    :param name: for example ``DEVICE_DELETED``.
+    :param data: what came with it.
+    """
+
+    name: str
+    data: Mapping[str, Any]
+
+
+class _Queue(EventListener):
+    """A listener without the library's record of all that it ever heard."""
+
+    async def put(self, event: Message) -> None:
+        if self.accept(event):
+            await self._queue.put(event)
+
+
+class EventStream:
+    """Events in the order in which QEMU sent them; made by ``QmpSession.events``.
+
+    :param session: where they come from.
+    :param names: which ones are wanted.
+    """
+
+    def __init__(self, session: QmpSession, names: tuple[str, ...]) -> None:
+        self._session = session
+        self.listener = _Queue(names)
+
+    async def next(self) -> Event:
+        """Wait for the next event.
+
+        :raises QmpError: if the session ended before it.
+        """
+        ended = asyncio.ensure_future(self._session.drained())
+        heard = asyncio.ensure_future(self.listener.get())
+        try:
+            await asyncio.wait((ended, heard), return_when=asyncio.FIRST_COMPLETED)
+            if not heard.done():
+                raise QmpError("qmp: the session ended while an event was awaited")
+            message: Any = heard.result()
+            data = message.get("data")
+            return Event(str(message["event"]), data if isinstance(data, dict) else {})
+        finally:
+            ended.cancel()
+            heard.cancel()
 
 
 class QmpSession:
@@ -78,6 +141,8 @@ class QmpSession:
         self._client.events.event_filter = lambda _event: False
         self._lifecycle = _Lifecycle()
         self._client.register_listener(self._lifecycle)
+        self._fd_names = itertools.count()
+        self._fd_lock = asyncio.Lock()
 
     @property
     def shutdown(self) -> Shutdown | None:
@@ -101,7 +166,7 @@ class QmpSession:
 
         :raises QmpError: if QEMU does not answer.
         """
-        reply = await self._execute("query-status")
+        reply = await self.ask(dict, "query-status")
         return str(reply.get("status"))
 
     async def driver_runs(self, device: str) -> bool:
@@ -112,8 +177,8 @@ class QmpSession:
         :raises QmpError: if QEMU does not answer.
         """
         try:
-            reply = await self._execute(
-                "x-query-virtio-status", path=f"/machine/peripheral/{device}/virtio-backend"
+            reply = await self.ask(
+                dict, "x-query-virtio-status", {"path": f"/machine/peripheral/{device}/virtio-backend"}
             )
         except CommandRefusedError:
             return True
@@ -153,16 +218,54 @@ class QmpSession:
         while self._client.runstate is Runstate.RUNNING:
             await self._client.runstate_changed()
 
-    async def _execute(self, command: str, **arguments: object) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def events(self, *names: str) -> Iterator[EventStream]:
+        """Collect events from now until the block ends; none that a command in the block causes is missed.
+
+        :param names: which ones.
+        """
+        stream = EventStream(self, names)
+        self._client.register_listener(stream.listener)
+        try:
+            yield stream
+        finally:
+            self._client.remove_listener(stream.listener)
+
+    async def send_fd(self, fd: int) -> str:
+        """Give QEMU a copy of a file descriptor.
+
+        :param fd: the descriptor; it stays the caller's to close.
+        :returns: the name under which QEMU knows its copy, until a command takes it or it is closed.
+        :raises QmpError: if QEMU does not take it.
+        """
+        name = f"fd{next(self._fd_names)}"
+        # QEMU keeps the last descriptor it got until it is named: no other may come between.
+        async with self._fd_lock:
+            try:
+                self._client.send_fd_scm(fd)
+            except (OSError, QMPError) as error:
+                raise QmpError(f"qmp: getfd: {error}") from error
+            await self.ask(dict, "getfd", {"fdname": name})
+        return name
+
+    async def ask(self, kind: type[_T], command: str, arguments: Mapping[str, object] | None = None) -> _T:
+        """Execute a command.
+
+        :param kind: what its reply is: ``dict`` also of a command that returns nothing.
+        :param command: for example ``device_add``.
+        :param arguments: its arguments, of the types that QEMU's schema gives them.
+        :raises CommandRefusedError: if QEMU says no.
+        :raises QmpError: if there is no answer, or one of another kind.
+        """
         try:
             async with asyncio.timeout(_COMMAND_TIMEOUT_S):
-                reply: Any = await self._client.execute(command, arguments or None)
+                reply: Any = await self._client.execute(command, dict(arguments) if arguments else None)
         except ExecuteError as error:
-            raise CommandRefusedError(f"qmp: {command}: {error}") from error
+            raise CommandRefusedError(f"qmp: {command}: {error}", kind=error.error_class) from error
         except TimeoutError:
             raise QmpError(f"qmp: {command}: no answer within {_COMMAND_TIMEOUT_S:g} s") from None
         except QMPError as error:
             raise QmpError(f"qmp: {command}: {error}") from error
-        if not isinstance(reply, dict):
+        if not isinstance(reply, kind):
             raise QmpError(f"qmp: {command}: unexpected reply {reply!r}")
         return reply
