@@ -135,7 +135,8 @@ types.IPAddress: 1 family IPFamily; 2 address string; 3 mask string
 types.Interface: 1 device string; 2 name string; 3 IPAddresses []IPAddress; 4 mtu uint64; 5 hwAddr string; 6
     devicePath string; 7 type string; 8 raw_flags uint32
 types.Route: 1 dest string; 2 gateway string; 3 device string; 4 source string; 5 scope uint32; 6 family
-    IPFamily; 7 flags uint32; 8 mtu uint32
+    IPFamily; 7 flags uint32; 8 mtu uint32; 1001 metric uint32; 1002 next_hops []NextHop
+types.NextHop: 1 gateway string; 2 device string; 3 weight uint32; 4 flags uint32
 types.ARPNeighbor: 1 toIPAddress IPAddress; 2 device string; 3 lladdr string; 4 state int32; 5 flags int32
 containerd.task.v2.CreateTaskRequest: 1 id string; 2 bundle string; 3 rootfs []containerd.types.Mount; 4
     terminal bool; 5 stdin string; 6 stdout string; 7 stderr string; 8 checkpoint string; 9
