@@ -4,6 +4,7 @@ from hypervisor.accelerator import Verdict, choose_accelerator
 from hypervisor.errors import ChannelError, HypervisorError, QmpError, UnsupportedHostError, VmStartError
 from hypervisor.interface import (
     AGENT_PORT,
+    RAW_STREAM_PORT,
     Accelerator,
     Channel,
     HostProcess,
@@ -17,6 +18,7 @@ from hypervisor.vsock import channel_problem
 
 __all__ = [
     "AGENT_PORT",
+    "RAW_STREAM_PORT",
     "Accelerator",
     "Channel",
     "ChannelError",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hypervisor.interface import Accelerator, VmSpec
+from hypervisor.interface import RAW_STREAM_PORT, Accelerator, Channel, VmSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -158,7 +158,12 @@ def kernel_command_line(spec: VmSpec, *, machine: Machine) -> str:
     :param spec: the virtual machine.
     :param machine: the architecture's part.
     """
-    return " ".join((*_KERNEL_PARAMETERS, *machine.kernel_parameters, *spec.kernel_parameters))
+    parameters = [*_KERNEL_PARAMETERS, *machine.kernel_parameters]
+    if spec.channel is Channel.VHOST_VSOCK:
+        # An agent tells the connections apart by the ports they come from, which only the kernel's vsock
+        # shows to both sides.
+        parameters.append(f"agent.passfd_listener_port={RAW_STREAM_PORT}")
+    return " ".join((*parameters, *spec.kernel_parameters))
 
 
 def _machine(spec: VmSpec, machine: Machine) -> str:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 AGENT_PORT = 1024
 """The port the guest agent listens on (Kata's agent protocol fixes the number)."""
 
+RAW_STREAM_PORT = 1027
+"""The port on which the guest agent takes a process' streams, one connection each, where the channel can."""
+
 AGENT_READY_MARK = "hako-agent: serving"
 """What Hako's agent writes to the console once it listens: the event that makes dialling worth while."""
 

@@ -29,9 +29,10 @@ from shim.errors import (
 )
 from shim.oci import translate, translate_process
 from shim.process import Input, Process, State
-from shim.stdio import Stdio, Streams, open_streams
+from shim.stdio import Stdio, open_streams
 from shim.streams import DRAIN_TIMEOUT_S, Carrier
 from shim.timestamps import to_timestamp
+from shim.transfer import Requests
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from shim.agent import Agent
     from shim.oci_mounts import SharedMount
     from shim.sandbox import Sandbox
+    from shim.transfer import Transfer
 
 log = logging.getLogger(__name__)
 
@@ -101,18 +103,17 @@ class Container:
             )
             for share in translation.shared_mounts:
                 self._show(share)
-            self.init.streams = await self._open_streams(self.init.stdio)
-            await agent.create_container(
-                agent_pb2.CreateContainerRequest(
-                    container_id=self.id,
-                    exec_id=self.id,
-                    OCI=translation.spec,
-                    sandbox_pidns=translation.sandbox_pidns,
-                )
+            transfer = await self._open_streams(self.init, agent)
+            request = agent_pb2.CreateContainerRequest(
+                container_id=self.id,
+                exec_id=self.id,
+                OCI=translation.spec,
+                sandbox_pidns=translation.sandbox_pidns,
             )
+            transfer.announce(request)
+            await agent.create_container(request)
         except BaseException:
-            if self.init.streams is not None:
-                self.init.streams.close_all()
+            self.init.close_streams()
             self._shown.close()
             raise
         finally:
@@ -241,19 +242,18 @@ class Container:
 
     async def _start_exec(self, process: Process) -> None:
         agent = await self._sandbox.agent()
-        process.streams = await self._open_streams(process.stdio)
         try:
-            await agent.exec_process(
-                agent_pb2.ExecProcessRequest(
-                    container_id=self.id,
-                    exec_id=process.agent_id,
-                    process=translate_process(process.spec, terminal=process.stdio.terminal),
-                )
+            transfer = await self._open_streams(process, agent)
+            request = agent_pb2.ExecProcessRequest(
+                container_id=self.id,
+                exec_id=process.agent_id,
+                process=translate_process(process.spec, terminal=process.stdio.terminal),
             )
+            transfer.announce(request)
+            await agent.exec_process(request)
             process.apply(Input.START)
         except BaseException:
-            process.streams.close_all()
-            process.streams = None
+            process.close_streams()
             raise
         self._sandbox.publish(
             "/tasks/exec-started",
@@ -361,8 +361,15 @@ class Container:
                 f"exec {exec_id} of {self.id}: the container is {self.init.state.value}, not running"
             )
 
-    async def _open_streams(self, stdio: Stdio) -> Streams:
-        return await open_streams(stdio, container_id=self.id, namespace=self._sandbox.namespace)
+    async def _open_streams(self, process: Process, agent: Agent) -> Transfer:
+        """Open both ends of a process' streams."""
+        process.streams = await open_streams(
+            process.stdio, container_id=self.id, namespace=self._sandbox.namespace
+        )
+        process.transfer = await self._sandbox.raw_streams(process.stdio) or Requests(
+            agent, container_id=self.id, exec_id=process.agent_id
+        )
+        return process.transfer
 
     async def _remove_from_guest(self) -> None:
         """Remove the container in the guest; a machine that is gone has none, a hung one is going."""
@@ -416,14 +423,10 @@ class Container:
     # -- streams and exit ---------------------------------------------------------------------------
 
     def _follow(self, process: Process, agent: Agent) -> None:
-        if process.streams is None:
+        if process.streams is None or process.transfer is None:
             raise Internal(f"stdio: {process}: followed before its streams were opened")
         process.carrier = Carrier(
-            agent,
-            stdio=process.stdio,
-            streams=process.streams,
-            container_id=self.id,
-            exec_id=process.agent_id,
+            process.transfer, stdio=process.stdio, streams=process.streams, name=process.agent_id
         )
         process.following = self._sandbox.spawn(
             self._follow_until_over(process, agent, process.carrier), name=f"follow {process}"
@@ -449,8 +452,7 @@ class Container:
             if process.streams is not None:
                 await process.streams.finish()
         finally:
-            if process.streams is not None:
-                process.streams.close_all()
+            process.close_streams()
             # Whatever went wrong above, nobody may wait for this process for ever.
             self._report_exit(process, STATUS_UNKNOWN)
 

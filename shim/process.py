@@ -17,6 +17,7 @@ from shim.errors import FailedPrecondition
 if TYPE_CHECKING:
     from shim.stdio import Stdio, Streams
     from shim.streams import Carrier
+    from shim.transfer import Transfer
 
 
 class State(enum.Enum):
@@ -71,6 +72,7 @@ class Process:
         self.state = State.CREATED
         self.starting = False
         self.streams: Streams | None = None
+        self.transfer: Transfer | None = None
         self.carrier: Carrier | None = None
         self.following: asyncio.Task[None] | None = None
         self.terminal_size: tuple[int, int] | None = None
@@ -111,6 +113,14 @@ class Process:
         """
         if (self.state, happening) not in TRANSITIONS:
             raise FailedPrecondition(f"{happening.value}: {self}: it is {self.state.value}")
+
+    def close_streams(self) -> None:
+        """Close both ends of the streams, whatever of them is open."""
+        if self.streams is not None:
+            self.streams.close_all()
+            self.streams = None
+        if self.transfer is not None:
+            self.transfer.close()
 
     def exit(self, status: int) -> bool:
         """Record the end of the process; waiters are released.

@@ -12,13 +12,14 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from hypervisor import AGENT_PORT, HypervisorError, QemuHypervisor, VmSpec
+from hypervisor import AGENT_PORT, Channel, HypervisorError, QemuHypervisor, VmSpec
 from proto.containerd import events_pb2
 from shim import mounts, postmortem
 from shim.agent import Agent
 from shim.container import Container, read_spec
 from shim.errors import AlreadyExists, DeadlineExceeded, Internal, NotFound, ShimError, Unavailable
 from shim.host import resolve
+from shim.transfer import RawStreams
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable
@@ -74,6 +75,7 @@ class Sandbox:
         self._running: asyncio.Task[None] | None = None
         self._requests: set[asyncio.Task[None]] = set()
         self._doom = ""
+        self._has_raw_streams = False
 
     @property
     def pid(self) -> int:
@@ -131,6 +133,16 @@ class Sandbox:
         :raises ShimError: with the reason, if the machine did not come up or is gone.
         """
         return await asyncio.shield(self._ready)
+
+    async def raw_streams(self, stdio: Stdio) -> RawStreams | None:
+        """Connect raw streams for a process about to be made, if the channel and the agent have them."""
+        if self._vm is None or not self._has_raw_streams:
+            return None
+        # Without a terminal stdin is wanted in any case: to be ended.
+        names = ["stdout", "stdin"] if stdio.terminal else ["stdout", "stderr", "stdin"]
+        streams = await RawStreams.open(self._vm, names)
+        self._has_raw_streams = streams is not None
+        return streams
 
     async def create(
         self, container_id: str, *, bundle: Path, rootfs: Iterable[Mount], stdio: Stdio
@@ -274,6 +286,7 @@ class Sandbox:
         choice = await resolve(config)
         log.info("boot: accelerator %s: %s", choice.accelerator.value, choice.accelerator_reason)
         log.info("boot: channel %s: %s", choice.channel.value, choice.channel_reason)
+        self._has_raw_streams = choice.channel is Channel.VHOST_VSOCK
         return VmSpec(
             name=self.id,
             directory=Path(self._record.state_directory),

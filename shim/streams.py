@@ -14,42 +14,35 @@ from shim.errors import ShimError
 from shim.stdio import Stdio, Streams, plain_path, read_chunk, write_all
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Iterable
 
-    from shim.agent import Agent
+    from shim.transfer import Transfer
 
 log = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 10.0  # containerd's runc shim lets Delete wait as long for output to be read
-READ_BYTES = 1024 * 1024  # the agent's limit, and what its pipes hold: a round trip costs more than the bytes
 
 
 class Carrier:
     """Carries the streams of one process.
 
-    :param agent: the agent of its sandbox.
+    :param transfer: how they cross from and to the guest.
     :param stdio: the stream paths.
     :param streams: the open host ends.
-    :param container_id: the container's id at the agent.
-    :param exec_id: the process' id at the agent.
+    :param name: whose they are, for the log.
     """
 
-    def __init__(
-        self, agent: Agent, *, stdio: Stdio, streams: Streams, container_id: str, exec_id: str
-    ) -> None:
-        self._agent = agent
+    def __init__(self, transfer: Transfer, *, stdio: Stdio, streams: Streams, name: str) -> None:
+        self._transfer = transfer
         self._stdio = stdio
         self._streams = streams
-        self._container_id = container_id
-        self._exec_id = exec_id
+        self._name = name
         self._moved_at_s: float | None = None
 
     def outputs(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         """Begin to carry the outputs, each until its end."""
-        tasks = [group.create_task(self._carry_output(self._agent.read_stdout, "stdout"))]
-        if not self._stdio.terminal:
-            tasks.append(group.create_task(self._carry_output(self._agent.read_stderr, "stderr")))
-        return tasks
+        names = ["stdout"] if self._stdio.terminal else ["stdout", "stderr"]
+        return [group.create_task(self._carry_output(name)) for name in names]
 
     async def carry_input(self, started: asyncio.Event) -> None:
         """Copy stdin until its end, then give the process end of file.
@@ -61,13 +54,13 @@ class Carrier:
                 await started.wait()
                 self._streams.open_stdin(plain_path("stdin", self._stdio.stdin))
                 while data := await read_chunk(self._streams.stdin):
-                    await self._agent.write_stdin(self._container_id, exec_id=self._exec_id, data=data)
+                    await self._transfer.write(data)
             if not self._stdio.terminal:
-                await self._agent.close_stdin(self._container_id, exec_id=self._exec_id)
+                await self._transfer.end_input()
         except ShimError as error:
-            log.debug("stdio: stdin of %s: ended: %s", self._exec_id, error)
+            log.debug("stdio: stdin of %s: ended: %s", self._name, error)
         except OSError as error:
-            log.warning("stdio: stdin of %s: %s", self._exec_id, error)
+            log.warning("stdio: stdin of %s: %s", self._name, error)
 
     def process_ended(self) -> None:
         """Give the reader the drain time from now on."""
@@ -90,14 +83,14 @@ class Carrier:
     def _moved(self) -> None:
         self._moved_at_s = asyncio.get_running_loop().time()
 
-    async def _carry_output(self, read: Callable[..., Awaitable[bytes]], name: str) -> None:
+    async def _carry_output(self, name: str) -> None:
         """Copy one output until its end; without a stream the bytes are read and dropped."""
         try:
-            while data := await read(self._container_id, exec_id=self._exec_id, length=READ_BYTES):
+            while data := await self._transfer.read(name):
                 self._moved()
                 await self._write(name, data)
         except ShimError as error:
-            log.debug("stdio: %s of %s: ended: %s", name, self._exec_id, error)
+            log.debug("stdio: %s of %s: ended: %s", name, self._name, error)
         finally:
             self._streams.close(name)
 
@@ -109,5 +102,5 @@ class Carrier:
             await write_all(descriptor, data, progressed=self._moved)
         except OSError as error:
             # Such as a full disk below a file:// log; the process must not be made to wait for ever.
-            log.warning("stdio: %s of %s: %s; dropping what follows", name, self._exec_id, error)
+            log.warning("stdio: %s of %s: %s; dropping what follows", name, self._name, error)
             self._streams.close(name)
