@@ -28,6 +28,7 @@ MODULES = (
 )
 TIMEOUT_S = 900.0
 INNER_TIMEOUT_S = 400.0
+LINES = 20_000
 PASSED = "nested: passed"
 INIT = """#!/bin/busybox sh
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
@@ -136,7 +137,7 @@ def _inside() -> int:
         config = home / "config.toml"
         config.write_text(
             '[hypervisor]\nchannel = "vhost-vsock"\naccelerator = "tcg"\n'
-            f'[guest]\nboot_timeout_s = {INNER_TIMEOUT_S:.0f}\n[shim]\nstate_dir = "{home}/hako"\n',
+            f'[guest]\nboot_timeout_s = {INNER_TIMEOUT_S:.0f}\n[shim]\nlog_level = "debug"\nstate_dir = "{home}/hako"\n',
             encoding="utf-8",
         )
         daemon = Containerd(
@@ -183,6 +184,13 @@ def _life(daemon: Containerd, home: Path) -> None:
     print(f"nested: exec answered {result}", flush=True)
     if result.code != 42 or not result.stderr.startswith("error\n"):
         raise RuntimeError(f"nested: exec: {result}")
+    counted = daemon.ctr(
+        *("task", "exec", "--exec-id", "count", name, "seq", "1", f"{LINES}"), timeout_s=INNER_TIMEOUT_S
+    )
+    if counted.stdout.split() != [str(number + 1) for number in range(LINES)]:
+        raise RuntimeError(f"nested: {len(counted.stdout)} bytes of output are not what was written")
+    if "stdio: raw streams" not in daemon.log.read_text(encoding="utf-8"):
+        raise RuntimeError("nested: the streams were not raw ones")
     echoed = converse(
         daemon.ctr_argv("task", "exec", "--exec-id", "echo", name, "cat"), timeout_s=INNER_TIMEOUT_S
     )

@@ -110,11 +110,12 @@ class RawStreams:
                 streams._connections[name] = await vm.connect(RAW_STREAM_PORT, timeout_s=CONNECT_TIMEOUT_S)
         except ChannelError as error:
             streams.close()
-            log.info("stdio: no raw streams: %s", error)
+            log.warning("stdio: no raw streams: %s", error)
             return None
         except BaseException:
             streams.close()
             raise
+        log.debug("stdio: raw streams: %s", ", ".join(streams._connections))
         return streams
 
     def announce(self, request: agent_pb2.CreateContainerRequest | agent_pb2.ExecProcessRequest) -> None:
