@@ -137,7 +137,8 @@ def _inside() -> int:
         config = home / "config.toml"
         config.write_text(
             '[hypervisor]\nchannel = "vhost-vsock"\naccelerator = "tcg"\n'
-            f'[guest]\nboot_timeout_s = {INNER_TIMEOUT_S:.0f}\n[shim]\nlog_level = "debug"\nstate_dir = "{home}/hako"\n',
+            f"[guest]\nboot_timeout_s = {INNER_TIMEOUT_S:.0f}\n"
+            f'[shim]\nlog_level = "debug"\nstate_dir = "{home}/hako"\n',
             encoding="utf-8",
         )
         daemon = Containerd(
