@@ -1,0 +1,340 @@
+"""What the kernel says about a namespace, and what the guest shall have of it.
+
+The messages are as pyroute2 decodes those that a Linux kernel sends.
+"""
+
+from __future__ import annotations
+
+from ipaddress import ip_interface, ip_network
+from typing import Any
+
+import pytest
+
+from shim.errors import InvalidArgument
+from shim.network.decode import decode
+from shim.network.plan import Endpoint, Neighbour, NetworkPlan, NextHop, Route
+
+UP, LOOPBACK, NOARP = 0x1, 0x8, 0x80
+KERNEL, BOOT = 2, 3
+V4, V6 = 2, 10
+MAC = "02:00:00:00:00:02"
+LINK_LOCAL = "fe80::ff:fe00:2"
+
+
+def attributes(**named: Any) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in named.items() if value is not None]
+
+
+def link(index: int, name: str, *, kind: str | None = "veth", flags: int = UP, ether: bool = True):
+    information = {"attrs": attributes(IFLA_INFO_KIND=kind)} if kind else None
+    return {
+        "index": index,
+        "flags": flags,
+        "ifi_type": 1 if ether else 65534,
+        "attrs": attributes(IFLA_IFNAME=name, IFLA_ADDRESS=MAC, IFLA_MTU=1400, IFLA_LINKINFO=information),
+    }
+
+
+LO = link(1, "lo", kind=None, flags=UP | LOOPBACK)
+ETH0 = link(2, "eth0")
+
+
+def address(
+    text: str, *, index: int = 2, peer: str | None = None, by_kernel: bool = False, flags: int = 0x80
+):
+    interface = ip_interface(text)
+    own = str(interface.ip)
+    return {
+        "index": index,
+        "prefixlen": interface.network.prefixlen,
+        "flags": flags,
+        "attrs": attributes(
+            IFA_ADDRESS=peer or own,
+            IFA_LOCAL=own if interface.version == 4 or peer else None,
+            IFA_PROTO=3 if by_kernel else None,
+        ),
+    }
+
+
+def route(destination: str, *, proto: int = BOOT, out: int | None = 2, **more: Any) -> dict[str, Any]:
+    network = ip_network(destination)
+    header = {"table": 254, "type": 1, "scope": 0, "flags": 0}
+    header |= {name: value for name, value in more.items() if name in header}
+    return {
+        "family": V4 if network.version == 4 else V6,
+        "dst_len": network.prefixlen,
+        "proto": proto,
+        **header,
+        "attrs": attributes(
+            RTA_DST=str(network.network_address) if network.prefixlen else None,
+            RTA_OIF=out,
+            **{name: value for name, value in more.items() if name not in header},
+        ),
+    }
+
+
+def way(gateway: str, *, index: int = 2, extra_weight: int = 0, flags: int = 0) -> dict[str, Any]:
+    return {
+        "oif": index,
+        "hops": extra_weight,
+        "flags": flags,
+        "attrs": attributes(RTA_GATEWAY=gateway),
+    }
+
+
+def neighbour(ip: str, *, index: int = 2, state: int = 0x80, flags: int = 0, mac: str | None = MAC):
+    return {
+        "ifindex": index,
+        "state": state,
+        "flags": flags,
+        "attrs": attributes(NDA_DST=ip, NDA_LLADDR=mac),
+    }
+
+
+def plan(*links: Any, addresses: Any = (), routes: Any = (), neighbours: Any = ()) -> NetworkPlan:
+    return decode(links=links or [LO, ETH0], addresses=addresses, routes=routes, neighbours=neighbours)
+
+
+def test_an_interface_becomes_a_card_with_its_own_name_address_and_size():
+    [endpoint] = plan().endpoints
+
+    assert endpoint == Endpoint(index=2, name="eth0", kind="veth", mac=MAC, mtu=1400, arp=True, addresses=())
+
+
+def test_a_namespace_without_an_interface_is_an_empty_network():
+    assert plan(LO) == NetworkPlan()
+
+
+def test_cards_come_veth_first_then_macvlan_macvtap_and_tap():
+    links = [
+        link(2, "tap0", kind="tun"),
+        link(3, "b", kind="macvtap"),
+        link(4, "c", kind="macvlan"),
+        link(6, "e"),
+        link(5, "d"),
+    ]
+
+    assert [(endpoint.name, endpoint.kind) for endpoint in plan(*links).endpoints] == [
+        ("d", "veth"),
+        ("e", "veth"),
+        ("c", "macvlan"),
+        ("b", "macvtap"),
+        ("tap0", "tap"),
+    ]
+
+
+def test_an_interface_that_is_down_carries_nothing_and_is_left_alone():
+    assert plan(link(2, "tunl0", kind="ipip", flags=0), link(3, "eth0", flags=0)).endpoints == ()
+
+
+def test_our_own_taps_are_not_the_pods():
+    assert plan(ETH0, link(3, "hako2", kind="tun")).endpoints == plan().endpoints
+
+
+@pytest.mark.parametrize(
+    ("kind", "ether", "named"),
+    [
+        ("ipvlan", True, "a ipvlan"),
+        ("bridge", True, "a bridge"),
+        ("tun", False, "a tun"),
+        (None, True, "a physical device"),
+    ],
+)
+def test_an_interface_that_a_machine_cannot_have_is_refused_by_name(
+    kind: str | None, ether: bool, named: str
+):
+    with pytest.raises(InvalidArgument, match=rf"^network: net1: {named} cannot .*; use veth, .* or tap$"):
+        plan(ETH0, link(3, "net1", kind=kind, ether=ether))
+
+
+def test_an_interface_without_neighbour_discovery_stays_without():
+    [endpoint] = plan(link(2, "eth0", flags=UP | NOARP)).endpoints
+
+    assert not endpoint.arp
+
+
+def test_addresses_keep_their_prefix_and_their_order():
+    texts = ["10.1.0.2/24", "10.1.0.3/24", "fd00::2/64", "192.0.2.1/32", "fd01::1/128"]
+    routes = [
+        route("10.1.0.0/24", proto=KERNEL),
+        route("fd00::/64", proto=KERNEL),
+        route("fd01::1/128", proto=KERNEL),
+    ]
+
+    found = plan(addresses=[address(text) for text in texts], routes=routes)
+
+    assert [str(each) for each in found.endpoints[0].addresses] == texts
+    assert found.routes == ()
+
+
+def test_an_address_whose_link_route_was_taken_away_gets_none_in_the_guest_either():
+    # The ptp plugin replaces it by a route through the gateway, for nobody else is on that link.
+    routes = [
+        route("10.1.0.1/32", scope=253, RTA_PREFSRC="10.1.0.2"),
+        route("10.1.0.0/24", RTA_GATEWAY="10.1.0.1", RTA_PREFSRC="10.1.0.2"),
+    ]
+
+    found = plan(addresses=[address("10.1.0.2/24"), address("fd00::2/64")], routes=routes)
+
+    assert [str(each) for each in found.endpoints[0].addresses] == ["10.1.0.2/32", "fd00::2/128"]
+    assert [str(each.destination) for each in found.routes] == ["10.1.0.1/32", "10.1.0.0/24"]
+
+
+@pytest.mark.parametrize(
+    ("own", "peer", "kernels"),
+    [
+        ("10.2.0.2/32", "10.2.0.1", ["10.2.0.1/32"]),
+        ("10.2.0.2/32", "169.254.1.1", ["169.254.1.1/32"]),
+        ("fd02::2/128", "fd02::1", ["fd02::1/128", "fd02::2/128"]),
+    ],
+)
+def test_an_address_with_a_peer_has_a_route_to_the_peer(own: str, peer: str, kernels: list[str]):
+    found = plan(
+        addresses=[address(own, peer=peer)],
+        routes=[route(destination, proto=KERNEL) for destination in kernels],
+    )
+
+    assert [str(each) for each in found.endpoints[0].addresses] == [own]
+    assert [str(each.destination) for each in found.routes] == kernels[:1]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (address(f"{LINK_LOCAL}/64", by_kernel=True), []),
+        (address("fe80::1/64"), ["fe80::1/64"]),
+        (address("fd00::2/64", flags=0x88), []),
+        (address("10.0.0.1/8", index=1), []),
+    ],
+    ids=["made by the kernel", "link-local by hand", "somebody else has it", "of the loopback"],
+)
+def test_only_addresses_that_somebody_gave_to_the_interface_are_the_guests(
+    given: dict[str, Any], kept: list[str]
+):
+    found = plan(
+        addresses=[given], routes=[route("fe80::/64", proto=KERNEL), route("fd00::/64", proto=KERNEL)]
+    )
+
+    assert [str(each) for each in found.endpoints[0].addresses] == kept
+
+
+def single(**parts: Any) -> Route:
+    hop = {name: parts.pop(name) for name in ("gateway", "onlink") if name in parts}
+    return Route(destination=ip_network(parts.pop("to")), hops=(NextHop(interface="eth0", **hop),), **parts)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (route("0.0.0.0/0", RTA_GATEWAY="10.1.0.1"), single(to="0.0.0.0/0", gateway="10.1.0.1")),
+        (route("::/0", RTA_GATEWAY="fe80::1"), single(to="::/0", gateway="fe80::1")),
+        (
+            route("::/0", RTA_GATEWAY="fd00::1", RTA_PRIORITY=1024),
+            single(to="::/0", gateway="fd00::1", metric=1024),
+        ),
+        (
+            route("0.0.0.0/0", RTA_GATEWAY="169.254.1.1", flags=0x4),
+            single(to="0.0.0.0/0", gateway="169.254.1.1", onlink=True),
+        ),
+        (
+            # Also with the link's carrier and offload noted in the flags.
+            route("0.0.0.0/0", RTA_GATEWAY="169.254.1.1", flags=0x4 | 0x10 | 0x8),
+            single(to="0.0.0.0/0", gateway="169.254.1.1", onlink=True),
+        ),
+        (
+            route("169.254.1.1/32", scope=253, RTA_PREFSRC="10.1.0.2"),
+            single(to="169.254.1.1/32", scope=253, source="10.1.0.2"),
+        ),
+        (
+            route("10.8.0.0/16", RTA_VIA={"family": V6, "addr": "fe80::1"}),
+            single(to="10.8.0.0/16", gateway="fe80::1"),
+        ),
+        (
+            route(
+                "10.7.0.0/16",
+                RTA_GATEWAY="10.1.0.1",
+                RTA_PRIORITY=50,
+                RTA_METRICS={"attrs": [("RTAX_LOCK", 4), ("RTAX_MTU", 1300)]},
+            ),
+            single(to="10.7.0.0/16", gateway="10.1.0.1", metric=50, mtu=1300),
+        ),
+        (
+            route("10.7.0.0/16", RTA_GATEWAY="10.1.0.1", RTA_METRICS={"attrs": [("RTAX_HOPLIMIT", 9)]}),
+            single(to="10.7.0.0/16", gateway="10.1.0.1"),
+        ),
+        (route("2001:db8::/32", proto=9), single(to="2001:db8::/32")),
+        (
+            route(
+                "fd01::/64",
+                out=None,
+                RTA_MULTIPATH=[way("fd00::1", extra_weight=2), way("fe80::5", flags=0x4)],
+            ),
+            Route(
+                destination=ip_network("fd01::/64"),
+                hops=(
+                    NextHop(interface="eth0", gateway="fd00::1", weight=3),
+                    NextHop(interface="eth0", gateway="fe80::5", onlink=True),
+                ),
+            ),
+        ),
+        (
+            # One of the ways is not the guest's.
+            route("10.9.0.0/16", out=None, RTA_MULTIPATH=[way("10.1.0.1"), way("10.3.0.1", index=1)]),
+            single(to="10.9.0.0/16", gateway="10.1.0.1"),
+        ),
+    ],
+)
+def test_a_route_is_taken_over_as_it_is(message: dict[str, Any], expected: Route):
+    assert plan(routes=[message]).routes == (expected,)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        route("10.1.0.2/32", proto=KERNEL, table=255, type=2),
+        route("10.1.0.0/24", RTA_TABLE=100, table=0),
+        route("ff00::/8", proto=KERNEL, table=255, type=5),
+        route("fe80::/64", proto=KERNEL, RTA_PRIORITY=256),
+        route("10.5.0.0/16", type=6, out=None),
+        route("10.5.0.0/16", out=1),
+        route("10.5.0.0/16", out=None, RTA_MULTIPATH=[way("10.3.0.1", index=7)]),
+        route("fd00::5/128", flags=0x200),
+        route("fd00::5/128", proto=1),
+    ],
+    ids=[
+        "local table",
+        "another table",
+        "multicast",
+        "link-local of the kernel",
+        "blackhole",
+        "through the loopback",
+        "through what is not the guest's",
+        "cached",
+        "learned by redirect",
+    ],
+)
+def test_a_route_that_the_guest_makes_itself_or_cannot_have_is_left_out(message: dict[str, Any]):
+    assert plan(routes=[message]).routes == ()
+
+
+def test_a_large_table_number_is_read_from_its_attribute():
+    assert len(plan(routes=[route("10.5.0.0/16", table=252, RTA_TABLE=254)]).routes) == 1
+
+
+def test_only_neighbours_that_somebody_fixed_are_taken_over():
+    found = plan(
+        neighbours=[
+            neighbour("10.1.0.1"),
+            neighbour("fd00::1"),
+            neighbour("10.1.0.9", state=0x2),
+            neighbour("ff02::16", state=0x40),
+            neighbour("10.1.0.8", flags=0x8),
+            neighbour("10.1.0.7", mac=None),
+            neighbour("10.1.0.6", index=1),
+        ]
+    )
+
+    assert found.neighbours == (
+        Neighbour(interface="eth0", ip="10.1.0.1", mac=MAC),
+        Neighbour(interface="eth0", ip="fd00::1", mac=MAC),
+    )
