@@ -1,7 +1,14 @@
 """The only code that knows what a virtual machine is made of."""
 
 from hypervisor.accelerator import Verdict, choose_accelerator
-from hypervisor.errors import ChannelError, HypervisorError, QmpError, UnsupportedHostError, VmStartError
+from hypervisor.errors import (
+    ChannelError,
+    HotplugError,
+    HypervisorError,
+    QmpError,
+    UnsupportedHostError,
+    VmStartError,
+)
 from hypervisor.interface import (
     AGENT_PORT,
     RAW_STREAM_PORT,
@@ -9,6 +16,7 @@ from hypervisor.interface import (
     Channel,
     HostProcess,
     Hypervisor,
+    Nic,
     VmExit,
     VmSpec,
 )
@@ -23,8 +31,10 @@ __all__ = [
     "Channel",
     "ChannelError",
     "HostProcess",
+    "HotplugError",
     "Hypervisor",
     "HypervisorError",
+    "Nic",
     "QemuHypervisor",
     "QmpError",
     "UnsupportedHostError",

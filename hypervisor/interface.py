@@ -55,6 +55,8 @@ class VmSpec:
     :param virtiofsd: the virtio-fs daemon, of either dialect.
     :param channel: how the guest agent is reached.
     :param vsock_daemon: the ``vhost-device-vsock`` program; needed for ``VHOST_USER_VSOCK`` only.
+    :param network_namespace: the network namespace the VMM is started in, or ``None`` for the caller's. The
+        daemons stay in the caller's.
     """
 
     name: str
@@ -71,6 +73,21 @@ class VmSpec:
     virtiofsd: Path
     channel: Channel
     vsock_daemon: Path | None
+    network_namespace: Path | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nic:
+    """A network interface of the guest.
+
+    :param id: its name among the virtual machine's devices: a letter, then letters, digits, ``-._``.
+    :param mac: its Ethernet address, as ``02:00:00:00:00:01``.
+    :param tap_fds: open tap descriptors, one for each pair of queues; they stay the caller's to close.
+    """
+
+    id: str
+    mac: str
+    tap_fds: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +147,27 @@ class Hypervisor(abc.ABC):
         :returns: a connected, non-blocking stream socket, the caller's to close.
         :raises ChannelError: if the time ran out, the virtual machine died (the text has the reason),
             or the channel has no such port.
+        """
+
+    @abc.abstractmethod
+    async def plug_nic(self, nic: Nic) -> str:
+        """Add a network interface to the running virtual machine.
+
+        :param nic: the interface.
+        :returns: the PCI path at which the guest sees it, in the form of Kata's agent protocol: ``02/1e``.
+        :raises HotplugError: if it cannot be added; nothing of it is left.
+        :raises QmpError: if the VMM does not answer.
+        """
+
+    @abc.abstractmethod
+    async def unplug(self, device_id: str, *, timeout_s: float) -> None:
+        """Take a device from the guest and remove it with all that was behind it.
+
+        :param device_id: the id it was plugged with.
+        :param timeout_s: how long the guest may take to let go of it, in seconds.
+        :raises HotplugError: if there is no such device, or the guest refuses or does not answer in time. The
+            device stays then; should the guest let go of it later, it is removed after all.
+        :raises QmpError: if the VMM does not answer.
         """
 
     @property

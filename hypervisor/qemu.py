@@ -8,12 +8,13 @@ import signal
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hypervisor import machine, virtiofsd
-from hypervisor.argv import Inherited, qemu_argv
+from hypervisor import machine, nics, virtiofsd
+from hypervisor.argv import HOTPLUG_BUSES, Inherited, qemu_argv
 from hypervisor.console import Console
-from hypervisor.errors import ChannelError, QmpError, VmStartError
+from hypervisor.devices import Devices
+from hypervisor.errors import ChannelError, HotplugError, HypervisorError, QmpError, VmStartError
 from hypervisor.exits import vm_exit_reason
-from hypervisor.interface import AGENT_READY_MARK, HostProcess, Hypervisor, VmExit, VmSpec
+from hypervisor.interface import AGENT_READY_MARK, HostProcess, Hypervisor, Nic, VmExit, VmSpec
 from hypervisor.process import Process
 from hypervisor.qmp import QmpSession
 from hypervisor.vsock import NotListeningError, make_channel
@@ -49,6 +50,8 @@ class QemuHypervisor(Hypervisor):
         self._processes: list[Process] = []
         self._qemu: Process | None = None
         self._qmp: QmpSession | None = None
+        self._devices: Devices | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._console: Console | None = None
         self._channel: GuestChannel | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -112,20 +115,41 @@ class QemuHypervisor(Hypervisor):
         :raises ChannelError: if the time ran out, the virtual machine died (the text has the reason),
             or the channel has no such port.
         """
+        what = f"connect guest: port {port}"
         last = "the guest is silent"
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
                     try:
-                        return await self._while_alive(self._dial(port), port)
+                        return await self._while_alive(self._dial(port), what, ChannelError)
                     except NotListeningError as error:
                         last = str(error)
-                    await self._while_alive(self._hint(), port)
+                    await self._while_alive(self._hint(), what, ChannelError)
         except TimeoutError:
             tail = "".join(f"; the guest's console ends with: {line}" for line in self.console_tail(1))
-            raise ChannelError(
-                f"connect guest: port {port}: no answer within {timeout_s:g} s ({last}){tail}"
-            ) from None
+            raise ChannelError(f"{what}: no answer within {timeout_s:g} s ({last}){tail}") from None
+
+    async def plug_nic(self, nic: Nic) -> str:
+        """Add a network interface to the running virtual machine.
+
+        :param nic: the interface.
+        :returns: the PCI path at which the guest sees it, in the form of Kata's agent protocol: ``02/1e``.
+        :raises HotplugError: if it cannot be added; nothing of it is left.
+        :raises QmpError: if QEMU does not answer.
+        """
+        return await self._while_alive(self._plug_nic(nic), f"plug: {nic.id}", HotplugError)
+
+    async def unplug(self, device_id: str, *, timeout_s: float) -> None:
+        """Take a device from the guest and remove it with all that was behind it.
+
+        :param device_id: the id it was plugged with.
+        :param timeout_s: how long the guest may take to let go of it, in seconds.
+        :raises HotplugError: if there is no such device, or the guest refuses or does not answer in time. The
+            device stays then; should the guest let go of it later, it is removed after all.
+        :raises QmpError: if QEMU does not answer.
+        """
+        work = self._running_devices().unplug(device_id, timeout_s=timeout_s)
+        await self._while_alive(work, f"unplug: {device_id}", HotplugError)
 
     @property
     def pid(self) -> int:
@@ -185,6 +209,8 @@ class QemuHypervisor(Hypervisor):
             daemon.adopt_workers()
             for worker in daemon.workers:
                 self._on_process(worker.name, worker.pid)
+        self._devices = Devices(self._qmp, buses=HOTPLUG_BUSES)
+        self._watching = asyncio.create_task(self._devices.watch())
         self._supervisor = asyncio.create_task(self._supervise(self._qemu, self._qmp))
 
     def _spawn(self, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> Process:
@@ -241,6 +267,8 @@ class QemuHypervisor(Hypervisor):
         self._gone.set_result(VmExit(reason=reason))
 
     async def _release(self) -> None:
+        if self._watching is not None:
+            await _cancel(self._watching)
         if self._qmp is not None:
             await self._qmp.close()
         if self._console is not None:
@@ -279,16 +307,27 @@ class QemuHypervisor(Hypervisor):
             async with asyncio.timeout(_REDIAL_S):
                 await self._console.grew.wait()
 
-    async def _while_alive(self, work: Coroutine[Any, Any, _T], port: int) -> _T:
+    def _running_devices(self) -> Devices:
+        if self._devices is None:
+            raise HotplugError(f"plug: {self._spec.name}: the virtual machine was not started")
+        return self._devices
+
+    async def _plug_nic(self, nic: Nic) -> str:
+        devices = self._running_devices()
+        assert self._qmp is not None  # noqa: S101  (the devices are reached through it)
+        names = [await self._qmp.send_fd(fd) for fd in nic.tap_fds]
+        return await devices.plug(nics.describe(nic, fd_names=names))
+
+    async def _while_alive(
+        self, work: Coroutine[Any, Any, _T], what: str, failure: type[HypervisorError]
+    ) -> _T:
         """Await something, but no longer than the virtual machine lives."""
         task = asyncio.ensure_future(work)
         try:
             first: tuple[asyncio.Future[Any], ...] = (task, self._gone)
             await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise ChannelError(
-                    f"connect guest: port {port}: the virtual machine is gone: {self._gone.result().reason}"
-                )
+                raise failure(f"{what}: the virtual machine is gone: {self._gone.result().reason}")
             return task.result()
         finally:
             await _cancel(task)

@@ -302,6 +302,7 @@ class Sandbox:
             virtiofsd=choice.virtiofsd,
             channel=choice.channel,
             vsock_daemon=choice.vsock_daemon,
+            network_namespace=None,
         )
 
     def _hostname(self) -> str:

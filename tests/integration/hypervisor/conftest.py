@@ -69,6 +69,7 @@ def make_spec(guest_image, share, tmp_path):
             "virtiofsd": VIRTIOFSDS[0],
             "channel": Channel.VIRTIO_SERIAL,
             "vsock_daemon": VSOCK_DAEMON,
+            "network_namespace": None,
         }
         return VmSpec(**{**values, **changes})
 

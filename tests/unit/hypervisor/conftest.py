@@ -28,6 +28,7 @@ def make_spec(tmp_path):
             "virtiofsd": Path("/usr/libexec/virtiofsd"),
             "channel": Channel.VIRTIO_SERIAL,
             "vsock_daemon": None,
+            "network_namespace": None,
         }
         return VmSpec(**{**values, **changes})
 

@@ -1,0 +1,208 @@
+"""The devices plugged into a running virtual machine: each has a slot and something of the host behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hypervisor.errors import HotplugError, QmpError
+from hypervisor.qmp import CommandRefusedError
+from hypervisor.slots import Slot, Slots
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from hypervisor.qmp import Event, QmpSession
+
+_PERIPHERALS = "/machine/peripheral"
+"""Where QEMU's object model keeps the devices that have an id."""
+
+_EVENTS = ("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR")
+_NOT_FOUND = "DeviceNotFound"
+_ASKED_ALREADY = "in the process of unplug"
+_FUNCTION_BITS = 3
+"""The bits of a PCI device's address below its slot number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A QMP command.
+
+    :param name: for example ``netdev_add``.
+    :param arguments: its arguments, of the types of QEMU's schema: since 9.2 it takes no others.
+    """
+
+    name: str
+    arguments: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """A device as QEMU wants it described.
+
+    :param id: its id.
+    :param driver: QEMU's name of the device model.
+    :param properties: its properties but for the id and the place.
+    :param backend: what makes the host's side of it, in order.
+    :param undo: what removes the host's side again, in order.
+    """
+
+    id: str
+    driver: str
+    properties: Mapping[str, object]
+    backend: Sequence[Command]
+    undo: Sequence[Command]
+
+
+@dataclass(slots=True)
+class _Plugged:
+    description: Description
+    slot: Slot
+    complete: bool = False
+    gone: asyncio.Future[None] | None = None
+    """There while somebody waits for the guest to let go of it."""
+
+
+class Devices:
+    """What was plugged into one virtual machine.
+
+    :param session: the control connection.
+    :param buses: the QEMU ids of the buses to plug into.
+    """
+
+    def __init__(self, session: QmpSession, *, buses: Sequence[str]) -> None:
+        self._session = session
+        self._slots = Slots(buses)
+        self._plugged: dict[str, _Plugged] = {}
+
+    async def watch(self) -> None:
+        """Follow what QEMU reports of devices until the session ends.
+
+        A device is forgotten, its slot freed and its backend removed when QEMU says that it is gone: that
+        may be long after somebody gave up waiting for it.
+        """
+        with self._session.events(*_EVENTS) as events, contextlib.suppress(QmpError):
+            while True:
+                await self._heed(await events.next())
+
+    async def plug(self, description: Description) -> str:
+        """Add a device; the guest hears of it at once.
+
+        :param description: the device. Its backend is removed again if the device cannot be added.
+        :returns: its PCI path in the guest.
+        :raises NoSlotError: if all slots are taken.
+        :raises HotplugError: if a device with this id exists, or QEMU refuses the device or its backend.
+        :raises QmpError: if QEMU does not answer.
+        """
+        name = description.id
+        if name in self._plugged:
+            raise HotplugError(f"plug: {name}: a device with this id is there already; unplug it first")
+        plugged = self._plugged[name] = _Plugged(description, self._slots.take())
+        try:
+            for command in description.backend:
+                await self._session.ask(dict, command.name, command.arguments)
+            await self._session.ask(dict, "device_add", _placed(description, plugged.slot))
+            path = await pci_path(self._session, name)
+        except BaseException as error:
+            await self._abandon(plugged)
+            if isinstance(error, CommandRefusedError):
+                raise HotplugError(f"plug: {name}: {error}") from error
+            raise
+        plugged.complete = True
+        return path
+
+    async def unplug(self, name: str, *, timeout_s: float) -> None:
+        """Ask the guest to let go of a device; return when QEMU has removed it and what was behind it.
+
+        :param name: the device's id.
+        :param timeout_s: the longest this may take, in seconds.
+        :raises HotplugError: if there is no such device, the guest refuses, or it does not answer in time.
+            The device then stays; if the guest lets go of it later, its slot is free again.
+        :raises QmpError: if QEMU does not answer.
+        """
+        plugged = self._plugged.get(name)
+        if plugged is None or not plugged.complete:
+            raise HotplugError(f"unplug: {name}: no such device is plugged")
+        if plugged.gone is None:
+            plugged.gone = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._ask_to_leave(plugged)
+                await asyncio.shield(plugged.gone)
+        except TimeoutError:
+            raise HotplugError(
+                f"unplug: {name}: the guest did not let go of it within {timeout_s:g} s; "
+                "end what uses it there and try again"
+            ) from None
+
+    async def _heed(self, event: Event) -> None:
+        # A device without an id, for example a part of another device, is of no interest.
+        plugged = self._plugged.get(str(event.data.get("device")))
+        if plugged is None:
+            return
+        if event.name == "DEVICE_DELETED":
+            await self._forget(plugged)
+        elif plugged.gone is not None:
+            refusal = (
+                f"unplug: {plugged.description.id}: the guest refused; end what uses it there and try again"
+            )
+            gone, plugged.gone = plugged.gone, None
+            gone.set_exception(HotplugError(refusal))
+            gone.exception()  # marks it as seen: maybe nobody waits any more
+
+    async def _ask_to_leave(self, plugged: _Plugged) -> None:
+        name = plugged.description.id
+        try:
+            await self._session.ask(dict, "device_del", {"id": name})
+        except CommandRefusedError as error:
+            if error.kind == _NOT_FOUND:
+                await self._forget(plugged)  # the guest ejected it without having been asked
+            elif _ASKED_ALREADY not in str(error):
+                raise HotplugError(f"unplug: {name}: {error}") from error
+
+    async def _abandon(self, plugged: _Plugged) -> None:
+        """Undo a plug that failed or was given up, whether QEMU has carried out its commands or not."""
+        try:
+            await self._session.ask(dict, "device_del", {"id": plugged.description.id})
+        except QmpError:
+            await self._forget(plugged)
+        # Otherwise it is there, and QEMU will report when the guest has let go of it.
+
+    async def _forget(self, plugged: _Plugged) -> None:
+        name = plugged.description.id
+        for command in plugged.description.undo:
+            # Refused if it was never made; and without QEMU, there is nothing left to remove.
+            with contextlib.suppress(QmpError):
+                await self._session.ask(dict, command.name, command.arguments)
+        if self._plugged.get(name) is plugged:
+            del self._plugged[name]
+            self._slots.give_back(plugged.slot)
+        if plugged.gone is not None and not plugged.gone.done():
+            plugged.gone.set_result(None)
+
+
+async def pci_path(session: QmpSession, name: str) -> str:
+    """Find where the guest sees a device.
+
+    :param session: the control connection.
+    :param name: the device's id.
+    :returns: the slot numbers from the root bus to the device, each two hexadecimal digits, with slashes
+        between them, as Kata's agent protocol writes a PCI path.
+    :raises QmpError: if there is no such device.
+    """
+    numbers: list[str] = []
+    path = f"{_PERIPHERALS}/{name}"
+    while path.startswith(_PERIPHERALS):
+        address = await session.ask(int, "qom-get", {"path": path, "property": "addr"})
+        numbers.insert(0, f"{address >> _FUNCTION_BITS:02x}")
+        bus = await session.ask(str, "qom-get", {"path": path, "property": "parent_bus"})
+        path = bus.rpartition("/")[0]
+    return "/".join(numbers)
+
+
+def _placed(description: Description, slot: Slot) -> dict[str, object]:
+    # The slot is text in hexadecimal: a number would be slot and function in one, and only since 9.2.
+    place = {"id": description.id, "bus": slot.bus, "addr": f"{slot.number:x}"}
+    return {"driver": description.driver, **description.properties, **place}
