@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hypervisor.interface import RAW_STREAM_PORT, Accelerator, Channel, VmSpec
+from hypervisor.memory import MODULES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,6 +40,13 @@ _KERNEL_PARAMETERS = (
     # The agent and runtime inside use the unified hierarchy; a guest image with systemd is told so too.
     "systemd.unified_cgroup_hierarchy=1",
     "cgroup_no_v1=all",
+    # Memory that is added is used at once, up to three times what the guest booted with in a zone of its own
+    # that can be emptied again.
+    "memhp_default_state=online",
+    "memory_hotplug.online_policy=auto-movable",
+    # 1 MiB of bounce buffers, in 2 KiB pieces: the room for more memory would make it 64 MiB (measured), and
+    # virtio devices need none.
+    "swiotlb=512",
 )
 
 
@@ -117,9 +125,9 @@ def qemu_argv(spec: VmSpec, inherited: Inherited, *, machine: Machine) -> list[s
         "-machine", _machine(spec, machine),
         "-accel", _accelerator(spec.accelerator),
         "-cpu", machine.cpu_models[spec.accelerator],
-        "-smp", str(spec.vcpus),
+        "-smp", f"cpus={spec.vcpus},maxcpus={spec.max_vcpus}",
         # Shared, because the virtio-fs and vsock daemons map the guest's memory.
-        "-m", memory,
+        "-m", _memory(spec),
         "-object", f"memory-backend-memfd,id=memory,size={memory},share=on",
         "-kernel", str(spec.kernel),
         "-initrd", str(spec.initrd),
@@ -134,6 +142,8 @@ def qemu_argv(spec: VmSpec, inherited: Inherited, *, machine: Machine) -> list[s
         "-device", "virtio-rng-pci",
         # Turns a guest panic into an event, with no wait for a reset.
         "-device", "pvpanic-pci",
+        # The guest reports the pages it has freed, and the host takes them back.
+        "-device", "virtio-balloon-pci,free-page-reporting=on,deflate-on-oom=on",
         # Last, so that these ports do not move the other devices.
         *_bridges(),
     ]  # fmt: skip
@@ -183,13 +193,24 @@ def _entering(network_namespace: Path | None) -> list[str]:
 def _bridges() -> list[str]:
     words = []
     for chassis, bus in enumerate(HOTPLUG_BUSES, start=1):
-        words += ["-device", f"pci-bridge,id={bus},chassis_nr={chassis},shpc=off"]
+        # Room for the registers of 31 virtio devices: the firmware leaves none behind a bridge by itself.
+        words += ["-device", f"pci-bridge,id={bus},chassis_nr={chassis},shpc=off,mem-reserve=1M"]
     return words
 
 
 def _machine(spec: VmSpec, machine: Machine) -> str:
     options = f"{machine.type},memory-backend=memory"
     return f"{options},{spec.machine_options}" if spec.machine_options else options
+
+
+def _memory(spec: VmSpec) -> str:
+    size = spec.memory_bytes // MIB
+    room = (spec.max_memory_bytes - spec.memory_bytes) // MIB
+    if not room:
+        return f"{size}M"
+    # Twice the room: addresses cost nothing, and a guest that leaves the virtio-mem device alone, which covers
+    # one half, gets memory modules in the other.
+    return f"size={size}M,slots={MODULES},maxmem={size + 2 * room}M"
 
 
 def _accelerator(accelerator: Accelerator) -> str:
