@@ -9,6 +9,7 @@ import time
 
 from guest.agent import cgroup, copyfile, files, kernel, oom, rawstreams, storage
 from guest.agent.errors import AgentError, InvalidArgument
+from guest.agent.network import Network
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Service:
         self._sandbox = sandbox
         self._codec = codec
         self._empty = codec.new("google.protobuf.Empty")
+        self._network = Network(codec)
 
     def handlers(self) -> dict[str, Handler]:
         """Tabulate the handlers; a method of the protocol that is not here is unimplemented.
@@ -45,6 +47,7 @@ class Service:
         :returns: method name to handler.
         """
         return {
+            "AddARPNeighbors": self._add_neighbours,
             "Check": self._check,
             "CloseStdin": self._close_stdin,
             "CopyFile": self._copy_file,
@@ -55,6 +58,8 @@ class Service:
             "GetDiagnosticData": self._diagnostic_data,
             "GetGuestDetails": self._guest_details,
             "GetOOMEvent": self._next_oom,
+            "ListInterfaces": self._list_interfaces,
+            "ListRoutes": self._list_routes,
             "PauseContainer": self._pause,
             "ReadStderr": self._read_stderr,
             "ReadStdout": self._read_stdout,
@@ -68,6 +73,8 @@ class Service:
             "StatsContainer": self._stats,
             "TtyWinResize": self._resize,
             "UpdateContainer": self._update,
+            "UpdateInterface": self._update_interface,
+            "UpdateRoutes": self._update_routes,
             "Version": self._version,
             "WaitProcess": self._wait,
             "WriteStdin": self._write_stdin,
@@ -189,6 +196,31 @@ class Service:
         container = self._sandbox.container(request.container_id, InvalidArgument)
         counted = cgroup.stats(container.cgroup, self._codec)
         return self._codec.new("grpc.StatsContainerResponse", cgroup_stats=counted)
+
+    def _update_interface(self, request: Message, _call: Call) -> Message:
+        if request.interface is None:
+            raise InvalidArgument("interface: the request has none; send it")
+        self._network.update_interface(request.interface)
+        interface: Message = request.interface
+        return interface
+
+    def _update_routes(self, request: Message, call: Call) -> Message:
+        if request.routes is None:
+            raise InvalidArgument("routes: the request has none; send them")
+        self._network.update_routes(request.routes.Routes)
+        return self._list_routes(request, call)
+
+    def _list_interfaces(self, _request: Message, _call: Call) -> Message:
+        return self._codec.new("grpc.Interfaces", Interfaces=self._network.interfaces())
+
+    def _list_routes(self, _request: Message, _call: Call) -> Message:
+        return self._codec.new("grpc.Routes", Routes=self._network.routes())
+
+    def _add_neighbours(self, request: Message, _call: Call) -> Message:
+        if request.neighbors is None:
+            raise InvalidArgument("neighbours: the request has none; send them")
+        self._network.add_neighbours(request.neighbors.ARPNeighbors)
+        return self._empty
 
     def _diagnostic_data(self, request: Message, _call: Call) -> Message:
         container = self._sandbox.container(request.container_id, InvalidArgument)

@@ -58,7 +58,7 @@ class Codec:
     def __init__(self, messages: dict[str, dict[int, Field]]) -> None:
         self._messages = messages
 
-    def new(self, name: str, **fields: Any) -> Message:
+    def new(self, name: str, /, **fields: Any) -> Message:
         """Make a message with every field at its default.
 
         :param name: full message name.
