@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hypervisor.interface import RAW_STREAM_PORT, Accelerator, Channel, VmSpec
-from hypervisor.memory import MODULES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +26,9 @@ HOTPLUG_BUSES = ("slots1", "slots2")
 Conventional bridges: two offer 62 slots and were measured to cost no boot time, where as many PCIe root ports
 cost the guest a second under TCG. ACPI tells the guest of each device at once.
 """
+
+MEMORY_MODULES = 16
+"""How many memory modules can be added."""
 
 _KERNEL_PARAMETERS = (
     # The virtio console costs the guest least of all consoles, and the host reads it for failure causes.
@@ -208,9 +210,9 @@ def _memory(spec: VmSpec) -> str:
     room = (spec.max_memory_bytes - spec.memory_bytes) // MIB
     if not room:
         return f"{size}M"
-    # Twice the room: addresses cost nothing, and a guest that leaves the virtio-mem device alone, which covers
-    # one half, gets memory modules in the other.
-    return f"size={size}M,slots={MODULES},maxmem={size + 2 * room}M"
+    # Twice the room, for addresses cost nothing: the virtio-mem device covers one half, and a guest that
+    # leaves it alone gets memory modules in the other.
+    return f"size={size}M,slots={MEMORY_MODULES},maxmem={size + 2 * room}M"
 
 
 def _accelerator(accelerator: Accelerator) -> str:

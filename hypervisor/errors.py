@@ -8,6 +8,8 @@
      ├── ChannelError          the guest was not reached; the text says whether the VM still lives
      ├── HotplugError          a device was not added, changed or removed; the virtual machine goes on
      │    └── NoSlotError      every slot is taken; unplug something first
+     ├── ResizeError           the size was not reached; the virtual machine goes on
+     │    └── ResizeRefusedError  because the guest refuses or is silent; says what was reached
      └── QmpError              QEMU refused a command or its control connection broke
 
 The message is one line: phase, object, cause, remedy.
@@ -38,6 +40,22 @@ class HotplugError(HypervisorError):
 
 class NoSlotError(HotplugError):
     """The virtual machine has no free slot for another device."""
+
+
+class ResizeError(HypervisorError):
+    """The number of virtual CPUs or the memory of a running virtual machine could not be changed as asked."""
+
+
+class ResizeRefusedError(ResizeError):
+    """The guest did not give or take what was asked, or not all of it.
+
+    :param message: the whole line.
+    :param reached: the number of virtual CPUs, or the bytes of memory, that there are now.
+    """
+
+    def __init__(self, message: str, *, reached: int) -> None:
+        super().__init__(message)
+        self.reached = reached
 
 
 class QmpError(HypervisorError):

@@ -48,8 +48,10 @@ class VmSpec:
     :param initrd: the initial RAM file system.
     :param kernel_parameters: the operator's addition to the guest kernel's command line.
     :param accelerator: how guest instructions are run.
-    :param vcpus: the number of virtual CPUs.
-    :param memory_bytes: guest memory, a multiple of 1 MiB.
+    :param vcpus: the number of virtual CPUs at boot, which is also the least there can be later.
+    :param max_vcpus: the most there can be.
+    :param memory_bytes: guest memory at boot, a multiple of 1 MiB; also the least there can be later.
+    :param max_memory_bytes: the most there can be; what is above ``memory_bytes`` costs nothing until used.
     :param share_source: the directory the guest sees under the virtio-fs tag ``kataShared``. It must lie
         on a mount with shared propagation, or the daemon would not see what is mounted there later.
     :param virtiofsd: the virtio-fs daemon, of either dialect.
@@ -68,7 +70,9 @@ class VmSpec:
     kernel_parameters: tuple[str, ...]
     accelerator: Accelerator
     vcpus: int
+    max_vcpus: int
     memory_bytes: int
+    max_memory_bytes: int
     share_source: Path
     virtiofsd: Path
     channel: Channel
@@ -185,3 +189,25 @@ class Hypervisor(abc.ABC):
     @abc.abstractmethod
     def processes(self) -> list[HostProcess]:
         """Return every live process that serves this virtual machine."""
+    @abc.abstractmethod
+    async def resize_vcpus(self, count: int) -> int:
+        """Change the number of virtual CPUs; the guest takes new ones into use when its agent is told to.
+
+        :param count: how many are wanted; the newest go first.
+        :returns: how many there are now, by the VMM's own count.
+        :raises ResizeError: if there cannot be so many or so few, or the VMM refuses.
+        :raises ResizeRefusedError: if the guest refuses or does not answer; it has ``reached``.
+        """
+
+    @abc.abstractmethod
+    async def resize_memory(self, size: int) -> int:
+        """Change the memory; return when the guest has taken or given it.
+
+        The guest's driver must be there: its agent loads it when told that memory will come.
+
+        :param size: how much is wanted, in bytes; rounded up to what the guest can do.
+        :returns: how much there is now, in bytes, by the VMM's own count.
+        :raises ResizeError: if there cannot be so much or so little, or the VMM refuses.
+        :raises ResizeRefusedError: if the guest stops before it is reached; it has ``reached``, in bytes.
+        """
+

@@ -1,0 +1,90 @@
+"""The number of virtual CPUs of a running virtual machine: added and taken away one by one, newest first."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from hypervisor import acpi
+from hypervisor.errors import QmpError, ResizeError, ResizeRefusedError
+
+if TYPE_CHECKING:
+    from hypervisor.qmp import EventStream, QmpSession
+
+_ANSWER_S = 20.0
+"""How long the guest may take over one virtual CPU; an emulated one stops all others for the exchange."""
+
+_PREFIX = "vcpu"
+_PERIPHERAL = f"/machine/peripheral/{_PREFIX}"
+"""Where QEMU keeps those that were added here; those that it started with cannot be taken away."""
+
+
+class Vcpus:
+    """The virtual CPUs of one virtual machine.
+
+    :param session: the control connection.
+    :param boot: how many it started with.
+    :param most: how many it can have.
+    """
+
+    def __init__(self, session: QmpSession, *, boot: int, most: int) -> None:
+        self._session = session
+        self._boot = boot
+        self._most = most
+        self._lock = asyncio.Lock()
+
+    async def resize(self, count: int) -> int:
+        """Add or take away virtual CPUs; new ones the guest has seen, but not put to use.
+
+        :param count: how many are wanted.
+        :returns: how many there are then, by QEMU's own count.
+        :raises ResizeError: if there cannot be so many or so few, or QEMU refuses.
+        :raises ResizeRefusedError: if the guest refuses or does not answer.
+        """
+        if not self._boot <= count <= self._most:
+            raise ResizeError(
+                f"resize vcpus: {count}: the virtual machine can have {self._boot} to {self._most}; "
+                "start it with others"
+            )
+        async with self._lock:
+            try:
+                with self._session.events(*acpi.EVENTS) as events:
+                    await self._grow(count, events)
+                    await self._shrink(count, events)
+                return await self._count()
+            except QmpError as error:
+                raise ResizeError(f"resize vcpus: {count}: {error}") from error
+
+    async def _count(self) -> int:
+        return len(await self._session.ask(list, "query-cpus-fast"))
+
+    async def _slots(self) -> list[dict[str, Any]]:
+        """List the places for virtual CPUs in the guest's order; QEMU has the last one first."""
+        slots: list[dict[str, Any]] = await self._session.ask(list, "query-hotpluggable-cpus")
+        return slots[::-1]
+
+    async def _grow(self, count: int, events: EventStream) -> None:
+        slots = await self._slots()
+        free = [number for number, slot in enumerate(slots) if "qom-path" not in slot]
+        for number in free[: max(count - (len(slots) - len(free)), 0)]:
+            place = acpi.Slot("CPU", number, f"{_PREFIX}{number}")
+            arguments = {"driver": slots[number]["type"], "id": place.device, **slots[number]["props"]}
+            await self._session.ask(dict, "device_add", arguments)
+            if problem := await acpi.answer(place, events, leaving=False, timeout_s=_ANSWER_S):
+                raise ResizeRefusedError(
+                    f"resize vcpus: {place.device}: the guest did not take it ({problem}); see its console",
+                    reached=await self._count(),
+                )
+
+    async def _shrink(self, count: int, events: EventStream) -> None:
+        paths = [slot.get("qom-path", "") for slot in await self._slots()]
+        added = [number for number, path in enumerate(paths) if path.startswith(_PERIPHERAL)]
+        excess = max(sum(map(bool, paths)) - count, 0)
+        for number in added[::-1][:excess]:
+            place = acpi.Slot("CPU", number, f"{_PREFIX}{number}")
+            await self._session.ask(dict, "device_del", {"id": place.device})
+            if problem := await acpi.answer(place, events, leaving=True, timeout_s=_ANSWER_S):
+                raise ResizeRefusedError(
+                    f"resize vcpus: {place.device}: the guest keeps it ({problem}); free it and try again",
+                    reached=await self._count(),
+                )
