@@ -82,3 +82,12 @@ def pack_mac(text: str) -> bytes:
     if len(octets) != _OCTETS or any(len(octet) != 1 for octet in octets):
         raise InvalidArgument(f"network: {text!r}: not a hardware address; write it like 02:00:00:00:00:01")
     return b"".join(octets)
+
+
+def link_local(mac: bytes) -> bytes:
+    """Derive the IPv6 address that the kernel gives a link by itself (RFC 4291, appendix A).
+
+    :param mac: the link's hardware address.
+    :returns: 16 bytes.
+    """
+    return b"\xfe\x80" + bytes(6) + bytes((mac[0] ^ 2,)) + mac[1:3] + b"\xff\xfe" + mac[3:]

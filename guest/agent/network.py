@@ -71,7 +71,7 @@ class Network:
                 if link is None:
                     raise AgentError(f"interface: {wanted.hwAddr}: Link not found; plug it in first")
                 _set_link(channel, link, wanted, mac, links)
-                _set_addresses(channel, link, wanted.name or link.name, asked)
+                _set_addresses(channel, link, wanted.name or link.name, mac, asked)
 
     def update_routes(self, wanted: Sequence[Message]) -> None:
         """Make the given routes those of the main table that the host wants, in place of its former ones.
@@ -256,18 +256,20 @@ def _has_ipv6() -> bool:
     return files.exists(path) and files.read(path).strip() == "0"
 
 
-def _set_addresses(channel: Channel, link: Link, name: str, asked: list[tuple[bytes, int]]) -> None:
+def _set_addresses(
+    channel: Channel, link: Link, name: str, mac: bytes, asked: list[tuple[bytes, int]]
+) -> None:
     if not _has_ipv6() and any(len(packed) == 16 for packed, _prefix in asked):
         log(f"interface: {name}: IPv6 is off in the guest; its IPv6 addresses are left out")
         asked = [one for one in asked if len(one[0]) == 4]
-    chosen_link_local = any(packed.startswith(_LINK_LOCAL) for packed, _prefix in asked)
+    given_link_local = any(packed.startswith(_LINK_LOCAL) for packed, _prefix in asked)
     for address in _addresses(channel):
-        # What the kernel or a DHCP client made is theirs, unless the host brings a link-local address.
+        # What came by DHCP or router advertisement is not permanent, and none of the host's business.
         stale = (
             address.index == link.index
             and address.flags & rtnetlink.IFA_F_PERMANENT
             and (address.packed, address.prefix) not in asked
-            and (chosen_link_local or not address.packed.startswith(_LINK_LOCAL))
+            and (given_link_local or address.packed != addresses.link_local(mac))
         )
         if stale:
             # Removed first: an address takes those with it that were secondary to it.
