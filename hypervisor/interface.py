@@ -174,21 +174,6 @@ class Hypervisor(abc.ABC):
         :raises QmpError: if the VMM does not answer.
         """
 
-    @property
-    @abc.abstractmethod
-    def pid(self) -> int:
-        """The process id of the VMM; valid after ``start`` returned."""
-
-    @abc.abstractmethod
-    def console_tail(self, lines: int = 20) -> list[str]:
-        """Return the last lines the guest wrote to its console.
-
-        :param lines: how many at most.
-        """
-
-    @abc.abstractmethod
-    def processes(self) -> list[HostProcess]:
-        """Return every live process that serves this virtual machine."""
     @abc.abstractmethod
     async def resize_vcpus(self, count: int) -> int:
         """Change the number of virtual CPUs; the guest takes new ones into use when its agent is told to.
@@ -211,3 +196,18 @@ class Hypervisor(abc.ABC):
         :raises ResizeRefusedError: if the guest stops before it is reached; it has ``reached``, in bytes.
         """
 
+    @property
+    @abc.abstractmethod
+    def pid(self) -> int:
+        """The process id of the VMM; valid after ``start`` returned."""
+
+    @abc.abstractmethod
+    def console_tail(self, lines: int = 20) -> list[str]:
+        """Return the last lines the guest wrote to its console.
+
+        :param lines: how many at most.
+        """
+
+    @abc.abstractmethod
+    def processes(self) -> list[HostProcess]:
+        """Return every live process that serves this virtual machine."""

@@ -173,6 +173,32 @@ class QemuHypervisor(Hypervisor):
         work = self._running_devices().unplug(device_id, timeout_s=timeout_s)
         await self._while_alive(work, f"unplug: {device_id}", HotplugError)
 
+    async def resize_vcpus(self, count: int) -> int:
+        """Change the number of virtual CPUs; the guest takes new ones into use when its agent is told to.
+
+        :param count: how many are wanted; the newest go first.
+        :returns: how many there are now, by QEMU's own count.
+        :raises ResizeError: if there cannot be so many or so few, or QEMU refuses or is gone.
+        :raises ResizeRefusedError: if the guest refuses or does not answer; it has ``reached``.
+        """
+        what = f"resize vcpus: {self._spec.name}"
+        if self._vcpus is None:
+            raise ResizeError(f"{what}: the virtual machine was not started")
+        return await self._while_alive(self._vcpus.resize(count), what, ResizeError)
+
+    async def resize_memory(self, size: int) -> int:
+        """Change the memory; return when the guest has taken or given it.
+
+        :param size: how much is wanted, in bytes; rounded up to what the guest can do.
+        :returns: how much there is now, in bytes, by QEMU's own count.
+        :raises ResizeError: if there cannot be so much or so little, or QEMU refuses or is gone.
+        :raises ResizeRefusedError: if the guest stops before it is reached; it has ``reached``, in bytes.
+        """
+        what = f"resize memory: {self._spec.name}"
+        if self._memory is None:
+            raise ResizeError(f"{what}: the virtual machine was not started")
+        return await self._while_alive(self._memory.resize(size), what, ResizeError)
+
     @property
     def pid(self) -> int:
         """The process id of QEMU; valid after ``start`` returned."""
@@ -205,32 +231,6 @@ class QemuHypervisor(Hypervisor):
             with listener:
                 argv = virtiofsd.daemon_argv(
                     spec.virtiofsd, dialect, fd=listener.fileno(), source=spec.share_source
-    async def resize_vcpus(self, count: int) -> int:
-        """Change the number of virtual CPUs; the guest takes new ones into use when its agent is told to.
-
-        :param count: how many are wanted; the newest go first.
-        :returns: how many there are now, by QEMU's own count.
-        :raises ResizeError: if there cannot be so many or so few, or QEMU refuses or is gone.
-        :raises ResizeRefusedError: if the guest refuses or does not answer; it has ``reached``.
-        """
-        what = f"resize vcpus: {self._spec.name}"
-        if self._vcpus is None:
-            raise ResizeError(f"{what}: the virtual machine was not started")
-        return await self._while_alive(self._vcpus.resize(count), what, ResizeError)
-
-    async def resize_memory(self, size: int) -> int:
-        """Change the memory; return when the guest has taken or given it.
-
-        :param size: how much is wanted, in bytes; rounded up to what the guest can do.
-        :returns: how much there is now, in bytes, by QEMU's own count.
-        :raises ResizeError: if there cannot be so much or so little, or QEMU refuses or is gone.
-        :raises ResizeRefusedError: if the guest stops before it is reached; it has ``reached``, in bytes.
-        """
-        what = f"resize memory: {self._spec.name}"
-        if self._memory is None:
-            raise ResizeError(f"{what}: the virtual machine was not started")
-        return await self._while_alive(self._memory.resize(size), what, ResizeError)
-
                 )
                 self._spawn(virtiofsd.NAME, argv, inherit=[listener.fileno()])
             self._channel = make_channel(spec, spawn=self._spawn)
@@ -258,6 +258,11 @@ class QemuHypervisor(Hypervisor):
             for worker in daemon.workers:
                 self._on_process(worker.name, worker.pid)
         self._devices = Devices(self._qmp, buses=HOTPLUG_BUSES)
+        self._disks = Disks(self._qmp, self._devices)
+        self._vcpus = Vcpus(self._qmp, boot=spec.vcpus, most=spec.max_vcpus)
+        self._memory = Memory(
+            self._qmp, self._devices, boot_bytes=spec.memory_bytes, most_bytes=spec.max_memory_bytes
+        )
         self._watching = asyncio.create_task(self._devices.watch())
         self._supervisor = asyncio.create_task(self._supervise(self._qemu, self._qmp))
 
@@ -290,11 +295,6 @@ class QemuHypervisor(Hypervisor):
         failed = next((each for each in daemons if each.exited.done()), None)
         if failed is not None and failed.exited.result().code == 0:
             # A daemon ends in good order when QEMU hangs up, and may be seen to end before QEMU is.
-        self._disks = Disks(self._qmp, self._devices)
-        self._vcpus = Vcpus(self._qmp, boot=spec.vcpus, most=spec.max_vcpus)
-        self._memory = Memory(
-            self._qmp, self._devices, boot_bytes=spec.memory_bytes, most_bytes=spec.max_memory_bytes
-        )
             await asyncio.wait([qemu.exited], timeout=_LAST_WORDS_S)
         blamed = failed if failed and not qemu.exited.done() else None
         qemu.kill()
