@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hypervisor.errors import HotplugError, QmpError
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
 
     from hypervisor.qmp import Event, QmpSession
 
+log = logging.getLogger(__name__)
+
 _PERIPHERALS = "/machine/peripheral"
 """Where QEMU's object model keeps the devices that have an id."""
 
-_EVENTS = ("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR")
+_EVENTS = ("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", "BLOCK_IO_ERROR")
 _NOT_FOUND = "DeviceNotFound"
 _ASKED_ALREADY = "in the process of unplug"
+_ASK_AGAIN_S = 1.0
 _FUNCTION_BITS = 3
 """The bits of a PCI device's address below its slot number."""
 
@@ -63,6 +67,8 @@ class _Plugged:
     complete: bool = False
     gone: asyncio.Future[None] | None = None
     """There while somebody waits for the guest to let go of it."""
+    reported: set[str] = field(default_factory=set)
+    """The failures that are in the log already: a guest that tries again and again must not flood it."""
 
 
 class Devices:
@@ -125,19 +131,28 @@ class Devices:
         plugged = self._plugged.get(name)
         if plugged is None or not plugged.complete:
             raise HotplugError(f"unplug: {name}: no such device is plugged")
-        if plugged.gone is None:
-            plugged.gone = asyncio.get_running_loop().create_future()
+        gone = plugged.gone = plugged.gone or asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout_s):
-                await self._ask_to_leave(plugged)
-                await asyncio.shield(plugged.gone)
+                while not gone.done():
+                    await self._ask_to_leave(plugged)
+                    # A guest that boots clears requests it never saw, and nothing tells when it has done so.
+                    await asyncio.wait([gone], timeout=_ASK_AGAIN_S)
+                gone.result()
         except TimeoutError:
             raise HotplugError(
                 f"unplug: {name}: the guest did not let go of it within {timeout_s:g} s; "
                 "end what uses it there and try again"
             ) from None
 
+    def __contains__(self, name: str) -> bool:
+        """Tell whether a device is plugged."""
+        return name in self._plugged and self._plugged[name].complete
+
     async def _heed(self, event: Event) -> None:
+        if event.name == "BLOCK_IO_ERROR":
+            self._report(event.data)
+            return
         # A device without an id, for example a part of another device, is of no interest.
         plugged = self._plugged.get(str(event.data.get("device")))
         if plugged is None:
@@ -151,6 +166,14 @@ class Devices:
             gone, plugged.gone = plugged.gone, None
             gone.set_exception(HotplugError(refusal))
             gone.exception()  # marks it as seen: maybe nobody waits any more
+
+    def _report(self, data: Mapping[str, object]) -> None:
+        for name, plugged in self._plugged.items():
+            if plugged.description.properties.get("drive") == data.get("node-name"):
+                failure = f"{data.get('operation')}: {data.get('reason')}"
+                if failure not in plugged.reported:
+                    plugged.reported.add(failure)
+                    log.error("disk %s: %s; the guest was given an I/O error", name, failure)
 
     async def _ask_to_leave(self, plugged: _Plugged) -> None:
         name = plugged.description.id

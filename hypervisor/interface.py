@@ -95,6 +95,42 @@ class Nic:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiskLimits:
+    """How fast the guest may read and write a disk; 0 sets no limit.
+
+    :param read_iops: read operations per second.
+    :param write_iops: write operations per second.
+    :param read_bytes_per_s: bytes read per second.
+    :param write_bytes_per_s: bytes written per second.
+    """
+
+    read_iops: int = 0
+    write_iops: int = 0
+    read_bytes_per_s: int = 0
+    write_bytes_per_s: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disk:
+    """A disk of the guest.
+
+    :param id: its name among the virtual machine's devices: a letter, then letters, digits, ``-._``.
+    :param path: a file or a block device (also a loop device) of the host, with the disk's bytes as they are.
+    :param serial: what the guest reads as the disk's serial number: at most 20 bytes; may be empty.
+    :param read_only: whether the guest may only read it.
+    :param discard: whether blocks that the guest discards are given back to the host.
+    :param limits: how fast it may be read and written.
+    """
+
+    id: str
+    path: Path
+    serial: str
+    read_only: bool
+    discard: bool
+    limits: DiskLimits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VmExit:
     """The end of a virtual machine.
 
@@ -160,6 +196,36 @@ class Hypervisor(abc.ABC):
         :param nic: the interface.
         :returns: the PCI path at which the guest sees it, in the form of Kata's agent protocol: ``02/1e``.
         :raises HotplugError: if it cannot be added; nothing of it is left.
+        :raises QmpError: if the VMM does not answer.
+        """
+
+    @abc.abstractmethod
+    async def plug_disk(self, disk: Disk) -> str:
+        """Add a disk to the running virtual machine.
+
+        :param disk: the disk.
+        :returns: the PCI path at which the guest sees it, in the form of Kata's agent protocol: ``02/1e``.
+        :raises HotplugError: if it cannot be added; nothing of it is left.
+        :raises QmpError: if the VMM does not answer.
+        """
+
+    @abc.abstractmethod
+    async def resize_disk(self, device_id: str) -> int:
+        """Tell the guest that what is behind a disk has another size now.
+
+        :param device_id: the id it was plugged with.
+        :returns: the size, in bytes.
+        :raises HotplugError: if there is no such disk, or the VMM refuses.
+        :raises QmpError: if the VMM does not answer.
+        """
+
+    @abc.abstractmethod
+    async def limit_disk(self, device_id: str, limits: DiskLimits) -> None:
+        """Replace a disk's rate limits.
+
+        :param device_id: the id it was plugged with.
+        :param limits: the new ones.
+        :raises HotplugError: if there is no such disk, or the VMM refuses.
         :raises QmpError: if the VMM does not answer.
         """
 

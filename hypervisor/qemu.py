@@ -161,6 +161,38 @@ class QemuHypervisor(Hypervisor):
         """
         return await self._while_alive(self._plug_nic(nic), f"plug: {nic.id}", HotplugError)
 
+    async def plug_disk(self, disk: Disk) -> str:
+        """Add a disk to the running virtual machine.
+
+        :param disk: the disk.
+        :returns: the PCI path at which the guest sees it, in the form of Kata's agent protocol: ``02/1e``.
+        :raises HotplugError: if it cannot be added; nothing of it is left.
+        :raises QmpError: if QEMU does not answer.
+        """
+        return await self._while_alive(self._running_disks().plug(disk), f"plug: {disk.id}", HotplugError)
+
+    async def resize_disk(self, device_id: str) -> int:
+        """Tell the guest that what is behind a disk has another size now.
+
+        :param device_id: the id it was plugged with.
+        :returns: the size, in bytes.
+        :raises HotplugError: if there is no such disk, or QEMU refuses.
+        :raises QmpError: if QEMU does not answer.
+        """
+        work = self._running_disks().resize(device_id)
+        return await self._while_alive(work, f"resize: {device_id}", HotplugError)
+
+    async def limit_disk(self, device_id: str, limits: DiskLimits) -> None:
+        """Replace a disk's rate limits.
+
+        :param device_id: the id it was plugged with.
+        :param limits: the new ones.
+        :raises HotplugError: if there is no such disk, or QEMU refuses.
+        :raises QmpError: if QEMU does not answer.
+        """
+        work = self._running_disks().limit(device_id, limits)
+        await self._while_alive(work, f"limit: {device_id}", HotplugError)
+
     async def unplug(self, device_id: str, *, timeout_s: float) -> None:
         """Take a device from the guest and remove it with all that was behind it.
 
@@ -364,6 +396,11 @@ class QemuHypervisor(Hypervisor):
         if self._devices is None:
             raise HotplugError(f"plug: {self._spec.name}: the virtual machine was not started")
         return self._devices
+
+    def _running_disks(self) -> Disks:
+        if self._disks is None:
+            raise HotplugError(f"plug: {self._spec.name}: the virtual machine was not started")
+        return self._disks
 
     async def _plug_nic(self, nic: Nic) -> str:
         devices = self._running_devices()
