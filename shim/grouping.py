@@ -8,6 +8,8 @@ import os
 from shim.refusal import Refusal
 
 _GROUP_ANNOTATIONS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
+#: What containerd's CRI says of a container: ``sandbox`` for the one that stands for its pod, or ``container``.
+KIND_ANNOTATION = "io.kubernetes.cri.container-type"
 _MAX_IDENTIFIER = 76
 _MAX_SOCKET_PATH = 106
 
@@ -44,20 +46,36 @@ def group_of(bundle: str, container: str) -> str:
     :returns: the group, which is the container's own id when no annotation names another.
     :raises Refusal: if the spec is not JSON.
     """
+    annotations = _annotations_of(bundle) or {}
+    for key in _GROUP_ANNOTATIONS:
+        group = annotations.get(key)
+        if isinstance(group, str) and group:
+            return group
+    return container
+
+
+def is_pod(bundle: str) -> bool:
+    """Tell whether a bundle is that of a pod's sandbox, to which containerd will add the pod's containers.
+
+    :param bundle: the bundle directory.
+    :raises Refusal: if the spec is not JSON.
+    """
+    annotations = _annotations_of(bundle)
+    return annotations is None or annotations.get(KIND_ANNOTATION) == "sandbox"
+
+
+def _annotations_of(bundle: str) -> dict[str, object] | None:
+    """Read the annotations of the OCI spec, or nothing if there is no spec."""
     path = os.path.join(bundle, "config.json")
     try:
         with open(path, "rb") as file:
             spec = json.load(file)
     except FileNotFoundError:
-        return container
+        return None
     except (ValueError, RecursionError) as error:
         raise Refusal(f"start: {path}: not JSON: {error}; recreate the container") from error
     annotations = spec.get("annotations") if isinstance(spec, dict) else None
-    for key in _GROUP_ANNOTATIONS:
-        group = annotations.get(key) if isinstance(annotations, dict) else None
-        if isinstance(group, str) and group:
-            return group
-    return container
+    return annotations if isinstance(annotations, dict) else {}
 
 
 def socket_name(*, address: str, namespace: str, group: str) -> str:

@@ -74,6 +74,7 @@ def start(line: CommandLine) -> bytes:
         config_text=found.text,
         config_source=found.source,
         protocol=settings.shim.protocol,
+        version=_version(caller, bundle, line.publish_binary),
         socket_path=grouping.socket_path(caller.params.socket_dir or DEFAULT_SOCKET_DIR, socket_name),
         state_directory=state_directory.path_of(settings.shim.state_dir, socket_name),
         debug=line.debug or caller.params.log_level < 0,
@@ -84,11 +85,9 @@ def start(line: CommandLine) -> bytes:
         lock = state_directory.lock(record.state_directory)
         try:
             if _is_live(record.socket_path):
-                return _publish(
-                    state_directory.read_record(record.state_directory), bundle=bundle, dialect=caller.dialect
-                )
+                return _join(record, container=line.id)
             if not _remove_leftovers(record):
-                return _make(record)
+                return _make(record, container=line.id)
         finally:
             os.close(lock)
 
@@ -152,12 +151,24 @@ def _read_input() -> bytes:
     return bytes(data)
 
 
+def _version(caller: Caller, bundle: str, publish_binary: str) -> int:
+    """Choose the version of the shim protocol: 3 is containerd 2's way to add containers to a pod."""
+    if caller.dialect == "1.6" or not grouping.is_pod(bundle):
+        return 2
+    if caller.dialect == "2.3":
+        return 3
+    try:
+        return 2 if _containerd_version(publish_binary).startswith("1.") else 3
+    except Refusal:
+        return 2  # which every containerd accepts
+
+
 def _check_grpc(caller: Caller, publish_binary: str) -> None:
     """Refuse gRPC where containerd cannot drive it: only 1.7 can, and nothing but its version says so."""
     version = "1.6" if caller.dialect == "1.6" else "2.3 or later"
     if caller.dialect == "1.7":
         version = _containerd_version(publish_binary)
-        if version.removeprefix("v").startswith("1.7."):
+        if version.startswith("1.7."):
             return
     raise Refusal(
         f'start: config shim.protocol: containerd {version} cannot drive a shim over grpc; set it to "ttrpc"'
@@ -182,7 +193,11 @@ def _containerd_version(publish_binary: str) -> str:
         ) from error
     # "containerd <Go module> <version> <revision>"
     words = output.split()
-    return words[2] if len(words) > 2 else "of unknown version"
+    if len(words) < 3:
+        raise Refusal(
+            f'start: {publish_binary} --version: says {output[:80]!r}, no version; set shim.protocol to "ttrpc"'
+        )
+    return words[2].removeprefix("v")
 
 
 def _bare(address: str) -> str:
@@ -221,11 +236,21 @@ def _undo(ledger: Ledger) -> None:
         raise Refusal(f"start: {failures[0]}")
 
 
-def _make(record: StartRecord) -> bytes:
+def _join(record: StartRecord, *, container: str) -> bytes:
+    """Count a container among those of a sandbox that runs, so that no ``delete`` ends it; the lock is held."""
+    ledger = Ledger(record.state_directory)
+    ledger.created(container)
+    ledger.close()
+    running = state_directory.read_record(record.state_directory)
+    return _publish(running, bundle=record.bundle, dialect=record.dialect)
+
+
+def _make(record: StartRecord, *, container: str) -> bytes:
     """Make the daemon of a sandbox and wait until its socket takes connections; the lock is held."""
     ledger = Ledger(record.state_directory, create=True)
     done = False
     try:
+        ledger.created(container)
         ledger.file(record.socket_path)
         os.makedirs(os.path.dirname(record.socket_path), mode=0o700, exist_ok=True)
         state_directory.write_record(record)
@@ -313,14 +338,14 @@ def _publish(record: StartRecord, *, bundle: str, dialect: str) -> bytes:
     """Leave what containerd and ``delete`` look for in the bundle, and phrase the reply."""
     if record.protocol == "grpc":
         # containerd 1.7 dials a gRPC address without a scheme, and reads the file as it reads the reply.
-        text = _json(record.socket_path, record.protocol)
+        text = _json(record, record.socket_path)
         address, reply = text, text.encode()
     else:
         address = f"unix://{record.socket_path}"
         if dialect == "2.3":
-            reply = bootstrap_wire.encode_result(version=2, address=address, protocol=record.protocol)
+            reply = bootstrap_wire.encode_result(version=record.version, address=address, protocol=record.protocol)
         elif dialect == "1.7":
-            reply = _json(address, record.protocol).encode()
+            reply = _json(record, address).encode()
         else:
             reply = address.encode()
     state_directory.point_to(record.state_directory, bundle=bundle)
@@ -328,5 +353,5 @@ def _publish(record: StartRecord, *, bundle: str, dialect: str) -> bytes:
     return reply
 
 
-def _json(address: str, protocol: str) -> str:
-    return json.dumps({"version": 2, "address": address, "protocol": protocol})
+def _json(record: StartRecord, address: str) -> str:
+    return json.dumps({"version": record.version, "address": address, "protocol": record.protocol})

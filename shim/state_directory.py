@@ -30,6 +30,8 @@ class StartRecord(Record):
     config_source: str
     #: ``ttrpc`` or ``grpc``: what containerd speaks on ``socket_path``.
     protocol: str
+    #: 2, or 3: containerd adds further containers without a ``start`` of their own.
+    version: int = 2
     socket_path: str
     state_directory: str
     #: containerd runs at debug level.
