@@ -59,17 +59,25 @@ class Agent:
         """
         agent = cls(await TtrpcClient.over(connection))
         try:
-            await agent._client.call(
-                HEALTH_SERVICE,
-                "Check",
-                health_pb2.CheckRequest(),
-                health_pb2.HealthCheckResponse,
-                timeout_s=timeout_s,
-            )
+            await agent.check(timeout_s=timeout_s)
         except BaseException:
             await agent.aclose()
             raise
         return agent
+
+    async def check(self, *, timeout_s: float) -> None:
+        """Have the agent answer.
+
+        :raises DeadlineExceeded: if it does not in time.
+        :raises Unavailable: if the connection breaks.
+        """
+        await self._client.call(
+            HEALTH_SERVICE,
+            "Check",
+            health_pb2.CheckRequest(),
+            health_pb2.HealthCheckResponse,
+            timeout_s=timeout_s,
+        )
 
     async def _call(
         self,

@@ -57,14 +57,18 @@ class Container:
     """A container of a sandbox.
 
     :param container_id: containerd's id.
-    :param bundle: the bundle directory, which holds ``config.json``.
+    :param bundle: the bundle directory.
+    :param spec: the decoded ``config.json``.
     :param stdio: init's stream paths.
     :param sandbox: where it lives.
     """
 
-    def __init__(self, container_id: str, *, bundle: Path, stdio: Stdio, sandbox: Sandbox) -> None:
+    def __init__(
+        self, container_id: str, *, bundle: Path, spec: dict[str, Any], stdio: Stdio, sandbox: Sandbox
+    ) -> None:
         self.id = container_id
         self.bundle = bundle
+        self.spec = spec
         self.init = Process(container_id, exec_id="", stdio=stdio, spec={})
         self.execs: dict[str, Process] = {}
         self.lock = asyncio.Lock()
@@ -86,17 +90,38 @@ class Container:
             raise NotFound(f"exec {exec_id} of {self.id}: not found") from None
 
     async def create(self, rootfs: Iterable[Mount]) -> None:
-        """Show the file systems, create the container in the guest and follow its init.
+        """Bring the container to where its init waits to be started.
 
         :param rootfs: containerd's mounts for the root file system.
         :raises ShimError: if any step fails; nothing is left behind.
         """
         try:
-            spec = read_spec(self.bundle)
-            self._show_rootfs(spec, rootfs)
+            await self._bring_up(rootfs)
+        finally:
+            self._settled.set()
+        self._sandbox.publish(
+            "/tasks/create",
+            events_pb2.TaskCreate(
+                container_id=self.id,
+                bundle=str(self.bundle),
+                rootfs=rootfs,
+                io=events_pb2.TaskIO(
+                    stdin=self.init.stdio.stdin,
+                    stdout=self.init.stdio.stdout,
+                    stderr=self.init.stdio.stderr,
+                    terminal=self.init.stdio.terminal,
+                ),
+                pid=self._sandbox.pid,
+            ),
+        )
+
+    async def _bring_up(self, rootfs: Iterable[Mount]) -> None:
+        """Show the file systems, create the container in the guest and follow its init."""
+        try:
+            self._show_rootfs(rootfs)
             agent = await self._sandbox.agent()
             translation = translate(
-                spec,
+                self.spec,
                 container_id=self.id,
                 terminal=self.init.stdio.terminal,
                 seccomp=agent.supports_seccomp,
@@ -116,24 +141,7 @@ class Container:
             self.init.close_streams()
             self._shown.close()
             raise
-        finally:
-            self._settled.set()
         self._follow(self.init, agent)
-        self._sandbox.publish(
-            "/tasks/create",
-            events_pb2.TaskCreate(
-                container_id=self.id,
-                bundle=str(self.bundle),
-                rootfs=rootfs,
-                io=events_pb2.TaskIO(
-                    stdin=self.init.stdio.stdin,
-                    stdout=self.init.stdio.stdout,
-                    stderr=self.init.stdio.stderr,
-                    terminal=self.init.stdio.terminal,
-                ),
-                pid=self._sandbox.pid,
-            ),
-        )
 
     async def start(self) -> None:
         """Let init run.
@@ -142,12 +150,15 @@ class Container:
         """
         async with self.lock:
             self.init.require(Input.START)
-            agent = await self._sandbox.agent()
-            await agent.start_container(self.id)
+            await self._run()
             self.init.apply(Input.START)
             self._sandbox.publish(
                 "/tasks/start", events_pb2.TaskStart(container_id=self.id, pid=self._sandbox.pid)
             )
+
+    async def _run(self) -> None:
+        agent = await self._sandbox.agent()
+        await agent.start_container(self.id)
 
     async def pause(self) -> None:
         """Freeze the container.
@@ -156,8 +167,7 @@ class Container:
         """
         async with self.lock:
             self.init.require(Input.PAUSE)
-            agent = await self._sandbox.agent()
-            await agent.pause_container(self.id)
+            await self._freeze()
             self.init.apply(Input.PAUSE)
             self._sandbox.publish("/tasks/paused", events_pb2.TaskPaused(container_id=self.id))
 
@@ -168,10 +178,17 @@ class Container:
         """
         async with self.lock:
             self.init.require(Input.RESUME)
-            agent = await self._sandbox.agent()
-            await agent.resume_container(self.id)
+            await self._thaw()
             self.init.apply(Input.RESUME)
             self._sandbox.publish("/tasks/resumed", events_pb2.TaskResumed(container_id=self.id))
+
+    async def _freeze(self) -> None:
+        agent = await self._sandbox.agent()
+        await agent.pause_container(self.id)
+
+    async def _thaw(self) -> None:
+        agent = await self._sandbox.agent()
+        await agent.resume_container(self.id)
 
     async def update(self, resources: oci_pb2.LinuxResources) -> None:
         """Change the container's limits.
@@ -330,7 +347,7 @@ class Container:
                 await self._remove_from_guest()
             self._shown.close()
             self.init.apply(Input.DELETE)
-            self._sandbox.containers.pop(self.id, None)
+            self._sandbox.forget(self.id)
             self._sandbox.publish(
                 "/tasks/delete",
                 events_pb2.TaskDelete(
@@ -383,14 +400,14 @@ class Container:
 
     # -- file systems -------------------------------------------------------------------------------
 
-    def _show_rootfs(self, spec: dict[str, Any], rootfs: Iterable[Mount]) -> None:
+    def _show_rootfs(self, rootfs: Iterable[Mount]) -> None:
         source = self.bundle / "rootfs"
         if rootfs:
             source.mkdir(mode=0o711, exist_ok=True)
             mounts.mount_all(rootfs, source)
             self._shown.callback(mounts.unmount, source)
         else:
-            root = spec.get("root") or {}
+            root = self.spec.get("root") or {}
             path = root.get("path") or "rootfs" if isinstance(root, dict) else None
             if not isinstance(path, str):
                 raise InvalidArgument(

@@ -11,13 +11,16 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proto.containerd import task_v2_pb2, task_v3_pb2
-from shim import mounts, state_directory
+from proto.containerd import sandbox_v1_pb2, task_v2_pb2, task_v3_pb2
+from shim import mounts, pod, state_directory
 from shim.config import ConfigText, parse
+from shim.container import read_spec
+from shim.errors import ShimError
 from shim.events import Publisher
 from shim.ledger import Ledger
 from shim.log import configure
 from shim.sandbox import Sandbox
+from shim.services.sandbox import SandboxService
 from shim.services.task import TaskService
 from shim.transport.dispatch import Dispatch
 from shim.transport.ttrpc_server import TtrpcServer
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from shim.config import Config
+    from shim.pod import PodSpec
     from shim.state_directory import StartRecord
 
 log = logging.getLogger(__name__)
@@ -65,8 +69,10 @@ async def _serve(
         async with asyncio.TaskGroup() as group:
             publishing = group.create_task(publisher.run(), name="events")
             sandbox = Sandbox(record, config=config, publisher=publisher, ledger=ledger, group=group)
-            sandbox.start()
-            dispatch = _dispatch(TaskService(sandbox, shut_down=over.set))
+            found = _pod_of(Path(record.bundle))
+            if found is not None:  # otherwise CreateSandbox tells
+                sandbox.start(found)
+            dispatch = _dispatch(sandbox, shut_down=over.set)
             await _serve_until(over, dispatch, record, listener=listener, ready=ready)
             await sandbox.stop()
             await publisher.drain(timeout_s=EVENTS_TIMEOUT_S)
@@ -75,11 +81,26 @@ async def _serve(
         ledger.close()
 
 
-def _dispatch(task: TaskService) -> Dispatch:
+def _pod_of(bundle: Path) -> PodSpec | None:
+    """Describe the pod by the specification in the bundle that the shim was started in, if there is one."""
+    if not (bundle / "config.json").exists():
+        return None
+    try:
+        return pod.from_oci(read_spec(bundle))
+    except ShimError:  # Create will say so
+        return pod.from_oci({})
+
+
+def _dispatch(sandbox: Sandbox, *, shut_down: Callable[[], None]) -> Dispatch:
+    task = TaskService(sandbox, shut_down=shut_down)
     return Dispatch(
         [
             (task_v3_pb2.DESCRIPTOR.services_by_name["Task"], task),
             (task_v2_pb2.DESCRIPTOR.services_by_name["Task"], task),
+            (
+                sandbox_v1_pb2.DESCRIPTOR.services_by_name["Sandbox"],
+                SandboxService(sandbox, shut_down=shut_down),
+            ),
         ]
     )
 

@@ -8,7 +8,7 @@ import os
 from shim.refusal import Refusal
 
 _GROUP_ANNOTATIONS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
-#: What containerd's CRI says of a container: ``sandbox`` for the one that stands for its pod, or ``container``.
+#: What containerd's CRI says of a container: ``sandbox`` of the one that stands for its pod.
 KIND_ANNOTATION = "io.kubernetes.cri.container-type"
 _MAX_IDENTIFIER = 76
 _MAX_SOCKET_PATH = 106

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proto.containerd import cgroups_v1_pb2, cgroups_v2_pb2
+from proto.kata import agent_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from proto.kata import agent_pb2
+    from collections.abc import Iterable, Mapping
 
 _NS_PER_US = 1000
 # memory.stat keys of cgroup v2 that the v2 message has fields for under the same name.
@@ -49,6 +48,34 @@ _IO_FIELDS = {"read": "rbytes", "write": "wbytes", "rios": "rios", "wios": "wios
 def host_has_cgroup_v2(root: Path = Path("/sys/fs/cgroup")) -> bool:
     """Tell whether the host runs the unified hierarchy: cgroups(7), ``cgroup.controllers`` at its root."""
     return (root / "cgroup.controllers").exists()
+
+
+def total(containers: Iterable[agent_pb2.StatsContainerResponse]) -> agent_pb2.StatsContainerResponse:
+    """Add up what the containers of a pod use; limits are each container's own and stay out.
+
+    :param containers: what the agent measured of each.
+    """
+    result = agent_pb2.StatsContainerResponse()
+    cgroup = result.cgroup_stats
+    cpu, memory = cgroup.cpu_stats.cpu_usage, cgroup.memory_stats
+    transferred: dict[tuple[int, int, str], int] = {}
+    for one in containers:
+        used = one.cgroup_stats
+        cpu.total_usage += used.cpu_stats.cpu_usage.total_usage
+        cpu.usage_in_kernelmode += used.cpu_stats.cpu_usage.usage_in_kernelmode
+        cpu.usage_in_usermode += used.cpu_stats.cpu_usage.usage_in_usermode
+        memory.usage.usage += used.memory_stats.usage.usage
+        for name, value in used.memory_stats.stats.items():
+            memory.stats[name] += value
+        cgroup.pids_stats.current += used.pids_stats.current
+        for item in used.blkio_stats.io_service_bytes_recursive:
+            key = (item.major, item.minor, item.op)
+            transferred[key] = transferred.get(key, 0) + item.value
+        if not result.network_stats:  # the interfaces are the machine's: every container counts the same
+            result.network_stats.extend(one.network_stats)
+    for (major, minor, op), value in sorted(transferred.items()):
+        cgroup.blkio_stats.io_service_bytes_recursive.add(major=major, minor=minor, op=op, value=value)
+    return result
 
 
 def to_metrics(

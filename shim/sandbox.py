@@ -9,16 +9,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from hypervisor import AGENT_PORT, Channel, HypervisorError, QemuHypervisor, VmSpec
 from proto.containerd import events_pb2
-from shim import mounts, postmortem
+from shim import metrics, mounts, postmortem, state_directory
 from shim.agent import Agent
 from shim.container import Container, read_spec
-from shim.errors import AlreadyExists, DeadlineExceeded, Internal, NotFound, ShimError, Unavailable
+from shim.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    NotFound,
+    ShimError,
+    Unavailable,
+)
 from shim.host import resolve
+from shim.pause_container import PauseContainer
+from shim.pod import is_pause
 from shim.transfer import RawStreams
 
 if TYPE_CHECKING:
@@ -27,9 +39,11 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from proto.containerd.types_pb2 import Mount
+    from proto.kata import agent_pb2
     from shim.config import Config
     from shim.events import Publisher
     from shim.ledger import Ledger
+    from shim.pod import PodSpec
     from shim.state_directory import StartRecord
     from shim.stdio import Stdio
 
@@ -38,6 +52,9 @@ _T = TypeVar("_T")
 log = logging.getLogger(__name__)
 
 MIB = 1024 * 1024
+PING_TIMEOUT_S = 2.0  # an agent that is well answers in milliseconds, under emulation too
+END_TIMEOUT_S = 10.0  # for a machine that is killed to be gone
+STATUS_KILLED = 128 + signal.SIGKILL
 REASON_TIMEOUT_S = 2.0  # the machine usually says why it ends just after the agent's connection breaks
 
 
@@ -75,6 +92,13 @@ class Sandbox:
         self._running: asyncio.Task[None] | None = None
         self._requests: set[asyncio.Task[None]] = set()
         self._doom = ""
+        self._is_end_wanted = False
+        #: Version 3 of the shim protocol: containerd creates further containers without a ``start``.
+        self.is_joined_without_start = record.version >= 3
+        #: Held by containerd's sandbox service: then only that ends the shim.
+        self.held = False
+        self.ended = asyncio.Event()
+        self.ended_at_s: float | None = None
         self._has_raw_streams = False
 
     @property
@@ -122,17 +146,74 @@ class Sandbox:
         task.add_done_callback(self._requests.discard)
         return outcome
 
-    def start(self) -> None:
-        """Begin to boot the machine; :meth:`agent` waits for it."""
-        self._running = self._group.create_task(self._live(), name="sandbox")
+    @property
+    def is_started(self) -> bool:
+        """Whether the machine boots, runs or has ended."""
+        return self._running is not None or self._ready.done()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the machine is up."""
+        return self._ready.done() and self._ready.exception() is None
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether containerd has a container in it, or holds it by its sandbox service."""
+        return bool(self.containers) or self.held
+
+    @property
+    def exit_status(self) -> int:
+        """How the machine ended: 0 if that was wanted, or as a process that was killed."""
+        return 0 if self._is_end_wanted else STATUS_KILLED
+
+    @property
+    def created_at_s(self) -> float:
+        """When the sandbox was asked for, in seconds since 1970."""
+        return self._record.started_at
+
+    @property
+    def reason_of_end(self) -> str:
+        """One line; empty as long as there is a machine, or one to come."""
+        error = self._ready.exception() if self._ready.done() else None
+        return str(error or "")
+
+    def start(self, pod: PodSpec) -> None:
+        """Begin to boot the machine; :meth:`agent` waits for it.
+
+        :param pod: what it is for.
+        """
+        self._running = self._group.create_task(self._live(pod), name="sandbox")
 
     async def agent(self) -> Agent:
         """Wait for the machine to be up.
 
         :returns: the guest agent.
+        :raises FailedPrecondition: if nobody has said yet what the machine is for.
         :raises ShimError: with the reason, if the machine did not come up or is gone.
         """
+        if not self.is_started:
+            raise FailedPrecondition(f"sandbox {self.id}: not created yet; call CreateSandbox first")
         return await asyncio.shield(self._ready)
+
+    async def ping(self) -> None:
+        """Have the agent answer now.
+
+        :raises DeadlineExceeded: if it does not.
+        :raises ShimError: if the machine is not up.
+        """
+        if self.is_started and not self._ready.done():
+            raise Unavailable(f"ping: sandbox {self.id}: still boots; ask again")
+        await (await self.agent()).check(timeout_s=PING_TIMEOUT_S)
+
+    async def stats(self) -> agent_pb2.StatsContainerResponse:
+        """Measure all containers together.
+
+        :raises ShimError: if the machine is not up.
+        """
+        await self.agent()
+        containers = [one for one in self.containers.values() if not isinstance(one, PauseContainer)]
+        measured = await asyncio.gather(*(_measure(one) for one in containers))
+        return metrics.total(one for one in measured if one is not None)
 
     async def raw_streams(self, stdio: Stdio) -> RawStreams | None:
         """Connect raw streams for a process about to be made, if the channel and the agent have them."""
@@ -154,15 +235,31 @@ class Sandbox:
         """
         if container_id in self.containers:
             raise AlreadyExists(f"create: container {container_id}: already exists")
-        container = Container(container_id, bundle=bundle, stdio=stdio, sandbox=self)
+        spec = read_spec(bundle)
+        kind = PauseContainer if is_pause(spec) else Container
+        container = kind(container_id, bundle=bundle, spec=spec, stdio=stdio, sandbox=self)
         self.containers[container_id] = container
         self._ledger.created(container_id)
         try:
+            if self.is_joined_without_start:
+                self._point_to_state(bundle)
             await container.create(rootfs)
         except BaseException:
-            del self.containers[container_id]
+            self.forget(container_id)
             raise
         return container
+
+    def forget(self, container_id: str) -> None:
+        """Let go of a container: nothing of it is left, or its creation failed."""
+        self.containers.pop(container_id, None)
+        self._ledger.deleted(container_id)
+
+    def _point_to_state(self, bundle: Path) -> None:
+        """Leave in the bundle what ``start`` would have, had it been run for this container."""
+        try:
+            state_directory.point_to(self._record.state_directory, bundle=str(bundle))
+        except OSError as error:
+            raise Internal(f"create: {bundle}: {error.strerror}; look at the host") from error
 
     def container(self, container_id: str) -> Container:
         """Find a container that has been created.
@@ -183,6 +280,23 @@ class Sandbox:
         if self._vm is not None:
             await self._vm.stop()
 
+    async def end(self) -> None:
+        """Switch the machine off because containerd is done with it; return when it is off.
+
+        :raises DeadlineExceeded: if it does not go.
+        """
+        self._is_end_wanted = self._is_end_wanted or not self.ended.is_set()
+        await self.switch_off("its end was asked for")
+        if not self.is_started:
+            self._over(Unavailable(f"sandbox {self.id}: {self._doom}"))
+        try:
+            async with asyncio.timeout(END_TIMEOUT_S):
+                await self.ended.wait()
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"stop: sandbox {self.id}: its machine, pid {self.pid}, is not gone after {END_TIMEOUT_S:g} s"
+            ) from error
+
     async def stop(self) -> None:
         """Switch the machine off and wait until nothing of it is left; stopping twice is harmless."""
         for request in self._requests:
@@ -195,31 +309,51 @@ class Sandbox:
         mounts.unmount(self._guest_share)
         mounts.unmount(self.share)
 
-    async def _live(self) -> None:
+    async def _live(self, pod: PodSpec) -> None:
         """Boot, then wait for the end of the machine; whoever asks for the agent learns the outcome."""
+        reason: ShimError = Unavailable(f"sandbox {self.id}: its shim ends")
         try:
-            agent = await self._boot()
+            reason = await self._live_until_over(pod)
+        finally:
+            self._over(reason)
+
+    async def _live_until_over(self, pod: PodSpec) -> ShimError:
+        """Return why the machine did not come up, or why it ended."""
+        try:
+            agent = await self._boot(pod)
         except (ShimError, HypervisorError) as error:
             reason = error if isinstance(error, ShimError) else Internal(f"boot: sandbox {self.id}: {error}")
-            log.error("%s", reason)  # noqa: TRY400 - the reason is complete; a traceback would bury it
-            self._keep_reason(str(reason))
+            self._report_end(str(reason))
             if self._vm is not None:
                 await self._vm.stop()
-            self._settle(reason)
-            return
+            return reason
         self._ready.set_result(agent)
         log.info("boot: sandbox %s: ready", self.id)
         watching = self.spawn(self._report_ooms(agent), name="out of memory")
         try:
             reason_text = await self._reason_of_end(agent)
             reason_text = self._doom or reason_text
-            log.error("sandbox %s: %s", self.id, reason_text)
-            self._keep_reason(reason_text)
-            self._ready = asyncio.get_running_loop().create_future()
-            self._settle(Unavailable(f"sandbox {self.id}: {reason_text}"))
+            self._report_end(f"sandbox {self.id}: {reason_text}")
+            return Unavailable(f"sandbox {self.id}: {reason_text}")
         finally:
             watching.cancel()
             await agent.aclose()
+
+    def _report_end(self, reason: str) -> None:
+        if self._is_end_wanted:
+            log.info("%s", reason)
+            return
+        log.error("%s", reason)
+        self._keep_reason(reason)
+
+    def _over(self, reason: ShimError) -> None:
+        """Let everybody know that there is no machine any more."""
+        if self._ready.done():
+            self._ready = asyncio.get_running_loop().create_future()
+        self._ready.set_exception(reason)
+        self._ready.exception()  # marks it as seen: maybe nobody asks any more
+        self.ended_at_s = time.time()
+        self.ended.set()
 
     def _keep_reason(self, reason: str) -> None:
         console = self._vm.console_tail(postmortem.CONSOLE_LINES) if self._vm is not None else []
@@ -244,20 +378,18 @@ class Sandbox:
         except ShimError as error:
             log.debug("out of memory: no more reports: %s", error)
 
-    def _settle(self, reason: ShimError) -> None:
-        self._ready.set_exception(reason)
-        self._ready.exception()  # marks it as seen: maybe nobody asks any more
-
-    async def _boot(self) -> Agent:
+    async def _boot(self, pod: PodSpec) -> Agent:
         spec = await self._vm_spec()
         timeout_s = self._config.guest.boot_timeout_s
         try:
             async with asyncio.timeout(timeout_s) as limit:
+                if self._doom:
+                    raise Unavailable(self._doom)
                 self._vm = vm = QemuHypervisor(spec, on_process=self._record_process)
                 await vm.start(timeout_s=timeout_s)
                 connection = await vm.connect(AGENT_PORT, timeout_s=timeout_s)
                 agent = await Agent.over(connection, timeout_s=timeout_s)
-                await agent.create_sandbox(sandbox_id=self.id, hostname=self._hostname(), dns=[])
+                await agent.create_sandbox(sandbox_id=self.id, hostname=pod.hostname, dns=list(pod.dns))
                 return agent
         except (TimeoutError, DeadlineExceeded) as error:
             if isinstance(error, TimeoutError) and not limit.expired():
@@ -307,13 +439,6 @@ class Sandbox:
             network_namespace=None,
         )
 
-    def _hostname(self) -> str:
-        try:
-            spec = read_spec(Path(self._record.bundle))
-        except ShimError:  # a sandbox without a container's bundle has no specification
-            return ""
-        return str(spec.get("hostname") or "")
-
     def _record_process(self, name: str, pid: int) -> None:
         self._ledger.process(pid, name=name)
 
@@ -342,3 +467,12 @@ class Sandbox:
                 async with asyncio.timeout(REASON_TIMEOUT_S):
                     return (await self._vm.wait()).reason
         return str(error)
+
+
+async def _measure(container: Container) -> agent_pb2.StatsContainerResponse | None:
+    """Measure one container of many; one that ends meanwhile counts for nothing."""
+    try:
+        return await container.stats()
+    except ShimError as error:
+        log.debug("stats: container %s: %s", container.id, error)
+        return None

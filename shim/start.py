@@ -195,7 +195,8 @@ def _containerd_version(publish_binary: str) -> str:
     words = output.split()
     if len(words) < 3:
         raise Refusal(
-            f'start: {publish_binary} --version: says {output[:80]!r}, no version; set shim.protocol to "ttrpc"'
+            f"start: {publish_binary} --version: {output[:80]!r} is no version; "
+            'set shim.protocol to "ttrpc" in the configuration'
         )
     return words[2].removeprefix("v")
 
@@ -237,7 +238,7 @@ def _undo(ledger: Ledger) -> None:
 
 
 def _join(record: StartRecord, *, container: str) -> bytes:
-    """Count a container among those of a sandbox that runs, so that no ``delete`` ends it; the lock is held."""
+    """Count a container among those of a sandbox that runs, which no ``delete`` then ends."""
     ledger = Ledger(record.state_directory)
     ledger.created(container)
     ledger.close()
@@ -343,7 +344,9 @@ def _publish(record: StartRecord, *, bundle: str, dialect: str) -> bytes:
     else:
         address = f"unix://{record.socket_path}"
         if dialect == "2.3":
-            reply = bootstrap_wire.encode_result(version=record.version, address=address, protocol=record.protocol)
+            reply = bootstrap_wire.encode_result(
+                version=record.version, address=address, protocol=record.protocol
+            )
         elif dialect == "1.7":
             reply = _json(record, address).encode()
         else:

@@ -44,6 +44,7 @@ class TaskService:
     def __init__(self, sandbox: Sandbox, *, shut_down: Callable[[], None]) -> None:
         self._sandbox = sandbox
         self._shut_down = shut_down
+        self._was_told_to_end = False
 
     async def create(self, request: task_v3_pb2.CreateTaskRequest) -> task_v3_pb2.CreateTaskResponse:
         """Create a container."""
@@ -111,6 +112,7 @@ class TaskService:
             await self._sandbox.finish(container.delete_exec(request.exec_id))
         else:
             await self._sandbox.finish(container.delete())
+            self._shut_down_if_forgotten()
         return task_v3_pb2.DeleteResponse(
             pid=pid, exit_status=process.exit_status, exited_at=to_timestamp(process.exited_at_s)
         )
@@ -185,10 +187,20 @@ class TaskService:
         return task_v3_pb2.ConnectResponse(shim_pid=os.getpid(), task_pid=pid)
 
     async def shutdown(self, request: task_v3_pb2.ShutdownRequest) -> Empty:  # noqa: ARG002 - the id says nothing: one shim, one sandbox
-        """End the shim, unless containers are left."""
-        if not self._sandbox.containers:
+        """End the shim, unless containers are left or containerd's sandbox service holds it."""
+        self._was_told_to_end = True
+        if not self._sandbox.is_needed:
             self._shut_down()
         return Empty()
+
+    def _shut_down_if_forgotten(self) -> None:
+        """End the shim with the last container of a pod whose own task went before it.
+
+        containerd asks to shut down after the pod's task only, where containers joined without a ``start``.
+        """
+        sandbox = self._sandbox
+        if self._was_told_to_end and sandbox.is_joined_without_start and not sandbox.is_needed:
+            self._shut_down()
 
     def _pid_of(self, process: Process) -> int:
         # An exec has no pid before it runs; clients take a non-zero one for "it was started".

@@ -149,6 +149,7 @@ def test_the_record_has_what_the_daemon_needs(containerd):
         "state_directory": str(containerd.state_of("c1")),
         "debug": True,
         "dialect": "1.7",
+        "version": 2,
     }
 
 

@@ -1,0 +1,1 @@
+"""The part of the Kubernetes container runtime interface that reaches a shim."""

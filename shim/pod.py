@@ -1,0 +1,119 @@
+"""What a sandbox is made after: its containers' specification, or Kubernetes' description of a pod.
+
+Pure but for two files: the bundle's ``config.json``, and the ``resolv.conf`` that it names.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf.message import DecodeError
+
+from proto.cri.pod_pb2 import PodSandboxConfig
+from shim.errors import InvalidArgument
+from shim.grouping import KIND_ANNOTATION
+
+if TYPE_CHECKING:
+    from google.protobuf.any_pb2 import Any as AnyMessage
+
+log = logging.getLogger(__name__)
+
+_RESOLV_CONF = "/etc/resolv.conf"
+_MAX_RESOLV_CONF_BYTES = 64 * 1024  # resolv.conf(5) of a pod has at most 3 + 32 names
+# The annotations under which containerd's CRI gives a pause container the sizes of its pod.
+_SIZES = {
+    "cpu_period": "io.kubernetes.cri.sandbox-cpu-period",
+    "cpu_quota": "io.kubernetes.cri.sandbox-cpu-quota",
+    "cpu_shares": "io.kubernetes.cri.sandbox-cpu-shares",
+    "memory_limit_in_bytes": "io.kubernetes.cri.sandbox-memory",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodSpec:
+    """A sandbox as whoever wants it describes it.
+
+    :param hostname: the name of the machine; empty leaves it unnamed.
+    :param dns: lines of resolv.conf.
+    :param oci: an OCI specification: the bundle's, or what Kubernetes' description says as one. It has the
+        network namespace among ``linux.namespaces``, and sizes of the pod among ``annotations``.
+    """
+
+    hostname: str
+    dns: tuple[str, ...]
+    oci: dict[str, Any]
+
+
+def is_pause(spec: dict[str, Any]) -> bool:
+    """Tell whether an OCI specification is of the container that only stands for its pod."""
+    annotations = spec.get("annotations")
+    return isinstance(annotations, dict) and annotations.get(KIND_ANNOTATION) == "sandbox"
+
+
+def from_oci(spec: dict[str, Any]) -> PodSpec:
+    """Take the description from the specification of the sandbox's first container.
+
+    :param spec: the decoded ``config.json``.
+    """
+    hostname = spec.get("hostname")
+    return PodSpec(hostname=hostname if isinstance(hostname, str) else "", dns=_resolvers(spec), oci=spec)
+
+
+def from_request(options: AnyMessage, *, network_namespace: str) -> PodSpec:
+    """Take the description from a request for a sandbox.
+
+    :param options: a ``PodSandboxConfig``; of anything else, nothing is known about the pod.
+    :param network_namespace: the path of the pod's network namespace; empty for the host's.
+    :raises InvalidArgument: if it is no valid message.
+    """
+    config = PodSandboxConfig()
+    if options.type_url.rpartition("/")[2] == PodSandboxConfig.DESCRIPTOR.full_name:
+        try:
+            config = PodSandboxConfig.FromString(options.value)
+        except DecodeError as error:
+            raise InvalidArgument(
+                f"sandbox: options: not a valid {PodSandboxConfig.DESCRIPTOR.full_name}: {error}"
+            ) from error
+    elif options.type_url:
+        log.warning("sandbox: options of type %s say nothing about a pod; ignored", options.type_url)
+    sizes = {
+        annotation: str(getattr(config.linux.resources, field))
+        for field, annotation in _SIZES.items()
+        if getattr(config.linux.resources, field)
+    }
+    namespaces = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount")]
+    if network_namespace:
+        namespaces.append({"type": "network", "path": network_namespace})
+    dns = config.dns_config
+    return PodSpec(
+        hostname=config.hostname,
+        dns=(
+            *(f"nameserver {server}" for server in dns.servers),
+            *([f"search {' '.join(dns.searches)}"] if dns.searches else []),
+            *([f"options {' '.join(dns.options)}"] if dns.options else []),
+        ),
+        oci={
+            "hostname": config.hostname,
+            "annotations": {**config.annotations, **sizes},
+            "linux": {"namespaces": namespaces},
+        },
+    )
+
+
+def _resolvers(spec: dict[str, Any]) -> tuple[str, ...]:
+    """Read the resolv.conf that is mounted into the container; the machine gets the same."""
+    mounts = spec.get("mounts")
+    for entry in mounts if isinstance(mounts, list) else []:
+        if not isinstance(entry, dict) or entry.get("destination") != _RESOLV_CONF:
+            continue
+        try:
+            with Path(str(entry.get("source"))).open("rb") as file:
+                text = file.read(_MAX_RESOLV_CONF_BYTES).decode(errors="replace")
+        except (OSError, ValueError) as error:
+            log.warning("sandbox: %s of its container: %s; the machine has none", _RESOLV_CONF, error)
+            continue
+        return tuple(line for line in text.splitlines() if line.strip())
+    return ()

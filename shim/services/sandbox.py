@@ -1,0 +1,123 @@
+"""containerd's Sandbox service: the machine is made, asked about and ended without a container of its own."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING
+
+from proto.containerd import sandbox_v1_pb2 as api
+from proto.containerd import types_pb2
+from shim import pod
+from shim.errors import AlreadyExists, FailedPrecondition, NotFound
+from shim.events import pack
+from shim.metrics import host_has_cgroup_v2, to_metrics
+from shim.timestamps import to_timestamp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shim.sandbox import Sandbox
+
+# As Kubernetes' container runtime interface names the states: containerd takes any other for not ready.
+_READY = "SANDBOX_READY"
+_NOT_READY = "SANDBOX_NOTREADY"
+
+
+class SandboxService:
+    """Translates requests to the sandbox and its answers to replies.
+
+    :param sandbox: the machine of this shim.
+    :param shut_down: called when containerd is done with it.
+    """
+
+    def __init__(self, sandbox: Sandbox, *, shut_down: Callable[[], None]) -> None:
+        self._sandbox = sandbox
+        self._shut_down = shut_down
+
+    async def create_sandbox(self, request: api.CreateSandboxRequest) -> api.CreateSandboxResponse:
+        """Begin to boot the machine; one that was started in a bundle with a specification does already."""
+        self._require(request.sandbox_id, what="create")
+        if self._sandbox.held:
+            raise AlreadyExists(f"create: sandbox {request.sandbox_id}: already exists")
+        if self._sandbox.ended.is_set():
+            raise FailedPrecondition(f"create: {self._sandbox.reason_of_end}")
+        description = pod.from_request(request.options, network_namespace=request.netns_path)
+        self._sandbox.held = True
+        if not self._sandbox.is_started:
+            self._sandbox.start(description)
+        return api.CreateSandboxResponse()
+
+    async def start_sandbox(self, request: api.StartSandboxRequest) -> api.StartSandboxResponse:
+        """Wait until the machine is up."""
+        self._require(request.sandbox_id, what="start")
+        await self._sandbox.agent()
+        return api.StartSandboxResponse(
+            pid=self._sandbox.pid, created_at=to_timestamp(self._sandbox.created_at_s)
+        )
+
+    async def platform(self, request: api.PlatformRequest) -> api.PlatformResponse:
+        """Tell what runs in the machine."""
+        self._require(request.sandbox_id, what="platform")
+        return api.PlatformResponse(platform=types_pb2.Platform(os="linux", architecture="amd64"))
+
+    async def stop_sandbox(self, request: api.StopSandboxRequest) -> api.StopSandboxResponse:
+        """Switch the machine off, which takes less than any time that may be allowed; again is harmless."""
+        self._require(request.sandbox_id, what="stop")
+        await self._sandbox.end()
+        return api.StopSandboxResponse()
+
+    async def wait_sandbox(self, request: api.WaitSandboxRequest) -> api.WaitSandboxResponse:
+        """Block until the machine is gone."""
+        self._require(request.sandbox_id, what="wait")
+        await self._sandbox.ended.wait()
+        return api.WaitSandboxResponse(
+            exit_status=self._sandbox.exit_status, exited_at=to_timestamp(self._sandbox.ended_at_s)
+        )
+
+    async def sandbox_status(self, request: api.SandboxStatusRequest) -> api.SandboxStatusResponse:
+        """Tell the state from what the shim knows; the guest is never asked."""
+        self._require(request.sandbox_id, what="status")
+        sandbox = self._sandbox
+        response = api.SandboxStatusResponse(
+            sandbox_id=sandbox.id,
+            pid=sandbox.pid,
+            state=_READY if sandbox.is_ready else _NOT_READY,
+            created_at=to_timestamp(sandbox.created_at_s),
+            exited_at=to_timestamp(sandbox.ended_at_s),
+        )
+        if request.verbose:
+            response.info["info"] = json.dumps(
+                {"stateDirectory": str(sandbox.share.parent), "reason": sandbox.reason_of_end}
+            )
+        return response
+
+    async def ping_sandbox(self, request: api.PingRequest) -> api.PingResponse:
+        """Ask the agent in the machine for a sign of life."""
+        self._require(request.sandbox_id, what="ping")
+        await self._sandbox.ping()
+        return api.PingResponse()
+
+    async def shutdown_sandbox(self, request: api.ShutdownSandboxRequest) -> api.ShutdownSandboxResponse:
+        """Switch the machine off and end the shim, whatever containers are left; the reply goes first."""
+        self._require(request.sandbox_id, what="shutdown")
+        await self._sandbox.end()
+        self._sandbox.held = False
+        self._shut_down()
+        return api.ShutdownSandboxResponse()
+
+    async def sandbox_metrics(self, request: api.SandboxMetricsRequest) -> api.SandboxMetricsResponse:
+        """Measure all containers together, in the message of the host's cgroup version."""
+        self._require(request.sandbox_id, what="metrics")
+        stats = await self._sandbox.stats()
+        return api.SandboxMetricsResponse(
+            metrics=types_pb2.Metric(
+                timestamp=to_timestamp(time.time()),
+                id=self._sandbox.id,
+                data=pack(to_metrics(stats, unified=host_has_cgroup_v2())),
+            )
+        )
+
+    def _require(self, sandbox_id: str, *, what: str) -> None:
+        if sandbox_id != self._sandbox.id:
+            raise NotFound(f"{what}: sandbox {sandbox_id}: not found")
