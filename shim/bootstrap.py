@@ -57,7 +57,12 @@ def _perform(line: CommandLine) -> bytes:
 
         return delete.delete(line)
     if not line.action and line.state:
-        _serve(line.state)
+        serve(line.state)
+        return b""
+    if not line.action and line.zygote:
+        from shim import zygote  # noqa: PLC0415 - the other actions do without
+
+        zygote.serve(line.zygote.rstrip())
         return b""
     raise Refusal(
         f"command line: {line.action or 'no action'}: not an action; containerd runs start and delete, "
@@ -77,8 +82,11 @@ def _version() -> str:
     return version.version()
 
 
-def _serve(state: str) -> None:
-    """Be the daemon that ``start`` left behind."""
+def serve(state: str) -> None:
+    """Be the daemon that ``start`` left behind.
+
+    :param state: the state directory of its sandbox.
+    """
     from shim import daemonize, kernel, state_directory  # noqa: PLC0415 - the other actions do without
 
     record = state_directory.read_record(state)

@@ -9,7 +9,8 @@ from shim.refusal import Refusal
 class CommandLine(Record):
     """Flags and action of one invocation; see section "Command lines" of containerd's shim contract.
 
-    ``state`` is Hako's own: ``start`` tells the daemon where its sandbox's state directory is.
+    ``state`` and ``zygote`` are Hako's own: ``start`` tells the daemon where its sandbox's state directory
+    is, and the zygote where its socket is to be.
     """
 
     namespace: str = ""
@@ -18,6 +19,7 @@ class CommandLine(Record):
     id: str = ""
     bundle: str = ""
     state: str = ""
+    zygote: str = ""
     debug: bool = False
     info: bool = False
     version: bool = False
@@ -31,6 +33,7 @@ _STRING_FLAGS = {
     "id": "id",
     "bundle": "bundle",
     "state": "state",
+    "zygote": "zygote",
 }
 _BOOLEAN_FLAGS = {"debug": "debug", "info": "info", "v": "version", "version": "version"}
 # The spellings that Go's strconv.ParseBool accepts.

@@ -52,6 +52,8 @@ class ShimConfig(Record):
     protocol: str = "ttrpc"
     #: ``debug``, ``info``, ``warning`` or ``error``.
     log_level: str = "info"
+    #: Whether shims are forked from a process that has imported everything already.
+    zygote: bool = False
     state_dir: str = "/run/hako"
     #: Where the reason and the last console lines of a failed sandbox are kept for ``hako logs``.
     log_dir: str = "/var/log/hako"

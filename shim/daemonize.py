@@ -7,6 +7,7 @@ import os
 import sys
 
 from shim import kernel
+from shim.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,20 +18,34 @@ LISTENER_DESCRIPTOR = 3
 _MAX_OOM_SCORE_ADJ = 1000
 
 
-def prepare_inherited_attributes() -> None:
-    """Set on this process what the daemon is to inherit: OOM score and core scheduling.
+class Attributes(Record):
+    """What a daemon is given by whoever starts it."""
 
-    The daemon is a little more likely to be killed than containerd, as containerd's shim contract asks.
-    A privilege or kernel feature that is missing is done without.
-    """
-    with contextlib.suppress(OSError):
-        with open(f"/proc/{os.getppid()}/oom_score_adj", encoding="ascii") as file:
-            score = min(int(file.read()) + 1, _MAX_OOM_SCORE_ADJ)
-        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-            file.write(str(score))
-    if os.environ.get("SCHED_CORE"):
-        with contextlib.suppress(OSError):
-            kernel.create_core_scheduling_cookie()
+    #: A little more likely to be killed than containerd, as containerd's shim contract asks.
+    oom_score_adj: int | None
+    core_scheduling: bool
+
+    @classmethod
+    def wanted(cls) -> Attributes:
+        """Find out what the caller of this process wants."""
+        try:
+            with open(f"/proc/{os.getppid()}/oom_score_adj", encoding="ascii") as file:
+                score = min(int(file.read()) + 1, _MAX_OOM_SCORE_ADJ)
+        except OSError:
+            score = None
+        return cls(oom_score_adj=score, core_scheduling=bool(os.environ.get("SCHED_CORE")))
+
+    def take(self) -> None:
+        """Set them on this process; a privilege or kernel feature that is missing is done without."""
+        if self.oom_score_adj is not None:
+            with (
+                contextlib.suppress(OSError),
+                open("/proc/self/oom_score_adj", "w", encoding="ascii") as file,
+            ):
+                file.write(str(self.oom_score_adj))
+        if self.core_scheduling:
+            with contextlib.suppress(OSError):
+                kernel.create_core_scheduling_cookie()
 
 
 def open_log(bundle: str) -> int:
@@ -82,6 +97,21 @@ def spawn(
 
 
 def _become(arguments: list[str], *, listener: int | None, error_output: int) -> None:
+    detach(listener=listener, error_output=error_output)
+    os.execve(sys.executable, [*program(), *arguments], environment())  # noqa: S606 - no shell is wanted
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a daemon: this process's, but for what systemd says to its own service."""
+    return {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
+
+
+def detach(*, listener: int | None, error_output: int) -> None:
+    """Give this process a session of its own and leave it no descriptors but these.
+
+    :param listener: what becomes descriptor 3.
+    :param error_output: what becomes standard error.
+    """
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
@@ -93,11 +123,10 @@ def _become(arguments: list[str], *, listener: int | None, error_output: int) ->
         os.set_inheritable(LISTENER_DESCRIPTOR, True)  # noqa: FBT003 - its only spelling
     first_other = LISTENER_DESCRIPTOR + (listener is not None)
     os.closerange(first_other, os.sysconf("SC_OPEN_MAX"))
-    environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
-    os.execve(sys.executable, [*_program(), *arguments], environment)  # noqa: S606 - no shell is wanted
 
 
-def _program() -> list[str]:
+def program() -> list[str]:
+    """Return the command that runs this same program, without its arguments."""
     own = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
     if own and os.path.exists(own[-1]):
         own[-1] = os.path.abspath(own[-1])

@@ -8,7 +8,7 @@ import select
 import socket
 import time
 
-from shim import bootstrap_wire, config, daemonize, grouping, state_directory
+from shim import bootstrap_wire, config, daemonize, grouping, state_directory, zygote_client
 from shim.bootstrap_wire import BootstrapParams, RuntimeOptions
 from shim.ledger import Ledger
 from shim.record import Record
@@ -87,7 +87,8 @@ def start(line: CommandLine) -> bytes:
             if _is_live(record.socket_path):
                 return _join(record, container=line.id)
             if not _remove_leftovers(record):
-                return _make(record, container=line.id)
+                zygote = zygote_client.socket_path(settings.shim.state_dir) if settings.shim.zygote else ""
+                return _make(record, container=line.id, zygote=zygote)
         finally:
             os.close(lock)
 
@@ -246,7 +247,7 @@ def _join(record: StartRecord, *, container: str) -> bytes:
     return _publish(running, bundle=record.bundle, dialect=record.dialect)
 
 
-def _make(record: StartRecord, *, container: str) -> bytes:
+def _make(record: StartRecord, *, container: str, zygote: str) -> bytes:
     """Make the daemon of a sandbox and wait until its socket takes connections; the lock is held."""
     ledger = Ledger(record.state_directory, create=True)
     done = False
@@ -255,11 +256,10 @@ def _make(record: StartRecord, *, container: str) -> bytes:
         ledger.file(record.socket_path)
         os.makedirs(os.path.dirname(record.socket_path), mode=0o700, exist_ok=True)
         state_directory.write_record(record)
-        daemonize.prepare_inherited_attributes()
         if record.protocol == "grpc":
-            _spawn_grpc(record, ledger)
+            _spawn_grpc(record, ledger, zygote=zygote)
         else:
-            _spawn_ttrpc(record, ledger)
+            _spawn_ttrpc(record, ledger, zygote=zygote)
         reply = _publish(record, bundle=record.bundle, dialect=record.dialect)
         done = True
         return reply
@@ -269,7 +269,7 @@ def _make(record: StartRecord, *, container: str) -> bytes:
         ledger.close()
 
 
-def _spawn_ttrpc(record: StartRecord, ledger: Ledger) -> None:
+def _spawn_ttrpc(record: StartRecord, ledger: Ledger, *, zygote: str) -> None:
     """Hand a listening socket to the daemon: connections wait in it while the daemon imports its code."""
     with socket.socket(socket.AF_UNIX) as listener:
         _remove_dead_socket(record)
@@ -280,16 +280,16 @@ def _spawn_ttrpc(record: StartRecord, ledger: Ledger) -> None:
             os.umask(previous)
         listener.listen()
         log = daemonize.open_log(record.bundle)
-        _spawn(record, ledger, listener=listener.fileno(), error_output=log)
+        _spawn(record, ledger, zygote=zygote, error_output=log, listener=listener.fileno())
         os.close(log)
 
 
-def _spawn_grpc(record: StartRecord, ledger: Ledger) -> None:
+def _spawn_grpc(record: StartRecord, ledger: Ledger, *, zygote: str) -> None:
     """Wait for the daemon's word: a gRPC server can only listen on a socket it made itself."""
     _remove_dead_socket(record)
     reader, writer = os.pipe()
     try:
-        _spawn(record, ledger, listener=None, error_output=writer)
+        _spawn(record, ledger, zygote=zygote, error_output=writer, listener=None)
     finally:
         os.close(writer)
     try:
@@ -305,17 +305,29 @@ def _remove_dead_socket(record: StartRecord) -> None:
         return
 
 
-def _spawn(record: StartRecord, ledger: Ledger, *, listener: int | None, error_output: int) -> None:
+def _spawn(
+    record: StartRecord, ledger: Ledger, *, zygote: str, error_output: int, listener: int | None
+) -> None:
     def register(pid: int) -> None:
         ledger.process(pid, name=SHIM_PROCESS)
 
     flags = ["-namespace", record.namespace, "-id", record.id, "-address", record.grpc_address]
-    daemonize.spawn(
-        [*flags, "-state", record.state_directory],
-        listener=listener,
-        error_output=error_output,
-        before_exec=register,
+    arguments = [*flags, "-state", record.state_directory]
+    attributes = daemonize.Attributes.wanted()
+    request = zygote_client.ForkRequest(
+        state_directory=record.state_directory,
+        working_directory=os.getcwd(),
+        arguments=arguments,
+        environment=daemonize.environment(),
+        attributes=attributes.as_dict(),
     )
+    descriptors = [error_output] if listener is None else [error_output, listener]
+    if zygote and zygote_client.ask(request, descriptors, path=zygote, register=register):
+        return
+    attributes.take()  # the daemon inherits them
+    daemonize.spawn(arguments, listener=listener, error_output=error_output, before_exec=register)
+    if zygote:
+        zygote_client.launch(zygote)
 
 
 def _wait_until_ready(reader: int) -> None:
