@@ -6,6 +6,7 @@ import _thread
 import os
 
 from guest.agent import cgroup, files, jsonout, kernel, oci, oom, runtime
+from guest.agent.devices import renumber
 from guest.agent.errors import AgentError, NotFound
 from guest.agent.process import Process
 
@@ -35,11 +36,19 @@ class Container:
     :param container_id: its id.
     :param spec: grpc.Spec.
     :param namespaces: the final list of namespaces.
+    :param devices: the guest's major and minor number by path, where they differ from the host's.
     :raises AgentError: if a part of the specification is missing, or crun refuses it.
     :raises OSError: if the root filesystem cannot be mounted.
     """
 
-    def __init__(self, container_id: str, spec: Message, *, namespaces: list[dict[str, str]]) -> None:
+    def __init__(
+        self,
+        container_id: str,
+        spec: Message,
+        *,
+        namespaces: list[dict[str, str]],
+        devices: dict[str, tuple[int, int]],
+    ) -> None:
         for name in ("Process", "Root", "Linux"):
             if getattr(spec, name) is None:
                 raise AgentError(f"create: {container_id}: the specification has no {name}; send it")
@@ -52,6 +61,8 @@ class Container:
         self._lock = _thread.allocate_lock()
         self._execs: dict[str, Process | None] = {}
         document = oci.spec(spec, rootfs=self._rootfs, namespaces=namespaces, cgroup=self._cgroup)
+        renumber(document["linux"], devices)
+        self.shares_pid = any(one["type"] == "pid" and "path" in one for one in namespaces)
         self._capabilities = document["process"].get("capabilities")
         self._mount_root(spec.Root.Path)
         try:

@@ -12,6 +12,16 @@ def read(path: str) -> str:
     :returns: its text.
     :raises OSError: if it cannot be read.
     """
+    return read_bytes(path).decode(errors="replace")
+
+
+def read_bytes(path: str) -> bytes:
+    """Read a file whole.
+
+    :param path: the file.
+    :returns: its content.
+    :raises OSError: if it cannot be read.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         parts = []
@@ -19,7 +29,7 @@ def read(path: str) -> str:
             parts.append(part)
     finally:
         os.close(fd)
-    return b"".join(parts).decode(errors="replace")
+    return b"".join(parts)
 
 
 def write(path: str, text: str) -> None:
@@ -83,12 +93,13 @@ def remove_tree(path: str) -> None:
     :raises OSError: if something cannot be removed, such as a mount point.
     """
     try:
+        device = os.lstat(path).st_dev
         entries = list(os.scandir(path))
     except FileNotFoundError:
         return
     for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            remove_tree(entry.path)
-        else:
+        if not entry.is_dir(follow_symlinks=False):
             os.unlink(entry.path)
+        elif entry.stat(follow_symlinks=False).st_dev == device:
+            remove_tree(entry.path)
     os.rmdir(path)

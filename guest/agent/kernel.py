@@ -25,9 +25,12 @@ MS_SLAVE = 1 << 19
 MS_SHARED = 1 << 20
 MS_RELATIME = 1 << 21
 MS_STRICTATIME = 1 << 24
+MS_LAZYTIME = 1 << 25
 MNT_DETACH = 2
+CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
 CLONE_NEWIPC = 0x08000000
+CLONE_NEWPID = 0x20000000
 _RB_POWER_OFF = 0x4321FEDC
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -69,19 +72,18 @@ def unmount(target: str, *, flags: int = 0) -> None:
     _check(_libc.umount2(target.encode(), flags), target)
 
 
-def load_module(path: str) -> None:
-    """Load a kernel module, see finit_module(2); one that is already loaded is left alone.
+def load_module(name: str, code: bytes, *, parameters: str = "") -> None:
+    """Load a kernel module, see init_module(2); one that is already loaded is left alone.
 
-    :param path: the uncompressed module.
+    :param name: names it in the error.
+    :param code: its uncompressed object.
+    :param parameters: its settings, with spaces between.
     :raises OSError: if the kernel refuses it.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _check(_libc.syscall(ctypes.c_long(313), fd, b"", 0), path)
+        _check(_libc.init_module(code, ctypes.c_ulong(len(code)), parameters.encode()), name)
     except FileExistsError:
         return
-    finally:
-        os.close(fd)
 
 
 def unshare(flags: int) -> None:

@@ -7,7 +7,7 @@ import os
 import struct
 import time
 
-from guest.agent import cgroup, copyfile, files, kernel, oom, rawstreams, storage
+from guest.agent import cgroup, copyfile, files, kernel, oom, rawstreams, storage, volume
 from guest.agent.errors import AgentError, InvalidArgument
 from guest.agent.network import Network
 
@@ -24,6 +24,7 @@ _SERVING = 1
 _MEMORY = "/sys/devices/system/memory"
 _RNDADDTOENTCNT, _RNDRESEEDCRNG = 0x40045201, 0x5207
 _SIGKILL = 9
+_BYTES, _INODES = 1, 2
 _PROCESSES = "hako.processes"
 """A log type of our own: Kata's protocol has no call that lists a container's processes."""
 
@@ -58,6 +59,7 @@ class Service:
             "GetDiagnosticData": self._diagnostic_data,
             "GetGuestDetails": self._guest_details,
             "GetOOMEvent": self._next_oom,
+            "GetVolumeStats": self._volume_stats,
             "ListInterfaces": self._list_interfaces,
             "ListRoutes": self._list_routes,
             "PauseContainer": self._pause,
@@ -66,6 +68,7 @@ class Service:
             "RemoveContainer": self._remove_container,
             "RemoveStaleVirtiofsShareMounts": self._nothing,
             "ReseedRandomDev": self._reseed,
+            "ResizeVolume": self._resize_volume,
             "ResumeContainer": self._resume,
             "SetGuestDateTime": self._set_time,
             "SignalProcess": self._signal,
@@ -73,6 +76,7 @@ class Service:
             "StatsContainer": self._stats,
             "TtyWinResize": self._resize,
             "UpdateContainer": self._update,
+            "UpdateEphemeralMounts": self._update_ephemeral_mounts,
             "UpdateInterface": self._update_interface,
             "UpdateRoutes": self._update_routes,
             "Version": self._version,
@@ -136,6 +140,9 @@ class Service:
         container, process = self._process(request)
         status = process.wait(call)
         oom.settle(container.id)
+        if process is container.init and container.shares_pid:
+            # In a namespace of its own they would have died with it.
+            container.signal_all()
         container.forget_if_done(request.exec_id)
         return self._codec.new("grpc.WaitProcessResponse", status=status)
 
@@ -220,6 +227,34 @@ class Service:
         if request.neighbors is None:
             raise InvalidArgument("neighbours: the request has none; send them")
         self._network.add_neighbours(request.neighbors.ARPNeighbors)
+        return self._empty
+
+    def _update_ephemeral_mounts(self, request: Message, _call: Call) -> Message:
+        for one in request.storages:
+            storage.resize(one)
+        return self._empty
+
+    def _volume_stats(self, request: Message, _call: Call) -> Message:
+        status = os.statvfs(request.volume_guest_path)
+        usage = [
+            self._codec.new(
+                "grpc.VolumeUsage", unit=unit, total=total, used=total - free, available=available
+            )
+            for unit, total, free, available in (
+                (
+                    _BYTES,
+                    status.f_blocks * status.f_frsize,
+                    status.f_bfree * status.f_frsize,
+                    status.f_bavail * status.f_frsize,
+                ),
+                (_INODES, status.f_files, status.f_ffree, status.f_favail),
+            )
+        ]
+        condition = self._codec.new("grpc.VolumeCondition", message="OK")
+        return self._codec.new("grpc.VolumeStatsResponse", usage=usage, volume_condition=condition)
+
+    def _resize_volume(self, request: Message, _call: Call) -> Message:
+        volume.grow(request.volume_guest_path, request.size)
         return self._empty
 
     def _diagnostic_data(self, request: Message, _call: Call) -> Message:

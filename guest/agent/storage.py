@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import os
 
-from guest.agent import files, kernel, modules
+from guest.agent import files, kernel, modules, uevent, watch
 from guest.agent.errors import AgentError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from guest.agent.wire import Message
 
@@ -24,6 +24,7 @@ _FLAGS = {
     "diratime": (0, kernel.MS_NODIRATIME),
     "dirsync": (kernel.MS_DIRSYNC, 0),
     "exec": (0, kernel.MS_NOEXEC),
+    "lazytime": (kernel.MS_LAZYTIME, 0),
     "noatime": (kernel.MS_NOATIME, 0),
     "nodev": (kernel.MS_NODEV, 0),
     "nodiratime": (kernel.MS_NODIRATIME, 0),
@@ -38,10 +39,15 @@ _FLAGS = {
     "suid": (0, kernel.MS_NOSUID),
     "sync": (kernel.MS_SYNCHRONOUS, 0),
 }
+# For the programs that read fstab, not for the kernel; see fstab(5) and mount(8).
+_NOT_FOR_THE_KERNEL = frozenset(
+    {"_netdev", "auto", "group", "noauto", "nofail", "nouser", "owner", "user", "users"}
+)
+_OWNER = "fsgid="
 _SETGID = 0o2000
 _GROUP_ON_MISMATCH = 1
 
-DRIVERS = ("virtio-fs", "ephemeral", "local", "overlayfs", "bind")
+DRIVERS = ("virtio-fs", "blk", "mmioblk", "ephemeral", "local", "overlayfs", "bind", "watchable-bind")
 
 
 def split_options(options: Iterable[str]) -> tuple[int, str]:
@@ -55,62 +61,98 @@ def split_options(options: Iterable[str]) -> tuple[int, str]:
         if option in _FLAGS:
             added, cleared = _FLAGS[option]
             flags = (flags | added) & ~cleared
-        elif option:
+        elif option and option not in _NOT_FOR_THE_KERNEL and not option.lower().startswith("x-"):
             data.append(option)
     return flags, ",".join(data)
 
 
-def add(storage: Message) -> bool:
+def add(storage: Message) -> Callable[[], None] | None:
     """Mount or make one storage.
 
     :param storage: grpc.Storage.
-    :returns: whether something was mounted that must be unmounted in the end.
-    :raises AgentError: if the driver is unknown.
+    :returns: what unmounts it; None if it belongs to the sandbox and goes with it.
+    :raises AgentError: if the driver is unknown, or a disk does not appear.
     :raises OSError: if the kernel refuses.
     """
-    options = list(storage.options)
+    undo = _make(storage)
+    if storage.fs_group is not None:
+        try:
+            _give_to_group(storage)
+        except OSError:
+            if undo is not None:
+                undo()
+            raise
+    return undo
+
+
+def _make(storage: Message) -> Callable[[], None] | None:
     match storage.driver:
         case "virtio-fs" | "overlayfs" | "bind":
-            if storage.driver == "bind":
-                options.append("bind")
-            _mount(storage, options)
-            mounted = True
+            _mount(storage, storage.source)
+            return lambda: kernel.unmount(storage.mount_point, flags=kernel.MNT_DETACH)
+        case "blk" | "mmioblk":
+            _mount(storage, uevent.disk(storage.source))
+            return lambda: _unmount_disk(storage.mount_point)
+        case "watchable-bind":
+            return watch.add(storage.source, storage.mount_point)
         case "ephemeral":
-            owner = [option for option in options if option.startswith("fsgid=")]
-            _mount(storage, [option for option in options if option not in owner])
-            _own(storage.mount_point, owner)
-            # It belongs to the sandbox, like the volume it stands for.
-            mounted = False
+            _mount(storage, storage.source)
+            _own(storage.mount_point, storage.options)
         case "local":
-            _make_local(storage.mount_point, options)
-            mounted = False
+            _make_local(storage.mount_point, storage.options)
         case _:
             raise AgentError(
                 f"storage: {storage.mount_point}: no driver {storage.driver}; use {', '.join(DRIVERS)}"
             )
-    if storage.fs_group is not None:
-        _give_to_group(storage)
-    return mounted
+    return None
 
 
-def _mount(storage: Message, options: list[str]) -> None:
-    if "bind" in options and not os.path.isdir(storage.source):
-        files.make_directories(os.path.dirname(storage.mount_point))
-        if not files.exists(storage.mount_point):
-            files.create(storage.mount_point, "")
+def resize(storage: Message) -> None:
+    """Mount an ephemeral storage again with other options, such as another size; without any, do nothing.
+
+    :param storage: grpc.Storage.
+    :raises AgentError: if it has another driver.
+    :raises OSError: if the kernel refuses.
+    """
+    if storage.driver != "ephemeral":
+        raise AgentError(f"storage: {storage.mount_point}: {storage.driver} cannot be changed; use ephemeral")
+    files.make_directories(storage.mount_point)
+    if storage.options:
+        _mount(storage, storage.source)
+
+
+def _mount(storage: Message, source: str) -> None:
+    target, options = storage.mount_point, [one for one in storage.options if not one.startswith(_OWNER)]
+    if storage.driver == "bind":
+        options.append("bind")
+    if storage.driver == "bind" and not os.path.isdir(source):
+        files.make_directories(os.path.dirname(target))
+        if not files.exists(target):
+            files.create(target, "")
     else:
-        files.make_directories(storage.mount_point)
+        files.make_directories(target)
     flags, data = split_options(options)
     try:
-        kernel.mount(storage.source, storage.mount_point, fstype=storage.fstype, flags=flags, data=data)
+        kernel.mount(source, target, fstype=storage.fstype, flags=flags, data=data)
     except OSError as error:
         # The filesystem is unknown until its module is loaded.
         if error.errno != errno.ENODEV or not modules.load(storage.fstype):
             raise
-        kernel.mount(storage.source, storage.mount_point, fstype=storage.fstype, flags=flags, data=data)
+        kernel.mount(source, target, fstype=storage.fstype, flags=flags, data=data)
     if flags & kernel.MS_BIND and flags & ~(kernel.MS_BIND | kernel.MS_REC):
         # A bind takes its other flags only by a remount, see mount(2).
-        kernel.mount("", storage.mount_point, flags=flags & ~kernel.MS_REC | kernel.MS_REMOUNT)
+        kernel.mount("", target, flags=flags & ~kernel.MS_REC | kernel.MS_REMOUNT)
+
+
+def _unmount_disk(mount_point: str) -> None:
+    """Unmount a disk with everything written: it may be unplugged at once."""
+    kernel.sync_filesystem(mount_point)
+    try:
+        kernel.unmount(mount_point)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        kernel.unmount(mount_point, flags=kernel.MNT_DETACH)
 
 
 def _make_local(path: str, options: list[str]) -> None:
@@ -123,8 +165,8 @@ def _make_local(path: str, options: list[str]) -> None:
 
 def _own(path: str, options: list[str]) -> None:
     for option in options:
-        if option.startswith("fsgid="):
-            os.chown(path, -1, int(option.removeprefix("fsgid=")))
+        if option.startswith(_OWNER):
+            os.chown(path, -1, int(option.removeprefix(_OWNER)))
             os.chmod(path, os.stat(path).st_mode & 0o7777 | _SETGID)
 
 

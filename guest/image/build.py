@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 _PROGRAMS = ("crun", "python3-minimal", "libpython3-stdlib")
 # Order matters: the console first, so that whatever fails later is seen; then the channel and the share.
 _BOOT_MODULES = ("virtio_pci", "virtio_console", "vmw_vsock_virtio_transport", "virtiofs")
-_LATER_MODULES = ("overlay", "tun", "virtio_net", "virtio_blk", "virtio_balloon", "virtio_mem", "virtio_rng")
+_LATER_MODULES = (
+    *("overlay", "tun", "virtio_net", "virtio_blk", "virtio_balloon", "virtio_mem", "virtio_rng"),
+    # Filesystems of volumes and root disks; each is left out if the kernel has it built in.
+    *("ext4", "xfs"),
+)
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
 

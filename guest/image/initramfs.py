@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import TYPE_CHECKING
 
 from guest.image import elf
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 _RUNTIME = "/usr/bin/crun"
 _MODULES = "/lib/modules"
+# Large, and of use to few: every machine holds them in its memory.
+_COMPRESSED = frozenset({"xfs"})
 _LIBRARY_DIRECTORIES = ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib")
 # /lib and its like are links, as in the distributions: a library is found under either name.
 _LINKS = {"/bin": "usr/bin", "/sbin": "usr/sbin", "/lib": "usr/lib", "/lib64": "usr/lib64"}
@@ -67,7 +70,11 @@ def entries(staging: Path, *, python: PythonTree, modules: Iterable[Module], boo
         yield regular(path, _read(staging, path))
     kept = list(modules)
     for module in kept:
-        yield regular(f"{_merged(_MODULES)}/{module.name}.ko", module.data)
+        path = f"{_merged(_MODULES)}/{module.name}.ko"
+        if module.name in _COMPRESSED:
+            yield regular(f"{path}.z", zlib.compress(module.data, zlib.Z_BEST_COMPRESSION))
+        else:
+            yield regular(path, module.data)
     order = "".join(f"{module.name}\n" for module in kept[:boot])
     yield regular(f"{_merged(_MODULES)}/boot", order.encode())
     depends = "".join(f"{' '.join((module.name, *module.depends))}\n" for module in kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import socket
 import subprocess
@@ -23,8 +24,11 @@ KERNEL_LINE = (
 CAPABILITIES = ["CAP_CHOWN", "CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BIND_SERVICE"]
 BOOT_TIMEOUT_S = 60
 VSOCK_DAEMON = "/var/lib/hako/bin/vhost-device-vsock"
+PORTS = range(0x10, 0x16)
+"""Slots of the root ports into which devices can be plugged."""
 APPLETS = [
     "cat",
+    "cut",
     "date",
     "dd",
     "echo",
@@ -32,13 +36,18 @@ APPLETS = [
     "grep",
     "hostname",
     "id",
+    "ip",
     "ls",
     "mkdir",
     "mknod",
+    "nc",
+    "ping",
     "pwd",
     "readlink",
     "sh",
+    "sha256sum",
     "sleep",
+    "stat",
     "stty",
 ]
 
@@ -49,14 +58,17 @@ class GuestMachine:
     :param directory: for sockets, console and the shared directory.
     :param image: directory of the image to boot.
     :param channel: ``serial`` or ``vsock``.
+    :param network_namespace: name of that in which QEMU runs; empty for the test's own.
     """
 
-    def __init__(self, directory: Path, image: Path, *, channel: str) -> None:
+    def __init__(self, directory: Path, image: Path, *, channel: str, network_namespace: str = "") -> None:
         self.share = directory / "share"
         self.share.mkdir()
         self.console = directory / "console.log"
         self._agent_socket = directory / "agent.sock"
+        self._qmp_socket = directory / "qmp.sock"
         self._channel = channel
+        self._inside = ("nsenter", f"--net=/run/netns/{network_namespace}") if network_namespace else ()
         self._stack = contextlib.ExitStack()
         self.client: AgentClient
         started = time.monotonic()
@@ -80,7 +92,7 @@ class GuestMachine:
         self._await(share_socket, daemon)
         channel = self._vsock(directory) if self._channel == "vsock" else self._serial()
         self.qemu = self._spawn(
-            *("qemu-system-x86_64", "-machine", "q35,memory-backend=ram", "-accel", "tcg"),
+            *(*self._inside, "qemu-system-x86_64", "-machine", "q35,memory-backend=ram", "-accel", "tcg"),
             *("-cpu", "max", "-m", "512"),
             *["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"],
             *("-object", "memory-backend-memfd,id=ram,size=512M,share=on"),
@@ -90,6 +102,12 @@ class GuestMachine:
             *channel,
             *("-chardev", f"socket,id=share,path={share_socket}"),
             *("-device", "vhost-user-fs-pci,chardev=share,tag=kataShared"),
+            *("-qmp", f"unix:{self._qmp_socket},server=on,wait=off"),
+            *(
+                part
+                for port in PORTS
+                for part in ("-device", f"pcie-root-port,id=port{port},chassis={port},addr={port:#x}")
+            ),
         )
         self._await(self._agent_socket, self.qemu)
         self.client = self.connect()
@@ -140,6 +158,60 @@ class GuestMachine:
             return None
         connection.close()
         return None
+
+    def plug_disk(self, image: Path, *, port: int) -> str:
+        """Plug a disk into one of PORTS.
+
+        :returns: its PCI path.
+        """
+        self._monitor(
+            {
+                "execute": "blockdev-add",
+                "arguments": {"driver": "file", "filename": str(image), "node-name": f"node{port}"},
+            },
+            {
+                "execute": "device_add",
+                "arguments": {
+                    "driver": "virtio-blk-pci",
+                    "drive": f"node{port}",
+                    "id": f"disk{port}",
+                    "bus": f"port{port}",
+                },
+            },
+        )
+        return f"{port:02x}/00"
+
+    def plug_nic(self, tap: str, *, mac: str, port: int) -> str:
+        """Plug an interface into one of PORTS.
+
+        :returns: its PCI path.
+        """
+        name = f"net{port}"
+        tap_options = {"type": "tap", "id": name, "ifname": tap, "script": "no", "downscript": "no"}
+        device = {"driver": "virtio-net-pci", "netdev": name, "mac": mac, "id": f"nic{port}"}
+        self._monitor(
+            {"execute": "netdev_add", "arguments": tap_options},
+            {"execute": "device_add", "arguments": {**device, "bus": f"port{port}"}},
+        )
+        return f"{port:02x}/00"
+
+    def resize_disk(self, *, port: int, size_bytes: int) -> None:
+        """Grow a disk that is plugged in."""
+        self._monitor(
+            {"execute": "block_resize", "arguments": {"node-name": f"node{port}", "size": size_bytes}}
+        )
+
+    def _monitor(self, *commands: dict[str, object]) -> None:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self._qmp_socket))
+            stream = connection.makefile("rw")
+            json.loads(stream.readline())
+            for command in ({"execute": "qmp_capabilities"}, *commands):
+                stream.write(json.dumps(command))
+                stream.flush()
+                while "event" in (reply := json.loads(stream.readline())):
+                    pass
+                assert "return" in reply, reply
 
     def _spawn(self, *argv: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1,0 +1,239 @@
+"""Volumes, disks and updates of mounted configuration in the real guest."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+
+from proto.kata import agent_pb2, oci_pb2
+from tests.integration.guest.agent_client import StatusError
+from tests.integration.guest.guest_machine import SHARE, GuestMachine, process, spec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.integration.guest.conftest import Life
+
+MIB = 1 << 20
+VOLUMES = "/run/kata-containers/sandbox/storage"
+UPDATE_TIMEOUT_S = 10
+Storage = agent_pb2.Storage
+
+
+def make_disk(path: Path, fstype: str, *, size_mib: int, content: Path | None = None) -> Path:
+    path.touch()
+    os.truncate(path, size_mib * MIB)
+    # A tree can be put only into ext4.
+    populate = ["-d", str(content)] if content is not None else []
+    subprocess.run([f"/usr/sbin/mkfs.{fstype}", "-q", *populate, str(path)], check=True, timeout=60)
+    return path
+
+
+def bound(destination: str, source: str, *options: str) -> oci_pb2.Mount:
+    return oci_pb2.Mount(destination=destination, type="bind", source=source, options=["rbind", *options])
+
+
+@dataclass(frozen=True)
+class Growing:
+    fstype: str
+    size_mib: int
+    port: int
+
+
+@pytest.mark.parametrize(
+    "case", [Growing("ext4", 32, 0x10), Growing("xfs", 320, 0x11)], ids=lambda case: case.fstype
+)
+def test_a_disk_plugged_later_is_a_volume_that_grows(
+    machine: GuestMachine,
+    new_container: Callable[[], Life],
+    tmp_path: Path,
+    case: Growing,
+) -> None:
+    fstype, size_mib, port = case.fstype, case.size_mib, case.port
+    disk = make_disk(tmp_path / "disk", fstype, size_mib=size_mib)
+    first, second = new_container(), new_container()
+    volume = f"{VOLUMES}/{fstype}"
+    place = machine.plug_disk(disk, port=port)
+    storage = Storage(
+        driver="blk", source=place, fstype=fstype, mount_point=volume, options=["noatime", "_netdev"]
+    )
+    for container in (first, second):
+        whole = spec(container.id, process("cat"))
+        whole.Mounts.append(bound("/data", volume))
+        container.create_from(whole, storages=[storage])
+        container.start()
+    first.execute("writer", "sh", "-c", "grep ' /data ' /proc/mounts; echo hello > /data/greeting")
+    assert f" /data {fstype} rw,noatime" in first.read_all(exec_id="writer").decode()
+    assert first.wait("writer") == 0
+    before = volume_bytes(machine, volume)
+    machine.resize_disk(port=port, size_bytes=2 * size_mib * MIB)
+    machine.client.call(
+        "ResizeVolume", agent_pb2.ResizeVolumeRequest(volume_guest_path=volume, size=2 * size_mib * MIB)
+    )
+    assert volume_bytes(machine, volume) > 1.8 * before
+    first.remove()
+    second.execute("reader", "cat", "/data/greeting")
+    assert second.read_all(exec_id="reader") == b"hello\n"
+    second.remove()
+    with pytest.raises(StatusError, match="No such file"):
+        volume_bytes(machine, f"{volume}/greeting")
+
+
+def volume_bytes(machine: GuestMachine, volume: str) -> int:
+    request = agent_pb2.VolumeStatsRequest(volume_guest_path=volume)
+    reply = machine.client.call("GetVolumeStats", request)
+    assert not reply.volume_condition.abnormal
+    total: int = reply.usage[0].total
+    return total
+
+
+def test_a_disk_is_the_root(machine: GuestMachine, new_container: Callable[[], Life], tmp_path: Path) -> None:
+    container = new_container()
+    disk = make_disk(tmp_path / "root", "ext4", size_mib=32, content=machine.share / container.id / "rootfs")
+    root = f"/run/kata-containers/{container.id}/rootfs"
+    storage = Storage(
+        driver="blk", source=machine.plug_disk(disk, port=0x12), fstype="ext4", mount_point=root
+    )
+    whole = spec(container.id, process("sh", "-c", "echo kept > /kept; grep ' / ' /proc/mounts"))
+    whole.Root.Path = root
+    container.create_from(whole, storages=[storage])
+    container.start()
+    assert b" / ext4 rw," in container.read_all()
+    assert container.wait() == 0
+    container.remove()
+    shown = subprocess.run(
+        ["/usr/sbin/debugfs", "-R", "cat /kept", str(disk)], check=True, capture_output=True, timeout=20
+    )
+    assert shown.stdout == b"kept\n"
+
+
+def test_a_disk_is_a_device_of_one_container_alone(
+    machine: GuestMachine, new_container: Callable[[], Life], tmp_path: Path
+) -> None:
+    container, other = new_container(), new_container()
+    disk = tmp_path / "raw"
+    disk.write_bytes(b"from the host".ljust(MIB, b"\0"))
+    script = (
+        "set -- $(stat -c '%t %T' /dev/given); echo $1 $2; dd if=/dev/given bs=13 count=1 2>/dev/null; cat"
+    )
+    whole = spec(container.id, process("sh", "-c", script))
+    give_device(whole, "/dev/given", (8, 0))
+    device = agent_pb2.Device(type="blk", id=machine.plug_disk(disk, port=0x13), container_path="/dev/given")
+    container.create_from(whole, devices=[device])
+    container.start()
+    numbers, content = container.read_until(b"host").decode().split("\n")
+    assert content == "from the host"
+    major, minor = (int(number, 16) for number in numbers.split())
+    whole = spec(other.id, process("sh", "-c", f"mknod /dev/x b {major} {minor} && dd if=/dev/x count=1"))
+    whole.Process.Capabilities.Bounding.append("CAP_MKNOD")
+    whole.Process.Capabilities.Permitted.append("CAP_MKNOD")
+    whole.Process.Capabilities.Effective.append("CAP_MKNOD")
+    rule = oci_pb2.LinuxDeviceCgroup
+    whole.Linux.Resources.Devices.extend(
+        [rule(Allow=False, Access="rwm"), rule(Allow=True, Type="b", Major=-1, Minor=-1, Access="m")]
+    )
+    other.create_from(whole)
+    other.start()
+    assert b"Operation not permitted" in other.read_all("ReadStderr")
+    missing = agent_pb2.Device(type="blk", id="13/00", container_path="/dev/other")
+    with pytest.raises(StatusError, match="/dev/other: not among the specification's devices"):
+        new_container().create_from(spec("c-missing", process("true")), devices=[missing])
+
+
+def give_device(whole: oci_pb2.Spec, path: str, host_number: tuple[int, int]) -> None:
+    """List a disk in a specification as containerd does, with the host's numbers."""
+    major, minor = host_number
+    whole.Linux.Devices.append(oci_pb2.LinuxDevice(Path=path, Type="b", Major=major, Minor=minor))
+    rule = oci_pb2.LinuxDeviceCgroup
+    whole.Linux.Resources.Devices.extend(
+        [
+            rule(Allow=False, Access="rwm"),
+            rule(Allow=True, Type="b", Major=major, Minor=minor, Access="rwm"),
+        ]
+    )
+
+
+def test_memory_volumes_are_shared_and_limited(
+    machine: GuestMachine, new_container: Callable[[], Life]
+) -> None:
+    first, second = new_container(), new_container()
+    volume = "/run/kata-containers/sandbox/ephemeral/cache"
+    storage = Storage(
+        driver="ephemeral",
+        source="tmpfs",
+        fstype="tmpfs",
+        mount_point=volume,
+        options=["size=2m", "fsgid=77"],
+    )
+    for container in (first, second):
+        whole = spec(container.id, process("cat"))
+        whole.Mounts.append(bound("/cache", volume))
+        container.create_from(whole, storages=[storage])
+        container.start()
+    fill = ("dd", "if=/dev/zero", "of=/cache/full", "bs=1M", "count=4")
+    first.execute("fill", *fill)
+    assert b"No space left" in first.read_all("ReadStderr", "fill")
+    second.execute("look", "stat", "-c", "%s %g", "/cache/full")
+    assert second.read_all(exec_id="look") == b"2097152 77\n"
+    larger = Storage(driver="ephemeral", source="tmpfs", mount_point=volume, options=["remount", "size=6m"])
+    machine.client.call("UpdateEphemeralMounts", agent_pb2.UpdateEphemeralMountsRequest(storages=[larger]))
+    second.execute("refill", *fill)
+    assert second.wait("refill") == 0
+    for container in (first, second):
+        container.remove()
+    # It belongs to the pod: a container that starts again finds what it left.
+    assert volume_bytes(machine, volume) == 6 * MIB
+
+
+def test_an_update_of_a_configuration_reaches_the_container(
+    machine: GuestMachine, new_container: Callable[[], Life]
+) -> None:
+    container = new_container()
+    source = machine.share / "settings"
+    source.mkdir()
+    publish(source, "..v1", {"colour": "red", "shape": "round"})
+    target = "/run/kata-containers/sandbox/watchable/settings"
+    storage = Storage(driver="watchable-bind", source=f"{SHARE}/settings", fstype="bind", mount_point=target)
+    whole = spec(container.id, process("cat"))
+    whole.Mounts.append(bound("/etc/settings", target, "ro"))
+    container.create_from(whole, storages=[storage])
+    container.start()
+
+    def seen(number: int) -> str:
+        name = f"look{number}"
+        container.execute(name, "sh", "-c", "cd /etc/settings && ls -a && cat *")
+        return container.read_all(exec_id=name).decode()
+
+    assert seen(0).split() == [".", "..", "..data", "..v1", "colour", "shape", "redround"]
+    publish(source, "..v2", {"colour": "blue", "size": "big"})
+    deadline, number = time.monotonic() + UPDATE_TIMEOUT_S, 1
+    while "blue" not in (shown := seen(number)):
+        assert time.monotonic() < deadline, shown
+        number += 1
+    assert shown.split() == [".", "..", "..data", "..v2", "colour", "size", "bluebig"]
+
+
+def publish(volume: Path, version: str, files: dict[str, str]) -> None:
+    """Write a version of a volume in the order the kubelet does."""
+    old = (volume / "..data").readlink() if (volume / "..data").exists() else None
+    (volume / version).mkdir()
+    for name, content in files.items():
+        (volume / version / name).write_text(content)
+    (volume / "..data_tmp").symlink_to(version)
+    (volume / "..data_tmp").rename(volume / "..data")
+    for name in files:
+        if not (volume / name).is_symlink():
+            (volume / name).symlink_to(f"..data/{name}")
+    for path in list(volume.iterdir()):
+        if not path.name.startswith("..") and path.name not in files:
+            path.unlink()
+    if old is not None:
+        for path in (volume / old).iterdir():
+            path.unlink()
+        (volume / old).rmdir()
