@@ -245,7 +245,8 @@ class Hypervisor(abc.ABC):
         """Change the number of virtual CPUs; the guest takes new ones into use when its agent is told to.
 
         :param count: how many are wanted; the newest go first.
-        :returns: how many there are now, by the VMM's own count.
+        :returns: how many there are now, by the VMM's count; more than wanted if it cannot take them away
+            (emulation): the guest's agent is to leave the rest out of use.
         :raises ResizeError: if there cannot be so many or so few, or the VMM refuses.
         :raises ResizeRefusedError: if the guest refuses or does not answer; it has ``reached``.
         """

@@ -24,6 +24,7 @@ from hypervisor.errors import (
 from hypervisor.exits import vm_exit_reason
 from hypervisor.interface import (
     AGENT_READY_MARK,
+    Accelerator,
     Disk,
     DiskLimits,
     HostProcess,
@@ -209,7 +210,8 @@ class QemuHypervisor(Hypervisor):
         """Change the number of virtual CPUs; the guest takes new ones into use when its agent is told to.
 
         :param count: how many are wanted; the newest go first.
-        :returns: how many there are now, by QEMU's own count.
+        :returns: how many there are now, by QEMU's count; more than wanted if it cannot take them away
+            (emulation): the guest's agent is to leave the rest out of use.
         :raises ResizeError: if there cannot be so many or so few, or QEMU refuses or is gone.
         :raises ResizeRefusedError: if the guest refuses or does not answer; it has ``reached``.
         """
@@ -291,7 +293,12 @@ class QemuHypervisor(Hypervisor):
                 self._on_process(worker.name, worker.pid)
         self._devices = Devices(self._qmp, buses=HOTPLUG_BUSES)
         self._disks = Disks(self._qmp, self._devices)
-        self._vcpus = Vcpus(self._qmp, boot=spec.vcpus, most=spec.max_vcpus)
+        self._vcpus = Vcpus(
+            self._qmp,
+            boot=spec.vcpus,
+            most=spec.max_vcpus,
+            removable=spec.accelerator is not Accelerator.TCG,
+        )
         self._memory = Memory(
             self._qmp, self._devices, boot_bytes=spec.memory_bytes, most_bytes=spec.max_memory_bytes
         )

@@ -25,19 +25,23 @@ class Vcpus:
     :param session: the control connection.
     :param boot: how many it started with.
     :param most: how many it can have.
+    :param removable: whether QEMU survives taking one away. Emulating (TCG) it does not: it frees the
+        processor's translation cache, and frees it again when the memory map changes next, as each device
+        that is plugged makes it (QEMU 7.2: it is aborted).
     """
 
-    def __init__(self, session: QmpSession, *, boot: int, most: int) -> None:
+    def __init__(self, session: QmpSession, *, boot: int, most: int, removable: bool) -> None:
         self._session = session
         self._boot = boot
         self._most = most
+        self._removable = removable
         self._lock = asyncio.Lock()
 
     async def resize(self, count: int) -> int:
         """Add or take away virtual CPUs; new ones the guest has seen, but not put to use.
 
         :param count: how many are wanted.
-        :returns: how many there are then, by QEMU's own count.
+        :returns: how many there are then, by QEMU's own count: more than wanted if none can be taken away.
         :raises ResizeError: if there cannot be so many or so few, or QEMU refuses.
         :raises ResizeRefusedError: if the guest refuses or does not answer.
         """
@@ -50,7 +54,8 @@ class Vcpus:
             try:
                 with self._session.events(*acpi.EVENTS) as events:
                     await self._grow(count, events)
-                    await self._shrink(count, events)
+                    if self._removable:
+                        await self._shrink(count, events)
                 return await self._count()
             except QmpError as error:
                 raise ResizeError(f"resize vcpus: {count}: {error}") from error

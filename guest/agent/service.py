@@ -7,7 +7,7 @@ import os
 import struct
 import time
 
-from guest.agent import cgroup, copyfile, files, kernel, oom, rawstreams, storage, volume
+from guest.agent import cgroup, copyfile, files, kernel, oom, rawstreams, sizing, storage, volume
 from guest.agent.errors import AgentError, InvalidArgument
 from guest.agent.network import Network
 
@@ -62,6 +62,7 @@ class Service:
             "GetVolumeStats": self._volume_stats,
             "ListInterfaces": self._list_interfaces,
             "ListRoutes": self._list_routes,
+            "OnlineCPUMem": self._online,
             "PauseContainer": self._pause,
             "ReadStderr": self._read_stderr,
             "ReadStdout": self._read_stdout,
@@ -93,8 +94,10 @@ class Service:
     def _nothing(self, _request: Message, _call: Call) -> Message:
         return self._empty
 
-    def _create_sandbox(self, request: Message, _call: Call) -> Message:
+    def _create_sandbox(self, request: Message, call: Call) -> Message:
         self._sandbox.create(request)
+        # Only for the host's sake, so nobody waits for it.
+        call.afterwards = sizing.report_free_memory
         return self._empty
 
     def _destroy_sandbox(self, _request: Message, call: Call) -> Message:
@@ -279,6 +282,13 @@ class Service:
         if request.mem_hotplug_probe:
             response.support_mem_hotplug_probe = files.exists(f"{_MEMORY}/probe")
         return response
+
+    def _online(self, request: Message, _call: Call) -> Message:
+        if not request.cpu_only:
+            sizing.online_memory()
+        if request.nb_cpus:
+            sizing.use_cpus(request.nb_cpus)
+        return self._empty
 
     def _set_time(self, request: Message, _call: Call) -> Message:
         time.clock_settime_ns(time.CLOCK_REALTIME, request.Sec * 10**9 + request.Usec * 1000)

@@ -1,0 +1,63 @@
+"""Taking processors and memory that were added to the machine into use, and processors out of use."""
+
+from __future__ import annotations
+
+import os
+
+from guest.agent import files, modules, uevent
+from guest.agent.console import log
+
+_CPUS = "/sys/devices/system/cpu"
+_MEMORY = "/sys/devices/system/memory"
+
+
+def use_cpus(count: int) -> None:
+    """Use so many processors and no others, the oldest of them; wait for those not announced yet.
+
+    :param count: how many.
+    :raises AgentError: if there are not so many in time.
+    :raises OSError: if the kernel refuses.
+    """
+
+    def look() -> bool | None:
+        # The first processor has no such file: it cannot be switched off.
+        nodes = [f"{_CPUS}/{name}/online" for name in _numbered(_CPUS, "cpu")]
+        switches = [path for path in nodes if files.exists(path)]
+        always = len(nodes) - len(switches)
+        for position, path in enumerate(switches, start=always):
+            _switch(path, "1" if position < count else "0")
+        return len(nodes) >= count or None
+
+    uevent.wait_for(look, what=f"online: {count} processors")
+
+
+def online_memory() -> None:
+    """Put all memory to use, and be ready to take what the host adds from now on.
+
+    :raises OSError: if the kernel refuses.
+    """
+    modules.load("virtio_mem")
+    for name in _numbered(_MEMORY, "memory"):
+        _switch(f"{_MEMORY}/{name}/state", "online")
+
+
+def report_free_memory() -> None:
+    """Tell the host of the memory nobody uses, from now on; only the host gains by it."""
+    try:
+        modules.load("virtio_balloon")
+    except OSError as error:
+        log(f"free memory is not reported: {error}")
+
+
+def _switch(path: str, wanted: str) -> None:
+    try:
+        if files.read(path).strip() != wanted:
+            files.write(path, wanted)
+    except FileNotFoundError:
+        return  # taken away since
+
+
+def _numbered(directory: str, prefix: str) -> list[str]:
+    names = os.listdir(directory) if files.exists(directory) else ()
+    numbers = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
+    return [f"{prefix}{number}" for number in sorted(int(each) for each in numbers if each.isdigit())]
