@@ -8,6 +8,10 @@ import json
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 BUSYBOX = Path("/usr/bin/busybox")
 IMAGE = "hako.test/busybox:1"
@@ -19,21 +23,21 @@ def rootfs_archive() -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for directory in ("bin", "dev", "etc", "proc", "root", "sys", "var"):
-            _add(archive, directory, kind=tarfile.DIRTYPE)
-        _add(archive, "tmp", kind=tarfile.DIRTYPE, mode=0o1777)
-        _add(archive, "bin/busybox", content=BUSYBOX.read_bytes(), mode=0o755)
+            add(archive, directory, kind=tarfile.DIRTYPE)
+        add(archive, "tmp", kind=tarfile.DIRTYPE, mode=0o1777)
+        add(archive, "bin/busybox", content=BUSYBOX.read_bytes(), mode=0o755)
         for applet in sorted(set(applets) - {"busybox"}):
-            _add(archive, f"bin/{applet}", kind=tarfile.SYMTYPE, link="busybox")
-        _add(
+            add(archive, f"bin/{applet}", kind=tarfile.SYMTYPE, link="busybox")
+        add(
             archive,
             "etc/passwd",
             content=b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n",
         )
-        _add(archive, "etc/group", content=b"root:x:0:\nnogroup:x:65534:\n")
+        add(archive, "etc/group", content=b"root:x:0:\nnogroup:x:65534:\n")
     return buffer.getvalue()
 
 
-def _add(
+def add(
     archive: tarfile.TarFile,
     name: str,
     *,
@@ -42,6 +46,15 @@ def _add(
     mode: int = 0,
     link: str = "",
 ) -> None:
+    """Add one member to an archive, without an owner and a time.
+
+    :param archive: the archive.
+    :param name: the member's path.
+    :param kind: its type.
+    :param content: what a regular file holds.
+    :param mode: its permissions, or 0 for the usual ones of its type.
+    :param link: where a symbolic link leads.
+    """
     member = tarfile.TarInfo(name)
     member.type = kind
     member.size = len(content)
@@ -50,12 +63,16 @@ def _add(
     archive.addfile(member, io.BytesIO(content))
 
 
-def write_image(path: Path) -> None:
-    """Write an OCI image layout archive, ready for ``ctr images import``, that names the image ``IMAGE``.
+def write_image(
+    path: Path, *, name: str = IMAGE, layers: Sequence[bytes] = (), command: Sequence[str] = ("sh",)
+) -> None:
+    """Write an OCI image layout archive, ready for ``ctr images import``.
 
     :param path: the archive to write.
+    :param name: the image's name.
+    :param layers: its layers as tar archives, lowest first; none for busybox alone.
+    :param command: what its containers run.
     """
-    layer = rootfs_archive()
     blobs: dict[str, bytes] = {}
 
     def blob(content: bytes, media_type: str) -> dict[str, object]:
@@ -67,27 +84,30 @@ def write_image(path: Path) -> None:
             "size": len(content),
         }
 
-    layer_descriptor = blob(layer, "layer.v1.tar")
+    descriptors = [blob(layer, "layer.v1.tar") for layer in layers or (rootfs_archive(),)]
     config = {
         "architecture": "amd64",
         "os": "linux",
-        "config": {"Cmd": ["sh"], "Env": ["PATH=/bin"]},
-        "rootfs": {"type": "layers", "diff_ids": [layer_descriptor["digest"]]},
+        "config": {"Cmd": list(command), "Env": ["PATH=/bin"]},
+        "rootfs": {"type": "layers", "diff_ids": [descriptor["digest"] for descriptor in descriptors]},
     }
     manifest = {
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": blob(json.dumps(config).encode(), "config.v1+json"),
-        "layers": [layer_descriptor],
+        "layers": descriptors,
     }
     descriptor = blob(json.dumps(manifest).encode(), "manifest.v1+json")
-    descriptor["annotations"] = {"io.containerd.image.name": IMAGE, "org.opencontainers.image.ref.name": "1"}
+    descriptor["annotations"] = {
+        "io.containerd.image.name": name,
+        "org.opencontainers.image.ref.name": name.rpartition(":")[2],
+    }
     descriptor["platform"] = {"architecture": "amd64", "os": "linux"}
     index = {"schemaVersion": 2, "manifests": [descriptor]}
     with tarfile.open(path, mode="w") as archive:
-        _add(archive, "oci-layout", content=json.dumps({"imageLayoutVersion": "1.0.0"}).encode())
-        _add(archive, "index.json", content=json.dumps(index).encode())
+        add(archive, "oci-layout", content=json.dumps({"imageLayoutVersion": "1.0.0"}).encode())
+        add(archive, "index.json", content=json.dumps(index).encode())
         for directory in ("blobs", "blobs/sha256"):
-            _add(archive, directory, kind=tarfile.DIRTYPE)
+            add(archive, directory, kind=tarfile.DIRTYPE)
         for digest, content in sorted(blobs.items()):
-            _add(archive, f"blobs/sha256/{digest}", content=content)
+            add(archive, f"blobs/sha256/{digest}", content=content)

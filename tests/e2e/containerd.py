@@ -88,13 +88,18 @@ def converse(argv: Sequence[str], *, timeout_s: float = CALL_TIMEOUT_S) -> int:
 
 @dataclass(slots=True, kw_only=True)
 class Containerd:
-    """A daemon below ``home``, and the ``ctr`` commands that talk to it."""
+    """A daemon below ``home``, and the ``ctr`` commands that talk to it.
+
+    ``launcher`` is a command that becomes the one which follows it.
+    """
 
     release: Release
     home: Path
     nursery: Nursery
     environment: Mapping[str, str]
     runtime: str
+    namespace: str = NAMESPACE
+    launcher: tuple[str, ...] = ()
     pid: int = field(default=0, init=False)
 
     @property
@@ -117,24 +122,30 @@ class Containerd:
         """What the daemon, and through it every shim, wrote."""
         return self.home / "containerd.log"
 
+    def configuration(self, *, unneeded: Sequence[str] = UNNEEDED_PLUGINS) -> str:
+        """Return the text of the daemon's configuration file.
+
+        :param unneeded: the plugins that it leaves out.
+        """
+        plugins = ", ".join(f'"{plugin}"' for plugin in unneeded)
+        return (
+            f"version = {self.release.config_version}\n"
+            f'root = "{self.root}"\nstate = "{self.state}"\n'
+            f"disabled_plugins = [{plugins}]\n"
+            f'[grpc]\naddress = "{self.address}"\n'
+            f'[ttrpc]\naddress = "{self.address}.ttrpc"\n'
+            '[debug]\nlevel = "info"\n'
+        )
+
     def start(self) -> None:
         """Start the daemon and wait until it serves.
 
         :raises RuntimeError: if it ends or does not serve in time.
         """
-        unneeded = ", ".join(f'"{plugin}"' for plugin in UNNEEDED_PLUGINS)
         config = self.home / "containerd.toml"
-        config.write_text(
-            f"version = {self.release.config_version}\n"
-            f'root = "{self.root}"\nstate = "{self.state}"\n'
-            f"disabled_plugins = [{unneeded}]\n"
-            f'[grpc]\naddress = "{self.address}"\n'
-            f'[ttrpc]\naddress = "{self.address}.ttrpc"\n'
-            '[debug]\nlevel = "info"\n',
-            encoding="utf-8",
-        )
+        config.write_text(self.configuration(), encoding="utf-8")
         self.pid = self.nursery.spawn(
-            [self.release.programs / "containerd", "--config", config],
+            [*self.launcher, self.release.programs / "containerd", "--config", config],
             environment={
                 **self.environment,
                 "PATH": f"{self.release.programs}:{SHIM_DIRECTORY}:{SYSTEM_PATH}",
@@ -192,7 +203,7 @@ class Containerd:
             "--address",
             str(self.address),
             "--namespace",
-            NAMESPACE,
+            self.namespace,
             *map(str, arguments),
         ]
 
@@ -268,7 +279,7 @@ class Containerd:
 @contextlib.contextmanager
 def running(daemon: Containerd) -> Iterator[Containerd]:
     """Keep a daemon running for a block."""
-    daemon.home.mkdir(parents=True)
+    daemon.home.mkdir(parents=True, exist_ok=True)
     daemon.start()
     try:
         yield daemon

@@ -1,0 +1,273 @@
+"""Pods and their containers, as a kubelet sees them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from tests.cri import image
+from tests.cri.client import enum_name
+from tests.cri.stack import CGROUP_PARENT
+from tests.cri.streams import Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from tests.cri.stack import Stack
+
+STATE_TIMEOUT_S = 30.0
+CONTAINER_SCOPE = 1
+"""The mode of a namespace that a container has for itself: that of processes, by default in Kubernetes."""
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a command in a container left."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """One line of a container's log: since when, which stream, whether the line goes on, and its text."""
+
+    time: str
+    stream: str
+    partial: bool
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A container of a pod."""
+
+    pod: Pod
+    id: str
+    log_path: Path
+
+    def start(self) -> None:
+        """Start it."""
+        self.pod.stack.cri.call("StartContainer", container_id=self.id)
+
+    def stop(self, *, grace_s: int) -> None:
+        """Stop it: SIGTERM, and SIGKILL when the grace is over."""
+        self.pod.stack.cri.call("StopContainer", container_id=self.id, timeout=grace_s)
+
+    def remove(self) -> None:
+        """Remove it, whether it runs or not."""
+        self.pod.stack.cri.call("RemoveContainer", container_id=self.id)
+
+    def status(self) -> Any:
+        """Return its status message."""
+        return self.pod.stack.cri.call("ContainerStatus", container_id=self.id).status
+
+    def state(self) -> str:
+        """Return the name of its state, without the prefix."""
+        return enum_name(self.status(), "state").removeprefix("CONTAINER_")
+
+    def wait_for_exit(self, *, timeout_s: float = STATE_TIMEOUT_S) -> int:
+        """Wait until it has exited, and return its exit code.
+
+        :raises TimeoutError: if it has not at the deadline.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self.state() != "EXITED":
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"container {self.id}: is {self.state()}, not EXITED")
+            time.sleep(0.05)
+        return int(self.status().exit_code)
+
+    def wait_for_line(self, text: str, *, timeout_s: float = STATE_TIMEOUT_S) -> None:
+        """Wait until a line of its log is ``text``.
+
+        :raises TimeoutError: if none is at the deadline.
+        """
+        deadline = time.monotonic() + timeout_s
+        while text not in [line.text for line in self.log()]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"container {self.id}: no line {text!r} in {self.log()}")
+            time.sleep(0.05)
+
+    def log(self) -> list[LogLine]:
+        """Return the lines of its log so far."""
+        if not self.log_path.exists():
+            return []
+        rows = [line.split(" ", 3) for line in self.log_path.read_text(encoding="utf-8").splitlines()]
+        return [LogLine(stamp, stream, tag == "P", text) for stamp, stream, tag, text in rows]
+
+    def exec(self, *command: str, timeout_s: int = 60) -> Output:
+        """Run a command in it to its end.
+
+        :raises grpc.RpcError: if it takes longer than ``timeout_s``, or cannot be run.
+        """
+        done = self.pod.stack.cri.call(
+            "ExecSync", container_id=self.id, cmd=command, timeout=timeout_s, timeout_s=timeout_s + 20
+        )
+        return Output(done.exit_code, done.stdout.decode(), done.stderr.decode())
+
+    def shell(self, script: str, *, timeout_s: int = 60) -> Output:
+        """Run a shell script in it to its end."""
+        return self.exec("sh", "-c", script, timeout_s=timeout_s)
+
+    def peer(self, *arguments: object, timeout_s: int = 120) -> str:
+        """Run the peer program in it, and return the line that it prints.
+
+        :raises AssertionError: if it fails.
+        """
+        done = self.exec(*image.PEER_COMMAND, *map(str, arguments), timeout_s=timeout_s)
+        assert (done.code, done.stderr) == (0, "")
+        return done.stdout.strip()
+
+    def stream(self, *command: str, **streams: bool) -> Stream:
+        """Run a command in it whose streams are carried by a connection.
+
+        :param command: the command; none to attach to the container's own process.
+        :param streams: which of ``stdin``, ``stdout``, ``stderr`` and ``tty`` are wanted.
+        """
+        call = self.pod.stack.cri.call
+        if command:
+            url = call("Exec", container_id=self.id, cmd=command, **streams).url
+        else:
+            url = call("Attach", container_id=self.id, **streams).url
+        return Stream(url, self.pod.stack.network)
+
+
+@dataclass(slots=True)
+class Pod:
+    """A pod that runs, or ran."""
+
+    stack: Stack
+    id: str
+    config: dict[str, Any]
+    attempts: itertools.count[int] = field(default_factory=itertools.count)
+
+    def create(self, name: str, *command: str, **fields: Any) -> Container:
+        """Create a container.
+
+        :param name: its name in the pod.
+        :param command: what it runs.
+        :param fields: further fields of its configuration.
+        """
+        attempt = next(self.attempts)
+        log_path = f"{name}/{attempt}.log"
+        config = {
+            "metadata": {"name": name, "attempt": attempt},
+            "image": {"image": image.IMAGE},
+            "command": command,
+            "log_path": log_path,
+            "linux": {"security_context": {"namespace_options": {"pid": CONTAINER_SCOPE}}},
+            **fields,
+        }
+        log = Path(self.config["log_directory"], log_path)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        reply = self.stack.cri.call(
+            "CreateContainer", pod_sandbox_id=self.id, config=config, sandbox_config=self.config
+        )
+        return Container(self, reply.container_id, log)
+
+    def run(self, name: str, *command: str, **fields: Any) -> Container:
+        """Create and start a container."""
+        container = self.create(name, *command, **fields)
+        container.start()
+        return container
+
+    def status(self) -> Any:
+        """Return its status message."""
+        return self.stack.cri.call("PodSandboxStatus", pod_sandbox_id=self.id).status
+
+    def state(self) -> str:
+        """Return the name of its state, without the prefix."""
+        return enum_name(self.status(), "state").removeprefix("SANDBOX_")
+
+    def wait_for_state(self, state: str, *, timeout_s: float = STATE_TIMEOUT_S) -> None:
+        """Wait until it has a state.
+
+        :raises TimeoutError: if it has another one at the deadline.
+        """
+        deadline = time.monotonic() + timeout_s
+        while (seen := self.state()) != state:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"pod {self.id}: is {seen}, not {state}")
+            time.sleep(0.05)
+
+    def pid(self) -> int:
+        """Return the id of the process that stands for the pod."""
+        reply = self.stack.cri.call("PodSandboxStatus", pod_sandbox_id=self.id, verbose=True)
+        return int(json.loads(reply.info["info"])["pid"])
+
+    def addresses(self) -> tuple[str, str]:
+        """Return its IPv4 and its IPv6 address."""
+        network = self.status().network
+        found = [network.ip, *(address.ip for address in network.additional_ips)]
+        (four,) = (address for address in found if ":" not in address)
+        (six,) = (address for address in found if ":" in address)
+        return four, six
+
+    def forward(self, port: int) -> Stream:
+        """Open a connection that is forwarded to one of its ports."""
+        reply = self.stack.cri.call("PortForward", pod_sandbox_id=self.id, port=[port])
+        return Stream(reply.url, self.stack.network)
+
+    def stop(self) -> None:
+        """Stop it with its containers."""
+        self.stack.cri.call("StopPodSandbox", pod_sandbox_id=self.id)
+
+    def remove(self) -> None:
+        """Stop and remove it, as a kubelet does."""
+        self.stop()
+        self.stack.cri.call("RemovePodSandbox", pod_sandbox_id=self.id)
+
+    def is_known(self) -> bool:
+        """Tell whether containerd still knows it."""
+        error = self.stack.cri.begin("PodSandboxStatus", pod_sandbox_id=self.id).exception()
+        return error is None or error.code() is not grpc.StatusCode.NOT_FOUND
+
+
+def pod_config(stack: Stack, name: str, **linux: Any) -> dict[str, Any]:
+    """Return the configuration of a pod.
+
+    :param stack: the stack that will run it.
+    :param name: its name, which is its host name, too.
+    :param linux: further fields of what is special to Linux.
+    """
+    return {
+        "metadata": {"name": name, "uid": str(uuid.uuid4()), "namespace": "tests"},
+        "hostname": name,
+        "log_directory": str(stack.logs / f"{name}-{os.getpid()}-{next(_numbers)}"),
+        "dns_config": {"servers": ["192.0.2.53"], "searches": ["tests.example"], "options": ["ndots:3"]},
+        "linux": {
+            "cgroup_parent": CGROUP_PARENT,
+            "security_context": {"namespace_options": {"pid": CONTAINER_SCOPE}},
+            **linux,
+        },
+    }
+
+
+def run_pod(stack: Stack, name: str, *, config: Mapping[str, Any] | None = None) -> Pod:
+    """Run a pod without containers.
+
+    :param stack: who runs it.
+    :param name: its name.
+    :param config: its configuration, if it is not the usual one.
+    """
+    config = dict(config or pod_config(stack, name))
+    reply = stack.cri.call("RunPodSandbox", config=config, runtime_handler=stack.handler)
+    return Pod(stack, reply.pod_sandbox_id, config)
+
+
+def remove_all(pods: Sequence[Pod]) -> None:
+    """Remove those pods that containerd still knows."""
+    for pod in pods:
+        if pod.is_known():
+            pod.remove()

@@ -1,0 +1,61 @@
+"""Commands that run in a container until they end, as probes do."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+
+if TYPE_CHECKING:
+    from tests.cri.conftest import Duo
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("code", [0, 1, 42, 255])
+def test_a_command_reports_its_exit_code(duo: Duo, code: int) -> None:
+    assert duo.worker.shell(f"exit {code}").code == code
+
+
+def test_a_command_killed_by_a_signal_reports_128_and_the_signal(duo: Duo) -> None:
+    assert duo.worker.shell("kill -9 $$").code == 137
+
+
+def test_both_outputs_of_a_command_arrive_whole_and_apart(duo: Duo) -> None:
+    done = duo.worker.shell("echo to stdout; echo to stderr >&2; printf 'no newline'")
+    assert (done.code, done.stdout, done.stderr) == (0, "to stdout\nno newline", "to stderr\n")
+
+
+def test_a_large_output_arrives_whole(duo: Duo) -> None:
+    done = duo.worker.shell("yes 0123456789abcde | head -c 4194304")
+    assert done.stdout == "0123456789abcde\n" * (4 * MIB // 16)
+
+
+def test_a_command_that_takes_too_long_is_killed_in_time(duo: Duo) -> None:
+    start = time.monotonic()
+    with pytest.raises(grpc.RpcError) as refused:
+        duo.worker.shell("echo $$ >/tmp/slow; exec sleep 12345", timeout_s=2)
+    assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert time.monotonic() - start < 8
+    assert "sleep 12345" not in duo.worker.exec("ps").stdout
+
+
+def test_a_command_that_does_not_exist_is_refused_by_name(duo: Duo) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        duo.worker.exec("/no/such/program")
+    assert "/no/such/program" in refused.value.details()
+
+
+def test_many_commands_at_once_keep_their_outputs_apart(duo: Duo) -> None:
+    calls = [
+        duo.pod.stack.cri.begin(
+            "ExecSync", container_id=container.id, cmd=["sh", "-c", f"echo {number}; exit {number}"]
+        )
+        for number, container in enumerate([duo.worker, duo.server, duo.caller] * 4)
+    ]
+    replies = [call.result(90) for call in calls]
+    assert [(reply.exit_code, reply.stdout) for reply in replies] == [
+        (number, f"{number}\n".encode()) for number in range(len(calls))
+    ]

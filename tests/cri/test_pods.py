@@ -1,0 +1,120 @@
+"""The life of a pod as a whole: what survives containerd, what a dead one is, what a removed one leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.cri import image, peer
+from tests.cri.conftest import PORT, counted
+from tests.cri.pods import Pod, pod_config, remove_all
+from tests.cri.stack import inside
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.cri.conftest import Duo
+    from tests.cri.stack import Stack
+
+
+def test_the_runtime_says_that_it_is_ready(stack: Stack) -> None:
+    conditions = stack.cri.call("Status").status.conditions
+    assert {condition.type: condition.status for condition in conditions}.items() >= {
+        "RuntimeReady": True,
+        "NetworkReady": True,
+    }.items()
+
+
+def test_the_process_that_stands_for_a_pod_lives_in_its_network(duo: Duo) -> None:
+    assert duo.pod.state() == "READY"
+    argv = ["/usr/bin/nsenter", f"--net=/proc/{duo.pod.pid()}/ns/net", "/usr/sbin/ip", "-oneline", "address"]
+    listed = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    for address in duo.pod.addresses():
+        assert f" {address}/" in listed
+
+
+def test_pods_and_containers_survive_a_restart_of_containerd(duo: Duo) -> None:
+    stack, containers = duo.pod.stack, (duo.server, duo.worker, duo.caller)
+    before = [(container.state(), container.status().started_at) for container in containers]
+    stack.containerd.stop(how=signal.SIGKILL)
+    stack.containerd.start()
+    stack.cri.wait_until_served()
+    assert [(container.state(), container.status().started_at) for container in containers] == before
+    assert (duo.pod.state(), duo.neighbour.state()) == ("READY", "READY")
+    assert duo.caller.peer("ask", duo.pod.addresses()[0], PORT, "echo still there") == "still there"
+    assert duo.worker.shell("exit 9").code == 9
+    later = duo.pod.run("later", "sh", "-c", "echo started later")
+    assert later.wait_for_exit() == 0
+    assert [line.text for line in later.log()] == ["started later"]
+    later.remove()
+
+
+def test_a_pod_whose_machine_dies_is_not_ready_and_can_be_removed_at_once(
+    stack: Stack, new_pod: Callable[[str], Pod]
+) -> None:
+    if not stack.is_hako:
+        pytest.skip("only the pause container would die")
+    pod = new_pod("doomed")
+    containers = [pod.run(name, "sleep", "100000") for name in ("one", "two")]
+    os.kill(pod.pid(), signal.SIGKILL)
+    pod.wait_for_state("NOTREADY", timeout_s=10)
+    assert [container.wait_for_exit(timeout_s=10) for container in containers] == [137, 137]
+    pod.remove()
+    assert not pod.is_known()
+
+
+def test_removing_a_pod_ends_its_running_containers_and_leaves_nothing(
+    new_pod: Callable[[str], Pod],
+) -> None:
+    pod = new_pod("removed")
+    for name in ("one", "two"):
+        pod.run(name, "sh", "-c", "trap '' TERM; while :; do sleep 1; done")
+    pod.create("three", "true")
+    pod.remove()
+    listed = pod.stack.cri.call("ListContainers", filter={"pod_sandbox_id": pod.id}).containers
+    assert list(listed) == []
+    assert not pod.is_known()
+    pod.stack.cri.call("RemovePodSandbox", pod_sandbox_id=pod.id)  # once more, which is no error
+
+
+def test_a_stopped_pod_is_not_ready_and_keeps_its_containers_exits(new_pod: Callable[[str], Pod]) -> None:
+    pod = new_pod("stopped")
+    done = pod.run("done", "sh", "-c", "exit 4")
+    assert done.wait_for_exit() == 4
+    running = pod.run("running", "sleep", "100000")
+    pod.stop()
+    assert pod.state() == "NOTREADY"
+    assert (done.wait_for_exit(), running.wait_for_exit()) == (4, 137)
+    pod.stop()  # once more, which is no error
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_ten_pods_of_two_containers_run_at_once(stack: Stack) -> None:
+    with counted(stack):
+        configs = [pod_config(stack, f"pod-{number}") for number in range(10)]
+        calls = [
+            stack.cri.begin("RunPodSandbox", config=config, runtime_handler=stack.handler, timeout_s=300)
+            for config in configs
+        ]
+        pods = [
+            Pod(stack, call.result(310).pod_sandbox_id, config)
+            for call, config in zip(calls, configs, strict=True)
+        ]
+        try:
+            for pod in pods:
+                server = pod.run("server", *image.PEER_COMMAND, "serve", str(PORT))
+                server.wait_for_line("serving", timeout_s=60)
+            for pod in pods:
+                client = pod.run("client", "sleep", "100000")
+                assert client.peer("ask", "127.0.0.1", PORT, "echo inside") == "inside"
+            addresses = {address for pod in pods for address in pod.addresses()}
+            assert len(addresses) == 20
+            with inside(stack.network):
+                assert {peer.ask(address, PORT, "echo hello") for address in addresses} == {"hello"}
+        finally:
+            remove_all(pods)
