@@ -219,14 +219,17 @@ def _set_link(channel: Channel, link: Link, wanted: Message, mac: bytes, links: 
     other = next((one for one in links if one.name == name and one.index != link.index), None)
     if other is not None:
         _rename(channel, other, f"swapped{other.index}")
-    if name != link.name or mac != link.mac:
-        # Neither can be changed under a link that is up.
+    new_name, new_mac = name if name != link.name else "", mac if mac != link.mac else b""
+    if new_name or new_mac:
+        # Neither can be changed under a link that is up; the routes go with it.
         _lower(channel, link)
     # Its addresses are the pod's own, proven on the host already, and must serve from the first packet on.
     _set_ipv6(link.name, "accept_dad", "0")
     flags = rtnetlink.IFF_UP | (wanted.raw_flags & rtnetlink.IFF_NOARP)
     mask = rtnetlink.IFF_UP | rtnetlink.IFF_NOARP
-    body = rtnetlink.encode_link(link.index, name=name, mac=mac, mtu=wanted.mtu, flags=flags, mask=mask)
+    body = rtnetlink.encode_link(
+        link.index, name=new_name, mac=new_mac, mtu=wanted.mtu, flags=flags, mask=mask
+    )
     _make(channel, rtnetlink.RTM_NEWLINK, body, what=f"interface: {name}, MTU {wanted.mtu}")
     if other is not None:
         _rename(channel, other, link.name)
