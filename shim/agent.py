@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 
-from proto.kata import agent_pb2, health_pb2, oci_pb2
+from proto.kata import agent_pb2, health_pb2, oci_pb2, types_pb2
 from shim.transport.ttrpc_client import TtrpcClient
 
 if TYPE_CHECKING:
@@ -129,6 +129,20 @@ class Agent:
         self.supports_seccomp = details.supports_seccomp
         # A stock agent forgets a process' streams with the first WaitProcess answer; Hako's does not.
         self.keeps_streams = "hako" in details.extra_features
+
+    async def update_interface(self, interface: types_pb2.Interface) -> None:
+        """Set a network card up as described; one that is being plugged is waited for."""
+        await self._call(
+            "UpdateInterface", agent_pb2.UpdateInterfaceRequest(interface=interface), types_pb2.Interface
+        )
+
+    async def update_routes(self, routes: agent_pb2.Routes) -> None:
+        """Add routes, in their order; a stock agent keeps those that it was told of before."""
+        await self._call("UpdateRoutes", agent_pb2.UpdateRoutesRequest(routes=routes), agent_pb2.Routes)
+
+    async def add_arp_neighbors(self, neighbors: agent_pb2.ARPNeighbors) -> None:
+        """Fix the hardware addresses of neighbours."""
+        await self._call("AddARPNeighbors", agent_pb2.AddARPNeighborsRequest(neighbors=neighbors), Empty)
 
     async def create_container(self, request: agent_pb2.CreateContainerRequest) -> None:
         """Create a container up to the point where its init waits to be started."""

@@ -10,6 +10,7 @@ _PR_SCHED_CORE_CREATE = 1
 _PIDTYPE_PGID = 2
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
+_CLONE_NEWNET = 0x40000000
 
 
 def become_subreaper() -> None:
@@ -26,6 +27,23 @@ def create_core_scheduling_cookie() -> None:
     :raises OSError: if the kernel has no core scheduling.
     """
     _call("prctl", _PR_SCHED_CORE, _PR_SCHED_CORE_CREATE, 0, _PIDTYPE_PGID, 0)
+
+
+def enter_network_namespace(descriptor: int) -> None:
+    """Move the calling thread, and only that, into a network namespace; see setns(2).
+
+    :param descriptor: the namespace, open.
+    :raises OSError: if the kernel refuses.
+    """
+    _call("setns", descriptor, _CLONE_NEWNET)
+
+
+def enter_new_network_namespace() -> None:
+    """Move the calling thread, and only that, into a network namespace of its own; see unshare(2).
+
+    :raises OSError: if the kernel refuses.
+    """
+    _call("unshare", _CLONE_NEWNET)
 
 
 def detach_mounts(below: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 
 from shim import host_process, kernel
@@ -22,15 +23,17 @@ if TYPE_CHECKING:
 
 _NAME = "ledger"
 _PID_MAX = 1 << 22  # PID_MAX_LIMIT of the kernel, see proc(5)
+_REDIRECTION = re.compile(r"(/.*) ([0-9]{1,10}) ([0-9]{1,9})", re.DOTALL)
 
 
 class Entry(Record):
     """One thing that exists, or may exist, on the host."""
 
     number: int
-    #: ``process``, ``directory``, ``file`` (sockets too) or ``mount``.
+    #: ``process``, ``directory``, ``file`` (sockets too), ``mount`` or ``redirection``.
     kind: str
-    #: Path of the thing, or the name of the process.
+    #: Path of the thing; of a redirection path and inode of its namespace and the interface; or the name of
+    #: the process.
     name: str
     pid: int
     start_time: int
@@ -76,6 +79,15 @@ class Ledger:
     def mount(self, target: str) -> int:
         """Record a mount that is about to be made, by its target."""
         return self._record("mount", _without_links(target))
+
+    def redirection(self, path: str, *, namespace: int, interface: int) -> int:
+        """Record that the packets of an interface are about to be redirected to a machine.
+
+        :param path: of its network namespace.
+        :param namespace: the inode number of that.
+        :param interface: its index there.
+        """
+        return self._record("redirection", f"{os.path.abspath(path)} {namespace} {interface}")
 
     def undone(self, number: int) -> None:
         """Say that the maker of an entry has undone it.
@@ -188,7 +200,11 @@ def _is_whole(line: Any) -> bool:
     kind, name = line["kind"], line["name"]
     if not isinstance(name, str) or "\0" in name:
         return False
-    return kind == "process" or (kind in {"directory", "file", "mount"} and name.startswith("/"))
+    return (
+        kind == "process"
+        or (kind in {"directory", "file", "mount"} and name.startswith("/"))
+        or (kind == "redirection" and _REDIRECTION.fullmatch(name) is not None)
+    )
 
 
 def _without_links(path: str) -> str:
@@ -197,6 +213,12 @@ def _without_links(path: str) -> str:
 
 
 def _undo(kind: str, name: str) -> None:
+    if kind == "redirection":
+        from shim.network.ingress import remove_ingress_in  # noqa: PLC0415 - few sandboxes have one
+
+        path, namespace, interface = name.rsplit(" ", 2)
+        remove_ingress_in(path, number=int(namespace), index=int(interface))
+        return
     if _without_links(name) != name:
         # A guest can write below shared directories: what it put there must not lead us elsewhere.
         raise OSError(errno.ELOOP, "a symbolic link is now part of the path")

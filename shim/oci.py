@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from proto.kata import oci_pb2
 from shim.agent import SHARE_DIRECTORY
 from shim.errors import InvalidArgument
+from shim.network.namespace import namespace_of
 from shim.oci_fields import copy
 from shim.oci_mounts import SharedMount, rewrite_mount
 
@@ -68,6 +69,7 @@ def _refusing_malformed(what: str) -> Iterator[None]:
 
 
 def _translate(spec: dict[str, Any], *, container_id: str, terminal: bool, seccomp: bool) -> Translation:
+    namespace_of(spec)  # who asks for the host's network wants to be reached there, and would wait in vain
     linux = spec.get("linux") or {}
     mounts = [rewrite_mount(entry, container_id=container_id) for entry in spec.get("mounts") or []]
     annotations = dict(spec.get("annotations") or {})
@@ -138,12 +140,6 @@ def _linux(
 def _namespaces(namespaces: list[dict[str, Any]]) -> list[dict[str, str]]:
     wanted = {namespace["type"] for namespace in namespaces}
     # The host's processes and IPC are not in the machine: who asks for them gets a container's usual ones.
-    # Who asks for the host's network wants to be reached there, and would wait in vain.
-    if wanted and "network" not in wanted:
-        raise InvalidArgument(
-            "spec: linux.namespaces: without network it asks for the host's network, which a machine cannot"
-            " see; ask for a network namespace"
-        )
     # pid is asked for with sandbox_pidns; network is the machine's own; cgroup and time the agent's.
     return [{"type": kind} for kind in (*_GUEST_NAMESPACES, *sorted({"user"} & wanted))]
 

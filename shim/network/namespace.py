@@ -1,0 +1,141 @@
+"""The network namespace of a sandbox: the pod's, or one of its own, and work done inside it.
+
+Only a thread enters it, and never leaves: the process stays where it was, whatever goes wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from shim import kernel
+from shim.errors import DeadlineExceeded, Internal, InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_T = TypeVar("_T")
+
+JOB_TIMEOUT_S = 10.0  # netlink answers in milliseconds; the kernel's lock may be held by much work of others
+_THREADS = "network namespace"
+
+
+@dataclass(frozen=True, slots=True)
+class WantedNamespace:
+    """The network namespace that a specification asks for.
+
+    :param path: where it is; None for a new one.
+    """
+
+    path: Path | None
+
+
+def namespace_of(spec: dict[str, Any]) -> WantedNamespace:
+    """Find the network namespace that a container's specification asks for.
+
+    :param spec: the decoded ``config.json``; one that lists no namespace at all gets a new one.
+    :raises InvalidArgument: if it asks for the host's, by leaving it out of its namespaces.
+    """
+    namespaces = (spec.get("linux") or {}).get("namespaces") or []
+    for namespace in namespaces:
+        if namespace.get("type") == "network":
+            return WantedNamespace(Path(path) if (path := namespace.get("path")) else None)
+    if namespaces:
+        raise InvalidArgument(
+            "spec: linux.namespaces: without network it asks for the host's network, which a machine cannot"
+            " see; ask for a network namespace"
+        )
+    return WantedNamespace(None)
+
+
+class NetworkNamespace:
+    """An open network namespace.
+
+    :param descriptor: the namespace; closed by :meth:`close`.
+    :param wanted_path: how others call it; None if it is the sandbox's own.
+    """
+
+    def __init__(self, descriptor: int, *, wanted_path: Path | None) -> None:
+        self.wanted_path = wanted_path
+        self._descriptor = descriptor
+        self._executor = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix=_THREADS,
+            initializer=kernel.enter_network_namespace,
+            initargs=(descriptor,),
+        )
+
+    @classmethod
+    async def open(cls, wanted: WantedNamespace) -> Self:
+        """Open the namespace that is wanted, or make it.
+
+        :raises InvalidArgument: if there is none at the path, or it is the host's.
+        :raises Internal: if no new one can be made.
+        """
+        if wanted.path is None:
+            return cls(await _make(), wanted_path=None)
+        try:
+            descriptor = os.open(wanted.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise InvalidArgument(
+                f"network: namespace {wanted.path}: {error.strerror}; make it before the container"
+            ) from error
+        if os.path.samestat(os.fstat(descriptor), os.stat("/proc/self/ns/net")):  # noqa: PTH116 - as its pair
+            os.close(descriptor)
+            raise InvalidArgument(
+                f"network: namespace {wanted.path}: it is the host's own, which a machine cannot share; "
+                "give the container another"
+            )
+        return cls(descriptor, wanted_path=wanted.path)
+
+    @property
+    def path(self) -> Path:
+        """Where any process may enter it as long as it is open, whatever became of its own path."""
+        return Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+
+    @property
+    def number(self) -> int:
+        """The inode number that tells it from every other network namespace."""
+        return os.fstat(self._descriptor).st_ino
+
+    async def run(self, job: Callable[[], _T]) -> _T:
+        """Run a short job in a thread inside the namespace, after those that were given before it.
+
+        :param job: it is carried to its end even if the caller goes away.
+        :returns: what the job returns; what it raises is raised.
+        :raises DeadlineExceeded: if it takes too long; it may still take effect.
+        :raises Internal: if the namespace cannot be entered.
+        """
+        try:
+            async with asyncio.timeout(JOB_TIMEOUT_S):
+                return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._executor, job))
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"network: the kernel did not answer within {JOB_TIMEOUT_S:g} s; look for what holds its lock"
+            ) from None
+        except BrokenExecutor as error:
+            raise Internal("network: the namespace cannot be entered; run the shim as root") from error
+
+    def close(self) -> None:
+        """Leave the namespace; its path is no longer valid."""
+        self._executor.shutdown(wait=False)
+        os.close(self._descriptor)
+
+
+async def _make() -> int:
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix=_THREADS) as executor:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(executor, _open_new)
+        except OSError as error:
+            raise Internal(
+                f"network: a new namespace: {error.strerror}; see the limits in /proc/sys/user"
+            ) from error
+
+
+def _open_new() -> int:
+    kernel.enter_new_network_namespace()
+    return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)

@@ -1,0 +1,210 @@
+"""The network of one sandbox: every interface of its namespace is a card of its machine, and stays one.
+
+The namespace's side needs no machine and is done while that boots; the machine's side follows once the agent
+answers. A step that fails takes back all that it did.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from hypervisor import HypervisorError, Nic
+from shim.errors import Internal, ShimError, Unavailable
+from shim.network import messages
+from shim.network.ingress import remove_ingress
+from shim.network.plan import Neighbour, NetworkPlan
+from shim.network.redirect import connect, scan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hypervisor import Hypervisor
+    from shim.agent import Agent
+    from shim.ledger import Ledger
+    from shim.network.namespace import NetworkNamespace
+    from shim.network.plan import Endpoint
+
+log = logging.getLogger(__name__)
+
+_UNKNOWN = NetworkPlan(neighbours=(Neighbour(interface="", ip="", mac=""),))
+"""What the guest has after a failure: no scan equals it."""
+
+UNPLUG_TIMEOUT_S = 5.0  # the guest answers within milliseconds, or not at all
+
+
+@dataclass(slots=True, kw_only=True)
+class _Connection:
+    """An endpoint, the tap that it is connected to, and the card that the machine has of it."""
+
+    endpoint: Endpoint
+    record: int | None
+    connected: bool = False
+    queues: tuple[int, ...] = ()
+    pci_path: str = ""
+
+    @property
+    def device(self) -> str:
+        return f"nic{self.endpoint.index}"
+
+    def connect(self, *, queues: int) -> None:
+        self.queues = connect(self.endpoint, queues=queues)
+        self.connected = True
+
+    def disconnect(self) -> None:
+        if self.connected:
+            remove_ingress(self.endpoint.index)
+            self.connected = False
+
+    def close_queues(self) -> None:
+        """Give up this process' descriptors: the tap is gone with the machine's, if that has some."""
+        for descriptor in self.queues:
+            os.close(descriptor)
+        self.queues = ()
+
+
+class Network:
+    """The network of one sandbox.
+
+    :param namespace: whose interfaces the machine gets.
+    :param ledger: where is written what would stay behind after a crash.
+    :param queues: how many packets each card can move at once: one for each processor of the machine.
+    """
+
+    def __init__(self, namespace: NetworkNamespace, *, ledger: Ledger, queues: int) -> None:
+        self._namespace = namespace
+        self._ledger = ledger
+        self._queues = queues
+        self._plan = NetworkPlan()
+        self._connections: dict[int, _Connection] = {}
+        self._machine: Hypervisor | None = None
+        self._agent: Agent | None = None
+        self._lock = asyncio.Lock()
+
+    async def prepare(self) -> None:
+        """Find the interfaces and connect each to a tap; the machine may boot meanwhile.
+
+        :raises ShimError: if one cannot be connected; nothing is changed then.
+        """
+        async with self._lock:
+            plan = await self._namespace.run(scan)
+            await self._connect(plan.endpoints)
+            self._plan = plan
+
+    async def attach(self, *, machine: Hypervisor, agent: Agent) -> None:
+        """Give the machine its cards, and the guest its addresses, routes and neighbours.
+
+        :raises ShimError: if the machine or the guest refuses; nothing is connected any more then.
+        """
+        async with self._lock:
+            self._machine, self._agent = machine, agent
+            if not self._connections:
+                return
+            try:
+                await self._bring_up([each.endpoint for each in self._connections.values()])
+                await self._configure(self._plan)
+            except BaseException:
+                await self._remove(self._connections.values())
+                raise
+
+    async def rescan(self) -> None:
+        """Let the machine follow what changed in the namespace: interfaces that came, went or changed.
+
+        :raises ShimError: if an interface that came cannot be given to the machine; it is left alone then.
+        """
+        async with self._lock:
+            plan = await self._namespace.run(scan)
+            if plan == self._plan:
+                return
+            self._plan = _UNKNOWN
+            known = {index: connection.endpoint for index, connection in self._connections.items()}
+            same = {e.index for e in plan.endpoints if _is_same_card(e, known.get(e.index))}
+            await self._remove(each for index, each in self._connections.items() if index not in same)
+            new = await self._connect(e for e in plan.endpoints if e.index not in same)
+            try:
+                await self._bring_up(e for e in plan.endpoints if e != known.get(e.index))
+                await self._configure(plan)
+            except BaseException:
+                await self._remove(new)
+                raise
+            self._plan = plan
+
+    async def detach(self) -> None:
+        """Leave the namespace as it was, now that the machine is gone; doing it again is harmless."""
+        async with self._lock:
+            self._machine = None
+            await self._remove(self._connections.values())
+
+    async def _connect(self, endpoints: Iterable[Endpoint]) -> list[_Connection]:
+        made: list[_Connection] = []
+        path = self._namespace.wanted_path
+        try:
+            for endpoint in endpoints:
+                # A namespace of the sandbox's own dies with it, and all that is in it.
+                record = None
+                if path is not None:
+                    record = self._ledger.redirection(
+                        str(path), namespace=self._namespace.number, interface=endpoint.index
+                    )
+                connection = _Connection(endpoint=endpoint, record=record)
+                self._connections[endpoint.index] = connection
+                made.append(connection)
+                await self._namespace.run(partial(connection.connect, queues=self._queues))
+        except BaseException:
+            await self._remove(made)
+            raise
+        return made
+
+    async def _remove(self, connections: Iterable[_Connection]) -> None:
+        """Take endpoints from the machine, if it is there, and make them what they were."""
+        for connection in list(connections):
+            if connection.pci_path and self._machine is not None:
+                try:
+                    await self._machine.unplug(connection.device, timeout_s=UNPLUG_TIMEOUT_S)
+                except HypervisorError as error:  # its cable is cut all the same
+                    log.warning("network: %s: %s", connection.endpoint.name, error)
+            connection.pci_path = ""
+            try:
+                await self._namespace.run(connection.disconnect)
+            except (OSError, ShimError) as error:  # it stays on record
+                log.warning("network: %s: it stays redirected: %s", connection.endpoint.name, error)
+            else:
+                if connection.record is not None:
+                    self._ledger.undone(connection.record)
+            connection.close_queues()
+            del self._connections[connection.endpoint.index]
+
+    async def _bring_up(self, endpoints: Iterable[Endpoint]) -> None:
+        """Plug the cards that the machine does not have yet, and have the guest set each up."""
+        machine, agent = self._reach()
+        for endpoint in endpoints:
+            connection = self._connections[endpoint.index]
+            if not connection.pci_path:
+                try:
+                    connection.pci_path = await machine.plug_nic(
+                        Nic(id=connection.device, mac=endpoint.mac, tap_fds=connection.queues)
+                    )
+                except HypervisorError as error:
+                    raise Internal(f"network: {endpoint.name}: {error}") from error
+                connection.close_queues()
+            await agent.update_interface(messages.interface(endpoint, pci_path=connection.pci_path))
+            connection.endpoint = endpoint
+
+    async def _configure(self, plan: NetworkPlan) -> None:
+        _, agent = self._reach()
+        await agent.update_routes(messages.routes(plan.routes))
+        if plan.neighbours:
+            await agent.add_arp_neighbors(messages.neighbours(plan.neighbours))
+
+    def _reach(self) -> tuple[Hypervisor, Agent]:
+        if self._machine is None or self._agent is None:
+            raise Unavailable("network: the machine is not there")
+        return self._machine, self._agent
+
+
+def _is_same_card(endpoint: Endpoint, known: Endpoint | None) -> bool:
+    return known is not None and (endpoint.mac, endpoint.mtu) == (known.mac, known.mtu)

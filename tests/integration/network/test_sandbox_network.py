@@ -1,0 +1,386 @@
+"""The host's side of a sandbox's network on a real kernel; the machine is a test that reads the taps."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hypervisor import HotplugError
+from shim.errors import FailedPrecondition, Internal, InvalidArgument
+from shim.ledger import Ledger
+from shim.network.namespace import NetworkNamespace, WantedNamespace
+from shim.network.network import Network
+from shim.network.tap import open_tap
+from tests.integration.network.conftest import Space, add_cable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from google.protobuf.message import Message
+
+    from hypervisor import Nic
+
+HEADER = bytes(10)  # virtio_net_hdr of a packet without checksum or segmentation wishes
+ETHERTYPE = 0x88B5  # IEEE 802: free for experiments
+TEXT = b"a frame of this test"
+DEADLINE_S = 10.0
+HOST = Path("/proc/self/ns/net")
+HOST_NUMBER = HOST.stat().st_ino
+
+
+class Machine:
+    """What the network is given to: it keeps what it is told, and refuses what it is told to refuse."""
+
+    def __init__(self) -> None:
+        self.cards: dict[str, Nic] = {}
+        self.queues: dict[str, list[int]] = {}
+        self.told: list[Message] = []
+        self.refuses = ""
+
+    async def plug_nic(self, nic: Nic) -> str:
+        if self.refuses == "plug":
+            raise HotplugError("plug: no slot is free")
+        self.cards[nic.id] = nic
+        self.queues[nic.id] = [os.dup(descriptor) for descriptor in nic.tap_fds]
+        return f"02/{len(self.cards):02x}"
+
+    async def unplug(self, device_id: str, **_: float) -> None:
+        del self.cards[device_id]
+        for descriptor in self.queues.pop(device_id):
+            os.close(descriptor)
+
+    def die(self) -> None:
+        for descriptors in self.queues.values():
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self.queues.clear()
+
+    async def update_interface(self, interface: Message) -> None:
+        if self.refuses == "interface":
+            raise Internal("interface: Link not found")
+        self.told.append(interface)
+
+    async def update_routes(self, routes: Message) -> None:
+        self.told.append(routes)
+
+    async def add_arp_neighbors(self, neighbors: Message) -> None:
+        self.told.append(neighbors)
+
+    def names(self) -> list[str]:
+        return [message.name for message in self.told if hasattr(message, "devicePath")]
+
+
+@pytest.fixture
+def machine():
+    machine = Machine()
+    yield machine
+    machine.die()
+
+
+@contextlib.asynccontextmanager
+async def network_of(pod: Space, ledger: Ledger, *, queues: int = 1) -> AsyncIterator[Network]:
+    namespace = await NetworkNamespace.open(WantedNamespace(pod.path))
+    network = Network(namespace, ledger=ledger, queues=queues)
+    try:
+        yield network
+    finally:
+        await network.detach()
+        namespace.close()
+
+
+async def attach(network: Network, machine: Any) -> None:
+    await network.prepare()
+    await network.attach(machine=machine, agent=machine)
+
+
+async def test_the_machine_gets_a_card_for_the_interface_and_the_guest_its_configuration(
+    pod: Space, ledger: Ledger, machine: Machine
+):
+    pod.ip("neigh add 10.1.0.1 lladdr 02:00:00:00:00:01 dev eth0 nud permanent")
+    async with network_of(pod, ledger) as network:
+        await attach(network, machine)
+
+        [card] = machine.cards.values()
+        interface, routes, neighbours = machine.told
+        assert (interface.name, interface.mtu, interface.devicePath) == ("eth0", 1400, "02/01")
+        assert card.mac == interface.hwAddr
+        assert f"link/ether {card.mac} " in pod.ip("link show eth0")
+        assert [f"{each.address}/{each.mask}" for each in interface.IPAddresses] == [
+            "10.1.0.2/24",
+            "fd00:1::2/64",
+        ]
+        assert {(each.dest, each.gateway) for each in routes.Routes} == {("", "10.1.0.1"), ("", "fe80::1")}
+        assert [each.lladdr for each in neighbours.ARPNeighbors] == ["02:00:00:00:00:01"]
+
+
+@contextlib.asynccontextmanager
+async def inside(space: Space) -> AsyncIterator[NetworkNamespace]:
+    namespace = await NetworkNamespace.open(WantedNamespace(space.path))
+    try:
+        yield namespace
+    finally:
+        namespace.close()
+
+
+@contextlib.asynccontextmanager
+async def far_end(kind: str, pod: Space, outside: Space) -> AsyncIterator[tuple[int, int]]:
+    """Give the pod one interface, and open what is at the other end of it.
+
+    :returns: a descriptor to read and write frames, and how many bytes precede each.
+    """
+    if kind == "tap":
+        async with inside(pod) as namespace:
+            [descriptor] = await namespace.run(lambda: open_tap("net1", queues=1))
+        pod.ip("link set net1 addrgenmode none up")
+        yield descriptor, len(HEADER)
+        os.close(descriptor)
+        return
+    if kind == "veth":
+        add_cable(pod, outside, "far", number=1)
+    else:
+        outside.ip("link add near type veth peer name far")
+        outside.ip("link set near up")
+        outside.ip("link set far up")
+        outside.ip(f"link add link near name net1 netns {pod.pid} type {kind} mode bridge")
+        pod.ip("link set net1 addrgenmode none up")
+
+    def capture() -> socket.socket:
+        opened = socket.socket(
+            socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.htons(ETHERTYPE)
+        )
+        opened.bind(("far", ETHERTYPE))
+        return opened
+
+    async with inside(outside) as namespace:
+        with await namespace.run(capture) as opened:
+            yield opened.fileno(), 0
+
+
+async def receive(*descriptors: int) -> bytes:
+    """Read the next frame of the test's own protocol, without what precedes it."""
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    for descriptor in descriptors:
+        loop.add_reader(descriptor, readable.set)
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                await readable.wait()
+                readable.clear()
+                for descriptor in descriptors:
+                    with contextlib.suppress(BlockingIOError):
+                        while frame := os.read(descriptor, 65536):
+                            if TEXT in frame:
+                                return frame
+    finally:
+        for descriptor in descriptors:
+            loop.remove_reader(descriptor)
+
+
+@pytest.mark.parametrize(
+    "case", [("veth", 1), ("veth", 2), ("macvlan", 1), ("macvtap", 1), ("tap", 1)], ids=str
+)
+async def test_frames_go_from_card_to_cable_and_back(
+    empty_pod: Space, outside: Space, ledger: Ledger, machine: Machine, case: tuple[str, int]
+):
+    kind, queues = case
+    async with (
+        far_end(kind, empty_pod, outside) as (far, skipped),
+        network_of(empty_pod, ledger, queues=queues) as network,
+    ):
+        await attach(network, machine)
+        [card] = machine.cards.values()
+        near = machine.queues[card.id]
+        assert len(near) == queues
+        mac = bytes.fromhex(card.mac.replace(":", ""))
+        there = b"\xff" * 6 + mac + ETHERTYPE.to_bytes(2, "big") + TEXT.ljust(50)
+        back = mac + b"\x02" + bytes(5) + ETHERTYPE.to_bytes(2, "big") + TEXT.ljust(50)
+
+        os.write(near[0], HEADER + there)
+        assert (await receive(far))[skipped:] == there
+        os.write(far, HEADER[:skipped] + back)
+        assert (await receive(*near))[len(HEADER) :] == back
+
+
+async def test_detaching_leaves_the_namespace_as_it_was(pod: Space, ledger: Ledger, machine: Machine):
+    before = pod.configuration()
+    async with network_of(pod, ledger) as network:
+        await attach(network, machine)
+        assert pod.configuration() != before
+        machine.die()
+    assert pod.configuration() == before
+    assert ledger.entries() == []
+
+
+@pytest.mark.parametrize("step", ["plug", "interface"])
+async def test_what_the_machine_refuses_leaves_the_namespace_as_it_was(
+    pod: Space, ledger: Ledger, machine: Machine, step: str
+):
+    before = pod.configuration()
+    machine.refuses = step
+    async with network_of(pod, ledger) as network:
+        with pytest.raises(Internal, match=r"no slot is free|Link not found"):
+            await attach(network, machine)
+        assert (machine.cards, machine.queues) == ({}, {})
+        assert pod.configuration() == before
+
+
+async def test_an_interface_that_cannot_be_connected_takes_the_others_back(
+    pod: Space, outside: Space, ledger: Ledger, machine: Machine
+):
+    add_cable(pod, outside, "net1", number=2)
+    pod.run("tc", "qdisc", "add", "dev", "net1", "ingress")
+    before = pod.configuration()
+    async with network_of(pod, ledger) as network:
+        with pytest.raises(FailedPrecondition, match=r"^network: net1: .* redirected already"):
+            await network.prepare()
+        assert pod.configuration() == before
+    assert ledger.entries() == []
+
+
+async def test_a_second_machine_in_one_namespace_is_refused_and_harms_nothing(
+    pod: Space, ledger: Ledger, machine: Machine
+):
+    async with network_of(pod, ledger) as network, network_of(pod, ledger) as second:
+        await attach(network, machine)
+        before = pod.configuration()
+        with pytest.raises(FailedPrecondition, match=r"^network: eth0: "):
+            await second.prepare()
+        assert pod.configuration() == before
+
+
+async def test_an_interface_of_another_kind_is_refused_by_name(pod: Space, ledger: Ledger):
+    pod.ip("link add br0 type bridge")
+    pod.ip("link set br0 up")
+    async with network_of(pod, ledger) as network:
+        with pytest.raises(InvalidArgument, match=r"^network: br0: a bridge "):
+            await network.prepare()
+
+
+async def test_a_namespace_without_interfaces_needs_nothing(
+    empty_pod: Space, ledger: Ledger, machine: Machine
+):
+    async with network_of(empty_pod, ledger) as network:
+        await attach(network, machine)
+    assert (machine.cards, machine.told) == ({}, [])
+
+
+async def test_an_interface_that_comes_late_becomes_a_card_at_the_next_scan(
+    empty_pod: Space, outside: Space, ledger: Ledger, machine: Machine
+):
+    async with network_of(empty_pod, ledger) as network:
+        await attach(network, machine)
+        add_cable(empty_pod, outside, "eth0", number=1)
+        empty_pod.ip("route add default via 10.1.0.1")
+        await network.rescan()
+        assert machine.names() == ["eth0"]
+        assert [each.gateway for each in machine.told[-1].Routes] == ["10.1.0.1"]
+
+        add_cable(empty_pod, outside, "net1", number=2)
+        await network.rescan()
+        assert machine.names() == ["eth0", "net1"]
+
+
+async def test_an_interface_that_is_gone_is_unplugged(
+    pod: Space, outside: Space, ledger: Ledger, machine: Machine
+):
+    add_cable(pod, outside, "net1", number=2)
+    async with network_of(pod, ledger) as network:
+        await attach(network, machine)
+        pod.ip("link delete net1")
+        await network.rescan()
+        assert [card.mac for card in machine.cards.values()] == [machine.told[0].hwAddr]
+
+
+async def test_an_interface_that_goes_down_is_given_back(pod: Space, ledger: Ledger, machine: Machine):
+    async with network_of(pod, ledger) as network:
+        await attach(network, machine)
+        pod.ip("link set eth0 down")
+        await network.rescan()
+        assert machine.cards == {}
+        assert "ingress" not in pod.run("tc", "qdisc")
+
+
+async def test_a_new_address_reaches_the_guest_at_the_next_scan(pod: Space, ledger: Ledger, machine: Machine):
+    async with network_of(pod, ledger) as network:
+        await attach(network, machine)
+        told = len(machine.told)
+        await network.rescan()
+        assert len(machine.told) == told
+
+        pod.ip("addr add 10.1.0.9/32 dev eth0")
+        await network.rescan()
+        interface, _ = machine.told[told:]
+        assert "10.1.0.9" in {each.address for each in interface.IPAddresses}
+        assert len(machine.cards) == 1
+
+
+async def test_a_scan_that_failed_is_made_good_by_the_next(
+    pod: Space, outside: Space, ledger: Ledger, machine: Machine
+):
+    async with network_of(pod, ledger) as network:
+        await attach(network, machine)
+        add_cable(pod, outside, "net1", number=2)
+        machine.refuses = "plug"
+        with pytest.raises(Internal):
+            await network.rescan()
+        assert len(machine.cards) == 1
+        machine.refuses = ""
+        await network.rescan()
+        assert len(machine.cards) == 2
+        assert machine.names()[-1] == "net1"
+
+
+async def test_after_a_crash_the_ledger_gives_the_namespace_back(
+    pod: Space, state_directory: Path, machine: Machine
+):
+    before = pod.configuration()
+    ledger = Ledger(str(state_directory), create=True)
+    namespace = await NetworkNamespace.open(WantedNamespace(pod.path))
+    network = Network(namespace, ledger=ledger, queues=1)
+    await attach(network, machine)
+    machine.die()
+    ledger.close()
+    namespace.close()
+    assert "ingress" in pod.run("tc", "qdisc")
+
+    after = Ledger(str(state_directory))
+    assert after.undo_all(deadline_s=1) == []
+    after.close()
+    assert pod.configuration() == before
+
+
+async def test_the_ledger_spares_another_namespace_at_the_same_path(pod: Space, state_directory: Path):
+    pod.run("tc", "qdisc", "add", "dev", "eth0", "ingress")
+    ledger = Ledger(str(state_directory), create=True)
+    index = int(pod.ip("-oneline link show eth0").partition(":")[0])
+    ledger.redirection(str(pod.path), namespace=1, interface=index)
+    ledger.redirection(f"{state_directory}/gone", namespace=1, interface=index)
+    assert ledger.undo_all(deadline_s=1) == []
+    ledger.close()
+    assert "ingress" in pod.run("tc", "qdisc")
+
+
+async def test_a_namespace_that_is_asked_for_without_a_path_is_a_new_one_that_any_process_can_enter():
+    namespace = await NetworkNamespace.open(WantedNamespace(None))
+    try:
+        assert namespace.number != HOST_NUMBER
+        assert len(Space(namespace.path).ip("-oneline link").splitlines()) == 1
+    finally:
+        namespace.close()
+
+
+async def test_the_network_of_the_host_is_refused():
+    with pytest.raises(InvalidArgument, match=r"^network: namespace /proc/self/ns/net: it is the host's own"):
+        await NetworkNamespace.open(WantedNamespace(HOST))
+
+
+async def test_a_namespace_that_does_not_exist_is_refused_by_its_path(tmp_path: Path):
+    with pytest.raises(InvalidArgument, match=f"^network: namespace {tmp_path}/x: No such file or directory"):
+        await NetworkNamespace.open(WantedNamespace(tmp_path / "x"))
