@@ -212,12 +212,38 @@ def test_process_is_as_specified(new_container: Callable[[], Life]) -> None:
 def test_containers_share_a_pid_namespace_if_asked(new_container: Callable[[], Life]) -> None:
     first, second, third = new_container(), new_container(), new_container()
     show = ("sh", "-c", "for n in pid ipc uts; do readlink /proc/self/ns/$n; done; echo $$; cat")
-    for container, shares in ((first, False), (second, True), (third, False)):
+    for container, shares in ((first, True), (second, True), (third, False)):
         container.create_from(spec(container.id, process(*show)), sandbox_pidns=shares)
         container.start()
     seen = [container.read_lines(4) for container in (first, second, third)]
-    # Which container is the sandbox's first depends on the tests before; the shared one is not its own.
-    assert seen[1][3] != "1"
-    assert seen[0][3] == seen[2][3] == "1"
-    assert seen[0][0] != seen[2][0]
+    assert seen[0][0] == seen[1][0] != seen[2][0]
+    assert seen[0][3] != "1" != seen[1][3]
+    assert seen[2][3] == "1"
     assert seen[0][1:3] == seen[1][1:3] == seen[2][1:3]
+    # Process 1 is nobody's container: it outlives the first, takes over orphans, and leads nowhere.
+    first.execute("orphan", "sh", "-c", "(sleep 0.1; exit 7) & sleep 1000 & echo $!")
+    orphan = first.read_until(b"\n", "orphan").decode().strip()
+    script = (
+        "cat /proc/1/comm; ls /proc/1/root/; cat /proc/1/environ;"
+        "grep -E '^(State|Uid|CapEff|PPid)' /proc/1/status;"
+        f"grep PPid /proc/{orphan}/status; sleep 0.3; grep -l '^State:.Z' /proc/[0-9]*/status"
+    )
+    second.execute("look", "sh", "-c", script)
+    assert second.read_all(exec_id="look").decode().split("\n") == [
+        "pause",
+        "State:\tS (sleeping)",
+        "PPid:\t0",
+        "Uid:\t65534\t65534\t65534\t65534",
+        "CapEff:\t0000000000000000",
+        "PPid:\t1",
+        "",
+    ]
+    denied = second.read_all("ReadStderr", "look").decode()
+    assert denied.count("Permission denied") == 2
+    # What init leaves behind ends with it, though the namespace goes on.
+    first.close_stdin()
+    assert first.wait() == 0
+    assert first.read_all(exec_id="orphan") == b""
+    first.remove()
+    second.execute("after", "ls", "-d", f"/proc/{orphan}")
+    assert second.wait("after") == 1

@@ -13,6 +13,7 @@ import pytest
 from proto.kata import agent_pb2, oci_pb2
 from tests.integration.guest.agent_client import StatusError
 from tests.integration.guest.guest_machine import SHARE, GuestMachine, process, spec
+from tests.kubelet_volume import publish
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -217,23 +218,3 @@ def test_an_update_of_a_configuration_reaches_the_container(
         assert time.monotonic() < deadline, shown
         number += 1
     assert shown.split() == [".", "..", "..data", "..v2", "colour", "size", "bluebig"]
-
-
-def publish(volume: Path, version: str, files: dict[str, str]) -> None:
-    """Write a version of a volume in the order the kubelet does."""
-    old = (volume / "..data").readlink() if (volume / "..data").exists() else None
-    (volume / version).mkdir()
-    for name, content in files.items():
-        (volume / version / name).write_text(content)
-    (volume / "..data_tmp").symlink_to(version)
-    (volume / "..data_tmp").rename(volume / "..data")
-    for name in files:
-        if not (volume / name).is_symlink():
-            (volume / name).symlink_to(f"..data/{name}")
-    for path in list(volume.iterdir()):
-        if not path.name.startswith("..") and path.name not in files:
-            path.unlink()
-    if old is not None:
-        for path in (volume / old).iterdir():
-            path.unlink()
-        (volume / old).rmdir()

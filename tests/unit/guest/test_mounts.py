@@ -1,0 +1,103 @@
+"""Storages that several containers hold are mounted once and unmounted by the last."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from guest.agent import storage
+from guest.agent.mounts import Mounts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+KEPT = "kept"
+
+
+class Recorder:
+    """Stands for the kernel: records what is mounted and unmounted."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.failing = ""
+        self.entered = threading.Event()
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def add(self, one: Any) -> Callable[[], None] | None:
+        self.entered.set()
+        assert self.go_on.wait(10)
+        if one.mount_point == self.failing:
+            raise OSError(f"{one.mount_point} fails")
+        self.calls.append(f"+{one.mount_point}")
+        return None if one.driver == KEPT else lambda: self.calls.append(f"-{one.mount_point}")
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(storage, "add", recorder.add)
+    return recorder
+
+
+def at(mount_point: str, *, driver: str = "bind", shared: bool = False) -> Any:
+    return SimpleNamespace(mount_point=mount_point, driver=driver, shared=shared)
+
+
+def test_the_last_user_unmounts(kernel: Recorder) -> None:
+    mounts = Mounts()
+    first, second = mounts.hold([at("/a")]), mounts.hold([at("/a/")])
+    mounts.release(first)
+    assert kernel.calls == ["+/a"]
+    mounts.release(second)
+    assert kernel.calls == ["+/a", "-/a"]
+    mounts.hold([at("/a")])
+    assert kernel.calls == ["+/a", "-/a", "+/a"]
+
+
+@pytest.mark.parametrize(
+    "storage_kept", [at("/a", shared=True), at("/a", driver=KEPT)], ids=["shared", "pod's"]
+)
+def test_what_belongs_to_the_sandbox_stays(kernel: Recorder, storage_kept: Any) -> None:
+    mounts = Mounts()
+    mounts.release(mounts.hold([storage_kept]))
+    mounts.release(mounts.hold([storage_kept]))
+    assert kernel.calls == ["+/a"]
+
+
+def test_a_failure_undoes_what_came_before(kernel: Recorder) -> None:
+    kernel.failing = "/c"
+    mounts = Mounts()
+    with pytest.raises(OSError, match="/c fails"):
+        mounts.hold([at("/a"), at("/b"), at("/c")])
+    assert kernel.calls == ["+/a", "+/b", "-/b", "-/a"]
+    kernel.failing = ""
+    mounts.hold([at("/c")])
+    assert kernel.calls[-1] == "+/c"
+
+
+def test_who_waits_for_a_disk_delays_only_those_who_want_it_too(kernel: Recorder) -> None:
+    mounts = Mounts()
+    kernel.go_on.clear()
+    threads = [threading.Thread(target=mounts.hold, args=([at("/slow")],)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert kernel.entered.wait(10)
+    quick = threading.Thread(target=mounts.release, args=([],))
+    quick.start()
+    quick.join(10)
+    assert not quick.is_alive()
+    kernel.go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert kernel.calls == ["+/slow"]
+
+
+def test_the_end_of_the_machine_unmounts_everything_in_reverse(kernel: Recorder) -> None:
+    mounts = Mounts()
+    mounts.hold([at("/a", shared=True), at("/a/b")])
+    mounts.release_all()
+    assert kernel.calls == ["+/a", "+/a/b", "-/a/b", "-/a"]
