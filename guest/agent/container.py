@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from guest.agent.wire import Message
 
 ROOT = "/run/kata-containers"
+_RESERVED = frozenset({"sandbox", "shared"})
+"""Directories of the protocol beside those of the containers."""
 _REMOVAL_TIMEOUT_S = 60
 _SIGKILL = 9
 
@@ -27,7 +29,8 @@ def bundle_of(container_id: str) -> str:
     :param container_id: its id.
     :returns: the path.
     """
-    return f"{ROOT}/{container_id}"
+    # No id has a plus sign.
+    return f"{ROOT}/+{container_id}" if container_id in _RESERVED else f"{ROOT}/{container_id}"
 
 
 class Container:

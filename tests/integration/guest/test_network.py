@@ -207,7 +207,8 @@ def test_containers_share_the_machine_s_network(network: Pod) -> None:
         ),
     )
     output = network.run(
-        "beside",
+        # A name that is also a directory's of the protocol.
+        "shared",
         "ls /sys/class/net; cat /sys/class/net/eth0/mtu /proc/sys/net/ipv4/conf/eth0/accept_local;",
         "cat /proc/sys/net/ipv4/ip_unprivileged_port_start; ip neigh show nud permanent | cut -d' ' -f1-5",
         sysctl={"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.conf.eth0.accept_local": "1"},
