@@ -23,6 +23,7 @@ KERNEL_LINE = (
 )
 CAPABILITIES = ["CAP_CHOWN", "CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BIND_SERVICE"]
 BOOT_TIMEOUT_S = 60
+MONITOR_TIMEOUT_S = 20
 VSOCK_DAEMON = "/var/lib/hako/bin/vhost-device-vsock"
 PORTS = range(0x10, 0x16)
 """Slots of the root ports into which devices can be plugged."""
@@ -195,14 +196,22 @@ class GuestMachine:
         )
         return f"{port:02x}/00"
 
+    def unplug_disk(self, *, port: int) -> None:
+        """Take a disk out; returns when the guest has let it go."""
+        removal = {"execute": "device_del", "arguments": {"id": f"disk{port}"}}
+        self._monitor(removal, until=f"disk{port}")
+        self._monitor({"execute": "blockdev-del", "arguments": {"node-name": f"node{port}"}})
+
     def resize_disk(self, *, port: int, size_bytes: int) -> None:
         """Grow a disk that is plugged in."""
         self._monitor(
             {"execute": "block_resize", "arguments": {"node-name": f"node{port}", "size": size_bytes}}
         )
 
-    def _monitor(self, *commands: dict[str, object]) -> None:
+    def _monitor(self, *commands: dict[str, object], until: str = "") -> None:
+        """Send commands, then wait until a device is gone if one is named."""
         with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(MONITOR_TIMEOUT_S)
             connection.connect(str(self._qmp_socket))
             stream = connection.makefile("rw")
             json.loads(stream.readline())
@@ -212,6 +221,8 @@ class GuestMachine:
                 while "event" in (reply := json.loads(stream.readline())):
                     pass
                 assert "return" in reply, reply
+            while until and json.loads(stream.readline()).get("data", {}).get("device") != until:
+                pass
 
     def _spawn(self, *argv: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -241,6 +252,7 @@ class GuestMachine:
                 hostname="the-pod",
                 sandbox_id="sandbox",
                 dns=["nameserver 192.0.2.1"],
+                kernel_modules=[agent_pb2.KernelModule(name="virtio-net", parameters=["napi_tx=0"])],
                 storages=[
                     agent_pb2.Storage(
                         driver="virtio-fs", source="kataShared", fstype="virtiofs", mount_point=f"{SHARE}/"
