@@ -1,0 +1,365 @@
+"""Devices come to and go from a running machine, and its kernel agrees with what QEMU says of them."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import signal
+import struct
+import subprocess
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from hypervisor import AGENT_PORT, Disk, DiskLimits, HotplugError, HypervisorError, Nic
+
+from .guest_shell import PARAMETERS, GuestShell, initrd
+
+START_S = 20
+BOOT_S = 60
+UNPLUG_S = 20
+MIB = 1 << 20
+DISK_BYTES = 4 * MIB
+SLOTS = 62
+DISKS = 30
+
+_TUNSETIFF = 0x400454CA
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_MULTI_QUEUE = 0x2, 0x1000, 0x4000, 0x100
+
+
+@pytest.fixture(scope="session")
+def shell_initrd(guest_image, tmp_path_factory):
+    path = tmp_path_factory.mktemp("shell") / "initrd"
+    path.write_bytes(initrd(guest_image))
+    return path
+
+
+@pytest.fixture
+async def start(machines, shell_initrd):
+    """Start a machine whose guest is a shell."""
+    with ExitStack() as stack:
+
+        async def start_one(**changes):
+            vm = machines(initrd=shell_initrd, kernel_parameters=PARAMETERS, **changes)
+            await vm.start(timeout_s=START_S)
+            shell = GuestShell(await vm.connect(AGENT_PORT, timeout_s=BOOT_S))
+            stack.callback(shell.close)
+            await shell("true", timeout_s=BOOT_S)
+            return vm, shell
+
+        yield start_one
+        for vm in machines.made:
+            await vm.stop()
+
+
+@pytest.fixture
+def tap():
+    """Make tap interfaces, by their descriptors; closing these ends them."""
+    with ExitStack() as stack:
+
+        def make(name: str, *, queues: int = 1) -> tuple[int, ...]:
+            flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if queues > 1 else 0)
+            fds = []
+            for _ in range(queues):
+                fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+                stack.callback(os.close, fd)
+                fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+                fds.append(fd)
+            return tuple(fds)
+
+        yield make
+
+
+def nic(number: int, fds: tuple[int, ...]) -> Nic:
+    return Nic(id=f"nic{number}", mac=f"02:00:00:00:00:{number:02x}", tap_fds=fds)
+
+
+def disk(path: Path, number: int = 0, **changes) -> Disk:
+    values = {
+        "id": f"disk{number}",
+        "path": path,
+        "serial": f"serial-{number}",
+        "read_only": False,
+        "discard": True,
+        "limits": DiskLimits(),
+    }
+    return Disk(**{**values, **changes})
+
+
+def image(directory: Path, number: int = 0, *, size: int = DISK_BYTES) -> Path:
+    path = directory / f"disk{number}.img"
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
+
+
+def sysfs(pci_path: str) -> str:
+    """Where the guest's kernel shows a device, with wildcards for the numbers that it gives to buses."""
+    bridge, slot = pci_path.split("/")
+    return f"/sys/devices/pci0000:00/0000:00:{bridge}.0/0000:*:{slot}.0"
+
+
+async def block_name(shell: GuestShell, pci_path: str) -> str:
+    await shell.until(f"ls -d {sysfs(pci_path)}/virtio*/block/* >/dev/null 2>&1")
+    return Path(await shell(f"ls -d {sysfs(pci_path)}/virtio*/block/*")).name
+
+
+def taken(vm) -> set:
+    return vm._devices._slots._taken
+
+
+async def leftovers(vm) -> list[str]:
+    """What of a disk or interface QEMU still has."""
+    nodes = await vm._qmp.ask(list, "query-named-block-nodes", {"flat": True})
+    objects = await vm._qmp.ask(list, "qom-list", {"path": "/objects"})
+    return [node["node-name"] for node in nodes] + [
+        entry["name"] for entry in objects if "throttle" in entry["type"]
+    ]
+
+
+async def test_a_disk_is_what_it_was_plugged_as(start, tmp_path):
+    vm, shell = await start()
+    path = image(tmp_path)
+    content = os.urandom(DISK_BYTES)
+    path.write_bytes(content)
+
+    name = await block_name(shell, await vm.plug_disk(disk(path)))
+    assert await shell(f"cat /sys/block/{name}/serial") == "serial-0"
+    assert await shell(f"sha256sum </dev/{name}") == f"{hashlib.sha256(content).hexdigest()}  -"
+
+    # Written by the guest, read on the host.
+    write = f"dd if=/dev/urandom of=/dev/{name} bs=1M count=4 conv=fsync 2>/dev/null"
+    await shell(write)
+    digest = await shell(f"echo 3 >/proc/sys/vm/drop_caches; sha256sum </dev/{name}")
+    assert digest == f"{hashlib.sha256(path.read_bytes()).hexdigest()}  -"
+    assert path.read_bytes() != content
+
+    # What the guest discards is given back.
+    before = path.stat().st_blocks
+    await shell(f"blkdiscard /dev/{name}")
+    assert path.stat().st_blocks < before / 2
+
+    # A volume that grew.
+    os.truncate(path, 2 * DISK_BYTES)
+    assert await vm.resize_disk("disk0") == 2 * DISK_BYTES
+    await shell.until(f"[ $(cat /sys/block/{name}/size) = {2 * DISK_BYTES // 512} ]")
+
+    # Limits hold from the moment they are set until they are lifted.
+    await vm.limit_disk("disk0", DiskLimits(read_bytes_per_s=MIB))
+    assert await duration_of_reading(shell, name) > 0.7, "2 MiB at 1 MiB/s, the first of it in a burst"
+    await vm.limit_disk("disk0", DiskLimits())
+    assert await duration_of_reading(shell, name) < 0.7
+
+    await vm.unplug("disk0", timeout_s=UNPLUG_S)
+    assert await shell(f"ls -d /sys/block/{name} 2>/dev/null") == ""
+    assert (taken(vm), await leftovers(vm)) == (set(), [])
+
+
+async def duration_of_reading(shell: GuestShell, name: str) -> float:
+    begin = time.monotonic()
+    await shell(f"dd if=/dev/{name} of=/dev/null bs=64k count=32 iflag=direct 2>/dev/null")
+    return time.monotonic() - begin
+
+
+@pytest.fixture
+def loop_device(tmp_path):
+    backing = image(tmp_path, 99)
+    command = ["/sbin/losetup", "--find", "--show", backing]
+    device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    yield Path(device)
+    subprocess.run(["/sbin/losetup", "--detach", device], check=True)
+
+
+@pytest.fixture
+def one_mebibyte(tmp_path):
+    """A file system with room for no more."""
+    path = tmp_path / "small"
+    path.mkdir()
+    subprocess.run(["/bin/mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path], check=True)
+    yield path
+    subprocess.run(["/bin/umount", "--lazy", path], check=True)
+
+
+async def test_failures_of_a_disk_reach_the_guest_and_the_log(start, loop_device, one_mebibyte, caplog):
+    vm, shell = await start()
+
+    pci_path = await vm.plug_disk(disk(loop_device, read_only=True, discard=False))
+    name = await block_name(shell, pci_path)
+    assert await shell(f"cat /sys/block/{name}/ro") == "1"
+    assert "not permitted" in await shell(f"echo x >/dev/{name}")
+    with pytest.raises(HotplugError, match=r"resize: disk0: .*read-only"):
+        await vm.resize_disk("disk0")
+    await vm.unplug("disk0", timeout_s=UNPLUG_S)
+    await vm.plug_disk(disk(loop_device))
+    assert await vm.resize_disk("disk0") == DISK_BYTES
+    await vm.unplug("disk0", timeout_s=UNPLUG_S)
+
+    # The host runs out of space: the guest is told, and so is the log, once.
+    name = await block_name(shell, await vm.plug_disk(disk(image(one_mebibyte))))
+    write = f"dd if=/dev/zero of=/dev/{name} bs=1M count=3 oflag=direct 2>&1"
+    with caplog.at_level(logging.ERROR, logger="hypervisor"):
+        for _ in range(2):
+            assert re.search("No space left|Input/output error", await shell(write))
+    assert [record.message for record in caplog.records] == [
+        "disk disk0: write: No space left on device; the guest was given an I/O error"
+    ]
+
+    # Pulled while it is written to: whoever writes gets an error, nobody hangs.
+    endless = f"while dd if=/dev/zero of=/dev/{name} bs=4k count=4 oflag=direct; do :; done"
+    await shell(f"({endless}) >/tmp/dd 2>&1 &")
+    await vm.unplug("disk0", timeout_s=UNPLUG_S)
+    await shell("wait")
+    assert re.search("error|No such", await shell("tail -n 3 /tmp/dd"))
+    assert (taken(vm), await leftovers(vm)) == (set(), [])
+
+
+@pytest.mark.parametrize("rounds", [pytest.param(20, marks=pytest.mark.nightly), 2])
+async def test_no_slot_is_lost_over_rounds_of_thirty_disks(start, tmp_path, rounds):
+    vm, shell = await start()
+    contents = {number: os.urandom(64 * 1024) for number in range(DISKS)}
+    for number, content in contents.items():
+        image(tmp_path, number).write_bytes(content)
+
+    async def plug(number: int) -> str:
+        return await vm.plug_disk(disk(tmp_path / f"disk{number}.img", number))
+
+    for _ in range(rounds):
+        paths = await asyncio.gather(*(plug(number) for number in range(DISKS)))
+        assert len(set(paths)) == DISKS
+        for number, pci_path in enumerate(paths):
+            name = await block_name(shell, pci_path)
+            assert await shell(f"cat /sys/block/{name}/serial") == f"serial-{number}"
+            digest = hashlib.sha256(contents[number]).hexdigest()
+            assert await shell(f"sha256sum </dev/{name}") == f"{digest}  -"
+        await asyncio.gather(*(vm.unplug(f"disk{number}", timeout_s=60) for number in range(DISKS)))
+        assert await shell("ls /sys/block | grep -c vd") == "0"
+        assert (taken(vm), await leftovers(vm)) == (set(), [])
+
+
+@pytest.mark.parametrize("times", [pytest.param(50, marks=pytest.mark.nightly), 5])
+async def test_an_interface_comes_and_goes(start, tap, times, own_namespace):
+    vm, shell = await start(network_namespace=own_namespace)
+    assert network_namespace_of(vm.pid) == own_namespace.stat().st_ino
+    for number in range(times):
+        queues = 2 if number == 1 else 1
+        pci_path = await vm.plug_nic(nic(number, tap(f"hako{number}", queues=queues)))
+        await shell.until(f"ls -d {sysfs(pci_path)}/virtio*/net/* >/dev/null 2>&1")
+        interface = Path(await shell(f"ls -d {sysfs(pci_path)}/virtio*/net/*")).name
+        assert await shell(f"cat /sys/class/net/{interface}/address") == f"02:00:00:00:00:{number:02x}"
+        assert await shell(f"ip link set {interface} up 2>&1") == ""
+        await vm.unplug(f"nic{number}", timeout_s=UNPLUG_S)
+        assert await shell("ls /sys/class/net") == "lo"
+        assert taken(vm) == set()
+
+
+def network_namespace_of(pid: int) -> int:
+    return Path(f"/proc/{pid}/ns/net").stat().st_ino
+
+
+@pytest.fixture
+def own_namespace():
+    name = f"hako-test-{os.getpid()}"
+    subprocess.run(["/sbin/ip", "netns", "add", name], check=True)
+    yield Path("/run/netns", name)
+    subprocess.run(["/sbin/ip", "netns", "delete", name], check=True)
+
+
+async def test_what_cannot_be_plugged_or_unplugged_says_so_and_leaves_nothing(start, tmp_path, tap):
+    vm, shell = await start()
+    path = image(tmp_path)
+
+    for wrong, cause in [
+        (disk(tmp_path / "none"), "No such file or directory"),
+        (disk(Path("/dev/null")), "neither a file nor a block device"),
+        (disk(path, serial="x" * 21), "longer than 20 bytes"),
+        (disk(path, id="1:2"), "plug: 1:2: .*expects an identifier"),
+    ]:
+        with pytest.raises(HotplugError, match=cause):
+            await vm.plug_disk(wrong)
+    with pytest.raises(HotplugError, match="nic1: qmp: netdev_add"):
+        await vm.plug_nic(nic(1, (vm._qmp._stream.fileno(),)))
+    with pytest.raises(HotplugError, match="unplug: nothing: no such device is plugged"):
+        await vm.unplug("nothing", timeout_s=UNPLUG_S)
+    with pytest.raises(HotplugError, match="resize: nothing: no such disk is plugged"):
+        await vm.resize_disk("nothing")
+    assert (taken(vm), await leftovers(vm)) == (set(), [])
+
+    await vm.plug_disk(disk(path))
+    with pytest.raises(HotplugError, match="there already"):
+        await vm.plug_disk(disk(path))
+    with pytest.raises(HotplugError, match="lock"):
+        await vm.plug_disk(disk(path, 1))
+
+    # A guest that does not answer, and then does.
+    await vm._qmp.ask(dict, "stop")
+    with pytest.raises(HotplugError, match=r"disk0: the guest did not let go of it within 0\.5 s"):
+        await vm.unplug("disk0", timeout_s=0.5)
+    assert len(taken(vm)) == 1
+    await vm._qmp.ask(dict, "cont")
+    await shell.until("! ls -d /sys/block/vd* >/dev/null 2>&1")
+    async with asyncio.timeout(UNPLUG_S):
+        while taken(vm):  # noqa: ASYNC110  (nobody waits for this one, so nothing tells of its end)
+            await asyncio.sleep(0.01)
+    assert await leftovers(vm) == []
+
+    # The guest need not run to take all slots.
+    await vm._qmp.ask(dict, "stop")
+    for number in range(SLOTS):
+        await vm.plug_nic(nic(number, tap(f"hako{number}")))
+    with pytest.raises(HotplugError, match=r"all 62 slots .* are taken"):
+        await vm.plug_disk(disk(path))
+
+
+@pytest.mark.parametrize("early_s", [0, 0.5])
+async def test_a_device_may_come_and_go_before_the_guest_is_up(machines, shell_initrd, tmp_path, early_s):
+    vm = machines(initrd=shell_initrd, kernel_parameters=PARAMETERS)
+    await vm.start(timeout_s=START_S)
+    await asyncio.sleep(early_s)
+    await vm.plug_disk(disk(image(tmp_path)))
+    await vm.plug_disk(disk(image(tmp_path, 1), 1))
+    await vm.unplug("disk0", timeout_s=BOOT_S)
+    shell = GuestShell(await vm.connect(AGENT_PORT, timeout_s=BOOT_S))
+    try:
+        await shell.until("ls /sys/block/vd* >/dev/null 2>&1")
+        assert await shell("cat /sys/block/vd*/serial") == "serial-1"
+    finally:
+        shell.close()
+
+
+@pytest.mark.parametrize("end", ["stop", "kill", "panic"])
+@pytest.mark.parametrize(
+    "repetition", [*(pytest.param(n, marks=pytest.mark.nightly) for n in range(1, 33)), 0]
+)
+async def test_plugging_may_race_with_the_end(start, tmp_path, tap, end, repetition):
+    vm, shell = await start()
+    stopped = asyncio.create_task(asyncio.sleep(0.02 * (repetition % 8)))
+
+    async def churn(number: int) -> None:
+        """Plug and unplug until the machine is gone."""
+        path, fds = image(tmp_path, number), tap(f"hako{number}")
+        while True:
+            await vm.plug_disk(disk(path, number))
+            await vm.plug_nic(nic(number, fds))
+            await vm.unplug(f"disk{number}", timeout_s=UNPLUG_S)
+            await vm.unplug(f"nic{number}", timeout_s=UNPLUG_S)
+
+    churning = [asyncio.create_task(churn(number)) for number in range(3)]
+    await stopped
+    match end:
+        case "stop":
+            await vm.stop()
+        case "kill":
+            os.kill(vm.pid, signal.SIGKILL)
+        case _:
+            await asyncio.get_running_loop().sock_sendall(shell._connection, b"echo c >/proc/sysrq-trigger\n")
+    async with asyncio.timeout(UNPLUG_S):
+        ends = await asyncio.gather(*churning, return_exceptions=True)
+        await vm.wait()
+    assert all(isinstance(error, HypervisorError) for error in ends), ends
+    assert all("gone" in str(error) or "qmp" in str(error) for error in ends), ends
