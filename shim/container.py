@@ -27,8 +27,9 @@ from shim.errors import (
     ShimError,
     Unavailable,
 )
-from shim.oci import translate, translate_process
+from shim.oci import translate, translate_process, translate_resources
 from shim.process import Input, Process, State
+from shim.sizing import limits_of
 from shim.stdio import Stdio, open_streams
 from shim.streams import DRAIN_TIMEOUT_S, Carrier
 from shim.timestamps import to_timestamp
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from proto.containerd.types_pb2 import Mount
-    from proto.kata import oci_pb2
     from shim.agent import Agent
     from shim.oci_mounts import SharedMount
     from shim.sandbox import Sandbox
@@ -72,6 +72,7 @@ class Container:
         self.init = Process(container_id, exec_id="", stdio=stdio, spec={})
         self.execs: dict[str, Process] = {}
         self.lock = asyncio.Lock()
+        self.limits = limits_of(spec)
         self._sandbox = sandbox
         self._shown = contextlib.ExitStack()
         self._ending = False
@@ -136,6 +137,7 @@ class Container:
                 sandbox_pidns=translation.sandbox_pidns,
             )
             transfer.announce(request)
+            await self._sandbox.grow()
             await agent.create_container(request)
         except BaseException:
             self.init.close_streams()
@@ -158,6 +160,7 @@ class Container:
 
     async def _run(self) -> None:
         agent = await self._sandbox.agent()
+        await self._sandbox.follow_network()
         await agent.start_container(self.id)
 
     async def pause(self) -> None:
@@ -190,15 +193,27 @@ class Container:
         agent = await self._sandbox.agent()
         await agent.resume_container(self.id)
 
-    async def update(self, resources: oci_pb2.LinuxResources) -> None:
-        """Change the container's limits.
+    async def update(self, resources: dict[str, Any]) -> None:
+        """Change the container's limits, and with them the machine: it is never smaller than they are.
 
+        :param resources: as ``linux.resources`` of an OCI specification; what it does not mention stays.
+        :raises InvalidArgument: if they are malformed, or one of them is refused.
+        :raises ResourceExhausted: if the machine cannot be made large enough.
         :raises FailedPrecondition: if it has ended.
         """
         if self.init.exited.is_set():
             raise FailedPrecondition(f"update: container {self.id}: it is {self.init.state.value}")
+        request = translate_resources(resources)
         agent = await self._sandbox.agent()
-        await agent.update_container(self.id, resources)
+        limits = self.limits
+        try:
+            self.limits = limits.or_more(limits.updated(resources))
+            await self._sandbox.grow()
+            await agent.update_container(self.id, request)
+            limits = limits.updated(resources)
+        finally:
+            self.limits = limits
+        await self._sandbox.shrink()
 
     async def stats(self) -> agent_pb2.StatsContainerResponse:
         """Measure the container.

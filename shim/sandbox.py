@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import signal
 import time
@@ -29,11 +30,16 @@ from shim.errors import (
     Unavailable,
 )
 from shim.host import resolve
+from shim.network.namespace import namespace_of
+from shim.network.network import Network
 from shim.pause_container import PauseContainer
 from shim.pod import is_pause
+from shim.resizing import Resizer
+from shim.sizing import plan
 from shim.transfer import RawStreams
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Coroutine, Iterable
 
     from google.protobuf.message import Message
@@ -44,6 +50,7 @@ if TYPE_CHECKING:
     from shim.events import Publisher
     from shim.ledger import Ledger
     from shim.pod import PodSpec
+    from shim.sizing import Limits, Plan
     from shim.state_directory import StartRecord
     from shim.stdio import Stdio
 
@@ -51,7 +58,6 @@ _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
-MIB = 1024 * 1024
 PING_TIMEOUT_S = 2.0  # an agent that is well answers in milliseconds, under emulation too
 END_TIMEOUT_S = 10.0  # for a machine that is killed to be gone
 STATUS_KILLED = 128 + signal.SIGKILL
@@ -88,6 +94,8 @@ class Sandbox:
         self._ledger = ledger
         self._group = group
         self._vm: QemuHypervisor | None = None
+        self._resizer: Resizer | None = None
+        self._network: Network | None = None
         self._ready: asyncio.Future[Agent] = asyncio.get_running_loop().create_future()
         self._running: asyncio.Task[None] | None = None
         self._requests: set[asyncio.Task[None]] = set()
@@ -225,6 +233,15 @@ class Sandbox:
         self._has_raw_streams = streams is not None
         return streams
 
+    async def follow_network(self) -> None:
+        """Give the machine what came to its network namespace meanwhile, as some put it there before a start.
+
+        :raises ShimError: if it cannot have it.
+        """
+        await self.agent()
+        if self._network is not None:
+            await self._network.rescan()
+
     async def create(
         self, container_id: str, *, bundle: Path, rootfs: Iterable[Mount], stdio: Stdio
     ) -> Container:
@@ -253,6 +270,33 @@ class Sandbox:
         """Let go of a container: nothing of it is left, or its creation failed."""
         self.containers.pop(container_id, None)
         self._ledger.deleted(container_id)
+        if self.containers:  # the machine of the last one goes as a whole
+            self.spawn(self._shrink_if_alive(), name="shrink")
+
+    async def grow(self) -> None:
+        """Make the machine large enough for its containers.
+
+        :raises ResourceExhausted: if it cannot be done.
+        """
+        agent = await self.agent()
+        if self._resizer is not None:
+            await self._resizer.grow(agent, self._live_limits())
+
+    async def shrink(self) -> None:
+        """Take from the machine what its containers have no use for."""
+        agent = await self.agent()
+        if self._resizer is not None:
+            await self._resizer.shrink(agent, self._live_limits())
+
+    async def _shrink_if_alive(self) -> None:
+        try:
+            await self.shrink()
+        except ShimError as error:
+            log.debug("shrink: sandbox %s: %s", self.id, error)
+
+    def _live_limits(self) -> list[Limits]:
+        live = (one for one in self.containers.values() if not one.init.exited.is_set())
+        return [one.limits for one in live if not isinstance(one, PauseContainer)]
 
     def _point_to_state(self, bundle: Path) -> None:
         """Leave in the bundle what ``start`` would have, had it been run for this container."""
@@ -306,6 +350,8 @@ class Sandbox:
             await asyncio.wait({self._running})
         if self._vm is not None:
             await self._vm.stop()
+        if self._network is not None:
+            await self._network.detach()
         mounts.unmount(self._guest_share)
         mounts.unmount(self.share)
 
@@ -379,17 +425,27 @@ class Sandbox:
             log.debug("out of memory: no more reports: %s", error)
 
     async def _boot(self, pod: PodSpec) -> Agent:
-        spec = await self._vm_spec()
+        sizes = plan(self._config.hypervisor, pod.oci)
+        spec = await self._vm_spec(sizes)
+        self._network = network = await Network.open(
+            namespace_of(pod.oci), ledger=self._ledger, queues=spec.vcpus
+        )
+        spec = dataclasses.replace(spec, network_namespace=network.namespace_path)
         timeout_s = self._config.guest.boot_timeout_s
         try:
             async with asyncio.timeout(timeout_s) as limit:
                 if self._doom:
                     raise Unavailable(self._doom)
                 self._vm = vm = QemuHypervisor(spec, on_process=self._record_process)
-                await vm.start(timeout_s=timeout_s)
-                connection = await vm.connect(AGENT_PORT, timeout_s=timeout_s)
+                self._resizer = Resizer(vm, sizes)
+                connection = await _while_preparing(network, _reach(vm, timeout_s=timeout_s))
                 agent = await Agent.over(connection, timeout_s=timeout_s)
-                await agent.create_sandbox(sandbox_id=self.id, hostname=pod.hostname, dns=list(pod.dns))
+                try:
+                    await network.attach(machine=vm, agent=agent)
+                    await agent.create_sandbox(sandbox_id=self.id, hostname=pod.hostname, dns=list(pod.dns))
+                except BaseException:
+                    await agent.aclose()
+                    raise
                 return agent
         except (TimeoutError, DeadlineExceeded) as error:
             if isinstance(error, TimeoutError) and not limit.expired():
@@ -406,7 +462,7 @@ class Sandbox:
             "if the guest is only slow, raise [guest] boot_timeout_s"
         )
 
-    async def _vm_spec(self) -> VmSpec:
+    async def _vm_spec(self, sizes: Plan) -> VmSpec:
         config = self._config
         # Before the first await: containers put their files here while the machine still boots.
         self.share.mkdir(mode=0o700, exist_ok=True)
@@ -428,10 +484,10 @@ class Sandbox:
             initrd=Path(config.guest.initrd),
             kernel_parameters=tuple(config.guest.kernel_parameters.split()),
             accelerator=choice.accelerator,
-            vcpus=config.hypervisor.vcpus,
-            max_vcpus=config.hypervisor.vcpus,
-            memory_bytes=config.hypervisor.memory_mib * MIB,
-            max_memory_bytes=config.hypervisor.memory_mib * MIB,
+            vcpus=sizes.boot.vcpus,
+            max_vcpus=sizes.most.vcpus,
+            memory_bytes=sizes.boot.memory_bytes,
+            max_memory_bytes=sizes.most.memory_bytes,
             share_source=self._guest_share,
             virtiofsd=choice.virtiofsd,
             channel=choice.channel,
@@ -476,3 +532,18 @@ async def _measure(container: Container) -> agent_pb2.StatsContainerResponse | N
     except ShimError as error:
         log.debug("stats: container %s: %s", container.id, error)
         return None
+
+
+async def _reach(vm: QemuHypervisor, *, timeout_s: float) -> socket.socket:
+    await vm.start(timeout_s=timeout_s)
+    return await vm.connect(AGENT_PORT, timeout_s=timeout_s)
+
+
+async def _while_preparing(network: Network, booting: Coroutine[object, object, _T]) -> _T:
+    """Do the namespace's part of the network while the machine boots; a failure of one ends the other."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(network.prepare(), name="network")
+            return await booting
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from shim import kernel
-from shim.errors import DeadlineExceeded, Internal, InvalidArgument
+from shim.errors import Internal, InvalidArgument
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,10 +40,13 @@ def namespace_of(spec: dict[str, Any]) -> WantedNamespace:
     :param spec: the decoded ``config.json``; one that lists no namespace at all gets a new one.
     :raises InvalidArgument: if it asks for the host's, by leaving it out of its namespaces.
     """
-    namespaces = (spec.get("linux") or {}).get("namespaces") or []
+    linux = spec.get("linux")
+    listed = linux.get("namespaces") if isinstance(linux, dict) else None
+    namespaces = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
     for namespace in namespaces:
         if namespace.get("type") == "network":
-            return WantedNamespace(Path(path) if (path := namespace.get("path")) else None)
+            path = namespace.get("path")
+            return WantedNamespace(Path(path) if isinstance(path, str) and path else None)
     if namespaces:
         raise InvalidArgument(
             "spec: linux.namespaces: without network it asks for the host's network, which a machine cannot"
@@ -80,9 +83,10 @@ class NetworkNamespace:
             return cls(await _make(), wanted_path=None)
         try:
             descriptor = os.open(wanted.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a path can have what no file's name has
+            reason = error.strerror if isinstance(error, OSError) else error
             raise InvalidArgument(
-                f"network: namespace {wanted.path}: {error.strerror}; make it before the container"
+                f"network: namespace {wanted.path}: {reason}; make it before the container"
             ) from error
         if os.path.samestat(os.fstat(descriptor), os.stat("/proc/self/ns/net")):  # noqa: PTH116 - as its pair
             os.close(descriptor)
@@ -107,14 +111,13 @@ class NetworkNamespace:
 
         :param job: it is carried to its end even if the caller goes away.
         :returns: what the job returns; what it raises is raised.
-        :raises DeadlineExceeded: if it takes too long; it may still take effect.
-        :raises Internal: if the namespace cannot be entered.
+        :raises Internal: if the namespace cannot be entered, or the job takes too long.
         """
         try:
             async with asyncio.timeout(JOB_TIMEOUT_S):
                 return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._executor, job))
         except TimeoutError:
-            raise DeadlineExceeded(
+            raise Internal(
                 f"network: the kernel did not answer within {JOB_TIMEOUT_S:g} s; look for what holds its lock"
             ) from None
         except BrokenExecutor as error:

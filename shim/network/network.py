@@ -11,22 +11,24 @@ import logging
 import os
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from hypervisor import HypervisorError, Nic
 from shim.errors import Internal, ShimError, Unavailable
 from shim.network import messages
 from shim.network.ingress import remove_ingress
+from shim.network.namespace import NetworkNamespace
 from shim.network.plan import Neighbour, NetworkPlan
 from shim.network.redirect import connect, scan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from hypervisor import Hypervisor
     from shim.agent import Agent
     from shim.ledger import Ledger
-    from shim.network.namespace import NetworkNamespace
+    from shim.network.namespace import WantedNamespace
     from shim.network.plan import Endpoint
 
 log = logging.getLogger(__name__)
@@ -85,6 +87,19 @@ class Network:
         self._agent: Agent | None = None
         self._lock = asyncio.Lock()
 
+    @classmethod
+    async def open(cls, wanted: WantedNamespace, *, ledger: Ledger, queues: int) -> Self:
+        """Open the namespace that is wanted, or make it; nothing in it is changed.
+
+        :raises ShimError: if there is none, or it is the host's.
+        """
+        return cls(await NetworkNamespace.open(wanted), ledger=ledger, queues=queues)
+
+    @property
+    def namespace_path(self) -> Path:
+        """Where the machine's process enters the namespace."""
+        return self._namespace.path
+
     async def prepare(self) -> None:
         """Find the interfaces and connect each to a tap; the machine may boot meanwhile.
 
@@ -134,10 +149,11 @@ class Network:
             self._plan = plan
 
     async def detach(self) -> None:
-        """Leave the namespace as it was, now that the machine is gone; doing it again is harmless."""
+        """Leave the namespace, as it was, now that the machine is gone; for once and all."""
         async with self._lock:
             self._machine = None
             await self._remove(self._connections.values())
+            self._namespace.close()
 
     async def _connect(self, endpoints: Iterable[Endpoint]) -> list[_Connection]:
         made: list[_Connection] = []

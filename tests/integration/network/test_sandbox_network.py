@@ -85,13 +85,11 @@ def machine():
 
 @contextlib.asynccontextmanager
 async def network_of(pod: Space, ledger: Ledger, *, queues: int = 1) -> AsyncIterator[Network]:
-    namespace = await NetworkNamespace.open(WantedNamespace(pod.path))
-    network = Network(namespace, ledger=ledger, queues=queues)
+    network = await Network.open(WantedNamespace(pod.path), ledger=ledger, queues=queues)
     try:
         yield network
     finally:
         await network.detach()
-        namespace.close()
 
 
 async def attach(network: Network, machine: Any) -> None:
@@ -342,12 +340,11 @@ async def test_after_a_crash_the_ledger_gives_the_namespace_back(
 ):
     before = pod.configuration()
     ledger = Ledger(str(state_directory), create=True)
-    namespace = await NetworkNamespace.open(WantedNamespace(pod.path))
-    network = Network(namespace, ledger=ledger, queues=1)
+    network = await Network.open(WantedNamespace(pod.path), ledger=ledger, queues=1)
     await attach(network, machine)
     machine.die()
     ledger.close()
-    namespace.close()
+    network._namespace.close()
     assert "ingress" in pod.run("tc", "qdisc")
 
     after = Ledger(str(state_directory))
