@@ -17,7 +17,7 @@ from shim.ledger import Ledger
 from shim.network.namespace import NetworkNamespace, WantedNamespace
 from shim.network.network import Network
 from shim.network.tap import open_tap
-from tests.integration.network.conftest import Space, add_cable
+from tests.network_space import Space, add_cable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -118,23 +118,13 @@ async def test_the_machine_gets_a_card_for_the_interface_and_the_guest_its_confi
 
 
 @contextlib.asynccontextmanager
-async def inside(space: Space) -> AsyncIterator[NetworkNamespace]:
-    namespace = await NetworkNamespace.open(WantedNamespace(space.path))
-    try:
-        yield namespace
-    finally:
-        namespace.close()
-
-
-@contextlib.asynccontextmanager
 async def far_end(kind: str, pod: Space, outside: Space) -> AsyncIterator[tuple[int, int]]:
     """Give the pod one interface, and open what is at the other end of it.
 
     :returns: a descriptor to read and write frames, and how many bytes precede each.
     """
     if kind == "tap":
-        async with inside(pod) as namespace:
-            [descriptor] = await namespace.run(lambda: open_tap("net1", queues=1))
+        [descriptor] = pod.inside(lambda: open_tap("net1", queues=1))
         pod.ip("link set net1 addrgenmode none up")
         yield descriptor, len(HEADER)
         os.close(descriptor)
@@ -155,9 +145,8 @@ async def far_end(kind: str, pod: Space, outside: Space) -> AsyncIterator[tuple[
         opened.bind(("far", ETHERTYPE))
         return opened
 
-    async with inside(outside) as namespace:
-        with await namespace.run(capture) as opened:
-            yield opened.fileno(), 0
+    with outside.inside(capture) as opened:
+        yield opened.fileno(), 0
 
 
 async def receive(*descriptors: int) -> bytes:
