@@ -6,6 +6,8 @@ from hypervisor.errors import (
     HotplugError,
     HypervisorError,
     QmpError,
+    ResizeError,
+    ResizeRefusedError,
     UnsupportedHostError,
     VmStartError,
 )
@@ -41,6 +43,8 @@ __all__ = [
     "Nic",
     "QemuHypervisor",
     "QmpError",
+    "ResizeError",
+    "ResizeRefusedError",
     "UnsupportedHostError",
     "Verdict",
     "VmExit",

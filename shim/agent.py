@@ -144,6 +144,15 @@ class Agent:
         """Fix the hardware addresses of neighbours."""
         await self._call("AddARPNeighbors", agent_pb2.AddARPNeighborsRequest(neighbors=neighbors), Empty)
 
+    async def use_cpus(self, count: int) -> None:
+        """Let the guest use so many processors, and wait until it does."""
+        request = agent_pb2.OnlineCPUMemRequest(wait=True, nb_cpus=count, cpu_only=True)
+        await self._call("OnlineCPUMem", request, Empty)
+
+    async def online_memory(self) -> None:
+        """Make the guest ready for memory that is about to be added."""
+        await self._call("OnlineCPUMem", agent_pb2.OnlineCPUMemRequest(wait=True), Empty)
+
     async def create_container(self, request: agent_pb2.CreateContainerRequest) -> None:
         """Create a container up to the point where its init waits to be started."""
         await self._call("CreateContainer", request, Empty)

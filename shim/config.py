@@ -27,8 +27,14 @@ class HypervisorConfig(Record):
     accelerator: str = "auto"
     #: ``auto``, ``vhost-vsock``, ``vhost-user-vsock`` or ``virtio-serial``.
     channel: str = "auto"
+    #: What a machine has for itself; the limits of its containers come on top.
     vcpus: int = 1
     memory_mib: int = 512
+    #: What a machine can have; 0 is what the host has.
+    max_vcpus: int = 0
+    max_memory_mib: int = 0
+    #: Whether a machine keeps the size it starts with.
+    static_sizing: bool = False
     #: Path of the daemon, or ``auto`` to search for it.
     virtiofsd: str = "auto"
     #: Path of the daemon that serves ``vhost-user-vsock``, or ``auto`` to search for it.
@@ -75,7 +81,13 @@ _CHOICES = {
 }
 _PATHS = ("qemu", "virtiofsd", "vsock_daemon", "kernel", "initrd", "state_dir", "log_dir")
 #: Least and most that can be meant: 255 is as many as q35 numbers without an IOMMU, 16 TiB more than it maps.
-_RANGES = {"vcpus": (1, 255), "memory_mib": (128, 1 << 24), "boot_timeout_s": (1, 3600)}
+_RANGES = {
+    "vcpus": (1, 255),
+    "memory_mib": (128, 1 << 24),
+    "max_vcpus": (0, 255),
+    "max_memory_mib": (0, 1 << 24),
+    "boot_timeout_s": (1, 3600),
+}
 
 
 class ConfigText(Record):

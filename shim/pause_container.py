@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from proto.containerd.types_pb2 import Mount
-    from proto.kata import agent_pb2, oci_pb2
+    from proto.kata import agent_pb2
     from shim.process import Process
     from shim.stdio import Stdio
 
@@ -49,7 +49,7 @@ class PauseContainer(Container):
     async def _thaw(self) -> None:
         return
 
-    async def update(self, resources: oci_pb2.LinuxResources) -> None:
+    async def update(self, resources: dict[str, Any]) -> None:
         """Take note of nothing: limits are the containers' own."""
 
     async def stats(self) -> agent_pb2.StatsContainerResponse:

@@ -14,7 +14,6 @@ from shim.errors import InvalidArgument
 from shim.events import pack
 from shim.grouping import check_identifier
 from shim.metrics import host_has_cgroup_v2, to_metrics
-from shim.oci import translate_resources
 from shim.process import Process, State
 from shim.refusal import Refusal
 from shim.stdio import Stdio
@@ -146,7 +145,7 @@ class TaskService:
                 f"update: container {request.id}: resources of type {kind!r}; send LinuxResources"
             )
         resources = _json_object(request.resources.value, what=f"update: container {request.id}: resources")
-        await container.update(translate_resources(resources))
+        await container.update(resources)
         return Empty()
 
     async def stats(self, request: task_v3_pb2.StatsRequest) -> task_v3_pb2.StatsResponse:

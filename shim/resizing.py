@@ -1,0 +1,96 @@
+"""Giving a running machine the size that its containers need, and putting it to use in the guest."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from hypervisor import ResizeError, ResizeRefusedError
+from shim.errors import ResourceExhausted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hypervisor import Hypervisor
+    from shim.agent import Agent
+    from shim.sizing import Limits, Plan
+
+log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+
+
+class Resizer:
+    """The size of one machine.
+
+    :param vm: the machine.
+    :param plan: what it started with, and what it may have.
+    """
+
+    def __init__(self, vm: Hypervisor, plan: Plan) -> None:
+        self._vm = vm
+        self._plan = plan
+        self._size = plan.boot
+        self._lock = asyncio.Lock()
+
+    async def grow(self, agent: Agent, live: Iterable[Limits]) -> None:
+        """Make the machine large enough.
+
+        :param agent: its agent.
+        :param live: the limits of each of its containers.
+        :raises ResourceExhausted: if QEMU or the guest cannot.
+        :raises ShimError: if the guest does not put it to use.
+        """
+        wanted = self._plan.wanted(live)
+        async with self._lock:
+            try:
+                if wanted.vcpus > self._size.vcpus:
+                    await self._set_vcpus(agent, wanted.vcpus)
+                if wanted.memory_bytes > self._size.memory_bytes:
+                    await agent.online_memory()
+                    await self._set_memory(wanted.memory_bytes)
+            except ResizeError as error:
+                raise ResourceExhausted(str(error)) from error
+
+    async def shrink(self, agent: Agent, live: Iterable[Limits]) -> None:
+        """Make the machine no larger than it must be; what the guest does not give back is logged.
+
+        :param agent: its agent.
+        :param live: the limits of each of its containers.
+        :raises ShimError: if the guest does not answer.
+        """
+        wanted = self._plan.wanted(live)
+        async with self._lock:
+            try:
+                if wanted.vcpus < self._size.vcpus:
+                    await self._set_vcpus(agent, wanted.vcpus)
+            except ResizeError as error:
+                log.warning("%s", error)
+            try:
+                if wanted.memory_bytes < self._size.memory_bytes:
+                    await self._set_memory(wanted.memory_bytes)
+            except ResizeError as error:
+                log.warning("%s", error)
+
+    async def _set_vcpus(self, agent: Agent, count: int) -> None:
+        is_more = count > self._size.vcpus
+        try:
+            reached = await self._vm.resize_vcpus(count)
+        except ResizeRefusedError as error:
+            self._size = replace(self._size, vcpus=error.reached)
+            raise
+        if is_more or reached > count:
+            await agent.use_cpus(count)
+        self._size = replace(self._size, vcpus=count)
+        log.info("resize: %d vCPUs in use of %d", count, reached)
+
+    async def _set_memory(self, size: int) -> None:
+        try:
+            reached = await self._vm.resize_memory(size)
+        except ResizeRefusedError as error:
+            self._size = replace(self._size, memory_bytes=error.reached)
+            raise
+        self._size = replace(self._size, memory_bytes=size)
+        log.info("resize: %d MiB of memory", reached // MIB)
