@@ -48,8 +48,10 @@ APPLETS = [
     "sh",
     "sha256sum",
     "sleep",
+    "sort",
     "stat",
     "stty",
+    "true",
 ]
 
 

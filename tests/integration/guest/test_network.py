@@ -76,6 +76,8 @@ class Pod:
         self.machine.make_rootfs(name)
         whole = spec(name, process("sh", "-c", " ".join(("exec 2>&1;", *args))))
         whole.Linux.Sysctl.update(sysctl or {})
+        # The guest's own file, as no other is given.
+        whole.Mounts.add(destination="/etc/resolv.conf", source="/etc/resolv.conf", options=["bind", "ro"])
         for capabilities in ("Bounding", "Effective", "Permitted"):
             getattr(whole.Process.Capabilities, capabilities).append("CAP_NET_RAW")
         container = Life(self.machine, name)
@@ -210,13 +212,16 @@ def test_containers_share_the_machine_s_network(network: Pod) -> None:
         # A name that is also a directory's of the protocol.
         "shared",
         "ls /sys/class/net; cat /sys/class/net/eth0/mtu /proc/sys/net/ipv4/conf/eth0/accept_local;",
-        "cat /proc/sys/net/ipv4/ip_unprivileged_port_start; ip neigh show nud permanent | cut -d' ' -f1-5",
+        "cat /proc/sys/net/ipv4/ip_unprivileged_port_start; ip neigh show nud permanent | cut -d' ' -f1-5;",
+        # The flags: permanent, no detection of duplicates; none is tentative (0x40).
+        "grep eth0 /proc/net/if_inet6 | cut -d' ' -f5 | sort; cat /etc/resolv.conf",
         sysctl={"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.conf.eth0.accept_local": "1"},
     )
     assert output.splitlines() == [
         *("eth0", "lo", "1400", "1", "0"),
         "192.0.2.9 dev eth0 lladdr 02:00:00:00:00:99",
         "2001:db8::9 dev eth0 lladdr 02:00:00:00:00:99",
+        *("80", "82", "nameserver 192.0.2.1"),
     ]
 
 

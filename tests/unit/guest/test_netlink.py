@@ -18,6 +18,7 @@ from guest.image import schema
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 CODEC = Codec(schema.messages())
 INDEXES = {"eth0": 2, "eth1": 3}
@@ -274,7 +275,9 @@ class Recorder:
             raise OSError(self.refused[body], "refused")
         self.changes.append((kind, body))
 
-    def dump(self, _kind: int, _body: bytes, **_decode: object) -> list[rtnetlink.Link]:
+    def dump(self, kind: int, _body: bytes, **_decode: object) -> list[rtnetlink.Link]:
+        if kind != rtnetlink.RTM_GETLINK:
+            return []
         return [
             rtnetlink.Link(index=index, name=name, mac=MAC, mtu=1500, flags=0)
             for name, index in INDEXES.items()
@@ -317,3 +320,21 @@ def test_a_set_of_routes_with_a_bad_one_changes_nothing(recorder: Recorder) -> N
     with pytest.raises(InvalidArgument):
         network.Network(CODEC).update_routes([wanted(dest="10.9.0.0/16"), wanted(dest="nonsense")])
     assert recorder.changes == []
+
+
+@pytest.mark.parametrize(("disabled", "kept"), [("0\n", [ADDRESS_V4, ADDRESS_V6]), ("1\n", [ADDRESS_V4])])
+def test_ipv6_is_left_out_where_the_guest_has_none(
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disabled: str, kept: list[bytes]
+) -> None:
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all/disable_ipv6").write_text(disabled)
+    monkeypatch.setattr(network, "_IPV6_SETTINGS", str(tmp_path))
+    monkeypatch.setattr(network.modules, "load", lambda _name: True)
+    monkeypatch.setattr(network, "log", lambda _line: None)
+    asked = [
+        CODEC.new("types.IPAddress", address="192.0.2.2", mask="24"),
+        CODEC.new("types.IPAddress", address="2001:db8::2", mask="64", family=1),
+    ]
+    interface = CODEC.new("types.Interface", name="eth0", hwAddr=MAC.hex(":"), mtu=1500, IPAddresses=asked)
+    network.Network(CODEC).update_interface(interface)
+    assert [body for kind, body in recorder.changes if kind == rtnetlink.RTM_NEWADDR] == kept
