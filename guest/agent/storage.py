@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 
 from guest.agent import files, kernel, modules, uevent, watch
+from guest.agent.console import log
 from guest.agent.errors import AgentError
 
 TYPE_CHECKING = False
@@ -46,6 +48,7 @@ _NOT_FOR_THE_KERNEL = frozenset(
 _OWNER = "fsgid="
 _SETGID = 0o2000
 _GROUP_ON_MISMATCH = 1
+_CLOSING_TIMEOUT_S, _CLOSING_INTERVAL_S = 3.0, 0.005
 
 DRIVERS = ("virtio-fs", "blk", "mmioblk", "ephemeral", "local", "overlayfs", "bind", "watchable-bind")
 
@@ -91,8 +94,9 @@ def _make(storage: Message) -> Callable[[], None] | None:
             _mount(storage, storage.source)
             return lambda: kernel.unmount(storage.mount_point, flags=kernel.MNT_DETACH)
         case "blk" | "mmioblk":
-            _mount(storage, uevent.disk(storage.source))
-            return lambda: _unmount_disk(storage.mount_point)
+            node = uevent.disk(storage.source)
+            _mount(storage, node)
+            return lambda: _unmount_disk(storage.mount_point, node)
         case "watchable-bind":
             return watch.add(storage.source, storage.mount_point)
         case "ephemeral":
@@ -144,8 +148,8 @@ def _mount(storage: Message, source: str) -> None:
         kernel.mount("", target, flags=flags & ~kernel.MS_REC | kernel.MS_REMOUNT)
 
 
-def _unmount_disk(mount_point: str) -> None:
-    """Unmount a disk with everything written: it may be unplugged at once."""
+def _unmount_disk(mount_point: str, node: str) -> None:
+    """Unmount a disk and wait until the kernel has closed it: it may be unplugged at once."""
     kernel.sync_filesystem(mount_point)
     try:
         kernel.unmount(mount_point)
@@ -153,6 +157,22 @@ def _unmount_disk(mount_point: str) -> None:
         if error.errno != errno.EBUSY:
             raise
         kernel.unmount(mount_point, flags=kernel.MNT_DETACH)
+    deadline = time.monotonic() + _CLOSING_TIMEOUT_S
+    # The mounts of containers that have just ended go a moment later, and nothing announces that.
+    while _is_in_use(node):
+        if time.monotonic() > deadline:
+            log(f"storage: {mount_point}: {node} is still in use; unplugging it may lose data")
+            return
+        time.sleep(_CLOSING_INTERVAL_S)
+
+
+def _is_in_use(node: str) -> bool:
+    """Tell whether a disk is mounted anywhere, see O_EXCL in open(2)."""
+    try:
+        os.close(os.open(node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
 
 
 def _make_local(path: str, options: list[str]) -> None:

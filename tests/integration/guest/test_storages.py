@@ -112,20 +112,34 @@ def volume_bytes(machine: GuestMachine, volume: str) -> int:
     return total
 
 
-def test_a_disk_is_the_root(machine: GuestMachine, new_container: Callable[[], Life], tmp_path: Path) -> None:
-    container = new_container()
+def test_a_disk_that_comes_late_is_the_root(
+    machine: GuestMachine, new_container: Callable[[], Life], tmp_path: Path
+) -> None:
+    container, port = new_container(), 0x12
     disk = make_disk(tmp_path / "root", "ext4", size_mib=32, content=machine.share / container.id / "rootfs")
     root = f"/run/kata-containers/{container.id}/rootfs"
-    storage = Storage(
-        driver="blk", source=machine.plug_disk(disk, port=0x12), fstype="ext4", mount_point=root
-    )
     whole = spec(container.id, process("sh", "-c", "echo kept > /kept; grep ' / ' /proc/mounts"))
     whole.Root.Path = root
-    container.create_from(whole, storages=[storage])
+    storage = Storage(driver="blk", source=f"{port:02x}/00", fstype="ext4", mount_point=root)
+    request = agent_pb2.CreateContainerRequest(
+        container_id=container.id, exec_id=container.id, OCI=whole, storages=[storage]
+    )
+    creation = machine.client.begin("CreateContainer", request)
+    with pytest.raises(TimeoutError):
+        machine.client.answer(creation, timeout_s=0.5)
+    # Others do not wait for it.
+    quick = new_container()
+    quick.run("true")
+    assert quick.wait() == 0
+    assert machine.plug_disk(disk, port=port) == storage.source
+    machine.client.answer(creation, timeout_s=20)
+    container.created = True
     container.start()
     assert b" / ext4 rw," in container.read_all()
     assert container.wait() == 0
     container.remove()
+    machine.unplug_disk(port=port)
+    subprocess.run(["/usr/sbin/e2fsck", "-fn", str(disk)], check=True, capture_output=True, timeout=60)
     shown = subprocess.run(
         ["/usr/sbin/debugfs", "-R", "cat /kept", str(disk)], check=True, capture_output=True, timeout=20
     )
@@ -163,6 +177,7 @@ def test_a_disk_is_a_device_of_one_container_alone(
     other.start()
     assert other.read_all() == b"made\n"
     assert b"Operation not permitted" in other.read_all("ReadStderr")
+    other.remove()
     missing = agent_pb2.Device(type="blk", id="13/00", container_path="/dev/other")
     with pytest.raises(StatusError, match="/dev/other: not among the specification's devices"):
         new_container().create_from(spec("c-missing", process("true")), devices=[missing])
