@@ -122,7 +122,7 @@ class Container:
             self._show_rootfs(rootfs)
             agent = await self._sandbox.agent()
             translation = translate(
-                self.spec,
+                self._sandbox.complete(self.spec),
                 container_id=self.id,
                 terminal=self.init.stdio.terminal,
                 seccomp=agent.supports_seccomp,

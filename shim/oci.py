@@ -56,12 +56,16 @@ def translate(spec: dict[str, Any], *, container_id: str, terminal: bool, seccom
     :param seccomp: whether the guest can apply a profile; if not, the profile is left out.
     :raises InvalidArgument: if the specification is malformed or asks for what a guest cannot give.
     """
-    with _refusing_malformed(f"config.json of {container_id}"):
+    with refusing_malformed(f"config.json of {container_id}"):
         return _translate(spec, container_id=container_id, terminal=terminal, seccomp=seccomp)
 
 
 @contextmanager
-def _refusing_malformed(what: str) -> Iterator[None]:
+def refusing_malformed(what: str) -> Iterator[None]:
+    """Turn what reading JSON of the wrong shape raises into a refusal.
+
+    :param what: how the message begins.
+    """
     try:
         yield
     except (TypeError, AttributeError, KeyError, ValueError, OverflowError) as error:
@@ -102,7 +106,7 @@ def translate_process(process: dict[str, Any], *, terminal: bool) -> oci_pb2.Pro
     # Present even when empty: an agent reads an absent message as "as the container has".
     message.Capabilities.SetInParent()
     message.User.SetInParent()
-    with _refusing_malformed("process"):
+    with refusing_malformed("process"):
         if not process.get("args"):
             raise InvalidArgument("process: args is empty; name the program to run")
         copy({"cwd": "/", **process, "terminal": terminal}, message, path="process")
@@ -115,7 +119,7 @@ def translate_resources(resources: dict[str, Any]) -> oci_pb2.LinuxResources:
     :raises InvalidArgument: if they are malformed, or one of them is refused.
     """
     message = oci_pb2.LinuxResources()
-    with _refusing_malformed("resources"):
+    with refusing_malformed("resources"):
         copy(_resources(resources, annotations={}), message, path="linux.resources")
     return message
 

@@ -1,6 +1,7 @@
-"""What a sandbox is made after: its containers' specification, or Kubernetes' description of a pod.
+"""What a sandbox is made after: its first container's specification, or Kubernetes' description of a pod.
 
-Pure but for two files: the bundle's ``config.json``, and the ``resolv.conf`` that it names.
+containerd prepares the files of a pod in ``/etc`` for containers of its own sandboxes; where it leaves the
+sandbox to the shim, it leaves those to it as well.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _RESOLV_CONF = "/etc/resolv.conf"
+_SHM = "/dev/shm"  # noqa: S108 - a path of the container's, not a file of ours
 _MAX_RESOLV_CONF_BYTES = 64 * 1024  # resolv.conf(5) of a pod has at most 3 + 32 names
 # The annotations under which containerd's CRI gives a pause container the sizes of its pod.
 _SIZES = {
@@ -38,12 +40,14 @@ class PodSpec:
 
     :param hostname: the name of the machine; empty leaves it unnamed.
     :param dns: lines of resolv.conf.
+    :param sysctls: kernel parameters of the whole pod, which its containers' specifications do not repeat.
     :param oci: an OCI specification: the bundle's, or what Kubernetes' description says as one. It has the
         network namespace among ``linux.namespaces``, and sizes of the pod among ``annotations``.
     """
 
     hostname: str
     dns: tuple[str, ...]
+    sysctls: dict[str, str]
     oci: dict[str, Any]
 
 
@@ -59,7 +63,14 @@ def from_oci(spec: dict[str, Any]) -> PodSpec:
     :param spec: the decoded ``config.json``.
     """
     hostname = spec.get("hostname")
-    return PodSpec(hostname=hostname if isinstance(hostname, str) else "", dns=_resolvers(spec), oci=spec)
+    linux = spec.get("linux")
+    sysctls = linux.get("sysctl") if is_pause(spec) and isinstance(linux, dict) else None
+    return PodSpec(
+        hostname=hostname if isinstance(hostname, str) else "",
+        dns=_resolvers(spec),
+        sysctls=sysctls if isinstance(sysctls, dict) else {},
+        oci=spec,
+    )
 
 
 def from_request(options: AnyMessage, *, network_namespace: str) -> PodSpec:
@@ -91,16 +102,72 @@ def from_request(options: AnyMessage, *, network_namespace: str) -> PodSpec:
     return PodSpec(
         hostname=config.hostname,
         dns=(
-            *(f"nameserver {server}" for server in dns.servers),
             *([f"search {' '.join(dns.searches)}"] if dns.searches else []),
+            *(f"nameserver {server}" for server in dns.servers),
             *([f"options {' '.join(dns.options)}"] if dns.options else []),
         ),
+        sysctls=dict(config.linux.sysctls),
         oci={
             "hostname": config.hostname,
             "annotations": {**config.annotations, **sizes},
             "linux": {"namespaces": namespaces},
         },
     )
+
+
+def write_files(pod: PodSpec, directory: Path) -> None:
+    """Write the files that :func:`with_files` mounts.
+
+    :param pod: the pod.
+    :param directory: where; it does not exist yet.
+    :raises OSError: if it cannot be written.
+    """
+    directory.mkdir(mode=0o711)
+    for name, lines in (
+        ("hostname", [pod.hostname]),
+        ("hosts", ["127.0.0.1 localhost", "::1 localhost ip6-localhost ip6-loopback"]),
+        ("resolv.conf", pod.dns),
+    ):
+        (directory / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def with_files(spec: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Give a container the files of its pod in ``/etc``, and the pod's shared memory if it shares its IPC.
+
+    :param spec: the decoded ``config.json``; what it mounts itself stays.
+    :param directory: what :func:`write_files` has filled.
+    """
+    mounts = list(spec.get("mounts") or [])
+    namespaces = (spec.get("linux") or {}).get("namespaces") or []
+    if any(one.get("type") == "ipc" and one.get("path") for one in namespaces):
+        mounts = [
+            {**entry, "type": "bind", "source": _SHM, "options": ["rbind"]}
+            if entry.get("destination") == _SHM
+            else entry
+            for entry in mounts
+        ]
+    taken = {entry.get("destination") for entry in mounts}
+    for name in ("hostname", "hosts", "resolv.conf"):
+        if f"/etc/{name}" not in taken:
+            mounts.append(
+                {
+                    "destination": f"/etc/{name}",
+                    "type": "bind",
+                    "source": str(directory / name),
+                    "options": ["rbind", "ro"],
+                }
+            )
+    return {**spec, "mounts": mounts}
+
+
+def with_sysctls(spec: dict[str, Any], sysctls: dict[str, str]) -> dict[str, Any]:
+    """Give a container the kernel parameters of its pod; its own win.
+
+    :param spec: the decoded ``config.json``.
+    :param sysctls: the pod's.
+    """
+    linux = spec.get("linux") or {}
+    return {**spec, "linux": {**linux, "sysctl": {**sysctls, **(linux.get("sysctl") or {})}}}
 
 
 def _resolvers(spec: dict[str, Any]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import logging
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hypervisor import AGENT_PORT, Channel, HypervisorError, QemuHypervisor, VmSpec
 from proto.containerd import events_pb2
@@ -32,8 +32,9 @@ from shim.errors import (
 from shim.host import resolve
 from shim.network.namespace import namespace_of
 from shim.network.network import Network
+from shim.oci import refusing_malformed
 from shim.pause_container import PauseContainer
-from shim.pod import is_pause
+from shim.pod import is_pause, with_files, with_sysctls, write_files
 from shim.resizing import Resizer
 from shim.sizing import plan
 from shim.transfer import RawStreams
@@ -88,6 +89,8 @@ class Sandbox:
         self.containers: dict[str, Container] = {}
         self.share = Path(record.state_directory) / "share"
         self._guest_share = Path(record.state_directory) / "guest-share"
+        self._files = Path(record.state_directory) / "etc"
+        self._pod: PodSpec | None = None
         self._record = record
         self._config = config
         self._publisher = publisher
@@ -190,7 +193,32 @@ class Sandbox:
 
         :param pod: what it is for.
         """
+        self._pod = pod
         self._running = self._group.create_task(self._live(pod), name="sandbox")
+
+    def hold(self, pod: PodSpec) -> None:
+        """Let containerd's sandbox service have the machine, and begin to boot it unless it does already.
+
+        :param pod: what it is for.
+        :raises Internal: if the files of the pod cannot be written.
+        """
+        try:
+            write_files(pod, self._files)
+        except OSError as error:
+            raise Internal(f"create: {error.filename}: {error.strerror}; look at the host") from error
+        self.held = True
+        if not self.is_started:
+            self.start(pod)
+
+    def complete(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """Add to a container's specification what it shares with its pod.
+
+        :raises InvalidArgument: if the specification is malformed.
+        """
+        with refusing_malformed("config.json"):
+            if self._pod is not None and self._pod.sysctls:
+                spec = with_sysctls(spec, self._pod.sysctls)
+            return with_files(spec, self._files) if self.held else spec
 
     async def agent(self) -> Agent:
         """Wait for the machine to be up.

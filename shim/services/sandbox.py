@@ -43,9 +43,7 @@ class SandboxService:
         if self._sandbox.ended.is_set():
             raise FailedPrecondition(f"create: {self._sandbox.reason_of_end}")
         description = pod.from_request(request.options, network_namespace=request.netns_path)
-        self._sandbox.held = True
-        if not self._sandbox.is_started:
-            self._sandbox.start(description)
+        self._sandbox.hold(description)
         return api.CreateSandboxResponse()
 
     async def start_sandbox(self, request: api.StartSandboxRequest) -> api.StartSandboxResponse:
@@ -87,9 +85,12 @@ class SandboxService:
             exited_at=to_timestamp(sandbox.ended_at_s),
         )
         if request.verbose:
-            response.info["info"] = json.dumps(
-                {"stateDirectory": str(sandbox.share.parent), "reason": sandbox.reason_of_end}
-            )
+            details = {
+                "pid": sandbox.pid,
+                "stateDirectory": str(sandbox.share.parent),
+                "reason": sandbox.reason_of_end,
+            }
+            response.info["info"] = json.dumps(details)
         return response
 
     async def ping_sandbox(self, request: api.PingRequest) -> api.PingResponse:
