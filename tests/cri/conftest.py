@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +13,12 @@ import pytest
 from tests.cri import image
 from tests.cri.pods import Container, Pod, remove_all, run_pod
 from tests.cri.stack import Kind, Stack, opened_stack
-from tests.e2e import census
 from tests.e2e.containerd import RELEASES
 from tests.e2e.nursery import Nursery
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-CLONE_FS = 0x00000200
-CLONE_NEWNS = 0x00020000
 PORT = 7000
 KINDS = [
     *(Kind(release=release, sandboxer="podsandbox") for release in RELEASES),
@@ -38,46 +32,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="package")
-def private_mounts() -> Iterator[None]:
-    """Give the tests a mount namespace of their own while they run, so that every mount in it is theirs.
-
-    Its root is shared, as on a host with systemd. What others mount for a while is out of sight, so that
-    its end is not taken for a loss.
-    """
-    libc, here = ctypes.CDLL(None, use_errno=True), Path.cwd()
-    with Path("/proc/thread-self/ns/mnt").open("rb") as before:
-        if libc.unshare(CLONE_NEWNS) != 0:
-            raise OSError(ctypes.get_errno(), "unshare: a mount namespace: the tests need root")
-        private = ("/run/containerd", "/run/hako", "/run/netns", "/var/lib/cni")
-        for directory in private:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-        subprocess.run(["/usr/bin/mount", "--make-rprivate", "/"], check=True)
-        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
-        for point in reversed([line.split()[4] for line in mounts]):
-            if point.startswith(("/run/netns/", "/tmp/")):
-                subprocess.run(["/usr/bin/umount", "--lazy", point], check=True)
-        for directory in private:
-            argv = ["/usr/bin/mount", "-t", "tmpfs", "hako-cri", directory]
-            subprocess.run(argv, check=True)
-        subprocess.run(["/usr/bin/mount", "--make-rshared", "/"], check=True)
-        for directory in census.SHARED_DIRECTORIES:
-            directory.mkdir(mode=0o700, exist_ok=True)
-        yield
-        # A thread may change to another mount namespace only while it shares its root with no other one.
-        if libc.unshare(CLONE_FS) != 0 or libc.setns(before.fileno(), CLONE_NEWNS) != 0:
-            raise OSError(ctypes.get_errno(), "setns: the mounts from before the tests")
-        os.chdir(here)
-
-
-@pytest.fixture(scope="package")
-def home(private_mounts: None) -> Iterator[Path]:
+def home(private_machine: None) -> Iterator[Path]:
     """A directory with a path short enough for the sockets below it."""
     with tempfile.TemporaryDirectory(prefix="hako-cri-", ignore_cleanup_errors=True) as directory:
         yield Path(directory)
 
 
 @pytest.fixture(scope="package")
-def nursery(private_mounts: None) -> Iterator[Nursery]:
+def nursery(private_machine: None) -> Iterator[Nursery]:
     """The ancestor of every process that the tests start through containerd."""
     with Nursery() as opened:
         yield opened

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from tests.cri import image
 from tests.cri.client import Cri
 from tests.e2e import census
-from tests.e2e.containerd import UNNEEDED_PLUGINS, Containerd, running
+from tests.e2e.containerd import NAMESPACE, UNNEEDED_PLUGINS, Containerd, running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NETWORK_PLUGINS = Path("/usr/lib/cni")
 NETWORK_RESULTS = Path("/var/lib/cni")
 GATEWAYS = ("10.88.0.1", "fd00:88::1")
-CGROUP_PARENT = "/hako-e2e"
+CGROUP_PARENT = f"/{NAMESPACE}"
 CLONE_NEWNET = 0x40000000
 IMAGES_TIMEOUT_S = 10.0
 

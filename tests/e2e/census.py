@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.e2e.containerd import NAMESPACE
+from tests.e2e.containerd import CGROUPS, NAMESPACE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from tests.e2e.containerd import Containerd
 
 SHARED_DIRECTORIES = (Path("/run/containerd/s"), Path("/run/containerd/fifo"), Path("/run/hako"))
-CGROUPS = Path("/sys/fs/cgroup")
 SETTLE_S = 8.0
 """How long containerd may take to finish what it does after it has answered."""
 
@@ -34,7 +34,7 @@ def take(daemon: Containerd, *, state_directory: Path) -> frozenset[str]:
             *_cgroups(),
             *(f"network device {device.name}" for device in Path("/sys/class/net").iterdir()),
             *(f"network namespace {path.name}" for path in Path("/run/netns").glob("*")),
-            *(f"loop device {device.parent.name}" for device in Path("/sys/block").glob("loop*/loop")),
+            *_loop_devices(daemon),
             *(f"container {name}" for name in daemon.containers()),
             *(f"snapshot {name}" for name in daemon.active_snapshots()),
         ]
@@ -82,8 +82,17 @@ def _files(daemon: Containerd, state_directory: Path) -> Iterator[str]:
             yield from (f"file {directory}/{name}" for name in [*names, *files])
 
 
+def _loop_devices(daemon: Containerd) -> Iterator[str]:
+    # They are the whole machine's: another lane's are over files in another directory.
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):  # detached meanwhile
+            path = backing.read_text(encoding="utf-8").strip()
+            if daemon.home.parent in Path(path).parents:
+                yield f"loop device over {path}"
+
+
 def _cgroups() -> Iterator[str]:
+    # They are the whole machine's, so that only those below this lane's count.
     for directory, _, _ in os.walk(CGROUPS):
-        # The parent that containers share is made once and stays, as under every runtime.
-        if "hako" in directory and not directory.endswith(f"/{NAMESPACE}"):
+        if f"/{NAMESPACE}/" in directory:
             yield f"cgroup {directory}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import os
 import subprocess
@@ -21,7 +20,6 @@ from tests.e2e.nursery import Nursery
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CLONE_NEWNS = 0x00020000
 HAKO = "io.containerd.hako.v2"
 
 
@@ -93,37 +91,14 @@ def pytest_report_header() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def private_mounts() -> None:
-    """Give the tests a mount namespace of their own, so that every mount in it is theirs.
-
-    Its root is shared, as on a host with systemd. A fresh ``/run/containerd`` keeps the sockets and FIFOs of
-    other containerds out of sight.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(CLONE_NEWNS) != 0:
-        raise OSError(ctypes.get_errno(), "unshare: a mount namespace: the tests need root")
-    for directory in ("/run/containerd", "/run/hako"):
-        Path(directory).mkdir(parents=True, exist_ok=True)
-    for arguments in (
-        ["--make-rprivate", "/"],
-        ["-t", "tmpfs", "hako-e2e", "/run/containerd"],
-        ["-t", "tmpfs", "hako-e2e", "/run/hako"],
-        ["--make-rshared", "/"],
-    ):
-        subprocess.run(["/usr/bin/mount", *arguments], check=True)
-    for directory in census.SHARED_DIRECTORIES:
-        directory.mkdir(mode=0o700, exist_ok=True)
-
-
-@pytest.fixture(scope="session")
-def home(private_mounts: None) -> Iterator[Path]:
+def home(private_machine: None) -> Iterator[Path]:
     """A directory with a path short enough for the sockets below it."""
     with tempfile.TemporaryDirectory(prefix="hako-e2e-", ignore_cleanup_errors=True) as directory:
         yield Path(directory)
 
 
 @pytest.fixture(scope="session")
-def nursery(private_mounts: None) -> Iterator[Nursery]:
+def nursery(private_machine: None) -> Iterator[Nursery]:
     """The ancestor of every process that the tests start through containerd."""
     with Nursery() as opened:
         yield opened

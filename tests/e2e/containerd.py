@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
     from tests.e2e.nursery import Nursery
 
-NAMESPACE = "hako-e2e"
+NAMESPACE = f"hako-e2e-{os.getpid()}"
+"""Also the cgroup above those of the containers: no two lanes have the same."""
+CGROUPS = Path("/sys/fs/cgroup")
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SHIM_DIRECTORY = Path(sys.executable).parent
 CALL_TIMEOUT_S = 60.0
@@ -285,3 +287,6 @@ def running(daemon: Containerd) -> Iterator[Containerd]:
         yield daemon
     finally:
         daemon.stop()
+        for shared in (CGROUPS / NAMESPACE, *CGROUPS.glob(f"*/{NAMESPACE}")):
+            with contextlib.suppress(OSError):  # not there, or another daemon's containers are in it
+                shared.rmdir()

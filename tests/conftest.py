@@ -1,0 +1,112 @@
+"""Lanes: ``pytest -n 2`` runs the tests in two processes at once.
+
+What they share of the machine each lane has for itself (``private_machine`` of ``tests/e2e``), or in turns.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import re
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+from tests.e2e import private
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+STACK = re.compile(r"\[(\d+\.\d+-[a-z]+)")
+TURNS = pytest.StashKey["Turns"]()
+
+
+class ByFileAndStack(LoadScopeScheduling):  # type: ignore[misc]
+    """Gives a lane the tests of one file on one stack at a time, in the order in which pytest has them.
+
+    So what a module shares is made once, and each lane goes from stack to stack once. The files of
+    ``tests/cri`` share their pods, too.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, test = nodeid.partition("::")
+        stack = STACK.search(test)
+        place = "tests/cri" if file.startswith("tests/cri/") else file
+        return f"{place} {stack[1] if stack else ''}"
+
+
+class Turns:
+    """When a lane may run a test: beside the others, or by itself.
+
+    Whoever wants to be alone stands in the door until the room is empty, so that nobody enters before.
+
+    :param directory: one that all lanes know.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._door: IO[str] = (directory / "door").open("w")
+        self._room: IO[str] = (directory / "room").open("w")
+        self._alone = False
+
+    def enter(self, *, alone: bool) -> None:
+        """Wait until a test may run."""
+        if self._alone and alone:
+            return
+        fcntl.flock(self._door, fcntl.LOCK_EX)
+        fcntl.flock(self._room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(self._door, fcntl.LOCK_UN)
+        self._alone = alone
+
+    def leave(self) -> None:
+        """Let the other lanes run theirs."""
+        fcntl.flock(self._room, fcntl.LOCK_UN)
+        self._alone = False
+
+    def close(self) -> None:
+        """Take part no longer."""
+        self._door.close()
+        self._room.close()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFileAndStack:
+    """Say which tests go to which lane."""
+    config.option.loadscopereorder = False
+    return ByFileAndStack(config, log)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the mark of the lanes, and join the others if this process is one."""
+    config.addinivalue_line("markers", "alone: measures how long something takes; the other lanes wait")
+    if hasattr(config, "workerinput"):
+        config.stash[TURNS] = Turns(Path(config.option.basetemp).parent)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leave the other lanes."""
+    if TURNS in config.stash:
+        config.stash[TURNS].close()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # so that no test's timeout runs while it waits for its turn
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, bool, bool]:
+    """Run a test when it is its turn."""
+    turns = item.config.stash.get(TURNS, None)
+    if turns is None:
+        return (yield)
+    turns.enter(alone=_alone(item))
+    try:
+        return (yield)
+    finally:
+        if not (_alone(item) and nextitem and _alone(nextitem)):
+            turns.leave()
+
+
+@pytest.fixture(scope="session")
+def private_machine() -> None:
+    """Give the tests of this lane mounts and a network of their own from now on."""
+    private.enter()
+
+
+def _alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None
