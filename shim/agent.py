@@ -24,6 +24,7 @@ HEALTH_SERVICE = "grpc.Health"
 # Guest directories fixed by the protocol; a stock Kata agent confines itself to them.
 SHARE_TAG = "kataShared"
 SHARE_DIRECTORY = "/run/kata-containers/shared/containers"
+WATCHABLE_DIRECTORY = f"{SHARE_DIRECTORY}/watchable"
 SHM_DIRECTORY = "/run/kata-containers/sandbox/shm"
 SHM_BYTES = 64 * 1024 * 1024  # the size runc gives /dev/shm
 
@@ -32,6 +33,12 @@ PROCESSES_TIMEOUT_S = 1.0  # containerd asks for pids within the 5 s that a rest
 STATS_TIMEOUT_S = 1.8  # containerd asks for statistics with a limit of 2 s
 REMOVE_TIMEOUT_S = 7.0  # containerd's CRI lets the end of a task, all of Delete included, take 10 s
 SIGNAL_TIMEOUT_S = 10.0  # a kill must fail, or reach for the machine, before a client gives up
+
+
+def rootfs_of(container_id: str) -> str:
+    """Name the directory in the guest on which a container's root file system is mounted if it is a disk."""
+    return f"/run/kata-containers/{container_id}/rootfs"
+
 
 _MAX_STATUS = 255  # wait(2); containerd's own value for an exit that nobody can tell, too
 
@@ -184,6 +191,11 @@ class Agent:
         """Change a container's limits inside the guest."""
         request = agent_pb2.UpdateContainerRequest(container_id=container_id, resources=resources)
         await self._call("UpdateContainer", request, Empty)
+
+    async def resize_volume(self, mount_point: str, *, size_bytes: int) -> None:
+        """Let the file system mounted at a path of the guest fill its disk, which has grown to a size."""
+        request = agent_pb2.ResizeVolumeRequest(volume_guest_path=mount_point, size=size_bytes)
+        await self._call("ResizeVolume", request, Empty)
 
     async def stats_container(self, container_id: str) -> agent_pb2.StatsContainerResponse:
         """Measure a container."""

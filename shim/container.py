@@ -10,13 +10,13 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import signal
 from typing import TYPE_CHECKING, Any
 
 from proto.containerd import events_pb2
 from proto.kata import agent_pb2
-from shim import mounts
+from shim.container_files import ContainerFiles
+from shim.disks import root_disk
 from shim.errors import (
     AlreadyExists,
     DeadlineExceeded,
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
     from proto.containerd.types_pb2 import Mount
     from shim.agent import Agent
-    from shim.oci_mounts import SharedMount
     from shim.sandbox import Sandbox
     from shim.transfer import Transfer
 
@@ -74,7 +73,7 @@ class Container:
         self.lock = asyncio.Lock()
         self.limits = limits_of(spec)
         self._sandbox = sandbox
-        self._shown = contextlib.ExitStack()
+        self._files = ContainerFiles(container_id, bundle=bundle, share=sandbox.share)
         self._ending = False
         self._settled = asyncio.Event()
 
@@ -119,16 +118,23 @@ class Container:
     async def _bring_up(self, rootfs: Iterable[Mount]) -> None:
         """Show the file systems, create the container in the guest and follow its init."""
         try:
-            self._show_rootfs(rootfs)
+            disk = root_disk(rootfs)
+            if disk is None:
+                self._files.show_root(self.spec, rootfs)
             agent = await self._sandbox.agent()
+            vm = self._sandbox.vm
             translation = translate(
                 self._sandbox.complete(self.spec),
                 container_id=self.id,
                 terminal=self.init.stdio.terminal,
                 seccomp=agent.supports_seccomp,
             )
-            for share in translation.shared_mounts:
-                self._show(share)
+            if disk is not None:
+                await self._files.plug_root(disk, vm=vm)
+            for device in translation.disks:
+                await self._files.plug(device, vm=vm)
+            for shared in translation.shared_mounts:
+                self._files.show(shared)
             transfer = await self._open_streams(self.init, agent)
             request = agent_pb2.CreateContainerRequest(
                 container_id=self.id,
@@ -137,11 +143,12 @@ class Container:
                 sandbox_pidns=translation.sandbox_pidns,
             )
             transfer.announce(request)
+            self._files.announce(request)
             await self._sandbox.grow()
             await agent.create_container(request)
         except BaseException:
             self.init.close_streams()
-            self._shown.close()
+            await self._files.take_back()
             raise
         self._follow(self.init, agent)
 
@@ -203,8 +210,10 @@ class Container:
         """
         if self.init.exited.is_set():
             raise FailedPrecondition(f"update: container {self.id}: it is {self.init.state.value}")
-        request = translate_resources(resources)
+        request = translate_resources(self._files.without_disk_limits(resources))
         agent = await self._sandbox.agent()
+        await self._files.limit_disks(resources)
+        await self._files.follow_sizes(agent)
         limits = self.limits
         try:
             self.limits = limits.or_more(limits.updated(resources))
@@ -360,7 +369,7 @@ class Container:
                 await self._drain(process)
             if not removed:
                 await self._remove_from_guest()
-            self._shown.close()
+            await self._files.take_back()
             self.init.apply(Input.DELETE)
             self._sandbox.forget(self.id)
             self._sandbox.publish(
@@ -412,45 +421,6 @@ class Container:
             log.warning("delete: container %s: not removed from the guest: %s", self.id, error)
             if isinstance(error, DeadlineExceeded) and len(self._sandbox.containers) == 1:
                 await self._sandbox.switch_off(f"the guest did not remove {self.init}, its last: {error}")
-
-    # -- file systems -------------------------------------------------------------------------------
-
-    def _show_rootfs(self, rootfs: Iterable[Mount]) -> None:
-        source = self.bundle / "rootfs"
-        if rootfs:
-            source.mkdir(mode=0o711, exist_ok=True)
-            mounts.mount_all(rootfs, source)
-            self._shown.callback(mounts.unmount, source)
-        else:
-            root = self.spec.get("root") or {}
-            path = root.get("path") or "rootfs" if isinstance(root, dict) else None
-            if not isinstance(path, str):
-                raise InvalidArgument(
-                    f"rootfs: container {self.id}: root.path of config.json is not a string"
-                )
-            source = self.bundle / path
-            if not os.path.isdir(source):  # noqa: PTH112 - a path that no file can have is no error to it
-                raise InvalidArgument(f"rootfs: container {self.id}: {source} is not a directory")
-        self._bind_into_share(source, f"{self.id}/rootfs", read_only=False, recursive=True)
-
-    def _show(self, share: SharedMount) -> None:
-        source = self.bundle / share.source
-        mounts.require_shareable(source)
-        self._bind_into_share(source, share.name, read_only=share.read_only, recursive=share.recursive)
-
-    def _bind_into_share(self, source: Path, name: str, *, read_only: bool, recursive: bool) -> None:
-        target = self._sandbox.share / name
-        if target.parent != self._sandbox.share:
-            target.parent.mkdir(mode=0o711)
-            self._shown.callback(target.parent.rmdir)
-        if source.is_dir():
-            target.mkdir()
-            self._shown.callback(target.rmdir)
-        else:
-            target.touch()
-            self._shown.callback(target.unlink)
-        mounts.bind(source, target, read_only=read_only, recursive=recursive)
-        self._shown.callback(mounts.unmount, target)
 
     # -- streams and exit ---------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from proto.kata import oci_pb2
 from shim.agent import SHARE_DIRECTORY
+from shim.disks import DiskDevice, allows_everything, disk_devices, without_limits_of
 from shim.errors import InvalidArgument
 from shim.network.namespace import namespace_of
 from shim.oci_fields import copy
@@ -45,6 +46,7 @@ class Translation:
 
     spec: oci_pb2.Spec
     shared_mounts: tuple[SharedMount, ...]
+    disks: tuple[DiskDevice, ...]
     sandbox_pidns: bool
 
 
@@ -75,6 +77,9 @@ def refusing_malformed(what: str) -> Iterator[None]:
 def _translate(spec: dict[str, Any], *, container_id: str, terminal: bool, seccomp: bool) -> Translation:
     namespace_of(spec)  # who asks for the host's network wants to be reached there, and would wait in vain
     linux = spec.get("linux") or {}
+    disks = disk_devices(linux)
+    resources = without_limits_of(linux.get("resources") or {}, [(disk.major, disk.minor) for disk in disks])
+    linux = {**linux, "resources": resources}
     mounts = [rewrite_mount(entry, container_id=container_id) for entry in spec.get("mounts") or []]
     annotations = dict(spec.get("annotations") or {})
     rewritten = {
@@ -93,6 +98,7 @@ def _translate(spec: dict[str, Any], *, container_id: str, terminal: bool, secco
     return Translation(
         message,
         tuple(share for _, share in mounts if share is not None),
+        tuple(disks),
         sandbox_pidns=any(n.get("type") == "pid" and n.get("path") for n in linux.get("namespaces") or []),
     )
 
@@ -155,8 +161,7 @@ def _cgroups_path(path: str, *, container_id: str) -> str:
 
 def _devices(linux: dict[str, Any]) -> list[dict[str, Any]]:
     rules = (linux.get("resources") or {}).get("devices") or []
-    # A privileged container is allowed everything and lists every device of the host, wanted or not.
-    everything = any(rule.get("allow") and rule.get("major") is None for rule in rules)
+    everything = allows_everything(rules)
     kept = []
     for device in linux.get("devices") or []:
         path, kind = device["path"], device.get("type") or ""
@@ -165,6 +170,8 @@ def _devices(linux: dict[str, Any]) -> list[dict[str, Any]]:
         number = (device.get("major") or 0, device.get("minor") or 0)
         if kind == "p" or (kind in {"c", "u"} and number in _GUEST_DEVICES):
             kept.append(device)
+        elif kind == "b" and not everything:
+            kept.append(device)  # as a disk of the machine; the agent gives it its number there
         elif not everything:
             raise InvalidArgument(
                 f"spec: linux.devices: {path}: a device of the host does not exist in the guest; leave it out"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from shim.agent import SHARE_DIRECTORY, SHM_DIRECTORY
+from shim.agent import SHARE_DIRECTORY, SHM_DIRECTORY, WATCHABLE_DIRECTORY
 
 _KERNEL_FILE_SYSTEMS = ("/proc", "/sys", "/dev")
 _SHOWN_NAME_BYTES = 64  # with the longest id and the digest, well below the 255 of a file name
+# The volumes that the kubelet rewrites while they are in use; a share carries no inotify event for that.
+_UPDATED_BY_KUBELET = re.compile(r"/kubernetes\.io~(configmap|secret|projected|downward-api)/[^/]+/?$")
 _SHM = "/dev/shm"  # noqa: S108 - a path of the container's, not a file of ours
 
 
@@ -20,12 +23,14 @@ class SharedMount:
 
     :param source: path on the host.
     :param name: name in the share; the guest sees it as ``SHARE_DIRECTORY/name``.
+    :param copied_to: where the guest keeps a copy up to date, with events for who watches it; or empty.
     """
 
     source: str
     name: str
     read_only: bool
     recursive: bool
+    copied_to: str
 
 
 def rewrite_mount(entry: dict[str, Any], *, container_id: str) -> tuple[dict[str, Any], SharedMount | None]:
@@ -58,8 +63,10 @@ def rewrite_mount(entry: dict[str, Any], *, container_id: str) -> tuple[dict[str
         name=name,
         read_only="ro" in options or "rro" in options,
         recursive="rbind" in options,
+        copied_to=f"{WATCHABLE_DIRECTORY}/{name}" if _UPDATED_BY_KUBELET.search(source) else "",
     )
-    return {**entry, "type": "bind", "source": f"{SHARE_DIRECTORY}/{name}"}, share
+    shown = share.copied_to or f"{SHARE_DIRECTORY}/{name}"
+    return {**entry, "type": "bind", "source": shown}, share
 
 
 def _is_of_a_kernel_file_system(path: str) -> bool:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
+    from hypervisor import Hypervisor
     from proto.containerd.types_pb2 import Mount
     from proto.kata import agent_pb2
     from shim.config import Config
@@ -116,6 +117,13 @@ class Sandbox:
     def pid(self) -> int:
         """The machine's process: the live host process that stands for every process inside it."""
         return self._vm.pid if self._vm is not None else 0
+
+    @property
+    def vm(self) -> Hypervisor:
+        """The machine; there is one as soon as :meth:`agent` has returned."""
+        if self._vm is None:
+            raise Unavailable(f"sandbox {self.id}: no machine")
+        return self._vm
 
     def publish(self, topic: str, event: Message) -> None:
         """Queue an event for containerd."""

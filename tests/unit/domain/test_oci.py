@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from hypervisor import DiskLimits
 from shim.agent import SHARE_DIRECTORY, SHM_DIRECTORY
 from shim.errors import InvalidArgument
 from shim.oci import Translation, translate, translate_process, translate_resources
@@ -199,10 +200,46 @@ def test_a_privileged_container_gets_those_devices_of_its_long_list_that_the_gue
     assert (device.FileMode, device.UID, device.GID) == (0o666, 1, 2)
 
 
-def test_a_single_device_of_the_host_is_refused_by_name() -> None:
-    rules = [{"allow": False, "access": "rwm"}, {"allow": True, "type": "b", "major": 8, "minor": 0}]
-    with pytest.raises(InvalidArgument, match=r"linux\.devices: /dev/sda: .* does not exist in the guest"):
-        translated(linux={"devices": DEVICES, "resources": {"devices": rules}})
+def test_a_character_device_of_the_host_is_refused_by_name() -> None:
+    device = {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}
+    with pytest.raises(InvalidArgument, match=r"linux\.devices: /dev/kvm: .* does not exist in the guest"):
+        translated(linux={"devices": [device]})
+
+
+def test_a_block_device_of_the_host_is_a_disk_of_the_machine() -> None:
+    rules = [
+        {"allow": False, "access": "rwm"},
+        {"allow": True, "type": "b", "major": 8, "minor": 0, "access": "rm"},
+    ]
+    throttled = {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1000}]}
+    result = translated(linux={"devices": DEVICES, "resources": {"devices": rules, "blockIO": throttled}})
+    (disk,) = result.disks
+    assert (disk.container_path, str(disk.path), disk.read_only) == ("/dev/sda", "/dev/block/8:0", True)
+    assert disk.limits == DiskLimits(read_bytes_per_s=1000)
+    assert "/dev/sda" in {device.Path for device in result.spec.Linux.Devices}
+
+
+def test_a_rate_for_a_disk_that_the_machine_does_not_have_is_refused() -> None:
+    throttled = {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1000}]}
+    with pytest.raises(InvalidArgument, match=r"linux\.resources\.blockIO"):
+        translated(linux={"resources": {"blockIO": throttled}})
+
+
+@pytest.mark.parametrize("kind", ["configmap", "secret", "projected", "downward-api"])
+def test_what_the_kubelet_updates_is_copied_in_the_guest_which_can_watch_it(kind: str) -> None:
+    source = f"/var/lib/kubelet/pods/1/volumes/kubernetes.io~{kind}/config"
+    result = translated(mounts=[{"destination": "/c", "type": "bind", "source": source, "options": ["ro"]}])
+    (shared,) = result.shared_mounts
+    assert shared.copied_to == f"/run/kata-containers/shared/containers/watchable/{shared.name}"
+    assert result.spec.Mounts[0].source == shared.copied_to
+
+
+def test_a_part_of_what_the_kubelet_updates_is_shared_as_it_is() -> None:
+    source = "/var/lib/kubelet/pods/1/volumes/kubernetes.io~configmap/config/key"
+    (shared,) = translated(
+        mounts=[{"destination": "/c", "type": "bind", "source": source, "options": ["ro"]}]
+    ).shared_mounts
+    assert shared.copied_to == ""
 
 
 def test_the_hosts_network_is_refused_by_name() -> None:

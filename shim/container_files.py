@@ -1,0 +1,259 @@
+"""What one container is given of the host's files: through the share, or as disks of the machine.
+
+Everything is taken back in reverse, when the container is gone from the guest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hypervisor import Disk, DiskLimits, HypervisorError
+from proto.kata import agent_pb2
+from shim import mounts
+from shim.agent import SHARE_DIRECTORY, rootfs_of
+from shim.disks import limits_of, without_limits_of
+from shim.errors import Internal, InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from hypervisor import Hypervisor
+    from proto.containerd.types_pb2 import Mount
+    from shim.agent import Agent
+    from shim.disks import DiskDevice, RootDisk
+    from shim.oci_mounts import SharedMount
+
+log = logging.getLogger(__name__)
+
+UNPLUG_TIMEOUT_S = 5.0  # below containerd's 10 s for the end of a task; a guest lets go in milliseconds
+
+
+@dataclass(slots=True, kw_only=True)
+class _Plugged:
+    """A disk in the machine.
+
+    :param path: where the host has it.
+    :param number: the host's major and minor number of it; none of a file.
+    :param mount_point: where the guest mounts it; empty if the container does.
+    :param size_bytes: how large it was when last looked at.
+    """
+
+    vm: Hypervisor
+    path: Path
+    number: tuple[int, int] | None
+    mount_point: str
+    size_bytes: int
+
+
+class ContainerFiles:
+    """The files of one container.
+
+    :param container_id: whose.
+    :param bundle: its bundle directory.
+    :param share: the directory that the guest sees.
+    """
+
+    def __init__(self, container_id: str, *, bundle: Path, share: Path) -> None:
+        self._id = container_id
+        self._bundle = bundle
+        self._share = share
+        self._shown = contextlib.ExitStack()
+        self._plugged: dict[str, _Plugged] = {}
+        self._storages: list[agent_pb2.Storage] = []
+        self._devices: list[agent_pb2.Device] = []
+
+    def announce(self, request: agent_pb2.CreateContainerRequest) -> None:
+        """Say in the request that makes the container what it is to mount and which disks it has."""
+        request.storages.extend(self._storages)
+        request.devices.extend(self._devices)
+
+    def show_root(self, spec: dict[str, Any], rootfs: Iterable[Mount]) -> None:
+        """Show the root file system.
+
+        :param spec: the decoded ``config.json``.
+        :param rootfs: containerd's mounts; if there are none, the specification names a directory.
+        :raises ShimError: if it cannot be mounted.
+        """
+        source = self._bundle / "rootfs"
+        if rootfs:
+            source.mkdir(mode=0o711, exist_ok=True)
+            mounts.mount_all(rootfs, source)
+            self._shown.callback(mounts.unmount, source)
+        else:
+            root = spec.get("root") or {}
+            path = root.get("path") or "rootfs" if isinstance(root, dict) else None
+            if not isinstance(path, str):
+                raise InvalidArgument(
+                    f"rootfs: container {self._id}: root.path of config.json is not a string"
+                )
+            source = self._bundle / path
+            if not os.path.isdir(source):  # noqa: PTH112 - a path that no file can have is no error to it
+                raise InvalidArgument(f"rootfs: container {self._id}: {source} is not a directory")
+        self._bind_into_share(source, f"{self._id}/rootfs", read_only=False, recursive=True)
+
+    def show(self, shared: SharedMount) -> None:
+        """Show a volume.
+
+        :raises ShimError: if it is nothing that can be shared, or cannot be mounted.
+        """
+        source = self._bundle / shared.source
+        mounts.require_shareable(source)
+        self._bind_into_share(source, shared.name, read_only=shared.read_only, recursive=shared.recursive)
+        if shared.copied_to:
+            self._storages.append(
+                agent_pb2.Storage(
+                    driver="watchable-bind",
+                    source=f"{SHARE_DIRECTORY}/{shared.name}",
+                    fstype="bind",
+                    mount_point=shared.copied_to,
+                    options=["bind"],
+                )
+            )
+
+    async def plug_root(self, disk: RootDisk, *, vm: Hypervisor) -> None:
+        """Give the machine the disk with the root file system.
+
+        :raises Internal: if it cannot be plugged.
+        """
+        mount_point = rootfs_of(self._id)
+        address = await self._plug(
+            disk.path,
+            read_only=disk.read_only,
+            limits=DiskLimits(),
+            mount_point=mount_point,
+            number=None,
+            vm=vm,
+        )
+        self._storages.append(
+            agent_pb2.Storage(
+                driver="blk",
+                source=address,
+                fstype=disk.fstype,
+                options=disk.options,
+                mount_point=mount_point,
+            )
+        )
+
+    async def plug(self, device: DiskDevice, *, vm: Hypervisor) -> None:
+        """Give the machine a disk that the container uses as a device.
+
+        :raises InvalidArgument: if the host has no such device.
+        :raises Internal: if it cannot be plugged.
+        """
+        if not device.path.exists():
+            raise InvalidArgument(
+                f"spec: linux.devices: {device.container_path}: the host has no block device "
+                f"{device.major}:{device.minor}; name one that it has"
+            )
+        address = await self._plug(
+            device.path,
+            read_only=device.read_only,
+            limits=device.limits,
+            mount_point="",
+            number=(device.major, device.minor),
+            vm=vm,
+        )
+        self._devices.append(
+            agent_pb2.Device(
+                id=address, type="blk", vm_path="", container_path=device.container_path, options=[]
+            )
+        )
+
+    def without_disk_limits(self, resources: dict[str, Any]) -> dict[str, Any]:
+        """Leave the rates of the container's own disks out of its limits: the machine enforces them."""
+        return without_limits_of(resources, [each.number for each in self._plugged.values() if each.number])
+
+    async def limit_disks(self, resources: dict[str, Any]) -> None:
+        """Change how fast the container's disks may be used.
+
+        :param resources: as ``linux.resources`` of an OCI specification.
+        :raises Internal: if the machine refuses.
+        """
+        if not resources.get("blockIO"):
+            return
+        for device_id, plugged in self._plugged.items():
+            if plugged.number is not None:
+                try:
+                    await plugged.vm.limit_disk(device_id, limits_of(resources, plugged.number))
+                except HypervisorError as error:
+                    raise Internal(f"update: container {self._id}: {error}") from error
+
+    async def follow_sizes(self, agent: Agent) -> None:
+        """Let disks that have grown on the host grow in the guest, with the file systems on them.
+
+        :raises Internal: if the machine refuses.
+        :raises ShimError: if the guest does.
+        """
+        for device_id, plugged in self._plugged.items():
+            if _size_of(plugged.path) == plugged.size_bytes:
+                continue
+            try:
+                plugged.size_bytes = await plugged.vm.resize_disk(device_id)
+            except HypervisorError as error:
+                raise Internal(f"update: container {self._id}: {error}") from error
+            if plugged.mount_point:
+                await agent.resize_volume(plugged.mount_point, size_bytes=plugged.size_bytes)
+
+    async def take_back(self) -> None:
+        """Unplug and unmount everything; a guest that does not let go of a disk keeps it until its end."""
+        while self._plugged:
+            device_id, plugged = self._plugged.popitem()
+            try:
+                await plugged.vm.unplug(device_id, timeout_s=UNPLUG_TIMEOUT_S)
+            except HypervisorError as error:
+                log.warning("delete: container %s: %s: %s", self._id, plugged.path, error)
+        self._shown.close()
+
+    async def _plug(
+        self,
+        path: Path,
+        *,
+        read_only: bool,
+        limits: DiskLimits,
+        mount_point: str,
+        number: tuple[int, int] | None,
+        vm: Hypervisor,
+    ) -> str:
+        device_id = f"disk-{uuid.uuid4().hex[:12]}"
+        try:
+            address = await vm.plug_disk(
+                Disk(
+                    id=device_id,
+                    path=path,
+                    serial=device_id,
+                    read_only=read_only,
+                    discard=not read_only,
+                    limits=limits,
+                )
+            )
+        except HypervisorError as error:
+            raise Internal(f"create: container {self._id}: {error}") from error
+        self._plugged[device_id] = _Plugged(
+            vm=vm, path=path, number=number, mount_point=mount_point, size_bytes=_size_of(path)
+        )
+        return address
+
+    def _bind_into_share(self, source: Path, name: str, *, read_only: bool, recursive: bool) -> None:
+        target = self._share / name
+        if target.parent != self._share:
+            target.parent.mkdir(mode=0o711)
+            self._shown.callback(target.parent.rmdir)
+        if source.is_dir():
+            target.mkdir()
+            self._shown.callback(target.rmdir)
+        else:
+            target.touch()
+            self._shown.callback(target.unlink)
+        mounts.bind(source, target, read_only=read_only, recursive=recursive)
+        self._shown.callback(mounts.unmount, target)
+
+
+def _size_of(path: Path) -> int:
+    with path.open("rb") as file:
+        return file.seek(0, os.SEEK_END)
