@@ -65,6 +65,8 @@ class _Plugged:
     description: Description
     slot: Slot
     complete: bool = False
+    asked: bool = False
+    """Whether QEMU was told to remove it, so that it will report the end."""
     gone: asyncio.Future[None] | None = None
     """There while somebody waits for the guest to let go of it."""
     reported: set[str] = field(default_factory=set)
@@ -177,11 +179,15 @@ class Devices:
 
     async def _ask_to_leave(self, plugged: _Plugged) -> None:
         name = plugged.description.id
+        asked_before, plugged.asked = plugged.asked, True
         try:
             await self._session.ask(dict, "device_del", {"id": name})
         except CommandRefusedError as error:
             if error.kind == _NOT_FOUND:
-                await self._forget(plugged)  # the guest ejected it without having been asked
+                # Out of the guest's reach, but in use until QEMU reports its end, unless the guest ejected it
+                # by itself: then there is no report.
+                if not asked_before:
+                    await self._forget(plugged)
             elif _ASKED_ALREADY not in str(error):
                 raise HotplugError(f"unplug: {name}: {error}") from error
 
@@ -196,9 +202,13 @@ class Devices:
     async def _forget(self, plugged: _Plugged) -> None:
         name = plugged.description.id
         for command in plugged.description.undo:
-            # Refused if it was never made; and without QEMU, there is nothing left to remove.
-            with contextlib.suppress(QmpError):
+            try:
                 await self._session.ask(dict, command.name, command.arguments)
+            except CommandRefusedError as error:
+                if plugged.complete:  # otherwise it may never have been made
+                    log.warning("unplug: %s: something stays behind: %s", name, error)
+            except QmpError:  # without QEMU, there is nothing left to remove
+                break
         if self._plugged.get(name) is plugged:
             del self._plugged[name]
             self._slots.give_back(plugged.slot)

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from hypervisor.devices import Command, Description
+from hypervisor.errors import QmpError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from hypervisor.devices import Devices
     from hypervisor.interface import Nic
+    from hypervisor.qmp import QmpSession
+
+
+async def plug(nic: Nic, *, session: QmpSession, devices: Devices) -> str:
+    """Add a network interface.
+
+    :param nic: the interface.
+    :param session: the control connection.
+    :param devices: where it is plugged.
+    :returns: its PCI path in the guest.
+    :raises HotplugError: if it cannot be added; nothing of it is left.
+    :raises QmpError: if QEMU does not answer.
+    """
+    fd_names: list[str] = []
+    try:
+        for fd in nic.tap_fds:
+            fd_names.append(await session.send_fd(fd))  # noqa: PERF401 - what was sent must be known if one fails
+        return await devices.plug(describe(nic, fd_names=fd_names))
+    except BaseException:
+        for name in fd_names:
+            with contextlib.suppress(QmpError):  # refused if the tap backend took it: that has closed it
+                await session.ask(dict, "closefd", {"fdname": name})
+        raise
 
 
 def describe(nic: Nic, *, fd_names: Sequence[str]) -> Description:
@@ -36,9 +62,5 @@ def describe(nic: Nic, *, fd_names: Sequence[str]) -> Description:
         driver="virtio-net-pci",
         properties=properties,
         backend=[Command("netdev_add", {"type": "tap", "id": backend, "fds": ":".join(fd_names)})],
-        # A descriptor that the tap backend did not take is still there by its name.
-        undo=[
-            Command("netdev_del", {"id": backend}),
-            *(Command("closefd", {"fdname": name}) for name in fd_names),
-        ],
+        undo=[Command("netdev_del", {"id": backend})],
     )

@@ -412,8 +412,7 @@ class QemuHypervisor(Hypervisor):
     async def _plug_nic(self, nic: Nic) -> str:
         devices = self._running_devices()
         assert self._qmp is not None  # noqa: S101  (the devices are reached through it)
-        names = [await self._qmp.send_fd(fd) for fd in nic.tap_fds]
-        return await devices.plug(nics.describe(nic, fd_names=names))
+        return await nics.plug(nic, session=self._qmp, devices=devices)
 
     async def _while_alive(
         self, work: Coroutine[Any, Any, _T], what: str, failure: type[HypervisorError]

@@ -1,13 +1,19 @@
-"""A virtual machine's specification for tests that start none."""
+"""For tests that start no virtual machine: a specification of one, and QEMU's side of a QMP session."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
+import socket
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hypervisor import Accelerator, Channel, VmSpec
+from hypervisor.qmp import QmpSession
 
 
 @pytest.fixture
@@ -35,3 +41,79 @@ def make_spec(tmp_path):
         return VmSpec(**{**values, **changes})
 
     return make
+
+
+GREETING = {
+    "QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""}, "capabilities": []}
+}
+
+
+class Peer:
+    """QEMU's side of the connection."""
+
+    def __init__(self, fd: int) -> None:
+        self._stream = socket.socket(fileno=socket.dup(fd))
+        self._stream.settimeout(0)
+        self._received = bytearray()
+
+    async def send(self, message):
+        data = message if isinstance(message, bytes) else json.dumps(message).encode() + b"\r\n"
+        await asyncio.get_running_loop().sock_sendall(self._stream, data)
+
+    async def receive(self):
+        # The library sends no line ends: a command is over when its JSON is.
+        while True:
+            with contextlib.suppress(ValueError):
+                message = json.loads(self._received)
+                self._received.clear()
+                return message
+            chunk = await asyncio.get_running_loop().sock_recv(self._stream, 4096)
+            assert chunk, "the session hung up"
+            self._received += chunk
+
+    async def receive_fds(self):
+        """Receive a command and the descriptors that came just before it."""
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(self._stream, readable.set)
+        await readable.wait()
+        loop.remove_reader(self._stream)
+        blank, fds, _flags, _address = socket.recv_fds(self._stream, 1, 4)
+        assert (blank, len(fds)) == (b" ", 1)
+        return await self.receive(), fds
+
+    async def serve(self, *answers):
+        """Answer commands one after the other; return them."""
+        commands = []
+        for answer in answers:
+            query = await self.receive()
+            commands.append((query["execute"], query.get("arguments", {})))
+            await self.send({**answer, "id": query["id"]})
+        return commands
+
+    async def negotiate(self):
+        await self.send(GREETING)
+        assert (await self.receive())["execute"] == "qmp_capabilities"
+        await self.send({"return": {}})
+
+    def hang_up(self):
+        self._stream.close()
+
+
+@pytest.fixture
+async def ends():
+    with ExitStack() as handover:
+        session = QmpSession("test", handover=handover)
+        peer = Peer(session.qemu_fd)
+    yield session, peer
+    peer.hang_up()
+    await session.close()
+
+
+@pytest.fixture
+async def connected(ends):
+    session, peer = ends
+    async with asyncio.TaskGroup() as group:
+        group.create_task(peer.negotiate())
+        group.create_task(session.connect())
+    return session, peer

@@ -3,72 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import socket
-from contextlib import ExitStack
+import os
 
 import pytest
 
 from hypervisor import QmpError
 from hypervisor.exits import Shutdown
-from hypervisor.qmp import QmpSession
 
-GREETING = {
-    "QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""}, "capabilities": []}
-}
 TIMESTAMP = {"seconds": 1, "microseconds": 0}
-
-
-class Peer:
-    """QEMU's side of the connection."""
-
-    def __init__(self, fd: int) -> None:
-        self._stream = socket.socket(fileno=socket.dup(fd))
-        self._stream.settimeout(0)
-        self._received = bytearray()
-
-    async def send(self, message):
-        data = message if isinstance(message, bytes) else json.dumps(message).encode() + b"\r\n"
-        await asyncio.get_running_loop().sock_sendall(self._stream, data)
-
-    async def receive(self):
-        # The library sends no line ends: a command is over when its JSON is.
-        while True:
-            with contextlib.suppress(ValueError):
-                message = json.loads(self._received)
-                self._received.clear()
-                return message
-            chunk = await asyncio.get_running_loop().sock_recv(self._stream, 4096)
-            assert chunk, "the session hung up"
-            self._received += chunk
-
-    async def negotiate(self):
-        await self.send(GREETING)
-        assert (await self.receive())["execute"] == "qmp_capabilities"
-        await self.send({"return": {}})
-
-    def hang_up(self):
-        self._stream.close()
-
-
-@pytest.fixture
-async def ends():
-    with ExitStack() as handover:
-        session = QmpSession("test", handover=handover)
-        peer = Peer(session.qemu_fd)
-    yield session, peer
-    peer.hang_up()
-    await session.close()
-
-
-@pytest.fixture
-async def connected(ends):
-    session, peer = ends
-    async with asyncio.TaskGroup() as group:
-        group.create_task(peer.negotiate())
-        group.create_task(session.connect())
-    return session, peer
 
 
 @pytest.mark.parametrize(
@@ -169,6 +111,42 @@ async def test_a_stop_counts_only_if_the_guest_is_broken(connected):
         )
     async with asyncio.timeout(5):
         assert await broken == "internal-error"
+
+
+async def test_events_are_heard_from_the_moment_somebody_listens(connected):
+    session, peer = connected
+    with session.events("DEVICE_DELETED", "BLOCK_IO_ERROR") as events:
+        for name in ("DEVICE_DELETED", "RESUME", "BLOCK_IO_ERROR"):
+            await peer.send({"event": name, "data": {"device": name}, "timestamp": TIMESTAMP})
+        heard = [await events.next() for _ in range(2)]
+    assert [(event.name, event.data) for event in heard] == [
+        ("DEVICE_DELETED", {"device": "DEVICE_DELETED"}),
+        ("BLOCK_IO_ERROR", {"device": "BLOCK_IO_ERROR"}),
+    ]
+
+
+async def test_waiting_for_an_event_ends_with_the_session(connected):
+    session, peer = connected
+    with session.events("DEVICE_DELETED") as events:
+        await peer.send({"event": "DEVICE_DELETED", "timestamp": TIMESTAMP})
+        peer.hang_up()
+        assert (await events.next()).data == {}
+        with pytest.raises(QmpError, match="session ended"):
+            await events.next()
+
+
+async def test_a_descriptor_goes_with_its_name(connected):
+    session, peer = connected
+    reading, writing = os.pipe()
+    sending = asyncio.create_task(session.send_fd(writing))
+    query, (copy,) = await peer.receive_fds()
+    assert query["execute"] == "getfd"
+    await peer.send({"return": {}, "id": query["id"]})
+    assert await sending == query["arguments"]["fdname"]
+    os.write(copy, b"x")
+    assert os.read(reading, 1) == b"x"
+    for fd in (reading, writing, copy):
+        os.close(fd)
 
 
 async def test_a_flood_of_events_is_not_kept(connected):

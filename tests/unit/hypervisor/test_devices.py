@@ -1,0 +1,275 @@
+"""How devices are described to QEMU, and what becomes of them by what it answers and reports."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+import pytest
+
+from hypervisor import Disk, DiskLimits, HotplugError, Nic, QmpError, disks, nics
+from hypervisor.devices import Command, Description, Devices
+from hypervisor.disks import Disks, Names
+
+TIMESTAMP = {"seconds": 1, "microseconds": 0}
+OK = {"return": {}}
+NO = {"error": {"class": "GenericError", "desc": "not today"}}
+NOT_FOUND = {"error": {"class": "DeviceNotFound", "desc": "no such device"}}
+PATH = [
+    {"return": 7 << 3},
+    {"return": "/machine/peripheral/bus1/bus1"},
+    {"return": 5 << 3},
+    {"return": "/machine/q35/pcie.0"},
+]
+DEVICE = Description(
+    id="d",
+    driver="virtio-x-pci",
+    properties={"backend": "b"},
+    backend=[Command("make", {"id": "b"})],
+    undo=[Command("unmake", {"id": "b"})],
+)
+ADDED = [
+    ("make", {"id": "b"}),
+    ("device_add", {"driver": "virtio-x-pci", "backend": "b", "id": "d", "bus": "bus1", "addr": "1"}),
+]
+ASKED = ("device_del", {"id": "d"})
+UNDONE = ("unmake", {"id": "b"})
+
+
+def test_a_network_interface_is_described():
+    description = nics.describe(Nic(id="n", mac="02:00:00:00:00:01", tap_fds=(3,)), fd_names=["fd0"])
+    assert description == Description(
+        id="n",
+        driver="virtio-net-pci",
+        properties={"netdev": "n-tap", "mac": "02:00:00:00:00:01", "disable-legacy": "on", "romfile": ""},
+        backend=[Command("netdev_add", {"type": "tap", "id": "n-tap", "fds": "fd0"})],
+        undo=[Command("netdev_del", {"id": "n-tap"})],
+    )
+
+
+def test_a_network_interface_with_several_queues_has_vectors_for_all():
+    description = nics.describe(Nic(id="n", mac="02:00:00:00:00:01", tap_fds=(3, 4)), fd_names=["fd0", "fd1"])
+    assert description.backend[0].arguments["fds"] == "fd0:fd1"
+    assert (description.properties["mq"], description.properties["vectors"]) == (True, 6)
+
+
+DISK = Disk(
+    id="d",
+    path=Path("/volume"),
+    serial="s",
+    read_only=True,
+    discard=False,
+    limits=DiskLimits(read_iops=1, write_iops=2, read_bytes_per_s=3, write_bytes_per_s=4),
+)
+
+
+def test_a_disk_is_described():
+    description = disks.describe(DISK, Names(4), block_device=True, aio="io_uring")
+    access = {"read-only": True, "discard": "ignore"}
+    assert description == Description(
+        id="d",
+        driver="virtio-blk-pci",
+        properties={
+            "drive": "disk4",
+            "serial": "s",
+            "discard": False,
+            "disable-legacy": "on",
+            "werror": "report",
+            "rerror": "report",
+        },
+        backend=[
+            Command(
+                "object-add",
+                {
+                    "qom-type": "throttle-group",
+                    "id": "disk4-limits",
+                    "limits": {"iops-read": 1, "iops-write": 2, "bps-read": 3, "bps-write": 4},
+                },
+            ),
+            Command(
+                "blockdev-add",
+                {
+                    "driver": "host_device",
+                    "node-name": "disk4-file",
+                    "filename": "/volume",
+                    "aio": "io_uring",
+                    **access,
+                },
+            ),
+            Command(
+                "blockdev-add",
+                {
+                    "driver": "throttle",
+                    "node-name": "disk4",
+                    "throttle-group": "disk4-limits",
+                    "file": "disk4-file",
+                    **access,
+                },
+            ),
+        ],
+        undo=[
+            Command("blockdev-del", {"node-name": "disk4"}),
+            Command("blockdev-del", {"node-name": "disk4-file"}),
+            Command("object-del", {"id": "disk4-limits"}),
+        ],
+    )
+
+
+@pytest.fixture
+async def plugging(connected):
+    """Devices of a session, followed as a virtual machine follows them."""
+    session, peer = connected
+    devices = Devices(session, buses=["bus1"])
+    watching = asyncio.create_task(devices.watch())
+    await asyncio.sleep(0)
+    yield devices, peer
+    watching.cancel()
+    await asyncio.wait([watching])
+
+
+async def plugged(devices, peer):
+    answering = asyncio.create_task(peer.serve(OK, OK, *PATH))
+    assert await devices.plug(DEVICE) == "05/07"
+    return await answering
+
+
+async def forgotten(devices):
+    while devices._plugged:  # noqa: ASYNC110  (nobody waits for it, so nothing tells)
+        await asyncio.sleep(0)
+
+
+async def report(peer, event, **data):
+    await peer.send({"event": event, "data": data, "timestamp": TIMESTAMP})
+
+
+async def test_a_device_is_added_after_its_backend_and_found_by_its_place(plugging):
+    devices, peer = plugging
+    commands = await plugged(devices, peer)
+    assert commands[:2] == ADDED
+    assert commands[2] == ("qom-get", {"path": "/machine/peripheral/d", "property": "addr"})
+    assert commands[4] == ("qom-get", {"path": "/machine/peripheral/bus1", "property": "addr"})
+
+
+@pytest.mark.parametrize("answers", [[NO], [OK, NO]], ids=["backend", "device"])
+async def test_what_is_refused_leaves_nothing(plugging, answers):
+    devices, peer = plugging
+    answering = asyncio.create_task(peer.serve(*answers, NOT_FOUND, OK))
+    with pytest.raises(HotplugError, match=r"plug: d: .*not today"):
+        await devices.plug(DEVICE)
+    assert await answering == [*ADDED[: len(answers)], ASKED, UNDONE]
+    await plugged(devices, peer)  # in the same slot
+
+
+async def test_a_device_is_gone_when_qemu_says_so_and_not_before(plugging):
+    devices, peer = plugging
+    await plugged(devices, peer)
+    leaving = asyncio.create_task(devices.unplug("d", timeout_s=10))
+    assert await peer.serve(OK) == [ASKED]
+    await report(peer, "DEVICE_DELETED", path="/machine/peripheral/d/virtio-backend")
+    await asyncio.sleep(0.05)
+    assert not leaving.done()
+    await report(peer, "DEVICE_DELETED", device="d", path="/machine/peripheral/d")
+    assert await peer.serve(OK) == [UNDONE]
+    await leaving
+    await plugged(devices, peer)
+
+
+async def test_a_guest_that_refuses_is_an_error_and_may_be_asked_again(plugging):
+    devices, peer = plugging
+    await plugged(devices, peer)
+    leaving = asyncio.create_task(devices.unplug("d", timeout_s=10))
+    await peer.serve(OK)
+    await report(peer, "DEVICE_UNPLUG_GUEST_ERROR", device="d", path="/machine/peripheral/d")
+    with pytest.raises(HotplugError, match="unplug: d: the guest refused"):
+        await leaving
+    leaving = asyncio.create_task(devices.unplug("d", timeout_s=10))
+    await peer.serve(OK)
+    await report(peer, "DEVICE_DELETED", device="d", path="/machine/peripheral/d")
+    await peer.serve(OK)
+    await leaving
+
+
+async def test_a_silent_guest_is_an_error_and_the_slot_is_free_if_it_answers_later(plugging):
+    devices, peer = plugging
+    await plugged(devices, peer)
+    answering = asyncio.create_task(peer.serve(OK))
+    with pytest.raises(HotplugError, match=r"d: the guest did not let go of it within 0\.1 s"):
+        await devices.unplug("d", timeout_s=0.1)
+    await answering
+    await report(peer, "DEVICE_DELETED", device="d", path="/machine/peripheral/d")
+    assert await peer.serve(OK) == [UNDONE]
+    await forgotten(devices)
+    await plugged(devices, peer)
+
+
+async def test_a_device_already_asked_to_leave_is_still_waited_for(plugging):
+    devices, peer = plugging
+    await plugged(devices, peer)
+    leaving = asyncio.create_task(devices.unplug("d", timeout_s=10))
+    again = {"class": "GenericError", "desc": "Device d is already in the process of unplug"}
+    await peer.serve({"error": again})
+    await report(peer, "DEVICE_DELETED", device="d", path="/machine/peripheral/d")
+    await peer.serve(OK)
+    await leaving
+
+
+async def test_a_device_that_the_guest_ejected_by_itself_is_forgotten(plugging):
+    devices, peer = plugging
+    await plugged(devices, peer)
+    answering = asyncio.create_task(peer.serve(NOT_FOUND, OK))
+    await devices.unplug("d", timeout_s=10)
+    assert await answering == [ASKED, UNDONE]
+
+
+async def test_a_plug_that_is_given_up_is_undone_when_the_guest_lets_go(plugging):
+    devices, peer = plugging
+    giving_up = asyncio.create_task(devices.plug(DEVICE))
+    await peer.serve(OK)
+    late = await peer.receive()
+    giving_up.cancel()
+    await asyncio.sleep(0)
+    await peer.send({"return": {}, "id": late["id"]})
+    assert await peer.serve(OK) == [ASKED]
+    with pytest.raises(asyncio.CancelledError):
+        await giving_up
+    with pytest.raises(HotplugError, match="no such device"):
+        await devices.unplug("d", timeout_s=1)
+    await report(peer, "DEVICE_DELETED", device="d", path="/machine/peripheral/d")
+    assert await peer.serve(OK) == [UNDONE]
+    await forgotten(devices)
+    await plugged(devices, peer)
+
+
+async def test_the_end_of_the_session_ends_a_plug(plugging):
+    devices, peer = plugging
+    plug = asyncio.create_task(devices.plug(DEVICE))
+    await peer.receive()
+    peer.hang_up()
+    with pytest.raises(QmpError):
+        await plug
+
+
+async def test_what_stays_behind_is_in_the_log(plugging, caplog):
+    devices, peer = plugging
+    await plugged(devices, peer)
+    leaving = asyncio.create_task(devices.unplug("d", timeout_s=10))
+    await peer.serve(OK)
+    await report(peer, "DEVICE_DELETED", device="d", path="/machine/peripheral/d")
+    with caplog.at_level(logging.WARNING):
+        await peer.serve(NO)
+        await leaving
+    assert "unplug: d: something stays behind: qmp: unmake: not today" in caplog.text
+
+
+async def test_a_qemu_without_io_uring_uses_threads_from_then_on(plugging, tmp_path):
+    devices, peer = plugging
+    path = tmp_path / "image"
+    path.touch()
+    disk = Disk(id="d", path=path, serial="", read_only=False, discard=False, limits=DiskLimits())
+    refusal = {"class": "GenericError", "desc": "Parameter 'aio' does not accept value 'io_uring'"}
+    plug = asyncio.create_task(Disks(devices._session, devices).plug(disk))
+    commands = await peer.serve(OK, {"error": refusal}, NOT_FOUND, NO, NO, OK, OK, OK, OK, OK, *PATH)
+    assert await plug == "05/07"
+    tried = [arguments["aio"] for command, arguments in commands if "aio" in arguments]
+    assert tried == ["io_uring", "threads"]

@@ -1,0 +1,35 @@
+"""Slots are given out lowest first, and again once they are free."""
+
+from __future__ import annotations
+
+import pytest
+
+from hypervisor import HotplugError
+from hypervisor.slots import Slot, Slots
+
+
+def test_the_first_free_slot_is_taken():
+    slots = Slots(["a", "b"])
+    first, second = slots.take(), slots.take()
+    assert (first, second) == (Slot("a", 1), Slot("a", 2))
+    slots.give_back(first)
+    assert slots.take() == first
+
+
+def test_every_slot_of_every_bus_is_given_once():
+    slots = Slots(["a", "b"])
+    taken = {slots.take() for _ in range(62)}
+    assert len(taken) == 62
+    assert {slot.number for slot in taken} == set(range(1, 32))
+    with pytest.raises(HotplugError, match="all 62 slots"):
+        slots.take()
+    slots.give_back(Slot("b", 7))
+    assert slots.take() == Slot("b", 7)
+
+
+def test_a_slot_is_given_back_once():
+    slots = Slots(["a"])
+    slot = slots.take()
+    slots.give_back(slot)
+    with pytest.raises(KeyError):
+        slots.give_back(slot)
