@@ -22,7 +22,7 @@ STACK = re.compile(r"\[(\d+\.\d+-[a-z]+)")
 TURNS = pytest.StashKey["Turns"]()
 
 
-class ByFileAndStack(LoadScopeScheduling):  # type: ignore[misc]
+class ByFileAndStack(LoadScopeScheduling):
     """Gives a lane the tests of one file on one stack at a time, in the order in which pytest has them.
 
     So what a module shares is made once, and each lane goes from stack to stack once. The files of
@@ -77,7 +77,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFileAndSta
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the mark of the lanes, and join the others if this process is one."""
-    config.addinivalue_line("markers", "alone: measures how long something takes; the other lanes wait")
+    config.addinivalue_line(
+        "markers", "alone: measures how long something takes, or needs every processor; the other lanes wait"
+    )
     if hasattr(config, "workerinput"):
         config.stash[TURNS] = Turns(Path(config.option.basetemp).parent)
 

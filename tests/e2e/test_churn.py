@@ -32,16 +32,17 @@ def run_one(stack: Stack, number: int) -> tuple[int, str]:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("count", [20, pytest.param(200, marks=NIGHTLY)])
+@pytest.mark.parametrize("count", [10, pytest.param(200, marks=NIGHTLY)])
 def test_containers_one_after_the_other_leave_nothing(stack: Stack, count: int):
     outcomes = [run_one(stack, number) for number in range(count)]
 
     assert outcomes == [(number % 7, f"{number}\n") for number in range(count)]
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("at_once", "each"), [(5, 4), pytest.param(10, 10, marks=NIGHTLY)], ids=["5x4", "10x10"]
+    ("at_once", "each"), [(5, 2), pytest.param(10, 10, marks=NIGHTLY)], ids=["5x2", "10x10"]
 )
 def test_containers_beside_each_other_leave_nothing(stack: Stack, at_once: int, each: int):
     with ThreadPoolExecutor(at_once) as pool:

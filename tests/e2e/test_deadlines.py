@@ -38,6 +38,7 @@ def life(stack: Stack, home: Path) -> Iterator[Life]:
         yield begun
 
 
+@pytest.mark.alone
 def test_a_state_is_told_at_once_though_the_guest_hangs(life: Life):
     life.signal("QEMU", signal.SIGSTOP)
 
@@ -75,6 +76,7 @@ def test_a_stopped_task_can_be_deleted_though_someone_in_its_sandbox_hangs(life:
     life.remove()
 
 
+@pytest.mark.alone
 def test_delete_of_a_dead_sandbox_takes_less_than_a_second_and_may_be_repeated(
     stack: Stack, life: Life, tmp_path: Path
 ):

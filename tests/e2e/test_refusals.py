@@ -79,6 +79,7 @@ def test_what_cannot_start_is_refused_with_phase_and_cause(
         assert word in line
 
 
+@pytest.mark.mostly_on("1.7-ttrpc")
 def test_a_guest_that_never_answers_is_given_up_at_its_deadline(stack: Stack, container: str, tmp_path: Path):
     initrd = tmp_path / "initrd"
     script = b"#!/bin/busybox sh\nexec /bin/busybox sleep 100000\n"
@@ -96,6 +97,7 @@ def test_a_guest_that_never_answers_is_given_up_at_its_deadline(stack: Stack, co
     assert f"{BOOT_TIMEOUT_S} s" in line
 
 
+@pytest.mark.mostly_on("1.7-ttrpc")
 def test_a_guest_without_an_init_is_given_up_with_what_its_kernel_said(stack: Stack, container: str):
     line = refusal(
         stack,

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from tests.e2e.conftest import Stack
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(signal.SIGTERM, id="stopped", marks=pytest.mark.mostly_on("1.7-ttrpc")),
+        pytest.param(signal.SIGKILL, id="killed"),
+    ],
+)
 def test_a_detached_container_survives_a_restart_of_containerd(
     stack: Stack, container: str, how: signal.Signals
 ):

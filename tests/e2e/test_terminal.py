@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.e2e.busybox import IMAGE
 from tests.e2e.terminal import terminal
 
@@ -33,6 +35,7 @@ def test_a_terminal_follows_the_size_of_the_window_and_turns_control_c_into_a_si
         assert screen.wait() == 3
 
 
+@pytest.mark.mostly_on("1.7-ttrpc")
 def test_a_shell_on_a_terminal_answers_what_is_typed(stack: Stack, container: str):
     argv = stack.containerd.run_argv(IMAGE, container, "sh", options=["--rm", "-t"])
     with terminal(argv) as screen:

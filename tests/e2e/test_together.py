@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 COUNT = 10
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(240)
 def test_ten_containers_started_at_once_all_run_and_end_cleanly(one_stack: Stack):
     started = [
