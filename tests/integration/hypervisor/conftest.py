@@ -5,13 +5,19 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hypervisor import Accelerator, Channel, QemuHypervisor, VmSpec, channel_problem
+from hypervisor import AGENT_PORT, Accelerator, Channel, QemuHypervisor, VmSpec, channel_problem
+
+from .guest_shell import PARAMETERS, GuestShell, initrd
+
+START_S = 20
+BOOT_S = 60
 
 GUEST = Path("/var/lib/hako/guest")
 VSOCK_DAEMON = Path("/var/lib/hako/bin/vhost-device-vsock")
@@ -111,6 +117,32 @@ async def machines(make_spec):
         assert vm.processes() == []
     assert machines.alive() == [], "processes outlived stop(), or stayed as zombies"
     assert descriptors() == before, "descriptors stayed open"
+
+
+@pytest.fixture(scope="session")
+def shell_initrd(guest_image, tmp_path_factory):
+    path = tmp_path_factory.mktemp("shell") / "initrd"
+    path.write_bytes(initrd(guest_image))
+    return path
+
+
+@pytest.fixture
+async def start(machines, shell_initrd):
+    """Start a machine whose guest is a shell."""
+    with ExitStack() as stack:
+
+        async def start_one(**changes):
+            parameters = (*PARAMETERS, *changes.get("kernel_parameters", ()))
+            vm = machines(initrd=shell_initrd, **{**changes, "kernel_parameters": parameters})
+            await vm.start(timeout_s=START_S)
+            shell = GuestShell(await vm.connect(AGENT_PORT, timeout_s=BOOT_S))
+            stack.callback(shell.close)
+            await shell("true", timeout_s=BOOT_S)
+            return vm, shell
+
+        yield start_one
+        for vm in machines.made:
+            await vm.stop()
 
 
 def usable_channels():

@@ -1,0 +1,113 @@
+"""A running machine becomes larger and smaller, and its kernel agrees with what is reported."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from hypervisor import ResizeError, ResizeRefusedError
+from hypervisor.vcpus import Vcpus
+
+MIB = 1 << 20
+SMALL, LARGE = 256 * MIB, 1024 * MIB
+BACK_ON_HOST_S = 30
+
+LOAD = "while true; do dd if=/dev/zero of=/load bs=1M count=16 2>/dev/null; done >/dev/null 2>&1 &"
+HUNGRY = 400  # MiB that a file in the guest's memory takes: more than there will be
+ALL_CPUS_ON = "for cpu in /sys/devices/system/cpu/cpu[1-9]*/online; do echo 1 >$cpu; done"
+
+
+async def processors(shell) -> int:
+    return int(await shell("nproc"))
+
+
+async def memory(shell) -> int:
+    return int(await shell("grep MemTotal /proc/meminfo | tr -dc 0-9")) * 1024
+
+
+def on_host(vm) -> int:
+    """Count the bytes of the host that hold the guest's memory."""
+    mapped = [
+        fd.stat().st_blocks * 512
+        for fd in Path(f"/proc/{vm.pid}/fd").iterdir()
+        if "memfd:memory-backend" in str(fd.readlink())
+    ]
+    assert mapped, "QEMU has no memory"
+    return sum(mapped)
+
+
+async def test_memory_grows_and_shrinks_under_load_as_the_guest_sees_it(start):
+    vm, shell = await start(memory_bytes=SMALL)
+    await shell(LOAD)
+    first = await memory(shell)
+    for size in (LARGE, SMALL, LARGE // 2, SMALL):
+        assert await vm.resize_memory(size) == size
+        assert await memory(shell) - first == size - SMALL
+    with pytest.raises(ResizeError, match=r"128 MiB: the virtual machine can have 256 to 4096 MiB"):
+        await vm.resize_memory(SMALL // 2)
+    with pytest.raises(ResizeError, match=r"8192 MiB: the virtual machine can have"):
+        await vm.resize_memory(8 << 30)
+
+
+async def test_a_guest_that_needs_its_memory_keeps_it_and_that_is_an_error(start):
+    vm, shell = await start(memory_bytes=SMALL)
+    first = await memory(shell)
+    await vm.resize_memory(LARGE)
+    await shell(f"mount -t tmpfs -o size=90% none /mnt; dd if=/dev/zero of=/mnt/full bs=1M count={HUNGRY}")
+    with pytest.raises(ResizeRefusedError, match=r"256 MiB: the guest stopped at \d+ MiB") as caught:
+        await vm.resize_memory(SMALL)
+    assert SMALL < caught.value.reached < LARGE
+    assert await memory(shell) - first == caught.value.reached - SMALL
+
+    await shell("rm /mnt/full")
+    assert await vm.resize_memory(SMALL) == SMALL
+    assert await memory(shell) == first
+
+
+async def test_a_guest_without_virtio_mem_gets_memory_modules(start):
+    vm, shell = await start(memory_bytes=SMALL, kernel_parameters=("module_blacklist=virtio_mem",))
+    first = await memory(shell)
+    assert await vm.resize_memory(SMALL + 100 * MIB) == SMALL + 128 * MIB  # a module is no smaller
+    assert await memory(shell) - first == 128 * MIB
+    assert await vm.resize_memory(LARGE) == LARGE
+    assert await memory(shell) - first == LARGE - SMALL
+    assert await vm.resize_memory(SMALL + 128 * MIB) == SMALL + 128 * MIB
+    assert await vm.resize_memory(SMALL) == SMALL
+    assert await memory(shell) == first
+
+
+async def test_memory_that_the_guest_frees_is_back_on_the_host(start):
+    vm, shell = await start(memory_bytes=LARGE)
+    before = on_host(vm)
+    await shell("mount -t tmpfs -o size=90% none /mnt; dd if=/dev/zero of=/mnt/full bs=1M count=512")
+    assert on_host(vm) - before > 500 * MIB
+    await shell("rm /mnt/full")
+    deadline = time.monotonic() + BACK_ON_HOST_S
+    while on_host(vm) - before > 50 * MIB:
+        assert time.monotonic() < deadline, f"{(on_host(vm) - before) // MIB} MiB are still there"
+        await asyncio.sleep(0.1)
+
+
+async def test_processors_are_added_and_taken_away_as_the_guest_sees_it(start):
+    vm, shell = await start(vcpus=1, max_vcpus=4)
+    await shell(LOAD)
+    for wrong in (0, 5):
+        with pytest.raises(ResizeError, match=f"resize vcpus: {wrong}: the virtual machine can have 1 to 4;"):
+            await vm.resize_vcpus(wrong)
+
+    assert await vm.resize_vcpus(4) == 4
+    await shell(ALL_CPUS_ON)
+    assert await processors(shell) == 4
+    # Emulated ones stay in QEMU, which would not survive the next device that is plugged.
+    assert await vm.resize_vcpus(1) == 4
+
+    # Taken away all the same, as under KVM: it is done, and the last thing done to this machine.
+    vcpus = Vcpus(vm._qmp, boot=1, most=4, removable=True)
+    assert await vcpus.resize(2) == 2
+    assert await processors(shell) == 2
+    assert await vcpus.resize(1) == 1
+    assert await processors(shell) == 1
+    assert await shell("cat /sys/devices/system/cpu/present") == "0"
