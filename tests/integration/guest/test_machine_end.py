@@ -12,7 +12,8 @@ from guest.image import cpio
 from proto.kata import agent_pb2
 from tests.integration.guest.agent_client import StatusError
 from tests.integration.guest.conftest import IMAGE, Life
-from tests.integration.guest.guest_machine import KERNEL_LINE, GuestMachine
+from tests.integration.guest.disks import bound, content_of, make_disk
+from tests.integration.guest.guest_machine import KERNEL_LINE, GuestMachine, process, spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,19 +35,26 @@ def own_machine(tmp_path: Path) -> Iterator[GuestMachine]:
         machine.close()
 
 
-def test_destroying_the_sandbox_writes_back_and_powers_off(own_machine: GuestMachine) -> None:
+def test_destroying_the_sandbox_writes_back_and_powers_off(own_machine: GuestMachine, tmp_path: Path) -> None:
     own_machine.create_sandbox()
     with pytest.raises(StatusError, match="exists already"):
         own_machine.create_sandbox()
     own_machine.make_rootfs("last")
     container = Life(own_machine, "last")
-    container.run("sh", "-c", "echo kept > /kept; echo ready; sleep 100")
+    disk, volume = make_disk(tmp_path / "disk", "ext4", size_mib=16), "/run/volume"
+    whole = spec("last", process("sh", "-c", "echo kept | tee /kept > /volume/kept; echo ready; sleep 100"))
+    whole.Mounts.append(bound("/volume", volume))
+    place = own_machine.plug_disk(disk, port=0x10)
+    storage = agent_pb2.Storage(driver="blk", source=place, fstype="ext4", mount_point=volume)
+    container.create_from(whole, storages=[storage])
+    container.start()
     assert container.read() == b"ready\n"
     # The machine may be gone before its answer is.
     with contextlib.suppress(ConnectionError):
         own_machine.client.call("DestroySandbox", agent_pb2.DestroySandboxRequest())
     assert own_machine.qemu.wait(timeout=20) == 0
     assert (own_machine.share / "last/rootfs/kept").read_text() == "kept\n"
+    assert content_of(disk, "/kept") == b"kept\n"
 
 
 def test_crash_of_the_agent_ends_the_machine_and_says_why(tmp_path: Path) -> None:

@@ -188,6 +188,7 @@ def test_cgroup_path(wanted: str, path: str) -> None:
         (["ro", "rw"], 0, ""),
         (["rbind"], 4096 | 16384, ""),
         (["", "defaults"], 0, ""),
+        (["_netdev", "nofail", "x-systemd.automount", "nouuid", "noatime"], 1024, "nouuid"),
     ],
 )
 def test_mount_options_are_parted(options: list[str], flags: int, data: str) -> None:

@@ -1,0 +1,58 @@
+"""Volumes handed to a group, as Kubernetes' fsGroup asks for."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+
+import pytest
+
+from guest.agent import storage
+from proto.kata import agent_pb2, types_pb2
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ALWAYS = types_pb2.FSGroupChangePolicy.Always
+ON_MISMATCH = types_pb2.FSGroupChangePolicy.OnRootMismatch
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Path:
+    """Make a volume that belongs to this user alone, with a program, a file and a link that leads out."""
+    outside = tmp_path / "outside"
+    outside.touch(mode=0o600)
+    root = tmp_path / "volume"
+    (root / "deep").mkdir(parents=True)
+    root.chmod(0o700)
+    (root / "deep" / "program").touch(mode=0o700)
+    (root / "file").touch(mode=0o400)
+    (root / "link").symlink_to(outside)
+    return root
+
+
+def give(volume: Path, policy: types_pb2.FSGroupChangePolicy) -> None:
+    group = agent_pb2.FSGroup(group_id=os.getgid(), group_change_policy=policy)
+    storage.add(agent_pb2.Storage(driver="local", mount_point=str(volume), fs_group=group))
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_group_may_use_all_of_its_volume(volume: Path) -> None:
+    give(volume, ALWAYS)
+    assert mode(volume) == 0o2770
+    assert mode(volume / "deep") & 0o2070 == 0o2070
+    assert mode(volume / "deep" / "program") == 0o770
+    assert mode(volume / "file") == 0o460
+    assert mode(volume.parent / "outside") == 0o600
+
+
+def test_a_volume_that_is_the_group_s_already_is_left_alone(volume: Path) -> None:
+    volume.chmod(0o2770)
+    give(volume, ON_MISMATCH)
+    assert mode(volume / "file") == 0o400
+    give(volume, ALWAYS)
+    assert mode(volume / "file") == 0o460
