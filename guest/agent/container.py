@@ -6,6 +6,7 @@ import _thread
 import os
 
 from guest.agent import cgroup, files, jsonout, kernel, oci, oom, runtime
+from guest.agent.console import log
 from guest.agent.devices import renumber
 from guest.agent.errors import AgentError, NotFound
 from guest.agent.process import Process
@@ -222,6 +223,10 @@ class Container:
         try:
             # The host may kill the machine any time later: nothing may be left dirty in its memory.
             kernel.sync_filesystem(self._rootfs)
+        except OSError as error:
+            # A disk that was pulled out never takes it; the container has had its errors.
+            log(f"remove: {self.id}: {error}")
+        try:
             if self._owns_root:
                 kernel.unmount(self._rootfs, flags=kernel.MNT_DETACH)
         except OSError as error:

@@ -150,7 +150,11 @@ def _mount(storage: Message, source: str) -> None:
 
 def _unmount_disk(mount_point: str, node: str) -> None:
     """Unmount a disk and wait until the kernel has closed it: it may be unplugged at once."""
-    kernel.sync_filesystem(mount_point)
+    try:
+        kernel.sync_filesystem(mount_point)
+    except OSError as error:
+        # Of a disk that was pulled out, what was not written is lost.
+        log(f"storage: {mount_point}: {error}")
     try:
         kernel.unmount(mount_point)
     except OSError as error:

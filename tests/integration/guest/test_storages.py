@@ -126,6 +126,46 @@ def test_a_disk_that_comes_late_is_the_root(
     assert content_of(disk, "/kept") == b"kept\n"
 
 
+def test_a_disk_pulled_out_in_use_is_an_error_and_no_hang(
+    machine: GuestMachine, new_container: Callable[[], Life], tmp_path: Path
+) -> None:
+    rooted, using, port = new_container(), new_container(), 0x14
+    tree = machine.share / rooted.id / "rootfs"
+    root, volume = f"/run/kata-containers/{rooted.id}/rootfs", f"{VOLUMES}/pulled"
+    for container, mount_point in ((rooted, root), (using, volume)):
+        disk = make_disk(tmp_path / container.id, "ext4", size_mib=32, content=tree)
+        place = machine.plug_disk(disk, port=port)
+        whole = spec(container.id, process("cat"))
+        if container is rooted:
+            whole.Root.Path = root
+        else:
+            whole.Mounts.append(bound("/data", volume))
+        storage = Storage(driver="blk", source=place, fstype="ext4", mount_point=mount_point)
+        container.create_from(whole, storages=[storage])
+        container.start()
+        written = "/left" if container is rooted else "/data/left"
+        container.execute("dirty", "dd", "if=/dev/zero", f"of={written}", "bs=1M", "count=2")
+        assert container.wait("dirty") == 0
+        machine.unplug_disk(port=port)
+    using.execute("read", "cat", "/data/bin/busybox")
+    assert b"Input/output error" in using.read_all("ReadStderr", "read")
+    for container in (rooted, using):
+        container.remove()
+    # Nothing of it is left: the same slot, mount point and container serve again.
+    again = make_disk(tmp_path / "again", "ext4", size_mib=32, content=tree)
+    storage = Storage(
+        driver="blk", source=machine.plug_disk(again, port=port), fstype="ext4", mount_point=volume
+    )
+    whole = spec(using.id, process("ls", "/data/bin/busybox"))
+    whole.Mounts.append(bound("/data", volume))
+    using.create_from(whole, storages=[storage])
+    using.start()
+    assert using.wait() == 0
+    using.remove()
+    machine.unplug_disk(port=port)
+    check(again, "ext4")
+
+
 def test_a_disk_is_a_device_of_one_container_alone(
     machine: GuestMachine, new_container: Callable[[], Life], tmp_path: Path
 ) -> None:
