@@ -1,0 +1,111 @@
+"""In which order a machine and its guest are told of a new size, and what comes of a refusal."""
+
+from __future__ import annotations
+
+import pytest
+
+from hypervisor import ResizeError, ResizeRefusedError
+from shim.config import HypervisorConfig
+from shim.errors import ResourceExhausted
+from shim.resizing import Resizer
+from shim.sizing import Limits, plan
+
+MIB = 1 << 20
+CONFIG = HypervisorConfig(vcpus=1, memory_mib=256, max_vcpus=8, max_memory_mib=4096)
+SOME = Limits(quota_us=300_000, memory_bytes=256 * MIB)
+
+
+class Machine:
+    """A hypervisor and an agent that write down what they are asked, and refuse on demand."""
+
+    def __init__(self):
+        self.asked = []
+        self.refusal = None
+        self.fewest_vcpus = 1
+
+    async def resize_vcpus(self, count):
+        self.asked.append(f"vcpus {count}")
+        if self.refusal is not None:
+            raise self.refusal
+        return max(count, self.fewest_vcpus)
+
+    async def resize_memory(self, size):
+        self.asked.append(f"memory {size // MIB}")
+        if self.refusal is not None:
+            raise self.refusal
+        return size
+
+    async def use_cpus(self, count):
+        self.asked.append(f"use {count}")
+
+    async def online_memory(self):
+        self.asked.append("expect memory")
+
+    def take(self):
+        asked, self.asked = self.asked, []
+        return asked
+
+
+@pytest.fixture
+def machine():
+    return Machine()
+
+
+@pytest.fixture
+def resizer(machine):
+    return Resizer(machine, plan(CONFIG, {}))
+
+
+async def test_the_guest_expects_memory_before_it_comes_and_uses_processors_once_they_are_there(
+    machine, resizer
+):
+    await resizer.grow(machine, [SOME])
+    assert machine.take() == ["vcpus 4", "use 4", "expect memory", "memory 512"]
+
+
+async def test_what_is_large_enough_is_left_alone(machine, resizer):
+    await resizer.grow(machine, [])
+    await resizer.shrink(machine, [SOME])
+    await resizer.shrink(machine, [])
+    assert machine.take() == []
+
+
+async def test_growing_takes_nothing_away_and_shrinking_adds_nothing(machine, resizer):
+    await resizer.grow(machine, [SOME])
+    machine.take()
+    await resizer.grow(machine, [])
+    await resizer.shrink(machine, [SOME, SOME])
+    assert machine.take() == []
+    await resizer.shrink(machine, [])
+    assert machine.take() == ["vcpus 1", "memory 256"]
+
+
+async def test_processors_that_stay_in_the_machine_are_put_out_of_use(machine, resizer):
+    machine.fewest_vcpus = 4
+    await resizer.grow(machine, [SOME])
+    machine.take()
+    await resizer.shrink(machine, [])
+    assert machine.take() == ["vcpus 1", "use 1", "memory 256"]
+    await resizer.grow(machine, [Limits(quota_us=100_000)])
+    assert machine.take() == ["vcpus 2", "use 2"]
+
+
+@pytest.mark.parametrize("refusal", [ResizeError("no"), ResizeRefusedError("no", reached=1)])
+async def test_a_machine_that_cannot_grow_is_an_error(machine, resizer, refusal):
+    machine.refusal = refusal
+    with pytest.raises(ResourceExhausted, match=r"^no$"):
+        await resizer.grow(machine, [SOME])
+
+
+async def test_what_the_guest_does_not_give_back_is_logged_and_asked_for_the_next_time(
+    machine, resizer, caplog
+):
+    more = Limits(memory_bytes=1024 * MIB)
+    await resizer.grow(machine, [more])
+    machine.refusal = ResizeRefusedError("the guest stopped at 512 MiB", reached=512 * MIB)
+    await resizer.shrink(machine, [])
+    assert "the guest stopped at 512 MiB" in caplog.text
+    machine.take()
+    machine.refusal = None
+    await resizer.shrink(machine, [])
+    assert machine.take() == ["memory 256"]
