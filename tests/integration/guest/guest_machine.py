@@ -61,17 +61,19 @@ class GuestMachine:
     :param directory: for sockets, console and the shared directory.
     :param image: directory of the image to boot.
     :param channel: ``serial`` or ``vsock``.
-    :param network_namespace: name of that in which QEMU runs; empty for the test's own.
+    :param network_namespace: that in which QEMU runs; None for the test's own.
     """
 
-    def __init__(self, directory: Path, image: Path, *, channel: str, network_namespace: str = "") -> None:
+    def __init__(
+        self, directory: Path, image: Path, *, channel: str, network_namespace: Path | None = None
+    ) -> None:
         self.share = directory / "share"
         self.share.mkdir()
         self.console = directory / "console.log"
         self._agent_socket = directory / "agent.sock"
         self._qmp_socket = directory / "qmp.sock"
         self._channel = channel
-        self._inside = ("nsenter", f"--net=/run/netns/{network_namespace}") if network_namespace else ()
+        self._inside = ("nsenter", f"--net={network_namespace}") if network_namespace else ()
         self._stack = contextlib.ExitStack()
         self.client: AgentClient
         started = time.monotonic()

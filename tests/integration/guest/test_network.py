@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import os
 import socket
-import subprocess
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,22 +13,15 @@ from proto.kata import agent_pb2, types_pb2
 from tests.integration.guest.agent_client import StatusError
 from tests.integration.guest.conftest import IMAGE, Life
 from tests.integration.guest.guest_machine import GuestMachine, process, spec
+from tests.network_space import Space, new_space
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-NAMESPACE = f"hako-guest-{os.getpid()}"
 FIRST, SECOND = "02:00:00:00:00:01", "02:00:00:00:00:02"
 PORTS = (0x10, 0x11)
 FAR_V4, FAR_V6 = "198.51.100.1", "2001:db8:ff::1"
 NOARP, PERMANENT, ONLINK, LINK_SCOPE = 0x80, 0x80, 4, 253
-CLONE_NEWNET = 0x40000000
-
-
-def ip(*arguments: str) -> str:
-    return subprocess.run(
-        ("/usr/sbin/ip", "-n", NAMESPACE, *arguments), capture_output=True, text=True, check=True
-    ).stdout
 
 
 def address(text: str) -> types_pb2.IPAddress:
@@ -49,14 +38,19 @@ def interface(name: str, mac: str, *addresses: str, **fields: Any) -> agent_pb2.
 
 
 class Pod:
-    """A machine with two interfaces and calls about them."""
+    """A machine, the network namespace around it and calls about its interfaces."""
 
-    def __init__(self, machine: GuestMachine) -> None:
+    def __init__(self, machine: GuestMachine, space: Space) -> None:
         self.machine = machine
+        self.space = space
         self.client = machine.client
 
     def update(self, *arguments: str, **fields: Any) -> None:
         self.client.call("UpdateInterface", interface(*arguments, **fields))
+
+    def ping(self, target: str) -> None:
+        """Send it a single packet, which must be answered."""
+        self.space.run("busybox", "ping", "-c1", "-W2", target)
 
     def interfaces(self) -> dict[str, types_pb2.Interface]:
         listed = self.client.call("ListInterfaces", agent_pb2.ListInterfacesRequest()).Interfaces
@@ -91,26 +85,22 @@ class Pod:
 
 @pytest.fixture(scope="module")
 def pod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
-    subprocess.run(("/usr/sbin/ip", "netns", "add", NAMESPACE), check=True)
-    try:
+    with new_space() as space:
         for number in range(2):
-            ip("tuntap", "add", f"tap{number}", "mode", "tap", "vnet_hdr")
-            ip("link", "set", f"tap{number}", "up", "addrgenmode", "none")
-        for text in ("192.0.2.1/24", "2001:db8::1/64", "fe80::1/64"):
-            ip("address", "add", text, "dev", "tap0", *(("nodad",) if ":" in text else ()))
-        ip("link", "set", "lo", "up")
-        for text in (f"{FAR_V4}/32", f"{FAR_V6}/128"):
-            ip("address", "add", text, "dev", "lo")
+            space.ip(f"tuntap add tap{number} mode tap vnet_hdr")
+            space.ip(f"link set tap{number} up addrgenmode none")
+        for address in ("192.0.2.1/24 dev tap0", f"{FAR_V4}/32 dev lo"):
+            space.ip(f"address add {address}")
+        for address in ("2001:db8::1/64 dev tap0", "fe80::1/64 dev tap0", f"{FAR_V6}/128 dev lo"):
+            space.ip(f"address add {address} nodad")
         machine = GuestMachine(
-            tmp_path_factory.mktemp("network"), IMAGE, channel="serial", network_namespace=NAMESPACE
+            tmp_path_factory.mktemp("network"), IMAGE, channel="serial", network_namespace=space.path
         )
         try:
             machine.create_sandbox()
-            yield Pod(machine)
+            yield Pod(machine, space)
         finally:
             machine.close()
-    finally:
-        subprocess.run(("/usr/sbin/ip", "netns", "delete", NAMESPACE), check=True)
 
 
 @pytest.fixture(scope="module")
@@ -132,16 +122,10 @@ def network(pod: Pod) -> Pod:
     return pod
 
 
-def ping(target: str) -> None:
-    argv = ("nsenter", f"--net=/run/netns/{NAMESPACE}", "busybox", "ping", "-c1", "-W2", target)
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_a_plugged_interface_is_reached_at_once(network: Pod) -> None:
     # The very first packets: no duplicate address detection holds IPv6 back.
-    ping("2001:db8::2")
-    ping("192.0.2.2")
+    network.ping("2001:db8::2")
+    network.ping("192.0.2.2")
     shown = network.interfaces()["eth0"]
     assert (shown.hwAddr, shown.mtu) == (FIRST, 1400)
     assert network.addresses("eth0") == {"192.0.2.2/24", "2001:db8::2/64"}
@@ -149,27 +133,12 @@ def test_a_plugged_interface_is_reached_at_once(network: Pod) -> None:
 
 
 class Sink(threading.Thread):
-    """Takes one connection inside the namespace and hashes what comes."""
+    """Takes one connection and hashes what comes."""
 
-    def __init__(self, family: int, target: str) -> None:
+    def __init__(self, listener: socket.socket) -> None:
         super().__init__()
-        self._listener: socket.socket
-        self._target = (family, target)
+        self._listener = listener
         self.received = ""
-        entered = threading.Thread(target=self._listen)
-        entered.start()
-        entered.join()
-        self.port = self._listener.getsockname()[1]
-
-    def _listen(self) -> None:
-        # A namespace belongs to a thread; the socket made there stays in it.
-        with Path(f"/run/netns/{NAMESPACE}").open() as file:
-            assert ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET) == 0
-        family, target = self._target
-        self._listener = socket.socket(family)
-        self._listener.settimeout(30)
-        self._listener.bind((target, 0))
-        self._listener.listen()
 
     def run(self) -> None:
         digest = hashlib.sha256()
@@ -182,12 +151,15 @@ class Sink(threading.Thread):
 
 @pytest.mark.parametrize(("family", "target"), [(socket.AF_INET, FAR_V4), (socket.AF_INET6, FAR_V6)])
 def test_a_container_sends_through_the_default_route(network: Pod, family: int, target: str) -> None:
-    sink = Sink(family, target)
+    listener = network.space.inside(lambda: socket.create_server((target, 0), family=family))
+    listener.settimeout(30)
+    port = listener.getsockname()[1]
+    sink = Sink(listener)
     sink.start()
     output = network.run(
         f"send-{int(family)}",
         "dd if=/dev/urandom of=/tmp/data bs=64k count=64 2>/dev/null;",
-        f"nc {target} {sink.port} < /tmp/data; sha256sum < /tmp/data;",
+        f"nc {target} {port} < /tmp/data; sha256sum < /tmp/data;",
         f"ping -c1 -W2 {target} >/dev/null && echo pong",
     )
     sink.join()
@@ -296,8 +268,8 @@ def test_interfaces_change_names_addresses_and_flags(network: Pod) -> None:
     assert shown["eth0"].raw_flags & NOARP
     network.update("eth0", FIRST, "192.0.2.2/24", "2001:db8::2/64", mtu=1400)
     routes = network.update_routes(types_pb2.Route(gateway="192.0.2.1", device="eth0"))
-    ping("192.0.2.2")
-    ping("2001:db8::2")
+    network.ping("192.0.2.2")
+    network.ping("2001:db8::2")
     # Once more the same: nothing happens to the routes.
     network.update("eth0", FIRST, "192.0.2.2/24", "2001:db8::2/64", mtu=1400)
     assert network.client.call("ListRoutes", agent_pb2.ListRoutesRequest()).Routes == routes
