@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
@@ -23,6 +24,8 @@ from shim.transport.ttrpc_connection import TtrpcConnection
 
 if TYPE_CHECKING:
     import socket
+
+_LINGER_S = 0.3  # containerd hangs up milliseconds after the last answer
 
 
 class _ClientConnection(TtrpcConnection):
@@ -59,10 +62,11 @@ class _ClientConnection(TtrpcConnection):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if not self._draining:
-            self.transport.resume_reading()
+        self.transport.resume_reading()
 
     def frame_received(self, frame: Frame | OversizedFrame) -> None:
+        if self._draining:
+            return  # the end of the connection will tell the client
         try:
             request = self._check(frame)
         except ShimError as error:
@@ -110,15 +114,21 @@ class _ClientConnection(TtrpcConnection):
         timeout_s = request.timeout_nano / 1e9 if request.timeout_nano else None
         return await method.answer(request.payload, timeout_s=timeout_s)
 
-    def stop_reading(self) -> None:
+    def refuse_requests(self) -> None:
         """Take no more requests."""
         self._draining = True
-        self.transport.pause_reading()
 
     async def finish(self) -> None:
-        """Wait until every request is answered and every answer sent, then hang up."""
+        """Wait until every request is answered and every answer sent, then hang up.
+
+        The client is let to do so first: one that meets the end of the connection together with an answer
+        may report the end, as containerd's does.
+        """
         if self._handlers:
             await asyncio.wait(self._handlers)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                await self.lost.wait()
         self.transport.close()
         await self.lost.wait()
 
@@ -163,11 +173,10 @@ class TtrpcServer:
         """
         self._draining.set()
         for connection in self._connections:
-            connection.stop_reading()
+            connection.refuse_requests()
         try:
             async with asyncio.timeout(timeout_s):
-                for connection in list(self._connections):
-                    await connection.finish()
+                await asyncio.gather(*(connection.finish() for connection in self._connections))
         except TimeoutError:
             pass
         finally:
