@@ -89,6 +89,10 @@ class Ledger:
         """
         return self._record("redirection", f"{os.path.abspath(path)} {namespace} {interface}")
 
+    def cgroup(self, path: str) -> int:
+        """Record a cgroup's directory that is about to be made; undoing removes it once it is empty."""
+        return self._record("cgroup", path)
+
     def undone(self, number: int) -> None:
         """Say that the maker of an entry has undone it.
 
@@ -202,7 +206,7 @@ def _is_whole(line: Any) -> bool:
         return False
     return (
         kind == "process"
-        or (kind in {"directory", "file", "mount"} and name.startswith("/"))
+        or (kind in {"directory", "file", "mount", "cgroup"} and name.startswith("/"))
         or (kind == "redirection" and _REDIRECTION.fullmatch(name) is not None)
     )
 
@@ -230,6 +234,8 @@ def _undo(kind: str, name: str) -> None:
             _remove_tree(name)
         elif kind == "file":
             os.unlink(name)
+        elif kind == "cgroup":
+            os.rmdir(name)
     except FileNotFoundError:
         return
 

@@ -7,6 +7,7 @@ sandbox to the shim, it leaves those to it as well.
 from __future__ import annotations
 
 import logging
+import posixpath
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ class PodSpec:
     :param hostname: the name of the machine; empty leaves it unnamed.
     :param dns: lines of resolv.conf.
     :param sysctls: kernel parameters of the whole pod, which its containers' specifications do not repeat.
+    :param cgroup: ``linux.cgroupsPath`` of the sandbox on the host; empty for none.
     :param oci: an OCI specification: the bundle's, or what Kubernetes' description says as one. It has the
         network namespace among ``linux.namespaces``, and sizes of the pod among ``annotations``.
     """
@@ -48,6 +50,7 @@ class PodSpec:
     hostname: str
     dns: tuple[str, ...]
     sysctls: dict[str, str]
+    cgroup: str
     oci: dict[str, Any]
 
 
@@ -64,19 +67,23 @@ def from_oci(spec: dict[str, Any]) -> PodSpec:
     """
     hostname = spec.get("hostname")
     linux = spec.get("linux")
-    sysctls = linux.get("sysctl") if is_pause(spec) and isinstance(linux, dict) else None
+    linux = linux if isinstance(linux, dict) else {}
+    sysctls = linux.get("sysctl") if is_pause(spec) else None
+    cgroup = linux.get("cgroupsPath")
     return PodSpec(
         hostname=hostname if isinstance(hostname, str) else "",
         dns=_resolvers(spec),
         sysctls=sysctls if isinstance(sysctls, dict) else {},
+        cgroup=cgroup if isinstance(cgroup, str) else "",
         oci=spec,
     )
 
 
-def from_request(options: AnyMessage, *, network_namespace: str) -> PodSpec:
+def from_request(options: AnyMessage, *, sandbox_id: str, network_namespace: str) -> PodSpec:
     """Take the description from a request for a sandbox.
 
     :param options: a ``PodSandboxConfig``; of anything else, nothing is known about the pod.
+    :param sandbox_id: the sandbox's id.
     :param network_namespace: the path of the pod's network namespace; empty for the host's.
     :raises InvalidArgument: if it is no valid message.
     """
@@ -107,6 +114,7 @@ def from_request(options: AnyMessage, *, network_namespace: str) -> PodSpec:
             *([f"options {' '.join(dns.options)}"] if dns.options else []),
         ),
         sysctls=dict(config.linux.sysctls),
+        cgroup=_cgroup(config.linux.cgroup_parent, sandbox_id=sandbox_id),
         oci={
             "hostname": config.hostname,
             "annotations": {**config.annotations, **sizes},
@@ -168,6 +176,13 @@ def with_sysctls(spec: dict[str, Any], sysctls: dict[str, str]) -> dict[str, Any
     """
     linux = spec.get("linux") or {}
     return {**spec, "linux": {**linux, "sysctl": {**sysctls, **(linux.get("sysctl") or {})}}}
+
+
+def _cgroup(parent: str, *, sandbox_id: str) -> str:
+    """Name a sandbox's cgroup as containerd names that of its own sandboxes."""
+    if parent.endswith(".slice"):
+        return f"{posixpath.basename(parent)}:cri-containerd:{sandbox_id}"
+    return f"{parent}/{sandbox_id}" if parent else ""
 
 
 def _resolvers(spec: dict[str, Any]) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from shim.errors import (
     Unavailable,
 )
 from shim.host import resolve
+from shim.host_cgroup import HostCgroup
 from shim.network.namespace import namespace_of
 from shim.network.network import Network
 from shim.oci import refusing_malformed
@@ -98,6 +99,7 @@ class Sandbox:
         self._ledger = ledger
         self._group = group
         self._vm: QemuHypervisor | None = None
+        self._cgroup = HostCgroup([])
         self._resizer: Resizer | None = None
         self._network: Network | None = None
         self._ready: asyncio.Future[Agent] = asyncio.get_running_loop().create_future()
@@ -472,6 +474,7 @@ class Sandbox:
             async with asyncio.timeout(timeout_s) as limit:
                 if self._doom:
                     raise Unavailable(self._doom)
+                self._cgroup = HostCgroup.make(pod.cgroup, ledger=self._ledger)
                 self._vm = vm = QemuHypervisor(spec, on_process=self._record_process)
                 self._resizer = Resizer(vm, sizes)
                 connection = await _while_preparing(network, _reach(vm, timeout_s=timeout_s))
@@ -533,6 +536,7 @@ class Sandbox:
 
     def _record_process(self, name: str, pid: int) -> None:
         self._ledger.process(pid, name=name)
+        self._cgroup.add(pid)
 
     async def _reason_of_end(self, agent: Agent) -> str:
         """Wait for the machine or the agent to go, and say which and why."""

@@ -42,7 +42,9 @@ class SandboxService:
             raise AlreadyExists(f"create: sandbox {request.sandbox_id}: already exists")
         if self._sandbox.ended.is_set():
             raise FailedPrecondition(f"create: {self._sandbox.reason_of_end}")
-        description = pod.from_request(request.options, network_namespace=request.netns_path)
+        description = pod.from_request(
+            request.options, sandbox_id=request.sandbox_id, network_namespace=request.netns_path
+        )
         self._sandbox.hold(description)
         return api.CreateSandboxResponse()
 

@@ -64,13 +64,15 @@ def test_a_description_of_kubernetes_becomes_a_specification():
         dns_config=DNSConfig(servers=["192.0.2.1", "2001:db8::1"], searches=["a", "b"], options=["ndots:5"]),
         annotations={"team": "x"},
         linux=LinuxPodSandboxConfig(
+            cgroup_parent="/kubepods/pod1",
             sysctls={"kernel.shm_rmid_forced": "1"},
             resources=LinuxContainerResources(cpu_quota=50_000, memory_limit_in_bytes=1 << 30),
         ),
     )
-    made = pod.from_request(options(config), network_namespace="/run/netns/x")
+    made = pod.from_request(options(config), sandbox_id="s1", network_namespace="/run/netns/x")
     assert made.hostname == "web-0"
     assert made.dns == ("search a b", "nameserver 192.0.2.1", "nameserver 2001:db8::1", "options ndots:5")
+    assert made.cgroup == "/kubepods/pod1/s1"
     assert made.sysctls == {"kernel.shm_rmid_forced": "1"}
     assert made.oci["annotations"] == {
         "team": "x",
@@ -81,25 +83,30 @@ def test_a_description_of_kubernetes_becomes_a_specification():
 
 
 def test_without_a_network_namespace_it_is_the_hosts_that_is_wanted():
-    made = pod.from_request(AnyMessage(), network_namespace="")
+    made = pod.from_request(AnyMessage(), sandbox_id="s1", network_namespace="")
     assert "network" not in {one["type"] for one in made.oci["linux"]["namespaces"]}
 
 
 def test_options_of_another_type_say_nothing():
-    made = pod.from_request(options(PodSandboxConfig(hostname="x"), "other.Type"), network_namespace="")
+    made = pod.from_request(
+        options(PodSandboxConfig(hostname="x"), "other.Type"), sandbox_id="s1", network_namespace=""
+    )
     assert (made.hostname, made.dns, made.sysctls) == ("", (), {})
 
 
 def test_a_description_that_is_no_message_is_refused():
     with pytest.raises(InvalidArgument, match=r"sandbox: options: not a valid runtime.v1.PodSandboxConfig"):
         pod.from_request(
-            AnyMessage(type_url="runtime.v1.PodSandboxConfig", value=b"\xff"), network_namespace=""
+            AnyMessage(type_url="runtime.v1.PodSandboxConfig", value=b"\xff"),
+            sandbox_id="s1",
+            network_namespace="",
         )
 
 
 def test_a_container_gets_the_files_of_its_pod_unless_it_brings_its_own(tmp_path):
     made = pod.from_request(
         options(PodSandboxConfig(hostname="web-0", dns_config=DNSConfig(servers=["192.0.2.1"]))),
+        sandbox_id="s1",
         network_namespace="",
     )
     pod.write_files(made, tmp_path / "etc")
