@@ -24,7 +24,8 @@ HEALTH_SERVICE = "grpc.Health"
 # Guest directories fixed by the protocol; a stock Kata agent confines itself to them.
 SHARE_TAG = "kataShared"
 SHARE_DIRECTORY = "/run/kata-containers/shared/containers"
-WATCHABLE_DIRECTORY = f"{SHARE_DIRECTORY}/watchable"
+WATCHABLE_NAME = "watchable"
+WATCHABLE_DIRECTORY = f"{SHARE_DIRECTORY}/{WATCHABLE_NAME}"
 SHM_DIRECTORY = "/run/kata-containers/sandbox/shm"
 SHM_BYTES = 64 * 1024 * 1024  # the size runc gives /dev/shm
 
@@ -119,6 +120,14 @@ class Agent:
                 fstype="tmpfs",
                 mount_point=SHM_DIRECTORY,
                 options=["noexec", "nosuid", "nodev", "mode=1777", f"size={SHM_BYTES}"],
+            ),
+            # The share is read-only: what the guest keeps up to date by itself is mounted on a part of it.
+            agent_pb2.Storage(
+                driver="ephemeral",
+                source="tmpfs",
+                fstype="tmpfs",
+                mount_point=WATCHABLE_DIRECTORY,
+                options=["nosuid", "nodev", "mode=0755"],
             ),
         ]
         await self._call(

@@ -146,13 +146,15 @@ class ContainerFiles:
         :raises InvalidArgument: if the host has no such device.
         :raises Internal: if it cannot be plugged.
         """
-        if not device.path.exists():
+        try:
+            path = device.path()
+        except OSError as error:
             raise InvalidArgument(
                 f"spec: linux.devices: {device.container_path}: the host has no block device "
                 f"{device.major}:{device.minor}; name one that it has"
-            )
+            ) from error
         address = await self._plug(
-            device.path,
+            path,
             read_only=device.read_only,
             limits=device.limits,
             mount_point="",

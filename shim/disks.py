@@ -1,6 +1,6 @@
 """Which disks of the host a container is given: its root file system, or devices that it names.
 
-Pure but for a stat(2).
+Pure, but for a look at what is behind a path or a number.
 """
 
 from __future__ import annotations
@@ -64,10 +64,14 @@ class DiskDevice:
     read_only: bool
     limits: DiskLimits
 
-    @property
     def path(self) -> Path:
-        """Where the host has it, whatever its name."""
-        return Path(f"/dev/block/{self.major}:{self.minor}")
+        """Find the host's name of it, which the kernel tells (a specification may name it otherwise).
+
+        :raises OSError: if the host has no such device.
+        """
+        facts = Path(f"/sys/dev/block/{self.major}:{self.minor}/uevent").read_text(encoding="utf-8")
+        [name] = [line.removeprefix("DEVNAME=") for line in facts.splitlines() if line.startswith("DEVNAME=")]
+        return Path("/dev", name)
 
 
 def root_disk(rootfs: Iterable[Mount]) -> RootDisk | None:

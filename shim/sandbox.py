@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from hypervisor import AGENT_PORT, Channel, HypervisorError, QemuHypervisor, VmSpec
 from proto.containerd import events_pb2
 from shim import metrics, mounts, postmortem, state_directory
-from shim.agent import Agent
+from shim.agent import WATCHABLE_NAME, Agent
 from shim.container import Container, read_spec
 from shim.errors import (
     AlreadyExists,
@@ -506,6 +506,7 @@ class Sandbox:
         # Before the first await: containers put their files here while the machine still boots.
         self.share.mkdir(mode=0o700, exist_ok=True)
         mounts.share_directory(self.share)
+        (self.share / WATCHABLE_NAME).mkdir(mode=0o755)
         # A guest writes in what is mounted there, not in the share itself: a link that it put in the way of
         # another container would lead that one's mounts to anywhere on the host.
         self._guest_share.mkdir(mode=0o700, exist_ok=True)
@@ -532,6 +533,7 @@ class Sandbox:
             channel=choice.channel,
             vsock_daemon=choice.vsock_daemon,
             network_namespace=None,
+            root_ports=config.hypervisor.root_ports,
         )
 
     def _record_process(self, name: str, pid: int) -> None:

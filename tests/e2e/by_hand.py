@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import subprocess
 import tarfile
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,6 +21,7 @@ from tests.e2e.conftest import new_id
 from tests.e2e.containerd import SHIM_DIRECTORY, SYSTEM_PATH
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from google.protobuf.message import Message
@@ -37,9 +39,20 @@ class ByHand:
 
     :param stack: where the shim's configuration and the ancestor of its processes are.
     :param place: an empty directory for the bundle and the FIFOs.
+    :param mounts: more mounts of its specification.
+    :param linux: more of the ``linux`` object of its specification.
+    :param disk: a file with an ext4 file system that is made of its root file system and is to serve as such.
     """
 
-    def __init__(self, stack: Stack, place: Path) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        place: Path,
+        *,
+        mounts: Sequence[dict[str, Any]] = (),
+        linux: dict[str, Any] | None = None,
+        disk: Path | None = None,
+    ) -> None:
         self.id = new_id()
         self.place = place
         self.rootfs = place / "rootfs"
@@ -49,12 +62,20 @@ class ByHand:
         with tarfile.open(fileobj=io.BytesIO(rootfs_archive())) as archive:
             archive.extractall(self.rootfs, filter="fully_trusted")  # noqa: S202 - made by this very test
         (self._bundle / "rootfs").mkdir(parents=True)
+        self._root = {"type": "bind", "source": str(self.rootfs), "options": ["rbind", "rw"]}
+        if disk is not None:
+            argv = ["/usr/sbin/mkfs.ext4", "-q", "-d", self.rootfs, disk, "64M"]
+            subprocess.run(argv, check=True, stderr=subprocess.DEVNULL)
+            self._root = {"type": "ext4", "source": str(disk), "options": ["loop", "rw"]}
         spec = {
             "ociVersion": "1.0.2",
             "process": {"args": ["sleep", "100000"], **PROCESS},
             "root": {"path": "rootfs"},
-            "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
-            "linux": {"namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]},
+            "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}, *mounts],
+            "linux": {
+                "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")],
+                **(linux or {}),
+            },
         }
         (self._bundle / "config.json").write_text(json.dumps(spec), encoding="utf-8")
 
@@ -64,8 +85,7 @@ class ByHand:
         [state] = set(self._stack.state_directory.iterdir()) - others
         self._channel = grpc.insecure_channel(f"unix://{state}/grpc.sock")
         try:
-            rootfs = [{"type": "bind", "source": str(self.rootfs), "options": ["rbind", "rw"]}]
-            self.call("Create", bundle=str(self._bundle), rootfs=rootfs)
+            self.call("Create", bundle=str(self._bundle), rootfs=[self._root])
             self.call("Start")
         except BaseException:
             self.__exit__()
@@ -117,7 +137,7 @@ class ByHand:
         )
         return call(request(id=self.id, **fields), timeout=timeout_s, wait_for_ready=True)
 
-    def execute(self, *command: str, **streams: Path) -> str:
+    def execute(self, *command: str, **streams: Path | str) -> str:
         """Begin a process in the container.
 
         :param command: its arguments.
@@ -137,6 +157,15 @@ class ByHand:
         status = self.call("Wait", exec_id=exec_id).exit_status
         assert self.call("Delete", exec_id=exec_id).exit_status == status
         return int(status)
+
+    def output(self, *command: str) -> str:
+        """Run a process that ends well, and return what it printed."""
+        path = self.place / f"output-{next(self._numbers)}"
+        exec_id = self.execute(*command, stdout=f"file://{path}", stderr=f"file://{path}")
+        status = self.finish(exec_id)
+        text = path.read_text(encoding="utf-8")
+        assert status == 0, text
+        return text
 
     def fifo(self) -> Path:
         """Make a FIFO."""

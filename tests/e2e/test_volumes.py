@@ -1,0 +1,141 @@
+"""What of the host's files a container is given, and how it follows what happens to them there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import time
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
+
+from tests.e2e.by_hand import ByHand
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.e2e.conftest import Stack
+
+pytestmark = pytest.mark.hako
+
+MIB = 1 << 20
+CONTENT = os.urandom(2 * MIB)
+WITHIN_S = 20.0
+
+
+def publish(volume: Path, version: str, text: str) -> None:
+    """Write a new version of a volume as the kubelet does."""
+    (volume / version).mkdir(parents=True)
+    (volume / version / "key").write_text(text)
+    (volume / "..data_tmp").symlink_to(version)
+    (volume / "..data_tmp").rename(volume / "..data")
+    if not (volume / "key").is_symlink():
+        (volume / "key").symlink_to("..data/key")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("volumes")
+
+
+@pytest.fixture(scope="module")
+def volume(place: Path) -> Path:
+    path = place / "kubernetes.io~configmap" / "config"
+    publish(path, "..1", "first")
+    return path
+
+
+@pytest.fixture(scope="module")
+def disk(place: Path) -> Path:
+    path = place / "disk"
+    path.write_bytes(CONTENT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def loop(disk: Path) -> Iterator[Path]:
+    argv = ["/usr/sbin/losetup", "--find", "--show", disk]
+    device = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
+    yield type(disk)(device)
+    subprocess.run(["/usr/sbin/losetup", "--detach", device], check=True)
+
+
+@pytest.fixture(scope="module")
+def box(one_stack: Stack, place: Path, volume: Path, loop: Path) -> Iterator[ByHand]:
+    """A container with a root file system on a disk, a disk as a device, a ConfigMap and a directory."""
+    number = loop.stat().st_rdev
+    shared = place / "shared"
+    shared.mkdir()
+    binds = [(volume, "/config", ["rbind", "ro"]), (shared, "/shared", ["rbind", "rslave"])]
+    mounts = [
+        {"destination": target, "type": "bind", "source": str(source), "options": options}
+        for source, target, options in binds
+    ]
+    linux = {
+        "devices": [{"path": "/dev/data", "type": "b", "major": os.major(number), "minor": os.minor(number)}]
+    }
+    with ByHand(one_stack, place, mounts=mounts, linux=linux, disk=place / "root.ext4") as opened:
+        yield opened
+    listing = subprocess.run(
+        ["/usr/sbin/debugfs", "-R", "cat /written", place / "root.ext4"], check=True, capture_output=True
+    )
+    # Seen once the container and its machine are gone: nothing was left in the guest's memory.
+    assert listing.stdout == b"kept\n"
+
+
+def test_a_root_file_system_on_a_disk_is_mounted_by_the_guest(box: ByHand):
+    assert "ext4" in next(line for line in box.output("cat", "/proc/mounts").splitlines() if " / " in line)
+    box.output("sh", "-c", "echo kept > /written")
+
+
+def test_a_block_device_is_a_disk_with_the_same_bytes(box: ByHand, disk: Path):
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    assert box.output("sha256sum", "/dev/data").split()[0] == digest
+    box.output("sh", "-c", "yes | head -c 512 | dd of=/dev/data conv=fsync,notrunc 2>/dev/null")
+    assert disk.read_bytes()[:512] == b"y\n" * 256
+
+
+def test_a_disk_that_grows_on_the_host_grows_in_the_container_with_the_next_update(
+    box: ByHand, disk: Path, loop: Path
+):
+    os.truncate(disk, 3 * MIB)
+    subprocess.run(["/usr/sbin/losetup", "--set-capacity", loop], check=True)
+    number = loop.stat().st_rdev
+    rate = {"major": os.major(number), "minor": os.minor(number), "rate": MIB}
+    value = f'{{"blockIO": {{"throttleReadBpsDevice": [{rate}]}}}}'.replace("'", '"')
+    box.call("Update", resources=AnyMessage(type_url="LinuxResources", value=value.encode()))
+    assert int(box.output("blockdev", "--getsize64", "/dev/data")) == 3 * MIB
+
+
+def test_a_change_of_a_config_map_reaches_the_containers_own_copy(box: ByHand, volume: Path):
+    assert box.output("cat", "/config/key") == "first"
+    # The copy is what makes the change an event: a share carries none.
+    assert "tmpfs" in next(
+        line for line in box.output("cat", "/proc/mounts").splitlines() if "/config" in line
+    )
+    publish(volume, "..2", "second")
+    deadline = time.monotonic() + WITHIN_S
+    while box.output("cat", "/config/key") != "second":
+        assert time.monotonic() < deadline
+
+
+def test_a_file_system_that_the_host_mounts_later_is_seen(box: ByHand, place: Path):
+    target = place / "shared" / "later"
+    target.mkdir()
+    subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "tmpfs", target], check=True)
+    try:
+        (target / "file").write_text("from the host")
+        assert box.output("cat", "/shared/later/file") == "from the host"
+    finally:
+        subprocess.run(["/usr/bin/umount", "--lazy", target], check=True)
+
+
+def test_a_block_device_that_the_host_does_not_have_is_refused(one_stack: Stack, tmp_path: Path):
+    linux = {"devices": [{"path": "/dev/data", "type": "b", "major": 259, "minor": 1048575}]}
+    box = ByHand(one_stack, tmp_path, linux=linux)
+    with pytest.raises(grpc.RpcError, match="the host has no block device 259:1048575"), box:
+        pass
