@@ -30,6 +30,8 @@ cost the guest a second under TCG. ACPI tells the guest of each device at once.
 MEMORY_MODULES = 16
 """How many memory modules can be added."""
 
+_PORT_ROOM = "mem-reserve=32M,pref64-reserve=32G"
+
 _KERNEL_PARAMETERS = (
     # The virtio console costs the guest least of all consoles, and the host reads it for failure causes.
     "console=hvc0",
@@ -148,6 +150,7 @@ def qemu_argv(spec: VmSpec, inherited: Inherited, *, machine: Machine) -> list[s
         "-device", "virtio-balloon-pci,free-page-reporting=on,deflate-on-oom=on",
         # Last, so that these ports do not move the other devices.
         *_bridges(),
+        *_root_ports(spec),
     ]  # fmt: skip
 
 
@@ -197,6 +200,22 @@ def _bridges() -> list[str]:
     for chassis, bus in enumerate(HOTPLUG_BUSES, start=1):
         # Room for the registers of 31 virtio devices: the firmware leaves none behind a bridge by itself.
         words += ["-device", f"pci-bridge,id={bus},chassis_nr={chassis},shpc=off,mem-reserve=1M"]
+    return words
+
+
+def root_ports(spec: VmSpec) -> list[str]:
+    """Name the PCIe root ports that PCI devices of the host are plugged into.
+
+    :param spec: the virtual machine.
+    """
+    return [f"port{number}" for number in range(1, spec.root_ports + 1)]
+
+
+def _root_ports(spec: VmSpec) -> list[str]:
+    words = []
+    for chassis, port in enumerate(root_ports(spec), start=len(HOTPLUG_BUSES) + 1):
+        # Room for the memory of an accelerator: the firmware leaves little behind a port by itself.
+        words += ["-device", f"pcie-root-port,id={port},chassis={chassis},{_PORT_ROOM}"]
     return words
 
 

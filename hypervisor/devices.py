@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from hypervisor.errors import HotplugError, QmpError
 from hypervisor.qmp import CommandRefusedError
-from hypervisor.slots import Slot, Slots
+from hypervisor.slots import BRIDGE, PORT, Slot, Slots
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,6 +51,7 @@ class Description:
     :param properties: its properties but for the id and the place.
     :param backend: what makes the host's side of it, in order.
     :param undo: what removes the host's side again, in order.
+    :param needs_port: whether it must be on a PCIe root port of its own, not behind a bridge.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Description:
     properties: Mapping[str, object]
     backend: Sequence[Command]
     undo: Sequence[Command]
+    needs_port: bool = False
 
 
 @dataclass(slots=True)
@@ -77,12 +79,16 @@ class Devices:
     """What was plugged into one virtual machine.
 
     :param session: the control connection.
-    :param buses: the QEMU ids of the buses to plug into.
+    :param buses: the QEMU ids of the bridges to plug into.
+    :param ports: the QEMU ids of the PCIe root ports.
     """
 
-    def __init__(self, session: QmpSession, *, buses: Sequence[str]) -> None:
+    def __init__(self, session: QmpSession, *, buses: Sequence[str], ports: Sequence[str]) -> None:
         self._session = session
-        self._slots = Slots(buses)
+        self._slots = Slots(buses, numbers=BRIDGE, kind="slots", remedy="unplug a device first")
+        self._ports = Slots(
+            ports, numbers=PORT, kind="PCIe root ports", remedy="raise root_ports in the configuration"
+        )
         self._plugged: dict[str, _Plugged] = {}
 
     async def watch(self) -> None:
@@ -107,7 +113,7 @@ class Devices:
         name = description.id
         if name in self._plugged:
             raise HotplugError(f"plug: {name}: a device with this id is there already; unplug it first")
-        plugged = self._plugged[name] = _Plugged(description, self._slots.take())
+        plugged = self._plugged[name] = _Plugged(description, self._slots_for(description).take())
         try:
             for command in description.backend:
                 await self._session.ask(dict, command.name, command.arguments)
@@ -146,6 +152,9 @@ class Devices:
                 f"unplug: {name}: the guest did not let go of it within {timeout_s:g} s; "
                 "end what uses it there and try again"
             ) from None
+
+    def _slots_for(self, description: Description) -> Slots:
+        return self._ports if description.needs_port else self._slots
 
     def __contains__(self, name: str) -> bool:
         """Tell whether a device is plugged."""
@@ -211,7 +220,7 @@ class Devices:
                 break
         if self._plugged.get(name) is plugged:
             del self._plugged[name]
-            self._slots.give_back(plugged.slot)
+            self._slots_for(plugged.description).give_back(plugged.slot)
         if plugged.gone is not None and not plugged.gone.done():
             plugged.gone.set_result(None)
 

@@ -59,6 +59,7 @@ class VmSpec:
     :param vsock_daemon: the ``vhost-device-vsock`` program; needed for ``VHOST_USER_VSOCK`` only.
     :param network_namespace: the network namespace the VMM is started in, or ``None`` for the caller's. The
         daemons stay in the caller's.
+    :param root_ports: how many PCI devices of the host can be plugged. Each port costs boot time.
     """
 
     name: str
@@ -78,6 +79,7 @@ class VmSpec:
     channel: Channel
     vsock_daemon: Path | None
     network_namespace: Path | None
+    root_ports: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +130,18 @@ class Disk:
     read_only: bool
     discard: bool
     limits: DiskLimits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostPciDevice:
+    """A PCI device of the host that the guest shall drive by itself.
+
+    :param id: its name among the virtual machine's devices: a letter, then letters, digits, ``-._``.
+    :param address: its place on the host, as ``0000:3b:00.0``.
+    """
+
+    id: str
+    address: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +240,17 @@ class Hypervisor(abc.ABC):
         :param device_id: the id it was plugged with.
         :param limits: the new ones.
         :raises HotplugError: if there is no such disk, or the VMM refuses.
+        :raises QmpError: if the VMM does not answer.
+        """
+
+    @abc.abstractmethod
+    async def plug_pci(self, device: HostPciDevice) -> str:
+        """Give the running virtual machine a PCI device of the host.
+
+        :param device: the device.
+        :returns: the PCI path at which the guest sees it, in the form of Kata's agent protocol: ``06/00``.
+        :raises HotplugError: if the host has no IOMMU or the device another driver than ``vfio-pci``, if all
+            root ports are taken, or if the VMM refuses; nothing of it is left.
         :raises QmpError: if the VMM does not answer.
         """
 

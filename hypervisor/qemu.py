@@ -8,8 +8,8 @@ import signal
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hypervisor import machine, nics, virtiofsd
-from hypervisor.argv import HOTPLUG_BUSES, Inherited, qemu_argv
+from hypervisor import machine, nics, vfio, virtiofsd
+from hypervisor.argv import HOTPLUG_BUSES, Inherited, qemu_argv, root_ports
 from hypervisor.console import Console
 from hypervisor.devices import Devices
 from hypervisor.disks import Disks
@@ -27,6 +27,7 @@ from hypervisor.interface import (
     Accelerator,
     Disk,
     DiskLimits,
+    HostPciDevice,
     HostProcess,
     Hypervisor,
     Nic,
@@ -194,6 +195,18 @@ class QemuHypervisor(Hypervisor):
         work = self._running_disks().limit(device_id, limits)
         await self._while_alive(work, f"limit: {device_id}", HotplugError)
 
+    async def plug_pci(self, device: HostPciDevice) -> str:
+        """Give the running virtual machine a PCI device of the host.
+
+        :param device: the device.
+        :returns: the PCI path at which the guest sees it, in the form of Kata's agent protocol: ``06/00``.
+        :raises HotplugError: if the host has no IOMMU or the device another driver than ``vfio-pci``, if all
+            root ports are taken, or if QEMU refuses; nothing of it is left.
+        :raises QmpError: if QEMU does not answer.
+        """
+        work = vfio.plug(device, devices=self._running_devices())
+        return await self._while_alive(work, f"plug: {device.id}", HotplugError)
+
     async def unplug(self, device_id: str, *, timeout_s: float) -> None:
         """Take a device from the guest and remove it with all that was behind it.
 
@@ -291,7 +304,7 @@ class QemuHypervisor(Hypervisor):
             daemon.adopt_workers()
             for worker in daemon.workers:
                 self._on_process(worker.name, worker.pid)
-        self._devices = Devices(self._qmp, buses=HOTPLUG_BUSES)
+        self._devices = Devices(self._qmp, buses=HOTPLUG_BUSES, ports=root_ports(spec))
         self._disks = Disks(self._qmp, self._devices)
         self._vcpus = Vcpus(
             self._qmp,

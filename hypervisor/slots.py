@@ -10,8 +10,11 @@ from hypervisor.errors import NoSlotError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_NUMBERS = range(1, 32)
-"""A PCI bus has 32 slots (PCI Local Bus 3.0, 3.2.2.3.2); slot 0 of a bridge belongs to its own controller."""
+BRIDGE = range(1, 32)
+"""The slots of a bridge: 32 (PCI Local Bus 3.0, 3.2.2.3.2) but for the first, its own controller's."""
+
+PORT = range(1)
+"""The slots of a PCIe root port."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -27,13 +30,18 @@ class Slot:
 
 
 class Slots:
-    """The slots of one virtual machine.
+    """The slots of one kind of a virtual machine.
 
     :param buses: the QEMU ids of the buses that devices are plugged into, the one to fill first in front.
+    :param numbers: the slots of each bus.
+    :param kind: what they are called in an error.
+    :param remedy: what to do if there are no more.
     """
 
-    def __init__(self, buses: Sequence[str]) -> None:
-        self._all = [Slot(bus, number) for bus in buses for number in _NUMBERS]
+    def __init__(self, buses: Sequence[str], *, numbers: range, kind: str, remedy: str) -> None:
+        self._all = [Slot(bus, number) for bus in buses for number in numbers]
+        self._kind = kind
+        self._remedy = remedy
         self._taken: set[Slot] = set()
 
     def take(self) -> Slot:
@@ -46,7 +54,7 @@ class Slots:
                 self._taken.add(slot)
                 return slot
         raise NoSlotError(
-            f"plug: all {len(self._all)} slots of the virtual machine are taken; unplug a device first"
+            f"plug: all {len(self._all)} {self._kind} of the virtual machine are taken; {self._remedy}"
         )
 
     def give_back(self, slot: Slot) -> None:

@@ -35,6 +35,8 @@ class HypervisorConfig(Record):
     max_memory_mib: int = 0
     #: Whether a machine keeps the size it starts with.
     static_sizing: bool = False
+    #: How many PCI devices of the host a machine can be given; each port costs boot time.
+    root_ports: int = 0
     #: Path of the daemon, or ``auto`` to search for it.
     virtiofsd: str = "auto"
     #: Path of the daemon that serves ``vhost-user-vsock``, or ``auto`` to search for it.

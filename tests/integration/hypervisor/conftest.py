@@ -78,6 +78,7 @@ def make_spec(guest_image, share, tmp_path):
             "channel": Channel.VIRTIO_SERIAL,
             "vsock_daemon": VSOCK_DAEMON,
             "network_namespace": None,
+            "root_ports": 0,
         }
         return VmSpec(**{**values, **changes})
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from hypervisor import AGENT_PORT, Disk, DiskLimits, HotplugError, HypervisorError, Nic
+from hypervisor import AGENT_PORT, Disk, DiskLimits, HostPciDevice, HotplugError, HypervisorError, Nic
+from hypervisor.devices import Description
 
 from .guest_shell import PARAMETERS, GuestShell
 
@@ -289,6 +290,22 @@ async def test_what_cannot_be_plugged_or_unplugged_says_so_and_leaves_nothing(st
         await vm.plug_nic(nic(number, tap(f"hako{number}")))
     with pytest.raises(HotplugError, match=r"all 62 slots .* are taken"):
         await vm.plug_disk(disk(path))
+
+
+async def test_a_root_port_takes_a_device_and_then_another(start):
+    vm, shell = await start(root_ports=2)
+    random = Description(
+        id="rng", driver="virtio-rng-pci", properties={}, backend=[], undo=[], needs_port=True
+    )
+    for _ in range(2):
+        pci_path = await vm._devices.plug(random)
+        assert pci_path.endswith("/00")
+        await shell.until(f"ls -d {sysfs(pci_path)}/virtio* >/dev/null 2>&1")
+        await vm.unplug("rng", timeout_s=UNPLUG_S)
+        assert await shell(f"ls -d {sysfs(pci_path)} 2>/dev/null") == ""
+    # The host's own part cannot be shown here; that it is missing is said.
+    with pytest.raises(HotplugError, match=r"plug: gpu: PCI device ffff:ff:1f\.7: the host has no "):
+        await vm.plug_pci(HostPciDevice(id="gpu", address="ffff:ff:1f.7"))
 
 
 @pytest.mark.parametrize("early_s", [0, 0.5])

@@ -37,6 +37,7 @@ def make_spec(tmp_path):
             "channel": Channel.VIRTIO_SERIAL,
             "vsock_daemon": None,
             "network_namespace": None,
+            "root_ports": 0,
         }
         return VmSpec(**{**values, **changes})
 

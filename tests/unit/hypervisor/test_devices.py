@@ -120,7 +120,7 @@ def test_a_disk_is_described():
 async def plugging(connected):
     """Devices of a session, followed as a virtual machine follows them."""
     session, peer = connected
-    devices = Devices(session, buses=["bus1"])
+    devices = Devices(session, buses=["bus1"], ports=["port1"])
     watching = asyncio.create_task(devices.watch())
     await asyncio.sleep(0)
     yield devices, peer

@@ -54,3 +54,19 @@ def test_machine_and_memory_backend_agree_on_the_size(make_spec):
     words = argv(make_spec(memory_bytes=768 << 20))
     assert value_of("-m", words).startswith("size=768M,")
     assert "memory-backend-memfd,id=memory,size=768M,share=on" in words
+
+
+def test_each_root_port_has_a_chassis_of_its_own_and_room_for_large_memory(make_spec):
+    words = argv(make_spec(root_ports=2))
+    room = "mem-reserve=32M,pref64-reserve=32G"
+    assert words[-4:] == [
+        "-device",
+        f"pcie-root-port,id=port1,chassis=3,{room}",
+        "-device",
+        f"pcie-root-port,id=port2,chassis=4,{room}",
+    ]
+
+
+def test_the_network_namespace_is_entered_before_anything_is_opened(make_spec):
+    spec = make_spec(network_namespace=Path("/run/netns/pod"))
+    assert argv(spec)[:4] == ["nsenter", "--net=/run/netns/pod", "--", str(spec.qemu)]

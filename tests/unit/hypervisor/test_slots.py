@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 
 from hypervisor import HotplugError
-from hypervisor.slots import Slot, Slots
+from hypervisor.slots import BRIDGE, PORT, Slot, Slots
+
+
+def slots_of(*buses, numbers=BRIDGE):
+    return Slots(buses, numbers=numbers, kind="slots", remedy="unplug a device first")
 
 
 def test_the_first_free_slot_is_taken():
-    slots = Slots(["a", "b"])
+    slots = slots_of("a", "b")
     first, second = slots.take(), slots.take()
     assert (first, second) == (Slot("a", 1), Slot("a", 2))
     slots.give_back(first)
@@ -17,7 +21,7 @@ def test_the_first_free_slot_is_taken():
 
 
 def test_every_slot_of_every_bus_is_given_once():
-    slots = Slots(["a", "b"])
+    slots = slots_of("a", "b")
     taken = {slots.take() for _ in range(62)}
     assert len(taken) == 62
     assert {slot.number for slot in taken} == set(range(1, 32))
@@ -28,8 +32,15 @@ def test_every_slot_of_every_bus_is_given_once():
 
 
 def test_a_slot_is_given_back_once():
-    slots = Slots(["a"])
+    slots = slots_of("a")
     slot = slots.take()
     slots.give_back(slot)
     with pytest.raises(KeyError):
         slots.give_back(slot)
+
+
+def test_a_root_port_has_one_slot():
+    slots = slots_of("a", "b", numbers=PORT)
+    assert [slots.take(), slots.take()] == [Slot("a", 0), Slot("b", 0)]
+    with pytest.raises(HotplugError, match="all 2 slots of the virtual machine are taken; unplug"):
+        slots.take()

@@ -1,0 +1,92 @@
+"""PCI devices of the host that a guest drives by itself, through VFIO."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hypervisor.devices import Command, Description
+from hypervisor.errors import HotplugError
+
+if TYPE_CHECKING:
+    from hypervisor.devices import Devices
+    from hypervisor.interface import HostPciDevice
+
+_ADDRESS = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+_DRIVER = "vfio-pci"
+_IOMMUFD = "iommufd"
+
+_SYSFS = Path("/sys")
+_IOMMUFD_DEVICE = Path("/dev/iommu")
+"""The newer of the kernel's two ways to map a guest's memory for a device: since Linux 6.2, if at all."""
+
+
+async def plug(device: HostPciDevice, *, devices: Devices) -> str:
+    """Give the guest a device of the host.
+
+    :param device: the device.
+    :param devices: where it is plugged.
+    :returns: its PCI path in the guest.
+    :raises HotplugError: if the host cannot give it away, or QEMU refuses; nothing of it is left.
+    :raises QmpError: if QEMU does not answer.
+    """
+    check(device, sysfs=_SYSFS)
+    if _host_has_iommufd():
+        try:
+            return await devices.plug(describe(device, iommufd=True))
+        except HotplugError as error:
+            if _IOMMUFD not in str(error):
+                raise
+            # A QEMU before 9.0: it knows the older way only.
+    return await devices.plug(describe(device, iommufd=False))
+
+
+def check(device: HostPciDevice, *, sysfs: Path) -> None:
+    """Check that the host can give a device away.
+
+    :param device: the device.
+    :param sysfs: where the kernel's sysfs is mounted.
+    :raises HotplugError: if the address is none, there is no such device, the host has no IOMMU, or another
+        driver has the device.
+    """
+    what = f"plug: {device.id}: PCI device {device.address}"
+    if not _ADDRESS.fullmatch(device.address):
+        raise HotplugError(f"{what}: not an address like 0000:3b:00.0; give the one that lspci -D shows")
+    groups = sysfs / "kernel/iommu_groups"
+    if not groups.is_dir() or not any(groups.iterdir()):
+        raise HotplugError(
+            f"{what}: the host has no IOMMU to keep it to the guest's memory; switch it on in the firmware "
+            "and boot the host with intel_iommu=on or amd_iommu=on"
+        )
+    place = sysfs / "bus/pci/devices" / device.address
+    if not place.exists():
+        raise HotplugError(f"{what}: the host has no such device; give one that lspci -D shows")
+    link = place / "driver"
+    driver = link.readlink().name if link.is_symlink() else "none"
+    if driver != _DRIVER:
+        raise HotplugError(
+            f"{what}: its driver is {driver}, not {_DRIVER}; bind it with: driverctl set-override "
+            f"{device.address} {_DRIVER}"
+        )
+
+
+def describe(device: HostPciDevice, *, iommufd: bool) -> Description:
+    """Describe a device of the host.
+
+    :param device: the device.
+    :param iommufd: whether memory is mapped for it through iommufd, not through a VFIO container.
+    """
+    backend = f"{device.id}-{_IOMMUFD}"
+    return Description(
+        id=device.id,
+        driver=_DRIVER,
+        properties={"host": device.address, **({_IOMMUFD: backend} if iommufd else {})},
+        backend=[Command("object-add", {"qom-type": _IOMMUFD, "id": backend})] if iommufd else [],
+        undo=[Command("object-del", {"id": backend})] if iommufd else [],
+        needs_port=True,
+    )
+
+
+def _host_has_iommufd() -> bool:
+    return _IOMMUFD_DEVICE.exists()

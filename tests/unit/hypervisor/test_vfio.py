@@ -1,0 +1,76 @@
+"""Which devices of a host can be given away, and how that is said to QEMU."""
+
+from __future__ import annotations
+
+import pytest
+
+from hypervisor import HostPciDevice, HotplugError, vfio
+from hypervisor.devices import Command, Description, Devices
+
+ADDRESS = "0000:3b:00.0"
+DEVICE = HostPciDevice(id="gpu", address=ADDRESS)
+
+
+@pytest.fixture
+def sysfs(tmp_path):
+    """A host that can give its device away."""
+    (tmp_path / "kernel/iommu_groups/12").mkdir(parents=True)
+    place = tmp_path / "bus/pci/devices" / ADDRESS
+    place.mkdir(parents=True)
+    (place / "driver").symlink_to("../../../../bus/pci/drivers/vfio-pci")
+    return tmp_path
+
+
+def test_a_device_bound_to_vfio_can_be_given_away(sysfs):
+    vfio.check(DEVICE, sysfs=sysfs)
+
+
+def test_a_host_without_an_iommu_is_told_how_to_get_one(sysfs):
+    (sysfs / "kernel/iommu_groups/12").rmdir()
+    with pytest.raises(HotplugError, match=r"the host has no IOMMU .*; switch it on .* intel_iommu=on"):
+        vfio.check(DEVICE, sysfs=sysfs)
+
+
+def test_a_device_that_is_not_there_is_an_error(sysfs):
+    with pytest.raises(HotplugError, match="has no such device"):
+        vfio.check(HostPciDevice(id="gpu", address="0000:3b:00.1"), sysfs=sysfs)
+
+
+@pytest.mark.parametrize("address", ["", "3b:00.0", "../../../etc", "0000:3b:00.0,x=y"])
+def test_an_address_is_a_whole_address(sysfs, address):
+    with pytest.raises(HotplugError, match="not an address"):
+        vfio.check(HostPciDevice(id="gpu", address=address), sysfs=sysfs)
+
+
+@pytest.mark.parametrize("driver", ["nvme", "none"])
+def test_a_device_that_another_driver_has_is_not_taken_from_it(sysfs, driver):
+    link = sysfs / "bus/pci/devices" / ADDRESS / "driver"
+    link.unlink()
+    if driver != "none":
+        link.symlink_to(f"../../../../bus/pci/drivers/{driver}")
+    with pytest.raises(HotplugError, match=f"its driver is {driver}, not vfio-pci; bind it"):
+        vfio.check(DEVICE, sysfs=sysfs)
+
+
+def test_a_device_is_described_for_a_port_of_its_own():
+    assert vfio.describe(DEVICE, iommufd=False) == Description(
+        id="gpu", driver="vfio-pci", properties={"host": ADDRESS}, backend=[], undo=[], needs_port=True
+    )
+
+
+def test_a_device_is_described_with_iommufd():
+    assert vfio.describe(DEVICE, iommufd=True) == Description(
+        id="gpu",
+        driver="vfio-pci",
+        properties={"host": ADDRESS, "iommufd": "gpu-iommufd"},
+        backend=[Command("object-add", {"qom-type": "iommufd", "id": "gpu-iommufd"})],
+        undo=[Command("object-del", {"id": "gpu-iommufd"})],
+        needs_port=True,
+    )
+
+
+async def test_a_machine_without_ports_says_what_to_configure(connected):
+    session, _peer = connected
+    devices = Devices(session, buses=["bus1"], ports=[])
+    with pytest.raises(HotplugError, match=r"all 0 PCIe root ports .*; raise root_ports"):
+        await devices.plug(vfio.describe(DEVICE, iommufd=False))
