@@ -102,6 +102,8 @@ def _pause() -> None:
     Containers see this process and its ``/proc`` entry, so it gives up everything they have no right to.
     """
     files.write("/proc/self/comm", "pause")
+    # Its end would be that of every container.
+    files.write("/proc/self/oom_score_adj", "-1000")
     # Ends of orphans are not even recorded then, see sigaction(2).
     _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)

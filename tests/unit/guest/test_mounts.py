@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -101,3 +102,20 @@ def test_the_end_of_the_machine_unmounts_everything_in_reverse(kernel: Recorder)
     mounts.hold([at("/a", shared=True), at("/a/b")])
     mounts.release_all()
     assert kernel.calls == ["+/a", "+/a/b", "-/a/b", "-/a"]
+
+
+def test_many_at_once_never_mount_twice_nor_unmount_under_a_user(kernel: Recorder) -> None:
+    mounts, names = Mounts(), ["/a", "/b", "/c"]
+
+    def live(seed: int) -> None:
+        for number in range(200):
+            name = names[(seed + number) % len(names)]
+            held = mounts.hold([at(name)])
+            assert [call for call in kernel.calls if call[1:] == name][-1] == f"+{name}"
+            mounts.release(held)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(live, range(8)))
+    for name in names:
+        calls = [call[0] for call in kernel.calls if call[1:] == name]
+        assert calls == ["+", "-"] * (len(calls) // 2)
