@@ -36,6 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _check(chosen.config, as_json=chosen.json)
             case "logs":
                 return _logs(chosen)
+            case "install":
+                from shim import install  # noqa: PLC0415 - the other commands do without
+
+                print(install.drop_in(install.found_version(chosen.containerd)), end="")
+                return 0
             case "image":
                 return _build_image(chosen)
             case _:
@@ -56,6 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     logs.add_argument("id", metavar="ID", help="the sandbox: a pod's, or that of a container on its own")
     logs.add_argument("--namespace", default="*", metavar="NAME", help="containerd's namespace (any)")
     logs.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
+    install = commands.add_parser("install", help="say what containerd must be told to offer Hako")
+    install.add_argument(
+        "--print", action="store_true", required=True, help="print it: files are left to the operator"
+    )
+    install.add_argument(
+        "--containerd", default="containerd", metavar="PROGRAM", help="another than the one in PATH"
+    )
     image = commands.add_parser("image", help="make what runs inside the virtual machines")
     build = image.add_subparsers(dest="image_command", required=True, metavar="COMMAND").add_parser(
         "build", help="build the guest's kernel and initrd from the distribution's packages"

@@ -159,9 +159,10 @@ def _version(caller: Caller, bundle: str, publish_binary: str) -> int:
     if caller.dialect == "2.3":
         return 3
     try:
-        return 2 if _containerd_version(publish_binary).startswith("1.") else 3
+        major = _containerd_version(publish_binary).partition(".")[0]
     except Refusal:
         return 2  # which every containerd accepts
+    return 3 if major.isdigit() and int(major) > 1 else 2
 
 
 def _check_grpc(caller: Caller, publish_binary: str) -> None:

@@ -95,6 +95,17 @@ def test_a_shim_with_other_containers_is_left_alone(containerd):
     assert not containerd.state_of("pod").exists()
 
 
+def test_a_member_that_has_only_been_started_is_not_deserted(containerd):
+    for container in ("pod", "member"):
+        containerd.make_bundle(container, annotations={GROUP: "pod"})
+        containerd.run("start", container)
+    [shim] = containerd.shims()
+    delete(containerd, "pod")
+    assert host_process.is_running(shim)
+    delete(containerd, "member")
+    assert not host_process.is_running(shim)
+
+
 def test_a_member_of_a_dead_group_is_enough_to_remove_the_group(containerd):
     for container in ("pod", "member"):
         containerd.make_bundle(container, annotations={GROUP: "pod"})

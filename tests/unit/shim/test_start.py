@@ -315,6 +315,43 @@ def test_grpc_is_refused_on_containerd_2_1(containerd):
     assert "containerd 2.1.9 cannot drive a shim over grpc" in refusal(containerd, publish_binary=binary)
 
 
+POD = {"io.kubernetes.cri.container-type": "sandbox"}
+
+
+@pytest.mark.parametrize(
+    ("containerd_version", "annotations", "version"),
+    [
+        ("2.1.9", POD, 3),
+        ("v2.0.0", POD, 3),
+        ("1.7.24", POD, 2),
+        ("", POD, 2),
+        ("2.1.9", {"io.kubernetes.cri.container-type": "container"}, 2),
+        ("2.1.9", {}, 2),
+    ],
+)
+def test_only_containerd_2_adds_containers_to_a_pod_without_a_start(
+    containerd, containerd_version, annotations, version
+):
+    containerd.make_bundle("c1", annotations=annotations)
+    binary = fake_containerd(containerd.directory, "module", containerd_version)
+    reply = containerd.run("start", "c1", publish_binary=binary)
+    assert json.loads(reply.stdout)["version"] == version
+
+
+def test_a_sandbox_without_a_spec_is_a_pod(containerd):
+    (containerd.make_bundle("c1") / "config.json").unlink()
+    reply = containerd.run("start", "c1", stdin=params("c1").SerializeToString())
+    assert bootstrap_v1_pb2.BootstrapResult.FromString(reply.stdout).version == 3
+
+
+def test_a_container_that_joins_a_pod_hears_the_pods_version(containerd):
+    containerd.make_bundle("pod", annotations={**POD, GROUPS[1]: "pod"})
+    containerd.make_bundle("member", annotations={GROUPS[1]: "pod"})
+    binary = fake_containerd(containerd.directory, "module", "2.1.9")
+    replies = [containerd.run("start", name, publish_binary=binary).stdout for name in ("pod", "member")]
+    assert replies[0] == replies[1]
+
+
 def test_containerd_1_7_is_told_the_grpc_socket_once_it_listens(containerd):
     bundle = containerd.make_bundle("c1")
     containerd.configure(f'[shim]\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')

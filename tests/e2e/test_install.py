@@ -1,0 +1,28 @@
+"""What ``hako install`` prints is what each containerd reads."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from shim import install
+from tests.e2e.containerd import RELEASES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.e2e.containerd import Release
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.name)
+def test_each_containerd_offers_the_runtime_that_it_is_told_of(release: Release, tmp_path: Path):
+    program = release.programs / "containerd"
+    configuration = tmp_path / "config.toml"
+    configuration.write_text(install.drop_in(install.found_version(str(program))), encoding="utf-8")
+    dumped = subprocess.run(
+        [program, "--config", configuration, "config", "dump"], capture_output=True, text=True, check=True
+    )
+    assert "containerd.runtimes.hako]" in dumped.stdout
+    assert "io.containerd.hako.v2" in dumped.stdout

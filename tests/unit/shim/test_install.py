@@ -1,0 +1,49 @@
+"""What a node's containerd must be told."""
+
+from __future__ import annotations
+
+import tomllib
+
+import pytest
+
+from shim import cli, install
+from shim.refusal import Refusal
+
+
+@pytest.mark.parametrize(
+    ("version", "number", "plugin"),
+    [
+        ("1.6.20~ds1", 2, "io.containerd.grpc.v1.cri"),
+        ("1.7.24", 2, "io.containerd.grpc.v1.cri"),
+        ("2.1.9+unknown", 3, "io.containerd.cri.v1.runtime"),
+        ("3.0.0", 3, "io.containerd.cri.v1.runtime"),
+    ],
+)
+def test_each_containerd_has_its_own_configuration(version, number, plugin):
+    text = install.drop_in(version)
+    assert version in text
+    document = tomllib.loads(text)
+    assert document["version"] == number
+    runtime = document["plugins"][plugin]["containerd"]["runtimes"]["hako"]
+    assert runtime["runtime_type"] == "io.containerd.hako.v2"
+
+
+@pytest.mark.parametrize("version", ["1.5.9", "of unknown version", "", "2"])
+def test_what_is_too_old_or_unknown_is_refused(version):
+    with pytest.raises(Refusal, match=r"install containerd 1\.6 or later"):
+        install.drop_in(version)
+
+
+def test_the_command_asks_the_containerd_that_is_named(tmp_path, capsys):
+    program = tmp_path / "containerd"
+    program.write_text("#!/bin/sh\necho containerd github.com/containerd/containerd/v2 v2.1.9 abc\n")
+    program.chmod(0o700)
+    assert cli.main(["install", "--print", "--containerd", str(program)]) == 0
+    assert "# containerd 2.1.9: put this into" in capsys.readouterr().out
+
+
+def test_a_containerd_that_is_not_there_is_one_line(capsys):
+    assert cli.main(["install", "--print", "--containerd", "/nonexistent/containerd"]) == 1
+    assert capsys.readouterr().err == (
+        "install: /nonexistent/containerd: not found; install containerd, or name its program\n"
+    )
