@@ -1,0 +1,49 @@
+"""A pod's machine has room for its containers from the start, and follows their limits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.cri.conftest import counted
+from tests.cri.pods import pod_config, remove_all, run_pod
+
+if TYPE_CHECKING:
+    from tests.cri.pods import Container
+    from tests.cri.stack import Stack
+
+MIB = 1 << 20
+ONE_CPU = {"cpu_quota": 100_000, "cpu_period": 100_000}
+
+
+def seen(container: Container) -> tuple[int, int]:
+    """Ask a container for its machine's processors and memory, in MiB."""
+    processors, _, kib, _ = container.shell("nproc; grep MemTotal /proc/meminfo").stdout.split()
+    return int(processors), round(int(kib) / 1024)
+
+
+@pytest.mark.mainly
+def test_the_machine_follows_its_pod_and_its_containers(stack: Stack) -> None:
+    if not stack.is_hako:
+        pytest.skip("containers of this runtime share the host")
+    resources = {**ONE_CPU, "memory_limit_in_bytes": 128 * MIB}
+    pods = []
+    with counted(stack):
+        try:
+            pods.append(run_pod(stack, "sized", config=pod_config(stack, "sized", resources=resources)))
+            first = pods[0].run("first", "sleep", "100000", linux={"resources": resources})
+            processors, memory = seen(first)
+            assert processors == 2  # its own and the container's, from the boot on
+            second = pods[0].run("second", "sleep", "100000", linux={"resources": resources})
+            assert seen(first) == (processors, memory + 128)  # the host has no third processor to give
+            for limit in (64, 192, 128):
+                changed = {"memory_limit_in_bytes": limit * MIB}
+                stack.cri.call("UpdateContainerResources", container_id=second.id, linux=changed)
+                assert seen(first)[1] == memory + limit
+            second.stop(grace_s=0)
+            second.remove()
+            third = pods[0].run("third", "sleep", "100000")
+            assert seen(third)[1] == memory
+        finally:
+            remove_all(pods)
