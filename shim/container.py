@@ -133,6 +133,8 @@ class Container:
                 await self._files.plug_root(disk, vm=vm)
             for device in translation.disks:
                 await self._files.plug(device, vm=vm)
+            for group in translation.vfio_groups:
+                await self._files.plug_group(group, vm=vm)
             for shared in translation.shared_mounts:
                 self._files.show(shared)
             transfer = await self._open_streams(self.init, agent)

@@ -10,18 +10,19 @@ import logging
 import os
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hypervisor import Disk, DiskLimits, HypervisorError
+from hypervisor import Disk, DiskLimits, HostPciDevice, HypervisorError
 from proto.kata import agent_pb2
 from shim import mounts
 from shim.agent import SHARE_DIRECTORY, rootfs_of
 from shim.disks import limits_of, without_limits_of
 from shim.errors import Internal, InvalidArgument
+from shim.passthrough import devices_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from hypervisor import Hypervisor
     from proto.containerd.types_pb2 import Mount
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_SYSFS = Path("/sys")
 UNPLUG_TIMEOUT_S = 5.0  # below containerd's 10 s for the end of a task; a guest lets go in milliseconds
 
 
@@ -65,6 +67,7 @@ class ContainerFiles:
         self._share = share
         self._shown = contextlib.ExitStack()
         self._plugged: dict[str, _Plugged] = {}
+        self._pci_devices: dict[str, Hypervisor] = {}
         self._storages: list[agent_pb2.Storage] = []
         self._devices: list[agent_pb2.Device] = []
 
@@ -167,6 +170,22 @@ class ContainerFiles:
             )
         )
 
+    async def plug_group(self, group: int, *, vm: Hypervisor) -> None:
+        """Give the machine the PCI devices of a VFIO group.
+
+        :param group: its number.
+        :param vm: the machine.
+        :raises InvalidArgument: if the host has no such group.
+        :raises Internal: if a device cannot be plugged.
+        """
+        for address in devices_of(group, sysfs=_SYSFS):
+            device_id = f"pci-{uuid.uuid4().hex[:12]}"
+            try:
+                await vm.plug_pci(HostPciDevice(id=device_id, address=address))
+            except HypervisorError as error:
+                raise Internal(f"create: container {self._id}: {error}") from error
+            self._pci_devices[device_id] = vm
+
     def without_disk_limits(self, resources: dict[str, Any]) -> dict[str, Any]:
         """Leave the rates of the container's own disks out of its limits: the machine enforces them."""
         return without_limits_of(resources, [each.number for each in self._plugged.values() if each.number])
@@ -210,6 +229,12 @@ class ContainerFiles:
                 await plugged.vm.unplug(device_id, timeout_s=UNPLUG_TIMEOUT_S)
             except HypervisorError as error:
                 log.warning("delete: container %s: %s: %s", self._id, plugged.path, error)
+        while self._pci_devices:
+            device_id, vm = self._pci_devices.popitem()
+            try:
+                await vm.unplug(device_id, timeout_s=UNPLUG_TIMEOUT_S)
+            except HypervisorError as error:
+                log.warning("delete: container %s: %s", self._id, error)
         self._shown.close()
 
     async def _plug(

@@ -19,6 +19,7 @@ from shim.errors import InvalidArgument
 from shim.network.namespace import namespace_of
 from shim.oci_fields import copy
 from shim.oci_mounts import SharedMount, rewrite_mount
+from shim.passthrough import is_vfio, vfio_groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,6 +48,7 @@ class Translation:
     spec: oci_pb2.Spec
     shared_mounts: tuple[SharedMount, ...]
     disks: tuple[DiskDevice, ...]
+    vfio_groups: tuple[int, ...]
     sandbox_pidns: bool
 
 
@@ -99,6 +101,7 @@ def _translate(spec: dict[str, Any], *, container_id: str, terminal: bool, secco
         message,
         tuple(share for _, share in mounts if share is not None),
         tuple(disks),
+        tuple(() if allows_everything(resources.get("devices") or []) else vfio_groups(linux)),
         sandbox_pidns=any(n.get("type") == "pid" and n.get("path") for n in linux.get("namespaces") or []),
     )
 
@@ -172,7 +175,7 @@ def _devices(linux: dict[str, Any]) -> list[dict[str, Any]]:
             kept.append(device)
         elif kind == "b" and not everything:
             kept.append(device)  # as a disk of the machine; the agent gives it its number there
-        elif not everything:
+        elif not everything and not is_vfio(path):
             raise InvalidArgument(
                 f"spec: linux.devices: {path}: a device of the host does not exist in the guest; leave it out"
             )
