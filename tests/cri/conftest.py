@@ -19,16 +19,30 @@ from tests.e2e.nursery import Nursery
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-PORT = 7000
 KINDS = [
     *(Kind(release=release, sandboxer="podsandbox") for release in RELEASES),
     Kind(release=RELEASES[-1], sandboxer="shim"),
 ]
+MAIN = "2.1-podsandbox"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the same tests run under the runtime that Hako is compared with."""
     parser.addoption("--handler", default="runc", choices=["hako", "runc"], help="what runs the tests' pods")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the mark of this directory."""
+    config.addinivalue_line("markers", f"mainly: only nightly on any other stack than {MAIN}")
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are not meant are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to the night what one stack shows by day."""
+    for item in items:
+        mainly = isinstance(item, pytest.Function) and item.get_closest_marker("mainly")
+        if mainly and str(item.callspec.params["stack"]) != MAIN:
+            item.add_marker(pytest.mark.nightly)
 
 
 @pytest.fixture(scope="package")
@@ -123,7 +137,7 @@ def duo(stack: Stack) -> Iterator[Duo]:
     with counted(stack):
         try:
             pods.append(run_pod(stack, "duo"))
-            server = pods[0].run("server", *image.PEER_COMMAND, "serve", str(PORT))
+            server = pods[0].run("server", *image.PEER_COMMAND, "serve", str(image.PORT))
             worker = pods[0].run("worker", "sh", "-c", "echo ready; exec sleep 100000")
             pods.append(run_pod(stack, "neighbour"))
             caller = pods[1].run("caller", "sleep", "100000")

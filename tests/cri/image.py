@@ -14,6 +14,7 @@ from tests.e2e import busybox
 
 IMAGE = "hako.test/pod:1"
 PAUSE_IMAGE = "hako.test/pause:1"
+PORT = 7000
 PEER = Path(__file__).with_name("peer.py")
 PYTHON = Path("/usr/bin/python3").resolve()
 PEER_COMMAND = (str(PYTHON), "-IS", "/peer.py")
@@ -21,7 +22,7 @@ PEER_COMMAND = (str(PYTHON), "-IS", "/peer.py")
 
 # Compile what the interpreter and the program import, and name the directory of the standard library.
 _COLLECT = """
-import encodings.idna, json, os, py_compile, runpy, sys, sysconfig
+import encodings.idna, hashlib, json, os, py_compile, runpy, sys, sysconfig
 runpy.run_path(sys.argv[1], run_name="peer")
 origins = {getattr(getattr(m, "__spec__", None), "origin", None) or "" for m in list(sys.modules.values())}
 origins.add(os.__file__)

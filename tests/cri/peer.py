@@ -1,14 +1,12 @@
 """One end of a conversation over TCP or UDP, in a container or on the host.
 
-Run as a program in a container, whose Python has little more than sockets: ``serve PORT``, or ``ask``,
-``upload``, ``download`` or ``datagram`` with a host, a port and an argument. Imported by the tests, which are
-the host's end. The server is asked in lines: ``echo WORDS``, ``whence`` (which address asks), ``hash SIZE``
-(of what follows) and ``send SIZE``.
+Run as a program in a container, whose Python has little more than sockets: ``serve PORT``, or what to do,
+a port, an argument and hosts. Imported by the tests, which are the host's end. The server is asked in lines:
+``echo WORDS``, ``whence`` (which address asks), ``hash SIZE`` (of what follows) and ``send SIZE``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import socket
 import struct
@@ -17,6 +15,13 @@ import threading
 
 BLOCK = bytes(range(256)) * 256
 TIMEOUT_S = 30.0
+
+
+def new_digest():
+    """Return a SHA-256 digest; what it needs is read only when it is needed, which takes long in a guest."""
+    import hashlib
+
+    return hashlib.sha256()
 
 
 def pattern(size):
@@ -31,7 +36,7 @@ def pattern(size):
 
 def pattern_hash(size):
     """Return the SHA-256 digest of the pattern of a size."""
-    digest = hashlib.sha256()
+    digest = new_digest()
     for block in pattern(size):
         digest.update(block)
     return digest.hexdigest()
@@ -39,7 +44,7 @@ def pattern_hash(size):
 
 def receive_hash(connection, size):
     """Return the SHA-256 digest of the next ``size`` bytes, or of all until the end if fewer."""
-    digest = hashlib.sha256()
+    digest = new_digest()
     while size > 0 and (chunk := connection.recv(min(size, 1 << 18))):
         digest.update(chunk)
         size -= len(chunk)
@@ -128,16 +133,17 @@ def datagram(host, port, size):
     return False
 
 
-def main(verb, *arguments):
-    """Do what the command line says, and print the result."""
+def main(verb, port, rest="", *hosts):
+    """Do what the command line says, and print one word for each host."""
     if verb == "serve":
-        serve(int(arguments[0]))
-    host, port, rest = arguments
-    if verb == "ask":
-        print(ask(host, int(port), rest))
-    else:
-        work = {"upload": upload, "download": download, "datagram": datagram}[verb]
-        print(work(host, int(port), int(rest)))
+        serve(int(port))
+    for host in hosts:
+        if verb == "ask":
+            print(ask(host, int(port), rest))
+        elif verb == "greet":
+            print(ask(host, int(port), "whence") if datagram(host, int(port), int(rest)) else "no datagram")
+        else:
+            print({"upload": upload, "download": download}[verb](host, int(port), int(rest)))
 
 
 if __name__ == "__main__":

@@ -120,14 +120,15 @@ class Container:
         """Run a shell script in it to its end."""
         return self.exec("sh", "-c", script, timeout_s=timeout_s)
 
-    def peer(self, *arguments: object, timeout_s: int = 120) -> str:
-        """Run the peer program in it, and return the line that it prints.
+    def peer(self, verb: str, argument: object, *hosts: str, timeout_s: int = 100) -> list[str]:
+        """Run the peer program in it, and return the line that it prints for each host.
 
         :raises AssertionError: if it fails.
         """
-        done = self.exec(*image.PEER_COMMAND, *map(str, arguments), timeout_s=timeout_s)
+        command = (*image.PEER_COMMAND, verb, str(image.PORT), str(argument), *hosts)
+        done = self.exec(*command, timeout_s=timeout_s)
         assert (done.code, done.stderr) == (0, "")
-        return done.stdout.strip()
+        return done.stdout.splitlines()
 
     def stream(self, *command: str, **streams: bool) -> Stream:
         """Run a command in it whose streams are carried by a connection.

@@ -46,6 +46,7 @@ def test_a_log_is_complete_and_says_which_stream_and_when(duo: Duo) -> None:
     assert max(len(line.text) for line in log) <= 16384
 
 
+@pytest.mark.mainly
 def test_exit_codes_and_reasons_are_reported(duo: Duo) -> None:
     for code, reason in ((0, "Completed"), (7, "Error")):
         container = duo.pod.run("ending", "sh", "-c", f"sleep 0.3; exit {code}")
@@ -56,6 +57,7 @@ def test_exit_codes_and_reasons_are_reported(duo: Duo) -> None:
         container.remove()
 
 
+@pytest.mark.mainly
 def test_a_program_that_does_not_exist_is_refused_by_name(duo: Duo) -> None:
     container = duo.pod.create("nothing", "/no/such/program")
     with pytest.raises(grpc.RpcError) as refused:
@@ -77,6 +79,7 @@ def test_stopping_sends_sigterm_first_and_waits_for_the_grace(duo: Duo) -> None:
     container.remove()
 
 
+@pytest.mark.mainly
 def test_stopping_kills_what_ignores_sigterm_when_the_grace_is_over(duo: Duo) -> None:
     container = duo.pod.run("stubborn", "sh", "-c", "trap '' TERM; echo ready; while :; do sleep 1; done")
     container.wait_for_line("ready")
@@ -108,12 +111,14 @@ def test_restarting_a_container_leaves_the_others_alone(duo: Duo) -> None:
     assert lives() == before
 
 
+@pytest.mark.mainly
 def test_a_container_sees_its_own_processes_only(duo: Duo) -> None:
     listed = duo.worker.exec("ps", "-o", "pid,args").stdout
     assert "sleep 100000" in listed
     assert "peer.py" not in listed
 
 
+@pytest.mark.mainly
 def test_containers_of_a_pod_share_ipc_and_shared_memory(duo: Duo) -> None:
     assert duo.worker.shell("echo note >/dev/shm/from-worker").code == 0
     assert duo.server.exec("cat", "/dev/shm/from-worker").stdout == "note\n"
@@ -121,6 +126,7 @@ def test_containers_of_a_pod_share_ipc_and_shared_memory(duo: Duo) -> None:
     assert len(links) == 1
 
 
+@pytest.mark.mainly
 def test_a_read_only_volume_cannot_be_written(duo: Duo, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("given", encoding="utf-8")
     volume = [{"container_path": "/given", "host_path": str(tmp_path), "readonly": True}]
@@ -133,6 +139,7 @@ def test_a_read_only_volume_cannot_be_written(duo: Duo, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text(encoding="utf-8") == "given"
 
 
+@pytest.mark.mainly
 def test_a_container_over_its_memory_limit_is_killed_for_it(duo: Duo) -> None:
     hog = duo.pod.run(
         "hog",
@@ -150,6 +157,7 @@ def test_a_container_over_its_memory_limit_is_killed_for_it(duo: Duo) -> None:
     assert duo.worker.state() == "RUNNING"
 
 
+@pytest.mark.mainly
 def test_the_limits_of_a_running_container_can_be_changed(duo: Duo) -> None:
     container = duo.pod.run(
         "limited", "sleep", "100000", linux={"resources": {"memory_limit_in_bytes": 64 * MIB}}

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.cri import image, peer
-from tests.cri.conftest import PORT, counted
+from tests.cri.conftest import counted
+from tests.cri.image import PORT
 from tests.cri.pods import Pod, pod_config, remove_all
 from tests.cri.stack import inside
 
@@ -45,7 +46,7 @@ def test_pods_and_containers_survive_a_restart_of_containerd(duo: Duo) -> None:
     stack.cri.wait_until_served()
     assert [(container.state(), container.status().started_at) for container in containers] == before
     assert (duo.pod.state(), duo.neighbour.state()) == ("READY", "READY")
-    assert duo.caller.peer("ask", duo.pod.addresses()[0], PORT, "echo still there") == "still there"
+    assert duo.caller.peer("ask", "echo still there", *duo.pod.addresses()) == ["still there"] * 2
     assert duo.worker.shell("exit 9").code == 9
     later = duo.pod.run("later", "sh", "-c", "echo started later")
     assert later.wait_for_exit() == 0
@@ -67,6 +68,7 @@ def test_a_pod_whose_machine_dies_is_not_ready_and_can_be_removed_at_once(
     assert not pod.is_known()
 
 
+@pytest.mark.mainly
 def test_removing_a_pod_ends_its_running_containers_and_leaves_nothing(
     new_pod: Callable[[str], Pod],
 ) -> None:
@@ -81,6 +83,7 @@ def test_removing_a_pod_ends_its_running_containers_and_leaves_nothing(
     pod.stack.cri.call("RemovePodSandbox", pod_sandbox_id=pod.id)  # once more, which is no error
 
 
+@pytest.mark.mainly
 def test_a_stopped_pod_is_not_ready_and_keeps_its_containers_exits(new_pod: Callable[[str], Pod]) -> None:
     pod = new_pod("stopped")
     done = pod.run("done", "sh", "-c", "exit 4")
@@ -111,7 +114,7 @@ def test_ten_pods_of_two_containers_run_at_once(stack: Stack) -> None:
                 server.wait_for_line("serving", timeout_s=60)
             for pod in pods:
                 client = pod.run("client", "sleep", "100000")
-                assert client.peer("ask", "127.0.0.1", PORT, "echo inside") == "inside"
+                assert client.peer("ask", "echo inside", "127.0.0.1") == ["inside"]
             addresses = {address for pod in pods for address in pod.addresses()}
             assert len(addresses) == 20
             with inside(stack.network):

@@ -41,6 +41,7 @@ def test_the_use_of_a_container_is_that_of_its_load(duo: Duo, load: Container) -
     assert HELD < second.memory.working_set_bytes.value < HELD + 64 * MIB
 
 
+@pytest.mark.mainly
 def test_the_use_of_all_containers_is_listed(duo: Duo, load: Container) -> None:
     stats = duo.pod.stack.cri.call("ListContainerStats", filter={"pod_sandbox_id": duo.pod.id}).stats
     use = {entry.attributes.metadata.name: entry for entry in stats}

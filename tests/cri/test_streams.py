@@ -5,7 +5,9 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from tests.cri.conftest import PORT
+import pytest
+
+from tests.cri.image import PORT
 from tests.cri.streams import STDERR, STDIN, STDOUT
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ def test_a_streamed_command_has_all_its_streams_and_an_exit_code(duo: Duo) -> No
         assert stream.received[STDERR] == b"wrong\n"
 
 
+@pytest.mark.mainly
 def test_a_streamed_command_passes_many_bytes_both_ways(duo: Duo) -> None:
     content = bytes(range(256)) * (MIB // 256)
     command = ("head", "-c", str(len(content)))
@@ -33,6 +36,7 @@ def test_a_streamed_command_passes_many_bytes_both_ways(duo: Duo) -> None:
         assert stream.exit_code() == 0
 
 
+@pytest.mark.mainly
 def test_a_streamed_terminal_has_the_size_that_it_is_given(duo: Duo) -> None:
     script = "trap 'stty size; exit' WINCH; echo ready; while :; do sleep 0.1; done"
     with duo.worker.stream("sh", "-c", script, stdin=True, stdout=True, tty=True) as stream:
@@ -65,6 +69,7 @@ def test_a_port_of_the_pod_is_forwarded(duo: Duo) -> None:
         assert stream.received == {data: port + b"through the tunnel\n", errors: port}
 
 
+@pytest.mark.mainly
 def test_a_port_that_nobody_serves_is_refused_by_an_error(duo: Duo) -> None:
     with duo.pod.forward(9) as stream:
         assert b"refused" in stream.read_all()[1]
