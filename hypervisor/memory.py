@@ -168,9 +168,7 @@ class Memory:
     async def _add_module(self, size: int, events: EventStream) -> None:
         number = next(iter(set(range(MEMORY_MODULES)) - {slot.number for slot, _ in self._modules}), None)
         if number is None:
-            raise ResizeError(
-                f"resize memory: all {MEMORY_MODULES} modules are there; shrink it first"
-            )
+            raise ResizeError(f"resize memory: all {MEMORY_MODULES} modules are there; shrink it first")
         slot = acpi.Slot("DIMM", number, f"memory-module{number}")
         backend = {**_BACKEND, "id": f"{slot.device}-ram"}
         await self._session.ask(dict, "object-add", {**backend, "size": size})

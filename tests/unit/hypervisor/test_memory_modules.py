@@ -1,0 +1,99 @@
+"""Memory by modules, for a QEMU without virtio-mem: what it is asked, in which order."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+
+import pytest
+
+from hypervisor import ResizeError
+from hypervisor.argv import MEMORY_MODULES
+from hypervisor.memory import Memory
+from hypervisor.qmp import CommandRefusedError, Event
+
+MIB = 1 << 20
+BOOT, MOST = 256 * MIB, 8192 * MIB
+
+
+class OldQemu:
+    """A session whose QEMU knows no virtio-mem, and whose guest does all at once."""
+
+    def __init__(self):
+        self.asked = []
+        self.refuses = ()
+        self.sizes = {}
+        self.plugged = {}
+        self._answers = asyncio.Queue()
+
+    @contextmanager
+    def events(self, *_names):
+        yield self
+
+    async def next(self):
+        return await self._answers.get()
+
+    async def ask(self, _kind, command, arguments=None):
+        if command in self.refuses or command == "device-list-properties":
+            raise CommandRefusedError(f"qmp: {command}: no", kind="GenericError")
+        match command:
+            case "query-memory-size-summary":
+                return {"base-memory": BOOT, "plugged-memory": sum(self.plugged.values())}
+            case "object-add":
+                self.sizes[arguments["id"]] = arguments["size"]
+            case "device_add":
+                self.plugged[arguments["id"]] = self.sizes[arguments["memdev"]]
+                self._answer(arguments["id"], source=1)
+            case "device_del":
+                del self.plugged[arguments["id"]]
+                self._answer(arguments["id"], source=3)
+        self.asked.append(" ".join((command, arguments["id"])))
+        return {}
+
+    def _answer(self, device, *, source):
+        slot = device.removeprefix("memory-module")
+        info = {"source": source, "status": 0, "slot": slot, "slot-type": "DIMM"}
+        self._answers.put_nowait(Event("ACPI_DEVICE_OST", {"info": info}))
+
+
+@pytest.fixture
+async def qemu():
+    return OldQemu()
+
+
+@pytest.fixture
+def memory(qemu):
+    return Memory(qemu, None, boot_bytes=BOOT, most_bytes=MOST)
+
+
+async def test_a_module_has_its_backend_before_it_and_is_a_multiple_of_128_mib(qemu, memory):
+    assert await memory.resize(BOOT + 130 * MIB) == BOOT + 256 * MIB
+    assert qemu.asked == ["object-add memory-module0-ram", "device_add memory-module0"]
+
+
+async def test_only_modules_that_are_not_needed_go_the_newest_first(qemu, memory):
+    for more in (128, 384):
+        await memory.resize(BOOT + more * MIB)
+    assert await memory.resize(BOOT + 256 * MIB) == BOOT + 384 * MIB
+    qemu.asked.clear()
+    assert await memory.resize(BOOT) == BOOT
+    assert qemu.asked == [
+        *("device_del memory-module1", "object-del memory-module1-ram"),
+        *("device_del memory-module0", "object-del memory-module0-ram"),
+    ]
+
+
+async def test_of_a_module_that_qemu_refuses_nothing_is_left(qemu, memory):
+    qemu.refuses = ("device_add",)
+    with pytest.raises(ResizeError, match=r"^resize memory: 384 MiB: qmp: device_add: no$"):
+        await memory.resize(BOOT + 128 * MIB)
+    assert qemu.asked == ["object-add memory-module0-ram", "object-del memory-module0-ram"]
+    qemu.refuses = ()
+    assert await memory.resize(BOOT + 128 * MIB) == BOOT + 128 * MIB
+
+
+async def test_there_are_only_so_many_modules(memory):
+    for number in range(1, MEMORY_MODULES + 1):
+        await memory.resize(BOOT + number * 128 * MIB)
+    with pytest.raises(ResizeError, match=r"all 16 modules are there; shrink it first"):
+        await memory.resize(MOST)
