@@ -3,12 +3,9 @@
 from hypervisor.accelerator import Verdict, choose_accelerator
 from hypervisor.errors import (
     ChannelError,
-    HotplugError,
     HypervisorError,
-    QmpError,
     ResizeError,
     ResizeRefusedError,
-    UnsupportedHostError,
     VmStartError,
 )
 from hypervisor.interface import (
@@ -22,7 +19,6 @@ from hypervisor.interface import (
     HostProcess,
     Hypervisor,
     Nic,
-    VmExit,
     VmSpec,
 )
 from hypervisor.qemu import QemuHypervisor
@@ -39,17 +35,13 @@ __all__ = [
     "DiskLimits",
     "HostPciDevice",
     "HostProcess",
-    "HotplugError",
     "Hypervisor",
     "HypervisorError",
     "Nic",
     "QemuHypervisor",
-    "QmpError",
     "ResizeError",
     "ResizeRefusedError",
-    "UnsupportedHostError",
     "Verdict",
-    "VmExit",
     "VmSpec",
     "VmStartError",
     "channel_problem",

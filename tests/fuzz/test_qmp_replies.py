@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hypervisor import QmpError
+from hypervisor.errors import QmpError
 from hypervisor.qmp import QmpSession
 from tests.fuzz.material import bent, json_values
 

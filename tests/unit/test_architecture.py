@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import hypervisor
+
 ROOT = Path(__file__).resolve().parents[2]
 OURS = {"shim", "hypervisor", "guest", "proto"}
 ARROWS = {
@@ -40,3 +42,24 @@ def test_a_package_imports_only_what_its_arrows_allow(package: str) -> None:
         if name.split(".")[0] not in ARROWS[package]
     }
     assert wrong <= EXCEPTIONS
+
+
+def words_of(package: str) -> set[str]:
+    """Every name that a package's code mentions, and every attribute."""
+    words: set[str] = set()
+    for path in (ROOT / package).rglob("*.py"):
+        if not path.name.endswith("_pb2.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Name):
+                    words.add(node.id)
+                elif isinstance(node, ast.Attribute):
+                    words.add(node.attr)
+                elif isinstance(node, ast.alias):
+                    words.add(node.name)
+    return words
+
+
+def test_everything_that_the_hypervisor_offers_has_a_caller() -> None:
+    intents = {name for name in vars(hypervisor.Hypervisor) if not name.startswith("_")}
+    offered = set(hypervisor.__all__) | intents
+    assert offered - words_of("shim") - words_of("guest") == set()

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from hypervisor import AGENT_PORT, Disk, DiskLimits, HostPciDevice, HotplugError, HypervisorError, Nic
+from hypervisor import AGENT_PORT, Disk, DiskLimits, HostPciDevice, HypervisorError, Nic
 from hypervisor.devices import Description
+from hypervisor.errors import HotplugError
 
 from .guest_shell import PARAMETERS, GuestShell
 

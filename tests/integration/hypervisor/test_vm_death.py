@@ -9,14 +9,14 @@ import time
 
 import pytest
 
-from hypervisor import AGENT_PORT, Channel, ChannelError, VmExit
+from hypervisor import AGENT_PORT, Channel, ChannelError
 
 START_S = 20
 BOOT_S = 60
 AT_ONCE_S = 1.0
 
 
-async def end_of(vm, *, within_s: float) -> VmExit:
+async def end_of(vm, *, within_s: float):
     async with asyncio.timeout(within_s):
         return await vm.wait()
 

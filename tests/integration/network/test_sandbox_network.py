@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hypervisor import HotplugError
+from hypervisor.errors import HotplugError
 from shim.errors import FailedPrecondition, Internal, InvalidArgument
 from shim.ledger import Ledger
 from shim.network.namespace import NetworkNamespace, WantedNamespace

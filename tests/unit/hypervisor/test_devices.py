@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hypervisor import Disk, DiskLimits, HotplugError, Nic, QmpError, disks, nics
+from hypervisor import Disk, DiskLimits, Nic, disks, nics
 from hypervisor.devices import Command, Description, Devices
 from hypervisor.disks import Disks, Names
+from hypervisor.errors import HotplugError, QmpError
 
 TIMESTAMP = {"seconds": 1, "microseconds": 0}
 OK = {"return": {}}

@@ -6,7 +6,7 @@ import platform
 
 import pytest
 
-from hypervisor import UnsupportedHostError
+from hypervisor.errors import UnsupportedHostError
 from hypervisor.machine import X86_64, for_host
 
 

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from hypervisor import QmpError
+from hypervisor.errors import QmpError
 from hypervisor.exits import Shutdown
 
 TIMESTAMP = {"seconds": 1, "microseconds": 0}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hypervisor import HotplugError
+from hypervisor.errors import HotplugError
 from hypervisor.slots import BRIDGE, PORT, Slot, Slots
 
 

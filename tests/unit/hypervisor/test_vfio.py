@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hypervisor import HostPciDevice, HotplugError, vfio
+from hypervisor import HostPciDevice, vfio
 from hypervisor.devices import Command, Description, Devices
+from hypervisor.errors import HotplugError
 
 ADDRESS = "0000:3b:00.0"
 DEVICE = HostPciDevice(id="gpu", address=ADDRESS)
