@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 from hypervisor import VmStartError, detect_dialect
 from shim import host
-from shim.errors import FailedPrecondition
+from shim.errors import FailedPrecondition, Internal
+from shim.network import redirect
+from shim.network.namespace import NetworkNamespace, WantedNamespace
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -53,6 +55,7 @@ async def examine(config: Config) -> list[Finding]:
         "accelerator": _accelerator,
         "channel": _channel,
         "virtiofsd": _virtiofsd,
+        "network": _network,
         "guest": _guest,
     }
     findings = []
@@ -113,6 +116,19 @@ async def _virtiofsd(config: Config) -> str:
         missing = error.filename or virtiofsd
         raise FailedPrecondition(f"check: {missing}: {error.strerror}; install it") from error
     return f"{virtiofsd}, the {dialect.name.title()} daemon"
+
+
+async def _network(_: Config) -> str:
+    """Connect an interface to a machine that is not there, in a namespace that nobody sees."""
+    try:
+        namespace = await NetworkNamespace.open(WantedNamespace(None))
+        try:
+            await namespace.run(redirect.try_out)
+        finally:
+            namespace.close()
+    except Internal as error:
+        raise FailedPrecondition(str(error)) from error
+    return "traffic control redirects an interface to a tap"
 
 
 async def _guest(config: Config) -> str:

@@ -55,6 +55,8 @@ def serve(path: str) -> None:
 
 
 def _warm() -> None:
+    import pyroute2  # noqa: F401, PLC0415 - a shim whose sandbox has an interface needs it
+
     from shim import daemon  # noqa: F401, PLC0415 - importing it is the point
     from shim.transport import grpc_server  # noqa: F401, PLC0415 - as above
 

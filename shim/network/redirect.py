@@ -18,15 +18,13 @@ from typing import TYPE_CHECKING
 from shim.errors import FailedPrecondition, Internal
 from shim.network.decode import TAP_PREFIX, decode
 from shim.network.ingress import remove_ingress
-from shim.network.plan import NetworkPlan
+from shim.network.plan import Endpoint, NetworkPlan
 from shim.network.tap import open_tap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pyroute2 import IPRoute
-
-    from shim.network.plan import Endpoint
 
 _ETH_P_ALL = 3
 _INGRESS = 0xFFFF0000
@@ -77,6 +75,26 @@ def connect(endpoint: Endpoint, *, queues: int) -> tuple[int, ...]:
             f"network: {endpoint.name}: connecting it to a machine: {error.strerror}; its kernel needs "
             "CONFIG_TUN, CONFIG_NET_SCH_INGRESS, CONFIG_NET_CLS_U32 and CONFIG_NET_ACT_MIRRED"
         ) from error
+
+
+def try_out() -> None:
+    """Connect an interface made for it, in a namespace made for it.
+
+    :raises Internal: if this host's kernel cannot.
+    """
+    name = "check"
+    try:
+        opened = open_tap(name, queues=1)
+    except OSError as error:
+        raise Internal(f"network: /dev/net/tun: {error.strerror}; load the kernel module tun") from error
+    try:
+        endpoint = Endpoint(
+            index=socket.if_nametoindex(name), name=name, kind="tap", mac="", mtu=1500, arp=True, addresses=()
+        )
+        opened += connect(endpoint, queues=2)
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 def _connect(endpoint: Endpoint, *, queues: int) -> tuple[int, ...]:

@@ -54,6 +54,7 @@ def test_an_able_host_gets_a_line_for_each_thing(able_host, capsys):
         "accelerator",
         "channel",
         "virtiofsd",
+        "network",
         "guest",
     ]
     assert lines[-1] == "This host can run sandboxes."
