@@ -15,7 +15,7 @@ from tests.e2e.life import until
 from tests.e2e.tasks import Exits, Tasks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from tests.e2e.conftest import Stack
     from tests.e2e.containerd import Containerd
@@ -35,12 +35,17 @@ class Pod:
         self.members: list[str] = []
         self._run(self.id, "sandbox", "sleep", "1")
 
-    def add(self, *names: str, command: tuple[str, ...] = ("sleep", "100000")) -> None:
-        """Run containers in the pod, all at once."""
+    def add(self, *names: str, share_processes: bool = False) -> None:
+        """Run containers in the pod, all at once.
+
+        :param share_processes: join the pod's PID namespace, as Kubernetes calls that of the pod's task.
+        """
         self.members += names
+        pid = self.containerd.tasks()[self.id][0]
+        options = ["--with-ns", f"pid:/proc/{pid}/ns/pid"] if share_processes else []
         started = [
             subprocess.Popen(
-                self._argv(name, "container", *command),
+                self._argv(name, "container", "sleep", "100000", options=options),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -89,10 +94,10 @@ class Pod:
         )
         assert made.returncode == 0, made.stderr
 
-    def _argv(self, name: str, kind: str, *command: str) -> list[str]:
+    def _argv(self, name: str, kind: str, *command: str, options: Sequence[str] = ()) -> list[str]:
         annotations = [f"{SANDBOX_ID}={self.id}", f"{KIND}={kind}"]
-        options = [word for text in annotations for word in ("--annotation", text)]
-        return self.containerd.run_argv(IMAGE, name, *command, options=["--detach", *options])
+        words = [word for text in annotations for word in ("--annotation", text)]
+        return self.containerd.run_argv(IMAGE, name, *command, options=["--detach", *words, *options])
 
 
 @pytest.fixture
@@ -111,7 +116,7 @@ def status(containerd: Containerd, *names: str) -> list[str]:
 
 def test_a_pod_is_one_machine_whose_containers_come_and_go_by_themselves(pod: Pod):
     containerd = pod.containerd
-    first, second, third = new_id(), new_id(), new_id()
+    first, second, third, fourth = new_id(), new_id(), new_id(), new_id()
     assert pod.machines() == [containerd.tasks()[pod.id][0]], "the task of a pod lives in its machine"
 
     pod.add(first, second)  # the sandbox's own command would have ended by now
@@ -129,8 +134,12 @@ def test_a_pod_is_one_machine_whose_containers_come_and_go_by_themselves(pod: Po
     pod.remove(first)
     assert status(containerd, pod.id, first, second) == ["RUNNING", "GONE", "RUNNING"]
     assert pod.run_in(second, "echo", "undisturbed") == "undisturbed\n"
-    pod.add(third)
-    assert pod.run_in(third, "echo", "late") == "late\n"
+    pod.add(third, fourth, share_processes=True)
+    assert pod.run_in(third, "pidof", "sleep").split() == pod.run_in(fourth, "pidof", "sleep").split()
+    assert len(pod.run_in(third, "pidof", "sleep").split()) == 2
+    pod.remove(third)
+    assert len(pod.run_in(fourth, "pidof", "sleep").split()) == 1
+    assert pod.run_in(second, "pidof", "sleep") == "1\n"
     assert len(pod.machines()) == 1
 
     exits = Exits()
@@ -144,7 +153,7 @@ def test_a_pod_is_one_machine_whose_containers_come_and_go_by_themselves(pod: Po
     pod.remove(pod.id)
     assert pod.run_in(second, "echo", "still there") == "still there\n"
     pod.remove(second)
-    pod.remove(third)
+    pod.remove(fourth)
     until(lambda: not pod.machines(), what="the machine ends with the last container")
     assert exits.of(pod.id) == [0]
 
