@@ -34,6 +34,7 @@ _CHUNK_BYTES = 1 << 20
 
 _lock = _thread.allocate_lock()
 _volumes: set[Volume] = set()
+_following = False
 
 
 def add(source: str, target: str) -> Callable[[], None]:
@@ -60,9 +61,8 @@ def add(source: str, target: str) -> Callable[[], None]:
         kernel.unmount(target, flags=kernel.MNT_DETACH)
         raise
     with _lock:
-        if not _volumes:
-            _thread.start_new_thread(_follow, ())
         _volumes.add(volume)
+        _start_following()
 
     def end() -> None:
         with _lock:
@@ -82,13 +82,22 @@ def _bind(source: str, target: str) -> None:
     kernel.mount(source, target, flags=kernel.MS_BIND | kernel.MS_REC)
 
 
+def _start_following() -> None:
+    global _following  # noqa: PLW0603  one thread for all volumes
+    if not _following:
+        _following = True
+        _thread.start_new_thread(_follow, ())
+
+
 def _follow() -> None:
     """Refresh every volume now and then, until there is none."""
+    global _following  # noqa: PLW0603  as above
     while True:
         time.sleep(_INTERVAL_S)
         with _lock:
             volumes = list(_volumes)
             if not volumes:
+                _following = False
                 return
         for volume in volumes:
             with volume.lock:
@@ -130,7 +139,7 @@ class Volume:
 
     def _copy(self, version: str) -> bool:
         """Copy a version; tell whether the copy is whole."""
-        if not version.startswith(_HIDDEN) or "/" in version:
+        if not version.startswith(_HIDDEN) or "/" in version or version in {_HIDDEN, _LINK, _NEW_LINK}:
             raise AgentError(f"volume: {self.source}: {_LINK} leads to {version!r}; let the kubelet make it")
         copy = f"{self.target}/{version}"
         files.remove_tree(copy)
@@ -159,7 +168,8 @@ class Volume:
         present = set(os.listdir(self.target))
         for name in sorted(wanted - present):
             os.symlink(f"{_LINK}/{name}", f"{self.target}/{name}")
-        for name in sorted(present - wanted - {_LINK, version}):
+        # The old version goes last, when no name leads to it.
+        for name in sorted(present - wanted - {_LINK, version}, key=lambda name: name.startswith(_HIDDEN)):
             if name.startswith(_HIDDEN):
                 files.remove_tree(f"{self.target}/{name}")
             else:
