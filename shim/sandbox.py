@@ -288,6 +288,8 @@ class Sandbox:
         :raises AlreadyExists: if the id is taken.
         :raises ShimError: if a step fails; the id is free again.
         """
+        if not self.is_started:
+            raise FailedPrecondition(f"create: container {container_id}: its sandbox is not created yet")
         if container_id in self.containers:
             raise AlreadyExists(f"create: container {container_id}: already exists")
         spec = read_spec(bundle)

@@ -69,6 +69,23 @@ def test_a_pod_whose_machine_dies_is_not_ready_and_can_be_removed_at_once(
 
 
 @pytest.mark.mainly
+def test_a_pod_whose_own_task_is_killed_is_not_ready_and_leaves_nothing_when_it_is_removed(
+    stack: Stack, new_pod: Callable[[str], Pod]
+) -> None:
+    if stack.kind.sandboxer == "shim":
+        pytest.skip("it has no task of its own")
+    pod = new_pod("headless")
+    container = pod.run("one", "sleep", "100000")
+    killed = stack.containerd.ctr("task", "kill", "--signal", "SIGKILL", pod.id)
+    assert killed.code == 0, killed.stderr
+    pod.wait_for_state("NOTREADY", timeout_s=10)
+    if stack.is_hako:
+        assert container.exec("true").code == 0, "the machine has not ended"
+    pod.remove()
+    assert not pod.is_known()
+
+
+@pytest.mark.mainly
 def test_removing_a_pod_ends_its_running_containers_and_leaves_nothing(
     new_pod: Callable[[str], Pod],
 ) -> None:
