@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import tempfile
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ START_S = 20
 BOOT_S = 60
 
 GUEST = Path("/var/lib/hako/guest")
+QEMU = Path(os.environ.get("HAKO_QEMU", "/usr/bin/qemu-system-x86_64"))
 VSOCK_DAEMON = Path("/var/lib/hako/bin/vhost-device-vsock")
 VIRTIOFSDS = [
     path for path in map(Path, ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")) if path.exists()
@@ -63,7 +65,7 @@ def make_spec(guest_image, share, tmp_path):
         values: dict[str, Any] = {
             "name": "test",
             "directory": tmp_path,
-            "qemu": Path("/usr/bin/qemu-system-x86_64"),
+            "qemu": QEMU,
             "machine_options": "",
             "kernel": guest_image / "vmlinux",
             "initrd": guest_image / "initrd",
