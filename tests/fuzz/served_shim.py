@@ -92,6 +92,7 @@ class MachinelessSandbox(Sandbox):
     """A sandbox with a process of its own for a machine, and an agent that is there from the beginning."""
 
     pid = 1
+    vm = None  # nothing is plugged
 
     async def admit(self, agent):
         self.share.mkdir()
