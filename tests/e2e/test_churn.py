@@ -32,34 +32,33 @@ def run_one(stack: Stack, number: int) -> tuple[int, str]:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("count", [10, pytest.param(200, marks=NIGHTLY)])
+@pytest.mark.parametrize("count", [5, pytest.param(200, marks=NIGHTLY)])
 def test_containers_one_after_the_other_leave_nothing(stack: Stack, count: int):
     outcomes = [run_one(stack, number) for number in range(count)]
 
     assert outcomes == [(number % 7, f"{number}\n") for number in range(count)]
 
 
+@pytest.mark.nightly  # by day ten at once are those of test_together.py
 @pytest.mark.alone
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(
-    ("at_once", "each"), [(5, 2), pytest.param(10, 10, marks=NIGHTLY)], ids=["5x2", "10x10"]
-)
-def test_containers_beside_each_other_leave_nothing(stack: Stack, at_once: int, each: int):
-    with ThreadPoolExecutor(at_once) as pool:
-        outcomes = list(pool.map(lambda number: run_one(stack, number), range(at_once * each)))
+def test_containers_beside_each_other_leave_nothing(stack: Stack):
+    with ThreadPoolExecutor(10) as pool:
+        outcomes = list(pool.map(lambda number: run_one(stack, number), range(100)))
 
-    assert outcomes == [(number % 7, f"{number}\n") for number in range(at_once * each)]
+    assert outcomes == [(number % 7, f"{number}\n") for number in range(100)]
 
 
 @pytest.mark.timeout(600)
-def test_a_hundred_execs_leave_a_shim_as_it_was(stack: Stack, home: Path):
+@pytest.mark.parametrize("count", [40, pytest.param(400, marks=NIGHTLY)])
+def test_many_execs_leave_a_shim_as_it_was(stack: Stack, home: Path, count: int):
     with Life(stack, home) as life:
         life.write_down()
         life.tasks.begin_create(life.id).result()
         life.tasks.call("Start", life.id)
 
-        def run_execs(count: int) -> None:
-            for number in range(count):
+        def run_execs(upto: int) -> None:
+            for number in range(upto):
                 life.tasks.add_exec(life.id, f"extra-{number}", "true")
                 life.tasks.call("Start", life.id, exec_id=f"extra-{number}")
                 assert life.tasks.call("Wait", life.id, exec_id=f"extra-{number}").exit_status == 0
@@ -67,7 +66,7 @@ def test_a_hundred_execs_leave_a_shim_as_it_was(stack: Stack, home: Path):
 
         run_execs(WARM_UP)
         before = measure(life.pid("shim"))
-        run_execs(100)
+        run_execs(count)
         after = measure(life.pid("shim"))
 
         assert after[0] == before[0], "file descriptors"
