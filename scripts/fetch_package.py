@@ -75,12 +75,13 @@ def apt_options(suite: str) -> list[str]:
     return [option for key, value in settings.items() for option in ("-o", f"{key}={value}")]
 
 
-def fetch(package: str, *, suite: str, directory: Path) -> None:
+def fetch(package: str, *, suite: str, directory: Path, with_dependencies: bool) -> None:
     """Make ``directory`` hold the files of a package; nothing is done if it exists already.
 
     :param package: the name of a Debian package.
     :param suite: the suite it is taken from.
     :param directory: appears whole or not at all.
+    :param with_dependencies: whether it also gets the files of all that the package needs.
     :raises RuntimeError: if no mirror is configured.
     :raises subprocess.CalledProcessError: if apt or dpkg fails; their own message is on standard error.
     """
@@ -94,28 +95,39 @@ def fetch(package: str, *, suite: str, directory: Path) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".fetch-") as temporary:
         download = Path(temporary)
+        command = ["download", package]
+        if with_dependencies:
+            (download / "archives" / "partial").mkdir(parents=True)
+            options += ["-o", f"Dir::Cache={download}", "-o", "APT::Install-Recommends=false"]
+            command = ["install", "--yes", "--download-only", package]
         subprocess.run(
-            ["/usr/bin/apt-get", *options, "-qq", "download", package],
+            ["/usr/bin/apt-get", *options, "-qq", *command],
             check=True,
             env=environment,
             cwd=download,
             stdout=sys.stderr,
         )
-        [archive] = download.glob("*.deb")
         unpacked = download / "unpacked"
-        subprocess.run(["/usr/bin/dpkg-deb", "-x", str(archive), str(unpacked)], check=True)
+        for archive in sorted(download.rglob("*.deb")):
+            subprocess.run(["/usr/bin/dpkg-deb", "-x", str(archive), str(unpacked)], check=True)
         shutil.move(unpacked, directory)
 
 
 def main() -> int:
-    """Run ``fetch_package.py SUITE PACKAGE DIRECTORY``."""
+    """Run ``fetch_package.py SUITE PACKAGE DIRECTORY [--with-dependencies]``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suite")
     parser.add_argument("package")
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--with-dependencies", action="store_true")
     arguments = parser.parse_args()
     try:
-        fetch(arguments.package, suite=arguments.suite, directory=arguments.directory)
+        fetch(
+            arguments.package,
+            suite=arguments.suite,
+            directory=arguments.directory,
+            with_dependencies=arguments.with_dependencies,
+        )
     except (RuntimeError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)
         return 1

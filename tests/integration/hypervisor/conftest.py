@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 import tempfile
 from contextlib import ExitStack
@@ -21,7 +20,8 @@ START_S = 20
 BOOT_S = 60
 
 GUEST = Path("/var/lib/hako/guest")
-QEMU = Path(os.environ.get("HAKO_QEMU", "/usr/bin/qemu-system-x86_64"))
+QEMU = Path("/usr/bin/qemu-system-x86_64")
+NEWER_QEMU = Path("/var/lib/hako/bin/qemu-10")
 VSOCK_DAEMON = Path("/var/lib/hako/bin/vhost-device-vsock")
 VIRTIOFSDS = [
     path for path in map(Path, ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")) if path.exists()
@@ -44,6 +44,17 @@ def subreaper():
 def guest_image():
     assert (GUEST / "vmlinux").exists(), "no guest image: run `hako image build`"
     return GUEST
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(QEMU, id="distribution"),
+        pytest.param(NEWER_QEMU, id="newer", marks=pytest.mark.nightly),
+    ]
+)
+def qemu(request):
+    """Each QEMU that Hako is held to."""
+    return request.param
 
 
 @pytest.fixture

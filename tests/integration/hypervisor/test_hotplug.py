@@ -40,13 +40,15 @@ def tap():
     """Make tap interfaces, by their descriptors; closing these ends them."""
     with ExitStack() as stack:
 
-        def make(name: str, *, queues: int = 1) -> tuple[int, ...]:
+        def make(number: int, *, queues: int = 1) -> tuple[int, ...]:
             flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if queues > 1 else 0)
             fds = []
             for _ in range(queues):
                 fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
                 stack.callback(os.close, fd)
-                fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+                fcntl.ioctl(
+                    fd, _TUNSETIFF, struct.pack("16sH22x", f"t{os.getpid()}-{number}".encode(), flags)
+                )
                 fds.append(fd)
             return tuple(fds)
 
@@ -100,8 +102,8 @@ async def leftovers(vm) -> list[str]:
     ]
 
 
-async def test_a_disk_is_what_it_was_plugged_as(start, tmp_path):
-    vm, shell = await start()
+async def test_a_disk_is_what_it_was_plugged_as(start, tmp_path, qemu):
+    vm, shell = await start(qemu=qemu)
     path = image(tmp_path)
     content = os.urandom(DISK_BYTES)
     path.write_bytes(content)
@@ -220,12 +222,12 @@ async def test_no_slot_is_lost_over_rounds_of_thirty_disks(start, tmp_path, roun
 
 
 @pytest.mark.parametrize("times", [pytest.param(50, marks=pytest.mark.nightly), 5])
-async def test_an_interface_comes_and_goes(start, tap, times, own_namespace):
-    vm, shell = await start(network_namespace=own_namespace)
+async def test_an_interface_comes_and_goes(start, tap, times, own_namespace, qemu):
+    vm, shell = await start(network_namespace=own_namespace, qemu=qemu)
     assert network_namespace_of(vm.pid) == own_namespace.stat().st_ino
     for number in range(times):
         queues = 2 if number == 1 else 1
-        pci_path = await vm.plug_nic(nic(number, tap(f"hako{number}", queues=queues)))
+        pci_path = await vm.plug_nic(nic(number, tap(number, queues=queues)))
         await shell.until(f"ls -d {sysfs(pci_path)}/virtio*/net/* >/dev/null 2>&1")
         interface = Path(await shell(f"ls -d {sysfs(pci_path)}/virtio*/net/*")).name
         assert await shell(f"cat /sys/class/net/{interface}/address") == f"02:00:00:00:00:{number:02x}"
@@ -247,8 +249,8 @@ def own_namespace():
     subprocess.run(["/sbin/ip", "netns", "delete", name], check=True)
 
 
-async def test_what_cannot_be_plugged_or_unplugged_says_so_and_leaves_nothing(start, tmp_path, tap):
-    vm, shell = await start()
+async def test_what_cannot_be_plugged_or_unplugged_says_so_and_leaves_nothing(start, tmp_path, tap, qemu):
+    vm, shell = await start(qemu=qemu)
     path = image(tmp_path)
 
     for wrong, cause in [
@@ -287,13 +289,13 @@ async def test_what_cannot_be_plugged_or_unplugged_says_so_and_leaves_nothing(st
     # The guest need not run to take all slots.
     await vm._qmp.ask(dict, "stop")
     for number in range(SLOTS):
-        await vm.plug_nic(nic(number, tap(f"hako{number}")))
+        await vm.plug_nic(nic(number, tap(number)))
     with pytest.raises(HotplugError, match=r"all 62 slots .* are taken"):
         await vm.plug_disk(disk(path))
 
 
-async def test_a_root_port_takes_a_device_and_then_another(start):
-    vm, shell = await start(root_ports=2)
+async def test_a_root_port_takes_a_device_and_then_another(start, qemu):
+    vm, shell = await start(root_ports=2, qemu=qemu)
     random = Description(
         id="rng", driver="virtio-rng-pci", properties={}, backend=[], undo=[], needs_port=True
     )
@@ -334,7 +336,7 @@ async def test_plugging_may_race_with_the_end(start, tmp_path, tap, end, repetit
 
     async def churn(number: int) -> None:
         """Plug and unplug until the machine is gone."""
-        path, fds = image(tmp_path, number), tap(f"hako{number}")
+        path, fds = image(tmp_path, number), tap(number)
         while True:
             await vm.plug_disk(disk(path, number))
             await vm.plug_nic(nic(number, fds))
