@@ -180,7 +180,8 @@ class Devices:
 
     def _report(self, data: Mapping[str, object]) -> None:
         for name, plugged in self._plugged.items():
-            if plugged.description.properties.get("drive") == data.get("node-name"):
+            drive = plugged.description.properties.get("drive")
+            if drive is not None and drive == data.get("node-name"):
                 failure = f"{data.get('operation')}: {data.get('reason')}"
                 if failure not in plugged.reported:
                     plugged.reported.add(failure)

@@ -251,6 +251,21 @@ async def test_the_end_of_the_session_ends_a_plug(plugging):
         await plug
 
 
+async def test_a_failure_of_a_disk_is_in_the_log_once_and_under_the_disks_own_name(plugging, caplog):
+    devices, peer = plugging
+    disk = disks.describe(DISK, Names(4), block_device=False, aio="threads")
+    answering = asyncio.create_task(peer.serve(OK, OK, OK, OK, *PATH))
+    await devices.plug(disk)
+    await answering
+    other = {"node-name": "disk5", "operation": "read", "reason": "Input/output error"}
+    for data in (other, {**other, "node-name": "disk4"}, {**other, "node-name": "disk4"}, {}):
+        await report(peer, "BLOCK_IO_ERROR", action="report", **data)
+    peer.hang_up()
+    await devices._session.drained()
+    await asyncio.sleep(0.05)
+    assert caplog.messages == ["disk d: read: Input/output error; the guest was given an I/O error"]
+
+
 async def test_what_stays_behind_is_in_the_log(plugging, caplog):
     devices, peer = plugging
     await plugged(devices, peer)
