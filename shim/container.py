@@ -122,7 +122,6 @@ class Container:
             if disk is None:
                 self._files.show_root(self.spec, rootfs)
             agent = await self._sandbox.agent()
-            vm = self._sandbox.vm
             translation = translate(
                 self._sandbox.complete(self.spec),
                 container_id=self.id,
@@ -130,11 +129,11 @@ class Container:
                 seccomp=agent.supports_seccomp,
             )
             if disk is not None:
-                await self._files.plug_root(disk, vm=vm)
+                await self._files.plug_root(disk, vm=self._sandbox.vm)
             for device in translation.disks:
-                await self._files.plug(device, vm=vm)
+                await self._files.plug(device, vm=self._sandbox.vm)
             for group in translation.vfio_groups:
-                await self._files.plug_group(group, vm=vm)
+                await self._files.plug_group(group, vm=self._sandbox.vm)
             for shared in translation.shared_mounts:
                 self._files.show(shared)
             transfer = await self._open_streams(self.init, agent)
