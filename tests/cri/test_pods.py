@@ -68,6 +68,21 @@ def test_a_pod_whose_machine_dies_is_not_ready_and_can_be_removed_at_once(
     assert not pod.is_known()
 
 
+@pytest.mark.nightly
+def test_a_pod_whose_shim_dies_ends_and_leaves_nothing_when_it_is_removed(
+    stack: Stack, new_pod: Callable[[str], Pod]
+) -> None:
+    if not stack.is_hako:
+        pytest.skip("the containers would outlive it")
+    pod = new_pod("deserted")
+    containers = [pod.run(name, "sleep", "100000") for name in ("one", "two")]
+    [shim] = [each for each in stack.containerd.nursery.descendants() if " -state " in each.command]
+    os.kill(shim.pid, signal.SIGKILL)
+    assert all(container.wait_for_exit(timeout_s=10) in {137, 255} for container in containers)
+    pod.remove()
+    assert not pod.is_known()
+
+
 @pytest.mark.mainly
 def test_a_pod_whose_own_task_is_killed_is_not_ready_and_leaves_nothing_when_it_is_removed(
     stack: Stack, new_pod: Callable[[str], Pod]
