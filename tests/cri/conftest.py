@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.cri import image
-from tests.cri.pods import Container, Pod, remove_all, run_pod
+from tests.cri.pods import CONTAINER_SCOPE, Container, Pod, remove_all, run_pod
 from tests.cri.stack import Kind, Stack, opened_stack
 from tests.e2e.containerd import RELEASES
 from tests.e2e.nursery import Nursery
@@ -104,12 +104,12 @@ def containerd_log(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def new_pod(stack: Stack) -> Iterator[Callable[[str], Pod]]:
+def new_pod(stack: Stack) -> Iterator[Callable[..., Pod]]:
     """Run pods, which are removed after the test, and see that nothing is left of them."""
     pods: list[Pod] = []
 
-    def make(name: str) -> Pod:
-        pods.append(run_pod(stack, name))
+    def make(name: str, *, processes: int = CONTAINER_SCOPE) -> Pod:
+        pods.append(run_pod(stack, name, processes=processes))
         return pods[-1]
 
     with counted(stack):

@@ -19,13 +19,15 @@ from tests.cri.stack import CGROUP_PARENT
 from tests.cri.streams import Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from tests.cri.stack import Stack
 
 STATE_TIMEOUT_S = 30.0
-CONTAINER_SCOPE = 1
-"""The mode of a namespace that a container has for itself: that of processes, by default in Kubernetes."""
+POD_SCOPE, CONTAINER_SCOPE = 0, 1
+"""The modes of a namespace that the containers of a pod share, and of one that each has for itself."""
+SYSCTLS = {"net.ipv4.ip_local_port_range": "30000 40000", "kernel.shm_rmid_forced": "1"}
+"""What every pod asks of the kernel: one parameter of its network, and one of its IPC."""
 _numbers = itertools.count(1)
 
 
@@ -167,7 +169,7 @@ class Pod:
             "image": {"image": image.IMAGE},
             "command": command,
             "log_path": log_path,
-            "linux": {"security_context": {"namespace_options": {"pid": CONTAINER_SCOPE}}},
+            "linux": {"security_context": self.config["linux"]["security_context"]},
             **fields,
         }
         log = Path(self.config["log_directory"], log_path)
@@ -235,12 +237,12 @@ class Pod:
         return error is None or error.code() is not grpc.StatusCode.NOT_FOUND
 
 
-def pod_config(stack: Stack, name: str, **linux: Any) -> dict[str, Any]:
+def pod_config(stack: Stack, name: str, *, processes: int = CONTAINER_SCOPE) -> dict[str, Any]:
     """Return the configuration of a pod.
 
     :param stack: the stack that will run it.
     :param name: its name, which is its host name, too.
-    :param linux: further fields of what is special to Linux.
+    :param processes: who shares a namespace of processes; nobody does by default in Kubernetes.
     """
     return {
         "metadata": {"name": name, "uid": str(uuid.uuid4()), "namespace": "tests"},
@@ -249,20 +251,15 @@ def pod_config(stack: Stack, name: str, **linux: Any) -> dict[str, Any]:
         "dns_config": {"servers": ["192.0.2.53"], "searches": ["tests.example"], "options": ["ndots:3"]},
         "linux": {
             "cgroup_parent": CGROUP_PARENT,
-            "security_context": {"namespace_options": {"pid": CONTAINER_SCOPE}},
-            **linux,
+            "security_context": {"namespace_options": {"pid": processes}},
+            "sysctls": dict(SYSCTLS),
         },
     }
 
 
-def run_pod(stack: Stack, name: str, *, config: Mapping[str, Any] | None = None) -> Pod:
-    """Run a pod without containers.
-
-    :param stack: who runs it.
-    :param name: its name.
-    :param config: its configuration, if it is not the usual one.
-    """
-    config = dict(config or pod_config(stack, name))
+def run_pod(stack: Stack, name: str, *, processes: int = CONTAINER_SCOPE) -> Pod:
+    """Run a pod without containers; its arguments are those of :func:`pod_config`."""
+    config = pod_config(stack, name, processes=processes)
     reply = stack.cri.call("RunPodSandbox", config=config, runtime_handler=stack.handler)
     return Pod(stack, reply.pod_sandbox_id, config)
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 
+from tests.cri.pods import SYSCTLS
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -124,6 +126,12 @@ def test_containers_of_a_pod_share_ipc_and_shared_memory(duo: Duo) -> None:
     assert duo.server.exec("cat", "/dev/shm/from-worker").stdout == "note\n"
     links = {container.exec("readlink", "/proc/self/ns/ipc").stdout for container in (duo.server, duo.worker)}
     assert len(links) == 1
+
+
+def test_containers_have_the_kernel_parameters_of_their_pod(duo: Duo) -> None:
+    paths = [f"/proc/sys/{name.replace('.', '/')}" for name in SYSCTLS]
+    seen = [" ".join(line.split()) for line in duo.worker.exec("cat", *paths).stdout.splitlines()]
+    assert seen == list(SYSCTLS.values())
 
 
 @pytest.mark.mainly

@@ -12,7 +12,7 @@ import pytest
 from tests.cri import image, peer
 from tests.cri.conftest import counted
 from tests.cri.image import PORT
-from tests.cri.pods import Pod, pod_config, remove_all
+from tests.cri.pods import POD_SCOPE, Pod, pod_config, remove_all
 from tests.cri.stack import inside
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def test_pods_and_containers_survive_a_restart_of_containerd(duo: Duo) -> None:
 
 
 def test_a_pod_whose_machine_dies_is_not_ready_and_can_be_removed_at_once(
-    stack: Stack, new_pod: Callable[[str], Pod]
+    stack: Stack, new_pod: Callable[..., Pod]
 ) -> None:
     if not stack.is_hako:
         pytest.skip("only the pause container would die")
@@ -85,24 +85,25 @@ def test_a_pod_whose_shim_dies_ends_and_leaves_nothing_when_it_is_removed(
 
 @pytest.mark.mainly
 def test_a_pod_whose_own_task_is_killed_is_not_ready_and_leaves_nothing_when_it_is_removed(
-    stack: Stack, new_pod: Callable[[str], Pod]
+    stack: Stack, new_pod: Callable[..., Pod]
 ) -> None:
     if stack.kind.sandboxer == "shim":
         pytest.skip("it has no task of its own")
+    if not stack.is_hako:
+        pytest.skip("runc's shim outlives the pod's own task")
     pod = new_pod("headless")
     container = pod.run("one", "sleep", "100000")
     killed = stack.containerd.ctr("task", "kill", "--signal", "SIGKILL", pod.id)
     assert killed.code == 0, killed.stderr
     pod.wait_for_state("NOTREADY", timeout_s=10)
-    if stack.is_hako:
-        assert container.exec("true").code == 0, "the machine has not ended"
+    assert container.exec("true").code == 0, "the machine has not ended"
     pod.remove()
     assert not pod.is_known()
 
 
 @pytest.mark.mainly
 def test_removing_a_pod_ends_its_running_containers_and_leaves_nothing(
-    new_pod: Callable[[str], Pod],
+    new_pod: Callable[..., Pod],
 ) -> None:
     pod = new_pod("removed")
     for name in ("one", "two"):
@@ -116,7 +117,7 @@ def test_removing_a_pod_ends_its_running_containers_and_leaves_nothing(
 
 
 @pytest.mark.mainly
-def test_a_stopped_pod_is_not_ready_and_keeps_its_containers_exits(new_pod: Callable[[str], Pod]) -> None:
+def test_a_stopped_pod_is_not_ready_and_keeps_its_containers_exits(new_pod: Callable[..., Pod]) -> None:
     pod = new_pod("stopped")
     done = pod.run("done", "sh", "-c", "exit 4")
     assert done.wait_for_exit() == 4
@@ -125,6 +126,19 @@ def test_a_stopped_pod_is_not_ready_and_keeps_its_containers_exits(new_pod: Call
     assert pod.state() == "NOTREADY"
     assert (done.wait_for_exit(), running.wait_for_exit()) == (4, 137)
     pod.stop()  # once more, which is no error
+
+
+@pytest.mark.mainly
+def test_the_containers_of_a_pod_may_share_their_processes(new_pod: Callable[..., Pod]) -> None:
+    pod = new_pod("sharing", processes=POD_SCOPE)
+    one, two = (pod.run(name, "sleep", seconds) for name, seconds in (("one", "11111"), ("two", "22222")))
+    assert {"sleep 11111", "sleep 22222"} <= set(one.exec("ps", "-o", "args").stdout.splitlines())
+    two.stop(grace_s=0)
+    assert "sleep 22222" not in one.exec("ps", "-o", "args").stdout
+    three = pod.run("three", "sleep", "33333")
+    assert {"sleep 11111", "sleep 33333"} <= set(three.exec("ps", "-o", "args").stdout.splitlines())
+    one.stop(grace_s=0)
+    assert (pod.state(), three.state()) == ("READY", "RUNNING")
 
 
 @pytest.mark.nightly
