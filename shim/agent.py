@@ -54,6 +54,7 @@ class Agent:
 
     def __init__(self, client: TtrpcClient) -> None:
         self._client = client
+        self.is_hako = False
         self.keeps_streams = False
         self.supports_seccomp = False
 
@@ -144,7 +145,7 @@ class Agent:
         ).agent_details
         self.supports_seccomp = details.supports_seccomp
         # A stock agent forgets a process' streams with the first WaitProcess answer; Hako's does not.
-        self.keeps_streams = "hako" in details.extra_features
+        self.is_hako = self.keeps_streams = "hako" in details.extra_features
 
     async def update_interface(self, interface: types_pb2.Interface) -> None:
         """Set a network card up as described; one that is being plugged is waited for."""

@@ -482,8 +482,8 @@ class Sandbox:
                 connection = await _while_preparing(network, _reach(vm, timeout_s=timeout_s))
                 agent = await Agent.over(connection, timeout_s=timeout_s)
                 try:
-                    await network.attach(machine=vm, agent=agent)
                     await agent.create_sandbox(sandbox_id=self.id, hostname=pod.hostname, dns=list(pod.dns))
+                    await network.attach(machine=vm, agent=agent)
                 except BaseException:
                     await agent.aclose()
                     raise

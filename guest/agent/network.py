@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _FAMILIES = (_socket.AF_INET, _socket.AF_INET6)
 _SET = NLM_F_CREATE | NLM_F_REPLACE
 _IPV6_SETTINGS = "/proc/sys/net/ipv6/conf"
+_IPV4_SETTINGS = "/proc/sys/net/ipv4/conf"
+_LOOPBACK = b"\x7f"
 _LINK_LOCAL = b"\xfe\x80"
 # A caller that names no PCI path asks again on "Link not found", as Kata's runtime does.
 _UNPLACED_TIMEOUT_S = 3.0
@@ -92,6 +94,9 @@ class Network:
                     _remove(channel, rtnetlink.RTM_DELROUTE, key, what="former route")
                     del self._routes[body]
             for one, body, route in encoded:
+                if route.source[:1] == _LOOPBACK and len(route.source) == 4:
+                    # Without this the kernel takes for forged what localhost says and hears over a link.
+                    files.write(f"{_IPV4_SETTINGS}/{one.device}/route_localnet", "1")
                 what = f"route: {one.dest or 'default'} via {one.gateway or one.device}"
                 _make(channel, rtnetlink.RTM_NEWROUTE, body, what=what)
                 self._routes[body] = rtnetlink.encode_route_key(route)

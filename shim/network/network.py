@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 from hypervisor import HypervisorError, Nic
 from shim.errors import Internal, ShimError, Unavailable
-from shim.network import messages
+from shim.network import localhost, messages
 from shim.network.ingress import remove_ingress
 from shim.network.namespace import NetworkNamespace
 from shim.network.plan import Neighbour, NetworkPlan
@@ -48,13 +48,14 @@ class _Connection:
     connected: bool = False
     queues: tuple[int, ...] = ()
     pci_path: str = ""
+    has_localhost: bool = False
 
     @property
     def device(self) -> str:
         return f"nic{self.endpoint.index}"
 
     def connect(self, *, queues: int) -> None:
-        self.queues = connect(self.endpoint, queues=queues)
+        self.queues = connect(self.endpoint, queues=queues, has_localhost=self.has_localhost)
         self.connected = True
 
     def disconnect(self) -> None:
@@ -166,7 +167,9 @@ class Network:
                     record = self._ledger.redirection(
                         str(path), namespace=self._namespace.number, interface=endpoint.index
                     )
-                connection = _Connection(endpoint=endpoint, record=record)
+                connection = _Connection(
+                    endpoint=endpoint, record=record, has_localhost=self._way_to_localhost() is None
+                )
                 self._connections[endpoint.index] = connection
                 made.append(connection)
                 await self._namespace.run(partial(connection.connect, queues=self._queues))
@@ -212,9 +215,18 @@ class Network:
 
     async def _configure(self, plan: NetworkPlan) -> None:
         _, agent = self._reach()
-        await agent.update_routes(messages.routes(plan.routes))
-        if plan.neighbours:
-            await agent.add_arp_neighbors(messages.neighbours(plan.neighbours))
+        routes, neighbours = list(plan.routes), list(plan.neighbours)
+        leading = self._way_to_localhost()
+        if leading is not None and agent.is_hako:  # no other lets its localhost answer over a link
+            route, neighbour = localhost.way_back(leading.endpoint.name)
+            routes.append(route)
+            neighbours.append(neighbour)
+        await agent.update_routes(messages.routes(routes))
+        if neighbours:
+            await agent.add_arp_neighbors(messages.neighbours(neighbours))
+
+    def _way_to_localhost(self) -> _Connection | None:
+        return next((each for each in self._connections.values() if each.has_localhost), None)
 
     def _reach(self) -> tuple[Hypervisor, Agent]:
         if self._machine is None or self._agent is None:

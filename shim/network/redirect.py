@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shim.errors import FailedPrecondition, Internal
+from shim.network import localhost
 from shim.network.decode import TAP_PREFIX, decode
 from shim.network.ingress import remove_ingress
 from shim.network.plan import Endpoint, NetworkPlan
@@ -55,16 +56,17 @@ def scan() -> NetworkPlan:
         raise Internal(f"network: reading the namespace: {error.strerror}; see dmesg") from error
 
 
-def connect(endpoint: Endpoint, *, queues: int) -> tuple[int, ...]:
+def connect(endpoint: Endpoint, *, queues: int, has_localhost: bool = False) -> tuple[int, ...]:
     """Connect an interface to a new tap; the connection ends with :func:`remove_ingress` and the tap.
 
     :param queues: how many packets the tap can move at once.
+    :param has_localhost: lead who connects to localhost in the namespace to the machine.
     :returns: the descriptors of the tap, one for each queue; the tap is gone when all are closed.
     :raises FailedPrecondition: if the interface is connected already; it stays as it was.
     :raises Internal: if the kernel refuses; the interface is as it was.
     """
     try:
-        return _connect(endpoint, queues=queues)
+        return _connect(endpoint, queues=queues, has_localhost=has_localhost)
     except OSError as error:
         if error.errno in {errno.EBUSY, errno.EEXIST}:
             raise FailedPrecondition(
@@ -97,7 +99,7 @@ def try_out() -> None:
             os.close(descriptor)
 
 
-def _connect(endpoint: Endpoint, *, queues: int) -> tuple[int, ...]:
+def _connect(endpoint: Endpoint, *, queues: int, has_localhost: bool) -> tuple[int, ...]:
     name = f"{TAP_PREFIX}{endpoint.index}"
     with _netlink() as netlink, contextlib.ExitStack() as undo:
         descriptors = open_tap(name, queues=queues)
@@ -110,8 +112,10 @@ def _connect(endpoint: Endpoint, *, queues: int) -> tuple[int, ...]:
         # write here, and some have no IPv6: then the guest sees a few multicast packets that it ignores.
         with contextlib.suppress(OSError):
             Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1", encoding="ascii")
-        netlink.link("set", index=tap, mtu=endpoint.mtu, state="up")
+        netlink.link("set", index=tap, mtu=endpoint.mtu, address=localhost.HOST_SIDE_MAC, state="up")
         netlink.tc("add", "ingress", index=tap)
+        if has_localhost:
+            localhost.lead_to_guest(netlink, endpoint=endpoint, tap=tap, tap_name=name)
         _redirect(netlink, source=endpoint.index, target=tap)
         _redirect(netlink, source=tap, target=endpoint.index)
         undo.pop_all()
@@ -124,6 +128,7 @@ def _redirect(netlink: IPRoute, *, source: int, target: int) -> None:
         "u32",
         index=source,
         parent=_INGRESS,
+        prio=localhost.LAST_PRIORITY + 1,
         protocol=_ETH_P_ALL,
         target=0,
         keys=[_EVERYTHING],

@@ -92,9 +92,9 @@ def digesting_server(space: Space, family: int, address: str) -> Iterator[None]:
         thread.join(DEADLINE_S)
 
 
-def exchange(outside: Space, family: int, address: str, data: bytes) -> bytes:
-    """Send data from outside to the server in the container, and return its answer."""
-    with outside.inside(lambda: socket.socket(family)) as opened:
+def exchange(space: Space, family: int, address: str, data: bytes) -> bytes:
+    """Send data from a namespace to the server in the container, and return its answer."""
+    with space.inside(lambda: socket.socket(family)) as opened:
         opened.settimeout(DEADLINE_S)
         opened.connect((address, PORT))
         opened.sendall(data)
@@ -149,6 +149,11 @@ def test_a_container_has_the_network_of_its_namespace(one_stack: Stack, pod: Spa
         for family, address in ((socket.AF_INET, "10.1.0.2"), (socket.AF_INET6, "fd00:1::2")):
             came = exchange(outside, family, address, data)
             assert came.split()[0] == hashlib.sha256(data).hexdigest().encode()
+        # As containerd forwards a port.
+        assert (
+            exchange(pod, socket.AF_INET, "127.0.0.1", b"x").split()[0]
+            == hashlib.sha256(b"x").hexdigest().encode()
+        )
     assert pod.configuration() == before
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ class Machine:
         self.queues: dict[str, list[int]] = {}
         self.told: list[Message] = []
         self.refuses = ""
+        self.is_hako = False
 
     async def plug_nic(self, nic: Nic) -> str:
         if self.refuses == "plug":
@@ -193,6 +195,79 @@ async def test_frames_go_from_card_to_cable_and_back(
         assert (await receive(far))[skipped:] == there
         os.write(far, HEADER[:skipped] + back)
         assert (await receive(*near))[len(HEADER) :] == back
+
+
+def ipv4(source: str, destination: str, *, tags: tuple[int, ...] = ()) -> bytes:
+    """A frame with an IPv4 packet, from the first byte after the hardware addresses, below VLAN tags."""
+    header = struct.pack(
+        "!BBHHHBBH4s4s",
+        0x45,
+        0,
+        20 + len(TEXT),
+        0,
+        0,
+        64,
+        253,
+        0,
+        *map(socket.inet_aton, (source, destination)),
+    )
+    return b"".join(struct.pack("!HH", tag, 0) for tag in tags) + b"\x08\x00" + header + TEXT
+
+
+@pytest.mark.parametrize("tags", [(), (0x8100,), (0x88A8, 0x8100), (0x8100, 0x8100, 0x8100)], ids=str)
+async def test_nobody_outside_speaks_to_the_localhost_of_the_guest(
+    empty_pod: Space, outside: Space, ledger: Ledger, machine: Machine, tags: tuple[int, ...]
+):
+    async with far_end("veth", empty_pod, outside) as (far, _), network_of(empty_pod, ledger) as network:
+        await attach(network, machine)
+        [card] = machine.cards.values()
+        addresses = bytes.fromhex(card.mac.replace(":", "")) + b"\x02" + bytes(5)
+        os.write(far, addresses + ipv4("10.1.0.1", "127.0.0.1", tags=tags))
+        os.write(far, addresses + ipv4("169.254.255.254", "127.9.9.9", tags=tags))
+        usual = addresses + ipv4("10.1.0.1", "10.1.0.2")
+        os.write(far, usual)
+
+        assert (await receive(*machine.queues[card.id]))[len(HEADER) :] == usual
+
+
+async def test_who_connects_to_localhost_in_the_namespace_speaks_to_the_guest(
+    pod: Space, ledger: Ledger, machine: Machine
+):
+    async with network_of(pod, ledger) as network:
+        machine.is_hako = True
+        await attach(network, machine)
+        [card] = machine.cards.values()
+        [queue] = machine.queues[card.id]
+        with pod.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as opened:
+            opened.settimeout(DEADLINE_S)
+            opened.sendto(TEXT, ("127.0.0.1", 7000))
+            frame = (await receive(queue))[len(HEADER) :]
+            assert frame[:6] == bytes.fromhex(card.mac.replace(":", ""))
+            source, destination = frame[26:30], frame[30:34]
+            assert destination == socket.inet_aton("127.0.0.1")
+            ports = frame[36:38] + frame[34:36]
+            answer = TEXT[::-1]
+            header = struct.pack(
+                "!BBHHHBBH4s4s", 0x45, 0, 28 + len(answer), 0, 0, 64, 17, 0, destination, source
+            )
+            checked = header[:10] + checksum(header) + header[12:]
+            datagram = ports + struct.pack("!HH", 8 + len(answer), 0) + answer
+            os.write(queue, HEADER + frame[6:12] + frame[:6] + b"\x08\x00" + checked + datagram)
+            assert opened.recv(99) == answer
+        *_, routes, neighbours = machine.told
+        assert [(each.dest, each.device, each.source) for each in routes.Routes if each.source] == [
+            ("169.254.255.254/32", "eth0", "127.0.0.1")
+        ]
+        assert [bytes.fromhex(each.lladdr.replace(":", "")) for each in neighbours.ARPNeighbors] == [
+            frame[6:12]
+        ]
+
+
+def checksum(header: bytes) -> bytes:
+    """The checksum of an IPv4 header in which it is 0 (RFC 791)."""
+    total = sum(struct.unpack("!10H", header))
+    total = (total & 0xFFFF) + (total >> 16)
+    return struct.pack("!H", ~total & 0xFFFF)
 
 
 async def test_detaching_leaves_the_namespace_as_it_was(pod: Space, ledger: Ledger, machine: Machine):

@@ -1,0 +1,110 @@
+"""Lead who connects to localhost in the pod's namespace to localhost in the guest, as port forwarding does.
+
+containerd forwards a port by entering the pod's namespace and connecting to 127.0.0.1. Nothing listens there:
+the pod's processes are in the guest. So the first tap gets a route to 127.0.0.1 in front of the kernel's own,
+and an address for the answers to come back to, which the guest reaches over the link. Routes, address and
+neighbour go with the tap. IPv6 has no way for ::1 to leave a host.
+
+All of this is of the kernel: see route_localnet and accept_local in its ip-sysctl.rst, ip-route(8) and
+tc-u32(8).
+"""
+
+from __future__ import annotations
+
+import logging
+from ipaddress import ip_network
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shim.network.plan import Neighbour, NextHop, Route
+
+if TYPE_CHECKING:
+    from pyroute2 import IPRoute
+
+    from shim.network.plan import Endpoint
+
+log = logging.getLogger(__name__)
+
+LOCALHOST = "127.0.0.1"
+# RFC 3927, 2.1: of the link-local range nobody picks the last 256 addresses.
+HOST_SIDE = "169.254.255.254"
+HOST_SIDE_MAC = "02:68:61:6b:6f:01"
+LAST_PRIORITY = 3
+"""Of the filters here: they are asked before the one that redirects everything else."""
+
+_INGRESS = 0xFFFF0000
+_ETH_P_ALL = 0x0003
+_ETH_P_8021Q = 0x8100
+_ETH_P_8021AD = 0x88A8
+_PASSED = 0x10001  # a class that does not exist: the packet goes its usual way up the namespace's stack
+_EVERYTHING = "0x0/0x0+0"
+_IS_IPV4 = "0x40000000/0xf0000000+0"  # the version; every other protocol has other bits there
+_TO_HOST_SIDE = "0xa9fefffe/0xffffffff+16"
+_TO_LOOPBACK = "0x7f000000/0xff000000+16"
+_RTM_NEWROUTE = 24
+_PREPEND = 0x1 | 0x4 | 0x400  # NLM_F_REQUEST, NLM_F_ACK, NLM_F_CREATE: in front of what is there
+_TABLE_LOCAL = 255
+_SCOPE_LINK = 253
+
+
+def lead_to_guest(netlink: IPRoute, *, endpoint: Endpoint, tap: int, tap_name: str) -> None:
+    """Send what is for localhost in the calling thread's namespace, and nothing else that is, to the guest.
+
+    :param endpoint: whose packets go to the tap, too.
+    :param tap: the index of the tap, which has an ingress queueing discipline but no filters yet.
+    :raises NetlinkError: if the kernel refuses.
+    """
+    settings = Path("/proc/sys/net/ipv4/conf") / tap_name
+    try:
+        for setting in ("route_localnet", "accept_local"):
+            (settings / setting).write_text("1", encoding="ascii")
+    except OSError as error:
+        log.warning("network: %s: %s: ports will not be forwarded", settings, error.strerror)
+        return
+    # The guest's localhost hears over this link: only this host may speak to it there. What comes from
+    # outside goes up the namespace's stack, which drops it as a kernel does. So does what has a VLAN tag:
+    # a guest would look below tags that say nothing, as a filter cannot.
+    _pass(netlink, interface=endpoint.index, priority=1, keys=[_IS_IPV4, _TO_LOOPBACK])
+    _pass(netlink, interface=endpoint.index, priority=2, protocol=_ETH_P_8021Q, keys=[_EVERYTHING])
+    _pass(netlink, interface=endpoint.index, priority=3, protocol=_ETH_P_8021AD, keys=[_EVERYTHING])
+    _pass(netlink, interface=tap, priority=1, keys=[_IS_IPV4, _TO_HOST_SIDE])
+    netlink.addr("add", index=tap, address=HOST_SIDE, prefixlen=32, scope=_SCOPE_LINK)
+    netlink.neigh("add", dst=LOCALHOST, lladdr=endpoint.mac, ifindex=tap, state="permanent")
+    netlink.route(
+        (_RTM_NEWROUTE, _PREPEND),
+        table=_TABLE_LOCAL,
+        type="unicast",
+        dst=f"{LOCALHOST}/32",
+        oif=tap,
+        prefsrc=HOST_SIDE,
+        scope=_SCOPE_LINK,
+    )
+
+
+def way_back(interface: str) -> tuple[Route, Neighbour]:
+    """Describe what the guest needs: that its localhost may answer over the link, and where to.
+
+    :param interface: the name of the endpoint whose tap it is.
+    """
+    route = Route(
+        destination=ip_network(HOST_SIDE),
+        hops=(NextHop(interface=interface),),
+        source=LOCALHOST,
+        scope=_SCOPE_LINK,
+    )
+    return route, Neighbour(interface=interface, ip=HOST_SIDE, mac=HOST_SIDE_MAC)
+
+
+def _pass(
+    netlink: IPRoute, *, interface: int, priority: int, keys: list[str], protocol: int = _ETH_P_ALL
+) -> None:
+    netlink.tc(
+        "add-filter",
+        "u32",
+        index=interface,
+        parent=_INGRESS,
+        prio=priority,
+        protocol=protocol,
+        target=_PASSED,
+        keys=keys,
+    )
