@@ -310,7 +310,7 @@ class QemuHypervisor(Hypervisor):
             self._qmp,
             boot=spec.vcpus,
             most=spec.max_vcpus,
-            removable=spec.accelerator is not Accelerator.TCG,
+            emulated=spec.accelerator is Accelerator.TCG,
         )
         self._memory = Memory(
             self._qmp, self._devices, boot_bytes=spec.memory_bytes, most_bytes=spec.max_memory_bytes

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 _ANSWER_S = 20.0
 """How long the guest may take over one virtual CPU; an emulated one stops all others for the exchange."""
 
+_SAFE_MAJOR = 10
+"""The first QEMU that was seen to live on after a virtual CPU was taken away under emulation."""
+
 _PREFIX = "vcpu"
 _PERIPHERAL = f"/machine/peripheral/{_PREFIX}"
 """Where QEMU keeps those that were added here; those that it started with cannot be taken away."""
@@ -25,16 +28,14 @@ class Vcpus:
     :param session: the control connection.
     :param boot: how many it started with.
     :param most: how many it can have.
-    :param removable: whether QEMU survives taking one away. Emulating (TCG) it does not: it frees the
-        processor's translation cache, and frees it again when the memory map changes next, as each device
-        that is plugged makes it (QEMU 7.2: it is aborted).
+    :param emulated: whether QEMU translates their instructions (TCG).
     """
 
-    def __init__(self, session: QmpSession, *, boot: int, most: int, removable: bool) -> None:
+    def __init__(self, session: QmpSession, *, boot: int, most: int, emulated: bool) -> None:
         self._session = session
         self._boot = boot
         self._most = most
-        self._removable = removable
+        self._emulated = emulated
         self._lock = asyncio.Lock()
 
     async def resize(self, count: int) -> int:
@@ -54,7 +55,7 @@ class Vcpus:
             try:
                 with self._session.events(*acpi.EVENTS) as events:
                     await self._grow(count, events)
-                    if self._removable:
+                    if await self._can_shrink():
                         await self._shrink(count, events)
                 return await self._count()
             except QmpError as error:
@@ -62,6 +63,17 @@ class Vcpus:
 
     async def _count(self) -> int:
         return len(await self._session.ask(list, "query-cpus-fast"))
+
+    async def _can_shrink(self) -> bool:
+        """Tell whether QEMU survives the removal of a virtual CPU.
+
+        Emulating, 7.2 does not: it frees the translation cache with the processor, and again when the memory
+        map changes next, as it does with each device that is plugged. 10 does.
+        """
+        if not self._emulated:
+            return True
+        version = await self._session.ask(dict, "query-version")
+        return int(version["qemu"]["major"]) >= _SAFE_MAJOR
 
     async def _slots(self) -> list[dict[str, Any]]:
         """List the places for virtual CPUs in the guest's order; QEMU has the last one first."""
