@@ -55,7 +55,6 @@ def by_day_on(channel: str) -> pytest.MarkDecorator:
 
 
 READ_BYTES = MIB
-SHORT_COMMANDS = 200
 AT_ONCE = 8
 
 
@@ -230,7 +229,8 @@ def test_a_stalled_reader_holds_up_neither_kill_nor_for_long_delete(
 
 
 @by_day_on(DAEMON)
-def test_short_commands_lose_no_line(pod: ByHand, pool: ThreadPoolExecutor):
+@pytest.mark.parametrize("count", [80, pytest.param(200, marks=pytest.mark.nightly)])
+def test_short_commands_lose_no_line(pod: ByHand, pool: ThreadPoolExecutor, count: int):
     def run(number: int) -> str:
         fifo = pod.fifo()
         line = pool.submit(fifo.read_text)
@@ -239,6 +239,6 @@ def test_short_commands_lose_no_line(pod: ByHand, pool: ThreadPoolExecutor):
         return line.result()
 
     with ThreadPoolExecutor(AT_ONCE) as runners:
-        lines = list(runners.map(run, range(SHORT_COMMANDS)))
+        lines = list(runners.map(run, range(count)))
 
-    assert lines == [f"line {number}\n" for number in range(SHORT_COMMANDS)]
+    assert lines == [f"line {number}\n" for number in range(count)]
