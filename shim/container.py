@@ -73,7 +73,9 @@ class Container:
         self.lock = asyncio.Lock()
         self.limits = limits_of(spec)
         self._sandbox = sandbox
-        self._files = ContainerFiles(container_id, bundle=bundle, share=sandbox.share)
+        self._files = ContainerFiles(
+            container_id, bundle=bundle, share=sandbox.share, writable=sandbox.guest_writable
+        )
         self._ending = False
         self._settled = asyncio.Event()
 

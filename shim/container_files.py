@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import stat
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from shim.agent import SHARE_DIRECTORY, rootfs_of
 from shim.disks import limits_of, without_limits_of
 from shim.errors import Internal, InvalidArgument
 from shim.passthrough import devices_of
+from shim.volume_source import opened
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from shim.agent import Agent
     from shim.disks import DiskDevice, RootDisk
     from shim.oci_mounts import SharedMount
+    from shim.volume_source import GuestWritable
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +62,14 @@ class ContainerFiles:
     :param container_id: whose.
     :param bundle: its bundle directory.
     :param share: the directory that the guest sees.
+    :param writable: what the guest writes in there.
     """
 
-    def __init__(self, container_id: str, *, bundle: Path, share: Path) -> None:
+    def __init__(self, container_id: str, *, bundle: Path, share: Path, writable: GuestWritable) -> None:
         self._id = container_id
         self._bundle = bundle
         self._share = share
+        self._writable = writable
         self._shown = contextlib.ExitStack()
         self._plugged: dict[str, _Plugged] = {}
         self._pci_devices: dict[str, Hypervisor] = {}
@@ -106,7 +111,6 @@ class ContainerFiles:
         :raises ShimError: if it is nothing that can be shared, or cannot be mounted.
         """
         source = self._bundle / shared.source
-        mounts.require_shareable(source)
         self._bind_into_share(source, shared.name, read_only=shared.read_only, recursive=shared.recursive)
         if shared.copied_to:
             self._storages.append(
@@ -268,17 +272,21 @@ class ContainerFiles:
 
     def _bind_into_share(self, source: Path, name: str, *, read_only: bool, recursive: bool) -> None:
         target = self._share / name
-        if target.parent != self._share:
-            target.parent.mkdir(mode=0o711)
-            self._shown.callback(target.parent.rmdir)
-        if source.is_dir():
-            target.mkdir()
-            self._shown.callback(target.rmdir)
-        else:
-            target.touch()
-            self._shown.callback(target.unlink)
-        mounts.bind(source, target, read_only=read_only, recursive=recursive)
-        self._shown.callback(mounts.unmount, target)
+        with opened(source, self._writable) as descriptor:
+            if not read_only:
+                self._writable.add(descriptor)
+            if target.parent != self._share:
+                target.parent.mkdir(mode=0o711)
+                self._shown.callback(target.parent.rmdir)
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                target.mkdir()
+                self._shown.callback(target.rmdir)
+            else:
+                target.touch()
+                self._shown.callback(target.unlink)
+            what = f"bind {source} on {target}"
+            mounts.bind_opened(descriptor, target, read_only=read_only, recursive=recursive, what=what)
+            self._shown.callback(mounts.unmount, target)
 
 
 def _size_of(path: Path) -> int:

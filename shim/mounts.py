@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import stat
 import struct
 import threading
 from pathlib import Path
@@ -88,14 +87,6 @@ _CALLERS_MISTAKES = frozenset(
         errno.ENXIO,
     }
 )
-
-
-_KINDS = {
-    stat.S_IFSOCK: "socket",
-    stat.S_IFIFO: "FIFO",
-    stat.S_IFBLK: "block device",
-    stat.S_IFCHR: "character device",
-}
 
 
 class MountOptions(NamedTuple):
@@ -182,55 +173,49 @@ def share_directory(path: Path) -> None:
     mount("none", path, flags=MS_SHARED)
 
 
-def require_shareable(path: Path) -> None:
-    """Make sure that a guest can have a path of the host.
-
-    :raises InvalidArgument: if it is neither a file nor a directory; the message says what it is.
-    """
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise InvalidArgument(f"mount: {path}: {error.strerror}; name a file or directory") from error
-    except ValueError as error:  # a NUL byte
-        raise InvalidArgument(f"mount: {path}: {error}; name a file or directory") from error
-    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-        kind = _KINDS.get(stat.S_IFMT(mode), "special file")
-        raise InvalidArgument(
-            f"mount: {path}: is a {kind} of the host; a guest can share files and directories"
-        )
-
-
 def bind(source: Path, target: Path, *, read_only: bool, recursive: bool) -> None:
     """Bind ``source`` on ``target``, which must exist and be of the same kind.
 
     :raises InvalidArgument: if one of them does not exist.
     :raises Internal: if the kernel refuses for another reason.
     """
-    if read_only:
-        _bind_read_only(source, target, recursive=recursive)
-    else:
-        mount(str(source), target, flags=MS_BIND | (MS_REC if recursive else 0))
-
-
-def _bind_read_only(source: Path, target: Path, *, recursive: bool) -> None:
-    """Bind what is read-only before anybody sees it; see mount_setattr(2).
-
-    Making a mount read-only after it was made does not propagate: the virtio-fs daemon, which has a mount
-    namespace of its own, would go on to see a writable one.
-    """
     what = f"bind {source} on {target}"
-    tree = _mount_call(
-        _SYS_OPEN_TREE,
-        *(
-            _AT_FDCWD,
-            os.fsencode(source),
-            _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0),
-        ),
-        what=what,
-    )
     try:
-        attributes = struct.pack("=QQQQ", _MOUNT_ATTR_RDONLY, 0, 0, 0)
-        _mount_call(_SYS_MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, attributes, len(attributes), what=what)
+        descriptor = os.open(source, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        raise _refused(error.errno or 0, what) from error
+    except ValueError as error:  # a NUL byte
+        raise InvalidArgument(f"mount: {what!r}: {error}") from error
+    try:
+        bind_opened(descriptor, target, read_only=read_only, recursive=recursive, what=what)
+    finally:
+        os.close(descriptor)
+
+
+def bind_opened(source: int, target: Path, *, read_only: bool, recursive: bool, what: str) -> None:
+    """Bind an open file or directory, whatever is at its path by now.
+
+    A mount that is to be read-only is so, with those below it, before anybody sees it; see mount_setattr(2).
+    Making it read-only later would not propagate: the virtio-fs daemon, which has a mount namespace of its
+    own, would go on to see a writable one.
+
+    :param source: a descriptor.
+    :param recursive: with what is mounted below it.
+    :param what: words for the error.
+    :raises InvalidArgument: if ``target`` does not exist or is of another kind.
+    :raises Internal: if the kernel refuses for another reason.
+    """
+    all_below = _AT_RECURSIVE if recursive else 0
+    clone = _AT_EMPTY_PATH | _OPEN_TREE_CLONE | os.O_CLOEXEC | all_below
+    tree = _mount_call(_SYS_OPEN_TREE, source, b"", clone, what=what)
+    try:
+        if read_only:
+            attributes = struct.pack("=QQQQ", _MOUNT_ATTR_RDONLY, 0, 0, 0)
+            _mount_call(
+                _SYS_MOUNT_SETATTR,
+                *(tree, b"", _AT_EMPTY_PATH | all_below, attributes, len(attributes)),
+                what=what,
+            )
         _mount_call(
             _SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH, what=what
         )

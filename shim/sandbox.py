@@ -39,6 +39,7 @@ from shim.pod import is_pause, with_files, with_sysctls, write_files
 from shim.resizing import Resizer
 from shim.sizing import plan
 from shim.transfer import RawStreams
+from shim.volume_source import GuestWritable
 
 if TYPE_CHECKING:
     import socket
@@ -90,6 +91,7 @@ class Sandbox:
         self.namespace = record.namespace
         self.containers: dict[str, Container] = {}
         self.share = Path(record.state_directory) / "share"
+        self.guest_writable = GuestWritable()
         self._guest_share = Path(record.state_directory) / "guest-share"
         self._files = Path(record.state_directory) / "etc"
         self._pod: PodSpec | None = None

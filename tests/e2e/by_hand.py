@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CALL_TIMEOUT_S = 60.0
 TASK = task_v3_pb2.DESCRIPTOR.services_by_name["Task"]
 PROCESS = {"cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}}
+CAPABILITY_SETS = ("bounding", "effective", "inheritable", "permitted")
 PROCESS_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/Process"
 
 
@@ -41,6 +42,7 @@ class ByHand:
     :param place: an empty directory for the bundle and the FIFOs.
     :param mounts: more mounts of its specification.
     :param linux: more of the ``linux`` object of its specification.
+    :param capabilities: what its processes may do.
     :param disk: a file with an ext4 file system that is made of its root file system and is to serve as such.
     """
 
@@ -51,6 +53,7 @@ class ByHand:
         *,
         mounts: Sequence[dict[str, Any]] = (),
         linux: dict[str, Any] | None = None,
+        capabilities: Sequence[str] = (),
         disk: Path | None = None,
     ) -> None:
         self.id = new_id()
@@ -59,6 +62,7 @@ class ByHand:
         self._stack = stack
         self._bundle = place / "bundle"
         self._numbers = itertools.count(1)
+        self._process = {**PROCESS, "capabilities": {kind: list(capabilities) for kind in CAPABILITY_SETS}}
         with tarfile.open(fileobj=io.BytesIO(rootfs_archive())) as archive:
             archive.extractall(self.rootfs, filter="fully_trusted")  # noqa: S202 - made by this very test
         (self._bundle / "rootfs").mkdir(parents=True)
@@ -69,7 +73,7 @@ class ByHand:
             self._root = {"type": "ext4", "source": str(disk), "options": ["loop", "rw"]}
         spec = {
             "ociVersion": "1.0.2",
-            "process": {"args": ["sleep", "100000"], **PROCESS},
+            "process": {"args": ["sleep", "100000"], **self._process},
             "root": {"path": "rootfs"},
             "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}, *mounts],
             "linux": {
@@ -126,7 +130,7 @@ class ByHand:
         assert status == 0, output.read_text()
 
     def call(self, name: str, *, timeout_s: float = CALL_TIMEOUT_S, **fields: Any) -> Any:
-        """Call one method of the task service on the container."""
+        """Call one method of the task service, on the container unless ``id`` names another."""
         method = TASK.methods_by_name[name]
         request: type[Message] = GetMessageClass(method.input_type)
         response: type[Message] = GetMessageClass(method.output_type)
@@ -135,7 +139,7 @@ class ByHand:
             request_serializer=request.SerializeToString,
             response_deserializer=response.FromString,
         )
-        return call(request(id=self.id, **fields), timeout=timeout_s, wait_for_ready=True)
+        return call(request(**{"id": self.id, **fields}), timeout=timeout_s, wait_for_ready=True)
 
     def execute(self, *command: str, **streams: Path | str) -> str:
         """Begin a process in the container.
@@ -145,7 +149,7 @@ class ByHand:
         :returns: its exec id.
         """
         exec_id = f"exec-{next(self._numbers)}"
-        document = json.dumps({"args": command, **PROCESS}).encode()
+        document = json.dumps({"args": command, **self._process}).encode()
         spec = any_pb2.Any(type_url=PROCESS_TYPE, value=document)
         paths = {name: str(path) for name, path in streams.items()}
         self.call("Exec", exec_id=exec_id, spec=spec, **paths)
