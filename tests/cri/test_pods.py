@@ -76,7 +76,10 @@ def test_a_pod_whose_shim_dies_ends_and_leaves_nothing_when_it_is_removed(
         pytest.skip("the containers would outlive it")
     pod = new_pod("deserted")
     containers = [pod.run(name, "sleep", "100000") for name in ("one", "two")]
-    [shim] = [each for each in stack.containerd.nursery.descendants() if " -state " in each.command]
+    words = (f"-id {pod.id}", "-state ")
+    [shim] = [
+        each for each in stack.containerd.nursery.descendants() if all(word in each.command for word in words)
+    ]
     os.kill(shim.pid, signal.SIGKILL)
     assert all(container.wait_for_exit(timeout_s=10) in {137, 255} for container in containers)
     pod.remove()

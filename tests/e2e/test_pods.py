@@ -158,6 +158,7 @@ def test_a_pod_is_one_machine_whose_containers_come_and_go_by_themselves(pod: Po
     assert exits.of(pod.id) == [0]
 
 
+@pytest.mark.mostly_on("2.1-ttrpc")
 def test_a_pod_whose_machine_dies_ends_at_once_with_all_its_containers(pod: Pod):
     containerd = pod.containerd
     names = [new_id(), new_id()]

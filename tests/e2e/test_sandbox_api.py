@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc
@@ -20,7 +21,6 @@ from tests.e2e.life import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from google.protobuf.message import Message
 
@@ -135,6 +135,8 @@ def test_a_sandbox_lives_its_whole_life_by_the_sandbox_service(pod: SandboxByHan
     waiting = pod.begin("WaitSandbox")
     started = pod.sandbox("StartSandbox")
     assert started.created_at.seconds > 0
+    network = Path(f"/proc/{started.pid}/ns/net")
+    assert network.stat().st_ino == pod.network_namespace.stat().st_ino
 
     status = pod.sandbox("SandboxStatus", verbose=True)
     assert (status.sandbox_id, status.state, status.pid) == (pod.id, "SANDBOX_READY", started.pid)
