@@ -277,6 +277,14 @@ class Hypervisor(abc.ABC):
         """
 
     @abc.abstractmethod
+    async def pin_vcpus(self, cpus: frozenset[int]) -> None:
+        """Let the virtual CPUs run on certain processors of the host: on one each if there are as many.
+
+        :param cpus: the processors' numbers; none for all that the VMM may use.
+        :raises ResizeError: if the host has no such processor, or the VMM does not answer.
+        """
+
+    @abc.abstractmethod
     async def resize_memory(self, size: int) -> int:
         """Change the memory; return when the guest has taken or given it.
 

@@ -233,6 +233,17 @@ class QemuHypervisor(Hypervisor):
             raise ResizeError(f"{what}: the virtual machine was not started")
         return await self._while_alive(self._vcpus.resize(count), what, ResizeError)
 
+    async def pin_vcpus(self, cpus: frozenset[int]) -> None:
+        """Let the virtual CPUs run on certain processors of the host: on one each if there are as many.
+
+        :param cpus: the processors' numbers; none for all that QEMU may use.
+        :raises ResizeError: if the host has no such processor, or QEMU does not answer or is gone.
+        """
+        what = f"pin vcpus: {self._spec.name}"
+        if self._vcpus is None:
+            raise ResizeError(f"{what}: the virtual machine was not started")
+        await self._while_alive(self._vcpus.pin(cpus), what, ResizeError)
+
     async def resize_memory(self, size: int) -> int:
         """Change the memory; return when the guest has taken or given it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import TYPE_CHECKING, Any
 
 from hypervisor import acpi
@@ -60,6 +61,22 @@ class Vcpus:
                 return await self._count()
             except QmpError as error:
                 raise ResizeError(f"resize vcpus: {count}: {error}") from error
+
+    async def pin(self, cpus: frozenset[int]) -> None:
+        """Choose the host's processors for the threads that run the virtual CPUs.
+
+        :param cpus: the processors' numbers; none for those that this process may use.
+        :raises ResizeError: if the host has no such processor, or QEMU does not answer.
+        """
+        allowed = cpus or os.sched_getaffinity(0)
+        async with self._lock:
+            try:
+                threads = [each["thread-id"] for each in await self._session.ask(list, "query-cpus-fast")]
+                one_each = len(threads) == len(cpus)
+                for thread, cpu in zip(threads, sorted(cpus) if one_each else threads, strict=True):
+                    os.sched_setaffinity(thread, {cpu} if one_each else allowed)
+            except (QmpError, OSError) as error:
+                raise ResizeError(f"pin vcpus: to {sorted(allowed)}: {error}") from error
 
     async def _count(self) -> int:
         return len(await self._session.ask(list, "query-cpus-fast"))

@@ -134,7 +134,7 @@ ROWS: tuple[Row, ...] = (
     _refused("linux.resources.cpu.burst", _NO_WORD),
     _refused("linux.resources.cpu.realtimeRuntime", _CGROUP_V1),
     _refused("linux.resources.cpu.realtimePeriod", _CGROUP_V1),
-    _dropped("linux.resources.cpu.cpus", "it names the host's processors; the machine has its own"),
+    _dropped("linux.resources.cpu.cpus", "it names the host's processors: the machine is kept to them"),
     _dropped("linux.resources.cpu.mems", "it names the host's memory nodes; the machine has its own"),
     _refused("linux.resources.cpu.idle", _NO_WORD),
     *_sent("linux.resources", "pids.limit"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hypervisor import ResizeError, ResizeRefusedError
 from shim.errors import ResourceExhausted
+from shim.sizing import cpuset_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,6 +34,7 @@ class Resizer:
         self._vm = vm
         self._plan = plan
         self._size = plan.boot
+        self._pinned: tuple[frozenset[int], int] = (frozenset(), plan.boot.vcpus)
         self._lock = asyncio.Lock()
 
     async def grow(self, agent: Agent, live: Iterable[Limits]) -> None:
@@ -43,6 +45,7 @@ class Resizer:
         :raises ResourceExhausted: if QEMU or the guest cannot.
         :raises ShimError: if the guest does not put it to use.
         """
+        live = list(live)
         wanted = self._plan.wanted(live)
         async with self._lock:
             try:
@@ -53,6 +56,7 @@ class Resizer:
                     await self._set_memory(wanted.memory_bytes)
             except ResizeError as error:
                 raise ResourceExhausted(str(error)) from error
+            await self._pin(cpuset_of(live))
 
     async def shrink(self, agent: Agent, live: Iterable[Limits]) -> None:
         """Make the machine no larger than it must be; what the guest does not give back is logged.
@@ -61,6 +65,7 @@ class Resizer:
         :param live: the limits of each of its containers.
         :raises ShimError: if the guest does not answer.
         """
+        live = list(live)
         wanted = self._plan.wanted(live)
         async with self._lock:
             try:
@@ -73,6 +78,17 @@ class Resizer:
                     await self._set_memory(wanted.memory_bytes)
             except ResizeError as error:
                 log.warning("%s", error)
+            await self._pin(cpuset_of(live))
+
+    async def _pin(self, cpus: frozenset[int]) -> None:
+        """Follow the containers' processors; a machine that runs elsewhere is slower, but it runs."""
+        if (cpus, self._size.vcpus) == self._pinned or not (cpus or self._pinned[0]):
+            return
+        try:
+            await self._vm.pin_vcpus(cpus)
+        except ResizeError as error:
+            log.warning("%s", error)
+        self._pinned = (cpus, self._size.vcpus)
 
     async def _set_vcpus(self, agent: Agent, count: int) -> None:
         is_more = count > self._size.vcpus

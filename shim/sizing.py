@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ MIB = 1 << 20
 _DEFAULT_PERIOD_US = 100_000  # the kernel's, of which a quota without a period is a part
 _UNLIMITED = 1 << 60  # control groups show no limit as the largest number that they can hold
 _SHARES_PER_CPU = 1024  # what Kubernetes gives a container that requests one processor
+_CPU_LIST = re.compile(r"(\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*)?")
 _LEAST_SHARES = 2  # what it gives one that requests none
 
 # What containerd's CRI says of a pod as a whole, as it was when the pod was made.
@@ -51,11 +53,13 @@ class Limits:
     :param quota_us: processor time in each period, in microseconds.
     :param period_us: the period, in microseconds.
     :param memory_bytes: memory.
+    :param cpuset: the host's processors it may run on; none for all.
     """
 
     quota_us: int = 0
     period_us: int = _DEFAULT_PERIOD_US
     memory_bytes: int = 0
+    cpuset: frozenset[int] = frozenset()
 
     @property
     def cpus(self) -> Fraction:
@@ -72,13 +76,16 @@ class Limits:
             quota_us=_number(cpu.get("quota"), self.quota_us),
             period_us=_number(cpu.get("period"), self.period_us) or _DEFAULT_PERIOD_US,
             memory_bytes=_number(memory.get("limit"), self.memory_bytes),
+            cpuset=_processors(cpu.get("cpus"), self.cpuset),
         )
 
     def or_more(self, other: Limits) -> Limits:
         """Choose the larger of each."""
         more = max(self, other, key=lambda limits: limits.cpus)
         memory_bytes = max(self.memory_bytes, other.memory_bytes)
-        return Limits(quota_us=more.quota_us, period_us=more.period_us, memory_bytes=memory_bytes)
+        return Limits(
+            quota_us=more.quota_us, period_us=more.period_us, memory_bytes=memory_bytes, cpuset=other.cpuset
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +115,15 @@ def limits_of(spec: Mapping[str, Any]) -> Limits:
     :param spec: its OCI specification; what is malformed there is no limit here, and refused elsewhere.
     """
     return Limits().updated(_table(_table(spec.get("linux")).get("resources")))
+
+
+def cpuset_of(live: Iterable[Limits]) -> frozenset[int]:
+    """Choose the host's processors for a machine: those of its containers, unless one may run on all.
+
+    :param live: the limits of each container.
+    """
+    sets = [each.cpuset for each in live]
+    return frozenset().union(*sets) if all(sets) else frozenset()
 
 
 def limits_of_pod(annotations: Mapping[str, Any]) -> Limits:
@@ -185,6 +201,17 @@ def _number(value: object, otherwise: int) -> int:
     if not isinstance(value, int):
         return otherwise
     return value if 0 < value < _UNLIMITED else 0
+
+
+def _processors(value: object, otherwise: frozenset[int]) -> frozenset[int]:
+    """Read a list as cpuset(7) has it: ``0-2,5``; one that is absent (or malformed) changes nothing."""
+    if not isinstance(value, str) or not _CPU_LIST.fullmatch(value.strip()):
+        return otherwise
+    found: set[int] = set()
+    for part in filter(None, value.strip().split(",")):
+        first, _, last = part.partition("-")
+        found.update(range(int(first), int(last or first) + 1))
+    return frozenset(found)
 
 
 def _annotated(annotations: Mapping[str, Any], name: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from pathlib import Path
 
@@ -108,3 +109,23 @@ async def test_processors_are_added_and_taken_away_as_the_guest_sees_it(start):
         assert await vcpus.resize(count) == count
         assert await processors(shell) == count
     assert await shell("cat /sys/devices/system/cpu/present") == "0"
+
+
+async def test_virtual_processors_are_kept_to_processors_of_the_host(start):
+    vm, _ = await start(vcpus=2)
+
+    def allowed() -> list[set[int]]:
+        threads = Path(f"/proc/{vm.pid}/task").iterdir()
+        virtual = [thread for thread in threads if (thread / "comm").read_text().startswith("CPU ")]
+        return sorted((os.sched_getaffinity(int(thread.name)) for thread in virtual), key=sorted)
+
+    everything = os.sched_getaffinity(0)
+    first, second, *_ = sorted(everything)
+    await vm.pin_vcpus(frozenset({first, second}))
+    assert allowed() == [{first}, {second}]
+    await vm.pin_vcpus(frozenset({second}))
+    assert allowed() == [{second}, {second}]
+    with pytest.raises(ResizeError, match=r"pin vcpus: to \[1023\]: "):
+        await vm.pin_vcpus(frozenset({1023}))
+    await vm.pin_vcpus(frozenset())
+    assert allowed() == [everything, everything]

@@ -35,6 +35,11 @@ class Machine:
             raise self.refusal
         return size
 
+    async def pin_vcpus(self, cpus):
+        self.asked.append(f"pin {sorted(cpus)}")
+        if self.refusal is not None:
+            raise self.refusal
+
     async def use_cpus(self, count):
         self.asked.append(f"use {count}")
 
@@ -109,3 +114,18 @@ async def test_what_the_guest_does_not_give_back_is_logged_and_asked_for_the_nex
     machine.refusal = None
     await resizer.shrink(machine, [])
     assert machine.take() == ["memory 256"]
+
+
+async def test_a_machine_is_kept_to_its_containers_processors_and_let_go_again(machine, resizer):
+    await resizer.grow(machine, [Limits(cpuset=frozenset({2})), Limits(cpuset=frozenset({3}))])
+    assert machine.take() == ["pin [2, 3]"]
+    await resizer.grow(machine, [Limits(cpuset=frozenset({2, 3}))])
+    assert machine.take() == []
+    await resizer.shrink(machine, [Limits(cpuset=frozenset({2})), Limits()])
+    assert machine.take() == ["pin []"]
+
+
+async def test_a_processor_that_the_host_does_not_have_does_not_stop_a_container(machine, resizer):
+    machine.refusal = ResizeError("pin vcpus: to [99]: Invalid argument")
+    await resizer.grow(machine, [Limits(cpuset=frozenset({99}))])
+    assert machine.take() == ["pin [99]"]

@@ -138,3 +138,11 @@ def test_static_sizing_keeps_the_size_of_the_start():
 def test_static_sizing_takes_nothing_from_a_pause_container():
     paused = {**spec(quota=200_000), "annotations": PAUSE}
     assert plan(STATIC, paused).boot == size(1, 256)
+
+
+@pytest.mark.parametrize(
+    ("text", "processors"),
+    [("0-2,5", {0, 1, 2, 5}), ("3", {3}), ("", set()), ("2-1", set()), ("x", set()), (7, set())],
+)
+def test_processors_are_read_as_the_kernel_writes_them(text: object, processors: set[int]):
+    assert limits_of({"linux": {"resources": {"cpu": {"cpus": text}}}}).cpuset == processors
