@@ -6,12 +6,12 @@ import contextlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.cri import image
-from tests.cri.pods import CONTAINER_SCOPE, Container, Pod, remove_all, run_pod
+from tests.cri.pods import Container, Pod, remove_all, run_pod
 from tests.cri.stack import Kind, Stack, opened_stack
 from tests.e2e.containerd import RELEASES
 from tests.e2e.nursery import Nursery
@@ -28,7 +28,7 @@ MAIN = "2.1-podsandbox"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the same tests run under the runtime that Hako is compared with."""
-    parser.addoption("--handler", default="runc", choices=["hako", "runc"], help="what runs the tests' pods")
+    parser.addoption("--handler", default="hako", choices=["hako", "runc"], help="what runs the tests' pods")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -108,8 +108,8 @@ def new_pod(stack: Stack) -> Iterator[Callable[..., Pod]]:
     """Run pods, which are removed after the test, and see that nothing is left of them."""
     pods: list[Pod] = []
 
-    def make(name: str, *, processes: int = CONTAINER_SCOPE) -> Pod:
-        pods.append(run_pod(stack, name, processes=processes))
+    def make(name: str, **wanted: Any) -> Pod:
+        pods.append(run_pod(stack, name, **wanted))
         return pods[-1]
 
     with counted(stack):

@@ -169,7 +169,7 @@ class Pod:
             "image": {"image": image.IMAGE},
             "command": command,
             "log_path": log_path,
-            "linux": {"security_context": self.config["linux"]["security_context"]},
+            "linux": self.linux(),
             **fields,
         }
         log = Path(self.config["log_directory"], log_path)
@@ -178,6 +178,14 @@ class Pod:
             "CreateContainer", pod_sandbox_id=self.id, config=config, sandbox_config=self.config
         )
         return Container(self, reply.container_id, log)
+
+    def linux(self, **security: Any) -> dict[str, Any]:
+        """Return the field of that name for a container which shares what the pod wants to be shared.
+
+        :param security: further fields of its security context.
+        """
+        namespaces = self.config["linux"]["security_context"]["namespace_options"]
+        return {"security_context": {"namespace_options": namespaces, **security}}
 
     def run(self, name: str, *command: str, **fields: Any) -> Container:
         """Create and start a container."""
@@ -237,12 +245,13 @@ class Pod:
         return error is None or error.code() is not grpc.StatusCode.NOT_FOUND
 
 
-def pod_config(stack: Stack, name: str, *, processes: int = CONTAINER_SCOPE) -> dict[str, Any]:
+def pod_config(stack: Stack, name: str, *, processes: int = CONTAINER_SCOPE, **linux: Any) -> dict[str, Any]:
     """Return the configuration of a pod.
 
     :param stack: the stack that will run it.
     :param name: its name, which is its host name, too.
     :param processes: who shares a namespace of processes; nobody does by default in Kubernetes.
+    :param linux: further fields of what is special to Linux.
     """
     return {
         "metadata": {"name": name, "uid": str(uuid.uuid4()), "namespace": "tests"},
@@ -251,15 +260,17 @@ def pod_config(stack: Stack, name: str, *, processes: int = CONTAINER_SCOPE) -> 
         "dns_config": {"servers": ["192.0.2.53"], "searches": ["tests.example"], "options": ["ndots:3"]},
         "linux": {
             "cgroup_parent": CGROUP_PARENT,
-            "security_context": {"namespace_options": {"pid": processes}},
+            # Privileged only in that its containers may be.
+            "security_context": {"namespace_options": {"pid": processes}, "privileged": True},
             "sysctls": dict(SYSCTLS),
+            **linux,
         },
     }
 
 
-def run_pod(stack: Stack, name: str, *, processes: int = CONTAINER_SCOPE) -> Pod:
+def run_pod(stack: Stack, name: str, **wanted: Any) -> Pod:
     """Run a pod without containers; its arguments are those of :func:`pod_config`."""
-    config = pod_config(stack, name, processes=processes)
+    config = pod_config(stack, name, **wanted)
     reply = stack.cri.call("RunPodSandbox", config=config, runtime_handler=stack.handler)
     return Pod(stack, reply.pod_sandbox_id, config)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.cri.conftest import counted
-from tests.cri.pods import pod_config, remove_all, run_pod
+from tests.cri.pods import remove_all, run_pod
 
 if TYPE_CHECKING:
     from tests.cri.pods import Container
@@ -31,7 +31,7 @@ def test_the_machine_follows_its_pod_and_its_containers(stack: Stack) -> None:
     pods = []
     with counted(stack):
         try:
-            pods.append(run_pod(stack, "sized", config=pod_config(stack, "sized", resources=resources)))
+            pods.append(run_pod(stack, "sized", resources=resources))
             first = pods[0].run("first", "sleep", "100000", linux={"resources": resources})
             processors, memory = seen(first)
             assert processors == 2  # its own and the container's, from the boot on
