@@ -466,6 +466,11 @@ def test_limits_can_be_changed_and_lifted(box: Box, limits: dict[str, Any], seen
     assert seen in box.stack.containerd.exec(box.name, "limits", "sh", "-c", LIMITS).stdout
 
 
+def beside(box: Box) -> list[str]:
+    """Ask for a container in a machine that runs already."""
+    return ["--annotation", f"io.containerd.runc.v2.group={box.name}"]
+
+
 def refused(stack: Stack, *options: str | Path) -> str:
     """Run a container that cannot be, and return the one line that says why."""
     result = stack.containerd.run(IMAGE, (name := new_id()), "true", options=options)
@@ -477,7 +482,7 @@ def refused(stack: Stack, *options: str | Path) -> str:
 
 
 @pytest.mark.parametrize("kind", ["socket", "FIFO", "block device", "character device", "nothing"])
-def test_only_files_and_directories_can_be_bound(one_stack: Stack, tmp_path: Path, kind: str):
+def test_only_files_and_directories_can_be_bound(box: Box, tmp_path: Path, kind: str):
     source = tmp_path / "source"
     with socket.socket(socket.AF_UNIX) as opened:
         if kind == "socket":
@@ -485,7 +490,8 @@ def test_only_files_and_directories_can_be_bound(one_stack: Stack, tmp_path: Pat
         elif kind != "nothing":
             types = {"FIFO": stat.S_IFIFO, "block device": stat.S_IFBLK, "character device": stat.S_IFCHR}
             os.mknod(source, types[kind] | 0o600, os.makedev(1, 3))
-        line = refused(one_stack, "--mount", f"type=bind,src={source},dst=/x,options=rbind")
+        mount = f"type=bind,src={source},dst=/x,options=rbind"
+        line = refused(box.stack, *beside(box), "--mount", mount)
 
     assert f"{source}: {'No such file or directory' if kind == 'nothing' else f'is a {kind}'}" in line
 
@@ -502,11 +508,11 @@ def test_what_only_the_host_has_is_refused_by_name(one_stack: Stack, options: li
     assert words in refused(one_stack, *options)
 
 
-def test_a_device_of_the_host_is_refused_by_name(one_stack: Stack, tmp_path: Path):
+def test_a_device_of_the_host_is_refused_by_name(box: Box, tmp_path: Path):
     device = tmp_path / "disk"
     os.mknod(device, stat.S_IFBLK | 0o600, os.makedev(7, 99))
 
-    assert f"linux.devices: {device}: " in refused(one_stack, "--device", device)
+    assert f"linux.devices: {device}: " in refused(box.stack, *beside(box), "--device", device)
 
 
 def test_a_privileged_container_has_every_capability_and_the_devices_of_the_guest(one_stack: Stack):
