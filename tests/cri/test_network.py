@@ -49,7 +49,7 @@ def test_the_host_reaches_a_pod(duo: Duo, family: int) -> None:
 @SIZES
 def test_what_pods_send_each_other_arrives_whole(duo: Duo, size: int) -> None:
     address, _ = duo.pod.addresses()
-    assert duo.caller.peer("upload", size, address, timeout_s=600) == [peer.pattern_hash(size)]
+    assert duo.caller.peer("upload", size, address, timeout_s=1000) == [peer.pattern_hash(size)]
 
 
 @SIZES
