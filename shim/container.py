@@ -76,6 +76,7 @@ class Container:
         self._files = ContainerFiles(
             container_id, bundle=bundle, share=sandbox.share, writable=sandbox.guest_writable
         )
+        self._hooks = sandbox.hooks(container_id, bundle=bundle, spec=spec)
         self._ending = False
         self._settled = asyncio.Event()
 
@@ -99,6 +100,9 @@ class Container:
         """
         try:
             await self._bring_up(rootfs)
+        except BaseException:
+            await self._hooks.deleted()
+            raise
         finally:
             self._settled.set()
         self._sandbox.publish(
@@ -149,11 +153,20 @@ class Container:
             self._files.announce(request)
             await self._sandbox.grow()
             await agent.create_container(request)
+            await self._run_hooks()
         except BaseException:
             self.init.close_streams()
             await self._files.take_back()
             raise
         self._follow(self.init, agent)
+
+    async def _run_hooks(self) -> None:
+        """Run the hooks that may prevent the container; if one does, it is no more."""
+        try:
+            await self._hooks.created(pid=self._sandbox.pid)
+        except BaseException:
+            await self._remove_from_guest()
+            raise
 
     async def start(self) -> None:
         """Let init run.
@@ -167,6 +180,7 @@ class Container:
             self._sandbox.publish(
                 "/tasks/start", events_pb2.TaskStart(container_id=self.id, pid=self._sandbox.pid)
             )
+        await self._hooks.started(pid=self._sandbox.pid)
 
     async def _run(self) -> None:
         agent = await self._sandbox.agent()
@@ -373,6 +387,7 @@ class Container:
             if not removed:
                 await self._remove_from_guest()
             await self._files.take_back()
+            await self._hooks.deleted()
             self.init.apply(Input.DELETE)
             self._sandbox.forget(self.id)
             self._sandbox.publish(

@@ -48,16 +48,22 @@ def run(record: StartRecord, socket_descriptor: int | None, ready: Callable[[], 
     """
     settings = parse(ConfigText(text=record.config_text, source=record.config_source))
     configure("debug" if record.debug else settings.shim.log_level)
+    host_mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)  # where hooks run
     mounts.enter_private_namespace()
     listener = None if socket_descriptor is None else socket.socket(fileno=socket_descriptor)
     try:
-        asyncio.run(_serve(record, settings, listener=listener, ready=ready))
+        asyncio.run(_serve(record, settings, listener=listener, host_mounts=host_mounts, ready=ready))
     finally:
         _undo(record)
 
 
 async def _serve(
-    record: StartRecord, config: Config, *, listener: socket.socket | None, ready: Callable[[], None]
+    record: StartRecord,
+    config: Config,
+    *,
+    listener: socket.socket | None,
+    host_mounts: int,
+    ready: Callable[[], None],
 ) -> None:
     over = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -68,7 +74,14 @@ async def _serve(
     try:
         async with asyncio.TaskGroup() as group:
             publishing = group.create_task(publisher.run(), name="events")
-            sandbox = Sandbox(record, config=config, publisher=publisher, ledger=ledger, group=group)
+            sandbox = Sandbox(
+                record,
+                config=config,
+                publisher=publisher,
+                ledger=ledger,
+                group=group,
+                host_mounts=host_mounts,
+            )
             found = _pod_of(Path(record.bundle))
             if found is not None:  # otherwise CreateSandbox tells
                 sandbox.start(found)

@@ -22,6 +22,8 @@ _KILLED = 137
 #: How long a shim without containers may take to end before it is killed.
 _GRACE_S = 2.0
 _KILL_TIMEOUT_S = 2.0
+#: For hooks, all together: containerd gives this command 5 s, of which undoing rarely takes one.
+_HOOKS_TIMEOUT_S = 3.0
 
 
 def delete(line: CommandLine) -> bytes:
@@ -36,7 +38,13 @@ def delete(line: CommandLine) -> bytes:
     """
     grouping.check_identifier(line.id, phase="delete", what="id")
     bundle = line.bundle or os.getcwd()
-    _delete_from(state_directory.pointed_to(bundle) or _expected_directory(line, bundle), line.id)
+    directory = state_directory.pointed_to(bundle) or _expected_directory(line, bundle)
+    was_deserted = _is_on_record(directory, line.id)
+    try:
+        _delete_from(directory, line.id)
+    finally:
+        if was_deserted:
+            _run_hooks(bundle, line.id)
     return bootstrap_wire.encode_delete_response(exit_status=_KILLED, exited_at=time.time())
 
 
@@ -52,6 +60,41 @@ def _expected_directory(line: CommandLine, bundle: str) -> str:
         settings = config.ShimConfig()
     name = grouping.socket_name(address=line.address, namespace=line.namespace, group=group)
     return state_directory.path_of(settings.state_dir, name)
+
+
+def _is_on_record(directory: str, container: str) -> bool:
+    """Tell whether a container was never deleted: its shim died before it could be."""
+    try:
+        ledger = Ledger(directory)
+    except FileNotFoundError:
+        return False
+    try:
+        return container in ledger.containers()
+    finally:
+        ledger.close()
+
+
+def _run_hooks(bundle: str, container: str) -> None:
+    """Run what was to follow the container's end, as its shim would have."""
+    try:
+        with open(os.path.join(bundle, "config.json"), "rb") as file:
+            if b'"poststop"' not in file.read():
+                return
+    except OSError:
+        return
+    import asyncio  # noqa: PLC0415 - with the rest a third of a second that few deletions need
+    from pathlib import Path  # noqa: PLC0415
+
+    from shim.container import read_spec  # noqa: PLC0415
+    from shim.errors import InvalidArgument  # noqa: PLC0415
+    from shim.hooks import Hooks  # noqa: PLC0415
+
+    try:
+        hooks = Hooks(container, bundle=Path(bundle), spec=read_spec(Path(bundle)))
+    except InvalidArgument:  # then none of them has ever run
+        return
+    with contextlib.suppress(TimeoutError):
+        asyncio.run(asyncio.wait_for(hooks.clean_up(), _HOOKS_TIMEOUT_S))
 
 
 def _delete_from(directory: str, container: str) -> None:

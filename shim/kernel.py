@@ -10,6 +10,8 @@ _PR_SCHED_CORE_CREATE = 1
 _PIDTYPE_PGID = 2
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
+_CLONE_FS = 0x00000200
+_CLONE_NEWNS = 0x00020000
 _CLONE_NEWNET = 0x40000000
 
 
@@ -27,6 +29,16 @@ def create_core_scheduling_cookie() -> None:
     :raises OSError: if the kernel has no core scheduling.
     """
     _call("prctl", _PR_SCHED_CORE, _PR_SCHED_CORE_CREATE, 0, _PIDTYPE_PGID, 0)
+
+
+def enter_mount_namespace(descriptor: int) -> None:
+    """Move the calling thread, and only that, into a mount namespace and to its root; see setns(2).
+
+    :param descriptor: the namespace, open.
+    :raises OSError: if the kernel refuses.
+    """
+    _call("unshare", _CLONE_FS)
+    _call("setns", descriptor, _CLONE_NEWNS)
 
 
 def enter_network_namespace(descriptor: int) -> None:

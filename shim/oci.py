@@ -97,6 +97,7 @@ def _translate(spec: dict[str, Any], *, container_id: str, terminal: bool, secco
         rewritten["linux"]["sysctl"] = sysctl
     message = oci_pb2.Spec(Process=translate_process(spec.get("process") or {}, terminal=terminal))
     copy(rewritten, message, path="")
+    message.ClearField("Hooks")  # even an empty one keeps an agent from its own
     return Translation(
         message,
         tuple(share for _, share in mounts if share is not None),

@@ -30,6 +30,7 @@ class Fate(Enum):
     SENT = "sent as it is"
     REPLACED = "sent with what means the same in the guest"
     DROPPED = "left out, and the container is none the worse for it"
+    DONE = "left out, because the host does it"
     REFUSED = "refused, as leaving it out would be a lie"
 
 
@@ -60,6 +61,10 @@ def _dropped(path: str, why: str) -> Row:
     return Row(path, Fate.DROPPED, why)
 
 
+def _done(path: str, why: str) -> Row:
+    return Row(path, Fate.DONE, why)
+
+
 def _refused(path: str, why: str, *, harmless: tuple[Any, ...] = ()) -> Row:
     return Row(path, Fate.REFUSED, why, harmless)
 
@@ -67,7 +72,8 @@ def _refused(path: str, why: str, *, harmless: tuple[Any, ...] = ()) -> Row:
 _NO_WORD = "the guest's protocol has no word for it; leave it out"
 _HOST_POLICY = "it names a policy loaded in the host's kernel; the guest's kernel has none"
 _HOST_DISK = "the guest sees no block device of the host; limit the machine instead"
-_HOST_PROGRAM = "hooks are programs of the host, and the container's processes are not there"
+_HOST_PROGRAM = "it is a program of the host, and is run there"
+_NO_SUCH_PLACE = "it is to see the container from inside, which no process of the host can; use createRuntime"
 _NOT_LINUX = "the guest runs Linux; leave it out"
 _CGROUP_V1 = "cgroup v2, which the guest has, knows no such limit; leave it out"
 
@@ -98,7 +104,11 @@ ROWS: tuple[Row, ...] = (
     _replaced("mounts.options", "a shared /dev/shm is the sandbox's and takes none"),
     _refused("mounts.uidMappings", _NO_WORD),
     _refused("mounts.gidMappings", _NO_WORD),
-    _dropped("hooks", _HOST_PROGRAM),
+    *(
+        _done(f"hooks.{kind}", _HOST_PROGRAM)
+        for kind in ("prestart", "createRuntime", "poststart", "poststop")
+    ),
+    *(_refused(f"hooks.{kind}", _NO_SUCH_PLACE) for kind in ("createContainer", "startContainer")),
     # linux
     _replaced("linux.namespaces.type", "the guest chooses: most are the sandbox's"),
     _replaced("linux.namespaces.path", "a namespace of the host has no meaning in the guest"),

@@ -38,6 +38,11 @@ class PauseContainer(Container):
         self.init.streams = await open_streams(
             self.init.stdio, container_id=self.id, namespace=self._sandbox.namespace
         )
+        try:
+            await self._hooks.created(pid=self._sandbox.pid)
+        except BaseException:
+            self.init.close_streams()
+            raise
         self._watching = self._sandbox.spawn(self._end_with_machine(), name=f"watch {self.init}")
 
     async def _run(self) -> None:

@@ -29,6 +29,7 @@ from shim.errors import (
     ShimError,
     Unavailable,
 )
+from shim.hooks import Hooks
 from shim.host import resolve
 from shim.host_cgroup import HostCgroup
 from shim.network.namespace import namespace_of
@@ -76,6 +77,7 @@ class Sandbox:
     :param publisher: where events go.
     :param ledger: where everything that must be undone is written down.
     :param group: owns every task of the sandbox.
+    :param host_mounts: the mount namespace of whoever started the shim, open; None is this process's own.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Sandbox:
         publisher: Publisher,
         ledger: Ledger,
         group: asyncio.TaskGroup,
+        host_mounts: int | None = None,
     ) -> None:
         self.id = record.id
         self.namespace = record.namespace
@@ -99,6 +102,7 @@ class Sandbox:
         self._config = config
         self._publisher = publisher
         self._ledger = ledger
+        self._host_mounts = host_mounts
         self._group = group
         self._vm: QemuHypervisor | None = None
         self._cgroup = HostCgroup([])
@@ -262,6 +266,19 @@ class Sandbox:
         containers = [one for one in self.containers.values() if not isinstance(one, PauseContainer)]
         measured = await asyncio.gather(*(_measure(one) for one in containers))
         return metrics.total(one for one in measured if one is not None)
+
+    def hooks(self, container_id: str, *, bundle: Path, spec: dict[str, Any]) -> Hooks:
+        """Read the hooks of a container.
+
+        :raises InvalidArgument: if one is malformed, or cannot be run on the host.
+        """
+        return Hooks(
+            container_id,
+            bundle=bundle,
+            spec=spec,
+            mount_namespace=self._host_mounts,
+            ledger=self._ledger,
+        )
 
     async def raw_streams(self, stdio: Stdio) -> RawStreams | None:
         """Connect raw streams for a process about to be made, if the channel and the agent have them."""
