@@ -7,18 +7,15 @@ death of the machine is an event: it ends every process of the sandbox at once, 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
 import logging
 import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hypervisor import AGENT_PORT, Channel, HypervisorError, QemuHypervisor, VmSpec
+from hypervisor import HypervisorError
 from proto.containerd import events_pb2
-from shim import metrics, mounts, postmortem, state_directory
-from shim.agent import WATCHABLE_NAME, Agent
+from shim import metrics, state_directory
 from shim.container import Container, read_spec
 from shim.errors import (
     AlreadyExists,
@@ -30,20 +27,13 @@ from shim.errors import (
     Unavailable,
 )
 from shim.hooks import Hooks
-from shim.host import resolve
-from shim.host_cgroup import HostCgroup
-from shim.network.namespace import namespace_of
-from shim.network.network import Network
+from shim.machine import Machine
 from shim.oci import refusing_malformed
 from shim.pause_container import PauseContainer
 from shim.pod import is_pause, with_files, with_sysctls, write_files
-from shim.resizing import Resizer
-from shim.sizing import plan
-from shim.transfer import RawStreams
 from shim.volume_source import GuestWritable
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Coroutine, Iterable
 
     from google.protobuf.message import Message
@@ -51,13 +41,15 @@ if TYPE_CHECKING:
     from hypervisor import Hypervisor
     from proto.containerd.types_pb2 import Mount
     from proto.kata import agent_pb2
+    from shim.agent import Agent
     from shim.config import Config
     from shim.events import Publisher
     from shim.ledger import Ledger
     from shim.pod import PodSpec
-    from shim.sizing import Limits, Plan
+    from shim.sizing import Limits
     from shim.state_directory import StartRecord
     from shim.stdio import Stdio
+    from shim.transfer import RawStreams
 
 _T = TypeVar("_T")
 
@@ -66,7 +58,6 @@ log = logging.getLogger(__name__)
 PING_TIMEOUT_S = 2.0  # an agent that is well answers in milliseconds, under emulation too
 END_TIMEOUT_S = 10.0  # for a machine that is killed to be gone
 STATUS_KILLED = 128 + signal.SIGKILL
-REASON_TIMEOUT_S = 2.0  # the machine usually says why it ends just after the agent's connection breaks
 
 
 class Sandbox:
@@ -93,25 +84,21 @@ class Sandbox:
         self.id = record.id
         self.namespace = record.namespace
         self.containers: dict[str, Container] = {}
-        self.share = Path(record.state_directory) / "share"
+        self._machine = Machine(
+            record.id, directory=Path(record.state_directory), config=config, ledger=ledger
+        )
+        self.share = self._machine.share
         self.guest_writable = GuestWritable()
-        self._guest_share = Path(record.state_directory) / "guest-share"
         self._files = Path(record.state_directory) / "etc"
         self._pod: PodSpec | None = None
         self._record = record
-        self._config = config
         self._publisher = publisher
         self._ledger = ledger
         self._host_mounts = host_mounts
         self._group = group
-        self._vm: QemuHypervisor | None = None
-        self._cgroup = HostCgroup([])
-        self._resizer: Resizer | None = None
-        self._network: Network | None = None
         self._ready: asyncio.Future[Agent] = asyncio.get_running_loop().create_future()
         self._running: asyncio.Task[None] | None = None
         self._requests: set[asyncio.Task[None]] = set()
-        self._doom = ""
         self._is_end_wanted = False
         #: Version 3 of the shim protocol: containerd creates further containers without a ``start``.
         self.is_joined_without_start = record.version >= 3
@@ -119,19 +106,16 @@ class Sandbox:
         self.held = False
         self.ended = asyncio.Event()
         self.ended_at_s: float | None = None
-        self._has_raw_streams = False
 
     @property
     def pid(self) -> int:
         """The machine's process: the live host process that stands for every process inside it."""
-        return self._vm.pid if self._vm is not None else 0
+        return self._machine.pid
 
     @property
     def vm(self) -> Hypervisor:
         """The machine; there is one as soon as :meth:`agent` has returned."""
-        if self._vm is None:
-            raise Unavailable(f"sandbox {self.id}: no machine")
-        return self._vm
+        return self._machine.vm
 
     def publish(self, topic: str, event: Message) -> None:
         """Queue an event for containerd."""
@@ -282,13 +266,7 @@ class Sandbox:
 
     async def raw_streams(self, stdio: Stdio) -> RawStreams | None:
         """Connect raw streams for a process about to be made, if the channel and the agent have them."""
-        if self._vm is None or not self._has_raw_streams:
-            return None
-        # Without a terminal stdin is wanted in any case: to be ended.
-        names = ["stdout", "stdin"] if stdio.terminal else ["stdout", "stderr", "stdin"]
-        streams = await RawStreams.open(self._vm, names)
-        self._has_raw_streams = streams is not None
-        return streams
+        return await self._machine.raw_streams(stdio)
 
     async def follow_network(self) -> None:
         """Give the machine what came to its network namespace meanwhile, as some put it there before a start.
@@ -296,8 +274,7 @@ class Sandbox:
         :raises ShimError: if it cannot have it.
         """
         await self.agent()
-        if self._network is not None:
-            await self._network.rescan()
+        await self._machine.follow_network()
 
     async def create(
         self, container_id: str, *, bundle: Path, rootfs: Iterable[Mount], stdio: Stdio
@@ -337,15 +314,11 @@ class Sandbox:
 
         :raises ResourceExhausted: if it cannot be done.
         """
-        agent = await self.agent()
-        if self._resizer is not None:
-            await self._resizer.grow(agent, self._live_limits())
+        await self._machine.grow(await self.agent(), self._live_limits())
 
     async def shrink(self) -> None:
         """Take from the machine what its containers have no use for."""
-        agent = await self.agent()
-        if self._resizer is not None:
-            await self._resizer.shrink(agent, self._live_limits())
+        await self._machine.shrink(await self.agent(), self._live_limits())
 
     async def _shrink_if_alive(self) -> None:
         try:
@@ -379,9 +352,7 @@ class Sandbox:
 
         :param reason: one line for the log.
         """
-        self._doom = self._doom or f"switched off: {reason}"
-        if self._vm is not None:
-            await self._vm.stop()
+        await self._machine.switch_off(reason)
 
     async def end(self) -> None:
         """Switch the machine off because containerd is done with it; return when it is off.
@@ -391,7 +362,7 @@ class Sandbox:
         self._is_end_wanted = self._is_end_wanted or not self.ended.is_set()
         await self.switch_off("its end was asked for")
         if not self.is_started:
-            self._over(Unavailable(f"sandbox {self.id}: {self._doom}"))
+            self._over(Unavailable(f"sandbox {self.id}: {self._machine.doom}"))
         try:
             async with asyncio.timeout(END_TIMEOUT_S):
                 await self.ended.wait()
@@ -407,12 +378,7 @@ class Sandbox:
         if self._running is not None:
             self._running.cancel()
             await asyncio.wait({self._running})
-        if self._vm is not None:
-            await self._vm.stop()
-        if self._network is not None:
-            await self._network.detach()
-        mounts.unmount(self._guest_share)
-        mounts.unmount(self.share)
+        await self._machine.clear_away()
 
     async def _live(self, pod: PodSpec) -> None:
         """Boot, then wait for the end of the machine; whoever asks for the agent learns the outcome."""
@@ -425,21 +391,19 @@ class Sandbox:
     async def _live_until_over(self, pod: PodSpec) -> ShimError:
         """Return why the machine did not come up, or why it ended."""
         try:
-            agent = await self._boot(pod)
+            agent = await self._machine.boot(pod)
         except (ShimError, HypervisorError) as error:
             reason = error if isinstance(error, ShimError) else Internal(f"boot: sandbox {self.id}: {error}")
             self._report_end(str(reason))
-            if self._vm is not None:
-                await self._vm.stop()
+            await self._machine.kill()
             return reason
         self._ready.set_result(agent)
         log.info("boot: sandbox %s: ready", self.id)
         watching = self.spawn(self._report_ooms(agent), name="out of memory")
         try:
-            reason_text = await self._reason_of_end(agent)
-            reason_text = self._doom or reason_text
-            self._report_end(f"sandbox {self.id}: {reason_text}")
-            return Unavailable(f"sandbox {self.id}: {reason_text}")
+            ended = f"sandbox {self.id}: {await self._machine.reason_of_end(agent)}"
+            self._report_end(ended)
+            return Unavailable(ended)
         finally:
             watching.cancel()
             await agent.aclose()
@@ -449,7 +413,7 @@ class Sandbox:
             log.info("%s", reason)
             return
         log.error("%s", reason)
-        self._keep_reason(reason)
+        self._machine.keep_reason(reason, namespace=self.namespace)
 
     def _over(self, reason: ShimError) -> None:
         """Let everybody know that there is no machine any more."""
@@ -459,19 +423,6 @@ class Sandbox:
         self._ready.exception()  # marks it as seen: maybe nobody asks any more
         self.ended_at_s = time.time()
         self.ended.set()
-
-    def _keep_reason(self, reason: str) -> None:
-        console = self._vm.console_tail(postmortem.CONSOLE_LINES) if self._vm is not None else []
-        try:
-            postmortem.write(
-                Path(self._config.shim.log_dir),
-                namespace=self.namespace,
-                sandbox_id=self.id,
-                reason=reason,
-                console=console,
-            )
-        except OSError as error:
-            log.warning("sandbox %s: its last words are lost: %s", self.id, error)
 
     async def _report_ooms(self, agent: Agent) -> None:
         """Tell containerd of each container in which the guest's kernel killed for memory."""
@@ -483,110 +434,6 @@ class Sandbox:
         except ShimError as error:
             log.debug("out of memory: no more reports: %s", error)
 
-    async def _boot(self, pod: PodSpec) -> Agent:
-        sizes = plan(self._config.hypervisor, pod.oci)
-        spec = await self._vm_spec(sizes)
-        self._network = network = await Network.open(
-            namespace_of(pod.oci), ledger=self._ledger, queues=spec.vcpus
-        )
-        spec = dataclasses.replace(spec, network_namespace=network.namespace_path)
-        timeout_s = self._config.guest.boot_timeout_s
-        try:
-            async with asyncio.timeout(timeout_s) as limit:
-                if self._doom:
-                    raise Unavailable(self._doom)
-                self._cgroup = HostCgroup.make(pod.cgroup, ledger=self._ledger)
-                self._vm = vm = QemuHypervisor(spec, on_process=self._record_process)
-                self._resizer = Resizer(vm, sizes)
-                connection = await _while_preparing(network, _reach(vm, timeout_s=timeout_s))
-                agent = await Agent.over(connection, timeout_s=timeout_s)
-                try:
-                    await agent.create_sandbox(sandbox_id=self.id, hostname=pod.hostname, dns=list(pod.dns))
-                    await network.attach(machine=vm, agent=agent)
-                except BaseException:
-                    await agent.aclose()
-                    raise
-                return agent
-        except (TimeoutError, DeadlineExceeded) as error:
-            if isinstance(error, TimeoutError) and not limit.expired():
-                raise
-            raise DeadlineExceeded(self._late(timeout_s)) from error
-        except Unavailable as error:
-            raise Unavailable(f"boot: sandbox {self.id}: {await self._reason_or(error)}") from error
-
-    def _late(self, timeout_s: float) -> str:
-        tail = self._vm.console_tail() if self._vm is not None else []
-        last = f"its console ends with: {tail[-1]}" if tail else "its console is silent"
-        return (
-            f"boot: sandbox {self.id}: the guest agent did not answer within {timeout_s:g} s; {last}; "
-            "if the guest is only slow, raise [guest] boot_timeout_s"
-        )
-
-    async def _vm_spec(self, sizes: Plan) -> VmSpec:
-        config = self._config
-        # Before the first await: containers put their files here while the machine still boots.
-        self.share.mkdir(mode=0o700, exist_ok=True)
-        mounts.share_directory(self.share)
-        (self.share / WATCHABLE_NAME).mkdir(mode=0o755)
-        # A guest writes in what is mounted there, not in the share itself: a link that it put in the way of
-        # another container would lead that one's mounts to anywhere on the host.
-        self._guest_share.mkdir(mode=0o700, exist_ok=True)
-        mounts.bind(self.share, self._guest_share, read_only=True, recursive=False)
-        choice = await resolve(config)
-        log.info("boot: accelerator %s: %s", choice.accelerator.value, choice.accelerator_reason)
-        log.info("boot: channel %s: %s", choice.channel.value, choice.channel_reason)
-        self._has_raw_streams = choice.channel is Channel.VHOST_VSOCK
-        return VmSpec(
-            name=self.id,
-            directory=Path(self._record.state_directory),
-            qemu=Path(config.hypervisor.qemu),
-            machine_options=config.hypervisor.machine_options,
-            kernel=Path(config.guest.kernel),
-            initrd=Path(config.guest.initrd),
-            kernel_parameters=tuple(config.guest.kernel_parameters.split()),
-            accelerator=choice.accelerator,
-            vcpus=sizes.boot.vcpus,
-            max_vcpus=sizes.most.vcpus,
-            memory_bytes=sizes.boot.memory_bytes,
-            max_memory_bytes=sizes.most.memory_bytes,
-            share_source=self._guest_share,
-            virtiofsd=choice.virtiofsd,
-            channel=choice.channel,
-            vsock_daemon=choice.vsock_daemon,
-            network_namespace=None,
-            root_ports=config.hypervisor.root_ports,
-        )
-
-    def _record_process(self, name: str, pid: int) -> None:
-        self._ledger.process(pid, name=name)
-        self._cgroup.add(pid)
-
-    async def _reason_of_end(self, agent: Agent) -> str:
-        """Wait for the machine or the agent to go, and say which and why."""
-        vm = self._vm
-        if vm is None:
-            raise Internal(f"sandbox {self.id}: ready without a machine")
-        ends = {
-            asyncio.ensure_future(vm.wait()),
-            asyncio.ensure_future(agent.wait_closed()),
-        }
-        try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for end in ends:
-                end.cancel()
-        reason = await self._reason_or(Unavailable("the guest agent closed its connection"))
-        await vm.stop()
-        return reason
-
-    async def _reason_or(self, error: ShimError) -> str:
-        """Prefer the machine's own word on its end to what was noticed first."""
-        if self._vm is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(REASON_TIMEOUT_S):
-                    return (await self._vm.wait()).reason
-        return str(error)
-
 
 async def _measure(container: Container) -> agent_pb2.StatsContainerResponse | None:
     """Measure one container of many; one that ends meanwhile counts for nothing."""
@@ -595,18 +442,3 @@ async def _measure(container: Container) -> agent_pb2.StatsContainerResponse | N
     except ShimError as error:
         log.debug("stats: container %s: %s", container.id, error)
         return None
-
-
-async def _reach(vm: QemuHypervisor, *, timeout_s: float) -> socket.socket:
-    await vm.start(timeout_s=timeout_s)
-    return await vm.connect(AGENT_PORT, timeout_s=timeout_s)
-
-
-async def _while_preparing(network: Network, booting: Coroutine[object, object, _T]) -> _T:
-    """Do the namespace's part of the network while the machine boots; a failure of one ends the other."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(network.prepare(), name="network")
-            return await booting
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from errors
