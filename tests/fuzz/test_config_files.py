@@ -15,8 +15,14 @@ from tests.fuzz.material import bent, texts
 CASES = settings().max_examples
 
 SECTIONS = {"hypervisor": HypervisorConfig, "guest": GuestConfig, "shim": ShimConfig}
+
+
+def _toml(value: object) -> str:
+    return repr(value).lower() if isinstance(value, bool) else repr(value)
+
+
 VALID = "".join(
-    f"[{name}]\n" + "".join(f"{key} = {getattr(kind, key)!r}\n" for key in kind.fields())
+    f"[{name}]\n" + "".join(f"{key} = {_toml(getattr(kind, key))}\n" for key in kind.fields())
     for name, kind in SECTIONS.items()
 )
 

@@ -41,7 +41,7 @@ async def failure_of(vm) -> str:
         pytest.param({"virtiofsd": Path("/bin/true")}, "not a virtio-fs daemon", id="not virtiofsd"),
         pytest.param({"share_source": Path("/nonexistent/share")}, "/nonexistent/share", id="no directory"),
         pytest.param({"directory": Path("/nonexistent/dir")}, "/nonexistent/dir", id="no private directory"),
-        pytest.param({"memory_bytes": 1 << 50}, "memory", id="too much memory"),
+        pytest.param({"memory_bytes": 1 << 50, "max_memory_bytes": 1 << 50}, "memory", id="too much memory"),
         pytest.param(
             {"channel": Channel.VHOST_USER_VSOCK, "vsock_daemon": Path("/bin/false")},
             "vhost-device-vsock exited with status 1",
