@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-REPLIES_TIMEOUT_S = 1.0  # for answers in flight at the end; nothing new is accepted then
+REPLIES_TIMEOUT_S = 3.0  # for answers in flight at the end and their readers; nothing new is accepted then
 EVENTS_TIMEOUT_S = 5.0  # as long as containerd's own shims let the last events take
 UNDO_TIMEOUT_S = 3.0  # for killed processes to be gone; below containerd's 5 s for `delete`
 

@@ -25,7 +25,7 @@ from shim.transport.ttrpc_connection import TtrpcConnection
 if TYPE_CHECKING:
     import socket
 
-_LINGER_S = 0.3  # containerd hangs up milliseconds after the last answer
+_LINGER_S = 2.0  # containerd hangs up milliseconds after the last answer, on a loaded host later
 
 
 class _ClientConnection(TtrpcConnection):
