@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +39,45 @@ def test_a_dead_shim_leaves_nothing(containerd):
     containerd.run("start", "c1")
     containerd.kill_shims()
     delete(containerd)
+    assert nothing_is_left(containerd)
+
+
+def hooked(containerd, text: str) -> Path:
+    """A bundle with a program that follows the container's end."""
+    bundle = containerd.make_bundle("c1")
+    hook = {"path": "/bin/sh", "args": ["sh", "-c", text]}
+    (bundle / "config.json").write_text(json.dumps({"hooks": {"poststop": [hook]}}))
+    return bundle
+
+
+def test_what_was_to_follow_the_end_of_a_deserted_container_runs_once(containerd):
+    bundle = hooked(containerd, "cat >> told")
+    containerd.run("start", "c1")
+    containerd.kill_shims()
+    delete(containerd)
+    delete(containerd)
+    told = json.loads((bundle / "told").read_text())
+    assert (told["id"], told["status"], told["bundle"]) == ("c1", "stopped", str(bundle))
+
+
+def test_what_was_to_follow_the_end_is_left_to_a_shim_that_did_it(containerd):
+    bundle = hooked(containerd, "touch ran")
+    containerd.run("start", "c1")
+    ledger = Ledger(str(containerd.state_of("c1")))
+    ledger.deleted("c1")
+    ledger.close()
+    delete(containerd)
+    assert not (bundle / "ran").exists()
+
+
+def test_what_follows_the_end_cannot_hold_it_up(containerd):
+    bundle = hooked(containerd, "echo $$ > pid; exec sleep 1000")
+    containerd.run("start", "c1")
+    containerd.kill_shims()
+    before = time.monotonic()
+    delete(containerd)
+    assert time.monotonic() - before < 5
+    assert not Path(f"/proc/{(bundle / 'pid').read_text().strip()}").exists()
     assert nothing_is_left(containerd)
 
 
