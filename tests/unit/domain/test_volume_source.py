@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,35 @@ def test_what_cannot_be_shared_is_refused_by_what_it_is(
         with pytest.raises(InvalidArgument, match=why):
             read(tmp_path / name, writable)
     assert descriptors() == before
+
+
+def test_a_path_that_changes_meanwhile_leads_to_no_file_of_the_host(
+    tmp_path: Path, writable: GuestWritable
+) -> None:
+    guest = tmp_path / "guest"
+    (guest / "link").symlink_to(tmp_path)
+    ended = threading.Event()
+
+    def swap() -> None:
+        while not ended.is_set():
+            (guest / "below").rename(guest / "away")
+            (guest / "link").rename(guest / "below")
+            (guest / "below").rename(guest / "link")
+            (guest / "away").rename(guest / "below")
+
+    swapping = threading.Thread(target=swap)
+    swapping.start()
+    outcomes: set[str] = set()
+    attempts = 0
+    try:
+        while attempts < 2000 or len(outcomes) < 2:
+            attempts += 1
+            try:
+                outcomes.add(read(guest / "below" / "file", writable))
+            except InvalidArgument as error:
+                outcomes.add(str(error).rpartition(";")[0].rpartition(": ")[2])
+    finally:
+        ended.set()
+        swapping.join()
+    assert "the guest's" in outcomes
+    assert "the host's" not in outcomes
