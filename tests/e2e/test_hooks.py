@@ -37,7 +37,7 @@ def run(one_stack: Stack, tmp_path: Path) -> Callable[..., Result]:
     with tarfile.open(fileobj=io.BytesIO(rootfs_archive())) as archive:
         archive.extractall(tmp_path / "rootfs", filter="fully_trusted")  # noqa: S202 - made by this test
 
-    def run(name: str, *options: str, **scripts: str) -> Result:
+    def run(name: str, *options: str, annotations: dict[str, str] | None = None, **scripts: str) -> Result:
         spec: dict[str, Any] = {
             "ociVersion": "1.1.0",
             "process": {
@@ -48,7 +48,7 @@ def run(one_stack: Stack, tmp_path: Path) -> Callable[..., Result]:
             },
             "root": {"path": str(tmp_path / "rootfs")},
             "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
-            "annotations": {"com.example.key": "value"},
+            "annotations": {"com.example.key": "value", **(annotations or {})},
             "linux": {"namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]},
             "hooks": {
                 kind: [
@@ -104,11 +104,18 @@ def test_a_container_has_the_interface_that_a_hook_puts_next_to_its_task(
     assert json.loads((tmp_path / "poststop").read_text()) == {**creating, "status": "stopped"}
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ["container", pytest.param("sandbox", marks=pytest.mark.nightly)],  # a sandbox is a pod's pause container
+)
 def test_a_hook_that_fails_prevents_the_container_and_nothing_is_left(
-    one_stack: Stack, run: Callable[..., Result], tmp_path: Path
+    one_stack: Stack, run: Callable[..., Result], tmp_path: Path, kind: str
 ):
     name = new_id()
-    refused = run(name, "--rm", createRuntime="echo no address is free >&2; exit 3", poststop=":")
+    pod = {"io.kubernetes.cri.container-type": kind, "io.kubernetes.cri.sandbox-id": name}
+    refused = run(
+        name, "--rm", annotations=pod, createRuntime="echo no address is free >&2; exit 3", poststop=":"
+    )
     assert (refused.code, len(refused.stderr.strip().splitlines())) == (1, 1), refused.stderr
     assert "hooks.createRuntime[0] /bin/sh: exit status 3: no address is free" in refused.stderr
     assert json.loads((tmp_path / "poststop").read_text())["status"] == "stopped"
