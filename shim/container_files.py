@@ -103,7 +103,7 @@ class ContainerFiles:
             source = self._bundle / path
             if not os.path.isdir(source):  # noqa: PTH112 - a path that no file can have is no error to it
                 raise InvalidArgument(f"rootfs: container {self._id}: {source} is not a directory")
-        self._bind_into_share(source, f"{self._id}/rootfs", read_only=False, recursive=True)
+        self._bind_into_share(source, f"{self._id}/rootfs", read_only=False, recursive=True, follows=False)
 
     def show(self, shared: SharedMount) -> None:
         """Show a volume.
@@ -111,7 +111,13 @@ class ContainerFiles:
         :raises ShimError: if it is nothing that can be shared, or cannot be mounted.
         """
         source = self._bundle / shared.source
-        self._bind_into_share(source, shared.name, read_only=shared.read_only, recursive=shared.recursive)
+        self._bind_into_share(
+            source,
+            shared.name,
+            read_only=shared.read_only,
+            recursive=shared.recursive,
+            follows=shared.follows,
+        )
         if shared.copied_to:
             self._storages.append(
                 agent_pb2.Storage(
@@ -270,7 +276,9 @@ class ContainerFiles:
         )
         return address
 
-    def _bind_into_share(self, source: Path, name: str, *, read_only: bool, recursive: bool) -> None:
+    def _bind_into_share(
+        self, source: Path, name: str, *, read_only: bool, recursive: bool, follows: bool
+    ) -> None:
         target = self._share / name
         with opened(source, self._writable) as descriptor:
             if not read_only:
@@ -285,7 +293,9 @@ class ContainerFiles:
                 target.touch()
                 self._shown.callback(target.unlink)
             what = f"bind {source} on {target}"
-            mounts.bind_opened(descriptor, target, read_only=read_only, recursive=recursive, what=what)
+            mounts.bind_opened(
+                descriptor, target, read_only=read_only, recursive=recursive, follows=follows, what=what
+            )
             self._shown.callback(mounts.unmount, target)
 
 

@@ -31,6 +31,7 @@ MS_RDONLY = 1
 MS_REMOUNT = 32
 MS_BIND = 4096
 MS_REC = 16384
+MS_PRIVATE = 1 << 18
 MS_SLAVE = 1 << 19
 MS_SHARED = 1 << 20
 
@@ -187,12 +188,14 @@ def bind(source: Path, target: Path, *, read_only: bool, recursive: bool) -> Non
     except ValueError as error:  # a NUL byte
         raise InvalidArgument(f"mount: {what!r}: {error}") from error
     try:
-        bind_opened(descriptor, target, read_only=read_only, recursive=recursive, what=what)
+        bind_opened(descriptor, target, read_only=read_only, recursive=recursive, follows=True, what=what)
     finally:
         os.close(descriptor)
 
 
-def bind_opened(source: int, target: Path, *, read_only: bool, recursive: bool, what: str) -> None:
+def bind_opened(
+    source: int, target: Path, *, read_only: bool, recursive: bool, follows: bool, what: str
+) -> None:
     """Bind an open file or directory, whatever is at its path by now.
 
     A mount that is to be read-only is so, with those below it, before anybody sees it; see mount_setattr(2).
@@ -201,6 +204,7 @@ def bind_opened(source: int, target: Path, *, read_only: bool, recursive: bool, 
 
     :param source: a descriptor.
     :param recursive: with what is mounted below it.
+    :param follows: with what the host will mount below it later, too, which is as writable as there.
     :param what: words for the error.
     :raises InvalidArgument: if ``target`` does not exist or is of another kind.
     :raises Internal: if the kernel refuses for another reason.
@@ -209,8 +213,10 @@ def bind_opened(source: int, target: Path, *, read_only: bool, recursive: bool, 
     clone = _AT_EMPTY_PATH | _OPEN_TREE_CLONE | os.O_CLOEXEC | all_below
     tree = _mount_call(_SYS_OPEN_TREE, source, b"", clone, what=what)
     try:
-        if read_only:
-            attributes = struct.pack("=QQQQ", _MOUNT_ATTR_RDONLY, 0, 0, 0)
+        if read_only or not follows:
+            attributes = struct.pack(
+                "=QQQQ", _MOUNT_ATTR_RDONLY if read_only else 0, 0, 0 if follows else MS_PRIVATE, 0
+            )
             _mount_call(
                 _SYS_MOUNT_SETATTR,
                 *(tree, b"", _AT_EMPTY_PATH | all_below, attributes, len(attributes)),

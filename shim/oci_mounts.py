@@ -10,6 +10,7 @@ from typing import Any
 
 from shim.agent import SHARE_DIRECTORY, SHM_DIRECTORY, WATCHABLE_DIRECTORY
 
+_FOLLOWING = frozenset({"slave", "rslave", "shared", "rshared"})  # a bind is private unless it says otherwise
 _KERNEL_FILE_SYSTEMS = ("/proc", "/sys", "/dev")
 _SHOWN_NAME_BYTES = 64  # with the longest id and the digest, well below the 255 of a file name
 # The volumes that the kubelet rewrites while they are in use; a share carries no inotify event for that.
@@ -23,6 +24,7 @@ class SharedMount:
 
     :param source: path on the host.
     :param name: name in the share; the guest sees it as ``SHARE_DIRECTORY/name``.
+    :param follows: what the host mounts below it later is to be seen, too.
     :param copied_to: where the guest keeps a copy up to date, with events for who watches it; or empty.
     """
 
@@ -30,6 +32,7 @@ class SharedMount:
     name: str
     read_only: bool
     recursive: bool
+    follows: bool
     copied_to: str
 
 
@@ -63,6 +66,7 @@ def rewrite_mount(entry: dict[str, Any], *, container_id: str) -> tuple[dict[str
         name=name,
         read_only="ro" in options or "rro" in options,
         recursive="rbind" in options,
+        follows=not _FOLLOWING.isdisjoint(options),
         copied_to=f"{WATCHABLE_DIRECTORY}/{name}" if _UPDATED_BY_KUBELET.search(source) else "",
     )
     shown = share.copied_to or f"{SHARE_DIRECTORY}/{name}"

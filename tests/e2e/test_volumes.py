@@ -68,9 +68,14 @@ def loop(disk: Path) -> Iterator[Path]:
 def box(one_stack: Stack, place: Path, volume: Path, loop: Path) -> Iterator[ByHand]:
     """A container with a root file system on a disk, a disk as a device, a ConfigMap and a directory."""
     number = loop.stat().st_rdev
-    shared = place / "shared"
+    shared, private = place / "shared", place / "private"
     shared.mkdir()
-    binds = [(volume, "/config", ["rbind", "ro"]), (shared, "/shared", ["rbind", "rslave"])]
+    private.mkdir()
+    binds = [
+        (volume, "/config", ["rbind", "ro"]),
+        (shared, "/shared", ["rbind", "rslave"]),
+        (private, "/private", ["rbind", "rprivate", "ro"]),
+    ]
     mounts = [
         {"destination": target, "type": "bind", "source": str(source), "options": options}
         for source, target, options in binds
@@ -123,13 +128,16 @@ def test_a_change_of_a_config_map_reaches_the_containers_own_copy(box: ByHand, v
         assert time.monotonic() < deadline
 
 
-def test_a_file_system_that_the_host_mounts_later_is_seen(box: ByHand, place: Path):
-    target = place / "shared" / "later"
+@pytest.mark.parametrize(("bind", "seen"), [("shared", "from the host"), ("private", "")])
+def test_a_file_system_that_the_host_mounts_later_is_seen_where_that_was_asked_for(
+    box: ByHand, place: Path, bind: str, seen: str
+):
+    target = place / bind / "later"
     target.mkdir()
     subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "tmpfs", target], check=True)
     try:
         (target / "file").write_text("from the host")
-        assert box.output("cat", "/shared/later/file") == "from the host"
+        assert box.output("sh", "-c", f"cat /{bind}/later/* 2>/dev/null || true") == seen
     finally:
         subprocess.run(["/usr/bin/umount", "--lazy", target], check=True)
 
