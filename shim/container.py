@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import signal
 from typing import TYPE_CHECKING, Any
 
-from proto.containerd import events_pb2
 from proto.kata import agent_pb2
+from shim import task_events
 from shim.container_files import ContainerFiles
 from shim.disks import root_disk
 from shim.errors import (
@@ -22,7 +21,6 @@ from shim.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     Internal,
-    InvalidArgument,
     NotFound,
     ShimError,
     Unavailable,
@@ -32,7 +30,6 @@ from shim.process import Input, Process, State
 from shim.sizing import limits_of
 from shim.stdio import Stdio, open_streams
 from shim.streams import DRAIN_TIMEOUT_S, Carrier
-from shim.timestamps import to_timestamp
 from shim.transfer import Requests
 
 if TYPE_CHECKING:
@@ -105,21 +102,8 @@ class Container:
             raise
         finally:
             self._settled.set()
-        self._sandbox.publish(
-            "/tasks/create",
-            events_pb2.TaskCreate(
-                container_id=self.id,
-                bundle=str(self.bundle),
-                rootfs=rootfs,
-                io=events_pb2.TaskIO(
-                    stdin=self.init.stdio.stdin,
-                    stdout=self.init.stdio.stdout,
-                    stderr=self.init.stdio.stderr,
-                    terminal=self.init.stdio.terminal,
-                ),
-                pid=self._sandbox.pid,
-            ),
-        )
+        event = task_events.created(self.init, bundle=self.bundle, rootfs=rootfs, pid=self._sandbox.pid)
+        self._sandbox.publish(*event)
 
     async def _bring_up(self, rootfs: Iterable[Mount]) -> None:
         """Show the file systems, create the container in the guest and follow its init."""
@@ -177,9 +161,7 @@ class Container:
             self.init.require(Input.START)
             await self._run()
             self.init.apply(Input.START)
-            self._sandbox.publish(
-                "/tasks/start", events_pb2.TaskStart(container_id=self.id, pid=self._sandbox.pid)
-            )
+            self._sandbox.publish(*task_events.started(self.id, pid=self._sandbox.pid))
         await self._hooks.started(pid=self._sandbox.pid)
 
     async def _run(self) -> None:
@@ -196,7 +178,7 @@ class Container:
             self.init.require(Input.PAUSE)
             await self._freeze()
             self.init.apply(Input.PAUSE)
-            self._sandbox.publish("/tasks/paused", events_pb2.TaskPaused(container_id=self.id))
+            self._sandbox.publish(*task_events.paused(self.id))
 
     async def resume(self) -> None:
         """Let a frozen container go on.
@@ -207,7 +189,7 @@ class Container:
             self.init.require(Input.RESUME)
             await self._thaw()
             self.init.apply(Input.RESUME)
-            self._sandbox.publish("/tasks/resumed", events_pb2.TaskResumed(container_id=self.id))
+            self._sandbox.publish(*task_events.resumed(self.id))
 
     async def _freeze(self) -> None:
         agent = await self._sandbox.agent()
@@ -276,10 +258,8 @@ class Container:
         self._require_alive(exec_id)
         if exec_id in self.execs:
             raise AlreadyExists(f"exec {exec_id} of {self.id}: already exists")
-        self.execs[exec_id] = Process(self.id, exec_id=exec_id, stdio=stdio, spec=spec)
-        self._sandbox.publish(
-            "/tasks/exec-added", events_pb2.TaskExecAdded(container_id=self.id, exec_id=exec_id)
-        )
+        process = self.execs[exec_id] = Process(self.id, exec_id=exec_id, stdio=stdio, spec=spec)
+        self._sandbox.publish(*task_events.exec_added(process))
 
     async def start_exec(self, exec_id: str) -> None:
         """Run a registered exec; if the guest refuses, it stays created and can be deleted.
@@ -313,10 +293,7 @@ class Container:
         except BaseException:
             process.close_streams()
             raise
-        self._sandbox.publish(
-            "/tasks/exec-started",
-            events_pb2.TaskExecStarted(container_id=self.id, exec_id=process.exec_id, pid=self._sandbox.pid),
-        )
+        self._sandbox.publish(*task_events.exec_started(process, pid=self._sandbox.pid))
         self._follow(process, agent)
         if process.terminal_size is not None:
             await self.resize(process, *process.terminal_size)
@@ -390,15 +367,7 @@ class Container:
             await self._hooks.deleted()
             self.init.apply(Input.DELETE)
             self._sandbox.forget(self.id)
-            self._sandbox.publish(
-                "/tasks/delete",
-                events_pb2.TaskDelete(
-                    container_id=self.id,
-                    pid=self._sandbox.pid,
-                    exit_status=self.init.exit_status,
-                    exited_at=to_timestamp(self.init.exited_at_s),
-                ),
-            )
+            self._sandbox.publish(*task_events.deleted(self.init, pid=self._sandbox.pid))
 
     async def delete_exec(self, exec_id: str) -> Process:
         """Forget an exec.
@@ -497,18 +466,8 @@ class Container:
                 await asyncio.gather(*running)
 
     def _report_exit(self, process: Process, status: int) -> None:
-        if not process.exit(status):
-            return
-        self._sandbox.publish(
-            "/tasks/exit",
-            events_pb2.TaskExit(
-                container_id=self.id,
-                id=process.event_id,
-                pid=self._sandbox.pid,
-                exit_status=status,
-                exited_at=to_timestamp(process.exited_at_s),
-            ),
-        )
+        if process.exit(status):
+            self._sandbox.publish(*task_events.exited(process, pid=self._sandbox.pid))
 
     async def _drain(self, process: Process) -> None:
         """Wait until a process' output has been read by the client, as long as the client does read."""
@@ -518,20 +477,3 @@ class Container:
             log.warning("delete: %s: output not read for %.0f s; dropping it", process, DRAIN_TIMEOUT_S)
             process.following.cancel()
             await asyncio.wait({process.following})
-
-
-def read_spec(bundle: Path) -> dict[str, Any]:
-    """Read a bundle's ``config.json``.
-
-    :raises InvalidArgument: if it is missing or not a JSON object.
-    """
-    path = bundle / "config.json"
-    try:
-        spec = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InvalidArgument(f"spec: {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidArgument(f"spec: {path}: not JSON: {error}") from error
-    if not isinstance(spec, dict):
-        raise InvalidArgument(f"spec: {path}: not a JSON object")
-    return spec

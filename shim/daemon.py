@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from proto.containerd import sandbox_v1_pb2, task_v2_pb2, task_v3_pb2
 from shim import mounts, pod, state_directory
+from shim.bundle import read_spec
 from shim.config import ConfigText, parse
-from shim.container import read_spec
 from shim.errors import ShimError
 from shim.events import Publisher
 from shim.ledger import Ledger

@@ -85,7 +85,7 @@ def _run_hooks(bundle: str, container: str) -> None:
     import asyncio  # noqa: PLC0415 - with the rest a third of a second that few deletions need
     from pathlib import Path  # noqa: PLC0415
 
-    from shim.container import read_spec  # noqa: PLC0415
+    from shim.bundle import read_spec  # noqa: PLC0415
     from shim.errors import InvalidArgument  # noqa: PLC0415
     from shim.hooks import Hooks  # noqa: PLC0415
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hypervisor import HypervisorError
-from proto.containerd import events_pb2
-from shim import metrics, state_directory
-from shim.container import Container, read_spec
+from shim import metrics, state_directory, task_events
+from shim.bundle import read_spec
+from shim.container import Container
 from shim.errors import (
     AlreadyExists,
     DeadlineExceeded,
@@ -430,7 +430,7 @@ class Sandbox:
             while True:
                 container_id = await agent.next_oom()
                 if container_id in self.containers:
-                    self.publish("/tasks/oom", events_pb2.TaskOOM(container_id=container_id))
+                    self.publish(*task_events.out_of_memory(container_id))
         except ShimError as error:
             log.debug("out of memory: no more reports: %s", error)
 

@@ -1,0 +1,28 @@
+"""What containerd leaves for a runtime in a container's bundle directory."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from shim.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def read_spec(bundle: Path) -> dict[str, Any]:
+    """Read a bundle's ``config.json``.
+
+    :raises InvalidArgument: if it is missing or not a JSON object.
+    """
+    path = bundle / "config.json"
+    try:
+        spec = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InvalidArgument(f"spec: {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"spec: {path}: not JSON: {error}") from error
+    if not isinstance(spec, dict):
+        raise InvalidArgument(f"spec: {path}: not a JSON object")
+    return spec
