@@ -1,0 +1,87 @@
+"""The command: measure, print, keep, draw."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+
+from hypervisor import HypervisorError
+from scripts.benchmarks.catalog import METRICS
+from scripts.benchmarks.harness import Summary, document, line, summarize
+from scripts.benchmarks.stage import MeasurementError, Stage, opened
+from shim.errors import ShimError
+
+ROUNDS = 5
+FAILURES = (
+    *(MeasurementError, ShimError, HypervisorError, grpc.RpcError),
+    *(subprocess.TimeoutExpired, TimeoutError, OSError),
+)
+
+
+def main() -> int:
+    """Run what the command line names.
+
+    :returns: 0 if everything could be measured, else 1.
+    """
+    options = _parser().parse_args()
+    names = list(dict.fromkeys(options.names)) or list(METRICS)
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        _parser().error(f"{', '.join(unknown)}: no such metric; there are {', '.join(METRICS)}")
+    with opened(rounds=options.rounds) as stage:
+        summaries = _measure(stage, names)
+    if options.json:
+        options.json.write_text(json.dumps(document(summaries), indent=2) + "\n", encoding="utf-8")
+    if options.plot:
+        from scripts.benchmarks import charts  # noqa: PLC0415 - what it needs is installed only for --plot
+
+        charts.draw(summaries, options.plot)
+    return 0 if len(summaries) == len(names) else 1
+
+
+def _measure(stage: Stage, names: list[str]) -> dict[str, Summary]:
+    """Measure one metric after the other; what cannot be measured is said and left out."""
+    summaries = {}
+    for name in names:
+        try:
+            samples = METRICS[name].measure(stage)
+        except FAILURES as error:
+            print(f"bench: {name}: {error}", file=sys.stderr, flush=True)
+            continue
+        summaries[name] = summarize(samples, unit=METRICS[name].unit)
+        print(line(name, summaries[name]), flush=True)
+    return summaries
+
+
+def _parser() -> argparse.ArgumentParser:
+    descriptions = "\n\n".join(
+        f"{name} ({metric.unit}): {inspect.getdoc(metric.measure)}" for name, metric in METRICS.items()
+    )
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description="Measure Hako against what it is compared with, in turns, on this machine.",
+        epilog=f"metrics:\n\n{descriptions}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a metric; all of them unless given")
+    parser.add_argument("--rounds", type=_positive, default=ROUNDS, help="how often each is compared")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="where to write charts")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Every metric by its name: what it measures is the documentation of its function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from scripts.benchmarks.boot import cold_over_bare
+from scripts.benchmarks.calls import exec_over_guest, grpc_state_ms, state_over_runc
+from scripts.benchmarks.commands import delete_ms, start_over_runc
+from scripts.benchmarks.crowds import burst_30, resident_60
+from scripts.benchmarks.memory import pod_pss_mib, shim_pss_mib, shim_uss_mib
+from scripts.benchmarks.streams import stdout_over_channel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from scripts.benchmarks.harness import Samples
+    from scripts.benchmarks.stage import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One thing that is measured.
+
+    :param measure: measures it, in as many rounds as the stage says.
+    :param unit: of its values.
+    :param against: what the baseline is, in a word or two; empty if there is none.
+    """
+
+    measure: Callable[[Stage], Samples]
+    unit: str
+    against: str
+
+    @property
+    def name(self) -> str:
+        """Its name, everywhere."""
+        return self.measure.__name__
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric(cold_over_bare, "s", "bare QEMU"),
+        Metric(start_over_runc, "ms", "runc"),
+        Metric(delete_ms, "ms", "runc"),
+        Metric(shim_pss_mib, "MiB", "no zygote"),
+        Metric(shim_uss_mib, "MiB", "no zygote"),
+        Metric(pod_pss_mib, "MiB", "no zygote"),
+        Metric(exec_over_guest, "ms", "in the guest"),
+        Metric(state_over_runc, "ms", "runc"),
+        Metric(grpc_state_ms, "ms", "ttrpc"),
+        Metric(stdout_over_channel, "MiB/s", "bare channel"),
+        Metric(burst_30, "s", "no loss"),
+        Metric(resident_60, "%", ""),
+    )
+}

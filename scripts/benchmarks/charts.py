@@ -1,0 +1,70 @@
+"""Bar charts of results, each as PNG and as SVG."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from scripts.benchmarks.catalog import METRICS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from scripts.benchmarks.harness import Middle, Summary
+
+_OURS = "#2f6f9f"
+_THEIRS = "#b9c4cc"
+
+
+def draw(summaries: Mapping[str, Summary], directory: Path) -> None:
+    """Draw a chart per metric, and one with all ratios.
+
+    :param summaries: the results.
+    :param directory: where the files go; made if it is not there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    # The same results give the same bytes.
+    mpl.rcParams["svg.hashsalt"] = "hako"
+    for name, summary in summaries.items():
+        _save(_metric(name, summary), directory, name)
+    ratios = {name: summary.ratio for name, summary in summaries.items() if summary.ratio is not None}
+    if ratios:
+        _save(_ratios(ratios), directory, "ratios")
+
+
+def _metric(name: str, summary: Summary) -> Figure:
+    bars = [("Hako", summary.value, _OURS)]
+    if summary.baseline is not None:
+        bars.append((METRICS[name].against, summary.baseline, _THEIRS))
+    figure = Figure(figsize=(6, 0.9 + 0.45 * len(bars)), layout="constrained")
+    axes = figure.add_subplot()
+    for label, found, color in reversed(bars):
+        axes.barh(label, found.median, xerr=_whiskers(found), color=color, capsize=3)
+    axes.set_xlabel(summary.unit)
+    axes.set_title(name, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _ratios(ratios: Mapping[str, float]) -> Figure:
+    figure = Figure(figsize=(6, 0.9 + 0.35 * len(ratios)), layout="constrained")
+    axes = figure.add_subplot()
+    bars = axes.barh(list(ratios), list(ratios.values()), color=_OURS)
+    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("Hako / baseline")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _whiskers(found: Middle) -> list[list[float]]:
+    return [[found.median - found.low], [found.high - found.median]]
+
+
+def _save(figure: Figure, directory: Path, name: str) -> None:
+    figure.savefig(directory / f"{name}.png", dpi=150)
+    figure.savefig(directory / f"{name}.svg", metadata={"Date": None})

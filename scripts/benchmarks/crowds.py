@@ -1,0 +1,107 @@
+"""Many sandboxes at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scripts.benchmarks.harness import Samples, alternate
+from scripts.benchmarks.stage import CROWD_TIMEOUT_S, MeasurementError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from scripts.benchmarks.stage import Stage
+
+BURST = 30
+RESIDENTS = 60
+RESIDENT_MEMORY_MIB = 128
+SETTLE_S = 10.0
+"""What follows a boot, such as memory given back, is not idleness."""
+WINDOW_S = 10.0
+PATIENCE = f"boot_timeout_s = {CROWD_TIMEOUT_S:.0f}\n"
+_UTIME = 13  # fields of /proc/PID/stat, counted from 0: proc(5)
+_STIME = 14
+
+
+def burst_30(stage: Stage) -> Samples:
+    """Time 30 ``ctr run -d`` at once, from the first spawn until the last has returned; none may fail.
+
+    Baseline: what they would take if they shared the processors without loss: 30 times one ``ctr run -d`` by
+    itself, divided by the number of processors. Both in seconds.
+    """
+    stage.configure(guest=PATIENCE)
+    processors = os.cpu_count() or 1
+
+    def burst() -> float:
+        return _timed_crowd(stage, BURST)
+
+    def single() -> float:
+        return _timed_crowd(stage, 1) * BURST / processors
+
+    single()
+    stage.wait_for_zygote()
+    return alternate(stage.rounds, value=burst, baseline=single)
+
+
+def resident_60(stage: Stage) -> Samples:
+    """Add up the processor time that 60 idle sandboxes of 128 MiB use, in per cent of one processor.
+
+    Counted are shims, QEMU and daemons, over 10 seconds each round; fails if one does not answer State.
+    There is no baseline.
+    """
+    stage.configure(hypervisor=f"memory_mib = {RESIDENT_MEMORY_MIB}\n", guest=PATIENCE)
+    with crowd(stage, RESIDENTS) as names:
+        tasks = stage.hako.tasks()
+        silent = [name for name in names if tasks.get(name, (0, ""))[1] != "RUNNING"]
+        if silent:
+            raise MeasurementError(f"State: {len(silent)} of {RESIDENTS} do not answer: {', '.join(silent)}")
+        time.sleep(SETTLE_S)
+        return Samples(value=tuple(_busy_percent(stage) for _ in range(stage.rounds)))
+
+
+@contextlib.contextmanager
+def crowd(stage: Stage, count: int, *, at_once: int | None = None) -> Iterator[list[str]]:
+    """Keep some containers that sleep under Hako for a block.
+
+    :param count: how many.
+    :param at_once: how many are started and ended at once; as many as there are processors unless given.
+    :raises MeasurementError: if one does not start.
+    """
+    names = [stage.new_id() for _ in range(count)]
+    with ThreadPoolExecutor(at_once or os.cpu_count()) as pool:
+        try:
+            starts = [pool.submit(stage.run_detached, stage.hako, name) for name in names]
+            for start in starts:
+                start.result()
+            yield names
+        finally:
+            list(pool.map(stage.hako.remove, names))
+            stage.wait_until_gone()
+
+
+def _timed_crowd(stage: Stage, count: int) -> float:
+    began_s = time.perf_counter()
+    with crowd(stage, count, at_once=count):
+        return time.perf_counter() - began_s
+
+
+def _busy_percent(stage: Stage) -> float:
+    before, began_s = _processor_time(stage), time.monotonic()
+    time.sleep(WINDOW_S)
+    used_s = _processor_time(stage) - before
+    return 100 * used_s / (time.monotonic() - began_s)
+
+
+def _processor_time(stage: Stage) -> float:
+    """Add up the processor time of all that serves sandboxes, in seconds."""
+    ticks = 0
+    for pid in stage.processes():
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        # The first two fields end with the parenthesis.
+        ticks += int(fields[_UTIME - 2]) + int(fields[_STIME - 2])
+    return ticks / os.sysconf("SC_CLK_TCK")

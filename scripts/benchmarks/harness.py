@@ -1,0 +1,123 @@
+"""Rounds in alternation, and the statistics of what they gave."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """What was measured, in the metric's unit.
+
+    :param value: of Hako.
+    :param baseline: of what it is compared with; empty if there is nothing to compare with.
+    """
+
+    value: tuple[float, ...]
+    baseline: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Middle:
+    """The median of some samples, and the quartiles around it."""
+
+    low: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What one metric came to.
+
+    :param unit: of ``value`` and ``baseline``.
+    :param value: Hako's.
+    :param baseline: what it is compared with, if anything.
+    :param n: the number of samples behind ``value``.
+    """
+
+    unit: str
+    value: Middle
+    baseline: Middle | None
+    n: int
+
+    @property
+    def ratio(self) -> float | None:
+        """The median as a multiple of the baseline's; None without one."""
+        if self.baseline is None or not self.baseline.median:
+            return None
+        return self.value.median / self.baseline.median
+
+
+def alternate(rounds: int, *, value: Callable[[], float], baseline: Callable[[], float]) -> Samples:
+    """Measure two things in turns, each first in every other round, so that what drifts favours neither.
+
+    :param rounds: how often each is measured.
+    :param value: measures Hako once.
+    :param baseline: measures what it is compared with once.
+    """
+    values: list[float] = []
+    baselines: list[float] = []
+    turns = [(value, values), (baseline, baselines)]
+    for _ in range(rounds):
+        for measure, collected in turns:
+            collected.append(measure())
+        turns.reverse()
+    return Samples(value=tuple(values), baseline=tuple(baselines))
+
+
+def middle(samples: tuple[float, ...]) -> Middle:
+    """Find the median and the quartiles of at least one sample."""
+    if len(samples) == 1:
+        return Middle(low=samples[0], median=samples[0], high=samples[0])
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Middle(low=low, median=median, high=high)
+
+
+def summarize(samples: Samples, *, unit: str) -> Summary:
+    """Reduce what was measured to medians and spreads.
+
+    :param samples: at least one value.
+    :param unit: theirs.
+    """
+    return Summary(
+        unit=unit,
+        value=middle(samples.value),
+        baseline=middle(samples.baseline) if samples.baseline else None,
+        n=len(samples.value),
+    )
+
+
+def document(summaries: Mapping[str, Summary]) -> dict[str, Any]:
+    """Give the results the form in which they are kept as JSON."""
+    return {
+        "metrics": {
+            name: {
+                "value": summary.value.median,
+                "unit": summary.unit,
+                "baseline": summary.baseline.median if summary.baseline else None,
+                "ratio": summary.ratio,
+                "n": summary.n,
+            }
+            for name, summary in summaries.items()
+        }
+    }
+
+
+def line(name: str, summary: Summary) -> str:
+    """Phrase one result for a terminal: medians, quartiles in brackets, ratio."""
+    words = [f"{name:<20}", _phrase(summary.value), summary.unit]
+    if summary.baseline is not None:
+        words += ["against", _phrase(summary.baseline)]
+    if summary.ratio is not None:
+        words.append(f"ratio {summary.ratio:.2f}")
+    return " ".join([*words, f"n {summary.n}"])
+
+
+def _phrase(found: Middle) -> str:
+    return f"{found.median:.4g} [{found.low:.4g} to {found.high:.4g}]"

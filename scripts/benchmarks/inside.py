@@ -1,0 +1,133 @@
+"""A measuring program inside the guest, beside the agent: it takes orders on a vsock port.
+
+The kernel unpacks archives one over the other, so the image is the usual one with a few files more. Process 1
+leaves the program behind and becomes the agent.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from guest.image import cpio
+from scripts.benchmarks.stage import MeasurementError
+
+if TYPE_CHECKING:
+    from scripts.benchmarks.stage import Stage
+
+PORT = 5000
+TIMEOUT_S = 300.0
+BLOCK_BYTES = 1 << 16
+GUEST_INITRD = Path("/var/lib/hako/guest/initrd")
+_INTERPRETER = re.compile(rb"#!(/\S+/python\S*) -")
+
+# Only what the agent needs of Python is in the guest.
+_INIT = f"""
+import _socket, os, time
+
+def timed_exec(name):
+    null = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (0, 1, 2)]
+    argv = ["crun", "--cgroup-manager=cgroupfs", "exec", name, "true"]
+    began = time.monotonic()
+    pid = os.posix_spawn("/usr/bin/crun", argv, os.environ, file_actions=null)
+    status = os.waitpid(pid, 0)[1]
+    return time.monotonic() - began if status == 0 else -1.0
+
+def serve(fd):
+    order, argument = os.read(fd, 1000).decode().split()
+    if order == "exec":
+        os.write(fd, b"%f" % timed_exec(argument))
+        return
+    left, block = int(argument), memoryview(bytes({BLOCK_BYTES}))
+    while left:
+        left -= os.write(fd, block[:left])
+
+def listen():
+    while True:
+        try:
+            listener = _socket.socket(_socket.AF_VSOCK, _socket.SOCK_STREAM)
+            listener.bind((0xFFFFFFFF, {PORT}))
+            listener.listen(4)
+            return listener
+        except OSError:
+            time.sleep(0.1)  # the agent has yet to load the driver
+
+if os.fork() == 0:
+    listener = listen()
+    os.environ["PATH"] = "/usr/bin:/bin"
+    while True:
+        fd = listener._accept()[0]
+        serve(fd)
+        os.close(fd)
+os.execv("/init", ["/init"])
+"""
+
+
+def configure(stage: Stage) -> None:
+    """Have the sandboxes that follow boot the image with the measuring program.
+
+    :raises MeasurementError: if the image is none of Hako's.
+    """
+    image = GUEST_INITRD.read_bytes()
+    found = _INTERPRETER.search(image)
+    if found is None:
+        raise MeasurementError(f"{GUEST_INITRD}: process 1 is not Hako's agent; run scripts/setup")
+    script = f"#!{found[1].decode()} -ISB\n{_INIT}"
+    initrd = stage.home / "measuring-initrd"
+    initrd.write_bytes(image + cpio.archive([cpio.regular("/measure", script.encode(), mode=0o755)]))
+    stage.configure(
+        hypervisor='channel = "vhost-user-vsock"\n',
+        guest=f'initrd = "{initrd}"\nkernel_parameters = "rdinit=/measure"\n',
+    )
+
+
+def time_crun_exec(ports: Path, container: str) -> float:
+    """Have the guest run ``true`` in a container by ``crun exec``, and return how long it says it took.
+
+    :param ports: the socket that leads to the guest's ports.
+    :param container: whose id.
+    :returns: seconds.
+    :raises MeasurementError: if it fails.
+    """
+    with _order(ports, f"exec {container}") as connection:
+        answer = b""
+        while part := connection.recv(100):
+            answer += part
+    took_s = float(json.loads(answer or b"-1"))
+    if took_s < 0:
+        raise MeasurementError(f"crun exec: {container}: it failed in the guest")
+    return took_s
+
+
+def receive(ports: Path, size: int) -> None:
+    """Have the guest send bytes, and read them.
+
+    :param ports: the socket that leads to the guest's ports.
+    :param size: how many.
+    :raises MeasurementError: if fewer come.
+    """
+    left, buffer = size, bytearray(1 << 20)
+    with _order(ports, f"send {size}") as connection:
+        while left and (count := connection.recv_into(buffer)):
+            left -= count
+    if left:
+        raise MeasurementError(f"channel: {left} of {size} bytes did not come")
+
+
+def _order(ports: Path, order: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(TIMEOUT_S)
+    connection.connect(str(ports))
+    connection.sendall(f"CONNECT {PORT}\n".encode())
+    reply = b""
+    while not reply.endswith(b"\n"):
+        byte = connection.recv(1)
+        if not byte:
+            connection.close()
+            raise MeasurementError(f"channel: port {PORT}: the guest's measuring program does not listen")
+        reply += byte
+    connection.sendall(order.encode())
+    return connection

@@ -1,0 +1,107 @@
+"""The memory of idle sandboxes."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scripts.benchmarks.crowds import crowd
+from scripts.benchmarks.harness import Samples
+from tests.e2e.nursery import descendants
+
+if TYPE_CHECKING:
+    from scripts.benchmarks.stage import Stage
+
+SANDBOXES = 10
+MEMORY_MIB = 256
+SETTLE_S = 10.0
+"""Guests give freed pages back some seconds after they freed them, and nothing says when they are done."""
+_KIB_PER_MIB = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """The memory of each of some sandboxes, in MiB.
+
+    :param shim_pss: proportional set sizes of the shims.
+    :param shim_uss: unique set sizes of the shims.
+    :param pod_pss: proportional set sizes of all that serves a sandbox.
+    """
+
+    shim_pss: tuple[float, ...] = ()
+    shim_uss: tuple[float, ...] = ()
+    pod_pss: tuple[float, ...] = ()
+
+    def __add__(self, other: Survey) -> Survey:
+        """Join what two rounds found."""
+        return Survey(
+            shim_pss=self.shim_pss + other.shim_pss,
+            shim_uss=self.shim_uss + other.shim_uss,
+            pod_pss=self.pod_pss + other.pod_pss,
+        )
+
+
+def shim_pss_mib(stage: Stage) -> Samples:
+    """Read the proportional set size of each shim of 10 idle sandboxes at once, forked by a zygote.
+
+    The zygote's own share of the memory is not counted: it serves no sandbox.
+    Baseline: the same with ``zygote = false``.
+    """
+    on, off = _surveys(stage)
+    return Samples(value=on.shim_pss, baseline=off.shim_pss)
+
+
+def shim_uss_mib(stage: Stage) -> Samples:
+    """Read what each shim of 10 idle sandboxes, forked by a zygote, has for itself: its private pages.
+
+    Baseline: the same with ``zygote = false``.
+    """
+    on, off = _surveys(stage)
+    return Samples(value=on.shim_uss, baseline=off.shim_uss)
+
+
+def pod_pss_mib(stage: Stage) -> Samples:
+    """Add up the proportional set sizes of shim, QEMU and daemons, for each of 10 idle 256 MiB sandboxes.
+
+    Booted cold: without a template, which there is not yet; shims forked by a zygote.
+    Baseline: the same with ``zygote = false``.
+    """
+    on, off = _surveys(stage)
+    return Samples(value=on.pod_pss, baseline=off.pod_pss)
+
+
+@functools.lru_cache(maxsize=1)
+def _surveys(stage: Stage) -> tuple[Survey, Survey]:
+    """Look at sandboxes with a zygote and without in turns, once for all metrics."""
+    found = {True: Survey(), False: Survey()}
+    for _ in range(stage.rounds):
+        for zygote in found:
+            found[zygote] += _survey(stage, zygote=zygote)
+    return found[True], found[False]
+
+
+def _survey(stage: Stage, *, zygote: bool) -> Survey:
+    stage.configure(zygote=zygote, hypervisor=f"memory_mib = {MEMORY_MIB}\n")
+    if zygote:
+        with stage.container():
+            stage.wait_for_zygote()
+    with crowd(stage, SANDBOXES):
+        time.sleep(SETTLE_S)
+        shims = [pid for pid, process in stage.processes().items() if " -state " in process.command]
+        pods = [[shim, *(process.pid for process in descendants(shim))] for shim in shims]
+        return Survey(
+            shim_pss=tuple(_mib(shim, "Pss") for shim in shims),
+            shim_uss=tuple(_mib(shim, "Private_Clean") + _mib(shim, "Private_Dirty") for shim in shims),
+            pod_pss=tuple(sum(_mib(pid, "Pss") for pid in pod) for pod in pods),
+        )
+
+
+def _mib(pid: int, field: str) -> float:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
+        name, _, rest = line.partition(":")
+        if name == field:
+            return int(rest.split()[0]) / _KIB_PER_MIB
+    raise LookupError(f"smaps_rollup of {pid}: no {field}; a newer kernel is needed")

@@ -1,0 +1,159 @@
+"""Where it all happens: a private containerd that runs containers under Hako and under runc."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.e2e import busybox, private
+from tests.e2e.conftest import HAKO, write_config
+from tests.e2e.containerd import RELEASES, Containerd, running
+from tests.e2e.life import until
+from tests.e2e.nursery import Nursery
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.e2e.nursery import Process
+
+RUNC = "io.containerd.runc.v2"
+GONE_TIMEOUT_S = 60.0
+CROWD_TIMEOUT_S = 600.0
+ZYGOTE = "-zygote"
+
+
+class MeasurementError(Exception):
+    """Something did not work that was to be measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Stage:
+    """What every measurement finds.
+
+    :param home: a directory for files, with a path short enough for sockets.
+    :param rounds: how often each comparison is to be repeated.
+    :param hako: the containerd, whose runtime is Hako.
+    :param state_directory: where Hako keeps the state of its sandboxes.
+    :param config: Hako's configuration file.
+    :param runner: the event loop of what is asynchronous.
+    """
+
+    home: Path
+    rounds: int
+    hako: Containerd
+    state_directory: Path
+    config: Path
+    runner: asyncio.Runner
+    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    @property
+    def runc(self) -> Containerd:
+        """The same containerd, whose runtime is runc."""
+        return dataclasses.replace(self.hako, runtime=RUNC)
+
+    def new_id(self) -> str:
+        """Return a container id that was not used before."""
+        return f"bench-{next(self._numbers)}"
+
+    def configure(self, *, zygote: bool = True, **tables: str) -> None:
+        """Say how Hako makes the sandboxes that follow.
+
+        :param zygote: whether shims are forked from a warm process.
+        :param tables: the bodies of further tables of the configuration.
+        """
+        shim = f"zygote = {str(zygote).lower()}\n"
+        write_config(self.config, state_directory=self.state_directory, shim=shim, **tables)
+
+    def processes(self) -> dict[int, Process]:
+        """Return everything that serves sandboxes and containers; the zygote serves none."""
+        return {
+            process.pid: process
+            for process in self.hako.nursery.descendants()
+            if process.pid != self.hako.pid and ZYGOTE not in process.command
+        }
+
+    def wait_until_gone(self) -> None:
+        """Wait until no process of a sandbox or container is left, so that it does not disturb what follows.
+
+        :raises TimeoutError: if one stays.
+        """
+        until(lambda: not self.processes(), what="all sandboxes are gone", timeout_s=GONE_TIMEOUT_S)
+
+    def wait_for_zygote(self) -> None:
+        """Wait until the zygote that the first shim has started serves.
+
+        :raises TimeoutError: if it does not.
+        """
+        directory = self.state_directory / "zygote"
+        until(lambda: any(path.is_socket() for path in directory.glob("*")), what="the zygote serves")
+
+    def run_detached(self, daemon: Containerd, name: str) -> None:
+        """Start a container that sleeps.
+
+        :param daemon: :attr:`hako` or :attr:`runc`.
+        :param name: its id.
+        :raises MeasurementError: if it does not start.
+        """
+        started = daemon.run(
+            busybox.IMAGE, name, "sleep", "100000", options=["--detach"], timeout_s=CROWD_TIMEOUT_S
+        )
+        if started.code != 0:
+            raise MeasurementError(f"ctr run: {name}: {started.stderr.strip()}")
+
+    @contextlib.contextmanager
+    def container(self) -> Iterator[str]:
+        """Keep a container that sleeps under Hako for a block."""
+        name = self.new_id()
+        self.run_detached(self.hako, name)
+        try:
+            yield name
+        finally:
+            self.hako.remove(name)
+            self.wait_until_gone()
+
+
+@contextlib.contextmanager
+def opened(*, rounds: int) -> Iterator[Stage]:
+    """Make the stage for a block; nothing of it is left afterwards.
+
+    :param rounds: how often each comparison is to be repeated.
+    """
+    private.enter()
+    with (
+        tempfile.TemporaryDirectory(prefix="hako-bench-") as directory,
+        asyncio.Runner() as runner,
+        Nursery() as nursery,
+    ):
+        home = Path(directory)
+        state_directory = home / "hako"
+        state_directory.mkdir(mode=0o700)
+        config = home / "config.toml"
+        daemon = Containerd(
+            release=RELEASES[0],
+            home=home / "containerd",
+            nursery=nursery,
+            environment={"HAKO_CONFIG": str(config)},
+            runtime=HAKO,
+        )
+        with running(daemon):
+            archive = home / "busybox.tar"
+            busybox.write_image(archive)
+            imported = daemon.ctr("images", "import", archive)
+            if imported.code != 0:
+                raise MeasurementError(f"ctr images import: {imported.stderr.strip()}")
+            stage = Stage(
+                home=home,
+                rounds=rounds,
+                hako=daemon,
+                state_directory=state_directory,
+                config=config,
+                runner=runner,
+            )
+            stage.configure()
+            yield stage

@@ -1,0 +1,63 @@
+"""How fast output travels."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from scripts.benchmarks import inside
+from scripts.benchmarks.harness import Samples, alternate
+from scripts.benchmarks.sandbox import HAKO, running
+from scripts.benchmarks.stage import MeasurementError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from scripts.benchmarks.stage import Stage
+
+MIB = 1 << 20
+SIZE_MIB = 256
+
+
+def stdout_over_channel(stage: Stage) -> Samples:
+    """Send 256 MiB of zeros from a process in a container to the reader of its FIFO, in MiB/s; higher is better.
+
+    From the request that starts the process to the end of the stream.
+    Baseline: as many bytes over the bare channel, from a program beside the agent that writes them to a vsock
+    port to a reader of the socket that the channel has on the host.
+    """
+    inside.configure(stage)
+    numbers = itertools.count(1)
+    with running(stage, HAKO) as sandbox, ThreadPoolExecutor(1) as pool:
+
+        def through_the_shim() -> float:
+            exec_id = f"output-{next(numbers)}"
+            fifo = stage.home / exec_id
+            os.mkfifo(fifo, 0o700)
+            began_s = time.perf_counter()
+            read = pool.submit(_read, fifo)
+            sandbox.execute(exec_id, "head", "-c", str(SIZE_MIB * MIB), "/dev/zero", stdout=fifo)
+            size = read.result()
+            took_s = time.perf_counter() - began_s
+            sandbox.finish(exec_id)
+            if size != SIZE_MIB * MIB:
+                raise MeasurementError(f"stdout: {size} bytes came, not {SIZE_MIB * MIB}")
+            return SIZE_MIB / took_s
+
+        def through_the_channel() -> float:
+            began_s = time.perf_counter()
+            inside.receive(sandbox.vsock_socket(), SIZE_MIB * MIB)
+            return SIZE_MIB / (time.perf_counter() - began_s)
+
+        return alternate(stage.rounds, value=through_the_shim, baseline=through_the_channel)
+
+
+def _read(fifo: Path) -> int:
+    size, buffer = 0, bytearray(MIB)
+    with fifo.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            size += count
+    return size
