@@ -80,6 +80,7 @@ async def _serve(
                 publisher=publisher,
                 ledger=ledger,
                 group=group,
+                leave=over.set,
                 host_mounts=host_mounts,
             )
             found = _pod_of(Path(record.bundle))

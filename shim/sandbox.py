@@ -34,7 +34,7 @@ from shim.pod import is_pause, with_files, with_sysctls, write_files
 from shim.volume_source import GuestWritable
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable
+    from collections.abc import Callable, Coroutine, Iterable
 
     from google.protobuf.message import Message
 
@@ -56,6 +56,7 @@ _T = TypeVar("_T")
 log = logging.getLogger(__name__)
 
 PING_TIMEOUT_S = 2.0  # an agent that is well answers in milliseconds, under emulation too
+DESERTED_S = 5.0  # containerd ends a shim milliseconds after its last container, if it lives to do so
 END_TIMEOUT_S = 10.0  # for a machine that is killed to be gone
 STATUS_KILLED = 128 + signal.SIGKILL
 
@@ -68,6 +69,7 @@ class Sandbox:
     :param publisher: where events go.
     :param ledger: where everything that must be undone is written down.
     :param group: owns every task of the sandbox.
+    :param leave: ends the shim; called when nobody has a use for the sandbox any more.
     :param host_mounts: the mount namespace of whoever started the shim, open; None is this process's own.
     """
 
@@ -79,6 +81,7 @@ class Sandbox:
         publisher: Publisher,
         ledger: Ledger,
         group: asyncio.TaskGroup,
+        leave: Callable[[], None],
         host_mounts: int | None = None,
     ) -> None:
         self.id = record.id
@@ -96,6 +99,7 @@ class Sandbox:
         self._ledger = ledger
         self._host_mounts = host_mounts
         self._group = group
+        self._leave = leave
         self._ready: asyncio.Future[Agent] = asyncio.get_running_loop().create_future()
         self._running: asyncio.Task[None] | None = None
         self._requests: set[asyncio.Task[None]] = set()
@@ -308,6 +312,14 @@ class Sandbox:
         self._ledger.deleted(container_id)
         if self.containers:  # the machine of the last one goes as a whole
             self.spawn(self._shrink_if_alive(), name="shrink")
+        else:
+            asyncio.get_running_loop().call_later(DESERTED_S, self._leave_if_deserted)
+
+    def _leave_if_deserted(self) -> None:
+        """End the shim of which containerd, having died at the wrong moment, knows nothing any more."""
+        if not self.is_needed:
+            log.info("sandbox %s: without a container for %g s; its shim ends", self.id, DESERTED_S)
+            self._leave()
 
     async def grow(self) -> None:
         """Make the machine large enough for its containers.

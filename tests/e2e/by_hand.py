@@ -86,8 +86,8 @@ class ByHand:
     def __enter__(self) -> Self:
         others = set(self._stack.state_directory.iterdir())
         self._act("start")
-        [state] = set(self._stack.state_directory.iterdir()) - others
-        self._channel = grpc.insecure_channel(f"unix://{state}/grpc.sock")
+        [self._state] = set(self._stack.state_directory.iterdir()) - others
+        self._channel = grpc.insecure_channel(f"unix://{self._state}/grpc.sock")
         try:
             self.call("Create", bundle=str(self._bundle), rootfs=[self._root])
             self.call("Start")
@@ -97,11 +97,12 @@ class ByHand:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(grpc.RpcError):
-            self.call("Kill", signal=9, all=True)
-            self.call("Wait")
-            self.call("Delete")
-            self.call("Shutdown")
+        if self._state.exists():
+            with contextlib.suppress(grpc.RpcError):
+                self.call("Kill", signal=9, all=True)
+                self.call("Wait")
+                self.call("Delete")
+                self.call("Shutdown")
         self._channel.close()
         self._act("delete", "-bundle", self._bundle)
 

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from shim.sandbox import DESERTED_S
 from tests.e2e.busybox import IMAGE
+from tests.e2e.by_hand import ByHand
 from tests.e2e.conftest import new_id
 from tests.e2e.life import until
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
     from tests.e2e.conftest import Stack
 
+END_S = 10.0
 LONGEST_NAMESPACE = "n" * 76  # containerd's identifiers are no longer
 
 
@@ -91,3 +94,17 @@ def test_a_container_lives_in_a_namespace_of_the_longest_name(
     box = "b" * 76
 
     assert ctr("run", "--rm", "--runtime", containerd.runtime, IMAGE, box, "echo", "here") == "here\n"
+
+
+def test_a_shim_whose_last_container_is_gone_ends_though_nobody_tells_it_to(one_stack: Stack, tmp_path: Path):
+    # As after the death of a containerd between Delete and Shutdown: 1.6 does not take it up again.
+    with ByHand(one_stack, tmp_path) as box:
+        box.call("Kill", signal=9)
+        box.call("Wait")
+        box.call("Delete")
+        processes = one_stack.containerd.nursery.descendants
+        until(
+            lambda: not any(box.id in each.command for each in processes()),
+            what="the shim and its machine end",
+            timeout_s=DESERTED_S + END_S,
+        )

@@ -140,6 +140,7 @@ async def serve(directory):
             publisher=Publisher("", namespace="fuzz"),
             ledger=Ledger(str(state), create=True),
             group=group,
+            leave=lambda: None,
         )
         await sandbox.admit(agent)
         task = TaskService(sandbox, shut_down=lambda: None)

@@ -211,7 +211,12 @@ async def life(directory, script, begin):
         async with asyncio.timeout(END_TIMEOUT_S), asyncio.TaskGroup() as group:
             ledger = Ledger(str(directory), create=True)
             sandbox = MachinelessSandbox(
-                record(directory), config=Config(), publisher=events, ledger=ledger, group=group
+                record(directory),
+                config=Config(),
+                publisher=events,
+                ledger=ledger,
+                group=group,
+                leave=lambda: None,
             )
             agent = await Agent.over(ours, timeout_s=5)
             try:
