@@ -6,7 +6,6 @@ leaves the program behind and becomes the agent.
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 from pathlib import Path
@@ -29,17 +28,22 @@ _INIT = f"""
 import _socket, os, time
 
 def timed_exec(name):
-    null = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (0, 1, 2)]
+    errors = os.memfd_create("errors")
+    files = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (0, 1)]
+    files.append((os.POSIX_SPAWN_DUP2, errors, 2))
     argv = ["crun", "--cgroup-manager=cgroupfs", "exec", name, "true"]
     began = time.monotonic()
-    pid = os.posix_spawn("/usr/bin/crun", argv, os.environ, file_actions=null)
+    pid = os.posix_spawn("/usr/bin/crun", argv, os.environ, file_actions=files)
     status = os.waitpid(pid, 0)[1]
-    return time.monotonic() - began if status == 0 else -1.0
+    took = time.monotonic() - began
+    answer = b"%f" % took if status == 0 else b"status %d: %s" % (status, os.pread(errors, 1000, 0))
+    os.close(errors)
+    return answer
 
 def serve(fd):
     order, argument = os.read(fd, 1000).decode().split()
     if order == "exec":
-        os.write(fd, b"%f" % timed_exec(argument))
+        os.write(fd, timed_exec(argument))
         return
     left, block = int(argument), memoryview(bytes({BLOCK_BYTES}))
     while left:
@@ -96,10 +100,11 @@ def time_crun_exec(ports: Path, container: str) -> float:
         answer = b""
         while part := connection.recv(100):
             answer += part
-    took_s = float(json.loads(answer or b"-1"))
-    if took_s < 0:
-        raise MeasurementError(f"crun exec: {container}: it failed in the guest")
-    return took_s
+    try:
+        return float(answer)
+    except ValueError as error:
+        reason = answer.decode(errors="replace").strip()
+        raise MeasurementError(f"crun exec: {container}: it failed in the guest: {reason}") from error
 
 
 def receive(ports: Path, size: int) -> None:

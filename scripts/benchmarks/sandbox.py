@@ -58,6 +58,7 @@ class Sandbox:
         self.id = stage.new_id()
         self.program = program
         self._stage = stage
+        self._others = frozenset(stage.processes())
         self._place = stage.home / f"{self.id}-place"
         self._bundle = self._place / self.id
         self._rootfs = self._place / "rootfs"
@@ -99,7 +100,7 @@ class Sandbox:
         if self.program is HAKO:
             self.delete()
         os.close(self._log)
-        self._stage.wait_until_gone()
+        self._stage.wait_until_gone(but=self._others)
 
     def start(self) -> float:
         """Run the ``start`` command and connect to the shim.
@@ -135,7 +136,7 @@ class Sandbox:
         for pid in (pids.shim_pid, pids.task_pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self._stage.wait_until_gone()
+        self._stage.wait_until_gone(but=self._others)
         assert self._client is not None  # noqa: S101 - it was just used
         self._stage.runner.run(self._client.aclose())
         self._client = None

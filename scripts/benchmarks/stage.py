@@ -18,7 +18,7 @@ from tests.e2e.life import until
 from tests.e2e.nursery import Nursery
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from tests.e2e.nursery import Process
 
@@ -78,12 +78,17 @@ class Stage:
             if process.pid != self.hako.pid and ZYGOTE not in process.command
         }
 
-    def wait_until_gone(self) -> None:
+    def wait_until_gone(self, *, but: Collection[int] = ()) -> None:
         """Wait until no process of a sandbox or container is left, so that it does not disturb what follows.
 
-        :raises TimeoutError: if one stays.
+        :param but: the ids of those that may stay.
+        :raises TimeoutError: if another one stays.
         """
-        until(lambda: not self.processes(), what="all sandboxes are gone", timeout_s=GONE_TIMEOUT_S)
+
+        def gone() -> bool:
+            return not self.processes().keys() - set(but)
+
+        until(gone, what="the end of every process of a sandbox", timeout_s=GONE_TIMEOUT_S)
 
     def wait_for_zygote(self) -> None:
         """Wait until the zygote that the first shim has started serves.

@@ -23,7 +23,7 @@ SIZE_MIB = 256
 
 
 def stdout_over_channel(stage: Stage) -> Samples:
-    """Send 256 MiB of zeros from a process in a container to the reader of its FIFO, in MiB/s; higher is better.
+    """Send 256 MiB of zeros from a process in a container to the reader of its FIFO; higher is better.
 
     From the request that starts the process to the end of the stream.
     Baseline: as many bytes over the bare channel, from a program beside the agent that writes them to a vsock
