@@ -134,7 +134,11 @@ def test_a_restarted_containerd_takes_a_task_up_where_it_was(stack: Stack, home:
             assert life.exits.wait_for(life.id, timeout_s=CONSISTENT_S)
             assert status == 128 + signal.SIGKILL
         life.remove()
-        assert life.exits.of(life.id) in ([], [128 + signal.SIGKILL])
+        exits = life.exits.of(life.id)
+        assert set(exits) <= {128 + signal.SIGKILL}
+        # 1.6 does not end a shim that has deleted its container meanwhile; that ends by itself, and containerd
+        # says once more what it says of every shim that it loses.
+        assert len(exits) <= (2 if phase == "during delete" else 1)
 
 
 def test_a_kernel_that_panics_while_it_boots_fails_the_create(stack: Stack, home: Path, tmp_path: Path):
