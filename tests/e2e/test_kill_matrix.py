@@ -136,7 +136,7 @@ def test_a_restarted_containerd_takes_a_task_up_where_it_was(stack: Stack, home:
         life.remove()
         exits = life.exits.of(life.id)
         assert set(exits) <= {128 + signal.SIGKILL}
-        # 1.6 does not end a shim that has deleted its container meanwhile: that ends by itself, and containerd
+        # 1.6 does not end a shim that has deleted its container meanwhile; it ends by itself, and containerd
         # says once more what it says of every shim that it loses.
         assert len(exits) <= (2 if phase == "during delete" else 1)
 
