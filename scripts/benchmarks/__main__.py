@@ -53,6 +53,7 @@ def _measure(stage: Stage, names: list[str]) -> dict[str, Summary]:
             samples = METRICS[name].measure(stage)
         except FAILURES as error:
             print(f"bench: {name}: {error}", file=sys.stderr, flush=True)
+            stage.kill_everything()
             continue
         summaries[name] = summarize(samples, unit=METRICS[name].unit)
         print(line(name, summaries[name]), flush=True)

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import os
+import signal
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from tests.e2e import busybox, private
 from tests.e2e.conftest import HAKO, write_config
-from tests.e2e.containerd import RELEASES, Containerd, running
+from tests.e2e.containerd import CGROUPS, NAMESPACE, RELEASES, Containerd, running
 from tests.e2e.life import until
 from tests.e2e.nursery import Nursery
 
@@ -90,6 +92,16 @@ class Stage:
 
         until(gone, what="the end of every process of a sandbox", timeout_s=GONE_TIMEOUT_S)
 
+    def kill_everything(self) -> None:
+        """End what a measurement that failed has left, so that it does not disturb those that follow.
+
+        :raises TimeoutError: if a process stays.
+        """
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.wait_until_gone()
+
     def wait_for_zygote(self) -> None:
         """Wait until the zygote that the first shim has started serves.
 
@@ -124,6 +136,17 @@ class Stage:
 
 
 @contextlib.contextmanager
+def _no_cgroups_left() -> Iterator[None]:
+    """Remove the control groups of containers that nobody could end in order."""
+    try:
+        yield
+    finally:
+        for top in (CGROUPS / NAMESPACE, *CGROUPS.glob(f"*/{NAMESPACE}")):
+            for directory, _, _ in os.walk(top, topdown=False):
+                os.rmdir(directory)  # noqa: PTH106 - as os.walk names it
+
+
+@contextlib.contextmanager
 def opened(*, rounds: int) -> Iterator[Stage]:
     """Make the stage for a block; nothing of it is left afterwards.
 
@@ -131,6 +154,7 @@ def opened(*, rounds: int) -> Iterator[Stage]:
     """
     private.enter()
     with (
+        _no_cgroups_left(),
         tempfile.TemporaryDirectory(prefix="hako-bench-") as directory,
         asyncio.Runner() as runner,
         Nursery() as nursery,
