@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from scripts.benchmarks.crowds import crowd
 from scripts.benchmarks.harness import Samples
+from scripts.benchmarks.stage import MeasurementError
 from tests.e2e.nursery import descendants
 
 if TYPE_CHECKING:
@@ -104,4 +105,4 @@ def _mib(pid: int, field: str) -> float:
         name, _, rest = line.partition(":")
         if name == field:
             return int(rest.split()[0]) / _KIB_PER_MIB
-    raise LookupError(f"smaps_rollup of {pid}: no {field}; a newer kernel is needed")
+    raise MeasurementError(f"smaps_rollup of {pid}: no {field}; a newer kernel is needed")
