@@ -28,6 +28,9 @@ KERNEL_PARAMETERS = (
     # The virtio console is a module in distribution kernels; a panic before it is loaded (no init, a broken
     # initrd) would otherwise leave no trace. The kernel falls silent here once the real console is up.
     "earlyprintk=ttyS0",
+    # The kernel panics unless a few timer interrupts come while it looks, which a guest that a loaded host
+    # leaves without a processor for that moment cannot know from a broken timer.
+    "no_timer_check",
     # Reset through the keyboard controller, which QEMU notices at once; the default tries ACPI first.
     "reboot=k",
 )
