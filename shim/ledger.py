@@ -12,6 +12,7 @@ import json
 import os
 import re
 import signal
+import time
 
 from shim import host_process, kernel
 from shim.host_process import HostProcess
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _NAME = "ledger"
+_CGROUP_EMPTY_S, _CGROUP_RETRY_S = 1.0, 0.005
 _PID_MAX = 1 << 22  # PID_MAX_LIMIT of the kernel, see proc(5)
 _REDIRECTION = re.compile(r"(/.*) ([0-9]{1,10}) ([0-9]{1,9})", re.DOTALL)
 
@@ -235,9 +237,26 @@ def _undo(kind: str, name: str) -> None:
         elif kind == "file":
             os.unlink(name)
         elif kind == "cgroup":
-            os.rmdir(name)
+            _remove_cgroup(name)
     except FileNotFoundError:
         return
+
+
+def _remove_cgroup(path: str) -> None:
+    """Remove a cgroup; the kernel may count a process in it for a moment after it has told of its end.
+
+    Version 1 has no event for the moment when a cgroup is empty.
+    """
+    give_up_at = time.monotonic() + _CGROUP_EMPTY_S
+    while True:
+        try:
+            os.rmdir(path)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > give_up_at:
+                raise
+            time.sleep(_CGROUP_RETRY_S)
+        else:
+            return
 
 
 def _remove_tree(path: str) -> None:

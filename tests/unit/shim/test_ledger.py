@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -194,3 +195,20 @@ def test_containers_come_and_go(ledger):
     ledger.deleted("a")
     ledger.deleted("never there")
     assert ledger.containers() == {"b"}
+
+
+def test_a_cgroup_that_is_busy_for_a_moment_is_removed_all_the_same(ledger, tmp_path, monkeypatch):
+    cgroup = tmp_path / "cgroup"
+    cgroup.mkdir()
+    ledger.cgroup(str(cgroup))
+    refusals = iter([errno.EBUSY, errno.EBUSY])
+    rmdir = os.rmdir
+
+    def busy_at_first(path, **given):
+        if str(path) == str(cgroup) and (number := next(refusals, 0)):
+            raise OSError(number, os.strerror(number), path)
+        rmdir(path, **given)
+
+    monkeypatch.setattr(os, "rmdir", busy_at_first)
+    assert ledger.undo_all(deadline_s=1) == []
+    assert not cgroup.exists()
