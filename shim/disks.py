@@ -56,6 +56,7 @@ class DiskDevice:
     :param major: the host's number of it.
     :param minor: as ``major``.
     :param read_only: whether the container may only read it.
+    :param limits: how fast it may be used.
     """
 
     container_path: str
