@@ -25,7 +25,7 @@ from shim.errors import (
     ShimError,
     Unavailable,
 )
-from shim.oci import translate, translate_process, translate_resources
+from shim.oci import refusing_malformed, translate, translate_process, translate_resources
 from shim.process import Input, Process, State
 from shim.sizing import limits_of
 from shim.stdio import Stdio, open_streams
@@ -209,9 +209,10 @@ class Container:
         """
         if self.init.exited.is_set():
             raise FailedPrecondition(f"update: container {self.id}: it is {self.init.state.value}")
-        request = translate_resources(self._files.without_disk_limits(resources))
         agent = await self._sandbox.agent()
-        await self._files.limit_disks(resources)
+        with refusing_malformed("resources"):
+            request = translate_resources(self._files.without_disk_limits(resources))
+            await self._files.limit_disks(resources)
         await self._files.follow_sizes(agent)
         limits = self.limits
         try:

@@ -225,11 +225,12 @@ class ContainerFiles:
             if _size_of(plugged.path) == plugged.size_bytes:
                 continue
             try:
-                plugged.size_bytes = await plugged.vm.resize_disk(device_id)
+                size_bytes = await plugged.vm.resize_disk(device_id)
             except HypervisorError as error:
                 raise Internal(f"update: container {self._id}: {error}") from error
             if plugged.mount_point:
-                await agent.resize_volume(plugged.mount_point, size_bytes=plugged.size_bytes)
+                await agent.resize_volume(plugged.mount_point, size_bytes=size_bytes)
+            plugged.size_bytes = size_bytes  # only now: what failed is tried again with the next update
 
     async def take_back(self) -> None:
         """Unplug and unmount everything; a guest that does not let go of a disk keeps it until its end."""
@@ -259,6 +260,10 @@ class ContainerFiles:
     ) -> str:
         device_id = f"disk-{uuid.uuid4().hex[:12]}"
         try:
+            size_bytes = _size_of(path)
+        except OSError as error:
+            raise InvalidArgument(f"create: container {self._id}: {path}: {error.strerror}") from error
+        try:
             address = await vm.plug_disk(
                 Disk(
                     id=device_id,
@@ -272,7 +277,7 @@ class ContainerFiles:
         except HypervisorError as error:
             raise Internal(f"create: container {self._id}: {error}") from error
         self._plugged[device_id] = _Plugged(
-            vm=vm, path=path, number=number, mount_point=mount_point, size_bytes=_size_of(path)
+            vm=vm, path=path, number=number, mount_point=mount_point, size_bytes=size_bytes
         )
         return address
 

@@ -111,6 +111,9 @@ def test_a_disk_that_grows_on_the_host_grows_in_the_container_with_the_next_upda
     subprocess.run(["/usr/sbin/losetup", "--set-capacity", loop], check=True)
     number = loop.stat().st_rdev
     rate = {"major": os.major(number), "minor": os.minor(number), "rate": MIB}
+    with pytest.raises(grpc.RpcError, match="resources: malformed") as refused:
+        box.call("Update", resources=AnyMessage(type_url="LinuxResources", value=b'{"blockIO": [7]}'))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     value = f'{{"blockIO": {{"throttleReadBpsDevice": [{rate}]}}}}'.replace("'", '"')
     box.call("Update", resources=AnyMessage(type_url="LinuxResources", value=value.encode()))
     assert int(box.output("blockdev", "--getsize64", "/dev/data")) == 3 * MIB
