@@ -5,6 +5,7 @@
     HypervisorError
      ├── UnsupportedHostError  run on another machine
      ├── VmStartError          mend the host or the configuration; nothing was left running
+     │    └── TemplateError    boot without the template, and make it anew
      ├── ChannelError          the guest was not reached; the text says whether the VM still lives
      ├── HotplugError          a device was not added, changed or removed; the virtual machine goes on
      │    └── NoSlotError      every slot is taken; unplug something first
@@ -28,6 +29,10 @@ class UnsupportedHostError(HypervisorError):
 
 class VmStartError(HypervisorError):
     """The virtual machine did not come up; every process started for it is gone again."""
+
+
+class TemplateError(VmStartError):
+    """A template is missing or broken, or not of this QEMU, or its machine did not survive the load."""
 
 
 class ChannelError(HypervisorError):

@@ -60,6 +60,7 @@ class VmSpec:
     :param network_namespace: the network namespace the VMM is started in, or ``None`` for the caller's. The
         daemons stay in the caller's.
     :param root_ports: how many PCI devices of the host can be plugged. Each port costs boot time.
+    :param template: the directory of a template with the same key to clone, or ``None`` to boot.
     """
 
     name: str
@@ -80,6 +81,7 @@ class VmSpec:
     vsock_daemon: Path | None
     network_namespace: Path | None
     root_ports: int
+    template: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +177,7 @@ class Hypervisor(abc.ABC):
 
         :param timeout_s: the longest this may take, in seconds.
         :raises UnsupportedHostError: if this machine's architecture is not supported.
+        :raises TemplateError: if the template to clone cannot be used; a machine without one may start.
         :raises VmStartError: if anything failed or the time ran out. Nothing is left running.
         """
 
