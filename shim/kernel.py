@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -65,7 +66,13 @@ def detach_mounts(below: str) -> None:
     :raises OSError: if the kernel refuses.
     """
     while targets := mount_targets(below):
-        _call("umount2", os.fsencode(max(targets, key=len)), _MNT_DETACH | _UMOUNT_NOFOLLOW)
+        target = max(targets, key=len)
+        try:
+            _call("umount2", os.fsencode(target), _MNT_DETACH | _UMOUNT_NOFOLLOW)
+        except OSError as error:
+            # Another thread, or an unmount of the host's that reaches here, may have been faster.
+            if error.errno != errno.EINVAL or target in mount_targets(below):
+                raise
 
 
 def mount_targets(below: str) -> list[str]:

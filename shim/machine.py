@@ -153,8 +153,8 @@ class Machine:
         await self.kill()
         if self._network is not None:
             await self._network.detach()
-        mounts.unmount(self._guest_share)
-        mounts.unmount(self.share)
+        for share in (self._guest_share, self.share):
+            await asyncio.to_thread(mounts.unmount, share)
 
     async def raw_streams(self, stdio: Stdio) -> RawStreams | None:
         """Connect raw streams for a process about to be made, if the channel and the agent have them."""
