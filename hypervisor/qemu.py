@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hypervisor import machine, nics, vfio, virtiofsd
-from hypervisor.argv import HOTPLUG_BUSES, Inherited, qemu_argv, root_ports
-from hypervisor.console import Console
+from hypervisor import nics, vfio
+from hypervisor.argv import HOTPLUG_BUSES, root_ports
+from hypervisor.booting import boot
 from hypervisor.devices import Devices
 from hypervisor.disks import Disks
 from hypervisor.errors import (
@@ -22,6 +21,7 @@ from hypervisor.errors import (
     VmStartError,
 )
 from hypervisor.exits import vm_exit_reason
+from hypervisor.host_side import LAST_WORDS_S, HostSide, cancel
 from hypervisor.interface import (
     AGENT_READY_MARK,
     Accelerator,
@@ -35,23 +35,17 @@ from hypervisor.interface import (
     VmSpec,
 )
 from hypervisor.memory import Memory
-from hypervisor.process import Process
-from hypervisor.qmp import QmpSession
 from hypervisor.vcpus import Vcpus
-from hypervisor.vsock import NotListeningError, make_channel
+from hypervisor.vsock import NotListeningError
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Coroutine, Iterable, Sequence
+    from collections.abc import Callable, Coroutine
 
-    from hypervisor.vsock import GuestChannel
+    from hypervisor.process import Process
+    from hypervisor.qmp import QmpSession
 
 _T = TypeVar("_T")
-
-_QEMU = "QEMU"
-
-_LAST_WORDS_S = 1.0
-"""How long the death of one process may lag behind what it caused in another."""
 
 _REDIAL_S = 0.05
 _SETTLE_S = 2.0
@@ -67,17 +61,12 @@ class QemuHypervisor(Hypervisor):
 
     def __init__(self, spec: VmSpec, *, on_process: Callable[[str, int], None]) -> None:
         self._spec = spec
-        self._on_process = on_process
-        self._processes: list[Process] = []
-        self._qemu: Process | None = None
-        self._qmp: QmpSession | None = None
+        self._host = HostSide(on_process)
         self._devices: Devices | None = None
         self._disks: Disks | None = None
         self._vcpus: Vcpus | None = None
         self._memory: Memory | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._console: Console | None = None
-        self._channel: GuestChannel | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
         self._stop_lock = asyncio.Lock()
@@ -113,13 +102,12 @@ class QemuHypervisor(Hypervisor):
         self._stopping = True
         # Whoever kills and whoever saw the end may come at once; a QMP session is closed by one of them.
         async with self._stop_lock:
-            if self._qemu is not None:
-                # First, so that no daemon's end is taken for a failure.
-                await self._qemu.destroy()
-            await asyncio.gather(*(process.destroy() for process in self._daemons()))
+            await self._host.destroy()
             if self._supervisor is not None:
                 await asyncio.wait([self._supervisor])
-            await self._release()
+            if self._watching is not None:
+                await cancel(self._watching)
+            await self._host.close()
             if not self._gone.done():
                 self._gone.set_result(VmExit(reason="stopped"))
 
@@ -260,113 +248,59 @@ class QemuHypervisor(Hypervisor):
     @property
     def pid(self) -> int:
         """The process id of QEMU; valid after ``start`` returned."""
-        assert self._qemu is not None, "start() has returned"  # noqa: S101  (a defect of the caller)
-        return self._qemu.pid
+        assert self._host.qemu is not None, "start() has returned"  # noqa: S101  (a defect of the caller)
+        return self._host.qemu.pid
 
     def console_tail(self, lines: int = 20) -> list[str]:
         """Return the last lines the guest wrote to its console.
 
         :param lines: how many at most.
         """
-        return self._console.tail(lines) if self._console else []
+        return self._host.console.tail(lines) if self._host.console else []
 
     def processes(self) -> list[HostProcess]:
         """Return every live process that serves this virtual machine."""
-        everyone = [each for process in self._processes for each in (process, *process.workers)]
+        everyone = self._host.processes
         return [HostProcess(name=each.name, pid=each.pid) for each in everyone if not each.exited.done()]
 
     async def _start(self) -> None:
-        spec = self._spec
-        this_machine = machine.for_host()
-        for file in (spec.kernel, spec.initrd):
-            if not file.is_file():
-                raise VmStartError(f"start vm: {file}: no such file; build the guest image")
-        virtiofsd.check_propagation(spec.share_source)
-        dialect = await virtiofsd.detect_dialect(spec.virtiofsd)
-        with ExitStack() as handover:
-            listener, share = virtiofsd.connected_pair(spec.directory)
-            handover.enter_context(share)
-            with listener:
-                argv = virtiofsd.daemon_argv(
-                    spec.virtiofsd, dialect, fd=listener.fileno(), source=spec.share_source
-                )
-                self._spawn(virtiofsd.NAME, argv, inherit=[listener.fileno()])
-            self._channel = make_channel(spec, spawn=self._spawn)
-            device = await self._channel.open(handover)
-            self._qmp = QmpSession(spec.name, handover=handover)
-            self._console = Console(spec.directory / "console.log", handover=handover)
-            inherited = Inherited(
-                qmp=self._qmp.qemu_fd, console=self._console.qemu_fd, share=share.fileno(), channel=device
-            )
-            self._qemu = self._spawn(
-                _QEMU,
-                qemu_argv(spec, inherited, machine=this_machine),
-                inherit=[inherited.qmp, inherited.console, inherited.share, device.fd],
-            )
-        try:
-            await self._qmp.connect()
-            state = await self._qmp.run_state()
-        except QmpError as error:
-            raise VmStartError(f"start vm: {await self._early_cause(error)}") from error
-        if state != "running":
-            raise VmStartError(f"start vm: QEMU: the virtual machine is {state}, not running")
-        for daemon in self._daemons():
-            # A sandboxed virtio-fs daemon serves from a child in namespaces of its own; by now it exists.
-            daemon.adopt_workers()
-            for worker in daemon.workers:
-                self._on_process(worker.name, worker.pid)
-        self._devices = Devices(self._qmp, buses=HOTPLUG_BUSES, ports=root_ports(spec))
-        self._disks = Disks(self._qmp, self._devices)
+        spec, host = self._spec, self._host
+        qmp = await boot(spec, host)
+        assert host.qemu is not None  # noqa: S101  (it runs)
+        self._devices = Devices(qmp, buses=HOTPLUG_BUSES, ports=root_ports(spec))
+        self._disks = Disks(qmp, self._devices)
         self._vcpus = Vcpus(
-            self._qmp,
+            qmp,
             boot=spec.vcpus,
             most=spec.max_vcpus,
             emulated=spec.accelerator is Accelerator.TCG,
         )
         self._memory = Memory(
-            self._qmp, self._devices, boot_bytes=spec.memory_bytes, most_bytes=spec.max_memory_bytes
+            qmp, self._devices, boot_bytes=spec.memory_bytes, most_bytes=spec.max_memory_bytes
         )
         self._watching = asyncio.create_task(self._devices.watch())
-        self._supervisor = asyncio.create_task(self._supervise(self._qemu, self._qmp))
-
-    def _spawn(self, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> Process:
-        process = Process.spawn(name, argv, inherit=inherit)
-        self._processes.append(process)  # first of all, so that stop() finds it whatever fails next
-        self._on_process(name, process.pid)
-        return process
-
-    def _daemons(self) -> list[Process]:
-        return [process for process in self._processes if process is not self._qemu]
-
-    async def _early_cause(self, error: QmpError) -> str:
-        """Say why QEMU did not come up: a daemon's failure first, for QEMU's own often follows from it."""
-        assert self._qemu is not None  # noqa: S101  (called after the spawn only)
-        await asyncio.wait([self._qemu.exited], timeout=_LAST_WORDS_S)
-        for daemon in self._daemons():
-            if daemon.exited.done() and daemon.exited.result().code != 0:
-                return daemon.obituary()
-        return self._qemu.obituary() if self._qemu.exited.done() else f"QEMU: {error}"
+        self._supervisor = asyncio.create_task(self._supervise(host.qemu, qmp))
 
     async def _supervise(self, qemu: Process, qmp: QmpSession) -> None:
-        daemons = self._daemons()
+        daemons = self._host.daemons
         broken = asyncio.create_task(qmp.broken())
         overdue = asyncio.create_task(_overdue(qemu, qmp))
         ends: list[asyncio.Future[Any]] = [broken, overdue, *(each.exited for each in (qemu, *daemons))]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        await _cancel(broken)
-        await _cancel(overdue)
+        await cancel(broken)
+        await cancel(overdue)
         failed = next((each for each in daemons if each.exited.done()), None)
         if failed is not None and failed.exited.result().code == 0:
             # A daemon ends in good order when QEMU hangs up, and may be seen to end before QEMU is.
-            await asyncio.wait([qemu.exited], timeout=_LAST_WORDS_S)
+            await asyncio.wait([qemu.exited], timeout=LAST_WORDS_S)
         blamed = failed if failed and not qemu.exited.done() else None
         qemu.kill()
         status = await qemu.exited
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LAST_WORDS_S):
+            async with asyncio.timeout(LAST_WORDS_S):
                 await qmp.drained()
-        if self._console:
-            self._console.close()
+        if self._host.console:
+            self._host.console.close()
         if self._stopping and status.signal == signal.SIGKILL:
             reason = "stopped"
         elif not broken.cancelled():
@@ -382,22 +316,13 @@ class QemuHypervisor(Hypervisor):
             )
         self._gone.set_result(VmExit(reason=reason))
 
-    async def _release(self) -> None:
-        if self._watching is not None:
-            await _cancel(self._watching)
-        if self._qmp is not None:
-            await self._qmp.close()
-        if self._console is not None:
-            self._console.close()
-        if self._channel is not None:
-            self._channel.close()
-
     async def _dial(self, port: int) -> socket.socket:
-        if self._channel is None or self._qmp is None:
+        channel, qmp = self._host.channel, self._host.qmp
+        if channel is None or qmp is None:
             raise ChannelError(f"connect guest: port {port}: the virtual machine was not started")
-        if self._channel.needs_driver and not await self._is_settled(self._channel.needs_driver, self._qmp):
+        if channel.needs_driver and not await self._is_settled(channel.needs_driver, qmp):
             raise NotListeningError("the guest's driver does not run yet")
-        return await self._channel.dial(port)
+        return await channel.dial(port)
 
     async def _is_settled(self, device: str, qmp: QmpSession) -> bool:
         """Tell whether a device's daemon has surely got its queues.
@@ -417,11 +342,11 @@ class QemuHypervisor(Hypervisor):
 
     async def _hint(self) -> None:
         """Wait until it makes sense to dial again: the guest said something, or a moment passed."""
-        assert self._console is not None  # noqa: S101  (dialling succeeded in starting)
-        self._console.grew.clear()
+        assert self._host.console is not None  # noqa: S101  (dialling succeeded in starting)
+        self._host.console.grew.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_REDIAL_S):
-                await self._console.grew.wait()
+                await self._host.console.grew.wait()
 
     def _running_devices(self) -> Devices:
         if self._devices is None:
@@ -435,8 +360,8 @@ class QemuHypervisor(Hypervisor):
 
     async def _plug_nic(self, nic: Nic) -> str:
         devices = self._running_devices()
-        assert self._qmp is not None  # noqa: S101  (the devices are reached through it)
-        return await nics.plug(nic, session=self._qmp, devices=devices)
+        assert self._host.qmp is not None  # noqa: S101  (the devices are reached through it)
+        return await nics.plug(nic, session=self._host.qmp, devices=devices)
 
     async def _while_alive(
         self, work: Coroutine[Any, Any, _T], what: str, failure: type[HypervisorError]
@@ -450,16 +375,10 @@ class QemuHypervisor(Hypervisor):
                 raise failure(f"{what}: the virtual machine is gone: {self._gone.result().reason}")
             return task.result()
         finally:
-            await _cancel(task)
+            await cancel(task)
 
 
 async def _overdue(qemu: Process, qmp: QmpSession) -> None:
     """Wait until QEMU should be gone: shut down, it may yet wait for a vhost-user daemon for ever (7.2)."""
     await qmp.shut_down()
-    await asyncio.wait([qemu.exited], timeout=_LAST_WORDS_S)
-
-
-async def _cancel(task: asyncio.Task[Any]) -> None:
-    if not task.done():
-        task.cancel()
-        await asyncio.wait([task])
+    await asyncio.wait([qemu.exited], timeout=LAST_WORDS_S)

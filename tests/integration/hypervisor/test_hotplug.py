@@ -95,8 +95,8 @@ def taken(vm) -> set:
 
 async def leftovers(vm) -> list[str]:
     """What of a disk or interface QEMU still has."""
-    nodes = await vm._qmp.ask(list, "query-named-block-nodes", {"flat": True})
-    objects = await vm._qmp.ask(list, "qom-list", {"path": "/objects"})
+    nodes = await vm._host.qmp.ask(list, "query-named-block-nodes", {"flat": True})
+    objects = await vm._host.qmp.ask(list, "qom-list", {"path": "/objects"})
     return [node["node-name"] for node in nodes] + [
         entry["name"] for entry in objects if "throttle" in entry["type"]
     ]
@@ -261,7 +261,7 @@ async def test_what_cannot_be_plugged_or_unplugged_says_so_and_leaves_nothing(st
         with pytest.raises(HotplugError, match=cause):
             await vm.plug_disk(wrong)
     with pytest.raises(HotplugError, match="nic1: qmp: netdev_add"):
-        await vm.plug_nic(nic(1, (vm._qmp._stream.fileno(),)))
+        await vm.plug_nic(nic(1, (vm._host.qmp._stream.fileno(),)))
     with pytest.raises(HotplugError, match="unplug: nothing: no such device is plugged"):
         await vm.unplug("nothing", timeout_s=UNPLUG_S)
     with pytest.raises(HotplugError, match="resize: nothing: no such disk is plugged"):
@@ -275,11 +275,11 @@ async def test_what_cannot_be_plugged_or_unplugged_says_so_and_leaves_nothing(st
         await vm.plug_disk(disk(path, 1))
 
     # A guest that does not answer, and then does.
-    await vm._qmp.ask(dict, "stop")
+    await vm._host.qmp.ask(dict, "stop")
     with pytest.raises(HotplugError, match=r"disk0: the guest did not let go of it within 0\.5 s"):
         await vm.unplug("disk0", timeout_s=0.5)
     assert len(taken(vm)) == 1
-    await vm._qmp.ask(dict, "cont")
+    await vm._host.qmp.ask(dict, "cont")
     await shell.until("! ls -d /sys/block/vd* >/dev/null 2>&1")
     async with asyncio.timeout(UNPLUG_S):
         while taken(vm):  # noqa: ASYNC110  (nobody waits for this one, so nothing tells of its end)
@@ -287,7 +287,7 @@ async def test_what_cannot_be_plugged_or_unplugged_says_so_and_leaves_nothing(st
     assert await leftovers(vm) == []
 
     # The guest need not run to take all slots.
-    await vm._qmp.ask(dict, "stop")
+    await vm._host.qmp.ask(dict, "stop")
     for number in range(SLOTS):
         await vm.plug_nic(nic(number, tap(number)))
     with pytest.raises(HotplugError, match=r"all 62 slots .* are taken"):

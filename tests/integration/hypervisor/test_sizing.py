@@ -99,12 +99,12 @@ async def test_processors_are_added_and_taken_away_as_the_guest_sees_it(start):
     assert await vm.resize_vcpus(4) == 4
     await shell(ALL_CPUS_ON)
     assert await processors(shell) == 4
-    if (await vm._qmp.ask(dict, "query-version"))["qemu"]["major"] < 10:
+    if (await vm._host.qmp.ask(dict, "query-version"))["qemu"]["major"] < 10:
         # Emulated ones stay in this QEMU, which would not survive the next device that is plugged.
         assert await vm.resize_vcpus(1) == 4
 
     # Taken away all the same, as under KVM: it is done, and the last thing done to this machine.
-    vcpus = Vcpus(vm._qmp, boot=1, most=4, emulated=False)
+    vcpus = Vcpus(vm._host.qmp, boot=1, most=4, emulated=False)
     for count in (2, 1):
         assert await vcpus.resize(count) == count
         assert await processors(shell) == count

@@ -76,7 +76,7 @@ async def test_a_ledger_that_cannot_be_written_stops_the_start(machines):
         machines.started.append((name, pid))
         raise OSError(28, os.strerror(28), "/ledger")
 
-    vm._on_process = refuse
+    vm._host._on_process = refuse
     assert "/ledger: No space left on device" in await failure_of(vm)
 
 

@@ -1,0 +1,66 @@
+"""A virtual machine's cold start: daemons, then QEMU, which boots the guest's kernel."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from hypervisor import machine, virtiofsd
+from hypervisor.argv import Inherited, qemu_argv
+from hypervisor.console import Console
+from hypervisor.errors import QmpError, VmStartError
+from hypervisor.host_side import QEMU
+from hypervisor.qmp import QmpSession
+from hypervisor.vsock import make_channel
+
+if TYPE_CHECKING:
+    from hypervisor.host_side import HostSide
+    from hypervisor.interface import VmSpec
+
+
+async def boot(spec: VmSpec, host: HostSide) -> QmpSession:
+    """Start a machine; return when it runs.
+
+    :param spec: the virtual machine.
+    :param host: where each part is kept as soon as it exists; after an error, the caller ends them.
+    :returns: its control connection.
+    :raises UnsupportedHostError: if this machine's architecture is not supported.
+    :raises VmStartError: if anything failed.
+    :raises OSError: if the host lacks something.
+    """
+    this_machine = machine.for_host()
+    for file in (spec.kernel, spec.initrd):
+        if not file.is_file():
+            raise VmStartError(f"start vm: {file}: no such file; build the guest image")
+    virtiofsd.check_propagation(spec.share_source)
+    dialect = await virtiofsd.detect_dialect(spec.virtiofsd)
+    with ExitStack() as handover:
+        listener, share = virtiofsd.connected_pair(spec.directory)
+        handover.enter_context(share)
+        with listener:
+            argv = virtiofsd.daemon_argv(
+                spec.virtiofsd, dialect, fd=listener.fileno(), source=spec.share_source
+            )
+            host.spawn(virtiofsd.NAME, argv, inherit=[listener.fileno()])
+        host.channel = make_channel(spec, spawn=host.spawn)
+        device = await host.channel.open(handover)
+        host.qmp = qmp = QmpSession(spec.name, handover=handover)
+        host.console = Console(spec.directory / "console.log", handover=handover)
+        inherited = Inherited(
+            qmp=qmp.qemu_fd, console=host.console.qemu_fd, share=share.fileno(), channel=device
+        )
+        host.spawn(
+            QEMU,
+            qemu_argv(spec, inherited, machine=this_machine),
+            inherit=[inherited.qmp, inherited.console, inherited.share, device.fd],
+        )
+    try:
+        await qmp.connect()
+        state = await qmp.run_state()
+    except QmpError as error:
+        raise VmStartError(f"start vm: {await host.early_cause(error)}") from error
+    if state != "running":
+        raise VmStartError(f"start vm: QEMU: the virtual machine is {state}, not running")
+    # By now a sandboxed virtio-fs daemon has the child that serves.
+    host.adopt_workers()
+    return qmp

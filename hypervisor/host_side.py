@@ -1,0 +1,109 @@
+"""What one virtual machine is on the host, as far as it was made: processes, connections, and their end."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from hypervisor.process import Process
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from hypervisor.console import Console
+    from hypervisor.errors import QmpError
+    from hypervisor.qmp import QmpSession
+    from hypervisor.vsock import GuestChannel
+
+QEMU = "QEMU"
+
+LAST_WORDS_S = 1.0
+"""How long the death of one process may lag behind what it caused in another."""
+
+
+class HostSide:
+    """The host's side of one virtual machine. Each part is kept from the moment it exists.
+
+    :param on_process: called with the name and the id of each process right after it was started.
+    """
+
+    def __init__(self, on_process: Callable[[str, int], None]) -> None:
+        self._on_process = on_process
+        self._processes: list[Process] = []
+        self.qemu: Process | None = None
+        self.qmp: QmpSession | None = None
+        self.console: Console | None = None
+        self.channel: GuestChannel | None = None
+
+    @property
+    def daemons(self) -> list[Process]:
+        """Every process but QEMU."""
+        return [process for process in self._processes if process is not self.qemu]
+
+    @property
+    def processes(self) -> list[Process]:
+        """Every process that was started or found."""
+        return [each for process in self._processes for each in (process, *process.workers)]
+
+    def spawn(self, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> Process:
+        """Start a process; see ``Process.spawn``.
+
+        :param name: what the process does.
+        :param argv: the program and its arguments.
+        :param inherit: descriptors the program gets under the same numbers.
+        :raises OSError: if no process could be made, or it could not be recorded.
+        """
+        process = Process.spawn(name, argv, inherit=inherit)
+        self._processes.append(process)  # first of all, so that destroy() finds it whatever fails next
+        if name == QEMU:
+            self.qemu = process
+        self._on_process(name, process.pid)
+        return process
+
+    def adopt_workers(self) -> None:
+        """Find the processes that daemons have forked: one in a sandbox serves from a child.
+
+        :raises OSError: if one could not be recorded.
+        """
+        for daemon in self.daemons:
+            daemon.adopt_workers()
+            for worker in daemon.workers:
+                self._on_process(worker.name, worker.pid)
+
+    async def early_cause(self, error: QmpError) -> str:
+        """Say why QEMU did not come up: a daemon's failure first, for QEMU's own often follows from it.
+
+        :param error: how it was noticed.
+        """
+        assert self.qemu is not None  # noqa: S101  (called after the spawn only)
+        await asyncio.wait([self.qemu.exited], timeout=LAST_WORDS_S)
+        for daemon in self.daemons:
+            if daemon.exited.done() and daemon.exited.result().code != 0:
+                return daemon.obituary()
+        return self.qemu.obituary() if self.qemu.exited.done() else f"QEMU: {error}"
+
+    async def destroy(self) -> None:
+        """Kill all processes; return when they are gone."""
+        if self.qemu is not None:
+            # First, so that no daemon's end is taken for a failure.
+            await self.qemu.destroy()
+        await asyncio.gather(*(process.destroy() for process in self.daemons))
+
+    async def close(self) -> None:
+        """Close all connections. May be called repeatedly."""
+        if self.qmp is not None:
+            await self.qmp.close()
+        if self.console is not None:
+            self.console.close()
+        if self.channel is not None:
+            self.channel.close()
+
+
+async def cancel(task: asyncio.Task[Any]) -> None:
+    """Cancel a task; return when it has ended.
+
+    :param task: any; one that is done is left alone.
+    """
+    if not task.done():
+        task.cancel()
+        await asyncio.wait([task])
