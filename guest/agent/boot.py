@@ -7,7 +7,7 @@ import fcntl
 import os
 import struct
 
-from guest.agent import files, kernel, modules
+from guest.agent import files, kernel, modules, timeline
 from guest.agent.kernel import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RELATIME
 
 _MOUNTS = (
@@ -39,7 +39,9 @@ def prepare() -> None:
         files.make_directories(target)
         kernel.mount(source, target, fstype=fstype, flags=flags, data=data)
     _fill_standard_descriptors()
+    timeline.lap("mounts")
     modules.load_boot()
+    timeline.lap("modules")
     _enable_controllers()
     files.write("/proc/sys/kernel/printk_devkmsg", "on\n")
     os.unlink("/dev/ptmx")

@@ -32,6 +32,7 @@ CLONE_NEWUTS = 0x04000000
 CLONE_NEWIPC = 0x08000000
 CLONE_NEWPID = 0x20000000
 _RB_POWER_OFF = 0x4321FEDC
+_SYSLOG_ACTION_READ_ALL, _MESSAGES_BYTES = 3, 1 << 18
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -119,6 +120,17 @@ def sync_filesystem(path: str) -> None:
         _check(_libc.syncfs(fd), path)
     finally:
         os.close(fd)
+
+
+def messages() -> bytes:
+    """Read the kernel's log, see syslog(2).
+
+    :returns: its newest lines, each with its level and its time.
+    :raises OSError: if the kernel refuses.
+    """
+    buffer = ctypes.create_string_buffer(_MESSAGES_BYTES)
+    _check(_libc.klogctl(_SYSLOG_ACTION_READ_ALL, buffer, _MESSAGES_BYTES), "log")
+    return buffer.value
 
 
 def power_off() -> None:

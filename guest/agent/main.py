@@ -6,7 +6,7 @@ import _signal  # type: ignore[import-not-found]  # what the signal module wraps
 import sys
 import time
 
-from guest.agent import boot, files, rawstreams, reaper, serial, tables, vsock
+from guest.agent import boot, files, rawstreams, reaper, serial, tables, timeline, vsock
 from guest.agent.console import log
 from guest.agent.sandbox import Sandbox
 from guest.agent.service import Service
@@ -26,7 +26,9 @@ def main() -> None:
     """Run the agent; returns never. Any error here ends process 1, and with it the machine."""
     sys.excepthook = _report_crash
     sys.unraisablehook = _report_lost_thread
+    timeline.lap("interpreter")
     boot.prepare()
+    timeline.lap("console, cgroups, loopback")
     # Blocked before any thread starts, so that only the loop below receives them.
     _signal.pthread_sigmask(_signal.SIG_BLOCK, {_signal.SIGCHLD, _signal.SIGIO})
     codec = Codec(tables.MESSAGES)
@@ -34,6 +36,7 @@ def main() -> None:
     vsock.listen(server)
     serial.listen(server)
     rawstreams.listen(files.read("/proc/cmdline"))
+    timeline.lap("services")
     log("serving")
     while True:
         if _signal.sigwait({_signal.SIGCHLD, _signal.SIGIO}) == _signal.SIGIO:

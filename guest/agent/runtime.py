@@ -6,8 +6,9 @@ import _socket
 import _thread
 import fcntl
 import os
+import time
 
-from guest.agent import files, reaper, streams
+from guest.agent import files, reaper, streams, timeline
 from guest.agent.errors import AgentError
 
 TYPE_CHECKING = False
@@ -71,10 +72,12 @@ def _scratch() -> str:
 
 def _run(launch: reaper.Launch, arguments: list[str], *, stdio: tuple[int, int, int], log: str) -> None:
     argv = ["crun", f"--log={log}", "--cgroup-manager=cgroupfs", *arguments]
+    began_s = time.monotonic()
     pid, end = launch.spawn(_sealed_crun(), argv, stdio)
     if not end.wait(_TIMEOUT_S):
         reaper.signal(pid, end, _SIGKILL)
         raise AgentError(f"crun: {arguments[0]}: no end after {_TIMEOUT_S:.0f} s; see the guest's console")
+    timeline.note(f"crun {arguments[0]}", began_s)
     if end.status != 0:
         raise AgentError(_cause(arguments[0], log))
 

@@ -7,7 +7,7 @@ import os
 import struct
 import time
 
-from guest.agent import cgroup, copyfile, files, kernel, oom, rawstreams, sizing, storage, volume
+from guest.agent import cgroup, copyfile, files, kernel, oom, rawstreams, sizing, storage, timeline, volume
 from guest.agent.errors import AgentError, InvalidArgument
 from guest.agent.network import Network
 
@@ -25,8 +25,8 @@ _MEMORY = "/sys/devices/system/memory"
 _RNDADDTOENTCNT, _RNDRESEEDCRNG = 0x40045201, 0x5207
 _SIGKILL = 9
 _BYTES, _INODES = 1, 2
-_PROCESSES = "hako.processes"
-"""A log type of our own: Kata's protocol has no call that lists a container's processes."""
+_PROCESSES, _TIMELINE = "hako.processes", "hako.timeline"
+"""Log types of our own: Kata's protocol has no call that lists a container's processes, or times."""
 
 
 class Service:
@@ -261,6 +261,8 @@ class Service:
         return self._empty
 
     def _diagnostic_data(self, request: Message, _call: Call) -> Message:
+        if request.log_type == _TIMELINE:
+            return self._codec.new("grpc.GetDiagnosticDataResponse", data=timeline.report())
         container = self._sandbox.container(request.container_id, InvalidArgument)
         if request.log_type != _PROCESSES:
             raise InvalidArgument(f"diagnostic data: {request.log_type!r}: not kept; ask for {_PROCESSES!r}")

@@ -11,7 +11,7 @@ import select
 import struct
 import time
 
-from guest.agent import workers
+from guest.agent import timeline, workers
 from guest.agent.console import log
 from guest.agent.errors import (
     AgentError,
@@ -219,12 +219,14 @@ class Connection:
         self._peer.release()
 
     def _handle(self, peer: _Peer, stream: int, request: Message) -> None:
+        began_s = time.monotonic()
         try:
             call = Call(peer.closed_fd, request.timeout_nano)
             payload = self._server.answer(request.service, request.method, request.payload, call)
             if len(payload) > MAX_PAYLOAD - 64:
                 raise ResourceExhausted(f"answer of {len(payload)} bytes exceeds {MAX_PAYLOAD}")
             self._respond(peer, stream, 0, "", payload)
+            timeline.note(request.method, began_s)
             if call.afterwards is not None:
                 call.afterwards()
         except AgentError as error:
