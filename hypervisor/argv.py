@@ -17,6 +17,9 @@ MIB = 1 << 20
 SHARE_TAG = "kataShared"
 """The virtio-fs tag that the guest agent mounts (fixed by Kata's agent protocol)."""
 
+SHARE_QUEUE = 1024
+"""How many requests may be on their way to the virtio-fs daemon."""
+
 AGENT_PORT_NAME = "hako.agent"
 """The virtio-serial port that Hako's guest agent opens."""
 
@@ -95,25 +98,47 @@ class Inherited:
 
     :param qmp: one end of a socket pair; the control connection.
     :param console: one end of a socket pair; what the guest writes to its console.
-    :param share: a socket connected to the virtio-fs daemon.
-    :param channel: the agent channel.
+    :param share: a socket connected to the virtio-fs daemon, or ``None`` for a machine without a share.
+    :param channel: the agent channel, or ``None`` for a machine without one.
+    :param memory: a file that is the guest's memory, or ``None`` for memory that QEMU makes.
     """
 
     qmp: int
     console: int
-    share: int
-    channel: ChannelDevice
+    share: int | None
+    channel: ChannelDevice | None
+    memory: int | None = None
 
 
-def qemu_argv(spec: VmSpec, inherited: Inherited, *, machine: Machine) -> list[str]:
-    """Build the command line that starts a virtual machine.
+def boot_argv(spec: VmSpec, inherited: Inherited, *, machine: Machine) -> list[str]:
+    """Build the command line that boots a virtual machine.
 
     :param spec: the virtual machine.
     :param inherited: the descriptors QEMU will find open.
     :param machine: the architecture's part.
     :returns: the program and its arguments.
     """
-    memory = f"{spec.memory_bytes // MIB}M"
+    return [
+        *_machine_argv(spec, inherited, machine=machine),
+        "-kernel", str(spec.kernel),
+        "-initrd", str(spec.initrd),
+        "-append", kernel_command_line(spec, machine=machine),
+    ]  # fmt: skip
+
+
+def clone_argv(spec: VmSpec, inherited: Inherited, *, machine: Machine) -> list[str]:
+    """Build the command line that starts a machine which is to be loaded, and let run afterwards.
+
+    :param spec: the virtual machine.
+    :param inherited: the descriptors QEMU will find open.
+    :param machine: the architecture's part.
+    :returns: the program and its arguments.
+    """
+    # No kernel: it is in the memory already, and QEMU would read all of it and keep it.
+    return [*_machine_argv(spec, inherited, machine=machine), "-S", "-incoming", "defer"]
+
+
+def _machine_argv(spec: VmSpec, inherited: Inherited, *, machine: Machine) -> list[str]:
     return [
         *_entering(spec.network_namespace),
         str(spec.qemu),
@@ -130,18 +155,13 @@ def qemu_argv(spec: VmSpec, inherited: Inherited, *, machine: Machine) -> list[s
         "-accel", _accelerator(spec.accelerator),
         "-cpu", machine.cpu_models[spec.accelerator],
         "-smp", f"cpus={spec.vcpus},maxcpus={spec.max_vcpus}",
-        # Shared, because the virtio-fs and vsock daemons map the guest's memory.
         "-m", _memory(spec),
-        "-object", f"memory-backend-memfd,id=memory,size={memory},share=on",
-        "-kernel", str(spec.kernel),
-        "-initrd", str(spec.initrd),
-        "-append", kernel_command_line(spec, machine=machine),
+        "-object", _memory_backend(spec, inherited.memory),
         "-chardev", f"socket,id=qmp,fd={inherited.qmp}",
         "-mon", "chardev=qmp,mode=control",
         *_console(inherited.console, machine),
         *_channel(inherited.channel),
-        "-chardev", f"socket,id=share,fd={inherited.share}",
-        "-device", f"vhost-user-fs-pci,chardev=share,tag={SHARE_TAG},queue-size=1024",
+        *_share(inherited.share),
         # Early entropy: without it the guest's first random read may wait.
         "-device", "virtio-rng-pci",
         # Turns a guest panic into an event, with no wait for a reset.
@@ -234,6 +254,21 @@ def _memory(spec: VmSpec) -> str:
     return f"size={size}M,slots={MEMORY_MODULES},maxmem={size + 2 * room}M"
 
 
+def _memory_backend(spec: VmSpec, fd: int | None) -> str:
+    kind = "memory-backend-memfd" if fd is None else f"memory-backend-file,mem-path=/proc/self/fd/{fd}"
+    # Shared, because the virtio-fs and vsock daemons map the guest's memory.
+    return f"{kind},id=memory,size={spec.memory_bytes // MIB}M,share=on"
+
+
+def _share(fd: int | None) -> list[str]:
+    if fd is None:
+        return []
+    return [
+        "-chardev", f"socket,id=share,fd={fd}",
+        "-device", f"vhost-user-fs-pci,chardev=share,tag={SHARE_TAG},queue-size={SHARE_QUEUE}",
+    ]  # fmt: skip
+
+
 def _accelerator(accelerator: Accelerator) -> str:
     match accelerator:
         case Accelerator.KVM:
@@ -256,8 +291,10 @@ def _console(fd: int, machine: Machine) -> list[str]:
     ]  # fmt: skip
 
 
-def _channel(device: ChannelDevice) -> list[str]:
+def _channel(device: ChannelDevice | None) -> list[str]:
     match device:
+        case None:
+            return []
         case KernelVsock(fd=fd, cid=cid):
             return ["-device", f"vhost-vsock-pci,vhostfd={fd},guest-cid={cid}"]
         case UserVsock(fd=fd):

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from hypervisor import machine, virtiofsd
-from hypervisor.argv import Inherited, qemu_argv
+from hypervisor.argv import Inherited, boot_argv
 from hypervisor.console import Console
 from hypervisor.errors import QmpError, VmStartError
 from hypervisor.host_side import QEMU
@@ -51,7 +51,7 @@ async def boot(spec: VmSpec, host: HostSide) -> QmpSession:
         )
         host.spawn(
             QEMU,
-            qemu_argv(spec, inherited, machine=this_machine),
+            boot_argv(spec, inherited, machine=this_machine),
             inherit=[inherited.qmp, inherited.console, inherited.share, device.fd],
         )
     try:
