@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import grpc
 import pytest
 
 from tests.cri import image, peer
+from tests.cri.client import enum_name
 from tests.cri.conftest import counted
 from tests.cri.image import PORT
-from tests.cri.pods import POD_SCOPE, Pod, pod_config, remove_all
+from tests.cri.pods import POD_SCOPE, Pod, pod_config, remove_all, run_pod
 from tests.cri.stack import inside
+from tests.e2e.life import PROGRAMS, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,6 +88,47 @@ def test_a_pod_whose_shim_dies_ends_and_leaves_nothing_when_it_is_removed(
     assert all(container.wait_for_exit(timeout_s=10) in {137, 255} for container in containers)
     pod.remove()
     assert not pod.is_known()
+
+
+@pytest.mark.mainly
+@pytest.mark.parametrize(
+    ("guest", "reason"),
+    [
+        pytest.param('kernel = "/no/kernel"', "/no/kernel", id="without-kernel"),
+        pytest.param('kernel_parameters = "rdinit=/none init=/none root=/dev/none"', "panic", id="panics"),
+    ],
+)
+def test_a_pod_that_cannot_start_leaves_nothing(stack: Stack, guest: str, reason: str) -> None:
+    if not stack.is_hako:
+        pytest.skip("it is Hako's machine that does not start")
+    config = Path(stack.containerd.environment["HAKO_CONFIG"])
+    good = config.read_text(encoding="utf-8")
+    config.write_text(f"{good}[guest]\n{guest}\n", encoding="utf-8")
+    try:
+        with counted(stack), pytest.raises(grpc.RpcError, match=reason):
+            run_pod(stack, "refused")
+    finally:
+        config.write_text(good, encoding="utf-8")
+
+
+@pytest.mark.mainly
+def test_a_pod_that_containerd_dies_over_leaves_nothing_when_it_is_removed(stack: Stack) -> None:
+    config = pod_config(stack, "interrupted")
+    with counted(stack):
+        call = stack.cri.begin("RunPodSandbox", config=config, runtime_handler=stack.handler)
+        until(
+            lambda: any(PROGRAMS["QEMU"] in each.command for each in stack.containerd.nursery.descendants()),
+            what="its machine boots",
+        )
+        stack.containerd.stop(how=signal.SIGKILL)
+        with pytest.raises(grpc.RpcError):
+            call.result()
+        stack.containerd.start()
+        stack.cri.wait_until_served()
+        for pod in stack.cri.call("ListPodSandbox").items:
+            if pod.metadata.name == "interrupted":
+                assert enum_name(pod, "state") == "SANDBOX_NOTREADY"
+                Pod(stack, pod.id, config).remove()
 
 
 @pytest.mark.mainly

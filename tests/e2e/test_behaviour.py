@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import grpc
 import pytest
 
 from shim.sandbox import DESERTED_S
@@ -11,6 +12,7 @@ from tests.e2e.busybox import IMAGE
 from tests.e2e.by_hand import ByHand
 from tests.e2e.conftest import new_id
 from tests.e2e.life import until
+from tests.e2e.tasks import Exits, Tasks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +43,26 @@ def test_a_container_can_be_started_again_after_its_task_was_deleted(one_stack: 
         again = containerd.ctr("task", "start", "--detach", box)
         assert again.code == 0, again.stderr
         assert containerd.exec(box, "look", "ls", "/seen").stdout == "/seen\n"
+
+
+def test_the_exit_of_a_task_is_reported_once_and_none_of_a_task_that_could_not_be_created(
+    one_stack: Stack, box: str, tmp_path: Path
+):
+    containerd = one_stack.containerd
+    made = containerd.ctr("container", "create", "--runtime", containerd.runtime, IMAGE, box, "/missing")
+    assert made.code == 0, made.stderr
+    exits = Exits()
+    with Tasks(containerd.address) as tasks:
+        tasks.subscribe(exits)
+        with pytest.raises(grpc.RpcError, match="/missing"):
+            tasks.begin_create(box).result()
+        ended = containerd.run(IMAGE, later := new_id(), "sh", "-c", "sleep 1000 & exit 3")
+        assert ended.code == 3, ended.stderr
+        assert exits.wait_for(later, timeout_s=END_S)
+        # containerd sends on what it is told in order: had there been more, it would have come before this.
+        assert containerd.run(IMAGE, last := new_id(), "true").code == 0
+        assert exits.wait_for(last, timeout_s=END_S)
+        assert exits.seen == [(later, 3), (last, 0)]
 
 
 def test_an_exec_ends_although_a_child_it_left_behind_holds_its_output(one_stack: Stack, box: str):
