@@ -41,22 +41,26 @@ async def boot(spec: VmSpec, host: HostSide) -> QmpSession:
             argv = virtiofsd.daemon_argv(
                 spec.virtiofsd, dialect, fd=listener.fileno(), source=spec.share_source
             )
-            host.spawn(virtiofsd.NAME, argv, inherit=[listener.fileno()])
+            with host.phase("spawn virtio-fs daemon"):
+                host.spawn(virtiofsd.NAME, argv, inherit=[listener.fileno()])
         host.channel = make_channel(spec, spawn=host.spawn)
-        device = await host.channel.open(handover)
+        with host.phase("open agent's channel"):
+            device = await host.channel.open(handover)
         host.qmp = qmp = QmpSession(spec.name, handover=handover)
         host.console = Console(spec.directory / "console.log", handover=handover)
         inherited = Inherited(
             qmp=qmp.qemu_fd, console=host.console.qemu_fd, share=share.fileno(), channel=device
         )
-        host.spawn(
-            QEMU,
-            boot_argv(spec, inherited, machine=this_machine),
-            inherit=[inherited.qmp, inherited.console, inherited.share, device.fd],
-        )
+        with host.phase("spawn QEMU"):
+            host.spawn(
+                QEMU,
+                boot_argv(spec, inherited, machine=this_machine),
+                inherit=[inherited.qmp, inherited.console, inherited.share, device.fd],
+            )
     try:
-        await qmp.connect()
-        state = await qmp.run_state()
+        with host.phase("QMP"):
+            await qmp.connect()
+            state = await qmp.run_state()
     except QmpError as error:
         raise VmStartError(f"start vm: {await host.early_cause(error)}") from error
     if state != "running":

@@ -9,11 +9,14 @@ from hypervisor.process import Process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from contextlib import AbstractContextManager
 
     from hypervisor.console import Console
     from hypervisor.errors import QmpError
     from hypervisor.qmp import QmpSession
     from hypervisor.vsock import GuestChannel
+
+    Phase = Callable[[str], AbstractContextManager[object]]
 
 QEMU = "QEMU"
 
@@ -25,10 +28,12 @@ class HostSide:
     """The host's side of one virtual machine. Each part is kept from the moment it exists.
 
     :param on_process: called with the name and the id of each process right after it was started.
+    :param phase: called with the name of each phase of a start, and entered for its duration.
     """
 
-    def __init__(self, on_process: Callable[[str, int], None]) -> None:
+    def __init__(self, on_process: Callable[[str, int], None], phase: Phase) -> None:
         self._on_process = on_process
+        self.phase = phase
         self._processes: list[Process] = []
         self.qemu: Process | None = None
         self.qmp: QmpSession | None = None

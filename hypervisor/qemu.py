@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Coroutine
 
+    from hypervisor.host_side import Phase
     from hypervisor.process import Process
     from hypervisor.qmp import QmpSession
 
@@ -57,11 +58,14 @@ class QemuHypervisor(Hypervisor):
 
     :param spec: the virtual machine.
     :param on_process: called with the name and the id of each process right after it was started.
+    :param phase: called with the name of each phase of the start, and entered for its duration.
     """
 
-    def __init__(self, spec: VmSpec, *, on_process: Callable[[str, int], None]) -> None:
+    def __init__(
+        self, spec: VmSpec, *, on_process: Callable[[str, int], None], phase: Phase = contextlib.nullcontext
+    ) -> None:
         self._spec = spec
-        self._host = HostSide(on_process)
+        self._host = HostSide(on_process, phase)
         self._devices: Devices | None = None
         self._disks: Disks | None = None
         self._vcpus: Vcpus | None = None
