@@ -12,6 +12,7 @@ import pytest
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import new_id
 from tests.e2e.life import Life
+from tests.e2e.test_refusals import configured
 
 if TYPE_CHECKING:
     from tests.e2e.conftest import Stack
@@ -26,7 +27,7 @@ WARM_UP = 20
 def run_one(stack: Stack, number: int) -> tuple[int, str]:
     """Run a container that says its number; return its exit code and output."""
     result = stack.containerd.run(
-        IMAGE, new_id(), "sh", "-c", f"echo {number}; exit {number % 7}", timeout_s=200
+        IMAGE, new_id(), "sh", "-c", f"echo {number}; exit {number % 7}", timeout_s=400
     )
     return result.code, result.stdout + result.stderr
 
@@ -43,10 +44,12 @@ def test_containers_one_after_the_other_leave_nothing(stack: Stack, count: int):
 @pytest.mark.alone
 @pytest.mark.timeout(3600)
 def test_containers_beside_each_other_leave_nothing(stack: Stack):
-    with ThreadPoolExecutor(10) as pool:
-        outcomes = list(pool.map(lambda number: run_one(stack, number), range(100)))
+    patient = configured(stack, guest="boot_timeout_s = 300")  # ten boots share the machine's processors
+    with patient, ThreadPoolExecutor(10) as pool:
+        outcomes = enumerate(pool.map(lambda number: run_one(stack, number), range(100)))
+        wrong = [each for each in outcomes if each != (each[0], (each[0] % 7, f"{each[0]}\n"))]
 
-    assert outcomes == [(number % 7, f"{number}\n") for number in range(100)]
+    assert wrong == []
 
 
 @pytest.mark.timeout(600)
