@@ -55,7 +55,7 @@ async def boot(spec: VmSpec, host: HostSide) -> QmpSession:
             host.spawn(
                 QEMU,
                 boot_argv(spec, inherited, machine=this_machine),
-                inherit=[inherited.qmp, inherited.console, inherited.share, device.fd],
+                inherit=[inherited.qmp, inherited.console, share.fileno(), device.fd],
             )
     try:
         with host.phase("QMP"):

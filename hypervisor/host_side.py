@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from hypervisor.process import Process
@@ -31,7 +32,7 @@ class HostSide:
     :param phase: called with the name of each phase of a start, and entered for its duration.
     """
 
-    def __init__(self, on_process: Callable[[str, int], None], phase: Phase) -> None:
+    def __init__(self, on_process: Callable[[str, int], None], phase: Phase = contextlib.nullcontext) -> None:
         self._on_process = on_process
         self.phase = phase
         self._processes: list[Process] = []

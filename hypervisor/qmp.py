@@ -169,6 +169,15 @@ class QmpSession:
         reply = await self.ask(dict, "query-status")
         return str(reply.get("status"))
 
+    async def version(self) -> str:
+        """Return QEMU's version with its package, as one text.
+
+        :raises QmpError: if QEMU does not answer.
+        """
+        reply = await self.ask(dict, "query-version")
+        numbers: Any = reply.get("qemu")
+        return f"{numbers['major']}.{numbers['minor']}.{numbers['micro']} {reply.get('package', '')}".strip()
+
     async def driver_runs(self, device: str) -> bool:
         """Tell whether the guest's driver has taken a virtio device into use (DRIVER_OK of virtio 1.2, 2.1).
 

@@ -1,13 +1,68 @@
-"""Templates: a machine that was booted once, kept as files from which others start where it stood."""
+"""Templates: a machine that was booted once, kept as files from which others start where it stood.
+
+A template is a directory of three files: the memory, sparse and at the guest's own addresses; the state of
+QEMU's devices; and a description of both, written last.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from hypervisor import machine
+from hypervisor.argv import Inherited, SerialPort, boot_argv
+from hypervisor.errors import TemplateError, VmStartError
+from hypervisor.interface import Accelerator, Channel
 
+if TYPE_CHECKING:
     from hypervisor.interface import VmSpec
+
+MEMORY = "memory"
+STATE = "state"
+DESCRIPTION = "template.json"
+
+_FORMAT = 1
+"""Raised when the files, or what they say of the machine, change their meaning."""
+
+_NO_FD = 0
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_CPUINFO = Path("/proc/cpuinfo")
+_CPU_FIELDS = ("vendor_id", "model name", "microcode", "flags")
+
+_STATE_LIMIT = 256 << 20
+"""More than the state of any machine; what says more is broken."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """A template's description.
+
+    :param qemu_version: of the QEMU that saved it; no other loads it.
+    :param memory_bytes: the guest's memory.
+    :param data_bytes: how much of it is not zero, and so in the file.
+    :param state_bytes: the length of the state.
+    :param state_sha256: its digest, hexadecimal.
+    """
+
+    qemu_version: str
+    memory_bytes: int
+    data_bytes: int
+    state_bytes: int
+    state_sha256: str
+
+    def write(self, directory: Path) -> None:
+        """Write the description; it makes the template complete.
+
+        :param directory: where the other files are.
+        :raises OSError: if it cannot be written.
+        """
+        values = {"format": _FORMAT, **dataclasses.asdict(self)}
+        (directory / DESCRIPTION).write_text(json.dumps(values, indent=1) + "\n")
 
 
 def template_key(spec: VmSpec) -> str:
@@ -20,17 +75,115 @@ def template_key(spec: VmSpec) -> str:
     :raises UnsupportedHostError: if this machine's architecture is not supported.
     :raises VmStartError: if QEMU, the kernel or the initial RAM file system is not there.
     """
-    raise NotImplementedError
+    bare = bare_machine(dataclasses.replace(spec, name="", network_namespace=None))
+    shape: list[object] = [
+        _FORMAT,
+        boot_argv(bare, bare_descriptors(bare), machine=machine.for_host()),
+        [_identity(file) for file in (spec.qemu, spec.kernel, spec.initrd)],
+    ]
+    if spec.accelerator is Accelerator.KVM:
+        # The guest has found out what this processor can do, and how fast its clock runs.
+        shape += [_BOOT_ID.read_text(), _processor(_CPUINFO.read_text())]
+    return hashlib.sha256(json.dumps(shape).encode()).hexdigest()
 
 
-async def save_template(spec: VmSpec, directory: Path, *, timeout_s: float) -> None:
-    """Boot a machine, and save it as soon as its agent serves.
+def bare_machine(spec: VmSpec) -> VmSpec:
+    """Reduce a machine to what a template has of it.
 
-    :param spec: the virtual machine; its share and its template are not looked at.
-    :param directory: an existing, empty directory for the template's files. It is complete when this
-        returns, and useless if it raises.
-    :param timeout_s: the longest this may take, in seconds.
-    :raises UnsupportedHostError: if this machine's architecture is not supported.
-    :raises VmStartError: if the machine does not come up, or cannot be saved. Nothing is left running.
+    :param spec: the virtual machine.
     """
-    raise NotImplementedError
+    # Told to the guest in time to load what a clone needs, and forget what it does not.
+    return dataclasses.replace(spec, kernel_parameters=("hako.template", *spec.kernel_parameters))
+
+
+def bare_descriptors(
+    spec: VmSpec, *, qmp: int = _NO_FD, console: int = _NO_FD, agent: int = _NO_FD, memory: int = _NO_FD
+) -> Inherited:
+    """Name the descriptors of a machine as a template has it: with nothing that QEMU cannot save.
+
+    :param spec: the virtual machine.
+    :param qmp: the control connection.
+    :param console: the console.
+    :param agent: the agent's virtio-serial port, which a machine with another channel does not have.
+    :param memory: the memory.
+    """
+    channel = SerialPort(fd=agent) if spec.channel is Channel.VIRTIO_SERIAL else None
+    return Inherited(qmp=qmp, console=console, share=None, channel=channel, memory=memory)
+
+
+def read_description(directory: Path) -> Template:
+    """Read a template's description.
+
+    :param directory: the template's.
+    :raises TemplateError: if it is missing or not what this program writes.
+    """
+    path = directory / DESCRIPTION
+    try:
+        values = json.loads(path.read_bytes())
+        if values.pop("format") != _FORMAT:
+            raise TemplateError(f"template: {path}: written by another version of this program")
+        found = Template(**values)
+    except OSError as error:
+        raise TemplateError(f"template: {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TemplateError(f"template: {path}: not a template's description: {error!r}") from error
+    kinds = (str, int, int, int, str)
+    if not all(isinstance(*pair) for pair in zip(dataclasses.astuple(found), kinds, strict=True)):
+        raise TemplateError(f"template: {path}: not a template's description: a value of the wrong type")
+    return found
+
+
+def read_state(directory: Path, template: Template) -> bytes:
+    """Read the state of a template's devices.
+
+    :param directory: the template's.
+    :param template: its description.
+    :raises TemplateError: if it is missing, or other than when it was saved.
+    """
+    path = directory / STATE
+    try:
+        state = path.read_bytes() if path.stat().st_size <= _STATE_LIMIT else b""
+    except OSError as error:
+        raise TemplateError(f"template: {path}: {error.strerror}") from error
+    if len(state) != template.state_bytes:
+        raise TemplateError(f"template: {path}: {len(state)} bytes instead of {template.state_bytes}")
+    if hashlib.sha256(state).hexdigest() != template.state_sha256:
+        raise TemplateError(f"template: {path}: its checksum is wrong")
+    return state
+
+
+def open_memory(directory: Path, template: Template) -> int:
+    """Open the memory of a template for reading.
+
+    :param directory: the template's.
+    :param template: its description.
+    :returns: a descriptor, the caller's to close.
+    :raises TemplateError: if it is missing or truncated.
+    """
+    path = directory / MEMORY
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise TemplateError(f"template: {path}: {error.strerror}") from error
+    try:
+        size = os.fstat(fd).st_size
+        if size != template.memory_bytes:
+            raise TemplateError(f"template: {path}: {size} bytes instead of {template.memory_bytes}")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _identity(file: Path) -> list[object]:
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise VmStartError(f"template: {file}: {error.strerror}") from error
+    return [str(file), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
+
+
+def _processor(cpuinfo: str) -> list[str]:
+    """Pick the lines that tell one model of processor from another."""
+    first = cpuinfo.partition("\n\n")[0].splitlines()
+    return [line for line in first if line.partition(":")[0].strip() in _CPU_FIELDS]

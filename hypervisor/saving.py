@@ -1,0 +1,171 @@
+"""Making a template: a machine is booted without what is a sandbox' own, and saved once its agent serves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import mmap
+import os
+import socket
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from hypervisor import machine, migration, template
+from hypervisor.argv import boot_argv
+from hypervisor.console import Console
+from hypervisor.errors import QmpError, VmStartError
+from hypervisor.host_side import QEMU, HostSide
+from hypervisor.interface import AGENT_READY_MARK
+from hypervisor.memory_copy import data_ranges
+from hypervisor.qmp import QmpSession
+from hypervisor.template import Template
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hypervisor.interface import VmSpec
+
+PAGE = 4096
+_ZEROS = bytes(PAGE)
+
+_LEFT_IN_GUEST = 16 << 20
+"""What the guest is asked to live on, in bytes: less than it can, so that it gives all it has."""
+
+_BALLOON_SILENCE_S = 2.5
+"""While the guest gives or takes pages, QEMU says so every second."""
+
+_CONSOLE_LINES = 50
+_CHUNK = 1 << 20
+
+
+async def save_template(spec: VmSpec, directory: Path, *, timeout_s: float) -> None:
+    """Boot a machine, and save it as soon as its agent serves.
+
+    :param spec: the virtual machine; its share and its template are not looked at.
+    :param directory: an existing, empty directory for the template's files. It is complete when this
+        returns, and useless if it raises.
+    :param timeout_s: the longest this may take, in seconds.
+    :raises UnsupportedHostError: if this machine's architecture is not supported.
+    :raises VmStartError: if the machine does not come up, or cannot be saved. Nothing is left running.
+    """
+    host = HostSide(lambda _name, _pid: None)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await _save(template.bare_machine(spec), directory, host)
+    except TimeoutError:
+        tail = "".join(f"; the guest's console ends with: {line}" for line in _tail(host, 1))
+        raise VmStartError(f"save template: not done within {timeout_s:g} s{tail}") from None
+    except QmpError as error:
+        raise VmStartError(f"save template: {await host.early_cause(error)}") from error
+    except OSError as error:
+        raise VmStartError(f"save template: {error.filename or 'host'}: {error.strerror}") from error
+    finally:
+        await host.destroy()
+        await host.close()
+
+
+async def _save(spec: VmSpec, directory: Path, host: HostSide) -> None:
+    with ExitStack() as stack:
+        memory = os.memfd_create("hako-memory", os.MFD_CLOEXEC)
+        stack.callback(os.close, memory)
+        os.ftruncate(memory, spec.memory_bytes)
+        # The agent finds its host connected, as it will in each clone, and hears nothing from it.
+        silent, agent = socket.socketpair()
+        stack.enter_context(silent)
+        with agent:
+            qmp = await _boot(spec, host, memory=memory, agent=agent.fileno())
+        await _agent_serves(host)
+        await _give_back(qmp, spec.memory_bytes)
+        # The guest stands still from here on: what is in the memory and what the devices know agree.
+        await qmp.ask(dict, "stop")
+        state = await _device_state(qmp)
+        version = await qmp.version()
+        data_bytes = await asyncio.to_thread(_copy_data, memory, directory / template.MEMORY)
+        (directory / template.STATE).write_bytes(state)
+        Template(
+            qemu_version=version,
+            memory_bytes=spec.memory_bytes,
+            data_bytes=data_bytes,
+            state_bytes=len(state),
+            state_sha256=hashlib.sha256(state).hexdigest(),
+        ).write(directory)
+
+
+async def _boot(spec: VmSpec, host: HostSide, *, memory: int, agent: int) -> QmpSession:
+    with ExitStack() as handover:
+        host.qmp = qmp = QmpSession(spec.name, handover=handover)
+        host.console = Console(spec.directory / "console.log", handover=handover)
+        descriptors = template.bare_descriptors(
+            spec, qmp=qmp.qemu_fd, console=host.console.qemu_fd, agent=agent, memory=memory
+        )
+        host.spawn(
+            QEMU,
+            boot_argv(spec, descriptors, machine=machine.for_host()),
+            inherit=[qmp.qemu_fd, host.console.qemu_fd, agent, memory],
+        )
+        await qmp.connect()
+        return qmp
+
+
+def _tail(host: HostSide, lines: int) -> list[str]:
+    return host.console.tail(lines) if host.console else []
+
+
+async def _agent_serves(host: HostSide) -> None:
+    assert host.qemu is not None  # noqa: S101  (it was booted)
+    assert host.console is not None  # noqa: S101
+    while not any(AGENT_READY_MARK in line for line in _tail(host, _CONSOLE_LINES)):
+        host.console.grew.clear()
+        grew = asyncio.create_task(host.console.grew.wait())
+        try:
+            ends: list[asyncio.Future[Any]] = [grew, host.qemu.exited]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            grew.cancel()
+        if host.qemu.exited.done():
+            said = "".join(f"; {line}" for line in _tail(host, 1))
+            raise VmStartError(f"save template: {host.qemu.obituary()}{said}")
+
+
+async def _give_back(qmp: QmpSession, memory_bytes: int) -> None:
+    """Take from the guest the pages that it does not use, and give them back empty."""
+    with qmp.events("BALLOON_CHANGE") as events:
+        for size in (_LEFT_IN_GUEST, memory_bytes):
+            await qmp.ask(dict, "balloon", {"value": size})
+            with contextlib.suppress(TimeoutError):
+                while (await qmp.ask(dict, "query-balloon"))["actual"] != size:
+                    async with asyncio.timeout(_BALLOON_SILENCE_S):
+                        await events.next()
+
+
+async def _device_state(qmp: QmpSession) -> bytes:
+    ours, qemus = socket.socketpair()
+    with ours, qmp.events(migration.EVENT) as events:
+        with qemus:
+            ours.settimeout(0)
+            await qmp.ask(dict, "migrate-set-capabilities", migration.IGNORE_SHARED)
+            name = await qmp.send_fd(qemus.fileno())
+        await qmp.ask(dict, "migrate", {"uri": f"fd:{name}"})
+        state = bytearray()
+        while chunk := await asyncio.get_running_loop().sock_recv(ours, _CHUNK):
+            state += chunk
+        await migration.completed(qmp, events)
+    return bytes(state)
+
+
+def _copy_data(memory: int, target: Path) -> int:
+    """Write the pages that are not zero to a sparse file; return how many bytes they are."""
+    written = 0
+    with target.open("xb", buffering=0) as file, mmap.mmap(memory, 0, prot=mmap.PROT_READ) as pages:
+        file.truncate(len(pages))
+        for begin, end in data_ranges(memory):
+            start = None
+            for offset in (*range(begin, end, PAGE), end):
+                used = offset < end and pages[offset : offset + PAGE] != _ZEROS
+                if used and start is None:
+                    start = offset
+                elif not used and start is not None:
+                    written += os.pwrite(file.fileno(), pages[start:offset], start)
+                    start = None
+    return written
