@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shim import config
+from shim import config, template_command
 from shim.refusal import Refusal
 from shim.version import version
 
@@ -30,25 +30,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :returns: the exit status: 0 for yes or done, 1 for no or failed, 2 for a wrong command line.
     """
     chosen = _parser().parse_args(arguments)
+    status = 0
     try:
         match chosen.command:
             case "check":
-                return _check(chosen.config, as_json=chosen.json)
+                status = _check(chosen.config, as_json=chosen.json)
             case "logs":
-                return _logs(chosen)
+                status = _logs(chosen)
             case "install":
                 from shim import install  # noqa: PLC0415 - the other commands do without
 
                 print(install.drop_in(install.found_version(chosen.containerd)), end="")
-                return 0
             case "image":
-                return _build_image(chosen)
+                status = _build_image(chosen)
+            case "template":
+                status = template_command.run(chosen)
             case _:
                 print(version())
-                return 0
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         return 1
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         build.add_argument(option, type=Path, default=default, metavar="DIR", help=f"{text} ({default})")
     build.add_argument("--kernel", type=Path, metavar="FILE", help="a kernel of your own")
     build.add_argument("--modules", type=Path, metavar="DIR", help="its lib/modules/RELEASE")
+    template_command.add_to(commands)
     commands.add_parser("version", help="print the version")
     return parser
 
@@ -162,3 +165,7 @@ class Progress:
         """Leave the last step to be read, with the cursor below it."""
         if self._in_place and self._shown:
             self._stream.write("\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

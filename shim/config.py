@@ -41,6 +41,9 @@ class HypervisorConfig(Record):
     virtiofsd: str = "auto"
     #: Path of the daemon that serves ``vhost-user-vsock``, or ``auto`` to search for it.
     vsock_daemon: str = "auto"
+    #: ``auto`` clones machines from one that was booted before, ``off`` boots each.
+    template: str = "off"
+    template_dir: str = "/run/hako/templates"
 
 
 class GuestConfig(Record):
@@ -78,10 +81,11 @@ class Config(Record):
 _CHOICES = {
     "accelerator": ("auto", "kvm", "tcg"),
     "channel": ("auto", "vhost-vsock", "vhost-user-vsock", "virtio-serial"),
+    "template": ("auto", "off"),
     "protocol": ("ttrpc", "grpc"),
     "log_level": ("debug", "info", "warning", "error"),
 }
-_PATHS = ("qemu", "virtiofsd", "vsock_daemon", "kernel", "initrd", "state_dir", "log_dir")
+_PATHS = ("qemu", "virtiofsd", "vsock_daemon", "template_dir", "kernel", "initrd", "state_dir", "log_dir")
 #: Least and most that can be meant: 255 is as many as q35 numbers without an IOMMU, 16 TiB more than it maps.
 _RANGES = {
     "vcpus": (1, 255),

@@ -34,6 +34,9 @@ _SIZES = {
     "memory_limit_in_bytes": "io.kubernetes.cri.sandbox-memory",
 }
 
+#: Says ``off`` for a pod whose machine is to share nothing with others, not even a past.
+TEMPLATE_ANNOTATION = "io.hako.template"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodSpec:
@@ -58,6 +61,12 @@ def is_pause(spec: dict[str, Any]) -> bool:
     """Tell whether an OCI specification is of the container that only stands for its pod."""
     annotations = spec.get("annotations")
     return isinstance(annotations, dict) and annotations.get(KIND_ANNOTATION) == "sandbox"
+
+
+def refuses_template(spec: dict[str, Any]) -> bool:
+    """Tell whether an OCI specification wants a machine that was not cloned."""
+    annotations = spec.get("annotations")
+    return isinstance(annotations, dict) and annotations.get(TEMPLATE_ANNOTATION) == "off"
 
 
 def from_oci(spec: dict[str, Any]) -> PodSpec:

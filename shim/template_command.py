@@ -1,0 +1,126 @@
+"""``hako template``: which templates there are, and making and removing them by hand."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shim import config
+from shim.errors import ShimError
+from shim.refusal import Refusal
+from shim.template_store import TemplateStore
+
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
+
+    from shim.config import Config
+    from shim.template_store import Entry
+
+_SHOWN = 12  # characters of a key: enough to tell a few templates apart
+_MIB = 1 << 20
+_UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
+
+
+def add_to(commands: Any) -> None:
+    """Offer the command.
+
+    :param commands: what ``add_subparsers`` returned.
+    """
+    parser = commands.add_parser("template", help="see, build and remove what machines are cloned from")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="COMMAND")
+    listing = actions.add_parser("ls", help="list the templates")
+    removing = actions.add_parser("rm", help="remove templates; machines that were cloned from them live on")
+    what = removing.add_mutually_exclusive_group(required=True)
+    what.add_argument("key", nargs="?", metavar="KEY", help="the beginning of a template's key is enough")
+    what.add_argument("--all", action="store_true", help="every template")
+    building = actions.add_parser("build", help="build the template of the configuration, unless it is there")
+    building.add_argument(
+        "--background", action="store_true", help="disturb nobody, and leave it if somebody else builds"
+    )
+    for each in (listing, removing, building):
+        text = "a configuration other than the host's; - for standard input"
+        each.add_argument("--config", default="", metavar="PATH", help=text)
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Do what was asked for.
+
+    :param chosen: the command line.
+    :returns: the exit status.
+    :raises Refusal: if it cannot be done.
+    """
+    settings = _settings(chosen.config)
+    store = TemplateStore(Path(settings.hypervisor.template_dir))
+    try:
+        match chosen.action:
+            case "ls":
+                _print(store.entries())
+            case "rm":
+                for key in store.remove(chosen.key or ""):
+                    print(key)
+            case _:
+                return _build(settings, store, in_background=chosen.background)
+    except OSError as error:
+        raise Refusal(
+            f"template: {error.filename or store.directory}: {error.strerror}; mend that"
+        ) from error
+    return 0
+
+
+def _settings(path: str) -> Config:
+    if path == "-":
+        return config.parse(config.ConfigText(text=sys.stdin.read(), source="standard input"))
+    return config.parse(config.locate({config.ENVIRONMENT_VARIABLE: path} if path else os.environ))
+
+
+def _build(settings: Config, store: TemplateStore, *, in_background: bool) -> int:
+    from shim import template_builder  # noqa: PLC0415 - imports the hypervisor
+
+    if in_background:
+        template_builder.go_to_the_background(settings)
+    elif store.is_building():
+        print("template: another is being built; waiting for that", file=sys.stderr)
+    try:
+        print(template_builder.build(settings, store, wait=not in_background).path)
+    except BlockingIOError as error:
+        raise Refusal("template: another is being built; try again later") from error
+    except ShimError as error:
+        raise Refusal(str(error)) from error
+    return 0
+
+
+def _print(entries: list[Entry]) -> None:
+    rows = [("KEY", "SIZE", "BUILT", "USED", "FOR")]
+    now = time.time()
+    for entry in entries:
+        used = "-" if entry.failure else _age(now - entry.used_at)
+        size = "-" if entry.failure else f"{entry.size_bytes / _MIB:.0f} MiB"
+        rows.append((entry.key[:_SHOWN], size, _age(now - entry.built_at), used, _what_for(entry)))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for *cells, last in rows:
+        print(*(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), last, sep="  ")
+
+
+def _age(seconds: float) -> str:
+    for length, unit in _UNITS:
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"
+
+
+def _what_for(entry: Entry) -> str:
+    if entry.failure:
+        return f"failed: {entry.failure}"
+    asked = dict(entry.purpose)
+    sizes = [f"{asked.pop('vcpus', '?')} of {asked.pop('max_vcpus', '?')} vCPUs"]
+    sizes += [f"{_mib(asked, 'memory_bytes')} of {_mib(asked, 'max_memory_bytes')} MiB"]
+    return ", ".join([*sizes, *(str(value) for value in asked.values() if value)])
+
+
+def _mib(asked: dict[str, object], name: str) -> str:
+    size = asked.pop(name, None)
+    return str(size // _MIB) if isinstance(size, int) else "?"

@@ -1,0 +1,299 @@
+"""Where templates are kept: a directory for each, named by its key, which is there whole or not at all.
+
+Whoever boots a machine reads without a lock; only one builds at a time. A clone that runs has no need of its
+template any more, so that any may go at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import stat
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shim.refusal import Refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+KEPT = 4
+"""How many templates there can be: one is as large as what its guest uses after boot."""
+RETRY_S = 600.0
+"""How long a failure keeps templates of that key from being built in the background."""
+
+_KEY = re.compile(r"[0-9a-f]{16,128}")
+_LOCK = "lock"
+_BUILDING = ".building"
+_REMOVED = ".removed-"
+_PURPOSE = "purpose.json"
+_FAILED = ".failed"
+_DISCARDED = ".discarded"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """A template as it was found.
+
+    :param key: what it fits.
+    :param path: its directory.
+    :param inode: tells it from another that has taken its place since.
+    """
+
+    key: str
+    path: Path
+    inode: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A template, or a failure to build one, for whoever lists them.
+
+    :param key: what it fits.
+    :param purpose: what was asked for: the settings of its machine, by name.
+    :param size_bytes: what it takes on the disk or in memory, holes not counted.
+    :param built_at: when, in seconds since 1970.
+    :param used_at: when a machine was last cloned from it, in seconds since 1970.
+    :param failure: why there is none; empty if there is.
+    """
+
+    key: str
+    purpose: Mapping[str, object]
+    size_bytes: int
+    built_at: float
+    used_at: float
+    failure: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Building:
+    """A build under way.
+
+    :param place: an empty directory, which goes when the build is over.
+    :param lock: an open file whose lock keeps others from building.
+    """
+
+    place: Path
+    lock: int
+
+
+class TemplateStore:
+    """The templates in one directory.
+
+    What is in a template becomes the memory of machines, so that nobody but this user may write there.
+
+    :param directory: made when it is needed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def find(self, key: str) -> Template | None:
+        """Find the template with a key, and note that it is used.
+
+        :raises Refusal: if another user can write to the store.
+        """
+        path = self.directory / key
+        try:
+            inode = path.stat().st_ino
+            self._check()
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        return Template(key=key, path=path, inode=inode)
+
+    def failure(self, key: str) -> str:
+        """Tell why a build failed not long ago; empty if none did."""
+        path = self.directory / f"{key}{_FAILED}"
+        try:
+            return path.read_text(encoding="utf-8") if _age_s(path) < RETRY_S else ""
+        except FileNotFoundError:
+            return ""
+
+    def is_building(self) -> bool:
+        """Tell whether somebody builds now."""
+        try:
+            lock = self._open_lock(fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            return False
+        os.close(lock)
+        return False
+
+    def discard(self, template: Template, *, reason: str) -> None:
+        """Remove a template that is of no use, but not another that has taken its place.
+
+        The second time in short order counts as a failure to build one.
+
+        :param reason: why it is of no use, in one line.
+        :raises OSError: if it cannot be removed.
+        """
+        try:
+            if template.path.stat().st_ino != template.inode:
+                return
+        except FileNotFoundError:
+            return
+        self._remove(template.path)
+        mark = self.directory / f"{template.key}{_DISCARDED}"
+        with contextlib.suppress(FileNotFoundError):
+            if _age_s(mark) < RETRY_S:
+                self.fail(template.key, reason)
+        mark.touch()
+
+    def entries(self) -> list[Entry]:
+        """List the templates and the failures, those used last first."""
+        found = [self._entry(path) for path in self._paths()]
+        return sorted((entry for entry in found if entry), key=lambda entry: entry.used_at, reverse=True)
+
+    def remove(self, key: str) -> list[str]:
+        """Remove the template, or the failure, whose key begins so.
+
+        :param key: the beginning of one key; all keys if it is empty.
+        :returns: the keys.
+        :raises Refusal: if there is none, or more than one.
+        :raises OSError: if one cannot be removed.
+        """
+        paths = {path for path in self._paths() if path.name.startswith(key)}
+        keys = sorted({path.name.removesuffix(_FAILED) for path in paths})
+        if key and not keys:
+            raise Refusal(f"template: {key}: there is none; see `hako template ls`")
+        if key and len(keys) > 1:
+            raise Refusal(f"template: {key}: {len(keys)} begin so; give more of the key")
+        for path in paths:
+            self._remove(path)
+        return keys
+
+    @contextlib.contextmanager
+    def building(self, *, wait: bool) -> Iterator[Building]:
+        """Be the only one who builds, in a directory that goes at the end of the block.
+
+        What others left who were killed is removed.
+
+        :param wait: until others are done.
+        :returns: where to build.
+        :raises BlockingIOError: if somebody else builds and ``wait`` is not set.
+        :raises Refusal: if another user can write to the store.
+        :raises OSError: if the directory cannot be made.
+        """
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._check()
+        lock = self._open_lock(fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), create=True)
+        try:
+            self._clear()
+            place = self.directory / _BUILDING
+            place.mkdir(mode=0o700)
+            try:
+                yield Building(place=place, lock=lock)
+            finally:
+                shutil.rmtree(place, ignore_errors=True)  # the guard may be at it as well
+        finally:
+            os.close(lock)
+
+    def fail(self, key: str, reason: str) -> None:
+        """Remember that a template cannot be built, for as long as others need not try.
+
+        :param reason: one line.
+        :raises OSError: if it cannot be written.
+        """
+        (self.directory / f"{key}{_FAILED}").write_text(reason, encoding="utf-8")
+
+    def publish(self, key: str, built: Path, *, purpose: Mapping[str, object]) -> Template:
+        """Let everybody use what was built; what it replaces, and what is too many, goes.
+
+        :param key: what it fits.
+        :param built: the directory with its files, below the place of a build under way.
+        :param purpose: what was asked for: the settings of its machine, by name.
+        :raises OSError: if it cannot be done.
+        """
+        (built / _PURPOSE).write_text(json.dumps(dict(purpose)), encoding="utf-8")
+        path = self.directory / key
+        self._remove(path)
+        built.rename(path)
+        (self.directory / f"{key}{_FAILED}").unlink(missing_ok=True)
+        others = [entry for entry in self.entries() if entry.key != key and not entry.failure]
+        for place, entry in enumerate(others, start=1):
+            # What serves the same purpose with another key was made of a kernel, an image or a QEMU that has
+            # been replaced since: nothing asks for it any more.
+            if entry.purpose == purpose or place >= KEPT:
+                self._remove(self.directory / entry.key)
+        return Template(key=key, path=path, inode=path.stat().st_ino)
+
+    def _paths(self) -> list[Path]:
+        try:
+            everything = list(self.directory.iterdir())
+        except FileNotFoundError:
+            return []
+        return [path for path in everything if _KEY.fullmatch(path.name.removesuffix(_FAILED))]
+
+    def _entry(self, path: Path) -> Entry | None:
+        try:
+            changed_at = path.stat().st_mtime
+            if path.suffix == _FAILED:
+                return Entry(
+                    key=path.stem,
+                    purpose={},
+                    size_bytes=0,
+                    built_at=changed_at,
+                    used_at=changed_at,
+                    failure=path.read_text(encoding="utf-8"),
+                )
+            purpose = path / _PURPOSE
+            return Entry(
+                key=path.name,
+                purpose=json.loads(purpose.read_text(encoding="utf-8")),
+                size_bytes=sum(file.stat().st_blocks for file in path.iterdir()) * 512,  # stat(2)
+                built_at=purpose.stat().st_mtime,
+                used_at=changed_at,
+                failure="",
+            )
+        except FileNotFoundError:  # removed meanwhile, or somebody has been at it
+            return None
+        except ValueError:
+            return None
+
+    def _check(self) -> None:
+        found = self.directory.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            raise Refusal(
+                f"template: {self.directory}: must be a directory of uid {os.geteuid()} that nobody else can "
+                "write to; correct that, or set [hypervisor] template_dir"
+            )
+
+    def _open_lock(self, how: int, *, create: bool = False) -> int:
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        lock = os.open(self.directory / _LOCK, flags, 0o600)
+        try:
+            fcntl.flock(lock, how)
+        except BaseException:
+            os.close(lock)
+            raise
+        return lock
+
+    def _clear(self) -> None:
+        """Remove what is left of builds and removals that did not come to their end; the lock is held."""
+        for path in self.directory.iterdir():
+            if path.name == _BUILDING or path.name.startswith(_REMOVED):
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.suffix in {_FAILED, _DISCARDED} and _age_s(path) > RETRY_S:
+                path.unlink(missing_ok=True)
+
+    def _remove(self, path: Path) -> None:
+        """Remove a template at once for everybody else, or a failure."""
+        if path.suffix == _FAILED:
+            path.unlink(missing_ok=True)
+            return
+        with contextlib.suppress(FileNotFoundError):
+            grave = self.directory / f"{_REMOVED}{os.getpid()}-{time.monotonic_ns()}"
+            path.rename(grave)
+            shutil.rmtree(grave, ignore_errors=True)
+
+
+def _age_s(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
