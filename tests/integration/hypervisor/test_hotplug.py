@@ -328,7 +328,7 @@ async def test_a_device_may_come_and_go_before_the_guest_is_up(machines, shell_i
 
 @pytest.mark.parametrize("end", ["stop", "kill", "panic"])
 @pytest.mark.parametrize(
-    "repetition", [*(pytest.param(n, marks=pytest.mark.nightly) for n in range(1, 33)), 0]
+    "repetition", [*(pytest.param(n, marks=pytest.mark.nightly) for n in range(1, 34)), 0]
 )
 async def test_plugging_may_race_with_the_end(start, tmp_path, tap, end, repetition):
     vm, shell = await start()
