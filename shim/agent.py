@@ -227,6 +227,19 @@ class Agent:
         )
         return [line.partition(" ")[2] for line in reply.data.splitlines()]
 
+    async def timeline(self) -> str:
+        """Ask what it did and when.
+
+        Kata's protocol has no call for this; Hako's agent answers it as diagnostic data.
+
+        :raises ShimError: of any kind, if the agent cannot tell.
+        """
+        request = agent_pb2.GetDiagnosticDataRequest(log_type="hako.timeline")
+        reply = await self._call(
+            "GetDiagnosticData", request, agent_pb2.GetDiagnosticDataResponse, timeout_s=PROCESSES_TIMEOUT_S
+        )
+        return reply.data
+
     async def next_oom(self) -> str:
         """Block until the guest kernel kills a process for memory.
 

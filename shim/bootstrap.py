@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from shim import command_line
 from shim.refusal import Refusal
@@ -87,12 +88,14 @@ def serve(state: str) -> None:
 
     :param state: the state directory of its sandbox.
     """
-    from shim import daemonize, kernel, state_directory  # noqa: PLC0415 - the other actions do without
+    from shim import daemonize, kernel, state_directory, timeline  # noqa: PLC0415 - the other actions do without
 
+    timeline.note("process", lane=timeline.SHIM, began_s=timeline.born_at_s(), ended_s=time.monotonic())
     record = state_directory.read_record(state)
     daemonize.name_this_process()
     kernel.become_subreaper()
-    from shim import daemon  # noqa: PLC0415 - everything that start must not wait for
+    with timeline.phase("imports", lane=timeline.SHIM):
+        from shim import daemon  # noqa: PLC0415 - everything that start must not wait for
 
     listener = None if record.protocol == "grpc" else daemonize.LISTENER_DESCRIPTOR
     daemon.run(record, listener, lambda: _ready(record))

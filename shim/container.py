@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import logging
 import signal
+import time
 from typing import TYPE_CHECKING, Any
 
 from proto.kata import agent_pb2
-from shim import task_events
+from shim import task_events, timeline
 from shim.container_files import ContainerFiles
 from shim.disks import root_disk
 from shim.errors import (
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STATUS_MACHINE_GONE = 128 + signal.SIGKILL  # as a process whose machine was switched off under it
+SETTLED_S = 1.0  # what says nothing for as long may never say anything
+_DRAWN = f"{timeline.ENVIRONMENT_VARIABLE}=1"
 STATUS_UNKNOWN = 255  # containerd's own value for an exit nobody can tell
 KILL_TIMEOUT_S = 8.0  # for a killed process to be gone; a machine under emulation may be slow
 EXECS_GONE_TIMEOUT_S = 5.0  # the kernel ends them with their pid namespace; only the report takes time
@@ -107,11 +110,15 @@ class Container:
 
     async def _bring_up(self, rootfs: Iterable[Mount]) -> None:
         """Show the file systems, create the container in the guest and follow its init."""
+        lane = timeline.container_lane(self.id)
         try:
             disk = root_disk(rootfs)
-            if disk is None:
-                self._files.show_root(self.spec, rootfs)
-            agent = await self._sandbox.agent()
+            with timeline.phase("mounts", lane=lane):
+                if disk is None:
+                    self._files.show_root(self.spec, rootfs)
+            with timeline.phase("wait for the machine", lane=lane):
+                agent = await self._sandbox.agent()
+            began_s = time.monotonic()
             translation = translate(
                 self._sandbox.complete(self.spec),
                 container_id=self.id,
@@ -126,7 +133,9 @@ class Container:
                 await self._files.plug_group(group, vm=self._sandbox.vm)
             for shared in translation.shared_mounts:
                 self._files.show(shared)
-            transfer = await self._open_streams(self.init, agent)
+            timeline.note("volumes, devices", lane=lane, began_s=began_s, ended_s=time.monotonic())
+            with timeline.phase("streams", lane=lane):
+                transfer = await self._open_streams(self.init, agent)
             request = agent_pb2.CreateContainerRequest(
                 container_id=self.id,
                 exec_id=self.id,
@@ -135,9 +144,12 @@ class Container:
             )
             transfer.announce(request)
             self._files.announce(request)
-            await self._sandbox.grow()
-            await agent.create_container(request)
-            await self._run_hooks()
+            with timeline.phase("grow", lane=lane):
+                await self._sandbox.grow()
+            with timeline.phase("CreateContainer", lane=lane):
+                await agent.create_container(request)
+            with timeline.phase("hooks", lane=lane):
+                await self._run_hooks()
         except BaseException:
             self.init.close_streams()
             await self._files.take_back()
@@ -166,8 +178,20 @@ class Container:
 
     async def _run(self) -> None:
         agent = await self._sandbox.agent()
-        await self._sandbox.follow_network()
-        await agent.start_container(self.id)
+        lane = timeline.container_lane(self.id)
+        with timeline.phase("network", lane=lane):
+            await self._sandbox.follow_network()
+        with timeline.phase("StartContainer", lane=lane):
+            await agent.start_container(self.id)
+        self._sandbox.spawn(self._conclude_start(), name=f"timeline of {self.id}")
+
+    async def _conclude_start(self) -> None:
+        """Keep where the time went, once there is output or will be none: nobody is to wait for this."""
+        ends = [asyncio.ensure_future(event.wait()) for event in (self.init.heard, self.init.ended)]
+        await asyncio.wait(ends, timeout=SETTLED_S, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        await self._sandbox.keep_timeline(drawn=_DRAWN in self.spec.get("process", {}).get("env", ()))
 
     async def pause(self) -> None:
         """Freeze the container.
@@ -416,7 +440,11 @@ class Container:
         if process.streams is None or process.transfer is None:
             raise Internal(f"stdio: {process}: followed before its streams were opened")
         process.carrier = Carrier(
-            process.transfer, stdio=process.stdio, streams=process.streams, name=process.agent_id
+            process.transfer,
+            stdio=process.stdio,
+            streams=process.streams,
+            name=process.agent_id,
+            heard=process.heard,
         )
         process.following = self._sandbox.spawn(
             self._follow_until_over(process, agent, process.carrier), name=f"follow {process}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proto.containerd import sandbox_v1_pb2, task_v2_pb2, task_v3_pb2
-from shim import mounts, pod, state_directory
+from shim import mounts, pod, state_directory, timeline
 from shim.bundle import read_spec
 from shim.config import ConfigText, parse
 from shim.errors import ShimError
@@ -46,10 +46,11 @@ def run(record: StartRecord, socket_descriptor: int | None, ready: Callable[[], 
     :param socket_descriptor: the listening ttrpc socket; none if containerd speaks gRPC.
     :param ready: called once every socket that containerd needs is listening.
     """
-    settings = parse(ConfigText(text=record.config_text, source=record.config_source))
-    configure("debug" if record.debug else settings.shim.log_level)
-    host_mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)  # where hooks run
-    mounts.enter_private_namespace()
+    with timeline.phase("configuration, mount namespace", lane=timeline.SHIM):
+        settings = parse(ConfigText(text=record.config_text, source=record.config_source))
+        configure("debug" if record.debug else settings.shim.log_level)
+        host_mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)  # where hooks run
+        mounts.enter_private_namespace()
     listener = None if socket_descriptor is None else socket.socket(fileno=socket_descriptor)
     try:
         asyncio.run(_serve(record, settings, listener=listener, host_mounts=host_mounts, ready=ready))
@@ -135,11 +136,12 @@ async def _serve_until(
             # One turn of the loop, so that containerd's first call is not behind the import below.
             await asyncio.sleep(0)
         # Importing grpc takes longer than all the rest of the start.
-        from shim.transport.grpc_server import serve_grpc  # noqa: PLC0415
+        with timeline.phase("gRPC", lane=timeline.SHIM):
+            from shim.transport.grpc_server import serve_grpc  # noqa: PLC0415
 
-        await stack.enter_async_context(serve_grpc(dispatch, Path(record.state_directory) / "grpc.sock"))
-        if listener is None:
-            await stack.enter_async_context(serve_grpc(dispatch, Path(record.socket_path)))
+            await stack.enter_async_context(serve_grpc(dispatch, Path(record.state_directory) / "grpc.sock"))
+            if listener is None:
+                await stack.enter_async_context(serve_grpc(dispatch, Path(record.socket_path)))
         ready()
         await over.wait()
         if listener is not None:

@@ -9,11 +9,12 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from hypervisor import AGENT_PORT, Channel, QemuHypervisor, VmSpec
-from shim import mounts, postmortem
+from shim import mounts, postmortem, timeline
 from shim.agent import WATCHABLE_NAME, Agent
 from shim.errors import DeadlineExceeded, ShimError, Unavailable
 from shim.host import resolve
@@ -22,6 +23,7 @@ from shim.network.namespace import namespace_of
 from shim.network.network import Network
 from shim.resizing import Resizer
 from shim.sizing import plan
+from shim.timeline_model import guest_phases
 from shim.transfer import RawStreams
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class Machine:
         self._resizer: Resizer | None = None
         self._network: Network | None = None
         self._has_raw_streams = False
+        self._began_at_s = 0.0
 
     @property
     def pid(self) -> int:
@@ -89,11 +92,14 @@ class Machine:
         :raises ShimError: with the reason, if it does not come up.
         :raises HypervisorError: as :class:`ShimError`.
         """
+        self._began_at_s = time.monotonic()
         sizes = plan(self._config.hypervisor, pod.oci)
-        spec = await self._spec(sizes)
-        self._network = network = await Network.open(
-            namespace_of(pod.oci), ledger=self._ledger, queues=spec.vcpus
-        )
+        with _phase("share, host's abilities"):
+            spec = await self._spec(sizes)
+        with _phase("network namespace"):
+            self._network = network = await Network.open(
+                namespace_of(pod.oci), ledger=self._ledger, queues=spec.vcpus
+            )
         spec = dataclasses.replace(spec, network_namespace=network.namespace_path)
         timeout_s = self._config.guest.boot_timeout_s
         try:
@@ -101,13 +107,18 @@ class Machine:
                 if self.doom:
                     raise Unavailable(self.doom)
                 self._cgroup = HostCgroup.make(pod.cgroup, ledger=self._ledger)
-                self._vm = vm = QemuHypervisor(spec, on_process=self._record_process)
+                self._vm = vm = QemuHypervisor(spec, on_process=self._record_process, phase=_phase)
                 self._resizer = Resizer(vm, sizes)
                 connection = await _while_preparing(network, _reach(vm, timeout_s=timeout_s))
-                agent = await Agent.over(connection, timeout_s=timeout_s)
+                with _phase("first answer"):
+                    agent = await Agent.over(connection, timeout_s=timeout_s)
                 try:
-                    await agent.create_sandbox(sandbox_id=self._id, hostname=pod.hostname, dns=list(pod.dns))
-                    await network.attach(machine=vm, agent=agent)
+                    with _phase("CreateSandbox"):
+                        await agent.create_sandbox(
+                            sandbox_id=self._id, hostname=pod.hostname, dns=list(pod.dns)
+                        )
+                    with _phase("network cards"):
+                        await network.attach(machine=vm, agent=agent)
                 except BaseException:
                     await agent.aclose()
                     raise
@@ -165,6 +176,20 @@ class Machine:
         streams = await RawStreams.open(self._vm, names)
         self._has_raw_streams = streams is not None
         return streams
+
+    async def note_guest(self, agent: Agent) -> None:
+        """Note in the timeline what the guest did.
+
+        :raises ShimError: if it does not tell.
+        """
+        if not agent.is_hako:
+            return
+        asked_s = time.monotonic()
+        report = await agent.timeline()
+        for phase in guest_phases(
+            report, asked_s=asked_s, answered_s=time.monotonic(), since_s=self._began_at_s
+        ):
+            timeline.note(phase.name, lane=phase.lane, began_s=phase.began_s, ended_s=phase.ended_s)
 
     async def follow_network(self) -> None:
         """Take what came to its network namespace meanwhile, as some put it there before a start.
@@ -269,7 +294,12 @@ class Machine:
 
 async def _reach(vm: QemuHypervisor, *, timeout_s: float) -> socket.socket:
     await vm.start(timeout_s=timeout_s)
-    return await vm.connect(AGENT_PORT, timeout_s=timeout_s)
+    with _phase("until the guest listens"):
+        return await vm.connect(AGENT_PORT, timeout_s=timeout_s)
+
+
+def _phase(name: str) -> contextlib.AbstractContextManager[None]:
+    return timeline.phase(name, lane=timeline.MACHINE)
 
 
 async def _while_preparing(network: Network, booting: Coroutine[object, object, _T]) -> _T:

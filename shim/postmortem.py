@@ -17,9 +17,9 @@ KEPT_FILES = 100
 CONSOLE_LINES = 50
 
 
-def path_of(log_dir: Path, *, namespace: str, sandbox_id: str) -> Path:
+def path_of(log_dir: Path, *, namespace: str, sandbox_id: str, suffix: str = ".log") -> Path:
     """Name the file of one sandbox; containerd's rules allow no two underscores in a row in either name."""
-    return log_dir / f"{namespace}__{sandbox_id}.log"
+    return log_dir / f"{namespace}__{sandbox_id}{suffix}"
 
 
 def write(log_dir: Path, *, namespace: str, sandbox_id: str, reason: str, console: Sequence[str]) -> None:
@@ -29,14 +29,23 @@ def write(log_dir: Path, *, namespace: str, sandbox_id: str, reason: str, consol
     :param console: the guest's last console lines, oldest first.
     :raises OSError: if the directory cannot be written to.
     """
-    log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     lines = [f"{when} {reason}", *(f"console: {line}" for line in console)]
-    target = path_of(log_dir, namespace=namespace, sandbox_id=sandbox_id)
-    temporary = target.with_suffix(".new")
-    temporary.write_text("".join(f"{line}\n" for line in lines), errors="replace")
-    temporary.rename(target)
-    for old in sorted(log_dir.glob("*.log"), key=_modified)[:-KEPT_FILES]:
+    keep(path_of(log_dir, namespace=namespace, sandbox_id=sandbox_id), "".join(f"{line}\n" for line in lines))
+
+
+def keep(path: Path, text: str) -> None:
+    """Write a file of one sandbox, whole or not at all, and remove the oldest of its kind.
+
+    :param path: what :func:`path_of` named.
+    :raises OSError: if the directory cannot be written to.
+    """
+    log_dir, suffix = path.parent, path.suffix
+    log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    temporary = path.with_suffix(f"{suffix}.new")
+    temporary.write_text(text, encoding="utf-8", errors="replace")
+    temporary.rename(path)
+    for old in sorted(log_dir.glob(f"*{suffix}"), key=_modified)[:-KEPT_FILES]:
         old.unlink(missing_ok=True)
 
 

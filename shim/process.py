@@ -79,6 +79,7 @@ class Process:
         self.exit_status = 0
         self.exited_at_s: float | None = None
         self.started = asyncio.Event()
+        self.heard = asyncio.Event()  # the client has the first byte of output
         self.ended = asyncio.Event()  # as the guest says: output may still be on its way
         self.exited = asyncio.Event()
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hypervisor import HypervisorError
-from shim import metrics, state_directory, task_events
+from shim import metrics, state_directory, task_events, timeline, timeline_files
 from shim.bundle import read_spec
 from shim.container import Container
 from shim.errors import (
@@ -98,6 +99,8 @@ class Sandbox:
         self._publisher = publisher
         self._ledger = ledger
         self._host_mounts = host_mounts
+        self._log_dir = Path(config.shim.log_dir)
+        self._is_drawn = os.environ.get(timeline.ENVIRONMENT_VARIABLE) == "1"
         self._group = group
         self._leave = leave
         self._ready: asyncio.Future[Agent] = asyncio.get_running_loop().create_future()
@@ -383,6 +386,33 @@ class Sandbox:
                 f"stop: sandbox {self.id}: its machine, pid {self.pid}, is not gone after {END_TIMEOUT_S:g} s"
             ) from error
 
+    async def keep_timeline(self, *, drawn: bool) -> None:
+        """Write down where the time of the start went, so far.
+
+        :param drawn: also as a picture and as a trace.
+        """
+        self._is_drawn = self._is_drawn or drawn
+        try:
+            await self._machine.note_guest(await self.agent())
+        except ShimError as error:
+            log.debug("timeline: sandbox %s: the guest's part is missing: %s", self.id, error)
+        self._write_timeline(kept=self._is_drawn)
+
+    def _write_timeline(self, *, kept: bool) -> None:
+        state = Path(self._record.state_directory)
+        try:
+            timeline.write(str(state))
+            if kept:
+                timeline_files.keep(
+                    state,
+                    log_dir=self._log_dir,
+                    namespace=self.namespace,
+                    sandbox_id=self.id,
+                    drawn=self._is_drawn,
+                )
+        except OSError as error:
+            log.warning("timeline: sandbox %s: it is lost: %s", self.id, error)
+
     async def stop(self) -> None:
         """Switch the machine off and wait until nothing of it is left; stopping twice is harmless."""
         for request in self._requests:
@@ -391,6 +421,7 @@ class Sandbox:
             self._running.cancel()
             await asyncio.wait({self._running})
         await self._machine.clear_away()
+        self._write_timeline(kept=True)
 
     async def _live(self, pod: PodSpec) -> None:
         """Boot, then wait for the end of the machine; whoever asks for the agent learns the outcome."""

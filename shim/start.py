@@ -8,7 +8,7 @@ import select
 import socket
 import time
 
-from shim import bootstrap_wire, config, daemonize, grouping, state_directory, zygote_client
+from shim import bootstrap_wire, config, daemonize, grouping, state_directory, timeline, zygote_client
 from shim.bootstrap_wire import BootstrapParams, RuntimeOptions
 from shim.ledger import Ledger
 from shim.record import Record
@@ -48,6 +48,8 @@ def start(line: CommandLine) -> bytes:
         allow it; nothing is left behind.
     :raises OSError: if the host fails; nothing is left behind.
     """
+    began_s, born_at_s = time.monotonic(), timeline.born_at_s()
+    timeline.note("interpreter", lane=timeline.START, began_s=born_at_s, ended_s=began_s)
     _check_host()
     grouping.check_identifier(line.namespace, phase="start", what="namespace")
     grouping.check_identifier(line.id, phase="start", what="id")
@@ -81,14 +83,23 @@ def start(line: CommandLine) -> bytes:
         dialect=caller.dialect,
         started_at=time.time(),
     )
+    timeline.note(
+        "input, configuration, bundle", lane=timeline.START, began_s=began_s, ended_s=time.monotonic()
+    )
     while True:
-        lock = state_directory.lock(record.state_directory)
+        with timeline.phase("lock", lane=timeline.START):
+            lock = state_directory.lock(record.state_directory)
         try:
             if _is_live(record.socket_path):
-                return _join(record, container=line.id)
-            if not _remove_leftovers(record):
+                reply = _join(record, container=line.id)
+            elif not _remove_leftovers(record):
                 zygote = zygote_client.socket_path(settings.shim.state_dir) if settings.shim.zygote else ""
-                return _make(record, container=line.id, zygote=zygote)
+                reply = _make(record, container=line.id, zygote=zygote)
+            else:
+                continue
+            timeline.note("start", lane=timeline.CONTAINERD, began_s=born_at_s, ended_s=time.monotonic())
+            timeline.write(record.state_directory)
+            return reply
         finally:
             os.close(lock)
 
@@ -253,15 +264,18 @@ def _make(record: StartRecord, *, container: str, zygote: str) -> bytes:
     ledger = Ledger(record.state_directory, create=True)
     done = False
     try:
-        ledger.created(container)
-        ledger.file(record.socket_path)
-        os.makedirs(os.path.dirname(record.socket_path), mode=0o700, exist_ok=True)
-        state_directory.write_record(record)
-        if record.protocol == "grpc":
-            _spawn_grpc(record, ledger, zygote=zygote)
-        else:
-            _spawn_ttrpc(record, ledger, zygote=zygote)
-        reply = _publish(record, bundle=record.bundle, dialect=record.dialect)
+        with timeline.phase("state", lane=timeline.START):
+            ledger.created(container)
+            ledger.file(record.socket_path)
+            os.makedirs(os.path.dirname(record.socket_path), mode=0o700, exist_ok=True)
+            state_directory.write_record(record)
+        with timeline.phase("daemon", lane=timeline.START):
+            if record.protocol == "grpc":
+                _spawn_grpc(record, ledger, zygote=zygote)
+            else:
+                _spawn_ttrpc(record, ledger, zygote=zygote)
+        with timeline.phase("reply", lane=timeline.START):
+            reply = _publish(record, bundle=record.bundle, dialect=record.dialect)
         done = True
         return reply
     finally:

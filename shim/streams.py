@@ -10,6 +10,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from shim import timeline
 from shim.errors import ShimError
 from shim.stdio import Stdio, Streams, plain_path, read_chunk, write_all
 
@@ -30,13 +31,17 @@ class Carrier:
     :param stdio: the stream paths.
     :param streams: the open host ends.
     :param name: whose they are, for the log.
+    :param heard: set once the client has the first byte of output.
     """
 
-    def __init__(self, transfer: Transfer, *, stdio: Stdio, streams: Streams, name: str) -> None:
+    def __init__(
+        self, transfer: Transfer, *, stdio: Stdio, streams: Streams, name: str, heard: asyncio.Event
+    ) -> None:
         self._transfer = transfer
         self._stdio = stdio
         self._streams = streams
         self._name = name
+        self._heard = heard
         self._moved_at_s: float | None = None
 
     def outputs(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
@@ -89,6 +94,9 @@ class Carrier:
             while data := await self._transfer.read(name):
                 self._moved()
                 await self._write(name, data)
+                if not self._heard.is_set():
+                    timeline.mark(f"first byte of {name}", lane=timeline.container_lane(self._name))
+                    self._heard.set()
         except ShimError as error:
             log.debug("stdio: %s of %s: ended: %s", name, self._name, error)
         finally:

@@ -38,15 +38,25 @@ def note(name: str, began_s: float) -> None:
 def report() -> str:
     """Phrase everything for the host.
 
-    :returns: the time now, then a line ``BEGAN ENDED NAME`` for each phase; all in seconds.
+    :returns: the time now, then a line ``BEGAN ENDED WHO NAME`` for each phase since the last report; all in
+        seconds.
     """
+    lines = [f"{time.monotonic():.6f}"]
+    while _noted:
+        name, began_s, ended_s = _noted.pop(0)
+        if not began_s:
+            began_s = _report_kernel(lines)
+        lines.append(f"{began_s:.6f} {ended_s:.6f} agent {name}")
+    return "\n".join(lines)
+
+
+def _report_kernel(lines: list[str]) -> float:
+    """Add what came before the agent; return when that began."""
     messages = kernel.messages()
-    unpacking_s, unpacked_s = _stamp(messages, _UNPACKING), _stamp(messages, _UNPACKED)
-    booted_s = _stamp(messages, _BOOTED)
-    phases = [("kernel", 0.0, booted_s), ("unpack the initramfs", unpacking_s, unpacked_s)]
-    phases += [(name, began_s or booted_s, ended_s) for name, began_s, ended_s in _noted]
-    lines = [f"{began_s:.6f} {ended_s:.6f} {name}" for name, began_s, ended_s in phases if ended_s]
-    return "\n".join([f"{time.monotonic():.6f}", *lines])
+    booted_s, unpacked_s = _stamp(messages, _BOOTED), _stamp(messages, _UNPACKED)
+    lines.append(f"0 {booted_s:.6f} kernel boot")
+    lines.append(f"{_stamp(messages, _UNPACKING):.6f} {unpacked_s:.6f} kernel unpack the initramfs")
+    return booted_s
 
 
 def _stamp(messages: bytes, text: bytes) -> float:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.empty_pb2 import Empty
 
 from proto.containerd import runc_options_pb2, task_types_pb2, task_v3_pb2
+from shim import timeline
 from shim.errors import InvalidArgument
 from shim.events import pack
 from shim.grouping import check_identifier
@@ -50,14 +51,13 @@ class TaskService:
         _check_identifier(request.id, phase="create", what="id")
         if request.checkpoint:
             raise InvalidArgument(f"create: container {request.id}: restoring a checkpoint is not supported")
-        await self._sandbox.create(
-            request.id,
-            bundle=Path(request.bundle),
-            rootfs=list(request.rootfs),
-            stdio=Stdio(
-                stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal
-            ),
+        stdio = Stdio(
+            stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal
         )
+        with timeline.phase("Create", lane=timeline.CONTAINERD):
+            await self._sandbox.create(
+                request.id, bundle=Path(request.bundle), rootfs=list(request.rootfs), stdio=stdio
+            )
         return task_v3_pb2.CreateTaskResponse(pid=self._sandbox.pid)
 
     async def start(self, request: task_v3_pb2.StartRequest) -> task_v3_pb2.StartResponse:
@@ -66,7 +66,8 @@ class TaskService:
         if request.exec_id:
             await container.start_exec(request.exec_id)
         else:
-            await container.start()
+            with timeline.phase("Start", lane=timeline.CONTAINERD):
+                await container.start()
         return task_v3_pb2.StartResponse(pid=self._sandbox.pid)
 
     async def state(self, request: task_v3_pb2.StateRequest) -> task_v3_pb2.StateResponse:
