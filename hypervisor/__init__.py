@@ -6,6 +6,7 @@ from hypervisor.errors import (
     HypervisorError,
     ResizeError,
     ResizeRefusedError,
+    TemplateError,
     VmStartError,
 )
 from hypervisor.interface import (
@@ -22,6 +23,8 @@ from hypervisor.interface import (
     VmSpec,
 )
 from hypervisor.qemu import QemuHypervisor
+from hypervisor.saving import save_template
+from hypervisor.template import template_key
 from hypervisor.virtiofsd import detect_dialect
 from hypervisor.vsock import channel_problem
 
@@ -41,10 +44,13 @@ __all__ = [
     "QemuHypervisor",
     "ResizeError",
     "ResizeRefusedError",
+    "TemplateError",
     "Verdict",
     "VmSpec",
     "VmStartError",
     "channel_problem",
     "choose_accelerator",
     "detect_dialect",
+    "save_template",
+    "template_key",
 ]

@@ -6,6 +6,9 @@ reads of output. The long ones share the connection with everything else.
 
 from __future__ import annotations
 
+import asyncio
+import os
+import time
 from typing import TYPE_CHECKING, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
@@ -28,6 +31,10 @@ WATCHABLE_NAME = "watchable"
 WATCHABLE_DIRECTORY = f"{SHARE_DIRECTORY}/{WATCHABLE_NAME}"
 SHM_DIRECTORY = "/run/kata-containers/sandbox/shm"
 SHM_BYTES = 64 * 1024 * 1024  # the size runc gives /dev/shm
+
+SEED_BYTES = 64  # as many as the guest's kernel mixes at once
+_CLOCK_ERROR_NS = 250_000_000
+_MAX_SETTINGS = 3
 
 CALL_TIMEOUT_S = 60.0  # the protocol's customary limit, Kata's create_container_timeout among them
 PROCESSES_TIMEOUT_S = 1.0  # containerd asks for pids within the 5 s that a restart gives a shim
@@ -59,16 +66,18 @@ class Agent:
         self.supports_seccomp = False
 
     @classmethod
-    async def over(cls, connection: socket.socket, *, timeout_s: float) -> Agent:
-        """Speak to the agent behind ``connection`` and learn what it can do.
+    async def over(cls, connection: socket.socket, *, timeout_s: float, is_clone: bool = False) -> Agent:
+        """Speak to the agent behind ``connection`` and have it answer.
 
         :param timeout_s: how long the first answer may take.
+        :param is_clone: whether others have started with the same memory; its guest gets a randomness and the
+            time of its own first.
         :raises DeadlineExceeded: if the agent does not answer in time.
         :raises Unavailable: if the connection breaks.
         """
         agent = cls(await TtrpcClient.over(connection))
         try:
-            await agent.check(timeout_s=timeout_s)
+            await (agent.become_unique(timeout_s=timeout_s) if is_clone else agent.check(timeout_s=timeout_s))
         except BaseException:
             await agent.aclose()
             raise
@@ -87,6 +96,29 @@ class Agent:
             health_pb2.HealthCheckResponse,
             timeout_s=timeout_s,
         )
+
+    async def become_unique(self, *, timeout_s: float) -> None:
+        """Give the guest a randomness of its own and the host's time, both at once.
+
+        :raises DeadlineExceeded: if it does not answer in time.
+        :raises ShimError: if it cannot, or the connection breaks.
+        """
+        seed = agent_pb2.ReseedRandomDevRequest(data=os.urandom(SEED_BYTES))
+        await asyncio.gather(
+            self._call("ReseedRandomDev", seed, Empty, timeout_s=timeout_s),
+            self._set_time(timeout_s=timeout_s),
+        )
+
+    async def _set_time(self, *, timeout_s: float) -> None:
+        """Set the guest's clock; again if the guest took so long that the time is another by now."""
+        for _ in range(_MAX_SETTINGS):
+            sent_at_ns = time.time_ns()
+            request = agent_pb2.SetGuestDateTimeRequest(
+                Sec=sent_at_ns // 10**9, Usec=sent_at_ns % 10**9 // 1000
+            )
+            await self._call("SetGuestDateTime", request, Empty, timeout_s=timeout_s)
+            if time.time_ns() - sent_at_ns < _CLOCK_ERROR_NS:
+                return
 
     async def _call(
         self,

@@ -10,24 +10,37 @@ import contextlib
 import dataclasses
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from hypervisor import AGENT_PORT, Channel, QemuHypervisor, VmSpec
+from hypervisor import (
+    AGENT_PORT,
+    Channel,
+    ChannelError,
+    HypervisorError,
+    QemuHypervisor,
+    TemplateError,
+    VmSpec,
+    template_key,
+)
 from shim import mounts, postmortem, timeline
 from shim.agent import WATCHABLE_NAME, Agent
 from shim.errors import DeadlineExceeded, ShimError, Unavailable
 from shim.host import resolve
 from shim.host_cgroup import HostCgroup
+from shim.machine_spec import describe
 from shim.network.namespace import namespace_of
 from shim.network.network import Network
+from shim.pod import refuses_template
+from shim.refusal import Refusal
 from shim.resizing import Resizer
-from shim.sizing import plan
+from shim.sizing import Size, plan
+from shim.template_store import TemplateStore
 from shim.timeline_model import guest_phases
 from shim.transfer import RawStreams
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Coroutine, Iterable
 
     from hypervisor import Hypervisor
@@ -36,12 +49,15 @@ if TYPE_CHECKING:
     from shim.pod import PodSpec
     from shim.sizing import Limits, Plan
     from shim.stdio import Stdio
+    from shim.template_store import Template
 
 _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
 REASON_TIMEOUT_S = 2.0  # the machine usually says why it ends just after the agent's connection breaks
+
+_CLONE_PART = 0.5  # of the time for a boot: enough of it is left to boot after all
 
 
 class Machine:
@@ -57,6 +73,8 @@ class Machine:
         self.share = directory / "share"
         #: Why it is to end, if that was decided here; what follows from it is no reason of its own.
         self.doom = ""
+        #: Whether it could have been cloned, had there been a template.
+        self.lacks_template = False
         self._id = sandbox_id
         self._directory = directory
         self._guest_share = directory / "guest-share"
@@ -67,6 +85,7 @@ class Machine:
         self._resizer: Resizer | None = None
         self._network: Network | None = None
         self._has_raw_streams = False
+        self._templates = TemplateStore(Path(config.hypervisor.template_dir))
         self._began_at_s = 0.0
 
     @property
@@ -94,9 +113,10 @@ class Machine:
         """
         self._began_at_s = time.monotonic()
         sizes = plan(self._config.hypervisor, pod.oci)
-        with _phase("share, host's abilities"):
+        with timeline.phase("share, host's abilities", lane=timeline.MACHINE):
             spec = await self._spec(sizes)
-        with _phase("network namespace"):
+            template = self._find_template(spec, sizes, pod)
+        with timeline.phase("network namespace", lane=timeline.MACHINE):
             self._network = network = await Network.open(
                 namespace_of(pod.oci), ledger=self._ledger, queues=spec.vcpus
             )
@@ -107,18 +127,15 @@ class Machine:
                 if self.doom:
                     raise Unavailable(self.doom)
                 self._cgroup = HostCgroup.make(pod.cgroup, ledger=self._ledger)
-                self._vm = vm = QemuHypervisor(spec, on_process=self._record_process, phase=_phase)
-                self._resizer = Resizer(vm, sizes)
-                connection = await _while_preparing(network, _reach(vm, timeout_s=timeout_s))
-                with _phase("first answer"):
-                    agent = await Agent.over(connection, timeout_s=timeout_s)
+                bringing_up = self._bring_up(spec, sizes, template, timeout_s=timeout_s)
+                agent = await _while_preparing(network, bringing_up)
                 try:
-                    with _phase("CreateSandbox"):
+                    with timeline.phase("CreateSandbox", lane=timeline.MACHINE):
                         await agent.create_sandbox(
                             sandbox_id=self._id, hostname=pod.hostname, dns=list(pod.dns)
                         )
-                    with _phase("network cards"):
-                        await network.attach(machine=vm, agent=agent)
+                    with timeline.phase("network cards", lane=timeline.MACHINE):
+                        await network.attach(machine=self.vm, agent=agent)
                 except BaseException:
                     await agent.aclose()
                     raise
@@ -258,26 +275,93 @@ class Machine:
         log.info("boot: accelerator %s: %s", choice.accelerator.value, choice.accelerator_reason)
         log.info("boot: channel %s: %s", choice.channel.value, choice.channel_reason)
         self._has_raw_streams = choice.channel is Channel.VHOST_VSOCK
-        return VmSpec(
+        return describe(
+            config,
+            choice,
             name=self._id,
             directory=self._directory,
-            qemu=Path(config.hypervisor.qemu),
-            machine_options=config.hypervisor.machine_options,
-            kernel=Path(config.guest.kernel),
-            initrd=Path(config.guest.initrd),
-            kernel_parameters=tuple(config.guest.kernel_parameters.split()),
-            accelerator=choice.accelerator,
-            vcpus=sizes.boot.vcpus,
-            max_vcpus=sizes.most.vcpus,
-            memory_bytes=sizes.boot.memory_bytes,
-            max_memory_bytes=sizes.most.memory_bytes,
-            share_source=self._guest_share,
-            virtiofsd=choice.virtiofsd,
-            channel=choice.channel,
-            vsock_daemon=choice.vsock_daemon,
-            network_namespace=None,
-            root_ports=config.hypervisor.root_ports,
+            share=self._guest_share,
+            size=sizes.boot,
+            most=sizes.most,
         )
+
+    def _find_template(self, spec: VmSpec, sizes: Plan, pod: PodSpec) -> Template | None:
+        """Find what a machine can be cloned from, and say why not if there is nothing."""
+        if self._config.hypervisor.template == "off":
+            return None
+        if refuses_template(pod.oci):
+            log.info("boot: sandbox %s: wants no clone; boots cold", self._id)
+            return None
+        try:
+            key = template_key(self._clone_of(spec, sizes))
+            template = self._templates.find(key)
+            if template is None:
+                why = self._templates.failure(key)
+                # Machines of other sizes are too many to have a template of each.
+                self.lacks_template = not why and sizes.most == plan(self._config.hypervisor, {}).most
+                if not why and self._templates.is_building():
+                    why, self.lacks_template = "one is being built", False
+                log.info("boot: template %.12s: %s; boots cold", key, why or "there is none yet")
+        except (Refusal, HypervisorError, OSError) as error:
+            log.warning("boot: %s; boots cold", error)
+            return None
+        return template
+
+    def _clone_of(self, spec: VmSpec, sizes: Plan, template: Template | None = None) -> VmSpec:
+        """Describe the machine that is cloned: one that can grow has the size that any can grow from."""
+        size = sizes.boot if sizes.most == sizes.boot else sizes.base
+        return dataclasses.replace(
+            spec,
+            vcpus=size.vcpus,
+            memory_bytes=size.memory_bytes,
+            template=template.path if template else None,
+        )
+
+    async def _bring_up(
+        self, spec: VmSpec, sizes: Plan, template: Template | None, *, timeout_s: float
+    ) -> Agent:
+        """Clone the machine; if there is no template, or none that is of use, boot it."""
+        if template is None:
+            return await self._start(spec, sizes, timeout_s=timeout_s)
+        clone = self._clone_of(spec, sizes, template)
+        try:
+            agent = await self._start(clone, sizes, timeout_s=_CLONE_PART * timeout_s)
+        except (TemplateError, ChannelError, ShimError) as error:
+            await self.kill()
+            if self.doom:
+                raise
+            log.warning(
+                "boot: template %.12s: %s; it is removed, and the machine boots cold", template.key, error
+            )
+            try:
+                self._templates.discard(template, reason=str(error))
+                self.lacks_template = not self._templates.failure(template.key)
+            except OSError as failure:
+                log.warning("boot: template %.12s: cannot be removed: %s", template.key, failure)
+        else:
+            log.info("boot: template %.12s: cloned", template.key)
+            return agent
+        return await self._start(spec, sizes, timeout_s=timeout_s)
+
+    async def _start(self, spec: VmSpec, sizes: Plan, *, timeout_s: float) -> Agent:
+        """Start the machine and have its agent answer.
+
+        :raises TemplateError: if it is to be a clone and the template is of no use.
+        :raises HypervisorError: if it does not start, or does not answer in time.
+        :raises ShimError: if its agent does not answer in time.
+        """
+        ends_at = asyncio.get_running_loop().time() + timeout_s
+        self._vm = vm = QemuHypervisor(
+            spec, on_process=self._record_process, phase=partial(timeline.phase, lane=timeline.MACHINE)
+        )
+        size = Size(vcpus=spec.vcpus, memory_bytes=spec.memory_bytes)
+        self._resizer = Resizer(vm, sizes, size=size)
+        await vm.start(timeout_s=timeout_s)
+        is_clone = spec.template is not None
+        with timeline.phase("clone's first answer" if is_clone else "guest boots", lane=timeline.MACHINE):
+            connection = await vm.connect(AGENT_PORT, timeout_s=timeout_s)
+            left_s = ends_at - asyncio.get_running_loop().time()
+            return await Agent.over(connection, timeout_s=max(left_s, 0.0), is_clone=is_clone)
 
     def _record_process(self, name: str, pid: int) -> None:
         self._ledger.process(pid, name=name)
@@ -290,16 +374,6 @@ class Machine:
                 async with asyncio.timeout(REASON_TIMEOUT_S):
                     return (await self._vm.wait()).reason
         return str(error)
-
-
-async def _reach(vm: QemuHypervisor, *, timeout_s: float) -> socket.socket:
-    await vm.start(timeout_s=timeout_s)
-    with _phase("until the guest listens"):
-        return await vm.connect(AGENT_PORT, timeout_s=timeout_s)
-
-
-def _phase(name: str) -> contextlib.AbstractContextManager[None]:
-    return timeline.phase(name, lane=timeline.MACHINE)
 
 
 async def _while_preparing(network: Network, booting: Coroutine[object, object, _T]) -> _T:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from hypervisor import Hypervisor
     from shim.agent import Agent
-    from shim.sizing import Limits, Plan
+    from shim.sizing import Limits, Plan, Size
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +27,15 @@ class Resizer:
     """The size of one machine.
 
     :param vm: the machine.
-    :param plan: what it started with, and what it may have.
+    :param plan: what it is to have at least, and what it may have.
+    :param size: what it has now; a clone may have less than it is to have.
     """
 
-    def __init__(self, vm: Hypervisor, plan: Plan) -> None:
+    def __init__(self, vm: Hypervisor, plan: Plan, *, size: Size) -> None:
         self._vm = vm
         self._plan = plan
-        self._size = plan.boot
-        self._pinned: tuple[frozenset[int], int] = (frozenset(), plan.boot.vcpus)
+        self._size = size
+        self._pinned: tuple[frozenset[int], int] = (frozenset(), size.vcpus)
         self._lock = asyncio.Lock()
 
     async def grow(self, agent: Agent, live: Iterable[Limits]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hypervisor import HypervisorError
-from shim import metrics, state_directory, task_events, timeline, timeline_files
+from shim import metrics, state_directory, task_events, template_builder, timeline, timeline_files
 from shim.bundle import read_spec
 from shim.container import Container
 from shim.errors import (
@@ -335,6 +335,20 @@ class Sandbox:
         """Take from the machine what its containers have no use for."""
         await self._machine.shrink(await self.agent(), self._live_limits())
 
+    async def _grow_if_alive(self) -> None:
+        try:
+            await self.grow()
+        except ShimError as error:  # the next container tries again, and fails if need be
+            log.warning("grow: sandbox %s: %s", self.id, error)
+
+    async def _have_template_built(self) -> None:
+        try:
+            await template_builder.start(self._record.config_text, mount_namespace=self._host_mounts)
+        except (OSError, TimeoutError) as error:
+            log.warning("template: its builder cannot be started: %s", error)
+        else:
+            log.info("template: is built in the background")
+
     async def _shrink_if_alive(self) -> None:
         try:
             await self.shrink()
@@ -443,6 +457,10 @@ class Sandbox:
         self._ready.set_result(agent)
         log.info("boot: sandbox %s: ready", self.id)
         watching = self.spawn(self._report_ooms(agent), name="out of memory")
+        # A clone may be smaller than what is known already to be needed.
+        self.spawn(self._grow_if_alive(), name="grow")
+        if self._machine.lacks_template:
+            self.spawn(self._have_template_built(), name="template")
         try:
             ended = f"sandbox {self.id}: {await self._machine.reason_of_end(agent)}"
             self._report_end(ended)

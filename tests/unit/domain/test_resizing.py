@@ -58,7 +58,8 @@ def machine():
 
 @pytest.fixture
 def resizer(machine):
-    return Resizer(machine, plan(CONFIG, {}))
+    sizes = plan(CONFIG, {})
+    return Resizer(machine, sizes, size=sizes.boot)
 
 
 async def test_the_guest_expects_memory_before_it_comes_and_uses_processors_once_they_are_there(
