@@ -6,8 +6,9 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from hypervisor import machine, virtiofsd
-from hypervisor.argv import Inherited, boot_argv
+from hypervisor.argv import HOTPLUG_BUSES, Inherited, boot_argv, root_ports
 from hypervisor.console import Console
+from hypervisor.devices import Devices
 from hypervisor.errors import QmpError, VmStartError
 from hypervisor.host_side import QEMU
 from hypervisor.qmp import QmpSession
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
     from hypervisor.interface import VmSpec
 
 
-async def boot(spec: VmSpec, host: HostSide) -> QmpSession:
+async def boot(spec: VmSpec, host: HostSide) -> Devices:
     """Start a machine; return when it runs.
 
     :param spec: the virtual machine.
     :param host: where each part is kept as soon as it exists; after an error, the caller ends them.
-    :returns: its control connection.
+    :returns: the devices plugged into it: none yet.
     :raises UnsupportedHostError: if this machine's architecture is not supported.
     :raises VmStartError: if anything failed.
     :raises OSError: if the host lacks something.
@@ -67,4 +68,4 @@ async def boot(spec: VmSpec, host: HostSide) -> QmpSession:
         raise VmStartError(f"start vm: QEMU: the virtual machine is {state}, not running")
     # By now a sandboxed virtio-fs daemon has the child that serves.
     host.adopt_workers()
-    return qmp
+    return Devices(qmp, buses=HOTPLUG_BUSES, ports=root_ports(spec))

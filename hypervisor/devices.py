@@ -245,6 +245,16 @@ async def pci_path(session: QmpSession, name: str) -> str:
     return "/".join(numbers)
 
 
+def socket_chardev(name: str, fd_name: str) -> Command:
+    """Say how QEMU takes a connected socket into use.
+
+    :param name: what it shall be called.
+    :param fd_name: the name under which QEMU holds the socket.
+    """
+    backend = {"addr": {"type": "fd", "data": {"str": fd_name}}, "server": False}
+    return Command("chardev-add", {"id": name, "backend": {"type": "socket", "data": backend}})
+
+
 def _placed(description: Description, slot: Slot) -> dict[str, object]:
     # The slot is text in hexadecimal: a number would be slot and function in one, and only since 9.2.
     place = {"id": description.id, "bus": slot.bus, "addr": f"{slot.number:x}"}

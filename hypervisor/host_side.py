@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from hypervisor.console import Console
-    from hypervisor.errors import QmpError
+    from hypervisor.errors import HypervisorError
     from hypervisor.qmp import QmpSession
     from hypervisor.vsock import GuestChannel
 
@@ -66,6 +66,20 @@ class HostSide:
         self._on_process(name, process.pid)
         return process
 
+    async def run(self, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> Process:
+        """Run a program to its end.
+
+        :param name: what the process does.
+        :param argv: the program and its arguments.
+        :param inherit: descriptors the program gets under the same numbers.
+        :returns: the process, which has ended.
+        :raises OSError: if no process could be made, or it could not be recorded.
+        """
+        process = self.spawn(name, argv, inherit=inherit)
+        await asyncio.shield(process.exited)
+        self._processes.remove(process)
+        return process
+
     def adopt_workers(self) -> None:
         """Find the processes that daemons have forked: one in a sandbox serves from a child.
 
@@ -76,7 +90,7 @@ class HostSide:
             for worker in daemon.workers:
                 self._on_process(worker.name, worker.pid)
 
-    async def early_cause(self, error: QmpError) -> str:
+    async def early_cause(self, error: HypervisorError) -> str:
         """Say why QEMU did not come up: a daemon's failure first, for QEMU's own often follows from it.
 
         :param error: how it was noticed.

@@ -8,9 +8,8 @@ import signal
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hypervisor import nics, vfio
-from hypervisor.argv import HOTPLUG_BUSES, root_ports
 from hypervisor.booting import boot
-from hypervisor.devices import Devices
+from hypervisor.cloning import clone
 from hypervisor.disks import Disks
 from hypervisor.errors import (
     ChannelError,
@@ -42,14 +41,17 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Coroutine
 
+    from hypervisor.devices import Devices
     from hypervisor.host_side import Phase
     from hypervisor.process import Process
     from hypervisor.qmp import QmpSession
+    from hypervisor.vsock import GuestChannel
 
 _T = TypeVar("_T")
 
 _REDIAL_S = 0.05
-_SETTLE_S = 2.0
+_CLONE_REDIAL_S = 0.005
+"""A clone says nothing, and is there in a moment."""
 _CONSOLE_LINES = 50
 
 
@@ -75,7 +77,6 @@ class QemuHypervisor(Hypervisor):
         self._stopping = False
         self._stop_lock = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
-        self._driver_seen_at: float | None = None
         self._gone: asyncio.Future[VmExit] = self._loop.create_future()
 
     async def start(self, *, timeout_s: float) -> None:
@@ -83,6 +84,7 @@ class QemuHypervisor(Hypervisor):
 
         :param timeout_s: the longest this may take, in seconds.
         :raises UnsupportedHostError: if this machine's architecture is not supported.
+        :raises TemplateError: if the template to clone cannot be used; a machine without one may start.
         :raises VmStartError: if anything failed or the time ran out. Nothing is left running.
         """
         try:
@@ -269,21 +271,21 @@ class QemuHypervisor(Hypervisor):
 
     async def _start(self) -> None:
         spec, host = self._spec, self._host
-        qmp = await boot(spec, host)
-        assert host.qemu is not None  # noqa: S101  (it runs)
-        self._devices = Devices(qmp, buses=HOTPLUG_BUSES, ports=root_ports(spec))
-        self._disks = Disks(qmp, self._devices)
+        devices = await (clone(spec, host, spec.template) if spec.template else boot(spec, host))
+        qemu, qmp = host.qemu, host.qmp
+        assert qemu is not None  # noqa: S101  (it runs)
+        assert qmp is not None  # noqa: S101
+        self._devices = devices
+        self._disks = Disks(qmp, devices)
         self._vcpus = Vcpus(
             qmp,
             boot=spec.vcpus,
             most=spec.max_vcpus,
             emulated=spec.accelerator is Accelerator.TCG,
         )
-        self._memory = Memory(
-            qmp, self._devices, boot_bytes=spec.memory_bytes, most_bytes=spec.max_memory_bytes
-        )
-        self._watching = asyncio.create_task(self._devices.watch())
-        self._supervisor = asyncio.create_task(self._supervise(host.qemu, qmp))
+        self._memory = Memory(qmp, devices, boot_bytes=spec.memory_bytes, most_bytes=spec.max_memory_bytes)
+        self._watching = asyncio.create_task(devices.watch())
+        self._supervisor = asyncio.create_task(self._supervise(qemu, qmp))
 
     async def _supervise(self, qemu: Process, qmp: QmpSession) -> None:
         daemons = self._host.daemons
@@ -324,32 +326,29 @@ class QemuHypervisor(Hypervisor):
         channel, qmp = self._host.channel, self._host.qmp
         if channel is None or qmp is None:
             raise ChannelError(f"connect guest: port {port}: the virtual machine was not started")
-        if channel.needs_driver and not await self._is_settled(channel.needs_driver, qmp):
+        if channel.needs_driver and not await self._is_settled(channel, qmp):
             raise NotListeningError("the guest's driver does not run yet")
         return await channel.dial(port)
 
-    async def _is_settled(self, device: str, qmp: QmpSession) -> bool:
+    async def _is_settled(self, channel: GuestChannel, qmp: QmpSession) -> bool:
         """Tell whether a device's daemon has surely got its queues.
 
-        QEMU hands them over after the guest's driver has said DRIVER_OK and does not wait for the daemon. An
-        agent that listens is proof; one that never says so on the console, as Kata's, is given a moment.
+        QEMU hands them over in the guest's write of DRIVER_OK, and does not wait for the daemon to read. An
+        agent that says it listens is proof, too; one in a clone has said so before it was saved.
         """
         if any(AGENT_READY_MARK in line for line in self.console_tail(_CONSOLE_LINES)):
             return True
         try:
-            runs = await qmp.driver_runs(device)
+            return await qmp.driver_runs(channel.needs_driver) and channel.is_handed_over()
         except QmpError:  # QEMU is going: whoever waits for its end will say why
             return False
-        if runs and self._driver_seen_at is None:
-            self._driver_seen_at = self._loop.time()
-        return self._driver_seen_at is not None and self._loop.time() - self._driver_seen_at > _SETTLE_S
 
     async def _hint(self) -> None:
         """Wait until it makes sense to dial again: the guest said something, or a moment passed."""
         assert self._host.console is not None  # noqa: S101  (dialling succeeded in starting)
         self._host.console.grew.clear()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_REDIAL_S):
+            async with asyncio.timeout(_REDIAL_S if self._spec.template is None else _CLONE_REDIAL_S):
                 await self._host.console.grew.wait()
 
     def _running_devices(self) -> Devices:

@@ -9,13 +9,21 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hypervisor.argv import SHARE_QUEUE, SHARE_TAG
+from hypervisor.devices import Command, Description, socket_chardev
 from hypervisor.errors import VmStartError
 from hypervisor.process import Process
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from hypervisor.devices import Devices
+    from hypervisor.qmp import QmpSession
+
 NAME = "virtio-fs daemon"
+
+SHARE = "share"
+"""What QEMU calls the share's device and the connection behind it."""
 
 _HELP_TIMEOUT_S = 5.0
 
@@ -123,6 +131,32 @@ def connected_pair(directory: Path) -> tuple[socket.socket, socket.socket]:
     finally:
         os.close(directory_fd)
     return listener, client
+
+
+async def plug(connection: socket.socket, *, session: QmpSession, devices: Devices) -> None:
+    """Add the share to a machine that was started without.
+
+    :param connection: a socket connected to the daemon; it stays the caller's to close.
+    :param session: the control connection.
+    :param devices: where it is plugged.
+    :raises HotplugError: if it cannot be added.
+    :raises QmpError: if QEMU does not answer.
+    """
+    await devices.plug(describe(await session.send_fd(connection.fileno())))
+
+
+def describe(fd_name: str) -> Description:
+    """Describe the share's device.
+
+    :param fd_name: the name under which QEMU holds the connection to the daemon.
+    """
+    return Description(
+        id=SHARE,
+        driver="vhost-user-fs-pci",
+        properties={"chardev": SHARE, "tag": SHARE_TAG, "queue-size": SHARE_QUEUE},
+        backend=[socket_chardev(SHARE, fd_name)],
+        undo=[Command("chardev-remove", {"id": SHARE})],
+    )
 
 
 def check_propagation(source: Path) -> None:

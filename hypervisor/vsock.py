@@ -10,10 +10,12 @@ import os
 import secrets
 import socket
 import struct
+import termios
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from hypervisor.argv import ChannelDevice, KernelVsock, SerialPort, UserVsock
+from hypervisor.devices import Command, Description, socket_chardev
 from hypervisor.errors import ChannelError, VmStartError
 from hypervisor.interface import AGENT_PORT, Channel, VmSpec
 
@@ -21,9 +23,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from contextlib import ExitStack
 
+    from hypervisor.devices import Devices
     from hypervisor.process import Process
+    from hypervisor.qmp import QmpSession
 
 VHOST_VSOCK = Path("/dev/vhost-vsock")
+
+DEVICE = "vsock"
+"""What QEMU calls the device, and the connection to its daemon."""
 
 DAEMON_NAME = "vhost-device-vsock"
 _DAEMON_REDIAL_S = 0.002
@@ -56,7 +63,11 @@ class GuestChannel(abc.ABC):
     """A way to the guest agent."""
 
     needs_driver: ClassVar[str] = ""
-    """Id of the device whose daemon must not be dialled before it has its queues; empty if it may be."""
+    """Id of the device that must not be dialled before the guest's driver runs; empty if it may be."""
+
+    def is_handed_over(self) -> bool:
+        """Tell whether who serves the device knows all that QEMU has said of it."""
+        return True
 
     @abc.abstractmethod
     async def open(self, handover: ExitStack) -> ChannelDevice:
@@ -141,24 +152,26 @@ class UserVsockChannel(GuestChannel):
 
     # A connection that comes while QEMU still hands over the queues ends the daemon's worker for good:
     # the daemon stays, answers CONNECT, and no byte ever moves (seen with vhost-device-vsock 0.3.0).
-    needs_driver = "vsock"
+    needs_driver = DEVICE
 
     def __init__(self, daemon: Path, directory: Path, *, spawn: Spawn) -> None:
         self._daemon = daemon
         self._spawn = spawn
+        self._device: socket.socket | None = None
         # Both sides name the sockets through this descriptor: a unix socket's address has 108 bytes at most.
         self._directory_fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    async def open(self, handover: ExitStack) -> UserVsock:
+    async def open(self, handover: ExitStack) -> UserVsock:  # noqa: ARG002  (nothing is QEMU's alone)
         """Start the daemon and connect to it.
 
-        :param handover: closes this process's copy of the connection.
+        :param handover: not used.
         :raises VmStartError: if the daemon ends before it listens.
         """
         device = f"/proc/self/fd/{self._directory_fd}/vhost-vsock.sock"
         vm = f"guest-cid={_DAEMON_GUEST_CID},socket={device},uds-path={self._ports}"
         process = self._spawn(DAEMON_NAME, [str(self._daemon), "--vm", vm], inherit=[self._directory_fd])
-        stream = handover.enter_context(socket.socket(socket.AF_UNIX))
+        # Kept: it is the one that QEMU gets, and tells what the daemon has not read yet.
+        self._device = stream = socket.socket(socket.AF_UNIX)
         while True:
             try:
                 stream.connect(device)
@@ -170,6 +183,14 @@ class UserVsockChannel(GuestChannel):
                 return UserVsock(fd=stream.fileno())
             if process.exited.done():
                 raise VmStartError(f"start vm: {process.obituary()}")
+
+    def is_handed_over(self) -> bool:
+        """Tell whether the daemon has read all messages about its queues that QEMU has written."""
+        if self._device is None:  # the guest has answered before
+            return True
+        unread = bytearray(4)
+        fcntl.ioctl(self._device, termios.TIOCOUTQ, unread)
+        return not any(unread)
 
     async def dial(self, port: int) -> socket.socket:
         """Try once to connect, in the protocol that Firecracker introduced for vsock over a unix socket.
@@ -202,10 +223,18 @@ class UserVsockChannel(GuestChannel):
         except BaseException:
             stream.close()
             raise
+        self._let_go_of_device()
         return stream
 
+    def _let_go_of_device(self) -> None:
+        """Leave the connection to QEMU alone, so that the daemon sees QEMU's end."""
+        if self._device is not None:
+            self._device.close()
+            self._device = None
+
     def close(self) -> None:
-        """Close the directory."""
+        """Close the connection and the directory."""
+        self._let_go_of_device()
         if self._directory_fd >= 0:
             os.close(self._directory_fd)
             self._directory_fd = -1
@@ -269,6 +298,46 @@ def make_channel(spec: VmSpec, *, spawn: Spawn) -> GuestChannel:
             return UserVsockChannel(spec.vsock_daemon, spec.directory, spawn=spawn)
         case Channel.VIRTIO_SERIAL:
             return SerialChannel()
+
+
+async def plug(device: ChannelDevice, *, session: QmpSession, devices: Devices) -> None:
+    """Add the agent's channel to a machine that was started without.
+
+    :param device: what the channel's ``open`` returned.
+    :param session: the control connection.
+    :param devices: where it is plugged.
+    :raises HotplugError: if it cannot be added.
+    :raises QmpError: if QEMU does not answer.
+    """
+    await devices.plug(describe(device, await session.send_fd(device.fd)))
+
+
+def describe(device: ChannelDevice, fd_name: str) -> Description:
+    """Describe a vsock device.
+
+    :param device: what the channel's ``open`` returned.
+    :param fd_name: the name under which QEMU holds its descriptor.
+    :raises ValueError: for a virtio-serial port, which is not plugged: a defect of the caller.
+    """
+    match device:
+        case KernelVsock(cid=cid):
+            return Description(
+                id=DEVICE,
+                driver="vhost-vsock-pci",
+                properties={"vhostfd": fd_name, "guest-cid": cid},
+                backend=[],
+                undo=[],
+            )
+        case UserVsock():
+            return Description(
+                id=DEVICE,
+                driver="vhost-user-vsock-pci",
+                properties={"chardev": DEVICE},
+                backend=[socket_chardev(DEVICE, fd_name)],
+                undo=[Command("chardev-remove", {"id": DEVICE})],
+            )
+        case SerialPort():
+            raise ValueError("a virtio-serial port is there from the start")
 
 
 def channel_problem(channel: Channel, *, vsock_daemon: Path | None) -> str | None:

@@ -1,0 +1,139 @@
+"""A virtual machine's start from a template: it goes on where another one was saved."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hypervisor import machine, memory_copy, migration, template, virtiofsd, vsock
+from hypervisor.argv import HOTPLUG_BUSES, clone_argv, root_ports
+from hypervisor.console import Console
+from hypervisor.devices import Devices
+from hypervisor.errors import HotplugError, QmpError, TemplateError
+from hypervisor.host_side import QEMU
+from hypervisor.interface import Channel
+from hypervisor.qmp import QmpSession
+
+if TYPE_CHECKING:
+    from hypervisor.argv import Inherited
+    from hypervisor.host_side import HostSide
+    from hypervisor.interface import VmSpec
+    from hypervisor.template import Template
+
+_LOAD_S = 15.0
+"""A hundred times what it takes: time for a machine to boot must be left."""
+
+_COPIER = "template copier"
+
+
+async def clone(spec: VmSpec, host: HostSide, directory: Path) -> Devices:
+    """Start a machine from a template; return when it runs.
+
+    :param spec: the virtual machine.
+    :param host: where each part is kept as soon as it exists; after an error, the caller ends them.
+    :param directory: the template's.
+    :returns: the devices plugged into it, the share and the agent's channel among them.
+    :raises UnsupportedHostError: if this machine's architecture is not supported.
+    :raises TemplateError: if the template is missing, broken or another machine's, or QEMU cannot load it.
+    :raises VmStartError: if something else failed, with which no machine would start.
+    :raises OSError: if the host lacks something.
+    """
+    virtiofsd.check_propagation(spec.share_source)
+    saved = template.read_description(directory)
+    if saved.memory_bytes != spec.memory_bytes:
+        raise TemplateError(f"template: {directory}: of a machine with {saved.memory_bytes} bytes of memory")
+    try:
+        async with asyncio.timeout(_LOAD_S):
+            return await _clone(spec, host, directory, saved)
+    except TimeoutError:
+        raise TemplateError(f"template: {directory}: not loaded within {_LOAD_S:g} s") from None
+    except (QmpError, HotplugError) as error:
+        raise TemplateError(f"template: {directory}: {await host.early_cause(error)}") from error
+
+
+async def _clone(spec: VmSpec, host: HostSide, directory: Path, saved: Template) -> Devices:
+    with ExitStack() as stack:
+        source = template.open_memory(directory, saved)
+        stack.callback(os.close, source)
+        memory = os.memfd_create("hako-memory", os.MFD_CLOEXEC)
+        stack.callback(os.close, memory)
+        os.ftruncate(memory, saved.memory_bytes)
+        host.channel = channel = vsock.make_channel(spec, spawn=host.spawn)
+        host.qmp = qmp = QmpSession(spec.name, handover=stack)
+        host.console = Console(spec.directory / "console.log", handover=stack)
+        # The agent's virtio-serial port is a part of the template, vsock is not: QEMU cannot save it.
+        in_template = spec.channel is Channel.VIRTIO_SERIAL
+        port = (await channel.open(stack)).fd if in_template else -1
+        descriptors = template.bare_descriptors(
+            spec, qmp=qmp.qemu_fd, console=host.console.qemu_fd, agent=port, memory=memory
+        )
+        _spawn_qemu(spec, host, descriptors, [qmp.qemu_fd, host.console.qemu_fd, port, memory])
+        # What takes QEMU longest is to start: the rest happens meanwhile.
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(_connect(qmp, saved))
+                group.create_task(_copy_memory(host, directory, source, memory, saved))
+                sharing = group.create_task(_serve_share(spec, host, stack))
+                opening = None if in_template else group.create_task(channel.open(stack))
+                state = template.read_state(directory, saved)
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+        host.adopt_workers()
+        await _load(qmp, state)
+        # While the guest stands still: it then finds all new devices at once.
+        devices = Devices(qmp, buses=HOTPLUG_BUSES, ports=root_ports(spec))
+        if opening is not None:
+            await vsock.plug(opening.result(), session=qmp, devices=devices)
+        await virtiofsd.plug(sharing.result(), session=qmp, devices=devices)
+        await qmp.ask(dict, "cont")
+        return devices
+
+
+def _spawn_qemu(spec: VmSpec, host: HostSide, descriptors: Inherited, inherit: list[int]) -> None:
+    argv = clone_argv(spec, descriptors, machine=machine.for_host())
+    host.spawn(QEMU, argv, inherit=[fd for fd in inherit if fd >= 0])
+
+
+async def _connect(qmp: QmpSession, saved: Template) -> None:
+    await qmp.connect()
+    version = await qmp.version()
+    if version != saved.qemu_version:
+        raise TemplateError(f"template: saved by QEMU {saved.qemu_version}, not by this one, {version}")
+    await qmp.ask(dict, "migrate-set-capabilities", migration.IGNORE_SHARED)
+
+
+async def _copy_memory(host: HostSide, directory: Path, source: int, memory: int, saved: Template) -> None:
+    program = [sys.executable, "-I", "-S", str(Path(memory_copy.__file__))]
+    words = [*program, str(source), str(memory), str(saved.data_bytes)]
+    copier = await host.run(_COPIER, words, inherit=[source, memory])
+    if copier.exited.result().code != 0:
+        raise TemplateError(f"template: {directory / template.MEMORY}: {copier.obituary()}")
+
+
+async def _serve_share(spec: VmSpec, host: HostSide, stack: ExitStack) -> socket.socket:
+    listener, share = virtiofsd.connected_pair(spec.directory)
+    stack.enter_context(share)
+    with listener:
+        dialect = await virtiofsd.detect_dialect(spec.virtiofsd)
+        argv = virtiofsd.daemon_argv(spec.virtiofsd, dialect, fd=listener.fileno(), source=spec.share_source)
+        host.spawn(virtiofsd.NAME, argv, inherit=[listener.fileno()])
+    return share
+
+
+async def _load(qmp: QmpSession, state: bytes) -> None:
+    ours, qemus = socket.socketpair()
+    with ours, qmp.events(migration.EVENT) as events:
+        with qemus:
+            name = await qmp.send_fd(qemus.fileno())
+        await qmp.ask(dict, "migrate-incoming", {"uri": f"fd:{name}"})
+        ours.settimeout(0)
+        try:
+            await asyncio.get_running_loop().sock_sendall(ours, state)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise QmpError("qmp: migrate-incoming: QEMU did not read all of the state") from error
+        await migration.completed(qmp, events)
