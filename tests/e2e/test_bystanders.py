@@ -1,0 +1,78 @@
+"""What makes shims start faster may die whenever it likes: no container notices."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+
+from tests.e2e.busybox import IMAGE
+from tests.e2e.conftest import new_id
+from tests.e2e.life import Life, until
+from tests.e2e.tasks import outcomes
+from tests.e2e.test_kill_matrix import CALLS_END_S, CONSISTENT_S, PHASES, bring_to
+from tests.e2e.test_refusals import configured
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.e2e.conftest import Stack
+    from tests.e2e.nursery import Process
+
+pytestmark = pytest.mark.hako
+
+STATES = {
+    **dict.fromkeys(("during start", "during create", "created"), "CREATED"),
+    **dict.fromkeys(("running", "during exec"), "RUNNING"),
+    "paused": "PAUSED",
+    "stopping": "STOPPED",
+    "during delete": "GONE",
+}
+BY_DAY = ("during start", "running")
+
+
+def zygotes_of(stack: Stack) -> list[Process]:
+    """Return the processes that fork shims, or are about to."""
+    return [each for each in stack.containerd.nursery.descendants() if " -zygote " in each.command]
+
+
+@pytest.fixture
+def with_zygote(one_stack: Stack) -> Iterator[None]:
+    """Let shims be forked by a zygote, and see that there is one."""
+    directory = one_stack.state_directory / "zygote"
+    with configured(one_stack, shim="zygote = true"):
+        first = one_stack.containerd.run(IMAGE, new_id(), "true")
+        assert first.code == 0, first.stderr
+        until(lambda: any(path.is_socket() for path in directory.glob("*")), what="the zygote serves")
+        yield
+    for zygote in zygotes_of(one_stack):
+        os.kill(zygote.pid, signal.SIGKILL)
+    until(lambda: not zygotes_of(one_stack), what="the zygotes are gone")
+    shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize(
+    "phase",
+    [pytest.param(each, marks=() if each in BY_DAY else pytest.mark.nightly) for each in PHASES],
+)
+def test_the_death_of_the_zygote_hurts_no_shim(one_stack: Stack, with_zygote: None, home: Path, phase: str):
+    with Life(one_stack, home) as life:
+        life.write_down()
+        under_way = bring_to(life, phase)
+        [zygote] = zygotes_of(one_stack)
+        os.kill(zygote.pid, signal.SIGKILL)
+
+        assert set(outcomes(under_way, timeout_s=CALLS_END_S)) <= {grpc.StatusCode.OK}
+        state, _ = life.wait_for_state({STATES[phase]}, timeout_s=CONSISTENT_S)
+        if state not in {"STOPPED", "GONE"}:
+            life.tasks.call("Kill", life.id, signal=signal.SIGKILL)
+        assert life.exits.wait_for(life.id, timeout_s=CONSISTENT_S)
+        next_one = one_stack.containerd.run(IMAGE, new_id(), "echo", "started anew")
+        assert (next_one.code, next_one.stdout) == (0, "started anew\n"), next_one.stderr
+        life.remove()
+        assert life.exits.of(life.id) == [128 + signal.SIGKILL]
