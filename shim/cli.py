@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 status = _check(chosen.config, as_json=chosen.json)
             case "logs":
                 status = _logs(chosen)
+            case "timeline":
+                status = _timeline(chosen)
             case "install":
                 from shim import install  # noqa: PLC0415 - the other commands do without
 
@@ -63,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     logs.add_argument("id", metavar="ID", help="the sandbox: a pod's, or that of a container on its own")
     logs.add_argument("--namespace", default="*", metavar="NAME", help="containerd's namespace (any)")
     logs.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
+    shown = commands.add_parser("timeline", help="show where the time of a sandbox's start went")
+    shown.add_argument("id", metavar="ID", help="the sandbox: a pod's, or that of a container on its own")
+    shown.add_argument("--namespace", default="*", metavar="NAME", help="containerd's namespace (any)")
+    shown.add_argument("--svg", type=Path, metavar="FILE", help="draw it")
+    shown.add_argument("--trace", type=Path, metavar="FILE", help="write it for Perfetto and Chrome")
+    shown.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
     install = commands.add_parser("install", help="say what containerd must be told to offer Hako")
     install.add_argument(
         "--print", action="store_true", required=True, help="print it: files are left to the operator"
@@ -120,6 +128,29 @@ def _logs(chosen: argparse.Namespace) -> int:
             f"logs: {chosen.id}: no such sandbox runs and none of that name failed; see `ctr task ls`"
         )
     sys.stdout.write(text)
+    return 0
+
+
+def _timeline(chosen: argparse.Namespace) -> int:
+    """Print where the time went, or write it in the forms that are asked for."""
+    from shim import timeline_files, timeline_model, timeline_svg  # noqa: PLC0415 - as above
+
+    environment = {config.ENVIRONMENT_VARIABLE: chosen.config} if chosen.config else os.environ
+    settings = config.parse(config.locate(environment)).shim
+    found = timeline_files.find(
+        state_dir=Path(settings.state_dir),
+        log_dir=Path(settings.log_dir),
+        namespace=chosen.namespace,
+        sandbox_id=chosen.id,
+    )
+    if not found:
+        raise Refusal(f"timeline: {chosen.id}: nothing is kept of such a sandbox; see `ctr task ls`")
+    if chosen.svg is not None:
+        chosen.svg.write_text(timeline_svg.draw(found[0]), encoding="utf-8")
+    if chosen.trace is not None:
+        chosen.trace.write_text(json.dumps(timeline_model.trace(found[0])), encoding="utf-8")
+    if chosen.svg is None and chosen.trace is None:
+        sys.stdout.write(timeline_model.table(found[0]))
     return 0
 
 
