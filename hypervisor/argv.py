@@ -204,6 +204,8 @@ def kernel_command_line(spec: VmSpec, *, machine: Machine) -> str:
     :param machine: the architecture's part.
     """
     parameters = [*_KERNEL_PARAMETERS, *machine.kernel_parameters]
+    if spec.accelerator is Accelerator.TCG:
+        parameters += machine.translated_kernel_parameters
     if spec.channel is Channel.VHOST_VSOCK:
         # An agent tells the connections apart by the ports they come from, which only the kernel's vsock
         # shows to both sides.

@@ -22,6 +22,7 @@ class Machine:
     :param early_console: QEMU's device that shows the guest kernel's messages before the virtio console
         driver is loaded.
     :param kernel_parameters: the guest kernel's parameters that make sense on this machine only.
+    :param translated_kernel_parameters: those that make sense if the processor is emulated.
     :param probe_kernel: a kernel that computes for a moment, then makes QEMU exit with ``probe_status``.
     :param probe_device: the QEMU device through which it does so.
     :param probe_status: QEMU's exit status then.
@@ -31,6 +32,7 @@ class Machine:
     cpu_models: dict[Accelerator, str]
     early_console: str
     kernel_parameters: tuple[str, ...]
+    translated_kernel_parameters: tuple[str, ...]
     probe_kernel: bytes
     probe_device: str
     probe_status: int
@@ -41,6 +43,7 @@ X86_64 = Machine(
     cpu_models=x86_64.CPU_MODELS,
     early_console=x86_64.EARLY_CONSOLE,
     kernel_parameters=x86_64.KERNEL_PARAMETERS,
+    translated_kernel_parameters=x86_64.TRANSLATED_KERNEL_PARAMETERS,
     probe_kernel=x86_64.probe_kernel(),
     probe_device=x86_64.PROBE_DEVICE,
     probe_status=x86_64.PROBE_STATUS,

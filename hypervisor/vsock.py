@@ -36,6 +36,9 @@ DAEMON_NAME = "vhost-device-vsock"
 _DAEMON_REDIAL_S = 0.002
 _DAEMON_REPLY_TIMEOUT_S = 2.0
 """A request that comes while the guest's driver starts can get lost, and the daemon never says so."""
+_DAEMON_BUFFER_BYTES = 256 * 1024
+"""How much of a connection may be on its way from the guest: four of its largest packets. The daemon's own
+choice is one, after which the guest waits each time."""
 _DAEMON_GUEST_CID = 3
 """Any number does: each daemon serves one guest and is reached by its own socket."""
 
@@ -169,6 +172,7 @@ class UserVsockChannel(GuestChannel):
         """
         device = f"/proc/self/fd/{self._directory_fd}/vhost-vsock.sock"
         vm = f"guest-cid={_DAEMON_GUEST_CID},socket={device},uds-path={self._ports}"
+        vm += f",tx-buffer-size={_DAEMON_BUFFER_BYTES}"
         process = self._spawn(DAEMON_NAME, [str(self._daemon), "--vm", vm], inherit=[self._directory_fd])
         # Kept: it is the one that QEMU gets, and tells what the daemon has not read yet.
         self._device = stream = socket.socket(socket.AF_UNIX)

@@ -19,7 +19,8 @@ CPU_MODELS = {
     Accelerator.KVM: "host,pmu=off",
     # Everything QEMU can translate. Images built for x86-64-v2 or v3 refuse to start on less, and smaller
     # models were measured to bring the agent up later, not earlier: its libraries fall back to slower code.
-    Accelerator.TCG: "max",
+    # Less the promise that string instructions are fast: translated, they move a byte or a word at a time.
+    Accelerator.TCG: "max,-erms",
 }
 
 EARLY_CONSOLE = "isa-serial"
@@ -33,6 +34,12 @@ KERNEL_PARAMETERS = (
     "no_timer_check",
     # Reset through the keyboard controller, which QEMU notices at once; the default tries ACPI first.
     "reboot=k",
+)
+
+TRANSLATED_KERNEL_PARAMETERS = (
+    # The same for the kernel, which expects fast string instructions of the model's vendor: with plain moves
+    # it boots in a tenth less time, and bytes pass three times as fast (measured).
+    "clearcpuid=rep_good",
 )
 
 _PROBE_VALUE = 42
