@@ -20,10 +20,11 @@ from hypervisor.interface import Channel
 from hypervisor.qmp import QmpSession
 
 if TYPE_CHECKING:
-    from hypervisor.argv import Inherited
+    from hypervisor.argv import ChannelDevice, Inherited
     from hypervisor.host_side import HostSide
     from hypervisor.interface import VmSpec
     from hypervisor.template import Template
+    from hypervisor.vsock import GuestChannel
 
 _LOAD_S = 15.0
 """A hundred times what it takes: time for a machine to boot must be left."""
@@ -76,32 +77,38 @@ async def _clone(spec: VmSpec, host: HostSide, directory: Path, saved: Template)
         # What takes QEMU longest is to start: the rest happens meanwhile.
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(_connect(qmp, saved))
+                group.create_task(_connect(qmp, saved, host))
                 group.create_task(_copy_memory(host, directory, source, memory, saved))
                 sharing = group.create_task(_serve_share(spec, host, stack))
-                opening = None if in_template else group.create_task(channel.open(stack))
+                opening = None if in_template else group.create_task(_open(channel, host, stack))
                 state = template.read_state(directory, saved)
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors
         host.adopt_workers()
-        await _load(qmp, state)
+        with host.phase("load template"):
+            await _load(qmp, state)
         # While the guest stands still: it then finds all new devices at once.
         devices = Devices(qmp, buses=HOTPLUG_BUSES, ports=root_ports(spec))
         if opening is not None:
-            await vsock.plug(opening.result(), session=qmp, devices=devices)
-        await virtiofsd.plug(sharing.result(), session=qmp, devices=devices)
-        await qmp.ask(dict, "cont")
+            with host.phase("plug vsock"):
+                await vsock.plug(opening.result(), session=qmp, devices=devices)
+        with host.phase("plug virtio-fs"):
+            await virtiofsd.plug(sharing.result(), session=qmp, devices=devices)
+        with host.phase("cont"):
+            await qmp.ask(dict, "cont")
         return devices
 
 
 def _spawn_qemu(spec: VmSpec, host: HostSide, descriptors: Inherited, inherit: list[int]) -> None:
     argv = clone_argv(spec, descriptors, machine=machine.for_host())
-    host.spawn(QEMU, argv, inherit=[fd for fd in inherit if fd >= 0])
+    with host.phase("spawn QEMU"):
+        host.spawn(QEMU, argv, inherit=[fd for fd in inherit if fd >= 0])
 
 
-async def _connect(qmp: QmpSession, saved: Template) -> None:
-    await qmp.connect()
-    version = await qmp.version()
+async def _connect(qmp: QmpSession, saved: Template, host: HostSide) -> None:
+    with host.phase("QMP"):
+        await qmp.connect()
+        version = await qmp.version()
     if version != saved.qemu_version:
         raise TemplateError(f"template: saved by QEMU {saved.qemu_version}, not by this one, {version}")
     await qmp.ask(dict, "migrate-set-capabilities", migration.IGNORE_SHARED)
@@ -110,7 +117,8 @@ async def _connect(qmp: QmpSession, saved: Template) -> None:
 async def _copy_memory(host: HostSide, directory: Path, source: int, memory: int, saved: Template) -> None:
     program = [sys.executable, "-I", "-S", str(Path(memory_copy.__file__))]
     words = [*program, str(source), str(memory), str(saved.data_bytes)]
-    copier = await host.run(_COPIER, words, inherit=[source, memory])
+    with host.phase("copy memory"):
+        copier = await host.run(_COPIER, words, inherit=[source, memory])
     if copier.exited.result().code != 0:
         raise TemplateError(f"template: {directory / template.MEMORY}: {copier.obituary()}")
 
@@ -118,11 +126,16 @@ async def _copy_memory(host: HostSide, directory: Path, source: int, memory: int
 async def _serve_share(spec: VmSpec, host: HostSide, stack: ExitStack) -> socket.socket:
     listener, share = virtiofsd.connected_pair(spec.directory)
     stack.enter_context(share)
-    with listener:
+    with listener, host.phase("spawn virtio-fs daemon"):
         dialect = await virtiofsd.detect_dialect(spec.virtiofsd)
         argv = virtiofsd.daemon_argv(spec.virtiofsd, dialect, fd=listener.fileno(), source=spec.share_source)
         host.spawn(virtiofsd.NAME, argv, inherit=[listener.fileno()])
     return share
+
+
+async def _open(channel: GuestChannel, host: HostSide, stack: ExitStack) -> ChannelDevice:
+    with host.phase("open agent's channel"):
+        return await channel.open(stack)
 
 
 async def _load(qmp: QmpSession, state: bytes) -> None:
