@@ -20,7 +20,7 @@ from hypervisor.interface import Channel
 from hypervisor.qmp import QmpSession
 
 if TYPE_CHECKING:
-    from hypervisor.argv import ChannelDevice, Inherited
+    from hypervisor.argv import ChannelDevice
     from hypervisor.host_side import HostSide
     from hypervisor.interface import VmSpec
     from hypervisor.template import Template
@@ -65,15 +65,13 @@ async def _clone(spec: VmSpec, host: HostSide, directory: Path, saved: Template)
         stack.callback(os.close, memory)
         os.ftruncate(memory, saved.memory_bytes)
         host.channel = channel = vsock.make_channel(spec, spawn=host.spawn)
-        host.qmp = qmp = QmpSession(spec.name, handover=stack)
-        host.console = Console(spec.directory / "console.log", handover=stack)
         # The agent's virtio-serial port is a part of the template, vsock is not: QEMU cannot save it.
         in_template = spec.channel is Channel.VIRTIO_SERIAL
-        port = (await channel.open(stack)).fd if in_template else -1
-        descriptors = template.bare_descriptors(
-            spec, qmp=qmp.qemu_fd, console=host.console.qemu_fd, agent=port, memory=memory
-        )
-        _spawn_qemu(spec, host, descriptors, [qmp.qemu_fd, host.console.qemu_fd, port, memory])
+        # Once QEMU has its ends, nobody else may: its death is the end of each.
+        with ExitStack() as handover:
+            port = (await channel.open(handover)).fd if in_template else None
+            with host.phase("spawn QEMU"):
+                qmp = _spawn_qemu(spec, host, handover, memory=memory, port=port)
         # What takes QEMU longest is to start: the rest happens meanwhile.
         try:
             async with asyncio.TaskGroup() as group:
@@ -99,10 +97,17 @@ async def _clone(spec: VmSpec, host: HostSide, directory: Path, saved: Template)
         return devices
 
 
-def _spawn_qemu(spec: VmSpec, host: HostSide, descriptors: Inherited, inherit: list[int]) -> None:
-    argv = clone_argv(spec, descriptors, machine=machine.for_host())
-    with host.phase("spawn QEMU"):
-        host.spawn(QEMU, argv, inherit=[fd for fd in inherit if fd >= 0])
+def _spawn_qemu(
+    spec: VmSpec, host: HostSide, handover: ExitStack, *, memory: int, port: int | None
+) -> QmpSession:
+    host.qmp = qmp = QmpSession(spec.name, handover=handover)
+    host.console = console = Console(spec.directory / "console.log", handover=handover)
+    inherit = [qmp.qemu_fd, console.qemu_fd, memory, *([] if port is None else [port])]
+    descriptors = template.bare_descriptors(
+        qmp=qmp.qemu_fd, console=console.qemu_fd, memory=memory, agent=port
+    )
+    host.spawn(QEMU, clone_argv(spec, descriptors, machine=machine.for_host()), inherit=inherit)
+    return qmp
 
 
 async def _connect(qmp: QmpSession, saved: Template, host: HostSide) -> None:
@@ -147,6 +152,7 @@ async def _load(qmp: QmpSession, state: bytes) -> None:
         ours.settimeout(0)
         try:
             await asyncio.get_running_loop().sock_sendall(ours, state)
-        except (BrokenPipeError, ConnectionResetError) as error:
+            ours.shutdown(socket.SHUT_WR)  # or QEMU would wait for the rest of a state that ends too early
+        except OSError as error:
             raise QmpError("qmp: migrate-incoming: QEMU did not read all of the state") from error
         await migration.completed(qmp, events)

@@ -15,8 +15,9 @@ from hypervisor import machine, migration, template
 from hypervisor.argv import boot_argv
 from hypervisor.console import Console
 from hypervisor.errors import QmpError, VmStartError
+from hypervisor.exits import vm_exit_reason
 from hypervisor.host_side import QEMU, HostSide
-from hypervisor.interface import AGENT_READY_MARK
+from hypervisor.interface import AGENT_READY_MARK, Channel
 from hypervisor.memory_copy import data_ranges
 from hypervisor.qmp import QmpSession
 from hypervisor.template import Template
@@ -74,8 +75,9 @@ async def _save(spec: VmSpec, directory: Path, host: HostSide) -> None:
         silent, agent = socket.socketpair()
         stack.enter_context(silent)
         with agent:
-            qmp = await _boot(spec, host, memory=memory, agent=agent.fileno())
-        await _agent_serves(host)
+            port = agent.fileno() if spec.channel is Channel.VIRTIO_SERIAL else None
+            qmp = await _boot(spec, host, memory=memory, port=port)
+        await _agent_serves(host, qmp)
         await _give_back(qmp, spec.memory_bytes)
         # The guest stands still from here on: what is in the memory and what the devices know agree.
         await qmp.ask(dict, "stop")
@@ -92,27 +94,27 @@ async def _save(spec: VmSpec, directory: Path, host: HostSide) -> None:
         ).write(directory)
 
 
-async def _boot(spec: VmSpec, host: HostSide, *, memory: int, agent: int) -> QmpSession:
+async def _boot(spec: VmSpec, host: HostSide, *, memory: int, port: int | None) -> QmpSession:
     with ExitStack() as handover:
         host.qmp = qmp = QmpSession(spec.name, handover=handover)
         host.console = Console(spec.directory / "console.log", handover=handover)
         descriptors = template.bare_descriptors(
-            spec, qmp=qmp.qemu_fd, console=host.console.qemu_fd, agent=agent, memory=memory
+            qmp=qmp.qemu_fd, console=host.console.qemu_fd, agent=port, memory=memory
         )
         host.spawn(
             QEMU,
             boot_argv(spec, descriptors, machine=machine.for_host()),
-            inherit=[qmp.qemu_fd, host.console.qemu_fd, agent, memory],
+            inherit=[qmp.qemu_fd, host.console.qemu_fd, memory, *([] if port is None else [port])],
         )
-        await qmp.connect()
-        return qmp
+    await qmp.connect()
+    return qmp
 
 
 def _tail(host: HostSide, lines: int) -> list[str]:
     return host.console.tail(lines) if host.console else []
 
 
-async def _agent_serves(host: HostSide) -> None:
+async def _agent_serves(host: HostSide, qmp: QmpSession) -> None:
     assert host.qemu is not None  # noqa: S101  (it was booted)
     assert host.console is not None  # noqa: S101
     while not any(AGENT_READY_MARK in line for line in _tail(host, _CONSOLE_LINES)):
@@ -124,8 +126,14 @@ async def _agent_serves(host: HostSide) -> None:
         finally:
             grew.cancel()
         if host.qemu.exited.done():
-            said = "".join(f"; {line}" for line in _tail(host, 1))
-            raise VmStartError(f"save template: {host.qemu.obituary()}{said}")
+            await qmp.drained()
+            reason = vm_exit_reason(
+                host.qemu.exited.result(),
+                shutdown=qmp.shutdown,
+                console=_tail(host, _CONSOLE_LINES),
+                stderr=host.qemu.last_words(),
+            )
+            raise VmStartError(f"save template: {reason}")
 
 
 async def _give_back(qmp: QmpSession, memory_bytes: int) -> None:

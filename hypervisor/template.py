@@ -78,13 +78,18 @@ def template_key(spec: VmSpec) -> str:
     bare = bare_machine(dataclasses.replace(spec, name="", network_namespace=None))
     shape: list[object] = [
         _FORMAT,
-        boot_argv(bare, bare_descriptors(bare), machine=machine.for_host()),
+        boot_argv(bare, _placeholders(spec), machine=machine.for_host()),
         [_identity(file) for file in (spec.qemu, spec.kernel, spec.initrd)],
     ]
     if spec.accelerator is Accelerator.KVM:
         # The guest has found out what this processor can do, and how fast its clock runs.
         shape += [_BOOT_ID.read_text(), _processor(_CPUINFO.read_text())]
     return hashlib.sha256(json.dumps(shape).encode()).hexdigest()
+
+
+def _placeholders(spec: VmSpec) -> Inherited:
+    agent = _NO_FD if spec.channel is Channel.VIRTIO_SERIAL else None
+    return bare_descriptors(qmp=_NO_FD, console=_NO_FD, memory=_NO_FD, agent=agent)
 
 
 def bare_machine(spec: VmSpec) -> VmSpec:
@@ -96,18 +101,15 @@ def bare_machine(spec: VmSpec) -> VmSpec:
     return dataclasses.replace(spec, kernel_parameters=("hako.template", *spec.kernel_parameters))
 
 
-def bare_descriptors(
-    spec: VmSpec, *, qmp: int = _NO_FD, console: int = _NO_FD, agent: int = _NO_FD, memory: int = _NO_FD
-) -> Inherited:
+def bare_descriptors(*, qmp: int, console: int, memory: int, agent: int | None) -> Inherited:
     """Name the descriptors of a machine as a template has it: with nothing that QEMU cannot save.
 
-    :param spec: the virtual machine.
     :param qmp: the control connection.
     :param console: the console.
-    :param agent: the agent's virtio-serial port, which a machine with another channel does not have.
     :param memory: the memory.
+    :param agent: the agent's virtio-serial port; a machine with another channel has none.
     """
-    channel = SerialPort(fd=agent) if spec.channel is Channel.VIRTIO_SERIAL else None
+    channel = SerialPort(fd=agent) if agent is not None else None
     return Inherited(qmp=qmp, console=console, share=None, channel=channel, memory=memory)
 
 
