@@ -5,23 +5,14 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-import grpc
-
-from hypervisor import HypervisorError
 from scripts.benchmarks.catalog import METRICS
 from scripts.benchmarks.harness import Summary, document, line, summarize
-from scripts.benchmarks.stage import MeasurementError, Stage, opened
-from shim.errors import ShimError
+from scripts.benchmarks.stage import Stage, opened
 
 ROUNDS = 5
-FAILURES = (
-    *(MeasurementError, ShimError, HypervisorError, grpc.RpcError),
-    *(subprocess.TimeoutExpired, TimeoutError, OSError),
-)
 
 
 def main() -> int:
@@ -51,13 +42,20 @@ def _measure(stage: Stage, names: list[str]) -> dict[str, Summary]:
     for name in names:
         try:
             samples = METRICS[name].measure(stage)
-        except FAILURES as error:
-            print(f"bench: {name}: {error}", file=sys.stderr, flush=True)
-            stage.kill_everything()
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong with one, the others are measured
+            print(f"bench: {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            _clear_away(stage)
             continue
         summaries[name] = summarize(samples, unit=METRICS[name].unit)
         print(line(name, summaries[name]), flush=True)
     return summaries
+
+
+def _clear_away(stage: Stage) -> None:
+    try:
+        stage.kill_everything()
+    except TimeoutError as error:
+        print(f"bench: what follows is disturbed: {error}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

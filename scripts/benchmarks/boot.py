@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guest.image import cpio
-from hypervisor import AGENT_PORT, QemuHypervisor, VmSpec
+from hypervisor import AGENT_PORT, QemuHypervisor, VmSpec, template_key
 from hypervisor.argv import kernel_command_line
 from hypervisor.machine import for_host
 from scripts.benchmarks.harness import Samples, alternate
@@ -18,7 +18,9 @@ from scripts.benchmarks.stage import MeasurementError
 from shim import config, mounts
 from shim.agent import Agent
 from shim.host import resolve
+from shim.machine_spec import describe
 from shim.sizing import plan
+from shim.template_store import TemplateStore
 from tests.e2e.busybox import BUSYBOX
 
 if TYPE_CHECKING:
@@ -37,9 +39,7 @@ def cold_over_bare(stage: Stage) -> Samples:
     Baseline: the same QEMU, accelerator, processor, memory, kernel and kernel parameters, with a serial port
     as the only device and an initramfs that is but busybox, from the spawn to the first line of its shell.
     """
-    stage.configure()
-    settings = config.parse(config.locate({"HAKO_CONFIG": str(stage.config)}))
-    spec = stage.runner.run(_spec(settings))
+    spec = _spec(stage, template=False)
     initrd = stage.home / "bare-initrd"
     initrd.write_bytes(
         cpio.archive(
@@ -52,38 +52,52 @@ def cold_over_bare(stage: Stage) -> Samples:
         )
     )
 
-    def cold() -> float:
-        with tempfile.TemporaryDirectory(dir=stage.home) as directory:
-            return stage.runner.run(_boot(spec, Path(directory)))
-
-    return alternate(stage.rounds, value=cold, baseline=lambda: _boot_bare(spec, initrd))
-
-
-async def _spec(settings: config.Config) -> VmSpec:
-    choice, sizes = await resolve(settings), plan(settings.hypervisor, {})
-    return VmSpec(
-        name="bench",
-        directory=Path(),
-        qemu=Path(settings.hypervisor.qemu),
-        machine_options="",
-        kernel=Path(settings.guest.kernel),
-        initrd=Path(settings.guest.initrd),
-        kernel_parameters=(),
-        accelerator=choice.accelerator,
-        vcpus=sizes.boot.vcpus,
-        max_vcpus=sizes.most.vcpus,
-        memory_bytes=sizes.boot.memory_bytes,
-        max_memory_bytes=sizes.most.memory_bytes,
-        share_source=Path(),
-        virtiofsd=choice.virtiofsd,
-        channel=choice.channel,
-        vsock_daemon=choice.vsock_daemon,
-        network_namespace=None,
-        root_ports=0,
+    return alternate(
+        stage.rounds, value=lambda: _time_boot(stage, spec), baseline=lambda: _boot_bare(spec, initrd)
     )
 
 
+def clone_over_cold(stage: Stage) -> Samples:
+    """Clone a machine as the default configuration makes it: from its spawn to the agent's first answer.
+
+    Copying the template's memory, plugging in the share and the channel, new randomness and the time are part
+    of it; the shim and containerd are not.
+    Baseline: the same machine, booted.
+    """
+    spec = _spec(stage, template=True)
+    found = TemplateStore(Path(config.HypervisorConfig().template_dir)).find(template_key(spec))
+    if found is None:
+        raise MeasurementError("template: it was built, but not for the machine that is booted")
+    clone = dataclasses.replace(spec, template=found.path)
+    return alternate(
+        stage.rounds,
+        value=lambda: _time_boot(stage, clone),
+        baseline=lambda: _time_boot(stage, spec),
+    )
+
+
+def _spec(stage: Stage, *, template: bool) -> VmSpec:
+    stage.configure(template=template)
+    settings = config.parse(config.locate({"HAKO_CONFIG": str(stage.config)}))
+    sizes = plan(settings.hypervisor, {})
+    return describe(
+        settings,
+        stage.runner.run(resolve(settings)),
+        name="bench",
+        directory=Path(),
+        share=Path(),
+        size=sizes.boot,
+        most=sizes.most,
+    )
+
+
+def _time_boot(stage: Stage, spec: VmSpec) -> float:
+    with tempfile.TemporaryDirectory(dir=stage.home) as directory:
+        return stage.runner.run(_boot(spec, Path(directory)))
+
+
 async def _boot(spec: VmSpec, directory: Path) -> float:
+    """Start a machine, cloned or booted, until its agent answers; return how long that took, in seconds."""
     share = directory / "share"
     share.mkdir()
     mounts.share_directory(share)
@@ -94,7 +108,8 @@ async def _boot(spec: VmSpec, directory: Path) -> float:
         try:
             await vm.start(timeout_s=BOOT_TIMEOUT_S)
             connection = await vm.connect(AGENT_PORT, timeout_s=BOOT_TIMEOUT_S)
-            agent = await Agent.over(connection, timeout_s=BOOT_TIMEOUT_S)
+            is_clone = spec.template is not None
+            agent = await Agent.over(connection, timeout_s=BOOT_TIMEOUT_S, is_clone=is_clone)
             took_s = time.perf_counter() - began_s
             await agent.aclose()
         finally:

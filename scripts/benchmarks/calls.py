@@ -28,7 +28,8 @@ def exec_over_guest(stage: Stage) -> Samples:
     """Time ``ctr task exec`` of ``true`` in a running container under Hako, from ctr's spawn to its end.
 
     Baseline: ``crun exec`` of ``true`` in the same container, timed inside the guest by a program that runs
-    beside the agent. It starts crun from its file, as a shell would; the agent's sealed copy starts faster.
+    beside the agent. It starts crun from a sealed copy, as the agent does: from its file, crun makes itself
+    such a copy and starts over, which takes twice as long.
     """
     inside.configure(stage)
     numbers = itertools.count(1)

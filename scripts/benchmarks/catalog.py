@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from scripts.benchmarks.boot import cold_over_bare
+from scripts.benchmarks.boot import clone_over_cold, cold_over_bare
 from scripts.benchmarks.calls import exec_over_guest, grpc_state_ms, state_over_runc
 from scripts.benchmarks.commands import delete_ms, start_over_runc
 from scripts.benchmarks.crowds import burst_30, resident_60
 from scripts.benchmarks.memory import pod_pss_mib, shim_pss_mib, shim_uss_mib
 from scripts.benchmarks.streams import stdout_over_channel
+from scripts.benchmarks.templates import run_template_over_cold, template_mib
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,12 +42,15 @@ class Metric:
 METRICS = {
     metric.name: metric
     for metric in (
+        Metric(clone_over_cold, "s", "cold boot"),
+        Metric(run_template_over_cold, "s", "no template"),
         Metric(cold_over_bare, "s", "bare QEMU"),
         Metric(start_over_runc, "ms", "runc"),
         Metric(delete_ms, "ms", "runc"),
-        Metric(shim_pss_mib, "MiB", "no zygote"),
-        Metric(shim_uss_mib, "MiB", "no zygote"),
-        Metric(pod_pss_mib, "MiB", "no zygote"),
+        Metric(shim_pss_mib, "MiB", "everything off"),
+        Metric(shim_uss_mib, "MiB", "everything off"),
+        Metric(pod_pss_mib, "MiB", "everything off"),
+        Metric(template_mib, "MiB", ""),
         Metric(exec_over_guest, "ms", "in the guest"),
         Metric(state_over_runc, "ms", "runc"),
         Metric(grpc_state_ms, "ms", "ttrpc"),

@@ -31,10 +31,11 @@ _STIME = 14
 def burst_30(stage: Stage) -> Samples:
     """Time 30 ``ctr run -d`` at once, from the first spawn until the last has returned; none may fail.
 
+    Machines are cloned from a template, shims forked by a zygote.
     Baseline: what they would take if they shared the processors without loss: 30 times one ``ctr run -d`` by
     itself, divided by the number of processors. Both in seconds.
     """
-    stage.configure(guest=PATIENCE)
+    stage.configure(template=True, guest=PATIENCE)
     processors = os.cpu_count() or 1
 
     def burst() -> float:
@@ -52,9 +53,9 @@ def resident_60(stage: Stage) -> Samples:
     """Add up the processor time that 60 idle sandboxes of 128 MiB use, in per cent of one processor.
 
     Counted are shims, QEMU and daemons, over 10 seconds each round; fails if one does not answer State.
-    There is no baseline.
+    Machines are cloned from a template. There is no baseline.
     """
-    stage.configure(hypervisor=f"memory_mib = {RESIDENT_MEMORY_MIB}\n", guest=PATIENCE)
+    stage.configure(template=True, hypervisor=f"memory_mib = {RESIDENT_MEMORY_MIB}\n", guest=PATIENCE)
     with crowd(stage, RESIDENTS) as names:
         tasks = stage.hako.tasks()
         silent = [name for name in names if tasks.get(name, (0, ""))[1] != "RUNNING"]

@@ -49,7 +49,7 @@ def shim_pss_mib(stage: Stage) -> Samples:
     """Read the proportional set size of each shim of 10 idle sandboxes at once, forked by a zygote.
 
     The zygote's own share of the memory is not counted: it serves no sandbox.
-    Baseline: the same with ``zygote = false``.
+    Baseline: the same with everything off, ``zygote = false`` and ``template = "off"``.
     """
     on, off = _surveys(stage)
     return Samples(value=on.shim_pss, baseline=off.shim_pss)
@@ -58,7 +58,7 @@ def shim_pss_mib(stage: Stage) -> Samples:
 def shim_uss_mib(stage: Stage) -> Samples:
     """Read what each shim of 10 idle sandboxes, forked by a zygote, has for itself: its private pages.
 
-    Baseline: the same with ``zygote = false``.
+    Baseline: the same with everything off.
     """
     on, off = _surveys(stage)
     return Samples(value=on.shim_uss, baseline=off.shim_uss)
@@ -67,8 +67,8 @@ def shim_uss_mib(stage: Stage) -> Samples:
 def pod_pss_mib(stage: Stage) -> Samples:
     """Add up the proportional set sizes of shim, QEMU and daemons, for each of 10 idle 256 MiB sandboxes.
 
-    Booted cold: without a template, which there is not yet; shims forked by a zygote.
-    Baseline: the same with ``zygote = false``.
+    Cloned from a template; shims forked by a zygote.
+    Baseline: the same with everything off.
     """
     on, off = _surveys(stage)
     return Samples(value=on.pod_pss, baseline=off.pod_pss)
@@ -76,17 +76,17 @@ def pod_pss_mib(stage: Stage) -> Samples:
 
 @functools.lru_cache(maxsize=1)
 def _surveys(stage: Stage) -> tuple[Survey, Survey]:
-    """Look at sandboxes with a zygote and without in turns, once for all metrics."""
+    """Look at sandboxes with everything on and everything off in turns, once for all metrics."""
     found = {True: Survey(), False: Survey()}
     for _ in range(stage.rounds):
-        for zygote in found:
-            found[zygote] += _survey(stage, zygote=zygote)
+        for light in found:
+            found[light] += _survey(stage, light=light)
     return found[True], found[False]
 
 
-def _survey(stage: Stage, *, zygote: bool) -> Survey:
-    stage.configure(zygote=zygote, hypervisor=f"memory_mib = {MEMORY_MIB}\n")
-    if zygote:
+def _survey(stage: Stage, *, light: bool) -> Survey:
+    stage.configure(zygote=light, template=light, hypervisor=f"memory_mib = {MEMORY_MIB}\n")
+    if light:
         with stage.container():
             stage.wait_for_zygote()
     with crowd(stage, SANDBOXES):

@@ -8,14 +8,16 @@ import dataclasses
 import itertools
 import os
 import signal
+import subprocess
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.e2e import busybox, private
 from tests.e2e.conftest import HAKO, write_config
-from tests.e2e.containerd import CGROUPS, NAMESPACE, RELEASES, Containerd, running
+from tests.e2e.containerd import CGROUPS, NAMESPACE, RELEASES, SHIM_DIRECTORY, Containerd, running
 from tests.e2e.life import until
 from tests.e2e.nursery import Nursery
 
@@ -63,14 +65,43 @@ class Stage:
         """Return a container id that was not used before."""
         return f"bench-{next(self._numbers)}"
 
-    def configure(self, *, zygote: bool = True, **tables: str) -> None:
+    def configure(
+        self, *, zygote: bool = True, template: bool = False, hypervisor: str = "", **tables: str
+    ) -> None:
         """Say how Hako makes the sandboxes that follow.
 
         :param zygote: whether shims are forked from a warm process.
-        :param tables: the bodies of further tables of the configuration.
+        :param template: whether machines are cloned from a template; it is built then, unless it is there.
+        :param hypervisor: what else that table of the configuration says.
+        :param tables: the bodies of further tables.
+        :raises MeasurementError: if the template cannot be built.
         """
-        shim = f"zygote = {str(zygote).lower()}\n"
-        write_config(self.config, state_directory=self.state_directory, shim=shim, **tables)
+        write_config(
+            self.config,
+            state_directory=self.state_directory,
+            shim=f"zygote = {str(zygote).lower()}\n",
+            hypervisor=f'template = "{"auto" if template else "off"}"\n{hypervisor}',
+            **tables,
+        )
+        if template:
+            self.hako_command("template", "build")
+
+    def hako_command(self, *words: str) -> str:
+        """Run the operator's command ``hako`` with the configuration of the sandboxes.
+
+        :returns: what it says.
+        :raises MeasurementError: if it fails.
+        """
+        done = subprocess.run(
+            [SHIM_DIRECTORY / "hako", *words, "--config", self.config],
+            capture_output=True,
+            text=True,
+            timeout=CROWD_TIMEOUT_S,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise MeasurementError(f"hako {' '.join(words)}: {done.stderr.strip()}")
+        return done.stdout.strip()
 
     def processes(self) -> dict[int, Process]:
         """Return everything that serves sandboxes and containers; the zygote serves none."""
@@ -122,6 +153,20 @@ class Stage:
         )
         if started.code != 0:
             raise MeasurementError(f"ctr run: {name}: {started.stderr.strip()}")
+
+    def time_run(self) -> float:
+        """Time ``ctr run --rm`` of ``true`` under Hako, from ctr's spawn to its end, in seconds.
+
+        :raises MeasurementError: if it fails.
+        """
+        name = self.new_id()
+        began_s = time.perf_counter()
+        done = self.hako.run(busybox.IMAGE, name, "true", options=["--rm"], timeout_s=CROWD_TIMEOUT_S)
+        took_s = time.perf_counter() - began_s
+        if done.code != 0:
+            raise MeasurementError(f"ctr run: {name}: {done.stderr.strip()}")
+        self.wait_until_gone()
+        return took_s
 
     @contextlib.contextmanager
     def container(self) -> Iterator[str]:
