@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from functools import partial
@@ -85,7 +86,7 @@ class Machine:
         self._resizer: Resizer | None = None
         self._network: Network | None = None
         self._has_raw_streams = False
-        self._templates = TemplateStore(Path(config.hypervisor.template_dir))
+        self.templates = TemplateStore(Path(config.hypervisor.template_dir))
         self._began_at_s = 0.0
 
     @property
@@ -182,7 +183,7 @@ class Machine:
         if self._network is not None:
             await self._network.detach()
         for share in (self._guest_share, self.share):
-            await asyncio.to_thread(mounts.unmount, share)
+            await mounts.undo_to_the_end(functools.partial(mounts.unmount, share))
 
     async def raw_streams(self, stdio: Stdio) -> RawStreams | None:
         """Connect raw streams for a process about to be made, if the channel and the agent have them."""
@@ -294,12 +295,12 @@ class Machine:
             return None
         try:
             key = template_key(self._clone_of(spec, sizes))
-            template = self._templates.find(key)
+            template = self.templates.find(key)
             if template is None:
-                why = self._templates.failure(key)
+                why = self.templates.failure(key)
                 # Machines of other sizes are too many to have a template of each.
                 self.lacks_template = not why and sizes.most == plan(self._config.hypervisor, {}).most
-                if not why and self._templates.is_building():
+                if not why and self.templates.is_building():
                     why, self.lacks_template = "one is being built", False
                 log.info("boot: template %.12s: %s; boots cold", key, why or "there is none yet")
         except (Refusal, HypervisorError, OSError) as error:
@@ -334,8 +335,8 @@ class Machine:
                 "boot: template %.12s: %s; it is removed, and the machine boots cold", template.key, error
             )
             try:
-                self._templates.discard(template, reason=str(error))
-                self.lacks_template = not self._templates.failure(template.key)
+                self.templates.discard(template, reason=str(error))
+                self.lacks_template = not self.templates.failure(template.key)
             except OSError as failure:
                 log.warning("boot: template %.12s: cannot be removed: %s", template.key, failure)
         else:

@@ -32,6 +32,7 @@ from shim.machine import Machine
 from shim.oci import refusing_malformed
 from shim.pause_container import PauseContainer
 from shim.pod import is_pause, with_files, with_sysctls, write_files
+from shim.refusal import Refusal
 from shim.volume_source import GuestWritable
 
 if TYPE_CHECKING:
@@ -343,8 +344,10 @@ class Sandbox:
 
     async def _have_template_built(self) -> None:
         try:
-            await template_builder.start(self._record.config_text, mount_namespace=self._host_mounts)
-        except (OSError, TimeoutError) as error:
+            await template_builder.start(
+                self._record.config_text, self._machine.templates, mount_namespace=self._host_mounts
+            )
+        except (Refusal, OSError, TimeoutError) as error:
             log.warning("template: its builder cannot be started: %s", error)
         else:
             log.info("template: is built in the background")

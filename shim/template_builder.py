@@ -101,30 +101,41 @@ def purpose_of(spec: VmSpec) -> dict[str, object]:
     }
 
 
-async def start(config_text: str, *, mount_namespace: int | None) -> None:
+async def start(config_text: str, store: TemplateStore, *, mount_namespace: int | None) -> None:
     """Have the template made in the background.
 
     :param config_text: the text of the configuration.
+    :param store: where it goes; what goes wrong is in its log.
     :param mount_namespace: that in which the process is to be, open; None is this process's own.
+    :raises Refusal: if the store cannot be trusted.
     :raises OSError: if it cannot be started.
     :raises TimeoutError: if it is not on its way in time.
     """
     entering = (
         [] if mount_namespace is None else ["nsenter", f"--mount=/proc/self/fd/{mount_namespace}", "--"]
     )
-    starter = await asyncio.create_subprocess_exec(
-        *entering,
-        *("setsid", "--fork", "nice", f"--adjustment={NICENESS}"),
-        *(sys.executable, "-P", "-m", "shim.cli", "template", "build", "--background", "--config", "-"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-        cwd="/",
-        env=daemonize.environment(),
-        pass_fds=[] if mount_namespace is None else [mount_namespace],
-    )
+    log = store.open_log()
+    # A file and no pipe: the builder reads it when the starter, and maybe this process, is long gone.
+    settings = os.memfd_create("config", os.MFD_CLOEXEC)
+    try:
+        os.write(settings, config_text.encode())
+        os.lseek(settings, 0, os.SEEK_SET)
+        starter = await asyncio.create_subprocess_exec(
+            *entering,
+            *("setsid", "--fork", "nice", f"--adjustment={NICENESS}"),
+            *(sys.executable, "-P", "-m", "shim.cli", "template", "build", "--background", "--config", "-"),
+            stdin=settings,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            env=daemonize.environment(),
+            pass_fds=[] if mount_namespace is None else [mount_namespace],
+        )
+    finally:
+        os.close(settings)
+        os.close(log)
     async with asyncio.timeout(START_TIMEOUT_S):
-        await starter.communicate(config_text.encode())
+        await starter.wait()
 
 
 def go_to_the_background(config: Config) -> None:

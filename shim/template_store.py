@@ -30,6 +30,7 @@ RETRY_S = 600.0
 
 _KEY = re.compile(r"[0-9a-f]{16,128}")
 _LOCK = "lock"
+_LOG = "log"
 _BUILDING = ".building"
 _REMOVED = ".removed-"
 _PURPOSE = "purpose.json"
@@ -127,6 +128,16 @@ class TemplateStore:
         os.close(lock)
         return False
 
+    def open_log(self) -> int:
+        """Open the file for what a builder in the background says; what the one before said is lost.
+
+        :returns: a descriptor.
+        :raises Refusal: if another user can write to the store.
+        :raises OSError: if it cannot be made.
+        """
+        self._make()
+        return os.open(self.directory / _LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
     def discard(self, template: Template, *, reason: str) -> None:
         """Remove a template that is of no use, but not another that has taken its place.
 
@@ -182,8 +193,7 @@ class TemplateStore:
         :raises Refusal: if another user can write to the store.
         :raises OSError: if the directory cannot be made.
         """
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._check()
+        self._make()
         lock = self._open_lock(fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), create=True)
         try:
             self._clear()
@@ -257,6 +267,10 @@ class TemplateStore:
             return None
         except ValueError:
             return None
+
+    def _make(self) -> None:
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._check()
 
     def _check(self) -> None:
         found = self.directory.lstat()

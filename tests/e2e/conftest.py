@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.e2e import busybox, census
-from tests.e2e.containerd import RELEASES, Containerd, Release, running
+from tests.e2e.containerd import RELEASES, SHIM_DIRECTORY, Containerd, Release, running
 from tests.e2e.nursery import Nursery
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HAKO = "io.containerd.hako.v2"
+BUILD_TIMEOUT_S = 90.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +111,22 @@ def image_archive(home: Path) -> Path:
     archive = home / "busybox.tar"
     busybox.write_image(archive)
     return archive
+
+
+@pytest.fixture(scope="session")
+def templates(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the template of the default configuration, which is built once for all lanes."""
+    base = tmp_path_factory.getbasetemp()
+    return build_template(base.parent if hasattr(request.config, "workerinput") else base)
+
+
+def build_template(place: Path) -> Path:
+    """Build the template of the default configuration in a store below a directory, unless it is there."""
+    store, config = place / "templates", place / "templates.toml"
+    config.write_text(f'[hypervisor]\ntemplate_dir = "{store}"\n', encoding="utf-8")
+    argv = [SHIM_DIRECTORY / "hako", "template", "build", "--config", config]
+    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, timeout=BUILD_TIMEOUT_S)
+    return store
 
 
 STACKS = [

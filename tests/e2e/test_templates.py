@@ -1,0 +1,364 @@
+"""Machines are cloned from a template where there is one; whatever is wrong with it, containers run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.busybox import IMAGE
+from tests.e2e.conftest import new_id, write_config
+from tests.e2e.containerd import SHIM_DIRECTORY
+from tests.e2e.nursery import processes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from tests.e2e.conftest import Stack
+    from tests.e2e.containerd import Result
+    from tests.e2e.nursery import Process
+
+pytestmark = pytest.mark.hako
+
+BUILD_S = 60.0
+MIB = 1 << 20
+CLONED, COLD, BUILDING = ": cloned", "boots cold", "built in the background"
+BUILDER = "shim.cli template build"
+
+
+def until(condition: Callable[[], object], *, what: str, timeout_s: float = BUILD_S) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+        time.sleep(0.01)
+
+
+@dataclass(slots=True, kw_only=True)
+class Node:
+    """A containerd whose sandboxes use a store of templates of their own."""
+
+    stack: Stack
+    store: Path
+    config: Path
+    log_start: int = 0
+
+    def run(self, *command: str, options: Sequence[str | Path] = ("--rm",)) -> Result:
+        self.log_start = self.stack.containerd.log.stat().st_size
+        return self.stack.containerd.run(
+            IMAGE, new_id(), *command, options=[*options, "--runtime-config-path", self.config]
+        )
+
+    def log(self) -> str:
+        """What was logged since the last container was asked for."""
+        with self.stack.containerd.log.open("rb") as log:
+            log.seek(self.log_start)
+            return log.read().decode(errors="replace")
+
+    def hako(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        argv = [SHIM_DIRECTORY / "hako", "template", *arguments, "--config", self.config]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=BUILD_S, check=False)
+
+    @property
+    def templates(self) -> list[Path]:
+        return [path for path in self.store.glob("*") if path.is_dir() and not path.name.startswith(".")]
+
+    @property
+    def leftovers(self) -> list[str]:
+        """What is in the store beside templates."""
+        kept = {"lock", "log", *(path.name for path in self.templates)}
+        return [path.name for path in self.store.glob("*") if path.name not in kept]
+
+    def builders(self) -> list[Process]:
+        """The processes that build a template, and what serves them."""
+        everything = processes()
+        first = [process for process in everything.values() if BUILDER in process.command]
+        below = [process for process in everything.values() if process.parent in {one.pid for one in first}]
+        alive = {process.pid: process for process in (*first, *below) if process.state != "Z"}
+        return sorted(alive.values(), key=lambda process: process.start_time)
+
+    def wait_for_builders_end(self) -> None:
+        until(lambda: not self.builders(), what="no builder runs")
+
+
+@pytest.fixture
+def empty_node(one_stack: Stack, home: Path) -> Iterator[Node]:
+    """A node whose first sandbox is yet to come."""
+    place = home / new_id()
+    place.mkdir()
+    config = write_config(
+        place / "config.toml",
+        state_directory=one_stack.state_directory,
+        hypervisor=f'template = "auto"\ntemplate_dir = "{place / "templates"}"',
+    )
+    node = Node(stack=one_stack, store=place / "templates", config=config)
+    yield node
+    node.wait_for_builders_end()
+    shutil.rmtree(place)
+
+
+@pytest.fixture
+def node(empty_node: Node, templates: Path) -> Node:
+    """A node that has a template."""
+    subprocess.run(["/bin/cp", "--archive", "--sparse=always", templates, empty_node.store], check=True)
+    return empty_node
+
+
+def test_a_container_runs_in_a_clone(node: Node):
+    result = node.run("sh", "-c", "echo out; echo err >&2; exit 7")
+
+    assert (result.code, result.stdout, result.stderr) == (7, "out\n", "err\n")
+    assert CLONED in node.log()
+    assert COLD not in node.log()
+
+
+def test_the_first_container_leaves_a_template_and_the_second_is_a_clone(empty_node: Node):
+    node = empty_node
+    first = node.run("echo", "first")
+    assert first.stdout == "first\n", first.stderr
+    assert "there is none yet; boots cold" in node.log()
+    assert BUILDING in node.log()
+
+    node.wait_for_builders_end()
+    assert len(node.templates) == 1
+    assert node.leftovers == []
+    assert node.store.stat().st_mode & 0o777 == 0o700
+    second = node.run("echo", "second")
+    assert second.stdout == "second\n", second.stderr
+    assert CLONED in node.log()
+
+
+def test_two_clones_share_neither_randomness_nor_names_and_know_the_time(node: Node):
+    script = "cat /proc/sys/kernel/random/boot_id; head -c 32 /dev/urandom | sha256sum; hostname; date +%s"
+
+    def facts() -> tuple[str, ...]:
+        name = new_id()
+        before_s = time.time()
+        result = node.run("sh", "-c", script, options=["--rm", "--hostname", name] if named else ["--rm"])
+        after_s = time.time()
+        *unique, seconds = result.stdout.splitlines()
+        assert CLONED in node.log()
+        assert before_s - 1 <= int(seconds) <= after_s + 1
+        return tuple(unique)
+
+    named = "--hostname" in node.stack.containerd.ctr("run", "--help").stdout
+    one, two = facts(), facts()
+
+    assert len(one) == 3
+    assert one[0] != two[0], "boot_id"
+    assert one[1] != two[1], "random bytes"
+    assert not named or one[2] != two[2], "hostname"
+
+
+def test_a_clone_grows_to_what_its_container_may_use(node: Node):
+    options = ["--rm", "--memory-limit", str(256 * MIB), "--cpu-quota", "50000", "--cpu-period", "100000"]
+    result = node.run("sh", "-c", "nproc; grep MemTotal /proc/meminfo", options=options)
+
+    processors, _, kib, _ = result.stdout.split()
+    assert CLONED in node.log()
+    assert int(processors) == 2
+    assert 600 * 1024 < int(kib) < 768 * 1024
+
+
+def spoil_memory(template: Path) -> None:
+    os.truncate(template / "memory", 4096)
+
+
+def spoil_state(template: Path) -> None:
+    state = template / "state"
+    state.write_bytes(state.read_bytes()[:-1000] + os.urandom(1000))
+
+
+def spoil_description(template: Path) -> None:
+    (template / "template.json").write_text("{}")
+
+
+def take_memory_away(template: Path) -> None:
+    (template / "memory").unlink()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        spoil_memory,
+        spoil_state,
+        *(pytest.param(one, marks=pytest.mark.nightly) for one in (spoil_description, take_memory_away)),
+    ],
+)
+def test_a_broken_template_is_replaced_and_its_container_boots_cold(
+    node: Node, spoil: Callable[[Path], None]
+):
+    [broken] = node.templates
+    inode = broken.stat().st_ino
+    spoil(broken)
+
+    result = node.run("echo", "runs")
+
+    assert (result.code, result.stdout) == (0, "runs\n"), result.stderr
+    [reason] = [line for line in node.log().splitlines() if "the machine boots cold" in line]
+    assert "it is removed" in reason
+    assert BUILDING in node.log()
+    node.wait_for_builders_end()
+    [rebuilt] = node.templates
+    assert rebuilt.stat().st_ino != inode
+    assert node.leftovers == [f"{rebuilt.name}.discarded"]
+    assert node.run("echo", "clone").stdout == "clone\n"
+    assert CLONED in node.log()
+
+
+def test_a_template_of_another_image_is_not_used_and_goes_when_there_is_a_new_one(node: Node, home: Path):
+    [old] = node.templates
+    kernel = home / new_id()
+    shutil.copy("/var/lib/hako/guest/vmlinux", kernel)
+    settings = node.config.read_text(encoding="utf-8")
+    node.config.write_text(f'{settings}[guest]\nkernel = "{kernel}"\n', encoding="utf-8")
+    try:
+        assert node.hako("build").returncode == 0
+        assert len(node.templates) == 2
+        again = kernel.with_suffix(".new")
+        shutil.copy(kernel, again)
+        again.rename(kernel)
+
+        assert node.run("true").code == 0
+        assert "there is none yet; boots cold" in node.log()
+        node.wait_for_builders_end()
+        assert len(node.templates) == 2
+        assert old in node.templates
+        assert node.run("true").code == 0
+        assert CLONED in node.log()
+    finally:
+        kernel.unlink()
+
+
+def test_while_one_is_built_others_boot_cold_and_start_no_builder(empty_node: Node):
+    node = empty_node
+    with building(node) as builder:
+        assert node.run("echo", "runs").stdout == "runs\n"
+        log = node.log()
+        assert "one is being built; boots cold" in log or CLONED in log  # if it was faster
+        assert BUILDING not in log
+        assert builder.wait(BUILD_S) == 0
+    assert len(node.templates) == 1
+
+
+@contextlib.contextmanager
+def building(node: Node) -> Iterator[subprocess.Popen[bytes]]:
+    """Build a template by hand, and see that it is under way."""
+    argv = [SHIM_DIRECTORY / "hako", "template", "build", "--config", node.config]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, start_new_session=True) as builder:
+        try:
+            until((node.store / ".building").exists, what="a build is under way")
+            yield builder
+        finally:
+            builder.kill()
+
+
+def emulators(node: Node) -> list[Process]:
+    """The machines that are templates in the making."""
+    return [one for one in processes().values() if "-name template," in one.command and one.state != "Z"]
+
+
+MOMENTS = {
+    "before its machine runs": lambda node: (node.store / ".building").exists(),
+    "while its machine boots": emulators,
+    "while it writes": lambda node: any((node.store / ".building").glob("template/*")),
+    "when it has published": lambda node: node.templates,
+}
+
+
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        *((signal.SIGKILL, moment) for moment in MOMENTS),
+        pytest.param(signal.SIGTERM, "while its machine boots", marks=pytest.mark.nightly),
+    ],
+)
+def test_a_builder_that_is_killed_leaves_nothing(empty_node: Node, number: signal.Signals, moment: str):
+    node = empty_node
+    others = {process.pid for process in emulators(node)}
+    with building(node) as builder:
+        until(lambda: MOMENTS[moment](node), what=moment)
+        builder.send_signal(number)
+        builder.wait(BUILD_S)
+
+    until(lambda: not (node.store / ".building").exists(), what="nothing is left", timeout_s=5)
+    until(lambda: {one.pid for one in emulators(node)} <= others, what="no machine is left", timeout_s=5)
+    assert node.leftovers == []
+
+
+def test_a_builder_is_no_part_of_the_sandbox_that_started_it(empty_node: Node):
+    node = empty_node
+    name = new_id()
+    containerd = node.stack.containerd
+    options = ["--detach", "--runtime-config-path", node.config]
+    assert containerd.run(IMAGE, name, "sleep", "1000", options=options).code == 0
+    try:
+        until(node.builders, what="a builder runs")
+        builder, *_ = node.builders()
+        place = Path("/proc", str(builder.pid))
+        until(lambda: BUILDER in processes()[builder.pid].command, what="it is itself")
+        until((node.store / ".building").exists, what="a build is under way")
+        opened = {str((place / "fd" / number).readlink()) for number in "012"}
+        assert opened == {"/dev/null", str(node.store / "log")}
+        assert os.getsid(builder.pid) == builder.pid
+        assert os.getpriority(os.PRIO_PROCESS, builder.pid) == 19
+        assert (place / "ns/mnt").readlink() == Path(f"/proc/{containerd.pid}/ns/mnt").readlink()
+        assert (place / "cgroup").read_bytes() == Path("/proc/self/cgroup").read_bytes()
+    finally:
+        containerd.remove(name)
+    node.wait_for_builders_end()
+    assert len(node.templates) == 1
+
+
+def test_a_pod_may_refuse_to_be_a_clone(node: Node):
+    result = node.run("echo", "runs", options=["--rm", "--annotation", "io.hako.template=off"])
+
+    assert result.stdout == "runs\n", result.stderr
+    assert "wants no clone; boots cold" in node.log()
+    assert CLONED not in node.log()
+    assert BUILDING not in node.log()
+
+
+def test_a_store_that_others_can_write_to_is_not_used(node: Node):
+    node.store.chmod(0o777)
+
+    result = node.run("echo", "runs")
+
+    assert result.stdout == "runs\n", result.stderr
+    assert "nobody else can write to" in node.log()
+    assert CLONED not in node.log()
+    listed = node.hako("build")
+    assert listed.returncode == 1
+    assert listed.stderr.count("\n") == 1
+
+
+def test_templates_are_listed_built_and_removed_by_hand(empty_node: Node):
+    node = empty_node
+    assert node.hako("ls").stdout.splitlines() == ["KEY  SIZE  BUILT  USED  FOR"]
+
+    built = node.hako("build")
+    assert (built.returncode, built.stderr) == (0, "")
+    [path] = node.templates
+    assert built.stdout == f"{path}\n"
+    began_s = time.monotonic()
+    assert node.hako("build").stdout == f"{path}\n"
+    assert time.monotonic() - began_s < 3, "it was there already"
+
+    _, line = node.hako("ls").stdout.splitlines()
+    assert line.startswith(path.name[:12])
+    assert " MiB " in line
+    assert "1 of " in line
+    assert "/var/lib/hako/guest/vmlinux" in line
+    assert node.hako("rm", path.name[:12]).stdout == f"{path.name}\n"
+    assert node.templates == []
+    missing = node.hako("rm", path.name[:12])
+    assert (missing.returncode, missing.stderr.count("\n")) == (1, 1)
+    assert "there is none; see `hako template ls`" in missing.stderr
+    assert node.hako("rm", "--all").returncode == 0
