@@ -1,8 +1,11 @@
-"""System calls that Python's library lacks, through ctypes."""
+"""System calls that Python's library lacks, through the part of ctypes that is written in C.
+
+The part in Python defines every type there is, when it is imported: a twentieth of the agent's start.
+"""
 
 from __future__ import annotations
 
-import ctypes
+import _ctypes
 import os
 
 MS_RDONLY = 1
@@ -34,12 +37,42 @@ CLONE_NEWPID = 0x20000000
 _RB_POWER_OFF = 0x4321FEDC
 _SYSLOG_ACTION_READ_ALL, _MESSAGES_BYTES = 3, 1 << 18
 
-_libc = ctypes.CDLL(None, use_errno=True)
+
+class _Int(_ctypes._SimpleCData):  # type: ignore[type-arg]  # noqa: SLF001  what ctypes makes c_int of
+    _type_ = "i"
+
+
+class _Long(_ctypes._SimpleCData):  # type: ignore[type-arg]  # noqa: SLF001  as above
+    _type_ = "L"
+
+
+class _Char(_ctypes._SimpleCData):  # type: ignore[type-arg]  # noqa: SLF001  as above
+    _type_ = "c"
+
+
+class _Messages(_ctypes.Array):  # type: ignore[type-arg]  # not subscriptable when it runs
+    _type_ = _Char
+    _length_ = _MESSAGES_BYTES
+
+
+class _Function(_ctypes.CFuncPtr):
+    _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
+    _restype_ = _Int
+
+
+def _libc(name: str) -> _Function:
+    return _Function(_ctypes.dlsym(_program, name))
+
+
+_program = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]  # the program itself
+_mount, _umount2, _init_module = _libc("mount"), _libc("umount2"), _libc("init_module")
+_unshare, _setns, _syncfs = _libc("unshare"), _libc("setns"), _libc("syncfs")
+_klogctl, _reboot = _libc("klogctl"), _libc("reboot")
 
 
 def _check(result: int, what: str) -> None:
     if result < 0:
-        number = ctypes.get_errno()
+        number = _ctypes.get_errno()
         raise OSError(number, os.strerror(number), what)
 
 
@@ -53,11 +86,11 @@ def mount(source: str, target: str, *, fstype: str = "", flags: int = 0, data: s
     :param data: the filesystem's own options, joined by commas.
     :raises OSError: if the kernel refuses; the error's file is the target.
     """
-    result = _libc.mount(
+    result = _mount(
         source.encode(),
         target.encode(),
         fstype.encode() or None,
-        ctypes.c_ulong(flags),
+        _Long(flags),
         data.encode() or None,
     )
     _check(result, target)
@@ -70,7 +103,7 @@ def unmount(target: str, *, flags: int = 0) -> None:
     :param flags: MNT_* bits.
     :raises OSError: if the kernel refuses.
     """
-    _check(_libc.umount2(target.encode(), flags), target)
+    _check(_umount2(target.encode(), flags), target)
 
 
 def load_module(name: str, code: bytes, *, parameters: str = "") -> None:
@@ -82,7 +115,7 @@ def load_module(name: str, code: bytes, *, parameters: str = "") -> None:
     :raises OSError: if the kernel refuses it.
     """
     try:
-        _check(_libc.init_module(code, ctypes.c_ulong(len(code)), parameters.encode()), name)
+        _check(_init_module(code, _Long(len(code)), parameters.encode()), name)
     except FileExistsError:
         return
 
@@ -93,7 +126,7 @@ def unshare(flags: int) -> None:
     :param flags: CLONE_NEW* bits.
     :raises OSError: if the kernel refuses.
     """
-    _check(_libc.unshare(flags), "namespace")
+    _check(_unshare(flags), "namespace")
 
 
 def enter(namespace: str) -> None:
@@ -104,7 +137,7 @@ def enter(namespace: str) -> None:
     """
     fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _check(_libc.setns(fd, 0), namespace)
+        _check(_setns(fd, 0), namespace)
     finally:
         os.close(fd)
 
@@ -117,7 +150,7 @@ def sync_filesystem(path: str) -> None:
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _check(_libc.syncfs(fd), path)
+        _check(_syncfs(fd), path)
     finally:
         os.close(fd)
 
@@ -128,9 +161,10 @@ def messages() -> bytes:
     :returns: its newest lines, each with its level and its time.
     :raises OSError: if the kernel refuses.
     """
-    buffer = ctypes.create_string_buffer(_MESSAGES_BYTES)
-    _check(_libc.klogctl(_SYSLOG_ACTION_READ_ALL, buffer, _MESSAGES_BYTES), "log")
-    return buffer.value
+    buffer = _Messages()
+    length = _klogctl(_SYSLOG_ACTION_READ_ALL, buffer, _MESSAGES_BYTES)
+    _check(length, "log")
+    return bytes(buffer)[:length]
 
 
 def power_off() -> None:
@@ -139,4 +173,4 @@ def power_off() -> None:
     :raises OSError: if the kernel refuses.
     """
     os.sync()
-    _check(_libc.reboot(_RB_POWER_OFF), "power")
+    _check(_reboot(_RB_POWER_OFF), "power")

@@ -18,34 +18,94 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = 120
 AGENT_ROOT = "/usr/lib/hako"
-"""Directory of the guest in which the ``guest`` package lies."""
+"""Directory of the staging tree in which the ``guest`` package lies."""
+BUNDLE = f"{AGENT_ROOT}/modules"
+"""File of the guest with the agent and all that it imports: one code object, to be executed."""
 
-# Imports every module of the agent and reports the files behind all that is loaded then; the frozen start-up
-# modules have no file unless the interpreter found its library, where it lists them too.
+# Imports every module of the agent, and notes those that the interpreter has to look for, each after those
+# that it imports itself. What the interpreter imports at its start, before it runs anything, comes first;
+# it knows its library by the file of os, though it may never read that.
 _LIST_MODULES = f"""
-import sys, os
+import sys
+known = set(sys.modules)
+early = [m.__spec__ for m in list(sys.modules.values()) if getattr(m, "__file__", None) and m.__spec__]
+early = [s.origin for s in early if s.origin not in ("built-in", "frozen")]
+import importlib.machinery, json, os
+for name in set(sys.modules) - known: del sys.modules[name]
+found = []
+class Noting:
+    def __init__(self, loader): self._loader = loader
+    def create_module(self, spec): return self._loader.create_module(spec)
+    def exec_module(self, module):
+        self._loader.exec_module(module)
+        spec = module.__spec__
+        found.append([spec.name, spec.origin, spec.submodule_search_locations is not None])
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        for finder in (importlib.machinery.BuiltinImporter, importlib.machinery.FrozenImporter):
+            if finder.find_spec(name, path, target): return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None: spec.loader = Noting(spec.loader)
+        return spec
+sys.meta_path.insert(0, Finder)
 sys.path.insert(0, {AGENT_ROOT!r})
 for file in sorted(os.listdir({AGENT_ROOT + "/guest/agent"!r})):
     if file.endswith(".py") and file != "__init__.py":
         __import__("guest.agent." + file[:-3])
-files = {{getattr(module, "__file__", None) for module in list(sys.modules.values())}}
-frozen = {{m.__file__ for m in list(sys.modules.values())
-          if getattr(m.__spec__, "origin", None) == "frozen" and getattr(m, "__file__", None)}}
-files = sorted((files - frozen - {{None}}) | {{os.__file__}})
-import json
-print(json.dumps(files))
+print(json.dumps([early, os.__file__, found]))
 """
 
-# Writes unchecked hash-based bytecode (PEP 552) beside each source: the guest never looks at sources.
-_COMPILE = """
+# Runs the modules, each after those that it imports, without looking for them: name, whether it is a package,
+# and its code, or the path of an extension module.
+_RUN = """
+import _imp, sys
+class Spec:
+    def __init__(self, name, origin):
+        self.name = name
+        self.origin = origin
+def run(bundle):
+    # Each module's code goes when it has run: what it defined is enough.
+    bundle.reverse()
+    while bundle:
+        name, package, code = bundle.pop()
+        if isinstance(code, str):
+            module = sys.modules[name] = _imp.create_dynamic(Spec(name, code))
+            _imp.exec_dynamic(module)
+        else:
+            module = sys.modules[name] = type(sys)(name)
+            module.__package__ = name if package else name.rpartition(".")[0]
+            exec(code, module.__dict__)
+        parent = sys.modules.get(name.rpartition(".")[0])
+        if parent:
+            setattr(parent, name.rpartition(".")[2], module)
+run("BUNDLE")
+sys.modules["guest.agent.main"].main()
+"""
+
+# Writes unchecked hash-based bytecode (PEP 552) beside each early source: the guest never looks at sources.
+# All other modules go into one file: what import does for a module, looking for it above all, takes under
+# emulation ten times as long as running its code.
+_COMPILE = f"""
 import _imp, importlib.util, json, marshal, sys
-for path in json.loads(sys.stdin.read()):
+def compiled(path):
     with open(path, "rb") as file:
         source = file.read()
-    code = compile(source, path, "exec", dont_inherit=True, optimize=2)
+    return source, compile(source, path, "exec", dont_inherit=True, optimize=2)
+early, found = json.loads(sys.stdin.read())
+for path in early:
+    source, code = compiled(path)
     hash_ = _imp.source_hash(importlib.util._RAW_MAGIC_NUMBER, source)
     with open(path + "c", "wb") as file:
         file.write(importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + hash_ + marshal.dumps(code))
+modules = [
+    (name, package, compiled(path)[1] if path.endswith(".py") else path) for name, path, package in found
+]
+code = compile({_RUN!r}, "run", "exec", dont_inherit=True, optimize=2)
+# The modules are a constant of the code that runs them: one object, unmarshalled at once.
+code = code.replace(co_consts=tuple(modules if one == "BUNDLE" else one for one in code.co_consts))
+with open({BUNDLE!r}, "wb") as file:
+    file.write(marshal.dumps(code))
 """
 
 
@@ -54,7 +114,7 @@ class PythonTree:
     """What the guest's interpreter needs.
 
     :param interpreter: path of the interpreter in the guest.
-    :param bytecode: paths of compiled modules in the guest.
+    :param bytecode: paths of compiled modules in the guest, the bundle among them.
     :param extensions: paths of extension modules in the guest.
     """
 
@@ -74,13 +134,13 @@ def compile_agent(staging: Path) -> PythonTree:
     if not interpreters:
         raise ImageError("image: python: no interpreter among the packages; use Python 3.11 or newer")
     interpreter = f"/usr/bin/{interpreters[-1].name}"
-    files = json.loads(_run(staging, interpreter, _LIST_MODULES, "null"))
-    sources = [path for path in files if path.endswith(".py")]
-    _run(staging, interpreter, _COMPILE, json.dumps(sources))
+    early, landmark, found = json.loads(_run(staging, interpreter, _LIST_MODULES, "null"))
+    sources = sorted({landmark, *early})
+    _run(staging, interpreter, _COMPILE, json.dumps([sources, found]))
     return PythonTree(
         interpreter=interpreter,
-        bytecode=tuple(f"{path}c" for path in sources),
-        extensions=tuple(path for path in files if not path.endswith(".py")),
+        bytecode=(*(f"{path}c" for path in sources), BUNDLE),
+        extensions=tuple(path for _name, path, _package in found if not path.endswith(".py")),
     )
 
 

@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING
 from guest.image.errors import ImageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 PT_LOAD, PT_DYNAMIC, PT_INTERP, PT_NOTE = 1, 2, 3, 4
 DT_NULL, DT_NEEDED, DT_STRTAB = 0, 1, 5
 XEN_ELFNOTE_PHYS32_ENTRY = 18
 """Note type of the PVH entry point (Xen's public/elfnote.h); the note's name is ``Xen``."""
+
+_HEADER_SIZE = 64
+_SECTION = struct.Struct("<IIQQQQIIQQ")
+_NAME, _KIND, _OFFSET, _SIZE, _ALIGN = 0, 1, 4, 5, 8
+_SHT_PROGBITS, _SHT_NOBITS = 1, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,3 +152,38 @@ def parse(data: bytes, *, name: str) -> Elf:
         )
         segments.append(_Segment(kind=kind, offset=at, address=address, size=file_size, align=align))
     return Elf(data=data, segments=tuple(segments))
+
+
+def slim_module(data: bytes, unwanted: Iterable[str]) -> bytes:
+    """Take sections out of a relocatable object, with their relocations and whatever follows the object.
+
+    Each section keeps its number, for symbols and relocations refer to sections by it: what is taken out
+    stays behind as an empty section without a name.
+
+    :param data: the whole file.
+    :param unwanted: names of sections.
+    :returns: the object without them.
+    """
+    table = struct.unpack_from("<Q", data, 0x28)[0]
+    size, count, names_index = struct.unpack_from("<HHH", data, 0x3A)
+    headers = [list(_SECTION.unpack_from(data, table + size * index)) for index in range(count)]
+    names = headers[names_index][_OFFSET]
+    gone = {wanted.encode() + b"\0" for name in unwanted for wanted in (name, f".rela{name}")}
+    parts, end = [data[:_HEADER_SIZE]], _HEADER_SIZE
+    for header in headers[1:]:
+        offset, length = header[_OFFSET], header[_SIZE]
+        name = data[names + header[_NAME] : data.index(b"\0", names + header[_NAME]) + 1]
+        if name in gone:
+            header[:] = [0, _SHT_PROGBITS, 0, 0, end, 0, 0, 0, 1, 0]
+            continue
+        padding = -end % max(header[_ALIGN], 1)
+        header[_OFFSET] = end + padding
+        if header[_KIND] != _SHT_NOBITS:
+            parts += [bytes(padding), data[offset : offset + length]]
+            end += padding + length
+    parts.append(bytes(-end % 8))
+    end += -end % 8
+    parts += [_SECTION.pack(*header) for header in headers]
+    whole = bytearray(b"".join(parts))
+    struct.pack_into("<Q", whole, 0x28, end)
+    return bytes(whole)

@@ -6,7 +6,7 @@ import zlib
 from typing import TYPE_CHECKING
 
 from guest.image import elf
-from guest.image.bytecode import AGENT_ROOT, PythonTree
+from guest.image.bytecode import BUNDLE, PythonTree
 from guest.image.cpio import Entry, character_device, directory, regular, symlink
 from guest.image.errors import ImageError
 
@@ -82,19 +82,13 @@ def entries(staging: Path, *, python: PythonTree, modules: Iterable[Module], boo
 
 
 def init_script(interpreter: str) -> str:
-    """Write process 1: a few lines that hand over to the agent.
+    """Write process 1: a line or two that run the bundle, for the interpreter compiles them at each start.
 
     :param interpreter: path of Python in the guest.
     :returns: the script.
     """
     # -I: no environment, no user directory; -S: no site module; -B: no bytecode is ever written.
-    return (
-        f"#!{interpreter} -ISB\n"
-        "import sys\n"
-        f"sys.path.insert(0, {AGENT_ROOT!r})\n"
-        "from guest.agent.main import main\n"
-        "main()\n"
-    )
+    return f"#!{interpreter} -ISB\nimport marshal\nexec(marshal.loads(open({BUNDLE!r}, 'rb').read()))\n"
 
 
 def _merged(path: str) -> str:

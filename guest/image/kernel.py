@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 _XZ, _GZIP, _ZSTD, _LZ4 = b"\xfd7zXZ\x00", b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"\x02\x21\x4c\x18"
 _TOOL_TIMEOUT_S = 120
 _SECTOR = 512
+_UNWANTED = (
+    # Type information, at whose sight the kernel parses all of its own: for tracing alone.
+    ".BTF",
+    # Tables to follow the stack through a module, which are sorted when it is loaded: for reports of crashes.
+    ".orc_unwind",
+    ".orc_unwind_ip",
+    ".comment",
+)
+"""Sections of modules that cost more than they are good for. The signature, which covers all, goes with them:
+whoever can change a module in the image can change the kernel as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,4 +177,4 @@ def _read(name: str, path: Path) -> Module:
             depends = tuple(
                 part.replace("-", "_") for part in item.removeprefix(b"depends=").decode().split(",") if part
             )
-    return Module(name=name, data=data, depends=depends)
+    return Module(name=name, data=elf.slim_module(data, _UNWANTED), depends=depends)

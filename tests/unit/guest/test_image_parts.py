@@ -104,19 +104,40 @@ def test_archive_does_not_depend_on_the_order_of_its_entries() -> None:
     assert cpio.archive(entries) == cpio.archive(reversed(entries))
 
 
+def relocatable(sections: dict[str, bytes]) -> bytes:
+    """Make an ELF file with sections, and something behind all that they are."""
+    content = {**sections, ".shstrtab": b""}
+    names = b"\0" + b"".join(name.encode() + b"\0" for name in content)
+    content[".shstrtab"] = names
+    body = b"".join(content.values())
+    header = struct.pack(
+        *("<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 1, 62, 1, 0, 0, 64 + len(body)),
+        *(0, 64, 0, 0, 64, len(content) + 1, len(content)),
+    )
+    headers = [bytes(64)]
+    offset = 64
+    for name, data in content.items():
+        position = names.index(name.encode() + b"\0")
+        headers.append(struct.pack("<IIQQQQIIQQ", position, 1, 0, 0, offset, len(data), 0, 0, 1, 0))
+        offset += len(data)
+    return header + body + b"".join(headers) + b"~a signature~"
+
+
 def module(name: str, depends: str) -> bytes:
     """Make an ELF file with just a .modinfo section."""
-    info = f"name={name}\0depends={depends}\0".encode()
-    names = b"\0.modinfo\0.shstrtab\0"
-    header = struct.pack(
-        "<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 1, 62, 1, 0, 0, 64 + len(info + names), 0, 64, 0, 0, 64, 3, 2
-    )
-    sections = (
-        struct.pack("<IIQQQQIIQQ", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
-        struct.pack("<IIQQQQIIQQ", 1, 1, 0, 0, 64, len(info), 0, 0, 1, 0),
-        struct.pack("<IIQQQQIIQQ", 10, 3, 0, 0, 64 + len(info), len(names), 0, 0, 1, 0),
-    )
-    return header + info + names + b"".join(sections)
+    return relocatable({".modinfo": f"name={name}\0depends={depends}\0".encode()})
+
+
+def test_modules_lose_unwanted_sections_with_their_relocations_and_keep_all_others() -> None:
+    kept = {".text": b"code" * 100, ".rela.text": b"relocations", ".data": b"data"}
+    lost = {".BTF": b"types" * 1000, ".rela.BTF": b"more relocations"}
+    given = relocatable({".text": kept[".text"], **lost, **kept})
+    slim = elf.slim_module(given, [".BTF"])
+    assert len(slim) < len(given) - len(b"".join(lost.values()))
+    image = elf.parse(slim, name="slim")
+    assert {name: image.section(name) for name in (*kept, *lost)} == kept | dict.fromkeys(lost, b"")
+    count = struct.unpack_from("<H", slim, 0x3C)[0]
+    assert count == struct.unpack_from("<H", given, 0x3C)[0], "symbols refer to sections by number"
 
 
 @pytest.fixture
