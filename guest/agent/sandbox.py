@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import os
 
 from guest.agent import devices, files, kernel, modules, namespaces, sysctl
 from guest.agent.container import ROOT, Container, bundle_of
@@ -51,6 +52,8 @@ class Sandbox:
             if not modules.load(module.name, parameters=" ".join(module.parameters)):
                 raise AgentError(f"sandbox: kernel module {module.name}: not in the image; build it in")
         files.make_directories(ROOT)
+        # Made now, not at boot: machines that were cloned have booted as one. See machine-id(5).
+        files.create("/etc/machine-id", f"{os.urandom(16).hex()}\n")
         self._shared = {"ipc": namespaces.share_ipc(), "uts": namespaces.share_uts(request.hostname)}
         self._mounts.hold(request.storages)
         if request.dns:

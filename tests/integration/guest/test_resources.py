@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -188,6 +189,15 @@ def test_clock_is_set(machine: GuestMachine, new_container: Callable[[], Life]) 
     shown = int(container.read_all())
     machine.client.call("SetGuestDateTime", agent_pb2.SetGuestDateTimeRequest(Sec=int(time.time())))
     assert 2_000_000_000 <= shown < 2_000_000_060
+
+
+def test_the_machine_has_an_id(new_container: Callable[[], Life]) -> None:
+    container = new_container()
+    whole = spec(container.id, process("cat", "/etc/machine-id"))
+    whole.Mounts.add(destination="/etc/machine-id", source="/etc/machine-id", options=["bind", "ro"])
+    container.create_from(whole)
+    container.start()
+    assert re.fullmatch(rb"[0-9a-f]{32}\n", container.read_all())
 
 
 def test_random_source_is_reseeded(machine: GuestMachine) -> None:
