@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import fcntl
+import os
+import struct
 import subprocess
 import tempfile
 from contextlib import ExitStack
@@ -12,12 +16,14 @@ from typing import Any
 
 import pytest
 
-from hypervisor import AGENT_PORT, Accelerator, Channel, QemuHypervisor, VmSpec, channel_problem
+from hypervisor import AGENT_PORT, Accelerator, Channel, QemuHypervisor, VmSpec, channel_problem, template_key
+from hypervisor.saving import save_template
 
 from .guest_shell import PARAMETERS, GuestShell, initrd
 
 START_S = 20
 BOOT_S = 60
+SAVE_S = 90
 
 GUEST = Path("/var/lib/hako/guest")
 QEMU = Path("/usr/bin/qemu-system-x86_64")
@@ -29,6 +35,8 @@ VIRTIOFSDS = [
 
 
 PR_SET_CHILD_SUBREAPER = 36
+_TUNSETIFF = 0x400454CA
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_MULTI_QUEUE = 0x2, 0x1000, 0x4000, 0x100
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -173,3 +181,58 @@ def usable_channels():
 def _problem(channel: Channel) -> str | None:
     # Only the kernel's own device may be missing: the rest is what the set-up installs.
     return channel_problem(channel, vsock_daemon=VSOCK_DAEMON) if channel is Channel.VHOST_VSOCK else None
+
+
+@pytest.fixture
+def tap():
+    """Make tap interfaces, by their descriptors; closing these ends them."""
+    with ExitStack() as stack:
+
+        def make(number: int, *, queues: int = 1) -> tuple[int, ...]:
+            flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if queues > 1 else 0)
+            fds = []
+            for _ in range(queues):
+                fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+                stack.callback(os.close, fd)
+                fcntl.ioctl(
+                    fd, _TUNSETIFF, struct.pack("16sH22x", f"t{os.getpid()}-{number}".encode(), flags)
+                )
+                fds.append(fd)
+            return tuple(fds)
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def saved_templates(tmp_path_factory):
+    """Where templates are kept for all tests, by their keys."""
+    return tmp_path_factory.mktemp("templates")
+
+
+@pytest.fixture
+async def template_of(make_spec, saved_templates, tmp_path):
+    """Save a template of a machine, unless another test has."""
+    one_at_a_time = asyncio.Lock()
+
+    async def get(**changes: Any) -> Path:
+        spec = make_spec(directory=tmp_path, **changes)
+        directory = saved_templates / template_key(spec)
+        async with one_at_a_time:
+            if not (directory / "template.json").exists():
+                directory.mkdir(exist_ok=True)
+                await save_template(spec, directory, timeout_s=SAVE_S)
+        return directory
+
+    return get
+
+
+@pytest.fixture
+async def clone(template_of, start, shell_initrd):
+    """Start a clone of a machine whose guest is a shell."""
+
+    async def clone_one(**changes):
+        shape = {name: value for name, value in changes.items() if name not in {"directory", "share_source"}}
+        template = await template_of(initrd=shell_initrd, kernel_parameters=PARAMETERS, **shape)
+        return await start(template=template, **changes)
+
+    return clone_one

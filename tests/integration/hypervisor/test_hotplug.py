@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
 import logging
 import os
 import re
 import signal
-import struct
 import subprocess
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -30,29 +27,6 @@ MIB = 1 << 20
 DISK_BYTES = 4 * MIB
 SLOTS = 62
 DISKS = 30
-
-_TUNSETIFF = 0x400454CA
-_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_MULTI_QUEUE = 0x2, 0x1000, 0x4000, 0x100
-
-
-@pytest.fixture
-def tap():
-    """Make tap interfaces, by their descriptors; closing these ends them."""
-    with ExitStack() as stack:
-
-        def make(number: int, *, queues: int = 1) -> tuple[int, ...]:
-            flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if queues > 1 else 0)
-            fds = []
-            for _ in range(queues):
-                fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
-                stack.callback(os.close, fd)
-                fcntl.ioctl(
-                    fd, _TUNSETIFF, struct.pack("16sH22x", f"t{os.getpid()}-{number}".encode(), flags)
-                )
-                fds.append(fd)
-            return tuple(fds)
-
-        yield make
 
 
 def nic(number: int, fds: tuple[int, ...]) -> Nic:

@@ -1,0 +1,246 @@
+"""Machines start from a saved one, each its own from then on; what cannot be used is said to be so."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from hypervisor import AGENT_PORT, Channel, TemplateError, VmStartError
+from hypervisor.saving import save_template
+
+from .conftest import BOOT_S, SAVE_S, START_S, VIRTIOFSDS, usable_channels
+from .test_hotplug import block_name, disk, image, nic, sysfs, taken
+from .test_sizing import ALL_CPUS_ON, memory, processors
+from .test_vm_boot import RESPONSE_TYPE, ask_agent
+
+MIB = 1 << 20
+SOON_S = 5
+UNPLUG_S = 20
+SLACK = 16 * MIB
+
+
+@pytest.mark.parametrize("channel", usable_channels())
+async def test_the_agent_of_a_clone_answers(machines, template_of, channel, qemu):
+    vm = machines(qemu=qemu, channel=channel, template=await template_of(qemu=qemu, channel=channel))
+    began = time.monotonic()
+    await vm.start(timeout_s=START_S)
+    assert await ask_agent(await vm.connect(AGENT_PORT, timeout_s=BOOT_S)) == (1, RESPONSE_TYPE)
+    # Loosely: the benchmark has the bar. A boot takes seconds on any machine that runs this.
+    assert time.monotonic() - began < 3
+    # A second one, which finds everything of the first one's in place.
+    if channel is not Channel.VIRTIO_SERIAL:
+        assert await ask_agent(await vm.connect(AGENT_PORT, timeout_s=BOOT_S)) == (1, RESPONSE_TYPE)
+    served = {process.name for process in vm.processes()}
+    assert served - {"vhost-device-vsock"} == {"QEMU", "virtio-fs daemon"}, "and nothing that only started it"
+
+
+async def test_clones_at_once_have_nothing_in_common(clone, tmp_path, qemu):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    first, second = await asyncio.gather(
+        clone_shell(clone, qemu, tmp_path / "a"), clone_shell(clone, qemu, tmp_path / "b")
+    )
+    write = "for i in $(seq 1000); do echo $i {0}; done >/own; sha256sum </own"
+    sums = await asyncio.gather(first(write.format("first")), second(write.format("second")))
+    assert sums[0] != sums[1]
+    assert [
+        await shell("echo 3 >/proc/sys/vm/drop_caches; sha256sum </own") for shell in (first, second)
+    ] == sums
+    third = await clone_shell(clone, qemu, tmp_path)
+    assert await third("ls /own 2>&1 | grep -c 'No such file'") == "1", "the template has not changed"
+
+
+async def clone_shell(clone, qemu, directory):
+    _vm, shell = await clone(qemu=qemu, directory=directory)
+    return shell
+
+
+@pytest.mark.parametrize("virtiofsd", VIRTIOFSDS, ids=str)
+async def test_a_clone_reads_and_writes_the_share(clone, share, virtiofsd, qemu):
+    _vm, shell = await clone(qemu=qemu, virtiofsd=virtiofsd)
+    await shell("mkdir /share")
+    await shell.until("mount -t virtiofs kataShared /share")
+    assert await shell("cat /share/from-the-host") == "hello"
+    digest = await shell(
+        "dd if=/dev/urandom of=/share/back bs=1M count=4 2>/dev/null; sha256sum </share/back"
+    )
+    assert digest == f"{hashlib.sha256((share / 'back').read_bytes()).hexdigest()}  -"
+
+
+async def test_a_clone_takes_and_gives_devices_processors_and_memory(clone, tap, tmp_path, qemu):
+    vm, shell = await clone(qemu=qemu)
+    places = set(taken(vm))
+    assert len(places) == 1, "the share's"
+
+    path = image(tmp_path)
+    content = os.urandom(path.stat().st_size)
+    path.write_bytes(content)
+    at = await vm.plug_disk(disk(path))
+    name = await block_name(shell, at)
+    assert await shell(f"sha256sum </dev/{name}") == f"{hashlib.sha256(content).hexdigest()}  -"
+    card = await vm.plug_nic(nic(1, tap(1)))
+    await shell.until(f"ls -d {sysfs(card)}/virtio*/net/* >/dev/null 2>&1")
+    assert len({*taken(vm)}) == 3
+    await vm.unplug("disk0", timeout_s=UNPLUG_S)
+    await vm.unplug("nic1", timeout_s=UNPLUG_S)
+    assert set(taken(vm)) == places
+    assert await vm.plug_disk(disk(path)) == at, "its slot is free again"
+
+    before = await memory(shell)
+    assert await vm.resize_memory(1024 * MIB) == 1024 * MIB
+    assert await memory(shell) - before == 512 * MIB
+    assert await vm.resize_memory(512 * MIB) == 512 * MIB
+    assert await vm.resize_vcpus(2) == 2
+    await shell(ALL_CPUS_ON)
+    assert await processors(shell) == 2
+
+
+async def test_what_the_guest_does_not_use_is_not_in_the_template(clone):
+    vm, shell = await clone()
+    free = int(await shell("grep MemFree /proc/meminfo | tr -dc 0-9")) * 1024
+    directory = vm._spec.template
+    described = json.loads((directory / "template.json").read_text())
+    # 64 MiB of random bytes were written and freed before the save.
+    assert described["data_bytes"] <= described["memory_bytes"] - free + SLACK
+    file = (directory / "memory").stat()
+    assert file.st_size == described["memory_bytes"]
+    assert file.st_blocks * 512 <= described["data_bytes"] + MIB
+
+
+def without(name):
+    def spoil(directory):
+        (directory / name).unlink()
+
+    return spoil
+
+
+def cut(name, size):
+    def spoil(directory):
+        os.truncate(directory / name, size)
+
+    return spoil
+
+
+def emptied(directory):
+    path = directory / "memory"
+    size = path.stat().st_size
+    os.truncate(path, 64 * MIB)
+    os.truncate(path, size)
+
+
+def described_as(**changes):
+    def spoil(directory):
+        path = directory / "template.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return spoil
+
+
+def one_byte_off(directory):
+    path = directory / "state"
+    state = bytearray(path.read_bytes())
+    state[len(state) // 2] ^= 1
+    path.write_bytes(state)
+
+
+def gibberish(directory):
+    """A state whose checksum is right, but of which QEMU makes nothing."""
+    state = (directory / "state").read_bytes()
+    broken = bytes(len(state) // 2) + state[len(state) // 2 :]
+    (directory / "state").write_bytes(broken)
+    described_as(state_sha256=hashlib.sha256(broken).hexdigest())(directory)
+
+
+def half_a_state(directory):
+    """One that ends too early for QEMU."""
+    broken = (directory / "state").read_bytes()[:100_000]
+    (directory / "state").write_bytes(broken)
+    described_as(state_sha256=hashlib.sha256(broken).hexdigest(), state_bytes=len(broken))(directory)
+
+
+def no_description(directory):
+    (directory / "template.json").write_bytes(b"\xff[")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cause"),
+    [
+        pytest.param(shutil.rmtree, "template.json: No such file or directory", id="gone"),
+        pytest.param(without("memory"), "memory: No such file or directory", id="no memory"),
+        pytest.param(without("state"), "state: No such file or directory", id="no state"),
+        pytest.param(cut("memory", 1000), "memory: 1000 bytes instead of 536870912", id="memory cut"),
+        pytest.param(emptied, "bytes of data instead of", id="memory has holes"),
+        pytest.param(cut("state", 1000), "state: 1000 bytes instead of", id="state cut"),
+        pytest.param(one_byte_off, "state: its checksum is wrong", id="state changed"),
+        pytest.param(gibberish, "QEMU exited with status 1", id="state that means nothing"),
+        pytest.param(half_a_state, "QEMU exited with status 1", id="state that ends"),
+        pytest.param(no_description, "not a template's description", id="no description"),
+        pytest.param(described_as(format=0), "written by another version", id="another format"),
+        pytest.param(described_as(state_bytes="1"), "a value of the wrong type", id="wrong type"),
+        pytest.param(described_as(memory_bytes=MIB), "of a machine with 1048576 bytes", id="other memory"),
+        pytest.param(described_as(qemu_version="6.0.0"), "saved by QEMU 6.0.0, not by this", id="other QEMU"),
+    ],
+)
+async def test_a_broken_template_is_said_to_be_broken(machines, template_of, tmp_path, spoil, cause):
+    broken = tmp_path / "broken"
+    shutil.copytree(await template_of(channel=Channel.VHOST_USER_VSOCK), broken)
+    spoil(broken)
+    vm = machines(channel=Channel.VHOST_USER_VSOCK, template=broken)
+    began = time.monotonic()
+    with pytest.raises(TemplateError, match=r"^template: ") as caught:
+        await vm.start(timeout_s=START_S)
+    assert cause in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - began < SOON_S
+    assert vm.processes() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        pytest.param({"share_source": Path("/nonexistent/share")}, "/nonexistent/share", id="no directory"),
+        pytest.param({"virtiofsd": Path("/bin/true")}, "not a virtio-fs daemon", id="not virtiofsd"),
+        pytest.param(
+            {"vsock_daemon": Path("/bin/false")}, "vhost-device-vsock exited", id="vsock daemon fails"
+        ),
+    ],
+)
+async def test_what_keeps_any_machine_from_starting_is_not_blamed_on_the_template(
+    machines, template_of, changes, cause
+):
+    channel = Channel.VHOST_USER_VSOCK
+    vm = machines(channel=channel, template=await template_of(channel=channel), **changes)
+    with pytest.raises(VmStartError, match=cause) as caught:
+        await vm.start(timeout_s=START_S)
+    assert not isinstance(caught.value, TemplateError)
+    assert vm.processes() == []
+
+
+def qemus_of(pid: int) -> list[str]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    names = [Path(f"/proc/{child}/comm").read_text() for child in children]
+    return [name for name in names if "qemu" in name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "timeout_s", "cause"),
+    [
+        pytest.param({"initrd": Path("/etc/passwd")}, SAVE_S, "Kernel panic", id="no guest"),
+        pytest.param({"qemu": Path("/bin/false")}, SAVE_S, "QEMU exited with status 1", id="no QEMU"),
+        pytest.param({}, 1, "not done within 1 s", id="no time"),
+    ],
+)
+async def test_a_machine_that_cannot_be_saved_leaves_no_template(
+    make_spec, tmp_path, changes, timeout_s, cause
+):
+    with pytest.raises(VmStartError, match=f"^save template: .*{cause}"):
+        await save_template(make_spec(**changes), tmp_path, timeout_s=timeout_s)
+    assert not (tmp_path / "template.json").exists()
+    assert qemus_of(os.getpid()) == []
