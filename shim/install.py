@@ -19,6 +19,8 @@ version = 2
 runtime_type = "io.containerd.hako.v2"
 # The devices of the host are not in the machine.
 privileged_without_host_devices = true
+# What a pod may ask of Hako.
+pod_annotations = ["io.hako.*"]
 """
 
 _SECOND = """\
@@ -31,6 +33,8 @@ version = 3
 runtime_type = "io.containerd.hako.v2"
 # The devices of the host are not in the machine.
 privileged_without_host_devices = true
+# What a pod may ask of Hako.
+pod_annotations = ["io.hako.*"]
 # "shim" makes pods without a pause container; "podsandbox" is what every containerd does.
 sandboxer = "podsandbox"
 """
