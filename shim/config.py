@@ -64,7 +64,7 @@ class ShimConfig(Record):
     #: ``debug``, ``info``, ``warning`` or ``error``.
     log_level: str = "info"
     #: Whether shims are forked from a process that has imported everything already.
-    zygote: bool = False
+    zygote: bool = True
     state_dir: str = "/run/hako"
     #: Where the reason and the last console lines of a failed sandbox are kept for ``hako logs``.
     log_dir: str = "/var/log/hako"

@@ -7,7 +7,6 @@ import os
 import sys
 
 from shim import kernel
-from shim.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,34 +17,20 @@ LISTENER_DESCRIPTOR = 3
 _MAX_OOM_SCORE_ADJ = 1000
 
 
-class Attributes(Record):
-    """What a daemon is given by whoever starts it."""
+def take_attributes(*, of: int) -> None:
+    """Give this process what a shim is to have; a privilege or kernel feature that is missing is not needed.
 
-    #: A little more likely to be killed than containerd, as containerd's shim contract asks.
-    oom_score_adj: int | None
-    core_scheduling: bool
-
-    @classmethod
-    def wanted(cls) -> Attributes:
-        """Find out what the caller of this process wants."""
-        try:
-            with open(f"/proc/{os.getppid()}/oom_score_adj", encoding="ascii") as file:
-                score = min(int(file.read()) + 1, _MAX_OOM_SCORE_ADJ)
-        except OSError:
-            score = None
-        return cls(oom_score_adj=score, core_scheduling=bool(os.environ.get("SCHED_CORE")))
-
-    def take(self) -> None:
-        """Set them on this process; a privilege or kernel feature that is missing is done without."""
-        if self.oom_score_adj is not None:
-            with (
-                contextlib.suppress(OSError),
-                open("/proc/self/oom_score_adj", "w", encoding="ascii") as file,
-            ):
-                file.write(str(self.oom_score_adj))
-        if self.core_scheduling:
-            with contextlib.suppress(OSError):
-                kernel.create_core_scheduling_cookie()
+    :param of: the process that runs ``start``: the shim is a little more likely to be killed for memory, as
+        containerd's shim contract asks.
+    """
+    with contextlib.suppress(OSError):
+        with open(f"/proc/{of}/oom_score_adj", encoding="ascii") as file:
+            score = min(int(file.read()) + 1, _MAX_OOM_SCORE_ADJ)
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write(str(score))
+    if os.environ.get("SCHED_CORE"):
+        with contextlib.suppress(OSError):
+            kernel.create_core_scheduling_cookie()
 
 
 def open_log(bundle: str) -> int:
@@ -64,20 +49,34 @@ def open_log(bundle: str) -> int:
 
 
 def spawn(
+    _directory: str,
     arguments: list[str],
     *,
-    listener: int | None,
     error_output: int,
-    before_exec: Callable[[int], None],
+    listener: int | None,
+    register: Callable[[int], None],
 ) -> None:
-    """Run this same program again, detached: own session, no input, no output, no descriptor of ours.
+    """Run this same program again as a shim, detached: own session, no input, no descriptor of ours.
 
-    :param arguments: the daemon's command line, without the program.
-    :param listener: what becomes descriptor 3.
+    :param _directory: its sandbox' state directory, which its command line names, too.
+    :param arguments: the shim's command line, without the program.
     :param error_output: what becomes standard error.
-    :param before_exec: called with the daemon's pid while it still waits. If this process dies before
-        it returns, the daemon dies too, so no daemon runs that ``before_exec`` has not recorded.
-    :raises OSError: if there can be no more processes, or from ``before_exec``.
+    :param listener: what becomes descriptor 3.
+    :param register: called with the shim's pid while it still waits. If this process dies before it returns,
+        the shim dies too, so no shim runs that was not recorded.
+    :raises OSError: if there can be no more processes, or from ``register``.
+    """
+    take_attributes(of=os.getppid())  # the shim inherits them
+    fork(lambda: execute(arguments, error_output=error_output, listener=listener), before=register)
+
+
+def fork(become: Callable[[], None], *, before: Callable[[int], None]) -> None:
+    """Have a child do something that does not return.
+
+    :param become: what.
+    :param before: called in this process with the child's pid while the child still waits, which it does
+        not survive if this process dies meanwhile.
+    :raises OSError: if there can be no more processes, or from ``before``.
     """
     gate, opener = os.pipe()
     pid = os.fork()
@@ -85,18 +84,19 @@ def spawn(
         try:
             os.close(opener)
             if os.read(gate, 1):
-                _become(arguments, listener=listener, error_output=error_output)
+                become()
         finally:
             os._exit(127)
     try:
         os.close(gate)
-        before_exec(pid)
+        before(pid)
         os.write(opener, b"\0")
     finally:
         os.close(opener)
 
 
-def _become(arguments: list[str], *, listener: int | None, error_output: int) -> None:
+def execute(arguments: list[str], *, error_output: int, listener: int | None) -> None:
+    """Detach this process and replace it by the same program with another command line."""
     detach(listener=listener, error_output=error_output)
     os.execve(sys.executable, [*program(), *arguments], environment())  # noqa: S606 - no shell is wanted
 

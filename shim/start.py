@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import select
 import socket
 import time
 
-from shim import bootstrap_wire, config, daemonize, grouping, state_directory, timeline, zygote_client
+from shim import bootstrap_wire, config, daemonize, entry, grouping, state_directory, timeline
 from shim.bootstrap_wire import BootstrapParams, RuntimeOptions
 from shim.ledger import Ledger
 from shim.record import Record
@@ -17,18 +19,38 @@ from shim.state_directory import StartRecord
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Protocol
+
     from shim.command_line import CommandLine
+
+    class MakeShim(Protocol):
+        """How ``start`` has a shim made: see :func:`shim.daemonize.spawn`."""
+
+        def __call__(  # noqa: D102 - as above
+            self,
+            directory: str,
+            arguments: list[str],
+            /,
+            *,
+            error_output: int,
+            listener: int | None,
+            register: Callable[[int], None],
+        ) -> None: ...
+
 
 DEFAULT_SOCKET_DIR = "/run/containerd/s"
 #: What the daemon writes to its standard error when its gRPC socket is ready.
 READY = b"\0"
 #: The name of the daemon in the ledger.
 SHIM_PROCESS = "shim"
-_MAX_INPUT = 10 << 20
+#: Longest input, in bytes.
+MAX_INPUT = 10 << 20
 _CONNECT_TIMEOUT_S = 0.1
 _READY_TIMEOUT_S = 10.0
-_VERSION_TIMEOUT_S = 5.0
 _CLEANUP_TIMEOUT_S = 2.0
+#: Room for the command lines of shims: the zygote's own arguments are overwritten in its forks.
+_TITLE_BYTES = 2048
 
 
 class Caller(Record):
@@ -39,28 +61,40 @@ class Caller(Record):
     params: BootstrapParams
 
 
-def start(line: CommandLine) -> bytes:
+def start(
+    line: CommandLine, sent: bytes, *, make_shim: MakeShim | None = None, born_at_s: float | None = None
+) -> bytes | None:
     """Return the address of the shim that serves the container, which runs when this returns.
 
     :param line: flags as containerd gives them; the working directory is the bundle.
-    :returns: what goes to standard output, in the dialect of the caller.
+    :param sent: the standard input.
+    :param make_shim: how a zygote's fork makes a shim; otherwise the program is run anew for it, and then
+        once more for a zygote that makes the next.
+    :param born_at_s: when the process was forked that containerd waits for, in seconds of
+        ``time.monotonic()``, if that is another.
+    :returns: what goes to standard output, in the dialect of the caller; nothing if this is a zygote's fork
+        and the configuration wants none.
     :raises Refusal: if the host, the command line, the input, the configuration or the bundle does not
         allow it; nothing is left behind.
     :raises OSError: if the host fails; nothing is left behind.
     """
-    began_s, born_at_s = time.monotonic(), timeline.born_at_s()
+    began_s, born_at_s = time.monotonic(), born_at_s or timeline.born_at_s()
     timeline.note("interpreter", lane=timeline.START, began_s=born_at_s, ended_s=began_s)
     _check_host()
     grouping.check_identifier(line.namespace, phase="start", what="namespace")
     grouping.check_identifier(line.id, phase="start", what="id")
     bundle = os.getcwd()
-    caller = identify_caller(_read_input(), line)
+    if len(sent) > MAX_INPUT:
+        raise Refusal(f"start: standard input: more than {MAX_INPUT} bytes; send smaller runtime options")
+    caller = identify_caller(sent, line)
     found = config.locate(
         os.environ,
         options_path=caller.params.options.config_path,
         options_body=caller.params.options.config_body,
     )
     settings = config.parse(found)
+    if make_shim is not None and not settings.shim.zygote:
+        return None
     group = grouping.group_of(bundle, line.id)
     grouping.check_identifier(group, phase="start", what="group")
     if settings.shim.protocol == "grpc":
@@ -93,15 +127,17 @@ def start(line: CommandLine) -> bytes:
             if _is_live(record.socket_path):
                 reply = _join(record, container=line.id)
             elif not _remove_leftovers(record):
-                zygote = zygote_client.socket_path(settings.shim.state_dir) if settings.shim.zygote else ""
-                reply = _make(record, container=line.id, zygote=zygote)
+                reply = _make(record, container=line.id, make_shim=make_shim or daemonize.spawn)
             else:
                 continue
             timeline.note("start", lane=timeline.CONTAINERD, began_s=born_at_s, ended_s=time.monotonic())
-            timeline.write(record.state_directory)
-            return reply
+            if make_shim is None:  # otherwise this process will be the shim, which writes it later
+                timeline.write(record.state_directory)
         finally:
             os.close(lock)
+        if make_shim is None and settings.shim.zygote:
+            _launch_zygote(line.address)
+        return reply
 
 
 def identify_caller(data: bytes, line: CommandLine) -> Caller:
@@ -152,25 +188,16 @@ def _check_host() -> None:
         raise Refusal(f"start: host: runs as uid {os.geteuid()}; root is required, run containerd as root")
 
 
-def _read_input() -> bytes:
-    data = bytearray()
-    while block := os.read(0, 1 << 16):
-        data += block
-        if len(data) > _MAX_INPUT:
-            raise Refusal(
-                f"start: standard input: more than {_MAX_INPUT} bytes; send smaller runtime options"
-            )
-    return bytes(data)
-
-
 def _version(caller: Caller, bundle: str, publish_binary: str) -> int:
     """Choose the version of the shim protocol: 3 is containerd 2's way to add containers to a pod."""
     if caller.dialect == "1.6" or not grouping.is_pod(bundle):
         return 2
     if caller.dialect == "2.3":
         return 3
+    from shim import containerd_version  # noqa: PLC0415 - few need it
+
     try:
-        major = _containerd_version(publish_binary).partition(".")[0]
+        major = containerd_version.find(publish_binary).partition(".")[0]
     except Refusal:
         return 2  # which every containerd accepts
     return 3 if major.isdigit() and int(major) > 1 else 2
@@ -180,38 +207,14 @@ def _check_grpc(caller: Caller, publish_binary: str) -> None:
     """Refuse gRPC where containerd cannot drive it: only 1.7 can, and nothing but its version says so."""
     version = "1.6" if caller.dialect == "1.6" else "2.3 or later"
     if caller.dialect == "1.7":
-        version = _containerd_version(publish_binary)
+        from shim import containerd_version  # noqa: PLC0415 - few need it
+
+        version = containerd_version.find(publish_binary)
         if version.startswith("1.7."):
             return
     raise Refusal(
         f'start: config shim.protocol: containerd {version} cannot drive a shim over grpc; set it to "ttrpc"'
     )
-
-
-def _containerd_version(publish_binary: str) -> str:
-    import subprocess  # noqa: PLC0415 - only gRPC needs it
-
-    try:
-        output = subprocess.run(
-            [publish_binary, "--version"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_VERSION_TIMEOUT_S,
-            check=True,
-            text=True,
-        ).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise Refusal(
-            f'start: {publish_binary} --version: {error}; set shim.protocol to "ttrpc" in the configuration'
-        ) from error
-    # "containerd <Go module> <version> <revision>"
-    words = output.split()
-    if len(words) < 3:
-        raise Refusal(
-            f"start: {publish_binary} --version: {output[:80]!r} is no version; "
-            'set shim.protocol to "ttrpc" in the configuration'
-        )
-    return words[2].removeprefix("v")
 
 
 def _bare(address: str) -> str:
@@ -259,7 +262,7 @@ def _join(record: StartRecord, *, container: str) -> bytes:
     return _publish(running, bundle=record.bundle, dialect=record.dialect)
 
 
-def _make(record: StartRecord, *, container: str, zygote: str) -> bytes:
+def _make(record: StartRecord, *, container: str, make_shim: MakeShim) -> bytes:
     """Make the daemon of a sandbox and wait until its socket takes connections; the lock is held."""
     ledger = Ledger(record.state_directory, create=True)
     done = False
@@ -271,9 +274,9 @@ def _make(record: StartRecord, *, container: str, zygote: str) -> bytes:
             state_directory.write_record(record)
         with timeline.phase("daemon", lane=timeline.START):
             if record.protocol == "grpc":
-                _spawn_grpc(record, ledger, zygote=zygote)
+                _spawn_grpc(record, ledger, make_shim=make_shim)
             else:
-                _spawn_ttrpc(record, ledger, zygote=zygote)
+                _spawn_ttrpc(record, ledger, make_shim=make_shim)
         with timeline.phase("reply", lane=timeline.START):
             reply = _publish(record, bundle=record.bundle, dialect=record.dialect)
         done = True
@@ -284,7 +287,7 @@ def _make(record: StartRecord, *, container: str, zygote: str) -> bytes:
         ledger.close()
 
 
-def _spawn_ttrpc(record: StartRecord, ledger: Ledger, *, zygote: str) -> None:
+def _spawn_ttrpc(record: StartRecord, ledger: Ledger, *, make_shim: MakeShim) -> None:
     """Hand a listening socket to the daemon: connections wait in it while the daemon imports its code."""
     with socket.socket(socket.AF_UNIX) as listener:
         _remove_dead_socket(record)
@@ -295,16 +298,16 @@ def _spawn_ttrpc(record: StartRecord, ledger: Ledger, *, zygote: str) -> None:
             os.umask(previous)
         listener.listen()
         log = daemonize.open_log(record.bundle)
-        _spawn(record, ledger, zygote=zygote, error_output=log, listener=listener.fileno())
+        _spawn(record, ledger, make_shim=make_shim, error_output=log, listener=listener.fileno())
         os.close(log)
 
 
-def _spawn_grpc(record: StartRecord, ledger: Ledger, *, zygote: str) -> None:
+def _spawn_grpc(record: StartRecord, ledger: Ledger, *, make_shim: MakeShim) -> None:
     """Wait for the daemon's word: a gRPC server can only listen on a socket it made itself."""
     _remove_dead_socket(record)
     reader, writer = os.pipe()
     try:
-        _spawn(record, ledger, zygote=zygote, error_output=writer, listener=None)
+        _spawn(record, ledger, make_shim=make_shim, error_output=writer, listener=None)
     finally:
         os.close(writer)
     try:
@@ -321,28 +324,41 @@ def _remove_dead_socket(record: StartRecord) -> None:
 
 
 def _spawn(
-    record: StartRecord, ledger: Ledger, *, zygote: str, error_output: int, listener: int | None
+    record: StartRecord, ledger: Ledger, *, make_shim: MakeShim, error_output: int, listener: int | None
 ) -> None:
     def register(pid: int) -> None:
         ledger.process(pid, name=SHIM_PROCESS)
 
     flags = ["-namespace", record.namespace, "-id", record.id, "-address", record.grpc_address]
-    arguments = [*flags, "-state", record.state_directory]
-    attributes = daemonize.Attributes.wanted()
-    request = zygote_client.ForkRequest(
-        state_directory=record.state_directory,
-        working_directory=os.getcwd(),
-        arguments=arguments,
-        environment=daemonize.environment(),
-        attributes=attributes.as_dict(),
+    make_shim(
+        record.state_directory,
+        [*flags, "-state", record.state_directory],
+        error_output=error_output,
+        listener=listener,
+        register=register,
     )
-    descriptors = [error_output] if listener is None else [error_output, listener]
-    if zygote and zygote_client.ask(request, descriptors, path=zygote, register=register):
-        return
-    attributes.take()  # the daemon inherits them
-    daemonize.spawn(arguments, listener=listener, error_output=error_output, before_exec=register)
-    if zygote:
-        zygote_client.launch(zygote)
+
+
+def _launch_zygote(address: str) -> None:
+    """Start a zygote for the next one who asks, unless there is one or one comes up; failing is harmless.
+
+    :param address: containerd's.
+    """
+    with contextlib.suppress(OSError):
+        os.makedirs(entry.ZYGOTE_DIRECTORY, mode=0o700, exist_ok=True)
+        path = f"{entry.socket_path(entry.identity_of(address))}.lock"
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            # The zygote inherits the lock and holds it for as long as it lives.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            arguments = ["-zygote", address.ljust(_TITLE_BYTES)]
+            daemonize.fork(
+                lambda: daemonize.execute(arguments, error_output=null, listener=lock), before=lambda _: None
+            )
+        finally:
+            os.close(null)
+            os.close(lock)
 
 
 def _wait_until_ready(reader: int) -> None:

@@ -1,45 +1,81 @@
-"""The zygote: a process that has imported what a shim needs, and forks shims on request.
+"""The zygote: a process that has imported what a shim needs, and does ``start`` and ``delete`` at once.
 
-A fork takes a few milliseconds, and all shims share the memory of what was imported. The zygote never runs
-what it imported: no event loop, no thread, no gRPC object exists before a fork.
+It keeps one fork of itself waiting, the spare. The spare takes the next request, and the zygote forks
+another meanwhile, so that nobody waits for a fork. For ``start`` the spare makes the sandbox's socket and
+record, and then becomes its shim. All shims share the memory of what was imported. The zygote never runs what
+it imported: no event loop, no thread, no gRPC object exists before a fork.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
-import json
+import marshal
 import os
+import select
 import signal
 import socket
 import sys
+import time
 import traceback
 
-from shim import bootstrap, daemonize
-from shim.zygote_client import GO, ForkRequest
+from shim import bootstrap, daemonize, entry, state_directory
+from shim.ledger import Ledger
+from shim.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 IDLE_S = 600.0  # a node that has started no pod for as long can do without the memory
-_REQUEST_TIMEOUT_S = 0.5  # as long as `start` waits for the answer
-_MAX_REQUEST = 1 << 18
+_REQUEST_TIMEOUT_S = 1.0  # as long as the caller waits for the first answer
+_DONE_TIMEOUT_S = 10.0  # containerd kills a start that takes longer
+_UNDO_TIMEOUT_S = 2.0
+_MAX_REQUEST = 1 << 20
 _OWN_PACKAGES = ("shim", "hypervisor", "proto")
 _ARGUMENTS_START = 47  # fields of /proc/self/stat, counted from 0: proc(5)
 _ARGUMENTS_END = 48
+_NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
+#: What a process gives to its children: lines of /proc/[pid]/status.
+_INHERITED = (
+    *(b"Umask:", b"Uid:", b"Gid:", b"Groups:", b"Cap", b"NoNewPrivs:", b"Seccomp:"),
+    *(b"Cpus_allowed:", b"Mems_allowed:"),
+)
+# What a spare tells the zygote.
+_TAKEN, _RETIRE = b"T", b"R"
 
 
-def serve(path: str) -> None:
-    """Fork shims until nobody has asked for a while, or the program has changed.
+class Request(Record):
+    """What a caller sends, in this order."""
+
+    #: Which zygote it means.
+    identity: str
+    #: containerd's process.
+    parent: int
+    working_directory: str
+    arguments: list[str]
+    environment: dict[bytes, bytes]
+    sent: bytes
+    #: When it was forked, in seconds of ``time.monotonic()``.
+    born_at_s: float
+
+
+def serve(address: str) -> None:
+    """Serve one containerd until it has asked for nothing for a while, or the program has changed.
 
     The caller's descriptor 3 is the lock that makes this the only zygote of its socket.
 
-    :param path: the socket to serve on.
-    :raises OSError: if it cannot be made.
+    :param address: containerd's.
+    :raises OSError: if the socket cannot be made.
     """
     os.chdir("/")
     os.nice(10)  # the shim that was started just before comes first
     _warm()
     os.setpriority(os.PRIO_PROCESS, 0, 0)
-    files = _files()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
+    identity = entry.identity_of(address)
+    path = entry.socket_path(identity)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
@@ -47,29 +83,36 @@ def serve(path: str) -> None:
         listener.bind(path)
         os.umask(previous)
         try:
-            listener.listen()
-            listener.settimeout(IDLE_S)
-            _fork_shims(listener, files)
+            listener.listen(128)
+            listener.setblocking(False)  # noqa: FBT003 - its only spelling
+            _keep_a_spare(listener, identity, files=_files())
         finally:
             os.unlink(path)
 
 
 def _warm() -> None:
+    import hashlib  # noqa: F401, PLC0415 - start needs it
+    import tomllib  # noqa: F401, PLC0415 - as above
+
     import pyroute2  # noqa: F401, PLC0415 - a shim whose sandbox has an interface needs it
 
-    from shim import daemon  # noqa: F401, PLC0415 - importing it is the point
+    from shim import daemon, delete, kernel, start  # noqa: F401, PLC0415 - importing them is the point
     from shim.transport import grpc_server  # noqa: F401, PLC0415 - as above
 
     # What is there by now is there for good: the collector need not look at it, and so not write to its
     # memory, which would end the sharing.
     gc.collect()
     gc.freeze()
+    gc.disable()  # until a fork is a shim
 
 
 def _files() -> dict[str, int]:
-    """Note when each file of the program was changed."""
-    modules = [sys.modules[name] for name in list(sys.modules) if name.partition(".")[0] in _OWN_PACKAGES]
-    paths = [path for path in (getattr(module, "__file__", None) for module in modules) if path]
+    """Note when each file of the program, and the first one of each library, was changed."""
+    paths = {sys.executable}
+    for name, module in list(sys.modules.items()):
+        path = getattr(module, "__file__", None)
+        if path and (name.partition(".")[0] in _OWN_PACKAGES or ("." not in name and "-packages/" in path)):
+            paths.add(path)
     return {path: os.stat(path).st_mtime_ns for path in paths}
 
 
@@ -80,36 +123,40 @@ def _unchanged(files: dict[str, int]) -> bool:
         return False
 
 
-def _fork_shims(listener: socket.socket, files: dict[str, int]) -> None:
-    while True:
+def _keep_a_spare(listener: socket.socket, identity: str, *, files: dict[str, int]) -> None:
+    """Fork a spare, and another whenever one is taken; return when there is to be none."""
+    said = _TAKEN
+    while said == _TAKEN:
+        ours, theirs = socket.socketpair()
+        if os.fork() == 0:
+            ours.close()
+            _be_the_spare(listener, theirs, identity, files)
+        theirs.close()
+        ours.settimeout(IDLE_S)
         try:
-            connection, _ = listener.accept()
+            said = ours.recv(1)
         except TimeoutError:
             return
-        with connection:
-            if not _unchanged(files):
-                return
-            connection.settimeout(_REQUEST_TIMEOUT_S)
-            try:
-                body, descriptors, _, _ = socket.recv_fds(connection, _MAX_REQUEST, 2)
-                request = ForkRequest(**json.loads(body))
-            except (OSError, ValueError, TypeError):
-                continue  # whoever it was is gone, or speaks another version's language
-            if os.fork() == 0:
-                _be_a_shim(request, descriptors, connection)
-            for descriptor in descriptors:
-                os.close(descriptor)
+        ours.close()
 
 
-def _be_a_shim(request: ForkRequest, descriptors: list[int], connection: socket.socket) -> None:
-    """Never returns: what the zygote holds is not the shim's to clean up."""
+def _be_the_spare(
+    listener: socket.socket, zygote: socket.socket, identity: str, files: dict[str, int]
+) -> None:
+    """Never returns: what the zygote holds is not the spare's to clean up."""
     status = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        connection.send(str(os.getpid()).encode())
-        if connection.recv(1) == GO:
-            _settle(request, descriptors)
-            bootstrap.serve(request.state_directory)
+        os.close(daemonize.LISTENER_DESCRIPTOR)  # the lock is the zygote's alone
+        with _next_caller(listener, zygote) as caller:
+            if not _unchanged(files):
+                zygote.send(_RETIRE)
+                os._exit(0)
+            zygote.send(_TAKEN)
+            caller.settimeout(_REQUEST_TIMEOUT_S)
+            request = _receive(caller, identity)
+            if request is not None:
+                _do(request, caller)
         status = 0
     except BaseException:  # noqa: BLE001 - as the interpreter does at the end of a program
         traceback.print_exc()
@@ -117,15 +164,117 @@ def _be_a_shim(request: ForkRequest, descriptors: list[int], connection: socket.
         os._exit(status)
 
 
-def _settle(request: ForkRequest, descriptors: list[int]) -> None:
-    """Become what a program started anew would be."""
+def _next_caller(listener: socket.socket, zygote: socket.socket) -> socket.socket:
+    """Wait for a caller, or die with the zygote."""
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    poll.register(zygote, select.POLLIN)
+    while True:
+        ready = [descriptor for descriptor, _ in poll.poll()]
+        if listener.fileno() in ready:
+            with contextlib.suppress(BlockingIOError):  # who called is gone
+                return listener.accept()[0]
+        elif ready:
+            os._exit(0)
+
+
+def _receive(caller: socket.socket, identity: str) -> Request | None:
+    """Read what is wanted, and accept it unless the caller is not what this process can stand in for."""
+    pid = int.from_bytes(caller.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+    try:
+        values = marshal.loads(caller.recv(_MAX_REQUEST))  # noqa: S302 - only root can send any
+        request = Request(**dict(zip(Request.fields(), values, strict=True)))
+        if request.identity == identity and _surroundings(pid) == _surroundings("self"):
+            caller.send(entry.ACCEPTED)
+            return request
+        caller.send(entry.REFUSED)
+    except (OSError, ValueError, TypeError, EOFError):
+        pass  # whoever it was is gone, or speaks another version's language
+    return None
+
+
+def _surroundings(pid: int | str) -> list[object]:
+    """Tell what a process is confined to, which its children are, too."""
+    found: list[object] = [os.readlink(f"/proc/{pid}/root")]
+    found += [os.stat(f"/proc/{pid}/ns/{kind}").st_ino for kind in _NAMESPACES]
+    for name in ("cgroup", "limits"):
+        with open(f"/proc/{pid}/{name}", "rb") as file:
+            found.append(file.read())
+    with open(f"/proc/{pid}/status", "rb") as file:
+        found += [line for line in file if line.startswith(_INHERITED)]
+    return found
+
+
+def _do(request: Request, caller: socket.socket) -> None:
+    """Do what was asked for, and be the shim that it took."""
     os.environ.clear()
-    os.environ.update(request.environment)
+    os.environb.update(request.environment)
     os.chdir(request.working_directory)
-    _show(request.arguments)
-    daemonize.Attributes(**request.attributes).take()
-    error_output, *listeners = descriptors
-    daemonize.detach(listener=listeners[0] if listeners else None, error_output=error_output)
+    successor = Successor(parent=request.parent)
+    answer = bootstrap.perform(
+        request.arguments, request.sent, make_shim=successor.make, born_at_s=request.born_at_s
+    )
+    if answer is None:
+        return
+    status, output = answer
+    caller.send(bytes([status]) + output[: entry.MAX_ANSWER - 1])
+    if successor.shim is None:
+        return
+    caller.settimeout(_DONE_TIMEOUT_S)
+    heard = b""
+    with contextlib.suppress(OSError):
+        heard = caller.recv(1)
+    if heard == entry.DONE:
+        successor.shim()
+    else:
+        successor.undo()
+
+
+class Successor:
+    """Makes the shim of a ``start`` that this process does: itself, or a fork if ``start`` waits for it.
+
+    :param parent: the process of containerd.
+    """
+
+    def __init__(self, *, parent: int) -> None:
+        self._parent = parent
+        self._directory = ""
+        #: Turns this process into the shim, once containerd has the answer; nothing if it is not to be one.
+        self.shim: Callable[[], None] | None = None
+
+    def make(
+        self,
+        directory: str,
+        arguments: list[str],
+        *,
+        error_output: int,
+        listener: int | None,
+        register: Callable[[int], None],
+    ) -> None:
+        """Stand in for :func:`shim.daemonize.spawn`; its parameters are explained there."""
+        if listener is None:
+            become = functools.partial(self._become, directory, arguments, None, error_output)
+            daemonize.fork(become, before=register)
+            return
+        register(os.getpid())
+        self._directory = directory
+        descriptors = os.dup(listener), os.dup(error_output)
+        self.shim = functools.partial(self._become, directory, arguments, *descriptors)
+
+    def undo(self) -> None:
+        """Leave nothing of a sandbox that containerd does not know of."""
+        held = state_directory.lock_existing(self._directory)
+        if held is not None:
+            Ledger(self._directory).undo_all(deadline_s=_UNDO_TIMEOUT_S)
+
+    def _become(self, directory: str, arguments: list[str], listener: int | None, error_output: int) -> None:
+        began_s = time.monotonic()
+        os.environ.pop("NOTIFY_SOCKET", None)
+        daemonize.detach(listener=listener, error_output=error_output)
+        daemonize.take_attributes(of=self._parent)
+        _show(arguments)
+        gc.enable()
+        bootstrap.serve(directory, born_at_s=began_s)
 
 
 def _show(arguments: list[str]) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shim import entry
 from tests.e2e import busybox, private
 from tests.e2e.conftest import HAKO, write_config
 from tests.e2e.containerd import CGROUPS, NAMESPACE, RELEASES, SHIM_DIRECTORY, Containerd, running
@@ -138,7 +139,7 @@ class Stage:
 
         :raises TimeoutError: if it does not.
         """
-        directory = self.state_directory / "zygote"
+        directory = Path(entry.ZYGOTE_DIRECTORY)
         until(lambda: any(path.is_socket() for path in directory.glob("*")), what="the zygote serves")
 
     def run_detached(self, daemon: Containerd, name: str) -> None:

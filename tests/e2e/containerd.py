@@ -287,6 +287,9 @@ def running(daemon: Containerd) -> Iterator[Containerd]:
         yield daemon
     finally:
         daemon.stop()
+        for zygote in list(daemon.nursery.zygotes(daemon.address)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(zygote.pid, signal.SIGKILL)
         for shared in (CGROUPS / NAMESPACE, *CGROUPS.glob(f"*/{NAMESPACE}")):
             with contextlib.suppress(OSError):  # not there, or another daemon's containers are in it
                 shared.rmdir()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 PR_SET_CHILD_SUBREAPER = 36
+ZYGOTE = " -zygote"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +140,19 @@ class Nursery:
         return self._exits.pop(pid)
 
     def descendants(self) -> Iterator[Process]:
-        """Yield every living process below the subreaper, at whatever depth and however detached."""
-        return descendants(self._program.pid)
+        """Yield every living process below the subreaper, at whatever depth and however detached.
+
+        Zygotes are left out: they serve no container, may come up at any time, and end with the containerd
+        that they belong to, or with the nursery.
+        """
+        return (process for process in descendants(self._program.pid) if ZYGOTE not in process.command)
+
+    def zygotes(self, address: Path) -> Iterator[Process]:
+        """Yield the zygote of the containerd at an address; the fork that it keeps ends with it."""
+        wanted = f"{ZYGOTE} {address} "
+        found = [process for process in descendants(self._program.pid) if wanted in process.command]
+        pids = {process.pid for process in found}
+        return (process for process in found if process.parent not in pids)
 
     def _reply(self, *, deadline: float) -> dict[str, int]:
         assert self._program.stdout is not None

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
 import pytest
 
+from shim import entry
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import new_id
+from tests.e2e.containerd import SHIM_DIRECTORY
 from tests.e2e.life import Life, until
 from tests.e2e.tasks import outcomes
 from tests.e2e.test_kill_matrix import CALLS_END_S, CONSISTENT_S, PHASES, bring_to
-from tests.e2e.test_refusals import configured
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
     from tests.e2e.conftest import Stack
     from tests.e2e.nursery import Process
 
@@ -37,23 +36,18 @@ BY_DAY = ("during start", "running")
 
 
 def zygotes_of(stack: Stack) -> list[Process]:
-    """Return the processes that fork shims, or are about to."""
-    return [each for each in stack.containerd.nursery.descendants() if " -zygote " in each.command]
+    """Return the process that forks shims, or is about to, if there is one."""
+    return list(stack.containerd.nursery.zygotes(stack.containerd.address))
 
 
 @pytest.fixture
-def with_zygote(one_stack: Stack) -> Iterator[None]:
-    """Let shims be forked by a zygote, and see that there is one."""
-    directory = one_stack.state_directory / "zygote"
-    with configured(one_stack, shim="zygote = true"):
-        first = one_stack.containerd.run(IMAGE, new_id(), "true")
-        assert first.code == 0, first.stderr
-        until(lambda: any(path.is_socket() for path in directory.glob("*")), what="the zygote serves")
-        yield
-    for zygote in zygotes_of(one_stack):
-        os.kill(zygote.pid, signal.SIGKILL)
-    until(lambda: not zygotes_of(one_stack), what="the zygotes are gone")
-    shutil.rmtree(directory)
+def with_zygote(one_stack: Stack) -> None:
+    """See that there is a zygote that serves."""
+    first = one_stack.containerd.run(IMAGE, new_id(), "true")
+    assert first.code == 0, first.stderr
+    program = SHIM_DIRECTORY / "containerd-shim-hako-v2"
+    identity = f"{sys.executable}\n{program}\n{entry.__file__}\n{one_stack.containerd.address}"
+    until(Path(entry.socket_path(identity)).is_socket, what="the zygote serves")
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,6 @@ def containerd(tmp_path):
     if os.geteuid() != 0:
         pytest.skip("start refuses to run without root")
     peer = Containerd(tmp_path, {"MAX_SHIM_VERSION": "2", "HAKO_CONFIG": str(tmp_path / "config.toml")})
-    peer.configure(f'[shim]\nstate_dir = "{peer.state_dir}"\n')
+    peer.configure(f'[shim]\nzygote = false\nstate_dir = "{peer.state_dir}"\n')
     yield peer
     peer.end_all()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import shim
 from shim import state_directory
-from shim.bootstrap import main
+from shim.entry import main
 
 
 def run(record, listener_descriptor, ready):

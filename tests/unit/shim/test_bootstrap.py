@@ -110,6 +110,8 @@ def test_a_host_that_cannot_run_it_is_told_so(host, line):
 
 SITE = """
 import atexit, sys, types
+from shim import config
+config.ShimConfig.zygote = False
 if sys.orig_argv[-1] in {{"start", "delete"}}:
     atexit.register(lambda: open({listing!r}, "w").write("\\n".join(sys.modules)))
 else:

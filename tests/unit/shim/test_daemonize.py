@@ -17,7 +17,7 @@ if sys.argv[1:] == ["daemon"]:
 def register(pid):
     os.write(1, b"%d " % pid)
     {register}
-daemonize.spawn(["daemon"], listener=None, error_output=int(sys.argv[1]), before_exec=register)
+daemonize.spawn("", ["daemon"], listener=None, error_output=int(sys.argv[1]), register=register)
 """
 
 

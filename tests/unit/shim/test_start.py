@@ -142,7 +142,7 @@ def test_the_record_has_what_the_daemon_needs(containerd):
         "grpc_address": containerd.address,
         "ttrpc_address": "/run/t.sock",
         "publish_binary": "/usr/bin/containerd",
-        "config_text": f'[shim]\nstate_dir = "{containerd.state_dir}"\n',
+        "config_text": f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\n',
         "config_source": str(containerd.directory / "config.toml"),
         "protocol": "ttrpc",
         "socket_path": str(containerd.socket_path("c1")),
@@ -214,7 +214,7 @@ def test_the_configuration_comes_from_the_runtime_options(containerd):
 def test_the_configuration_comes_from_an_extension(containerd):
     containerd.make_bundle("c1")
     del containerd.environment["HAKO_CONFIG"]
-    body = f'[shim]\nstate_dir = "{containerd.state_dir}"\n'.encode()
+    body = f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\n'.encode()
     sent = params("c1")
     extension = sent.extensions.add().value
     extension.type_url = "type.googleapis.com/runtimeoptions.v1.Options"
@@ -292,7 +292,7 @@ def test_an_unsafe_name_is_one_line(containerd, flag, name):
 @pytest.mark.parametrize("version", ["1.6", "2.3"])
 def test_grpc_is_refused_where_containerd_cannot_drive_it(containerd, version):
     containerd.make_bundle("c1")
-    containerd.configure(f'[shim]\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
+    containerd.configure(f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
     stdin = b""
     if version == "1.6":
         del containerd.environment["MAX_SHIM_VERSION"]
@@ -310,7 +310,7 @@ def fake_containerd(directory: Path, module: str, version: str) -> str:
 
 def test_grpc_is_refused_on_containerd_2_1(containerd):
     containerd.make_bundle("c1")
-    containerd.configure(f'[shim]\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
+    containerd.configure(f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
     binary = fake_containerd(containerd.directory, "github.com/containerd/containerd/v2", "2.1.9")
     assert "containerd 2.1.9 cannot drive a shim over grpc" in refusal(containerd, publish_binary=binary)
 
@@ -354,7 +354,7 @@ def test_a_container_that_joins_a_pod_hears_the_pods_version(containerd):
 
 def test_containerd_1_7_is_told_the_grpc_socket_once_it_listens(containerd):
     bundle = containerd.make_bundle("c1")
-    containerd.configure(f'[shim]\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
+    containerd.configure(f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
     binary = fake_containerd(containerd.directory, "github.com/containerd/containerd", "1.7.24~ds1")
     reply = containerd.run("start", "c1", publish_binary=binary)
     assert (reply.returncode, reply.stderr) == (0, b"")
@@ -367,7 +367,7 @@ def test_containerd_1_7_is_told_the_grpc_socket_once_it_listens(containerd):
 
 def test_a_daemon_that_dies_before_it_listens_is_one_line_with_its_last_words(containerd):
     containerd.make_bundle("c1")
-    containerd.configure(f'[shim]\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
+    containerd.configure(f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
     containerd.environment["STUB_DIES"] = "listen: no room on this host"
     binary = fake_containerd(containerd.directory, "github.com/containerd/containerd", "1.7.24")
     line = refusal(containerd, publish_binary=binary)
@@ -376,7 +376,9 @@ def test_a_daemon_that_dies_before_it_listens_is_one_line_with_its_last_words(co
 
 @pytest.mark.parametrize("protocol", ["ttrpc", "grpc"])
 def test_a_group_that_starts_all_at_once_shares_one_shim(containerd, protocol):
-    containerd.configure(f'[shim]\nstate_dir = "{containerd.state_dir}"\nprotocol = "{protocol}"\n')
+    containerd.configure(
+        f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\nprotocol = "{protocol}"\n'
+    )
     binary = fake_containerd(containerd.directory, "github.com/containerd/containerd", "1.7.24")
     members = ["pod", "a", "b", "c"]
     for member in members:

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import json
+import marshal
 import os
+import resource
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from shim import host_process, zygote
+from shim import entry, host_process, zygote
+from tests.unit.shim.conftest import PROGRAM
+from tests.unit.shim.test_start import fake_containerd
 
 WITHIN_S = 15.0
 
 
+def place(containerd) -> Path:
+    """Where the socket of its zygote is."""
+    return Path(entry.socket_path(identity_of(containerd)))
+
+
+def identity_of(containerd) -> str:
+    return f"{sys.executable}\n{PROGRAM}\n{entry.__file__}\n{containerd.address}"
+
+
 def zygote_socket(containerd) -> Path:
     """Wait until a zygote serves."""
+    path = place(containerd)
     deadline = time.monotonic() + WITHIN_S
-    while time.monotonic() < deadline:
-        for path in (containerd.state_dir / "zygote").glob("*"):
-            if path.is_socket():
-                return path
+    while not path.is_socket():
+        assert time.monotonic() < deadline, "no zygote serves"
         time.sleep(0.02)
-    raise TimeoutError("no zygote serves")
+    return path
 
 
 def lock_holder(path: Path) -> int:
@@ -51,10 +65,22 @@ def warmed(containerd):
     yield containerd
     if Path(f"/proc/{pid}").exists():
         end(pid)
+    for path in (place(containerd), Path(f"{place(containerd)}.lock")):
+        path.unlink(missing_ok=True)
 
 
 def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def spares(containerd) -> list[int]:
+    """Wait for the fork that the zygote keeps; return its pid."""
+    pid = lock_holder(zygote_socket(containerd))
+    deadline = time.monotonic() + WITHIN_S
+    while not (found := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return [each for each in map(int, found) if "-state" not in Path(f"/proc/{each}/cmdline").read_text()]
 
 
 def test_a_forked_shim_is_like_one_started_anew(warmed):
@@ -63,7 +89,7 @@ def test_a_forked_shim_is_like_one_started_anew(warmed):
     assert warmed.run("start", "c2").returncode == 0
     forked = warmed.daemon("c2")
 
-    assert parent(forked["pid"]) == lock_holder(zygote_socket(warmed)) != parent(anew["pid"])
+    assert parent(forked["pid"]) == lock_holder(place(warmed)) != parent(anew["pid"])
     assert forked["session"] == forked["pid"]
     assert forked["command"] == anew["command"]
     assert forked["oom_score_adj"] == anew["oom_score_adj"]
@@ -105,7 +131,7 @@ def test_only_one_zygote_comes_up(warmed):
     zygote_socket(warmed).unlink()  # as if it were not ready yet
     warmed.make_bundle("c2")
     assert warmed.run("start", "c2").returncode == 0
-    assert lock_holder(next((warmed.state_dir / "zygote").glob("*.lock")).with_suffix("")) == first
+    assert lock_holder(place(warmed)) == first
 
 
 def test_nonsense_leaves_the_zygote_serving(warmed):
@@ -133,3 +159,104 @@ def test_a_program_that_changed_is_noticed(tmp_path, monkeypatch):
     assert not zygote._unchanged(known)
     file.unlink()
     assert not zygote._unchanged(known)
+
+
+def test_a_container_joins_the_shim_of_its_group(warmed):
+    warmed.make_bundle("c2", annotations={"io.kubernetes.cri.sandbox-id": "c1"})
+    reply = warmed.run("start", "c2")
+    assert (reply.returncode, reply.stderr) == (0, b"")
+    assert json.loads(reply.stdout)["address"] == warmed.bundle("c1").joinpath("address").read_text()
+    assert len(warmed.shims()) == 1
+
+
+def test_a_forked_shim_can_speak_grpc(warmed):
+    warmed.configure(f'[shim]\nstate_dir = "{warmed.state_dir}"\nprotocol = "grpc"\n')
+    warmed.make_bundle("c2")
+    binary = fake_containerd(warmed.directory, "github.com/containerd/containerd", "1.7.24")
+    reply = warmed.run("start", "c2", publish_binary=binary)
+    assert (reply.returncode, reply.stderr) == (0, b"")
+    assert json.loads(reply.stdout)["protocol"] == "grpc"
+    assert "-zygote" not in warmed.daemon("c2")["arguments"]
+
+
+def test_what_is_refused_is_said_as_without_a_zygote(warmed):
+    warmed.make_bundle("c2")
+    (warmed.bundle("c2") / "config.json").write_text("{")
+    reply = warmed.run("start", "c2")
+    assert (reply.returncode, reply.stdout) == (1, b"")
+    assert b"config.json: not JSON" in reply.stderr
+
+
+def test_a_delete_that_the_zygote_does_leaves_nothing(warmed):
+    warmed.make_bundle("c2")
+    warmed.run("start", "c2")
+    warmed.kill_shims()
+    [spare] = spares(warmed)
+    reply = warmed.run("delete", "c2")
+    assert (reply.returncode, reply.stderr) == (0, b"")
+    assert spares(warmed) != [spare]
+    assert not warmed.state_of("c2").exists()
+    assert not warmed.socket_path("c2").exists()
+
+
+def test_a_configuration_that_wants_no_zygote_gets_a_shim_started_anew(warmed):
+    warmed.configure(f'[shim]\nzygote = false\nstate_dir = "{warmed.state_dir}"\n')
+    warmed.make_bundle("c2")
+    assert warmed.run("start", "c2").returncode == 0
+    assert parent(warmed.daemon("c2")["pid"]) != lock_holder(place(warmed))
+
+
+@pytest.mark.parametrize("what", ["limits", "umask", "identity"])
+def test_a_zygote_refuses_who_is_not_like_it(warmed, what):
+    zygote_socket(warmed)
+    arguments = ["-address", warmed.address, "start"]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.connect(str(place(warmed)))
+        umask = os.umask(0o077 if what == "umask" else 0o022)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft - (what == "limits"), hard))
+        try:
+            identity = "" if what == "identity" else identity_of(warmed)
+            client.send(marshal.dumps((identity, os.getppid(), "/", arguments, {}, b"", 0.0)))
+            assert client.recv(1) == entry.REFUSED
+        finally:
+            os.umask(umask)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_zygote_that_hangs_is_not_waited_for(warmed):
+    [spare] = spares(warmed)
+    os.kill(spare, signal.SIGSTOP)
+    try:
+        warmed.make_bundle("c2")
+        assert warmed.run("start", "c2").returncode == 0
+        assert parent(warmed.daemon("c2")["pid"]) != lock_holder(place(warmed))
+    finally:
+        os.kill(spare, signal.SIGCONT)
+    # What it was asked for is nothing to anybody any more.
+    assert len(warmed.shims()) == 2
+
+
+def test_a_shim_ends_that_containerd_does_not_hear_of(warmed):
+    zygote_socket(warmed)
+    bundle = warmed.make_bundle("c2")
+    flags = ["-namespace", "tests", "-address", warmed.address, "-id", "c2", "start"]
+    environment = {**os.environ, **warmed.environment}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.connect(str(place(warmed)))
+        coded = {os.fsencode(name): os.fsencode(value) for name, value in environment.items()}
+        client.send(marshal.dumps((identity_of(warmed), os.getppid(), str(bundle), flags, coded, b"", 0.0)))
+        assert client.recv(1) == entry.ACCEPTED
+        assert client.recv(entry.MAX_ANSWER).startswith(b"\0{")
+        assert warmed.state_of("c2").exists()
+    deadline = time.monotonic() + WITHIN_S
+    while warmed.state_of("c2").exists() or warmed.socket_path("c2").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_spare_dies_with_its_zygote(warmed):
+    [spare] = spares(warmed)
+    identity = host_process.identify(spare)
+    end(lock_holder(place(warmed)))
+    assert host_process.end([identity], number=None, timeout_s=WITHIN_S) == []

@@ -1,0 +1,61 @@
+"""``python -m shim.launcher``: write a ``containerd-shim-hako-v2`` that starts faster than pip's.
+
+pip's has the interpreter look at every installed package before the first line runs, which takes as long as
+all that follows. This one names everything it needs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from shim.refusal import Refusal
+
+NAME = "containerd-shim-hako-v2"
+_MAX_FIRST_LINE = 127  # of any kernel: execve(2)
+
+# -I: no path or variable of the caller; -S: no search for packages.
+_TEXT = """\
+#!{interpreter} -IS
+import sys
+sys.path[:0] = {own!r}
+sys.path += {libraries!r}
+sys.executable = {executable!r}
+sys.orig_argv = [sys.executable, *sys.argv]
+from shim.entry import main
+sys.exit(main())
+"""
+
+
+def text() -> str:
+    """Return the program, for the interpreter and the packages that this process runs with.
+
+    :raises Refusal: if the interpreter's path is too long for the first line of a script.
+    """
+    # A virtual environment's interpreter would first find out that it is one.
+    interpreter = os.path.realpath(sys.executable)
+    if len(f"#!{interpreter} -IS") > _MAX_FIRST_LINE:
+        raise Refusal(f"launcher: {interpreter}: its path is too long for a script; use pip's program")
+    own = str(Path(__file__).resolve().parents[1])
+    libraries = [path for path in sys.path if path.endswith("-packages") and path != own]
+    return _TEXT.format(interpreter=interpreter, own=[own], libraries=libraries, executable=sys.executable)
+
+
+def write(path: Path) -> None:
+    """Put the program in the place of another, in one step.
+
+    :param path: the other.
+    :raises Refusal: as :func:`text` does.
+    """
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text(text(), encoding="utf-8")
+    new.chmod(0o755)
+    new.replace(path)
+
+
+if __name__ == "__main__":
+    try:
+        write(Path(sys.executable).with_name(NAME))
+    except Refusal as refusal:
+        sys.exit(str(refusal))
