@@ -31,6 +31,27 @@ def test_an_annotation_tells_a_pause_container(spec, pause):
     assert pod.is_pause(spec) is pause
 
 
+@pytest.mark.parametrize(
+    ("annotations", "refuses"),
+    [
+        ({pod.TEMPLATE_ANNOTATION: "off"}, True),
+        ({pod.TEMPLATE_ANNOTATION: "auto"}, False),
+        ({pod.TEMPLATE_ANNOTATION: ["off"]}, False),
+        ({}, False),
+        (None, False),
+        ("off", False),
+    ],
+)
+def test_an_annotation_refuses_templates(annotations, refuses):
+    assert pod.refuses_template({"annotations": annotations}) is refuses
+
+
+def test_a_pod_without_a_pause_container_refuses_templates_too():
+    config = PodSandboxConfig(annotations={pod.TEMPLATE_ANNOTATION: "off"})
+    found = pod.from_request(options(config), sandbox_id="s", network_namespace="")
+    assert pod.refuses_template(found.oci)
+
+
 @pytest.mark.parametrize("hostname", [None, 5, ["x"]])
 def test_a_hostname_that_is_none_is_none(hostname):
     assert pod.from_oci({"hostname": hostname}).hostname == ""

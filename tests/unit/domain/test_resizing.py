@@ -130,3 +130,18 @@ async def test_a_processor_that_the_host_does_not_have_does_not_stop_a_container
     machine.refusal = ResizeError("pin vcpus: to [99]: Invalid argument")
     await resizer.grow(machine, [Limits(cpuset=frozenset({99}))])
     assert machine.take() == ["pin [99]"]
+
+
+async def test_a_clone_grows_to_what_its_pod_needs_and_never_shrinks_below(machine):
+    needs = {
+        "io.kubernetes.cri.sandbox-cpu-quota": "100000",
+        "io.kubernetes.cri.sandbox-memory": f"{256 * MIB}",
+    }
+    sizes = plan(CONFIG, {"annotations": needs})
+    resizer = Resizer(machine, sizes, size=sizes.base)
+
+    await resizer.grow(machine, [])
+    assert machine.take() == ["vcpus 2", "use 2", "expect memory", "memory 512"]
+    await resizer.grow(machine, [])
+    await resizer.shrink(machine, [])
+    assert machine.take() == []
