@@ -5,7 +5,6 @@ Everything is taken back in reverse, when the container is gone from the guest.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -247,8 +246,7 @@ class ContainerFiles:
                 await vm.unplug(device_id, timeout_s=UNPLUG_TIMEOUT_S)
             except HypervisorError as error:
                 log.warning("delete: container %s: %s", self._id, error)
-        # The last one to let go of a file system waits until the host has written it, which takes its time.
-        await asyncio.to_thread(self._shown.close)
+        await mounts.undo_to_the_end(self._shown.close)
 
     async def _plug(
         self,

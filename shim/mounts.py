@@ -6,6 +6,7 @@ never seen by the host. Python 3.11 has neither ``mount`` nor ``unshare``, hence
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import errno
 import os
@@ -18,7 +19,7 @@ from shim import kernel
 from shim.errors import Internal, InvalidArgument, ShimError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from proto.containerd.types_pb2 import Mount
 
@@ -147,6 +148,24 @@ def unmount(target: Path) -> None:
         kernel.detach_mounts(str(target.resolve()))
     except OSError as error:
         raise Internal(f"unmount: {target}: {os.strerror(error.errno or 0)}") from error
+
+
+async def undo_to_the_end(undo: Callable[[], None]) -> None:
+    """Unmount in a thread: the last to let go of a file system waits until the host has written it.
+
+    :param undo: what unmounts. A cancellation takes effect when it is done: half of it is of no use.
+    :raises Exception: what ``undo`` raises.
+    """
+    undoing = asyncio.ensure_future(asyncio.to_thread(undo))
+    cancelled: asyncio.CancelledError | None = None
+    while not undoing.done():
+        try:
+            await asyncio.wait({undoing})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    undoing.result()
+    if cancelled is not None:
+        raise cancelled
 
 
 def enter_private_namespace() -> None:

@@ -231,7 +231,8 @@ async def life(directory, script, begin):
                 await agent.aclose()
                 for container in list(sandbox.containers.values()):
                     await container.init.exited.wait()
-                    await container._files.take_back()
+                    async with container.lock:  # a delete that its client gave up goes on
+                        await container._files.take_back()
                 ledger.close()
     finally:
         serving.cancel()
