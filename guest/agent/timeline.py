@@ -13,6 +13,7 @@ _MOST = 100  # the life of a machine has no end of requests; its start has
 _BLOCKING = {"GetDiagnosticData", "GetOOMEvent", "ReadStderr", "ReadStdout", "WaitProcess", "WriteStdin"}
 _UNPACKING, _UNPACKED = b"] Trying to unpack rootfs image", b"] Freeing initrd memory"
 _BOOTED = b"] Run /init as init process"
+_SERVING, _PLUGGING, _PLUGGED = b"] hako-agent: serving", b"] pci 0000:", b": enabling device"
 
 _noted: list[tuple[str, float, float]] = []
 _lap_s = 0.0
@@ -56,10 +57,17 @@ def _report_kernel(lines: list[str]) -> float:
     booted_s, unpacked_s = _stamp(messages, _BOOTED), _stamp(messages, _UNPACKED)
     lines.append(f"0 {booted_s:.6f} kernel boot")
     lines.append(f"{_stamp(messages, _UNPACKING):.6f} {unpacked_s:.6f} kernel unpack the initramfs")
+    since = messages[messages.find(_SERVING) :]
+    if _PLUGGING in since:
+        plugged_s = _stamp(since, _PLUGGED, last=True)
+        lines.append(f"{_stamp(since, _PLUGGING):.6f} {plugged_s:.6f} kernel take new devices")
     return booted_s
 
 
-def _stamp(messages: bytes, text: bytes) -> float:
-    """Read when the kernel logged a message; 0 if it did not, or does not any more."""
-    end = messages.find(text)
-    return float(messages[messages.rfind(b"[", 0, end) + 1 : end]) if end >= 0 else 0.0
+def _stamp(messages: bytes, text: bytes, *, last: bool = False) -> float:
+    """Read when the kernel first, or last, logged a message; 0 if it did not, or does not any more."""
+    end = messages.rfind(text) if last else messages.find(text)
+    if end < 0:
+        return 0.0
+    begin = messages.rfind(b"\n", 0, end) + 1
+    return float(messages[messages.find(b"[", begin) + 1 : messages.find(b"]", begin)])
