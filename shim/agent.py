@@ -163,18 +163,14 @@ class Agent:
                 options=["nosuid", "nodev", "mode=0755"],
             ),
         ]
-        await self._call(
-            "CreateSandbox",
-            agent_pb2.CreateSandboxRequest(
-                sandbox_id=sandbox_id, hostname=hostname, dns=dns, storages=storages
-            ),
-            Empty,
+        request = agent_pb2.CreateSandboxRequest(
+            sandbox_id=sandbox_id, hostname=hostname, dns=dns, storages=storages
         )
-        details = (
-            await self._call(
-                "GetGuestDetails", agent_pb2.GuestDetailsRequest(), agent_pb2.GuestDetailsResponse
-            )
-        ).agent_details
+        _, answer = await asyncio.gather(
+            self._call("CreateSandbox", request, Empty),
+            self._call("GetGuestDetails", agent_pb2.GuestDetailsRequest(), agent_pb2.GuestDetailsResponse),
+        )
+        details = answer.agent_details
         self.supports_seccomp = details.supports_seccomp
         # A stock agent forgets a process' streams with the first WaitProcess answer; Hako's does not.
         self.is_hako = self.keeps_streams = "hako" in details.extra_features
