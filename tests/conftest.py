@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import re
+import subprocess
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.e2e import private
+from tests.e2e.containerd import SHIM_DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
 STACK = re.compile(r"\[(\d+\.\d+-[a-z]+)")
+BUILD_TIMEOUT_S = 100.0
 TURNS = pytest.StashKey["Turns"]()
 
 
@@ -102,6 +105,19 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     finally:
         if not (_alone(item) and nextitem and _alone(nextitem)):
             turns.leave()
+
+
+@pytest.fixture(scope="session")
+def templates(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the template of the default configuration, built by the first lane that needs it."""
+    place = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        place = place.parent
+    store, config = place / "templates", place / "templates.toml"
+    config.write_text(f'[hypervisor]\ntemplate_dir = "{store}"\n', encoding="utf-8")
+    argv = [SHIM_DIRECTORY / "hako", "template", "build", "--config", config]
+    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, timeout=BUILD_TIMEOUT_S)
+    return store
 
 
 @pytest.fixture(scope="session")

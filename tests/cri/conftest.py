@@ -13,6 +13,7 @@ import pytest
 from tests.cri import image
 from tests.cri.pods import Container, Pod, remove_all, run_pod
 from tests.cri.stack import Kind, Stack, opened_stack
+from tests.e2e.conftest import COLD_RELEASE
 from tests.e2e.containerd import RELEASES
 from tests.e2e.nursery import Nursery
 
@@ -73,7 +74,9 @@ def stack(
     kind, handler = request.param, request.config.getoption("--handler")
     if kind.sandboxer == "shim" and handler == "runc":
         pytest.skip("runc's shim has no Sandbox API")
-    with opened_stack(home, nursery, archives, kind=kind, handler=handler) as opened:
+    is_cold = kind.release.name == COLD_RELEASE or handler == "runc"
+    templates = None if is_cold else request.getfixturevalue("templates")
+    with opened_stack(home, nursery, archives, kind=kind, handler=handler, templates=templates) as opened:
         yield opened
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from tests.cri import image
 from tests.cri.client import Cri
 from tests.e2e import census
+from tests.e2e.conftest import write_config
 from tests.e2e.containerd import NAMESPACE, UNNEEDED_PLUGINS, Containerd, running
 
 if TYPE_CHECKING:
@@ -193,7 +194,13 @@ def write_network_configuration(home: Path) -> None:
 
 @contextlib.contextmanager
 def opened_stack(
-    home: Path, nursery: Nursery, archives: Sequence[Path], *, kind: Kind, handler: str
+    home: Path,
+    nursery: Nursery,
+    archives: Sequence[Path],
+    *,
+    kind: Kind,
+    handler: str,
+    templates: Path | None,
 ) -> Iterator[Stack]:
     """Keep a containerd of a kind running for a block, with the images it needs.
 
@@ -202,13 +209,11 @@ def opened_stack(
     :param archives: the images.
     :param kind: which containerd.
     :param handler: what runs the pods.
+    :param templates: the store of what their machines are cloned from; None boots them cold.
     """
     state_directory = home / f"{kind}-hako"
     state_directory.mkdir(mode=0o700)
-    config = home / f"{kind}.toml"
-    config.write_text(
-        f'[shim]\nstate_dir = "{state_directory}"\nlog_dir = "{home / "log"}"\n', encoding="utf-8"
-    )
+    config = write_config(home / f"{kind}.toml", state_directory=state_directory, templates=templates)
     environment = {"HAKO_CONFIG": str(config)}
     if kind.sandboxer == "shim":
         environment["ENABLE_CRI_SANDBOXES"] = "1"  # only 1.7 asks for it

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.e2e import busybox, census
-from tests.e2e.containerd import RELEASES, SHIM_DIRECTORY, Containerd, Release, running
+from tests.e2e.containerd import RELEASES, Containerd, Release, running
 from tests.e2e.nursery import Nursery
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HAKO = "io.containerd.hako.v2"
-BUILD_TIMEOUT_S = 90.0
+COLD_RELEASE = "1.6"
+"""The containerd whose machines all boot; those of the others are clones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,14 +40,25 @@ class Stack:
         return self.containerd.runtime == HAKO
 
 
-def write_config(path: Path, *, state_directory: Path, protocol: str = "ttrpc", **tables: str) -> Path:
+def write_config(
+    path: Path,
+    *,
+    state_directory: Path,
+    protocol: str = "ttrpc",
+    templates: Path | None = None,
+    **tables: str,
+) -> Path:
     """Write a configuration of Hako.
 
     :param path: the file to write.
     :param state_directory: where sandboxes keep their state.
     :param protocol: how containerd drives the shim.
-    :param tables: the body of further tables by name; that of ``shim`` is appended to.
+    :param templates: the store of what machines are cloned from; None boots them cold.
+    :param tables: the body of further tables by name; those of ``shim`` and ``hypervisor`` are appended to.
     """
+    if "template" not in tables.get("hypervisor", ""):
+        cloning = f'template = "auto"\ntemplate_dir = "{templates}"' if templates else 'template = "off"'
+        tables["hypervisor"] = f"{tables.get('hypervisor', '')}\n{cloning}"
     shim = (
         f'protocol = "{protocol}"\nstate_dir = "{state_directory}"\n'
         f'log_dir = "{state_directory.parent / "log"}"\n{tables.pop("shim", "")}'
@@ -113,22 +125,6 @@ def image_archive(home: Path) -> Path:
     return archive
 
 
-@pytest.fixture(scope="session")
-def templates(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with the template of the default configuration, which is built once for all lanes."""
-    base = tmp_path_factory.getbasetemp()
-    return build_template(base.parent if hasattr(request.config, "workerinput") else base)
-
-
-def build_template(place: Path) -> Path:
-    """Build the template of the default configuration in a store below a directory, unless it is there."""
-    store, config = place / "templates", place / "templates.toml"
-    config.write_text(f'[hypervisor]\ntemplate_dir = "{store}"\n', encoding="utf-8")
-    argv = [SHIM_DIRECTORY / "hako", "template", "build", "--config", config]
-    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, timeout=BUILD_TIMEOUT_S)
-    return store
-
-
 STACKS = [
     pytest.param((release, protocol), id=f"{release.name}-{protocol}")
     for release in RELEASES
@@ -145,7 +141,15 @@ def stack(
     runtime = request.config.getoption("--runtime")
     if protocol == "grpc" and runtime != HAKO:
         pytest.skip("only Hako offers a choice of protocol")
-    with _stack(home, nursery, image_archive, release=release, protocol=protocol, runtime=runtime) as opened:
+    with _stack(
+        home,
+        nursery,
+        image_archive,
+        release=release,
+        protocol=protocol,
+        runtime=runtime,
+        templates=_templates(request, release),
+    ) as opened:
         yield opened
 
 
@@ -161,9 +165,18 @@ def one_stack(
         release=RELEASES[-1],
         protocol="ttrpc",
         runtime=request.config.getoption("--runtime"),
+        templates=_templates(request, RELEASES[-1]),
         name="one",
     ) as opened:
         yield opened
+
+
+def _templates(request: pytest.FixtureRequest, release: Release) -> Path | None:
+    """Find what a stack's machines are cloned from: those of one release boot cold."""
+    if release.name == COLD_RELEASE or request.config.getoption("--runtime") != HAKO:
+        return None
+    found: Path = request.getfixturevalue("templates")
+    return found
 
 
 @contextlib.contextmanager
@@ -175,12 +188,15 @@ def _stack(
     release: Release,
     protocol: str,
     runtime: str,
+    templates: Path | None,
     name: str | None = None,
 ) -> Iterator[Stack]:
     place = home / (name or f"{release.name}-{protocol}")
     state_directory = home / f"{place.name}-hako"
     state_directory.mkdir(mode=0o700)
-    config = write_config(home / f"{place.name}.toml", state_directory=state_directory, protocol=protocol)
+    config = write_config(
+        home / f"{place.name}.toml", state_directory=state_directory, protocol=protocol, templates=templates
+    )
     daemon = Containerd(
         release=release,
         home=place,

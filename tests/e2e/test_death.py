@@ -91,5 +91,5 @@ def test_every_task_of_a_sandbox_ends_at_once_and_an_operator_can_learn_why(
         )
         first, *console = kept.stdout.splitlines()
         assert re.search(reason, first)
-        assert console
+        assert console or victim != "guest"  # a clone's has nothing of the boot
         assert all(line.startswith("console: ") for line in console)
