@@ -13,6 +13,7 @@ from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import write_config
 from tests.e2e.life import Life
 from tests.e2e.tasks import outcomes
+from tests.e2e.test_refusals import configured
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,6 +80,19 @@ def further_to(life: Life, phase: str) -> list[Any]:
 
 @pytest.mark.parametrize(("victim", "phase"), MATRIX)
 def test_a_death_ends_the_task_once_and_leaves_nothing(stack: Stack, home: Path, victim: str, phase: str):
+    with configured(stack, hypervisor='template = "off"'):  # of clones is test_kill_matrix_of_clones.py
+        see_a_death(stack, home, victim, phase, lasting={"STOPPED", "GONE"})
+
+
+def see_a_death(stack: Stack, home: Path, victim: str, phase: str, *, lasting: set[str]) -> None:
+    """Kill somebody at some moment of a container's life, and clean up as a user would.
+
+    :param stack: where the container lives.
+    :param home: a directory for FIFOs.
+    :param victim: who is killed.
+    :param phase: when.
+    :param lasting: the states that the task may have then.
+    """
     with Life(stack, home) as life:
         if victim == "guest":
             life.open_door()
@@ -89,7 +103,10 @@ def test_a_death_ends_the_task_once_and_leaves_nothing(stack: Stack, home: Path,
 
         list(outcomes(under_way, timeout_s=CALLS_END_S))
         for name in life.all_ids:
-            state, status = life.wait_for_state_of(name, {"STOPPED", "GONE"}, timeout_s=CONSISTENT_S)
+            state, status = life.wait_for_state_of(name, lasting, timeout_s=CONSISTENT_S)
+            if state == "CREATED":
+                life.tasks.call("Kill", name, signal=signal.SIGKILL)
+                state, status = life.wait_for_state_of(name, {"STOPPED"}, timeout_s=CONSISTENT_S)
             assert (state, status) in {("STOPPED", 128 + signal.SIGKILL), ("GONE", 0)}
         if phase not in BEFORE_THE_TASK_EXISTS:
             assert life.exits.wait_for(life.id, timeout_s=CONSISTENT_S)

@@ -1,0 +1,54 @@
+"""Whoever dies of a sandbox that was cloned from a template: it ends as one that was booted."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.conftest import new_id
+from tests.e2e.life import until
+from tests.e2e.test_kill_matrix import BEFORE_THE_TASK_EXISTS, MATRIX, see_a_death
+from tests.e2e.test_refusals import configured
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.e2e.conftest import Stack
+
+pytestmark = pytest.mark.hako
+
+BY_DAY = {("QEMU", "during start"), ("virtio-fs daemon", "running"), ("guest", "during exec")}
+BUILDER = "shim.cli template build"
+BUILD_S = 60.0
+
+
+@pytest.fixture
+def cloning(one_stack: Stack, home: Path, templates: Path) -> Iterator[None]:
+    """Let machines be cloned from a template; another is built if that turns out to be broken."""
+    store = home / new_id()
+    subprocess.run(["/bin/cp", "--archive", "--sparse=always", templates, store], check=True)
+    with configured(one_stack, hypervisor=f'template = "auto"\ntemplate_dir = "{store}"'):
+        yield
+    running = one_stack.containerd.nursery.descendants
+    until(
+        lambda: all(BUILDER not in each.command for each in running()),
+        what="nobody builds a template",
+        timeout_s=BUILD_S,
+    )
+    shutil.rmtree(store)
+
+
+@pytest.mark.parametrize(
+    ("victim", "phase"),
+    [pytest.param(*pair, marks=() if pair in BY_DAY else pytest.mark.nightly) for pair in MATRIX],
+)
+def test_the_death_of_a_clone_ends_the_task_once_and_leaves_nothing(
+    one_stack: Stack, home: Path, cloning: None, victim: str, phase: str
+):
+    # A clone that does not come up is replaced by a machine that boots.
+    replaced = {"CREATED"} if phase in BEFORE_THE_TASK_EXISTS else set()
+    see_a_death(one_stack, home, victim, phase, lasting={"STOPPED", "GONE"} | replaced)
