@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 REASON_TIMEOUT_S = 2.0  # the machine usually says why it ends just after the agent's connection breaks
 
-_CLONE_PART = 0.5  # of the time for a boot: enough of it is left to boot after all
+_CLONE_PART = 0.75  # of the time for a boot, all of which a machine has that boots after all
 
 
 class Machine:
@@ -128,7 +128,7 @@ class Machine:
                 if self.doom:
                     raise Unavailable(self.doom)
                 self._cgroup = HostCgroup.make(pod.cgroup, ledger=self._ledger)
-                bringing_up = self._bring_up(spec, sizes, template, timeout_s=timeout_s)
+                bringing_up = self._bring_up(spec, sizes, template, limit=limit)
                 agent = await _while_preparing(network, bringing_up)
                 try:
                     with timeline.phase("CreateSandbox", lane=timeline.MACHINE):
@@ -319,9 +319,13 @@ class Machine:
         )
 
     async def _bring_up(
-        self, spec: VmSpec, sizes: Plan, template: Template | None, *, timeout_s: float
+        self, spec: VmSpec, sizes: Plan, template: Template | None, *, limit: asyncio.Timeout
     ) -> Agent:
-        """Clone the machine; if there is no template, or none that is of use, boot it."""
+        """Clone the machine; if there is no template, or none that is of use, boot it.
+
+        :param limit: put off for a machine that could not be cloned.
+        """
+        timeout_s = self._config.guest.boot_timeout_s
         if template is None:
             return await self._start(spec, sizes, timeout_s=timeout_s)
         clone = self._clone_of(spec, sizes, template)
@@ -342,6 +346,7 @@ class Machine:
         else:
             log.info("boot: template %.12s: cloned", template.key)
             return agent
+        limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
         return await self._start(spec, sizes, timeout_s=timeout_s)
 
     async def _start(self, spec: VmSpec, sizes: Plan, *, timeout_s: float) -> Agent:
