@@ -77,7 +77,7 @@ async def _clone(spec: VmSpec, host: HostSide, directory: Path, saved: Template)
             async with asyncio.TaskGroup() as group:
                 group.create_task(_connect(qmp, saved, host))
                 group.create_task(_copy_memory(host, directory, source, memory, saved))
-                sharing = group.create_task(_serve_share(spec, host, stack))
+                sharing = group.create_task(_serve_share(spec, host, stack, saved))
                 opening = None if in_template else group.create_task(_open(channel, host, stack))
                 state = template.read_state(directory, saved)
         except ExceptionGroup as errors:
@@ -113,9 +113,8 @@ def _spawn_qemu(
 async def _connect(qmp: QmpSession, saved: Template, host: HostSide) -> None:
     with host.phase("QMP"):
         await qmp.connect()
-        version = await qmp.version()
-    if version != saved.qemu_version:
-        raise TemplateError(f"template: saved by QEMU {saved.qemu_version}, not by this one, {version}")
+    if qmp.version != saved.qemu_version:
+        raise TemplateError(f"template: saved by QEMU {saved.qemu_version}, not by this one, {qmp.version}")
     await qmp.ask(dict, "migrate-set-capabilities", migration.IGNORE_SHARED)
 
 
@@ -128,11 +127,11 @@ async def _copy_memory(host: HostSide, directory: Path, source: int, memory: int
         raise TemplateError(f"template: {directory / template.MEMORY}: {copier.obituary()}")
 
 
-async def _serve_share(spec: VmSpec, host: HostSide, stack: ExitStack) -> socket.socket:
+async def _serve_share(spec: VmSpec, host: HostSide, stack: ExitStack, saved: Template) -> socket.socket:
     listener, share = virtiofsd.connected_pair(spec.directory)
     stack.enter_context(share)
     with listener, host.phase("spawn virtio-fs daemon"):
-        dialect = await virtiofsd.detect_dialect(spec.virtiofsd)
+        dialect = saved.dialect_of(spec.virtiofsd) or await virtiofsd.detect_dialect(spec.virtiofsd)
         argv = virtiofsd.daemon_argv(spec.virtiofsd, dialect, fd=listener.fileno(), source=spec.share_source)
         host.spawn(virtiofsd.NAME, argv, inherit=[listener.fileno()])
     return share

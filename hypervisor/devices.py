@@ -6,16 +6,18 @@ import asyncio
 import contextlib
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from hypervisor.errors import HotplugError, QmpError
 from hypervisor.qmp import CommandRefusedError
 from hypervisor.slots import BRIDGE, PORT, Slot, Slots
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from hypervisor.qmp import Event, QmpSession
+
+_T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +104,7 @@ class Devices:
                 await self._heed(await events.next())
 
     async def plug(self, description: Description) -> str:
-        """Add a device; the guest hears of it at once.
+        """Add a device, and find it; the guest hears of it at once.
 
         :param description: the device. Its backend is removed again if the device cannot be added.
         :returns: its PCI path in the guest.
@@ -110,6 +112,19 @@ class Devices:
         :raises HotplugError: if a device with this id exists, or QEMU refuses the device or its backend.
         :raises QmpError: if QEMU does not answer.
         """
+        return await self._plug(description, lambda: pci_path(self._session, description.id))
+
+    async def attach(self, description: Description) -> None:
+        """Add a device that the guest finds by itself; otherwise like :meth:`plug`.
+
+        :param description: the device. Its backend is removed again if the device cannot be added.
+        :raises NoSlotError: if all slots are taken.
+        :raises HotplugError: if a device with this id exists, or QEMU refuses the device or its backend.
+        :raises QmpError: if QEMU does not answer.
+        """
+        await self._plug(description, _nothing)
+
+    async def _plug(self, description: Description, find: Callable[[], Awaitable[_T]]) -> _T:
         name = description.id
         if name in self._plugged:
             raise HotplugError(f"plug: {name}: a device with this id is there already; unplug it first")
@@ -118,14 +133,14 @@ class Devices:
             for command in description.backend:
                 await self._session.ask(dict, command.name, command.arguments)
             await self._session.ask(dict, "device_add", _placed(description, plugged.slot))
-            path = await pci_path(self._session, name)
+            found = await find()
         except BaseException as error:
             await self._abandon(plugged)
             if isinstance(error, CommandRefusedError):
                 raise HotplugError(f"plug: {name}: {error}") from error
             raise
         plugged.complete = True
-        return path
+        return found
 
     async def unplug(self, name: str, *, timeout_s: float) -> None:
         """Ask the guest to let go of a device; return when QEMU has removed it and what was behind it.
@@ -224,6 +239,10 @@ class Devices:
             self._slots_for(plugged.description).give_back(plugged.slot)
         if plugged.gone is not None and not plugged.gone.done():
             plugged.gone.set_result(None)
+
+
+async def _nothing() -> None:
+    pass
 
 
 async def pci_path(session: QmpSession, name: str) -> str:

@@ -169,14 +169,14 @@ class QmpSession:
         reply = await self.ask(dict, "query-status")
         return str(reply.get("status"))
 
-    async def version(self) -> str:
-        """Return QEMU's version with its package, as one text.
-
-        :raises QmpError: if QEMU does not answer.
-        """
-        reply = await self.ask(dict, "query-version")
-        numbers: Any = reply.get("qemu")
-        return f"{numbers['major']}.{numbers['minor']}.{numbers['micro']} {reply.get('package', '')}".strip()
+    @property
+    def version(self) -> str:
+        """QEMU's version and package, as it said in its greeting."""
+        greeting = self._client.greeting
+        said: Any = greeting.QMP.version if greeting else {}
+        numbers = said.get("qemu", {})
+        version = ".".join(str(numbers.get(part)) for part in ("major", "minor", "micro"))
+        return f"{version} {said.get('package', '')}".strip()
 
     async def driver_runs(self, device: str) -> bool:
         """Tell whether the guest's driver has taken a virtio device into use (DRIVER_OK of virtio 1.2, 2.1).

@@ -21,6 +21,7 @@ from hypervisor.interface import AGENT_READY_MARK, Channel
 from hypervisor.memory_copy import data_ranges
 from hypervisor.qmp import QmpSession
 from hypervisor.template import Template
+from hypervisor.virtiofsd import detect_dialect
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,15 +83,16 @@ async def _save(spec: VmSpec, directory: Path, host: HostSide) -> None:
         # The guest stands still from here on: what is in the memory and what the devices know agree.
         await qmp.ask(dict, "stop")
         state = await _device_state(qmp)
-        version = await qmp.version()
         data_bytes = await asyncio.to_thread(_copy_data, memory, directory / template.MEMORY)
         (directory / template.STATE).write_bytes(state)
         Template(
-            qemu_version=version,
+            qemu_version=qmp.version,
             memory_bytes=spec.memory_bytes,
             data_bytes=data_bytes,
             state_bytes=len(state),
             state_sha256=hashlib.sha256(state).hexdigest(),
+            virtiofsd=template.identity(spec.virtiofsd),
+            virtiofsd_dialect=(await detect_dialect(spec.virtiofsd)).value,
         ).write(directory)
 
 

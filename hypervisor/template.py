@@ -18,6 +18,7 @@ from hypervisor import machine
 from hypervisor.argv import Inherited, SerialPort, boot_argv
 from hypervisor.errors import TemplateError, VmStartError
 from hypervisor.interface import Accelerator, Channel
+from hypervisor.virtiofsd import Dialect
 
 if TYPE_CHECKING:
     from hypervisor.interface import VmSpec
@@ -26,7 +27,7 @@ MEMORY = "memory"
 STATE = "state"
 DESCRIPTION = "template.json"
 
-_FORMAT = 1
+_FORMAT = 2
 """Raised when the files, or what they say of the machine, change their meaning."""
 
 _NO_FD = 0
@@ -47,6 +48,8 @@ class Template:
     :param data_bytes: how much of it is not zero, and so in the file.
     :param state_bytes: the length of the state.
     :param state_sha256: its digest, hexadecimal.
+    :param virtiofsd: which virtio-fs daemon there was, told apart from others as :func:`identity` does.
+    :param virtiofsd_dialect: the one it speaks, so that no clone has to ask it.
     """
 
     qemu_version: str
@@ -54,6 +57,18 @@ class Template:
     data_bytes: int
     state_bytes: int
     state_sha256: str
+    virtiofsd: list[str | int]
+    virtiofsd_dialect: str
+
+    def dialect_of(self, virtiofsd: Path) -> Dialect | None:
+        """Say which dialect a virtio-fs daemon speaks, if it is the same that there was.
+
+        :param virtiofsd: the program.
+        :returns: ``None`` if it must be asked.
+        :raises VmStartError: if there is no such file.
+        """
+        dialects = {dialect.value: dialect for dialect in Dialect}
+        return dialects.get(self.virtiofsd_dialect) if self.virtiofsd == identity(virtiofsd) else None
 
     def write(self, directory: Path) -> None:
         """Write the description; it makes the template complete.
@@ -79,7 +94,7 @@ def template_key(spec: VmSpec) -> str:
     shape: list[object] = [
         _FORMAT,
         boot_argv(bare, _placeholders(spec), machine=machine.for_host()),
-        [_identity(file) for file in (spec.qemu, spec.kernel, spec.initrd)],
+        [identity(file) for file in (spec.qemu, spec.kernel, spec.initrd)],
     ]
     if spec.accelerator is Accelerator.KVM:
         # The guest has found out what this processor can do, and how fast its clock runs.
@@ -129,7 +144,7 @@ def read_description(directory: Path) -> Template:
         raise TemplateError(f"template: {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TemplateError(f"template: {path}: not a template's description: {error!r}") from error
-    kinds = (str, int, int, int, str)
+    kinds = (str, int, int, int, str, list, str)
     if not all(isinstance(*pair) for pair in zip(dataclasses.astuple(found), kinds, strict=True)):
         raise TemplateError(f"template: {path}: not a template's description: a value of the wrong type")
     return found
@@ -177,7 +192,12 @@ def open_memory(directory: Path, template: Template) -> int:
     return fd
 
 
-def _identity(file: Path) -> list[object]:
+def identity(file: Path) -> list[str | int]:
+    """Tell a file from any other, and from what it was before it was changed.
+
+    :param file: the file.
+    :raises VmStartError: if there is none.
+    """
     try:
         status = file.stat()
     except OSError as error:

@@ -142,7 +142,7 @@ async def plug(connection: socket.socket, *, session: QmpSession, devices: Devic
     :raises HotplugError: if it cannot be added.
     :raises QmpError: if QEMU does not answer.
     """
-    await devices.plug(describe(await session.send_fd(connection.fileno())))
+    await devices.attach(describe(await session.send_fd(connection.fileno())))
 
 
 def describe(fd_name: str) -> Description:

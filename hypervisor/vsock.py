@@ -313,7 +313,7 @@ async def plug(device: ChannelDevice, *, session: QmpSession, devices: Devices) 
     :raises HotplugError: if it cannot be added.
     :raises QmpError: if QEMU does not answer.
     """
-    await devices.plug(describe(device, await session.send_fd(device.fd)))
+    await devices.attach(describe(device, await session.send_fd(device.fd)))
 
 
 def describe(device: ChannelDevice, fd_name: str) -> Description:
