@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shim import entry
+from shim.config import HypervisorConfig
 from tests.e2e.containerd import CGROUPS, NAMESPACE
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from tests.e2e.containerd import Containerd
 
 SHARED_DIRECTORIES = (Path("/run/containerd/s"), Path("/run/containerd/fifo"), Path("/run/hako"))
+TEMPLATES = Path(HypervisorConfig().template_dir)
+"""Not of any container either, but for what a build leaves that did not come to its end."""
 ZYGOTES = Path(entry.ZYGOTE_DIRECTORY)
 """Not of any container: a zygote outlives those that made it come up."""
 
@@ -77,9 +80,10 @@ def _files(daemon: Containerd, state_directory: Path) -> Iterator[str]:
             for path in base.glob("io.containerd.runtime.v2.task/*/*")
         ),
         *(entry for directory in (*SHARED_DIRECTORIES, state_directory) for entry in directory.glob("*")),
+        *TEMPLATES.glob(".*"),
     ]
     for top in tops:
-        if top == ZYGOTES:
+        if top in {ZYGOTES, TEMPLATES}:
             continue
         yield f"file {top}"
         # A mount point is counted as a mount; what is seen through it is not a file left behind.
