@@ -35,7 +35,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="hako-demo-") as directory, Nursery() as nursery:
         home = Path(directory)
         config = home / "config.toml"
-        config.write_text(f'[shim]\nstate_dir = "{home}/hako"\n', encoding="utf-8")
+        config.write_text(
+            f'[hypervisor]\ntemplate = "off"\n[shim]\nstate_dir = "{home}/hako"\n', encoding="utf-8"
+        )
         daemon = Containerd(
             release=RELEASES[0],
             home=home / "containerd",

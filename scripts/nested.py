@@ -136,7 +136,7 @@ def _inside() -> int:
         home = Path(directory)
         config = home / "config.toml"
         config.write_text(
-            '[hypervisor]\nchannel = "vhost-vsock"\naccelerator = "tcg"\n'
+            '[hypervisor]\nchannel = "vhost-vsock"\naccelerator = "tcg"\ntemplate = "off"\n'
             f"[guest]\nboot_timeout_s = {INNER_TIMEOUT_S:.0f}\n"
             f'[shim]\nlog_level = "debug"\nstate_dir = "{home}/hako"\n',
             encoding="utf-8",
