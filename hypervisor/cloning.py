@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from hypervisor.template import Template
     from hypervisor.vsock import GuestChannel
 
-_LOAD_S = 15.0
-"""A hundred times what it takes: time for a machine to boot must be left."""
+_LOAD_S = 40.0
+"""A hundred times what it takes: dozens may start at once, and each is given up only if it hangs."""
 
 _COPIER = "template copier"
 
