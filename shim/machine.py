@@ -356,7 +356,11 @@ class Machine:
         :raises HypervisorError: if it does not start, or does not answer in time.
         :raises ShimError: if its agent does not answer in time.
         """
-        ends_at = asyncio.get_running_loop().time() + timeout_s
+        ends_at_s = time.monotonic() + timeout_s
+
+        def left_s() -> float:
+            return max(ends_at_s - time.monotonic(), 0.0)
+
         self._vm = vm = QemuHypervisor(
             spec, on_process=self._record_process, phase=partial(timeline.phase, lane=timeline.MACHINE)
         )
@@ -365,9 +369,8 @@ class Machine:
         await vm.start(timeout_s=timeout_s)
         is_clone = spec.template is not None
         with timeline.phase("clone's first answer" if is_clone else "guest boots", lane=timeline.MACHINE):
-            connection = await vm.connect(AGENT_PORT, timeout_s=timeout_s)
-            left_s = ends_at - asyncio.get_running_loop().time()
-            return await Agent.over(connection, timeout_s=max(left_s, 0.0), is_clone=is_clone)
+            connection = await vm.connect(AGENT_PORT, timeout_s=left_s())
+            return await Agent.over(connection, timeout_s=left_s(), is_clone=is_clone)
 
     def _record_process(self, name: str, pid: int) -> None:
         self._ledger.process(pid, name=name)
