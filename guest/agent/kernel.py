@@ -67,7 +67,7 @@ def _libc(name: str) -> _Function:
 _program = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]  # the program itself
 _mount, _umount2, _init_module = _libc("mount"), _libc("umount2"), _libc("init_module")
 _unshare, _setns, _syncfs = _libc("unshare"), _libc("setns"), _libc("syncfs")
-_klogctl, _reboot = _libc("klogctl"), _libc("reboot")
+_klogctl, _reboot, _malloc_trim = _libc("klogctl"), _libc("reboot"), _libc("malloc_trim")
 
 
 def _check(result: int, what: str) -> None:
@@ -165,6 +165,11 @@ def messages() -> bytes:
     length = _klogctl(_SYSLOG_ACTION_READ_ALL, buffer, _MESSAGES_BYTES)
     _check(length, "log")
     return bytes(buffer)[:length]
+
+
+def release_heap() -> None:
+    """Give the heap's free pages back to the kernel, see malloc_trim(3)."""
+    _malloc_trim(_Long(0))
 
 
 def power_off() -> None:

@@ -6,7 +6,7 @@ import _signal  # type: ignore[import-not-found]  # what the signal module wraps
 import sys
 import time
 
-from guest.agent import boot, files, rawstreams, reaper, serial, tables, timeline, vsock
+from guest.agent import boot, files, rawstreams, reaper, serial, tables, template, timeline, vsock
 from guest.agent.console import log
 from guest.agent.sandbox import Sandbox
 from guest.agent.service import Service
@@ -35,8 +35,10 @@ def main() -> None:
     server = Server(codec, methods=tables.METHODS, handlers=Service(Sandbox(), codec).handlers())
     vsock.listen(server)
     serial.listen(server)
-    rawstreams.listen(files.read("/proc/cmdline"))
+    command_line = files.read("/proc/cmdline")
+    rawstreams.listen(command_line)
     timeline.lap("services")
+    template.prepare(command_line)
     log("serving")
     while True:
         if _signal.sigwait({_signal.SIGCHLD, _signal.SIGIO}) == _signal.SIGIO:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
+import os
+
 from guest.agent import files, kernel
 
 _DIRECTORY = "/lib/modules"
+
+_lock = _thread.allocate_lock()
 
 
 def load_boot() -> None:
@@ -34,9 +39,10 @@ def load(wanted: str, *, parameters: str = "") -> bool:
     for name, others in reversed(depends.items()):
         if name in needed:
             needed.update(others)
-    for name in depends:
-        if name in needed and not _is_live(name):
-            _load(name, parameters if name == wanted else "")
+    with _lock:
+        for name in depends:
+            if name in needed and not _is_live(name):
+                _load(name, parameters if name == wanted else "")
     return True
 
 
@@ -48,10 +54,14 @@ def _is_live(name: str) -> bool:
 
 
 def _load(name: str, parameters: str) -> None:
+    path = f"{_DIRECTORY}/{name}.ko"
     try:
-        code = files.read_bytes(f"{_DIRECTORY}/{name}.ko")
+        code = files.read_bytes(path)
     except FileNotFoundError:
         import zlib  # noqa: PLC0415  only large modules that few machines need are compressed
 
-        code = zlib.decompress(files.read_bytes(f"{_DIRECTORY}/{name}.ko.z"))
+        path += ".z"
+        code = zlib.decompress(files.read_bytes(path))
     kernel.load_module(name, code, parameters=parameters)
+    # The file's pages are memory, and no module is loaded twice.
+    os.unlink(path)

@@ -42,6 +42,11 @@ class Started:
         self.streams = its_streams
 
 
+def prepare() -> None:
+    """Do what is done once, at the first command, now."""
+    _sealed_crun()
+
+
 def _sealed_crun() -> str:
     """Give the path of a sealed copy of crun.
 
@@ -57,6 +62,8 @@ def _sealed_crun() -> str:
             seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
             _sealed_fd = fd
+            # The copy is all that is run from now on, and two would lie in memory.
+            os.unlink(_CRUN)
     return f"/proc/self/fd/{_sealed_fd}"
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 PT_LOAD, PT_DYNAMIC, PT_INTERP, PT_NOTE = 1, 2, 3, 4
 DT_NULL, DT_NEEDED, DT_STRTAB = 0, 1, 5
+DT_VERNEED, DT_VERNEEDNUM = 0x6FFFFFFE, 0x6FFFFFFF
 XEN_ELFNOTE_PHYS32_ENTRY = 18
 """Note type of the PVH entry point (Xen's public/elfnote.h); the note's name is ``Xen``."""
 
@@ -21,6 +22,7 @@ _HEADER_SIZE = 64
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _NAME, _KIND, _OFFSET, _SIZE, _ALIGN = 0, 1, 4, 5, 8
 _SHT_PROGBITS, _SHT_NOBITS = 1, 8
+_SYMBOL_SIZE, _STB_WEAK, _VER_NDX_GLOBAL = 24, 2, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,18 +96,8 @@ class Elf:
         :param wanted: the section's name, for example ``.modinfo``.
         :returns: its bytes; empty when there is no such section.
         """
-        table, size, count, names_index = (
-            struct.unpack_from("<Q", self.data, 0x28)[0],
-            *struct.unpack_from("<HHH", self.data, 0x3A),
-        )
-        headers = [struct.unpack_from("<IIQQQQ", self.data, table + size * index) for index in range(count)]
-        if not headers:
-            return b""
-        names = headers[names_index][4]
-        for name, _kind, _flags, _address, offset, length in headers:
-            if self._string(names + name) == wanted:
-                return self.data[offset : offset + length]
-        return b""
+        offset, length = _sections(self.data).get(wanted, (0, 0))
+        return self.data[offset : offset + length]
 
     def _file_offset(self, address: int) -> int:
         for segment in self.segments:
@@ -114,7 +106,7 @@ class Elf:
         raise ImageError(f"image: ELF: address {address:#x} lies in no segment; the file is damaged")
 
     def _string(self, offset: int) -> str:
-        return self.data[offset : self.data.index(b"\0", offset)].decode()
+        return _text(self.data, offset)
 
 
 def _aligned(size: int, padding: int) -> int:
@@ -187,3 +179,78 @@ def slim_module(data: bytes, unwanted: Iterable[str]) -> bytes:
     whole = bytearray(b"".join(parts))
     struct.pack_into("<Q", whole, 0x28, end)
     return bytes(whole)
+
+
+def without_library(data: bytes, soname: str) -> bytes:
+    """Free a program from a shared library that it never calls.
+
+    The library is no longer named as needed, and neither are its symbols' versions; the symbols become weak,
+    which the loader need not find.
+
+    :param data: the whole file.
+    :param soname: the library.
+    :returns: the program; the same if it does not need the library.
+    :raises ImageError: if it needs the library in a way that is not understood.
+    """
+    if soname not in parse(data, name=soname).needed:
+        return data
+    places = _sections(data)
+    missing = {".dynstr", ".dynamic", ".dynsym", ".gnu.version", ".gnu.version_r"} - places.keys()
+    if missing:
+        raise ImageError(f"image: ELF: no section {min(missing)}; {soname} cannot be taken out")
+    file = bytearray(data)
+    strings = places[".dynstr"][0]
+    versions, skipped = _unlink_versions(file, places[".gnu.version_r"][0], strings, soname)
+    symbols, size = places[".dynsym"]
+    for index in range(size // _SYMBOL_SIZE):
+        version = places[".gnu.version"][0] + 2 * index
+        if struct.unpack_from("<H", file, version)[0] in versions:
+            struct.pack_into("<H", file, version, _VER_NDX_GLOBAL)
+            binding = symbols + _SYMBOL_SIZE * index + 4
+            file[binding] = file[binding] & 0xF | _STB_WEAK << 4
+    begin, size = places[".dynamic"]
+    changed = {DT_VERNEED: skipped, DT_VERNEEDNUM: -1}
+    kept = [
+        (tag, value + changed.get(tag, 0))
+        for tag, value in struct.iter_unpack("<qQ", data[begin : begin + size])
+        if tag != DT_NEEDED or _text(data, strings + value) != soname
+    ]
+    for index, entry in enumerate([*kept, (DT_NULL, 0)]):
+        struct.pack_into("<qQ", file, begin + 16 * index, *entry)
+    return bytes(file)
+
+
+def _unlink_versions(file: bytearray, needs: int, strings: int, soname: str) -> tuple[set[int], int]:
+    """Take the versions that are needed of a library out of the list of all such versions.
+
+    :returns: their numbers, and by how much the list begins later now.
+    """
+    numbers: set[int] = set()
+    before, entry, following = 0, needs, 1
+    while following:
+        _version, count, name, first, following = struct.unpack_from("<HHIII", file, entry)
+        if _text(file, strings + name) == soname:
+            version = entry + first
+            for _ in range(count):
+                _hash, _flags, number, _name, step = struct.unpack_from("<IHHII", file, version)
+                numbers.add(number)
+                version += step
+            if not before:
+                return numbers, following
+            struct.pack_into("<I", file, before + 12, following and entry + following - before)
+            return numbers, 0
+        before, entry = entry, entry + following
+    return numbers, 0
+
+
+def _text(data: bytes | bytearray, offset: int) -> str:
+    return data[offset : data.index(b"\0", offset)].decode()
+
+
+def _sections(data: bytes) -> dict[str, tuple[int, int]]:
+    """Find each section's place in the file, and its length."""
+    table = struct.unpack_from("<Q", data, 0x28)[0]
+    size, count, names_index = struct.unpack_from("<HHH", data, 0x3A)
+    headers = [_SECTION.unpack_from(data, table + size * index) for index in range(count)]
+    names = headers[names_index][_OFFSET]
+    return {_text(data, names + header[_NAME]): (header[_OFFSET], header[_SIZE]) for header in headers}

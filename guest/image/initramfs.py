@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from guest.image.kernel import Module
 
 _RUNTIME = "/usr/bin/crun"
+# For cgroups made by systemd, which is not there. With what it needs itself, it is most of what the loader
+# has to do at each start of the runtime, and three megabytes in the memory of each machine.
+_UNCALLED = "libsystemd.so.0"
 _MODULES = "/lib/modules"
 # Large, and of use to few: every machine holds them in its memory.
 _COMPRESSED = frozenset({"xfs"})
@@ -64,8 +67,13 @@ def entries(staging: Path, *, python: PythonTree, modules: Iterable[Module], boo
     yield character_device("/dev/kmsg", 1, 11, mode=0o644)
     yield regular("/init", init_script(python.interpreter).encode(), mode=0o755)
     programs = (python.interpreter, _RUNTIME, *python.extensions)
-    for path in (*programs, *_libraries(staging, programs)):
-        yield regular(path, _read(staging, path), mode=0o755)
+    binaries = dict.fromkeys((*programs, *_libraries(staging, programs)))
+    for path in binaries:
+        other = _merged(str((staging / path.lstrip("/")).readlink())) if _is_link(staging, path) else path
+        if other != path and other in binaries:
+            yield symlink(path, other)  # the loader is known by two names
+        else:
+            yield regular(path, _read(staging, path), mode=0o755)
     for path in python.bytecode:
         yield regular(path, _read(staging, path))
     kept = list(modules)
@@ -100,9 +108,14 @@ def _merged(path: str) -> str:
 
 def _read(staging: Path, path: str) -> bytes:
     try:
-        return (staging / path.lstrip("/")).read_bytes()
+        data = (staging / path.lstrip("/")).read_bytes()
     except FileNotFoundError as error:
         raise ImageError(f"image: initramfs: {path} is in no package; report the distribution") from error
+    return elf.without_library(data, _UNCALLED) if path == _RUNTIME else data
+
+
+def _is_link(staging: Path, path: str) -> bool:
+    return (staging / path.lstrip("/")).is_symlink()
 
 
 def _libraries(staging: Path, programs: Iterable[str]) -> list[str]:

@@ -82,6 +82,17 @@ def test_elf_facts_of_the_running_interpreter() -> None:
     assert image.section(".no-such-section") == b""
 
 
+def test_program_no_longer_needs_a_library_that_was_taken_out() -> None:
+    path = Path("/bin/ls").resolve()
+    data = path.read_bytes()
+    needed = elf.parse(data, name=path.name).needed
+    for soname in needed:
+        without = elf.without_library(data, soname)
+        assert len(without) == len(data)
+        assert elf.parse(without, name=path.name).needed == tuple(one for one in needed if one != soname)
+        assert elf.without_library(without, soname) == without
+
+
 def test_archive_is_read_by_cpio_and_holds_what_was_given(tmp_path: Path) -> None:
     tool = shutil.which("busybox")
     if tool is None:
