@@ -169,6 +169,14 @@ def spoil_memory(template: Path) -> None:
     os.truncate(template / "memory", 4096)
 
 
+def garble_memory(template: Path) -> None:
+    """Let it load, into a guest that cannot live."""
+    with (template / "memory").open("r+b") as memory:
+        for place in range(16 * MIB, 64 * MIB, 4096):
+            memory.seek(place)
+            memory.write(b"\xcc" * 4096)
+
+
 def spoil_state(template: Path) -> None:
     state = template / "state"
     state.write_bytes(state.read_bytes()[:-1000] + os.urandom(1000))
@@ -185,9 +193,12 @@ def take_memory_away(template: Path) -> None:
 @pytest.mark.parametrize(
     "spoil",
     [
-        spoil_memory,
+        garble_memory,
         spoil_state,
-        *(pytest.param(one, marks=pytest.mark.nightly) for one in (spoil_description, take_memory_away)),
+        *(
+            pytest.param(one, marks=pytest.mark.nightly)
+            for one in (spoil_memory, spoil_description, take_memory_away)
+        ),
     ],
 )
 def test_a_broken_template_is_replaced_and_its_container_boots_cold(
