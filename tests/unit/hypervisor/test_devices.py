@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hypervisor import Disk, DiskLimits, Nic, disks, nics
+from hypervisor import Disk, DiskLimits, Nic, disks, nics, virtiofsd, vsock
+from hypervisor.argv import KernelVsock, UserVsock
 from hypervisor.devices import Command, Description, Devices
 from hypervisor.disks import Disks, Names
 from hypervisor.errors import HotplugError, QmpError
@@ -47,6 +48,60 @@ def test_a_network_interface_is_described():
         backend=[Command("netdev_add", {"type": "tap", "id": "n-tap", "fds": "fd0"})],
         undo=[Command("netdev_del", {"id": "n-tap"})],
     )
+
+
+def socket_chardev(name):
+    return Command(
+        "chardev-add",
+        {
+            "id": name,
+            "backend": {
+                "type": "socket",
+                "data": {"addr": {"type": "fd", "data": {"str": "fd0"}}, "server": False},
+            },
+        },
+    )
+
+
+def test_the_share_is_described():
+    assert virtiofsd.describe("fd0") == Description(
+        id="share",
+        driver="vhost-user-fs-pci",
+        properties={"chardev": "share", "tag": "kataShared", "queue-size": 1024},
+        backend=[socket_chardev("share")],
+        undo=[Command("chardev-remove", {"id": "share"})],
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "description"),
+    [
+        pytest.param(
+            KernelVsock(fd=9, cid=4711),
+            Description(
+                id="vsock",
+                driver="vhost-vsock-pci",
+                properties={"vhostfd": "fd0", "guest-cid": 4711},
+                backend=[],
+                undo=[],
+            ),
+            id="kernel",
+        ),
+        pytest.param(
+            UserVsock(fd=9),
+            Description(
+                id="vsock",
+                driver="vhost-user-vsock-pci",
+                properties={"chardev": "vsock"},
+                backend=[socket_chardev("vsock")],
+                undo=[Command("chardev-remove", {"id": "vsock"})],
+            ),
+            id="daemon",
+        ),
+    ],
+)
+def test_the_agents_channel_is_described(device, description):
+    assert vsock.describe(device, "fd0") == description
 
 
 def test_a_network_interface_with_several_queues_has_vectors_for_all():

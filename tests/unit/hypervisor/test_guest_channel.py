@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -70,6 +73,30 @@ async def test_a_refusal_may_be_dialled_again(daemon, refusal):
     answer["bytes"] = refusal
     with pytest.raises(NotListeningError):
         await channel.dial(1024)
+
+
+async def test_a_daemon_is_told_all_when_it_has_read_all(daemon, tmp_path):
+    channel, _, answer = daemon
+    answer["bytes"] = b"OK 1073741824\n"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "vhost-vsock.sock"))
+        listener.listen()
+        channel._spawn = Mock()
+        with ExitStack() as handover:
+            device = await channel.open(handover)
+        with listener.accept()[0] as daemons_end:
+            assert channel.is_handed_over()
+            with socket.socket(fileno=os.dup(device.fd)) as qemus_end:
+                qemus_end.send(b"a queue")
+                assert not channel.is_handed_over()
+                daemons_end.recv(3)
+                assert not channel.is_handed_over()
+                daemons_end.recv(100)
+                assert channel.is_handed_over()
+            (await channel.dial(1024)).close()
+            # From here on, QEMU's end is QEMU's alone.
+            assert daemons_end.recv(1) == b""
+    assert channel.is_handed_over()
 
 
 @pytest.mark.parametrize(
