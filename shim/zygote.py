@@ -225,6 +225,7 @@ def _do(request: Request, caller: socket.socket) -> None:
     with contextlib.suppress(OSError):
         heard = caller.recv(1)
     if heard == entry.DONE:
+        caller.close()  # a shim has no descriptor but its own; to close this one later would be an error
         successor.shim()
     else:
         successor.undo()

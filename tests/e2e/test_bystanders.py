@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import new_id
 from tests.e2e.containerd import SHIM_DIRECTORY
 from tests.e2e.life import Life, until
+from tests.e2e.nursery import ZYGOTE, processes
 from tests.e2e.tasks import outcomes
 from tests.e2e.test_kill_matrix import CALLS_END_S, CONSISTENT_S, PHASES, bring_to
 
@@ -70,3 +73,62 @@ def test_the_death_of_the_zygote_hurts_no_shim(one_stack: Stack, with_zygote: No
         assert (next_one.code, next_one.stdout) == (0, "started anew\n"), next_one.stderr
         life.remove()
         assert life.exits.of(life.id) == [128 + signal.SIGKILL]
+
+
+@pytest.mark.parametrize(
+    "delay_s",
+    [0.01, *(pytest.param(each, marks=pytest.mark.nightly) for each in (0, 0.005, 0.02, 0.04, 0.08))],
+)
+def test_the_death_of_whoever_does_a_start_leaves_nothing(
+    one_stack: Stack, with_zygote: None, home: Path, delay_s: float
+):
+    with Life(one_stack, home) as life:
+        life.write_down()
+        spare = spare_of(one_stack)
+        creating = life.tasks.begin_create(life.id)
+        time.sleep(delay_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(spare.pid, signal.SIGKILL)
+
+        # It may have been the shim already: then the task is not, or not for long.
+        list(outcomes([creating], timeout_s=CALLS_END_S))
+        life.wait_for_state({"CREATED", "GONE"}, timeout_s=CONSISTENT_S)
+        life.remove()
+        assert set(life.exits.of(life.id)) <= {128 + signal.SIGKILL}
+        again = one_stack.containerd.run(IMAGE, life.id, "echo", "again")
+        assert (again.code, again.stdout) == (0, "again\n"), again.stderr
+
+
+@pytest.mark.parametrize(
+    "delay_s", [0.1, *(pytest.param(each, marks=pytest.mark.nightly) for each in (0, 0.05, 0.2, 0.4))]
+)
+def test_the_death_of_whoever_does_a_delete_leaves_nothing(
+    one_stack: Stack, with_zygote: None, home: Path, delay_s: float
+):
+    with Life(one_stack, home) as life:
+        life.write_down()
+        life.tasks.begin_create(life.id).result()
+        life.tasks.call("Start", life.id)
+        life.tasks.call("Kill", life.id, signal=signal.SIGKILL)
+        life.wait_for_state({"STOPPED"}, timeout_s=CONSISTENT_S)
+        spare = spare_of(one_stack)
+        deleting = life.tasks.begin("Delete", life.id)
+        time.sleep(delay_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(spare.pid, signal.SIGKILL)
+
+        assert list(outcomes([deleting], timeout_s=CALLS_END_S)) == [grpc.StatusCode.OK]
+        life.remove()
+        assert life.exits.of(life.id) == [128 + signal.SIGKILL]
+
+
+def spare_of(stack: Stack) -> Process:
+    """Return the fork that the zygote keeps for the next request."""
+    [zygote] = zygotes_of(stack)
+
+    def spare() -> Process | None:
+        forks = (each for each in processes().values() if each.parent == zygote.pid)
+        return next((each for each in forks if ZYGOTE in each.command and each.state != "Z"), None)
+
+    found: Process = until(spare, what="the zygote has a spare")
+    return found
