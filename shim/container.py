@@ -187,6 +187,7 @@ class Container:
 
     async def _conclude_start(self) -> None:
         """Keep where the time went, once there is output or will be none: nobody is to wait for this."""
+        self._sandbox.write_timeline()
         ends = [asyncio.ensure_future(event.wait()) for event in (self.init.heard, self.init.ended)]
         await asyncio.wait(ends, timeout=SETTLED_S, return_when=asyncio.FIRST_COMPLETED)
         for end in ends:

@@ -404,7 +404,7 @@ class Sandbox:
             ) from error
 
     async def keep_timeline(self, *, drawn: bool) -> None:
-        """Write down where the time of the start went, so far.
+        """Write down where the time of the start went, in the guest too.
 
         :param drawn: also as a picture and as a trace.
         """
@@ -413,9 +413,13 @@ class Sandbox:
             await self._machine.note_guest(await self.agent())
         except ShimError as error:
             log.debug("timeline: sandbox %s: the guest's part is missing: %s", self.id, error)
-        self._write_timeline(kept=self._is_drawn)
+        self.write_timeline(kept=self._is_drawn)
 
-    def _write_timeline(self, *, kept: bool) -> None:
+    def write_timeline(self, *, kept: bool = False) -> None:
+        """Write down where the time of the start went, so far.
+
+        :param kept: also where it outlives the sandbox.
+        """
         state = Path(self._record.state_directory)
         try:
             timeline.write(str(state))
@@ -438,7 +442,7 @@ class Sandbox:
             self._running.cancel()
             await asyncio.wait({self._running})
         await self._machine.clear_away()
-        self._write_timeline(kept=True)
+        self.write_timeline(kept=True)
 
     async def _live(self, pod: PodSpec) -> None:
         """Boot, then wait for the end of the machine; whoever asks for the agent learns the outcome."""

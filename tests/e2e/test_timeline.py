@@ -12,6 +12,7 @@ from shim.timeline_model import parse
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import write_config
 from tests.e2e.containerd import NAMESPACE
+from tests.e2e.life import until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,10 +86,16 @@ def test_the_timeline_of_a_sandbox_that_runs_is_shown_and_goes_on_with_each_cont
     started = stack.containerd.run(IMAGE, container, "sh", "-c", "echo up; sleep 1000", options=["--detach"])
     assert started.code == 0, started.stderr
 
-    assert cli.main(["timeline", container, "--config", str(stack.config), "--svg", f"{tmp_path}/a.svg"]) == 0
+    command = ["timeline", container, "--config", str(stack.config)]
+
+    def shown() -> str:
+        assert cli.main(command) == 0
+        return capsys.readouterr().out
+
+    until(lambda: "first byte of stdout" in shown(), what="the timeline of a container that has spoken")
+    until(lambda: "CreateSandbox" in shown(), what="the guest's part")
+    assert cli.main([*command, "--svg", f"{tmp_path}/a.svg"]) == 0
     assert (tmp_path / "a.svg").read_text().startswith("<svg ")
-    assert cli.main(["timeline", container, "--config", str(stack.config)]) == 0
-    assert "reply" in capsys.readouterr().out
     assert not list((stack.state_directory.parent / "log").glob(f"*__{container}.svg"))
     stack.containerd.remove(container)
 
