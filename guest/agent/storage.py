@@ -45,6 +45,7 @@ _FLAGS = {
 _NOT_FOR_THE_KERNEL = frozenset(
     {"_netdev", "auto", "group", "noauto", "nofail", "nouser", "owner", "user", "users"}
 )
+_SHARED = "virtiofs"
 _OWNER = "fsgid="
 _SETGID = 0o2000
 _GROUP_ON_MISMATCH = 1
@@ -139,13 +140,32 @@ def _mount(storage: Message, source: str) -> None:
     try:
         kernel.mount(source, target, fstype=storage.fstype, flags=flags, data=data)
     except OSError as error:
+        if error.errno == errno.EINVAL and storage.fstype == _SHARED:
+            # In a machine made from a template, it is plugged a moment before the agent is reached.
+            _await_share(source, target, flags=flags, data=data)
         # The filesystem is unknown until its module is loaded.
-        if error.errno != errno.ENODEV or not modules.load(storage.fstype):
+        elif error.errno == errno.ENODEV and modules.load(storage.fstype):
+            kernel.mount(source, target, fstype=storage.fstype, flags=flags, data=data)
+        else:
             raise
-        kernel.mount(source, target, fstype=storage.fstype, flags=flags, data=data)
     if flags & kernel.MS_BIND and flags & ~(kernel.MS_BIND | kernel.MS_REC):
         # A bind takes its other flags only by a remount, see mount(2).
         kernel.mount("", target, flags=flags & ~kernel.MS_REC | kernel.MS_REMOUNT)
+
+
+def _await_share(source: str, target: str, *, flags: int, data: str) -> None:
+    """Mount a share as soon as its device is there: until then, the kernel does not know the tag."""
+
+    def look() -> bool | None:
+        try:
+            kernel.mount(source, target, fstype=_SHARED, flags=flags, data=data)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return None
+        return True
+
+    uevent.wait_for(look, what=f"storage: {target}: share {source}")
 
 
 def _unmount_disk(mount_point: str, node: str) -> None:

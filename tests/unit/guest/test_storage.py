@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from typing import TYPE_CHECKING
 
 import pytest
 
-from guest.agent import storage
+from guest.agent import kernel, storage
 from proto.kata import agent_pb2, types_pb2
 
 if TYPE_CHECKING:
@@ -56,3 +57,22 @@ def test_a_volume_that_is_the_group_s_already_is_left_alone(volume: Path) -> Non
     assert mode(volume / "file") == 0o400
     give(volume, ALWAYS)
     assert mode(volume / "file") == 0o460
+
+
+@pytest.mark.parametrize("late", [0, 1], ids=["there", "plugged a moment later"])
+def test_a_share_is_mounted_as_soon_as_it_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, late: int
+) -> None:
+    calls: list[tuple[str, str, str]] = []
+
+    def mount(source: str, target: str, *, fstype: str, **_options: object) -> None:
+        calls.append((source, target, fstype))
+        if len(calls) <= late:
+            raise OSError(errno.EINVAL, "no such tag")
+
+    monkeypatch.setattr(kernel, "mount", mount)
+    share = agent_pb2.Storage(
+        driver="virtio-fs", source="kataShared", fstype="virtiofs", mount_point=f"{tmp_path}"
+    )
+    storage._make(share)
+    assert calls == [("kataShared", str(tmp_path), "virtiofs")] * (1 + late)
