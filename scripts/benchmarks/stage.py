@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shim import entry
+from shim.config import HypervisorConfig
 from tests.e2e import busybox, private
 from tests.e2e.conftest import HAKO, write_config
 from tests.e2e.containerd import CGROUPS, NAMESPACE, RELEASES, SHIM_DIRECTORY, Containerd, running
@@ -67,22 +68,23 @@ class Stage:
         return f"bench-{next(self._numbers)}"
 
     def configure(
-        self, *, zygote: bool = True, template: bool = False, hypervisor: str = "", **tables: str
+        self, *, zygote: bool = True, template: bool = False, hypervisor: str = "", guest: str = ""
     ) -> None:
         """Say how Hako makes the sandboxes that follow.
 
         :param zygote: whether shims are forked from a warm process.
         :param template: whether machines are cloned from a template; it is built then, unless it is there.
         :param hypervisor: what else that table of the configuration says.
-        :param tables: the bodies of further tables.
+        :param guest: what that table says.
         :raises MeasurementError: if the template cannot be built.
         """
         write_config(
             self.config,
             state_directory=self.state_directory,
+            templates=Path(HypervisorConfig().template_dir) if template else None,
             shim=f"zygote = {str(zygote).lower()}\n",
-            hypervisor=f'template = "{"auto" if template else "off"}"\n{hypervisor}',
-            **tables,
+            hypervisor=hypervisor,
+            guest=guest,
         )
         if template:
             self.hako_command("template", "build")

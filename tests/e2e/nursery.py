@@ -21,7 +21,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -81,6 +81,8 @@ class Nursery:
         self._program = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
+        #: How long each program took that was waited for, from its fork to its end, in seconds.
+        self.took_s: dict[int, float] = {}
         self._exits: dict[int, int] = {}
         self._buffer = b""
 
@@ -121,7 +123,7 @@ class Nursery:
         self._program.stdin.write(json.dumps(request).encode() + b"\n")
         self._program.stdin.flush()
         while "started" not in (reply := self._reply(deadline=time.monotonic() + 10)):
-            self._exits[reply["pid"]] = reply["status"]
+            self._note_exit(reply)
         if reply["started"] is None:
             raise RuntimeError(f"nursery: {argv[0]}: {reply['error']}")
         pid = reply["started"]
@@ -135,9 +137,12 @@ class Nursery:
         """
         deadline = time.monotonic() + timeout_s
         while pid not in self._exits:
-            reply = self._reply(deadline=deadline)
-            self._exits[reply["pid"]] = reply["status"]
+            self._note_exit(self._reply(deadline=deadline))
         return self._exits.pop(pid)
+
+    def _note_exit(self, reply: dict[str, Any]) -> None:
+        self._exits[reply["pid"]] = reply["status"]
+        self.took_s[reply["pid"]] = reply["took_s"]
 
     def descendants(self) -> Iterator[Process]:
         """Yield every living process below the subreaper, at whatever depth and however detached.
@@ -154,7 +159,7 @@ class Nursery:
         pids = {process.pid for process in found}
         return (process for process in found if process.parent not in pids)
 
-    def _reply(self, *, deadline: float) -> dict[str, int]:
+    def _reply(self, *, deadline: float) -> dict[str, Any]:
         assert self._program.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._program.stdout, selectors.EVENT_READ)
@@ -198,7 +203,7 @@ def main() -> None:
     theirs.setblocking(False)
     signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
-    started: set[int] = set()
+    started: dict[int, float] = {}
     selector = selectors.DefaultSelector()
     selector.register(ours, selectors.EVENT_READ)
     selector.register(sys.stdin, selectors.EVENT_READ)
@@ -215,15 +220,18 @@ def main() -> None:
                             os.kill(process.pid, signal.SIGKILL)
                     os.waitpid(-1, 0)
                 return
-            reply = _start(json.loads(line))
+            request, began_s = json.loads(line), time.perf_counter()
+            reply = _start(request)
             if isinstance(reply["started"], int):
-                started.add(reply["started"])
+                started[reply["started"]] = began_s
             print(json.dumps(reply), flush=True)
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 pid, status = ended
                 if pid in started:
-                    print(json.dumps({"pid": pid, "status": os.waitstatus_to_exitcode(status)}), flush=True)
+                    took_s = time.perf_counter() - started.pop(pid)
+                    exited = {"pid": pid, "status": os.waitstatus_to_exitcode(status), "took_s": took_s}
+                    print(json.dumps(exited), flush=True)
 
 
 if __name__ == "__main__":
