@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,9 +44,10 @@ def test_containers_one_after_the_other_leave_nothing(stack: Stack, count: int):
 @pytest.mark.nightly  # by day ten at once are those of test_together.py
 @pytest.mark.alone
 @pytest.mark.timeout(3600)
-def test_containers_beside_each_other_leave_nothing(stack: Stack):
+@pytest.mark.parametrize("start", ["booted", "cloned"])
+def test_containers_beside_each_other_leave_nothing(stack: Stack, start: str):
     patient = configured(stack, guest="boot_timeout_s = 300")  # ten boots share the machine's processors
-    with patient, ThreadPoolExecutor(10) as pool:
+    with patient if start == "booted" else nullcontext(), ThreadPoolExecutor(10) as pool:
         outcomes = enumerate(pool.map(lambda number: run_one(stack, number), range(100)))
         wrong = [each for each in outcomes if each != (each[0], (each[0] % 7, f"{each[0]}\n"))]
 
