@@ -82,6 +82,7 @@ def build(
             chosen = _Kernel(image=kernel, modules=modules)
         progress(f"extracting kernel {chosen.modules.name}")
         vmlinux = kernel_image.vmlinux(chosen.image.read_bytes(), name=chosen.image.name)
+        vmlinux = kernel_image.slim(vmlinux)
         boot = kernel_image.load_modules(chosen.modules, _BOOT_MODULES)
         every = kernel_image.load_modules(chosen.modules, _BOOT_MODULES + _LATER_MODULES)
         progress("compiling the agent")

@@ -96,7 +96,7 @@ class Elf:
         :param wanted: the section's name, for example ``.modinfo``.
         :returns: its bytes; empty when there is no such section.
         """
-        offset, length = _sections(self.data).get(wanted, (0, 0))
+        offset, length = sections(self.data).get(wanted, (0, 0))
         return self.data[offset : offset + length]
 
     def _file_offset(self, address: int) -> int:
@@ -194,7 +194,7 @@ def without_library(data: bytes, soname: str) -> bytes:
     """
     if soname not in parse(data, name=soname).needed:
         return data
-    places = _sections(data)
+    places = sections(data)
     missing = {".dynstr", ".dynamic", ".dynsym", ".gnu.version", ".gnu.version_r"} - places.keys()
     if missing:
         raise ImageError(f"image: ELF: no section {min(missing)}; {soname} cannot be taken out")
@@ -247,8 +247,12 @@ def _text(data: bytes | bytearray, offset: int) -> str:
     return data[offset : data.index(b"\0", offset)].decode()
 
 
-def _sections(data: bytes) -> dict[str, tuple[int, int]]:
-    """Find each section's place in the file, and its length."""
+def sections(data: bytes) -> dict[str, tuple[int, int]]:
+    """Find the sections of an ELF image.
+
+    :param data: the whole file.
+    :returns: each one's place in the file and its length, in bytes, by its name.
+    """
     table = struct.unpack_from("<Q", data, 0x28)[0]
     size, count, names_index = struct.unpack_from("<HHH", data, 0x3A)
     headers = [_SECTION.unpack_from(data, table + size * index) for index in range(count)]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _XZ, _GZIP, _ZSTD, _LZ4 = b"\xfd7zXZ\x00", b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"\x02\x21\x4c\x18"
 _TOOL_TIMEOUT_S = 120
 _SECTOR = 512
+_UNWINDING = frozenset({".orc_unwind", ".orc_unwind_ip"})
+_FEWEST_TYPES = 1 << 12
 _UNWANTED = (
     # Type information, at whose sight the kernel parses all of its own: for tracing alone.
     ".BTF",
@@ -61,6 +63,38 @@ def vmlinux(image: bytes, *, name: str) -> bytes:
     if not elf.parse(kernel, name=name).has_pvh_entry:
         raise ImageError(f"image: kernel: {name}: no PVH entry note; use a kernel built with CONFIG_PVH=y")
     return kernel
+
+
+def slim(kernel: bytes) -> bytes:
+    """Empty the kernel's tables that take memory in every machine, and that nothing needs which runs there.
+
+    The kernel still finds both: an unwinder that knows no frame, which makes the traces in reports of crashes
+    a guess; and types of which there is but one, with which the kernel loads all programs that do not ask for
+    its own types, those that limit the devices of containers among them (Documentation/bpf/btf.rst).
+
+    :param kernel: an ELF kernel.
+    :returns: the same, with these tables empty.
+    """
+    slimmed = bytearray(kernel)
+    for name, (offset, length) in elf.sections(kernel).items():
+        if name in _UNWINDING:
+            slimmed[offset : offset + length] = bytes(length)
+        elif name == ".BTF" and length > _FEWEST_TYPES:
+            slimmed[offset : offset + length] = _one_type(length)
+    return bytes(slimmed)
+
+
+def _one_type(length: int) -> bytes:
+    """Write type information of a given length: one integer, and names that are all empty but for one."""
+    names = b"\0int\0"
+    kind, vlen, size, bits = 1, 0, 4, 32
+    types = struct.pack("<IIII", names.index(b"int"), kind << 24 | vlen, size, 1 << 24 | bits)
+    magic, version, flags, header_size = 0xEB9F, 1, 0, 24
+    header = struct.pack(
+        *("<HBBIIIII", magic, version, flags, header_size, 0, len(types)),
+        *(len(types), length - header_size - len(types)),
+    )
+    return (header + types + names).ljust(length, b"\0")
 
 
 def _payload(image: bytes, name: str) -> bytes:

@@ -72,6 +72,22 @@ def test_bad_kernels_are_refused_with_the_cause(image: bytes, cause: str) -> Non
         kernel.vmlinux(image, name="k")
 
 
+def test_kernel_keeps_its_place_but_neither_unwinding_tables_nor_types() -> None:
+    sections = {".text": b"code" * 100, ".orc_unwind": b"frames" * 100, ".BTF": b"types" * 1000}
+    given = relocatable(sections)
+    slim = kernel.slim(given)
+    assert len(slim) == len(given)
+    image = elf.parse(slim, name="slim")
+    assert image.section(".text") == sections[".text"]
+    assert not any(image.section(".orc_unwind"))
+    types = image.section(".BTF")
+    assert struct.unpack_from("<HBBI", types) == (0xEB9F, 1, 0, 24)
+    type_offset, type_length, name_offset, name_length = struct.unpack_from("<IIII", types, 8)
+    assert (type_offset, type_length, name_offset) == (0, 16, 16)
+    assert 24 + type_length + name_length == len(sections[".BTF"]), "the kernel refuses gaps"
+    assert types.rstrip(b"\0").endswith(b"\0int")
+
+
 def test_elf_facts_of_the_running_interpreter() -> None:
     path = Path(sys.executable).resolve()
     image = elf.parse(path.read_bytes(), name=path.name)
