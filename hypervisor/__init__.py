@@ -11,6 +11,7 @@ from hypervisor.errors import (
 )
 from hypervisor.interface import (
     AGENT_PORT,
+    FRAMED_STREAM_PORT,
     RAW_STREAM_PORT,
     Accelerator,
     Channel,
@@ -30,6 +31,7 @@ from hypervisor.vsock import channel_problem
 
 __all__ = [
     "AGENT_PORT",
+    "FRAMED_STREAM_PORT",
     "RAW_STREAM_PORT",
     "Accelerator",
     "Channel",

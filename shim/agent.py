@@ -64,6 +64,7 @@ class Agent:
         self.is_hako = False
         self.keeps_streams = False
         self.supports_seccomp = False
+        self.frames_streams = False
 
     @classmethod
     async def over(cls, connection: socket.socket, *, timeout_s: float, is_clone: bool = False) -> Agent:
@@ -172,6 +173,7 @@ class Agent:
         )
         details = answer.agent_details
         self.supports_seccomp = details.supports_seccomp
+        self.frames_streams = "hako.streams" in details.extra_features
         # A stock agent forgets a process' streams with the first WaitProcess answer; Hako's does not.
         self.is_hako = self.keeps_streams = "hako" in details.extra_features
 

@@ -31,7 +31,6 @@ from shim.process import Input, Process, State
 from shim.sizing import limits_of
 from shim.stdio import Stdio, open_streams
 from shim.streams import DRAIN_TIMEOUT_S, Carrier
-from shim.transfer import Requests
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -135,7 +134,7 @@ class Container:
                 self._files.show(shared)
             timeline.note("volumes, devices", lane=lane, began_s=began_s, ended_s=time.monotonic())
             with timeline.phase("streams", lane=lane):
-                transfer = await self._open_streams(self.init, agent)
+                transfer = await self._open_streams(self.init)
             request = agent_pb2.CreateContainerRequest(
                 container_id=self.id,
                 exec_id=self.id,
@@ -307,7 +306,7 @@ class Container:
     async def _start_exec(self, process: Process) -> None:
         agent = await self._sandbox.agent()
         try:
-            transfer = await self._open_streams(process, agent)
+            transfer = await self._open_streams(process)
             request = agent_pb2.ExecProcessRequest(
                 container_id=self.id,
                 exec_id=process.agent_id,
@@ -415,14 +414,12 @@ class Container:
                 f"exec {exec_id} of {self.id}: the container is {self.init.state.value}, not running"
             )
 
-    async def _open_streams(self, process: Process, agent: Agent) -> Transfer:
+    async def _open_streams(self, process: Process) -> Transfer:
         """Open both ends of a process' streams."""
         process.streams = await open_streams(
             process.stdio, container_id=self.id, namespace=self._sandbox.namespace
         )
-        process.transfer = await self._sandbox.raw_streams(process.stdio) or Requests(
-            agent, container_id=self.id, exec_id=process.agent_id
-        )
+        process.transfer = await self._sandbox.transfer(process)
         return process.transfer
 
     async def _remove_from_guest(self) -> None:

@@ -39,7 +39,7 @@ from shim.resizing import Resizer
 from shim.sizing import Size, plan
 from shim.template_store import TemplateStore
 from shim.timeline_model import guest_phases
-from shim.transfer import RawStreams
+from shim.transfer import LongStreams, RawStreams, Requests
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from shim.sizing import Limits, Plan
     from shim.stdio import Stdio
     from shim.template_store import Template
+    from shim.transfer import Transfer
 
 _T = TypeVar("_T")
 
@@ -85,7 +86,7 @@ class Machine:
         self._cgroup = HostCgroup([])
         self._resizer: Resizer | None = None
         self._network: Network | None = None
-        self._has_raw_streams = False
+        self._channel: Channel | None = None  # if it has room for streams beside requests
         self.templates = TemplateStore(Path(config.hypervisor.template_dir))
         self._began_at_s = 0.0
 
@@ -185,15 +186,24 @@ class Machine:
         for share in (self._guest_share, self.share):
             await mounts.undo_to_the_end(functools.partial(mounts.unmount, share))
 
-    async def raw_streams(self, stdio: Stdio) -> RawStreams | None:
-        """Connect raw streams for a process about to be made, if the channel and the agent have them."""
-        if self._vm is None or not self._has_raw_streams:
-            return None
-        # Without a terminal stdin is wanted in any case: to be ended.
-        names = ["stdout", "stdin"] if stdio.terminal else ["stdout", "stderr", "stdin"]
-        streams = await RawStreams.open(self._vm, names)
-        self._has_raw_streams = streams is not None
-        return streams
+    async def transfer(self, stdio: Stdio, agent: Agent, *, container_id: str, exec_id: str) -> Transfer:
+        """Choose how the streams of a process about to be made travel.
+
+        :param stdio: the streams.
+        :param agent: what :meth:`boot` returned.
+        :param container_id: the container's id at the agent.
+        :param exec_id: the process' id at the agent.
+        """
+        if self._channel is Channel.VHOST_VSOCK:
+            # Without a terminal stdin is wanted in any case: to be ended.
+            names = ["stdout", "stdin"] if stdio.terminal else ["stdout", "stderr", "stdin"]
+            streams = await RawStreams.open(self.vm, names)
+            if streams is not None:
+                return streams
+            self._channel = None
+        if self._channel is Channel.VHOST_USER_VSOCK and agent.frames_streams:
+            return LongStreams(agent, vm=self.vm, container_id=container_id, exec_id=exec_id)
+        return Requests(agent, container_id=container_id, exec_id=exec_id)
 
     async def note_guest(self, agent: Agent) -> None:
         """Note in the timeline what the guest did.
@@ -275,7 +285,7 @@ class Machine:
         choice = await resolve(config)
         log.info("boot: accelerator %s: %s", choice.accelerator.value, choice.accelerator_reason)
         log.info("boot: channel %s: %s", choice.channel.value, choice.channel_reason)
-        self._has_raw_streams = choice.channel is Channel.VHOST_VSOCK
+        self._channel = choice.channel
         return describe(
             config,
             choice,

@@ -48,10 +48,11 @@ if TYPE_CHECKING:
     from shim.events import Publisher
     from shim.ledger import Ledger
     from shim.pod import PodSpec
+    from shim.process import Process
     from shim.sizing import Limits
     from shim.state_directory import StartRecord
     from shim.stdio import Stdio
-    from shim.transfer import RawStreams
+    from shim.transfer import Transfer
 
 _T = TypeVar("_T")
 
@@ -272,9 +273,11 @@ class Sandbox:
             ledger=self._ledger,
         )
 
-    async def raw_streams(self, stdio: Stdio) -> RawStreams | None:
-        """Connect raw streams for a process about to be made, if the channel and the agent have them."""
-        return await self._machine.raw_streams(stdio)
+    async def transfer(self, process: Process) -> Transfer:
+        """Choose how the streams of a process about to be made travel."""
+        return await self._machine.transfer(
+            process.stdio, await self.agent(), container_id=process.container_id, exec_id=process.agent_id
+        )
 
     async def follow_network(self) -> None:
         """Give the machine what came to its network namespace meanwhile, as some put it there before a start.

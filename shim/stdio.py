@@ -212,7 +212,9 @@ async def read_chunk(descriptor: int) -> bytes:
             await _ready(descriptor, loop.add_reader, loop.remove_reader)
 
 
-async def write_all(descriptor: int, data: bytes, *, progressed: Callable[[], None] = lambda: None) -> None:
+async def write_all(
+    descriptor: int, data: bytes | memoryview, *, progressed: Callable[[], None] = lambda: None
+) -> None:
     """Write all of ``data``, waiting while the pipe is full; a stalled reader stalls only its own stream.
 
     :param progressed: called whenever some of it was taken.

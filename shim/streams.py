@@ -102,7 +102,7 @@ class Carrier:
         finally:
             self._streams.close(name)
 
-    async def _write(self, name: str, data: bytes) -> None:
+    async def _write(self, name: str, data: bytes | memoryview) -> None:
         descriptor = getattr(self._streams, name)
         if descriptor < 0:
             return

@@ -6,8 +6,20 @@ import _signal  # type: ignore[import-not-found]  # what the signal module wraps
 import sys
 import time
 
-from guest.agent import boot, files, rawstreams, reaper, serial, tables, template, timeline, vsock
+from guest.agent import (
+    boot,
+    files,
+    framedstreams,
+    rawstreams,
+    reaper,
+    serial,
+    tables,
+    template,
+    timeline,
+    vsock,
+)
 from guest.agent.console import log
+from guest.agent.errors import NotFound
 from guest.agent.sandbox import Sandbox
 from guest.agent.service import Service
 from guest.agent.ttrpc import Server
@@ -32,10 +44,12 @@ def main() -> None:
     # Blocked before any thread starts, so that only the loop below receives them.
     _signal.pthread_sigmask(_signal.SIG_BLOCK, {_signal.SIGCHLD, _signal.SIGIO})
     codec = Codec(tables.MESSAGES)
-    server = Server(codec, methods=tables.METHODS, handlers=Service(Sandbox(), codec).handlers())
+    sandbox = Sandbox()
+    server = Server(codec, methods=tables.METHODS, handlers=Service(sandbox, codec).handlers())
     vsock.listen(server)
     serial.listen(server)
     command_line = files.read("/proc/cmdline")
+    framedstreams.listen(lambda container_id: sandbox.container(container_id, NotFound))
     rawstreams.listen(command_line)
     timeline.lap("services")
     template.prepare(command_line)

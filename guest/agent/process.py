@@ -57,6 +57,12 @@ class Process:
             raise AgentError("read: a length of 0 would look like the end of the stream; ask for more")
         return b"" if output is None else output.read(size, self.end, call)
 
+    def end_input(self) -> None:
+        """Give the process the end of its input."""
+        # A terminal has no end of input but hang-up, which nobody means by this.
+        if not self.streams.is_terminal:
+            self.streams.stdin.close()
+
     @property
     def is_done(self) -> bool:
         """Whether the process has ended, its status was asked for and its output read."""

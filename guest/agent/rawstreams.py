@@ -155,5 +155,4 @@ def _carry_input(fd: int, process: Process) -> None:
         pass  # the process has ended or reads no more: what is left of its input is for nobody
     finally:
         os.close(fd)
-        if not process.streams.is_terminal:
-            process.streams.stdin.close()
+        process.end_input()

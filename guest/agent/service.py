@@ -171,17 +171,12 @@ class Service:
         if request.data:
             process.streams.stdin.write(request.data, process.end, call)
         else:
-            self._end_input(process)
+            process.end_input()
         return self._codec.new("grpc.WriteStreamResponse", len=len(request.data))
 
     def _close_stdin(self, request: Message, _call: Call) -> Message:
-        self._end_input(self._process(request)[1])
+        self._process(request)[1].end_input()
         return self._empty
-
-    def _end_input(self, process: Process) -> None:
-        # A terminal has no end of input but hang-up, which nobody means by this.
-        if not process.streams.is_terminal:
-            process.streams.stdin.close()
 
     def _resize(self, request: Message, _call: Call) -> Message:
         self._process(request)[1].streams.resize(request.row, request.column)
@@ -276,7 +271,7 @@ class Service:
             init_daemon=os.getpid() == 1,
             storage_handlers=list(storage.DRIVERS),
             supports_seccomp=True,
-            extra_features=["hako", "seccomp"],
+            extra_features=["hako", "hako.streams", "seccomp"],
         )
         response = self._codec.new("grpc.GuestDetailsResponse", agent_details=details)
         if request.mem_block_size and files.exists(f"{_MEMORY}/block_size_bytes"):

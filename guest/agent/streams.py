@@ -13,8 +13,13 @@ from guest.agent.errors import AgentError, Unavailable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
     from guest.agent.reaper import Exit
     from guest.agent.ttrpc import Call
+
+    _T = TypeVar("_T", int, bytes)
 
 DRAIN_WINDOW_S = 0.5
 """How long output may still come after a process has ended while another one holds its pipe."""
@@ -50,15 +55,26 @@ class Output:
         :returns: output; empty at the end of the stream.
         :raises Cancelled: if the caller is gone.
         """
+        return self._take(lambda: os.read(self._fd, min(size, MAX_READ)), end, call) or b""
+
+    def read_into(self, buffer: memoryview, end: Exit, call: Call) -> int:
+        """As :meth:`read`, into a buffer.
+
+        :param buffer: where to put the output.
+        :returns: how much of it there was; 0 at the end of the stream.
+        """
+        return self._take(lambda: os.readv(self._fd, [buffer]), end, call) or 0
+
+    def _take(self, attempt: Callable[[], _T], end: Exit, call: Call) -> _T | None:
         with self._lock:
             if self._closing or self.ended:
-                return b""
+                return None
             self._readers += 1
         try:
-            data = self._next(min(size, MAX_READ), end, call)
-            if not data:
+            taken = self._next(attempt, end, call)
+            if not taken:
                 self.ended = True
-            return data
+            return taken
         finally:
             with self._lock:
                 self._readers -= 1
@@ -66,25 +82,23 @@ class Output:
             if last:
                 os.close(self._fd)
 
-    def _next(self, size: int, end: Exit, call: Call) -> bytes:
+    def _next(self, attempt: Callable[[], _T], end: Exit, call: Call) -> _T | None:
         while True:
-            if end.status is None:
-                ready = call.wait(readable=(self._fd, end.fd))
-                if self._fd not in ready:
-                    continue
-            else:
-                left = max(0.0, end.at + DRAIN_WINDOW_S - time.monotonic())
-                if not call.wait(readable=(self._fd,), timeout_s=left):
-                    return b""
             try:
-                return os.read(self._fd, size)
+                return attempt()
             except BlockingIOError:
-                continue
+                pass
             except OSError as error:
                 # A terminal whose other end is closed.
                 if error.errno == errno.EIO:
-                    return b""
+                    return None
                 raise
+            if end.status is None:
+                call.wait(readable=(self._fd, end.fd))
+            else:
+                left = max(0.0, end.at + DRAIN_WINDOW_S - time.monotonic())
+                if not call.wait(readable=(self._fd,), timeout_s=left):
+                    return None
 
     def close(self) -> None:
         """Give the descriptor up, once the last reader has left."""
@@ -108,7 +122,7 @@ class Input:
         self._fd = fd
         self._lock = _thread.allocate_lock()
 
-    def write(self, data: bytes, end: Exit, call: Call) -> None:
+    def write(self, data: bytes | memoryview, end: Exit, call: Call) -> None:
         """Write everything, waiting while the process does not read.
 
         :param data: the input.
