@@ -1,0 +1,84 @@
+"""What ``scripts/bench`` does with the metrics that it is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+
+from scripts.benchmarks import __main__ as command
+from scripts.benchmarks.catalog import Metric
+from scripts.benchmarks.harness import Samples
+
+ISSUE = [
+    *("clone_over_cold", "run_template_over_cold", "cold_over_bare", "start_over_runc", "delete_ms"),
+    *("shim_pss_mib", "shim_uss_mib", "pod_pss_mib", "template_mib", "exec_over_guest", "state_over_runc"),
+    *("grpc_state_ms", "stdout_over_channel", "burst_30", "resident_60"),
+]
+
+
+class Stage:
+    """A stage that counts how often it is cleared."""
+
+    def __init__(self, *, obstinate: bool = False):
+        self.cleared = 0
+        self._obstinate = obstinate
+
+    def kill_everything(self):
+        self.cleared += 1
+        if self._obstinate:
+            raise TimeoutError("QEMU stays")
+
+
+def good_ms(stage):
+    """Measure."""
+    return Samples(value=(1.0, 2.0, 3.0), baseline=(4.0,))
+
+
+def bad_ms(stage):
+    """Fail."""
+    raise ValueError("the guest is silent")
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    def run(*arguments, stage):
+        monkeypatch.setattr(
+            command, "METRICS", {m.name: m for m in (Metric(bad_ms, "ms", ""), Metric(good_ms, "ms", ""))}
+        )
+        monkeypatch.setattr(command, "opened", lambda **_: contextlib.nullcontext(stage))
+        monkeypatch.setattr("sys.argv", ["bench", *arguments, "--json", str(tmp_path / "results.json")])
+        status = command.main()
+        return status, json.loads((tmp_path / "results.json").read_text()), capsys.readouterr()
+
+    return run
+
+
+def test_every_number_that_was_promised_has_a_metric():
+    assert list(command.METRICS) == ISSUE
+
+
+@pytest.mark.parametrize("obstinate", [False, True], ids=["cleared", "not-even-cleared"])
+def test_a_metric_that_fails_says_so_and_the_others_are_measured(run, obstinate):
+    stage = Stage(obstinate=obstinate)
+    status, results, output = run(stage=stage)
+
+    assert status == 1
+    assert output.err.splitlines()[0] == "bench: bad_ms: ValueError: the guest is silent"
+    assert stage.cleared == 1
+    assert results == {
+        "metrics": {"good_ms": {"value": 2.0, "unit": "ms", "baseline": 4.0, "ratio": 0.5, "n": 3}}
+    }
+
+
+def test_only_what_was_asked_for_is_measured(run):
+    status, results, _ = run("good_ms", "good_ms", stage=Stage())
+
+    assert (status, list(results["metrics"])) == (0, ["good_ms"])
+
+
+def test_an_unknown_name_is_refused(run, capsys):
+    with pytest.raises(SystemExit):
+        run("better_ms", stage=Stage())
+    assert "better_ms: no such metric; there are bad_ms, good_ms" in capsys.readouterr().err
