@@ -42,7 +42,7 @@ class HypervisorConfig(Record):
     #: Path of the daemon that serves ``vhost-user-vsock``, or ``auto`` to search for it.
     vsock_daemon: str = "auto"
     #: ``auto`` clones machines from one that was booted before, ``off`` boots each.
-    template: str = "off"
+    template: str = "auto"
     template_dir: str = "/run/hako/templates"
 
 
