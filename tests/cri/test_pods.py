@@ -114,12 +114,15 @@ def test_a_pod_that_cannot_start_leaves_nothing(stack: Stack, guest: str, reason
 @pytest.mark.mainly
 def test_a_pod_that_containerd_dies_over_leaves_nothing_when_it_is_removed(stack: Stack) -> None:
     config = pod_config(stack, "interrupted")
+
+    def machines() -> set[int]:
+        everything = stack.containerd.nursery.descendants()
+        return {each.pid for each in everything if PROGRAMS["QEMU"] in each.command}
+
     with counted(stack):
+        others = machines()
         call = stack.cri.begin("RunPodSandbox", config=config, runtime_handler=stack.handler)
-        until(
-            lambda: any(PROGRAMS["QEMU"] in each.command for each in stack.containerd.nursery.descendants()),
-            what="its machine boots",
-        )
+        until(lambda: machines() - others, what="its machine starts")
         stack.containerd.stop(how=signal.SIGKILL)
         with pytest.raises(grpc.RpcError):
             call.result()
