@@ -23,6 +23,7 @@ from shim.sandbox import Sandbox
 from shim.services.sandbox import SandboxService
 from shim.services.task import TaskService
 from shim.transport.dispatch import Dispatch
+from shim.transport.grpc_on_demand import serve_grpc_on_demand
 from shim.transport.ttrpc_server import TtrpcServer
 
 if TYPE_CHECKING:
@@ -133,14 +134,13 @@ async def _serve_until(
     async with asyncio.TaskGroup() as group, AsyncExitStack() as stack:
         if listener is not None:
             group.create_task(server.serve(listener), name="ttrpc")
-            # One turn of the loop, so that containerd's first call is not behind the import below.
-            await asyncio.sleep(0)
-        # Importing grpc takes longer than all the rest of the start.
         with timeline.phase("gRPC", lane=timeline.SHIM):
-            from shim.transport.grpc_server import serve_grpc  # noqa: PLC0415
-
-            await stack.enter_async_context(serve_grpc(dispatch, Path(record.state_directory) / "grpc.sock"))
+            for_tools = Path(record.state_directory) / "grpc.sock"
+            await stack.enter_async_context(serve_grpc_on_demand(dispatch, for_tools))
             if listener is None:
+                # Importing grpc takes longer than all the rest of the start.
+                from shim.transport.grpc_server import serve_grpc  # noqa: PLC0415
+
                 await stack.enter_async_context(serve_grpc(dispatch, Path(record.socket_path)))
         ready()
         await over.wait()

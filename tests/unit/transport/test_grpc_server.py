@@ -18,10 +18,17 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shim.errors import Internal, Unavailable
+from shim.transport.grpc_on_demand import serve_grpc_on_demand
 from shim.transport.grpc_server import serve_grpc
 from tests.unit.transport.conftest import OverGrpc
 
 GRPCURL = shutil.which("grpcurl", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.fixture(params=[serve_grpc, serve_grpc_on_demand])
+def serve(request):
+    """At once, and from the first connection on."""
+    return request.param
 
 
 async def grpcurl(path, *arguments):
@@ -44,11 +51,11 @@ async def grpcurl(path, *arguments):
     return process.returncode, stdout.decode(), stderr.decode()
 
 
-async def test_the_socket_is_for_its_owner_only_and_gone_afterwards(dispatch, tmp_path):
+async def test_the_socket_is_for_its_owner_only_and_gone_afterwards(serve, dispatch, tmp_path):
     path = tmp_path / "grpc"
     before = os.umask(0)
     try:
-        async with serve_grpc(dispatch, path):
+        async with serve(dispatch, path):
             assert stat.S_ISSOCK(path.stat().st_mode)
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
             assert os.umask(0) == 0
@@ -57,19 +64,19 @@ async def test_the_socket_is_for_its_owner_only_and_gone_afterwards(dispatch, tm
     assert not path.exists()
 
 
-async def test_a_stale_socket_is_replaced(dispatch, tmp_path):
+async def test_a_stale_socket_is_replaced(serve, dispatch, tmp_path):
     path = tmp_path / "grpc"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
-    async with serve_grpc(dispatch, path), grpc.aio.insecure_channel(f"unix:{path}") as channel:
+    async with serve(dispatch, path), grpc.aio.insecure_channel(f"unix:{path}") as channel:
         async with asyncio.timeout(5):
             await channel.channel_ready()
 
 
 @pytest.mark.parametrize("path", ["missing/grpc", "x" * 200], ids=["no directory", "too long"])
-async def test_a_path_that_cannot_be_listened_on_is_one_clear_line(dispatch, tmp_path, path):
+async def test_a_path_that_cannot_be_listened_on_is_one_clear_line(serve, dispatch, tmp_path, path):
     with pytest.raises(Internal) as raised:
-        async with serve_grpc(dispatch, tmp_path / path):
+        async with serve(dispatch, tmp_path / path):
             pass
     assert str(raised.value).startswith(f"listen: {tmp_path / path}: ")
     assert "\n" not in str(raised.value)
@@ -97,10 +104,10 @@ async def test_a_connection_of_garbage_is_borne(grpc_socket, grpc_client):
         await grpc_client.create("one")
 
 
-async def test_stopping_lets_calls_in_flight_finish(dispatch, tasks, tmp_path):
+async def test_stopping_lets_calls_in_flight_finish(serve, dispatch, tasks, tmp_path):
     path = tmp_path / "grpc"
     async with contextlib.AsyncExitStack() as stack:
-        async with serve_grpc(dispatch, path):
+        async with serve(dispatch, path):
             client = await stack.enter_async_context(OverGrpc(path).connect())
             await client.create("one")
             waiting = asyncio.create_task(client.wait("one"))
@@ -109,10 +116,10 @@ async def test_stopping_lets_calls_in_flight_finish(dispatch, tasks, tmp_path):
         assert (await waiting).exit_status == 4
 
 
-async def test_stopping_cancels_calls_that_do_not_finish(dispatch, tasks, tmp_path):
+async def test_stopping_cancels_calls_that_do_not_finish(serve, dispatch, tasks, tmp_path):
     path = tmp_path / "grpc"
     async with contextlib.AsyncExitStack() as stack:
-        async with serve_grpc(dispatch, path):
+        async with serve(dispatch, path):
             client = await stack.enter_async_context(OverGrpc(path).connect())
             await client.create("one")
             waiting = asyncio.create_task(client.wait("one"))
