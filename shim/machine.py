@@ -378,8 +378,9 @@ class Machine:
         self._resizer = Resizer(vm, sizes, size=size)
         await vm.start(timeout_s=timeout_s)
         is_clone = spec.template is not None
-        with timeline.phase("clone's first answer" if is_clone else "guest boots", lane=timeline.MACHINE):
+        with timeline.phase("clone goes on" if is_clone else "guest boots", lane=timeline.MACHINE):
             connection = await vm.connect(AGENT_PORT, timeout_s=left_s())
+        with timeline.phase("first answer", lane=timeline.MACHINE):
             return await Agent.over(connection, timeout_s=left_s(), is_clone=is_clone)
 
     def _record_process(self, name: str, pid: int) -> None:
