@@ -269,7 +269,8 @@ class TemplateStore:
             return None
 
     def _make(self) -> None:
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for place in (self.directory.parent, self.directory):  # the state of sandboxes may be beside it
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._check()
 
     def _check(self) -> None:

@@ -17,7 +17,7 @@ PURPOSE = {"kernel": "/k", "vcpus": 1}
 
 @pytest.fixture
 def store(tmp_path):
-    return TemplateStore(tmp_path / "templates")
+    return TemplateStore(tmp_path / "run" / "templates")
 
 
 def publish(store, key, *, purpose=PURPOSE, content="memory"):
@@ -43,7 +43,8 @@ def test_what_was_published_is_found_by_its_key_alone(store):
 
 def test_nobody_else_can_look_into_the_store(store):
     publish(store, KEY)
-    assert store.directory.stat().st_mode & 0o777 == 0o700
+    for place in (store.directory, store.directory.parent):
+        assert place.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("spoil", [lambda path: path.chmod(0o770), lambda path: os.chown(path, 1, 1)])
