@@ -57,6 +57,22 @@ def pids(path: str) -> list[int]:
     return sorted(found)
 
 
+def remove(path: str) -> None:
+    """Remove a cgroup and all below it.
+
+    :param path: the cgroup; nothing happens if there is none.
+    :raises OSError: if a process is in one of them.
+    """
+    try:
+        with os.scandir(f"{_ROOT}{path}") as entries:
+            below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return
+    for name in below:
+        remove(f"{path}/{name}")
+    os.rmdir(f"{_ROOT}{path}")
+
+
 def freeze(path: str, *, frozen: bool) -> None:
     """Freeze or thaw a cgroup and wait until the kernel says so.
 

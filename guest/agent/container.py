@@ -94,7 +94,7 @@ class Container:
 
         :raises AgentError: with crun's own message, if it cannot.
         """
-        runtime.run("start", self.id)
+        runtime.start(self.id)
 
     def execute(self, exec_id: str, message: Message) -> Process:
         """Create and start a further process.
@@ -210,7 +210,7 @@ class Container:
         if not self.init.end.wait(timeout_s or _REMOVAL_TIMEOUT_S):
             raise AgentError(f"remove: {self.id}: init does not die; destroy the sandbox")
         oom.forget(self.id)
-        runtime.run("delete", "--force", self.id)
+        runtime.delete(self.id, path=self._cgroup)
         self.init.streams.close()
         with self._lock:
             execs = [process for process in self._execs.values() if process is not None]
