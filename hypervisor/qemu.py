@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 _REDIAL_S = 0.05
-_CLONE_REDIAL_S = 0.005
+_CLONE_REDIAL_S = 0.01
 """A clone says nothing, and is there in a moment."""
 _CONSOLE_LINES = 50
 

@@ -17,7 +17,7 @@ from hypervisor.saving import save_template
 
 from .conftest import BOOT_S, SAVE_S, START_S, VIRTIOFSDS, usable_channels
 from .test_hotplug import block_name, disk, image, nic, sysfs, taken
-from .test_sizing import ALL_CPUS_ON, memory, processors
+from .test_sizing import ALL_CPUS_ON, BACK_ON_HOST_S, memory, on_host, processors
 from .test_vm_boot import RESPONSE_TYPE, ask_agent
 
 MIB = 1 << 20
@@ -112,6 +112,18 @@ async def test_what_the_guest_does_not_use_is_not_in_the_template(clone):
     file = (directory / "memory").stat()
     assert file.st_size == described["memory_bytes"]
     assert file.st_blocks * 512 <= described["data_bytes"] + MIB
+
+
+async def test_what_the_guest_of_a_clone_frees_goes_back_to_the_host(clone):
+    vm, shell = await clone()
+    before = on_host(vm)
+    await shell("mount -t tmpfs -o size=90% none /mnt; dd if=/dev/zero of=/mnt/full bs=1M count=256")
+    assert on_host(vm) - before > 250 * MIB
+    await shell("rm /mnt/full")
+    deadline = time.monotonic() + BACK_ON_HOST_S
+    while on_host(vm) - before > 50 * MIB:
+        assert time.monotonic() < deadline, f"{(on_host(vm) - before) // MIB} MiB are still there"
+        await asyncio.sleep(0.1)
 
 
 def without(name):
