@@ -28,17 +28,21 @@ _changed = _thread.allocate_lock()
 class _Stream:
     """The port while the host is connected to its other end."""
 
-    __slots__ = ("_fd",)
+    __slots__ = ("_fd", "_readable", "_writable")
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._readable = select.poll()
+        self._readable.register(fd, select.POLLIN)
+        self._writable = select.poll()
+        self._writable.register(fd, select.POLLOUT)
 
     def read(self, size: int) -> bytes:
         while True:
             try:
                 return os.read(self._fd, size)
             except BlockingIOError:
-                self._await(select.POLLIN)
+                self._readable.poll()
 
     def write(self, data: bytes) -> None:
         view = memoryview(data)
@@ -47,13 +51,8 @@ class _Stream:
                 view = view[os.write(self._fd, view) :]
             except BlockingIOError:
                 # The port would keep an answer until the next host, whom it does not concern.
-                if self._await(select.POLLOUT) & select.POLLHUP:
+                if self._writable.poll()[0][1] & select.POLLHUP:
                     raise BrokenPipeError("the host has disconnected") from None
-
-    def _await(self, events: int) -> int:
-        poll = select.poll()
-        poll.register(self._fd, events)
-        return poll.poll()[0][1]
 
 
 def listen(server: Server) -> None:

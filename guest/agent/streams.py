@@ -203,7 +203,7 @@ class Pipes:
 
     def __init__(self) -> None:
         self._stdin, self._stdout, self._stderr = os.pipe(), os.pipe(), os.pipe()
-        for pair in (self._stdout, self._stderr):
+        for pair in (self._stdin, self._stdout, self._stderr):
             fcntl.fcntl(pair[1], _F_SETPIPE_SZ, _PIPE_SIZE)
 
     @property

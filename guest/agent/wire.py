@@ -163,6 +163,19 @@ class Codec:
                 self._encode_one(parts, number, kind, inner, value)
         return b"".join(parts)
 
+    def encode_up_to(self, name: str, message: Message, size: int) -> bytes:
+        """Encode a message but for the content of its last field, which is to follow and need not be copied.
+
+        :param name: full message name; its last field is of bytes.
+        :param message: its content; the last field is empty.
+        :param size: how much will follow.
+        :returns: the wire form up to there.
+        """
+        if not size:
+            return self.encode(name, message)
+        last = max(self._messages[name])
+        return self.encode(name, message) + _to_varint(last << 3 | _BYTES) + _to_varint(size)
+
     def _encode_repeated(self, parts: list[bytes], number: int, kind: str, inner: str, value: Any) -> None:
         if kind == "map":
             for key, item in value.items():

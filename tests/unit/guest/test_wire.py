@@ -143,6 +143,16 @@ def test_any_bytes_are_refused_or_decode_to_what_encodes_again(data: bytes) -> N
         assert CODEC.decode(name, CODEC.encode(name, message)) == message
 
 
+@pytest.mark.parametrize("payload", [b"", b"x", b"x" * 127, b"x" * 128, b"x" * 70_000])
+def test_a_message_encoded_up_to_its_last_field_is_whole_once_that_follows(payload: bytes) -> None:
+    status = CODEC.new("ttrpc.Status", code=5, message="gone")
+    response = CODEC.new("ttrpc.Response", status=status)
+    encoded = CODEC.encode_up_to("ttrpc.Response", response, len(payload)) + payload
+    expected = ttrpc_pb2.Response(payload=payload)
+    expected.status.code, expected.status.message = 5, "gone"
+    assert ttrpc_pb2.Response.FromString(encoded) == expected
+
+
 @pytest.mark.parametrize(
     "unknown", [b"\xf8\x07\x05", b"\xf9\x07" + bytes(8), b"\xfa\x07\x03abc", b"\xfd\x07" + bytes(4)]
 )
