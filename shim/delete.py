@@ -9,9 +9,8 @@ import time
 
 from shim import bootstrap_wire, config, grouping, host_process, state_directory
 from shim.host_process import HostProcess
-from shim.ledger import Ledger
+from shim.ledger import SHIM_PROCESS, Ledger
 from shim.refusal import Refusal
-from shim.start import SHIM_PROCESS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

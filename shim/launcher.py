@@ -7,6 +7,7 @@ all that follows. This one names everything it needs.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from shim.refusal import Refusal
 
 NAME = "containerd-shim-hako-v2"
 _MAX_FIRST_LINE = 127  # of any kernel: execve(2)
+_TIMEOUT_S = 10.0
 
 # -I: no path or variable of the caller; -S: no search for packages.
 _TEXT = """\
@@ -28,18 +30,38 @@ sys.exit(main())
 """
 
 
-def text() -> str:
-    """Return the program, for the interpreter and the packages that this process runs with.
+def text(interpreter: str) -> str:
+    """Return the program, for the packages that this process runs with.
 
-    :raises Refusal: if the interpreter's path is too long for the first line of a script.
+    :param interpreter: what runs it.
+    :raises Refusal: if that path is too long for the first line of a script.
     """
-    # A virtual environment's interpreter would first find out that it is one.
-    interpreter = os.path.realpath(sys.executable)
     if len(f"#!{interpreter} -IS") > _MAX_FIRST_LINE:
         raise Refusal(f"launcher: {interpreter}: its path is too long for a script; use pip's program")
     own = str(Path(__file__).resolve().parents[1])
     libraries = [path for path in sys.path if path.endswith("-packages") and path != own]
     return _TEXT.format(interpreter=interpreter, own=[own], libraries=libraries, executable=sys.executable)
+
+
+def fastest_interpreter() -> str:
+    """Find the interpreter that is up first, of those that can run what this one can.
+
+    The distribution's has sockets built in, where others load a library for them. Shims are run by the
+    virtual environment's in any case.
+    """
+    # A virtual environment's interpreter would first find out that it is one.
+    own = os.path.realpath(sys.executable)
+    if "_socket" in sys.builtin_module_names:
+        return own
+    candidate = "/usr/bin/python{}.{}".format(*sys.version_info)
+    question = "import sys; print('_socket' in sys.builtin_module_names)"
+    try:
+        answer = subprocess.run(
+            [candidate, "-ISc", question], capture_output=True, text=True, timeout=_TIMEOUT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return own
+    return candidate if answer.stdout == "True\n" else own
 
 
 def write(path: Path) -> None:
@@ -49,7 +71,7 @@ def write(path: Path) -> None:
     :raises Refusal: as :func:`text` does.
     """
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(text(), encoding="utf-8")
+    new.write_text(text(fastest_interpreter()), encoding="utf-8")
     new.chmod(0o755)
     new.replace(path)
 

@@ -22,6 +22,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+#: The name of the sandbox's daemon among the processes.
+SHIM_PROCESS = "shim"
 _NAME = "ledger"
 _CGROUP_EMPTY_S, _CGROUP_RETRY_S = 1.0, 0.005
 _PID_MAX = 1 << 22  # PID_MAX_LIMIT of the kernel, see proc(5)

@@ -12,7 +12,7 @@ import time
 
 from shim import bootstrap_wire, config, daemonize, entry, grouping, state_directory, timeline
 from shim.bootstrap_wire import BootstrapParams, RuntimeOptions
-from shim.ledger import Ledger
+from shim.ledger import SHIM_PROCESS, Ledger
 from shim.record import Record
 from shim.refusal import Refusal
 from shim.state_directory import StartRecord
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 DEFAULT_SOCKET_DIR = "/run/containerd/s"
 #: What the daemon writes to its standard error when its gRPC socket is ready.
 READY = b"\0"
-#: The name of the daemon in the ledger.
-SHIM_PROCESS = "shim"
 #: Longest input, in bytes.
 MAX_INPUT = 10 << 20
 _CONNECT_TIMEOUT_S = 0.1
