@@ -347,6 +347,8 @@ class Sandbox:
 
     async def _have_template_built(self) -> None:
         try:
+            if self._machine.templates.is_building():  # for one that came up at the same time
+                return
             await template_builder.start(
                 self._record.config_text, self._machine.templates, mount_namespace=self._host_mounts
             )
