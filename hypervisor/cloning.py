@@ -82,7 +82,6 @@ async def _clone(spec: VmSpec, host: HostSide, directory: Path, saved: Template)
                 state = template.read_state(directory, saved)
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors
-        host.adopt_workers()
         with host.phase("load template"):
             await _load(qmp, state)
         # While the guest stands still: it then finds all new devices at once.
@@ -94,6 +93,8 @@ async def _clone(spec: VmSpec, host: HostSide, directory: Path, saved: Template)
             await virtiofsd.plug(sharing.result(), session=qmp, devices=devices)
         with host.phase("cont"):
             await qmp.ask(dict, "cont")
+        # A sandboxed virtio-fs daemon has the child that serves, or the share could not have been plugged.
+        host.adopt_workers()
         return devices
 
 

@@ -143,7 +143,7 @@ def cut(name, size):
 def emptied(directory):
     path = directory / "memory"
     size = path.stat().st_size
-    os.truncate(path, 64 * MIB)
+    os.truncate(path, 16 * MIB)
     os.truncate(path, size)
 
 
