@@ -11,9 +11,8 @@ _PARAMETER = "hako.template"
 _MODULES = (
     # Gives the free pages back before the machine is saved, and in each clone.
     "virtio_balloon",
-    # Nearly every container has a network and an overlay.
+    # Nearly every pod has a network.
     "virtio_net",
-    "overlay",
 )
 
 

@@ -58,8 +58,8 @@ print(json.dumps([early, os.__file__, found]))
 
 # Runs the modules, each after those that it imports, without looking for them: name, whether it is a package,
 # and its code, or the path of an extension module.
-_RUN = """
-import _imp, sys
+_RUN = f"""
+import _imp, posix, sys
 class Spec:
     def __init__(self, name, origin):
         self.name = name
@@ -80,6 +80,8 @@ def run(bundle):
         if parent:
             setattr(parent, name.rpartition(".")[2], module)
 run("BUNDLE")
+# Its pages are memory, and it is not read again.
+posix.unlink({BUNDLE!r})
 sys.modules["guest.agent.main"].main()
 """
 

@@ -22,7 +22,7 @@ _RUNTIME = "/usr/bin/crun"
 _UNCALLED = "libsystemd.so.0"
 _MODULES = "/lib/modules"
 # Large, and of use to few: every machine holds them in its memory.
-_COMPRESSED = frozenset({"xfs"})
+_COMPRESSED = frozenset({"ext4", "overlay", "tun", "xfs"})
 _LIBRARY_DIRECTORIES = ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib")
 # /lib and its like are links, as in the distributions: a library is found under either name.
 _LINKS = {"/bin": "usr/bin", "/sbin": "usr/sbin", "/lib": "usr/lib", "/lib64": "usr/lib64"}
