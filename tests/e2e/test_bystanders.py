@@ -21,6 +21,7 @@ from tests.e2e.life import Life, until
 from tests.e2e.nursery import ZYGOTE, processes
 from tests.e2e.tasks import outcomes
 from tests.e2e.test_kill_matrix import CALLS_END_S, CONSISTENT_S, PHASES, bring_to
+from tests.e2e.test_refusals import configured
 
 if TYPE_CHECKING:
     from tests.e2e.conftest import Stack
@@ -132,3 +133,9 @@ def spare_of(stack: Stack) -> Process:
 
     found: Process = until(spare, what="the zygote has a spare")
     return found
+
+
+def test_a_container_lives_without_a_zygote(one_stack: Stack):
+    with configured(one_stack, shim="zygote = false"):
+        result = one_stack.containerd.run(IMAGE, new_id(), "sh", "-c", "echo alone; exit 3")
+    assert (result.code, result.stdout) == (3, "alone\n"), result.stderr

@@ -7,16 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shim import grouping, host_process
+from shim import entry, grouping, host_process
 from shim.host_process import HostProcess
 from shim.ledger import Ledger
 
+WITHIN_S = 15.0
 PROGRAM = Path(__file__).with_name("shim_with_stub_daemon.py")
 ROOT = Path(__file__).parents[3]
 
@@ -118,3 +120,59 @@ def containerd(tmp_path):
     peer.configure(f'[shim]\nzygote = false\nstate_dir = "{peer.state_dir}"\n')
     yield peer
     peer.end_all()
+
+
+def place(containerd) -> Path:
+    """Where the socket of its zygote is."""
+    return Path(entry.socket_path(identity_of(containerd)))
+
+
+def identity_of(containerd) -> str:
+    """What tells its zygote from others."""
+    return f"{sys.executable}\n{PROGRAM}\n{entry.__file__}\n{containerd.address}"
+
+
+def zygote_socket(containerd) -> Path:
+    """Wait until a zygote serves."""
+    path = place(containerd)
+    deadline = time.monotonic() + WITHIN_S
+    while not path.is_socket():
+        assert time.monotonic() < deadline, "no zygote serves"
+        time.sleep(0.02)
+    return path
+
+
+def lock_holder(path: Path) -> int:
+    """The zygote's pid: it alone has the lock's file open."""
+    for link in Path("/proc").glob("[0-9]*/fd/3"):
+        try:
+            if str(link.readlink()) == f"{path}.lock":
+                return int(link.parts[2])
+        except OSError:
+            continue
+    raise LookupError(f"nobody holds {path}.lock")
+
+
+def end(pid: int) -> None:
+    """Kill a process and wait until it is gone."""
+    assert host_process.end([host_process.identify(pid)], number=signal.SIGKILL, timeout_s=WITHIN_S) == []
+
+
+@pytest.fixture
+def warmed(containerd):
+    """A containerd whose next shims a zygote forks; ``c1`` was started anew and made it come up."""
+    containerd.configure(f'[shim]\nzygote = true\nstate_dir = "{containerd.state_dir}"\n')
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    pid = lock_holder(zygote_socket(containerd))
+    yield containerd
+    if Path(f"/proc/{pid}").exists():
+        end(pid)
+    for path in (place(containerd), Path(f"{place(containerd)}.lock")):
+        path.unlink(missing_ok=True)
+
+
+@pytest.fixture(params=["anew", "forked"])
+def either(request):
+    """A containerd whose shims are started anew, and one whose shims a zygote forks."""
+    return request.getfixturevalue("containerd" if request.param == "anew" else "warmed")

@@ -20,21 +20,21 @@ def params(container: str, **fields: object) -> bootstrap_v1_pb2.BootstrapParams
     return bootstrap_v1_pb2.BootstrapParams(instance_id=container, namespace="tests", **fields)
 
 
-def test_containerd_1_6_gets_a_plain_address(containerd):
-    containerd.make_bundle("c1")
-    del containerd.environment["MAX_SHIM_VERSION"]
-    reply = containerd.run("start", "c1")
+def test_containerd_1_6_gets_a_plain_address(either):
+    either.make_bundle("c2")
+    del either.environment["MAX_SHIM_VERSION"]
+    reply = either.run("start", "c2")
     assert (reply.returncode, reply.stderr) == (0, b"")
-    assert reply.stdout.decode() == f"unix://{containerd.socket_path('c1')}"
+    assert reply.stdout.decode() == f"unix://{either.socket_path('c2')}"
 
 
-def test_containerd_1_7_to_2_2_get_json(containerd):
-    containerd.make_bundle("c1")
-    reply = containerd.run("start", "c1")
+def test_containerd_1_7_to_2_2_get_json(either):
+    either.make_bundle("c2")
+    reply = either.run("start", "c2")
     assert (reply.returncode, reply.stderr) == (0, b"")
     assert json.loads(reply.stdout) == {
         "version": 2,
-        "address": f"unix://{containerd.socket_path('c1')}",
+        "address": f"unix://{either.socket_path('c2')}",
         "protocol": "ttrpc",
     }
 
@@ -46,13 +46,13 @@ def sockets():
         yield Path(directory) / "s"
 
 
-def test_containerd_2_3_gets_a_bootstrap_result(containerd, sockets):
-    bundle = containerd.make_bundle("c1")
-    sent = params("c1", socket_dir=str(sockets), containerd_ttrpc_address="unix:///run/t.sock", log_level=-4)
-    reply = containerd.run("start", "c1", stdin=sent.SerializeToString())
+def test_containerd_2_3_gets_a_bootstrap_result(either, sockets):
+    bundle = either.make_bundle("c2")
+    sent = params("c2", socket_dir=str(sockets), containerd_ttrpc_address="unix:///run/t.sock", log_level=-4)
+    reply = either.run("start", "c2", stdin=sent.SerializeToString())
     assert (reply.returncode, reply.stderr) == (0, b"")
     result = bootstrap_v1_pb2.BootstrapResult.FromString(reply.stdout)
-    path = containerd.socket_path("c1", directory=sockets)
+    path = either.socket_path("c2", directory=sockets)
     assert (result.version, result.address, result.protocol) == (2, f"unix://{path}", "ttrpc")
     assert path.is_socket()
     assert stat.S_IMODE(sockets.stat().st_mode) == 0o700

@@ -8,65 +8,14 @@ import os
 import resource
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from shim import entry, host_process, zygote
-from tests.unit.shim.conftest import PROGRAM
+from tests.unit.shim.conftest import WITHIN_S, end, identity_of, lock_holder, place, zygote_socket
 from tests.unit.shim.test_start import fake_containerd
-
-WITHIN_S = 15.0
-
-
-def place(containerd) -> Path:
-    """Where the socket of its zygote is."""
-    return Path(entry.socket_path(identity_of(containerd)))
-
-
-def identity_of(containerd) -> str:
-    return f"{sys.executable}\n{PROGRAM}\n{entry.__file__}\n{containerd.address}"
-
-
-def zygote_socket(containerd) -> Path:
-    """Wait until a zygote serves."""
-    path = place(containerd)
-    deadline = time.monotonic() + WITHIN_S
-    while not path.is_socket():
-        assert time.monotonic() < deadline, "no zygote serves"
-        time.sleep(0.02)
-    return path
-
-
-def lock_holder(path: Path) -> int:
-    """The zygote's pid: it alone has the lock's file open."""
-    for link in Path("/proc").glob("[0-9]*/fd/3"):
-        try:
-            if str(link.readlink()) == f"{path}.lock":
-                return int(link.parts[2])
-        except OSError:
-            continue
-    raise LookupError(f"nobody holds {path}.lock")
-
-
-def end(pid: int) -> None:
-    assert host_process.end([host_process.identify(pid)], number=signal.SIGKILL, timeout_s=WITHIN_S) == []
-
-
-@pytest.fixture
-def warmed(containerd):
-    """A containerd whose next shims a zygote forks; ``c1`` was started anew and made it come up."""
-    containerd.configure(f'[shim]\nzygote = true\nstate_dir = "{containerd.state_dir}"\n')
-    containerd.make_bundle("c1")
-    containerd.run("start", "c1")
-    pid = lock_holder(zygote_socket(containerd))
-    yield containerd
-    if Path(f"/proc/{pid}").exists():
-        end(pid)
-    for path in (place(containerd), Path(f"{place(containerd)}.lock")):
-        path.unlink(missing_ok=True)
 
 
 def parent(pid: int) -> int:
