@@ -436,6 +436,8 @@ class Sandbox:
                     sandbox_id=self.id,
                     drawn=self._is_drawn,
                 )
+        except FileNotFoundError:  # `delete` was faster
+            log.debug("timeline: sandbox %s: its state is gone", self.id)
         except OSError as error:
             log.warning("timeline: sandbox %s: it is lost: %s", self.id, error)
 
