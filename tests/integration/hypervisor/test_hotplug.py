@@ -172,27 +172,34 @@ async def test_failures_of_a_disk_reach_the_guest_and_the_log(start, loop_device
     assert (taken(vm), await leftovers(vm)) == (set(), [])
 
 
-@pytest.mark.parametrize("rounds", [pytest.param(20, marks=pytest.mark.nightly), 2])
+@pytest.mark.parametrize(
+    "rounds", [pytest.param(20, marks=[pytest.mark.nightly, pytest.mark.timeout(1200)]), 2]
+)
 async def test_no_slot_is_lost_over_rounds_of_thirty_disks(start, tmp_path, rounds):
     vm, shell = await start()
-    contents = {number: os.urandom(64 * 1024) for number in range(DISKS)}
-    for number, content in contents.items():
-        image(tmp_path, number).write_bytes(content)
+    contents = {image(tmp_path, number): os.urandom(64 * 1024) for number in range(DISKS)}
+    for path, content in contents.items():
+        path.write_bytes(content)
 
-    async def plug(number: int) -> str:
-        return await vm.plug_disk(disk(tmp_path / f"disk{number}.img", number))
-
-    for _ in range(rounds):
-        paths = await asyncio.gather(*(plug(number) for number in range(DISKS)))
-        assert len(set(paths)) == DISKS
-        for number, pci_path in enumerate(paths):
+    for turn in range(rounds):
+        plugging = (vm.plug_disk(disk(path, number)) for number, path in enumerate(contents))
+        pci_paths = await asyncio.gather(*plugging)
+        assert len(set(pci_paths)) == DISKS
+        for number, (path, pci_path) in enumerate(zip(contents, pci_paths, strict=True)):
             name = await block_name(shell, pci_path)
             assert await shell(f"cat /sys/block/{name}/serial") == f"serial-{number}"
-            digest = hashlib.sha256(contents[number]).hexdigest()
+            digest = hashlib.sha256(contents[path]).hexdigest()
             assert await shell(f"sha256sum </dev/{name}") == f"{digest}  -"
+            size, letter = len(contents[path]) + 4096, chr(ord("a") + (number + turn) % 26)
+            os.truncate(path, size)
+            assert await vm.resize_disk(f"disk{number}") == size
+            await shell.until(f"[ $(cat /sys/block/{name}/size) = {size // 512} ]")
+            contents[path] = letter.encode() * size
+            await shell(f"head -c {size} /dev/zero | tr '\\0' {letter} >/dev/{name}")
         await asyncio.gather(*(vm.unplug(f"disk{number}", timeout_s=60) for number in range(DISKS)))
         assert await shell("ls /sys/block | grep -c vd") == "0"
         assert (taken(vm), await leftovers(vm)) == (set(), [])
+        assert all(path.read_bytes() == content for path, content in contents.items())
 
 
 @pytest.mark.parametrize("times", [pytest.param(50, marks=pytest.mark.nightly), 5])
