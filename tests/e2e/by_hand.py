@@ -113,7 +113,7 @@ class ByHand:
             [
                 SHIM_DIRECTORY / "containerd-shim-hako-v2",
                 *("-namespace", "by-hand", "-id", self.id),
-                *("-address", self.place / "containerd.sock", "-publish-binary", "/bin/true"),
+                *("-address", self._stack.containerd.address, "-publish-binary", "/bin/true"),
                 *flags,
                 action,
             ],

@@ -118,7 +118,7 @@ class Shim:
             [
                 program,
                 *("-namespace", "by-hand", "-id", self._container),
-                *("-address", self.bundle.parent / "containerd.sock", "-publish-binary", "/bin/true"),
+                *("-address", self._stack.containerd.address, "-publish-binary", "/bin/true"),
                 *flags,
                 action,
             ],
