@@ -179,7 +179,7 @@ def _rehearse(files: dict[str, int]) -> None:
     _unchanged(files)
     _surroundings("self")
     line = command_line.parse(["-namespace", "n", "-id", "i", "-address", "", "-publish-binary", "", "start"])
-    marshal.loads(marshal.dumps((dict(os.environb), line.as_dict())))
+    marshal.loads(marshal.dumps((dict(os.environb), line.as_dict())))  # noqa: S302 - its own
     with contextlib.suppress(Refusal, OSError):
         start.identify_caller(b"", line)
         config.parse(config.locate(os.environ))

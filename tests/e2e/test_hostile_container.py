@@ -455,26 +455,34 @@ def test_sockets_and_fifos_do_not_reach_processes_of_the_host(attacker: Attacker
 def test_attributes_and_handles_of_files_open_nothing(attacker: Attacker):
     attacker.run("mkdir /vol/attributes; touch /vol/attributes/file; cp /bin/busybox /vol/attributes/busybox")
     outcomes = attacker.run_python(f"""
-        import ctypes, struct
+        import _ctypes, struct  # the guest's Python has no more of ctypes
         [volume] = [one.path for one in os.scandir({SHARE!r}) if one.name.endswith("-vol")]
         for path in (volume + "/attributes", volume + "/attributes/file", "{SHARE}/" + box + "/rootfs/vol"):
             for name in ("trusted.overlay.opaque", "trusted.overlay.redirect", "trusted.x"):
                 attempt(os.setxattr, path, name, b"y")
         attempt(os.chmod, volume + "/attributes/busybox", 0o6777)
 
-        libc = ctypes.CDLL(None, use_errno=True)
+        class Int(_ctypes._SimpleCData):
+            _type_ = "i"
+
+        class Function(_ctypes.CFuncPtr):
+            _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
+            _restype_ = Int
+
+        program = _ctypes.dlopen(None, os.RTLD_NOW)
+        system_call = Function(_ctypes.dlsym(program, "open_by_handle_at"))
         def open_by_handle_at(number, generation):
             mount = os.open(volume, os.O_RDONLY)
             kinds = {{0x81: (0, number, generation), 1: (number, generation), 2: (number, 0, 1, 0)}}
             for kind, words in kinds.items():
                 data = struct.pack("=%dI" % len(words), *words)
-                handle = ctypes.create_string_buffer(struct.pack("=Ii", len(data), kind) + data)
-                opened = libc.open_by_handle_at(mount, handle, os.O_RDONLY)
+                handle = struct.pack("=Ii", len(data), kind) + data
+                opened = system_call(mount, handle, os.O_RDONLY)
                 if opened >= 0:
                     print("opened", os.listdir(opened) if os.path.isdir(opened) else os.read(opened, 100))
                     os.close(opened)
             os.close(mount)
-            raise OSError(ctypes.get_errno(), "")
+            raise OSError(_ctypes.get_errno(), "")
         for number in (1, 2, {attacker.sentinels[0].path.stat().st_ino}):
             attempt(open_by_handle_at, number, 0)
     """)

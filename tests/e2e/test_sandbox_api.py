@@ -153,7 +153,7 @@ def test_a_sandbox_lives_its_whole_life_by_the_sandbox_service(pod: SandboxByHan
 
     # A container of which the shim has heard nothing, on a connection that is not the sandbox's.
     assert pod.task("Connect").task_pid == 0
-    pod.describe_container("sh", "-c", "hostname > /seen; exec sleep 100000")
+    pod.describe_container("sh", "-c", 'name=$(hostname); echo "$name" > /seen; exec sleep 100000')
     rootfs = [{"type": "bind", "source": str(pod.rootfs), "options": ["rbind", "rw"]}]
     pod.task("Create", bundle=str(pod.container_bundle), rootfs=rootfs)
     pod.task("Start")

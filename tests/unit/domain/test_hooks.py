@@ -200,10 +200,11 @@ async def test_a_hook_is_on_record_while_it_runs(script, bundle: Path, tmp_path:
     slow = script("slow", "read line < gate")
     hooks = Hooks("box", bundle=bundle, spec={"hooks": {"prestart": [{"path": slow}]}}, ledger=ledger)
     creating = asyncio.create_task(hooks.created(pid=PID))
-    await asyncio.to_thread((bundle / "gate").write_text, "\n")
-    names = [entry.name for entry in ledger.entries()]
+    gate = await asyncio.to_thread((bundle / "gate").open, "w")  # returns when the hook has opened it, too
+    assert [entry.name for entry in ledger.entries()] == [slow]
+    gate.write("\n")
+    gate.close()
     await creating
-    assert names == [slow]
     assert ledger.entries() == []
     ledger.close()
 
