@@ -455,7 +455,7 @@ def test_sockets_and_fifos_do_not_reach_processes_of_the_host(attacker: Attacker
 def test_attributes_and_handles_of_files_open_nothing(attacker: Attacker):
     attacker.run("mkdir /vol/attributes; touch /vol/attributes/file; cp /bin/busybox /vol/attributes/busybox")
     outcomes = attacker.run_python(f"""
-        import _ctypes, struct  # the guest's Python has no more of ctypes
+        import _ctypes  # the guest's Python has no more of ctypes
         [volume] = [one.path for one in os.scandir({SHARE!r}) if one.name.endswith("-vol")]
         for path in (volume + "/attributes", volume + "/attributes/file", "{SHARE}/" + box + "/rootfs/vol"):
             for name in ("trusted.overlay.opaque", "trusted.overlay.redirect", "trusted.x"):
@@ -475,8 +475,8 @@ def test_attributes_and_handles_of_files_open_nothing(attacker: Attacker):
             mount = os.open(volume, os.O_RDONLY)
             kinds = {{0x81: (0, number, generation), 1: (number, generation), 2: (number, 0, 1, 0)}}
             for kind, words in kinds.items():
-                data = struct.pack("=%dI" % len(words), *words)
-                handle = struct.pack("=Ii", len(data), kind) + data
+                words = (4 * len(words), kind, *words)
+                handle = b"".join(word.to_bytes(4, "little") for word in words)
                 opened = system_call(mount, handle, os.O_RDONLY)
                 if opened >= 0:
                     print("opened", os.listdir(opened) if os.path.isdir(opened) else os.read(opened, 100))
