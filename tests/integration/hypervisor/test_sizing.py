@@ -38,8 +38,8 @@ def on_host(vm) -> int:
     return sum(mapped.values())
 
 
-async def test_memory_grows_and_shrinks_under_load_and_not_against_the_guests_will(start):
-    vm, shell = await start(memory_bytes=SMALL)
+async def test_memory_grows_and_shrinks_under_load_and_not_against_the_guests_will(start, qemu):
+    vm, shell = await start(qemu=qemu, memory_bytes=SMALL)
     first = await memory(shell)
     for wrong in (SMALL // 2, 8 << 30):
         with pytest.raises(ResizeError, match="MiB: the virtual machine can have 256 to 4096 MiB;"):
@@ -63,8 +63,8 @@ async def test_memory_grows_and_shrinks_under_load_and_not_against_the_guests_wi
 
 
 @pytest.mark.nightly
-async def test_a_guest_without_virtio_mem_gets_memory_modules(start):
-    vm, shell = await start(memory_bytes=SMALL, kernel_parameters=("module_blacklist=virtio_mem",))
+async def test_a_guest_without_virtio_mem_gets_memory_modules(start, qemu):
+    vm, shell = await start(qemu=qemu, memory_bytes=SMALL, kernel_parameters=("module_blacklist=virtio_mem",))
     first = await memory(shell)
     assert await vm.resize_memory(SMALL + 100 * MIB) == SMALL + 128 * MIB  # a module is no smaller
     assert await memory(shell) - first == 128 * MIB
@@ -75,8 +75,8 @@ async def test_a_guest_without_virtio_mem_gets_memory_modules(start):
     assert await memory(shell) == first
 
 
-async def test_memory_that_the_guest_frees_is_back_on_the_host(start):
-    vm, shell = await start(memory_bytes=LARGE)
+async def test_memory_that_the_guest_frees_is_back_on_the_host(start, qemu):
+    vm, shell = await start(qemu=qemu, memory_bytes=LARGE)
     before = on_host(vm)
     await shell("mount -t tmpfs -o size=90% none /mnt; dd if=/dev/zero of=/mnt/full bs=1M count=512")
     assert on_host(vm) - before > 500 * MIB
@@ -87,8 +87,8 @@ async def test_memory_that_the_guest_frees_is_back_on_the_host(start):
         await asyncio.sleep(0.1)
 
 
-async def test_processors_are_added_and_taken_away_as_the_guest_sees_it(start):
-    vm, shell = await start(vcpus=1, max_vcpus=4)
+async def test_processors_are_added_and_taken_away_as_the_guest_sees_it(start, qemu):
+    vm, shell = await start(qemu=qemu, vcpus=1, max_vcpus=4)
     await shell(LOAD)
     for wrong in (0, 5):
         with pytest.raises(ResizeError, match=f"resize vcpus: {wrong}: the virtual machine can have 1 to 4;"):
