@@ -8,7 +8,7 @@ import pytest
 
 from guest.image import ImageError, build
 
-CACHE = Path("/var/cache/hako/packages")
+CACHE = Path("/var/cache/hako")  # where scripts/setup downloaded them
 
 
 def build_into(output: Path) -> list[str]:
