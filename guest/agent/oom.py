@@ -117,6 +117,8 @@ def settle(container_id: str) -> None:
             gate = _thread.allocate_lock()
             gate.acquire()
             counter.gates.append(gate)
+            # Whoever reads the count takes the change from those who wait for it, as they share a descriptor.
+            os.eventfd_write(_changed_fd, 1)
         gate.acquire(timeout=left)
 
 

@@ -1,0 +1,60 @@
+"""News of kills for memory: the end of a process must not come before it, nor swallow it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+
+from guest.agent import cgroup, oom
+from guest.agent.ttrpc import Call
+
+
+@pytest.fixture
+def kills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the kernel has counted; as in one that somebody has just read, its file shows no change."""
+    counted = [0]
+    monkeypatch.setattr(cgroup, "open_kills", lambda _path: os.eventfd(0, os.EFD_CLOEXEC))
+    monkeypatch.setattr(cgroup, "kills", lambda _fd: counted[0])
+    monkeypatch.setattr(oom, "_counters", {})
+    monkeypatch.setattr(oom, "_changed_fd", os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+    monkeypatch.setattr(oom, "_asked", True)
+    return counted
+
+
+class _Watched(Call):
+    """A call that says when it waits."""
+
+    __slots__ = ("waits",)
+
+    def __init__(self) -> None:
+        super().__init__(os.eventfd(0, os.EFD_CLOEXEC), 0)
+        self.waits = threading.Semaphore(0)
+
+    def wait(self, **what: object) -> list[int]:
+        self.waits.release()
+        return super().wait(**what)  # type: ignore[arg-type]  # handed on as it is
+
+
+def test_kill_is_told_of_though_the_end_of_its_process_was_first_to_read_the_count(kills: list[int]) -> None:
+    oom.watch("box", "/box")
+    told: list[str] = []
+    call = _Watched()
+
+    def serve() -> None:
+        told.append(oom.next_kill(call))
+        assert call.afterwards is not None
+        call.afterwards()
+
+    waiter = threading.Thread(target=serve, daemon=True)
+    waiter.start()
+    for _ in ("the container is new", "nothing happens to it"):
+        assert call.waits.acquire(timeout=oom.SETTLE_TIMEOUT_S)
+    kills[0] = 1
+    began_s = time.monotonic()
+    oom.settle("box")
+    assert time.monotonic() - began_s < oom.SETTLE_TIMEOUT_S
+    waiter.join(oom.SETTLE_TIMEOUT_S)
+    assert told == ["box"]
