@@ -29,6 +29,8 @@ SHARE_TAG = "kataShared"
 SHARE_DIRECTORY = "/run/kata-containers/shared/containers"
 WATCHABLE_NAME = "watchable"
 WATCHABLE_DIRECTORY = f"{SHARE_DIRECTORY}/{WATCHABLE_NAME}"
+# The guest kernel's modules. No container's id begins with a dot.
+MODULES_NAME = ".modules"
 SHM_DIRECTORY = "/run/kata-containers/sandbox/shm"
 SHM_BYTES = 64 * 1024 * 1024  # the size runc gives /dev/shm
 

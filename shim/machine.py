@@ -26,7 +26,7 @@ from hypervisor import (
     template_key,
 )
 from shim import mounts, postmortem, timeline
-from shim.agent import WATCHABLE_NAME, Agent
+from shim.agent import MODULES_NAME, WATCHABLE_NAME, Agent
 from shim.errors import DeadlineExceeded, ShimError, Unavailable
 from shim.host import resolve
 from shim.host_cgroup import HostCgroup
@@ -282,6 +282,10 @@ class Machine:
         # another container would lead that one's mounts to anywhere on the host.
         self._guest_share.mkdir(mode=0o700, exist_ok=True)
         mounts.bind(self.share, self._guest_share, read_only=True, recursive=False)
+        modules = Path(config.guest.kernel).with_name("modules")
+        if modules.is_dir():
+            (self.share / MODULES_NAME).mkdir()
+            mounts.bind(modules, self.share / MODULES_NAME, read_only=True, recursive=False)
         choice = await resolve(config)
         log.info("boot: accelerator %s: %s", choice.accelerator.value, choice.accelerator_reason)
         log.info("boot: channel %s: %s", choice.channel.value, choice.channel_reason)

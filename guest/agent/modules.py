@@ -1,4 +1,8 @@
-"""Kernel modules: those that boot needs, in order, and others when something asks for them."""
+"""Kernel modules: those that boot needs, in order, and others when something asks for them.
+
+Few are in the image. The others lie on the host, in a directory that it may share: there the kernel finds
+what it asks for by itself, for example when a container makes its first packet filter.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import os
 from guest.agent import files, kernel
 
 _DIRECTORY = "/lib/modules"
+_PROGRAM = "/proc/sys/kernel/modprobe"
 
 _lock = _thread.allocate_lock()
 
@@ -21,19 +26,31 @@ def load_boot() -> None:
         _load(name, "")
 
 
+def share(directory: str) -> None:
+    """Let the kernel, and :func:`load`, find modules in a directory, unless it has none for this kernel.
+
+    :param directory: it holds ``modprobe`` and, by the kernel's release, the modules.
+    :raises OSError: if the kernel cannot be told.
+    """
+    release = os.uname().release
+    if files.exists(f"{directory}/{release}/modules.dep"):
+        os.symlink(f"{directory}/{release}", f"{_DIRECTORY}/{release}")
+        files.write(_PROGRAM, f"{directory}/modprobe")
+
+
 def load(wanted: str, *, parameters: str = "") -> bool:
     """Load one module of the image after those that it depends on; one that is there already is left alone.
 
     :param wanted: its name.
     :param parameters: its settings, as on the kernel's command line.
-    :returns: False if neither the kernel nor the image has it.
+    :returns: False if neither the kernel nor the image has it, nor the shared directory.
     :raises OSError: if the kernel refuses one.
     """
     wanted = wanted.replace("-", "_")
     lines = [line.split() for line in files.read(f"{_DIRECTORY}/depends").splitlines()]
     depends = {name: others for name, *others in lines}
     if wanted not in depends:
-        return files.exists(f"/sys/module/{wanted}")
+        return files.exists(f"/sys/module/{wanted}") or _load_shared(wanted, parameters)
     # Each line stands after the lines of what its module depends on.
     needed = {wanted}
     for name, others in reversed(depends.items()):
@@ -44,6 +61,22 @@ def load(wanted: str, *, parameters: str = "") -> bool:
             if name in needed and not _is_live(name):
                 _load(name, parameters if name == wanted else "")
     return True
+
+
+def _load_shared(wanted: str, parameters: str) -> bool:
+    tree = f"{_DIRECTORY}/{os.uname().release}"
+    if not files.exists(tree):
+        return False
+    for line in files.read(f"{tree}/modules.dep").splitlines():
+        # What has to be there first comes last, see modules.dep(5).
+        name, *others = line.replace(":", "").split()
+        if name == f"{wanted}.ko":
+            with _lock:
+                for file in (*reversed(others), name):
+                    code = files.read_bytes(f"{tree}/{file}")
+                    kernel.load_module(file, code, parameters=parameters if file == name else "")
+            return True
+    return False
 
 
 def _is_live(name: str) -> bool:

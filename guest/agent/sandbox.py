@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from guest.agent.wire import Message
 
 _RESOLV_CONF = f"{ROOT}/sandbox/resolv.conf"
+_MODULES = f"{ROOT}/shared/containers/.modules"
 _TUN = (10, 200)
+# The kernel asks for every other module of a packet filter, but an iptables of the old kind expects these.
+_FILTERS = ("ip_tables", "ip6_tables")
 _END_TIMEOUT_S = 2.0
 _ALIASES = {"mnt": "mount", "net": "network"}
 _FIRST = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
@@ -48,14 +51,17 @@ class Sandbox:
             if self._created:
                 raise AgentError("sandbox: it exists already; use another machine")
             self._created = True
-        for module in request.kernel_modules:
-            if not modules.load(module.name, parameters=" ".join(module.parameters)):
-                raise AgentError(f"sandbox: kernel module {module.name}: not in the image; build it in")
         files.make_directories(ROOT)
         # Made now, not at boot: machines that were cloned have booted as one. See machine-id(5).
         files.create("/etc/machine-id", f"{os.urandom(16).hex()}\n")
         self._shared = {"ipc": namespaces.share_ipc(), "uts": namespaces.share_uts(request.hostname)}
         self._mounts.hold(request.storages)
+        modules.share(_MODULES)
+        for module in request.kernel_modules:
+            if not modules.load(module.name, parameters=" ".join(module.parameters)):
+                raise AgentError(
+                    f"sandbox: kernel module {module.name}: neither in the image nor beside it; check it"
+                )
         if request.dns:
             files.make_directories(f"{ROOT}/sandbox")
             files.create(_RESOLV_CONF, "\n".join(request.dns))
@@ -91,6 +97,10 @@ class Sandbox:
             )
             if any((device.Major, device.Minor) == _TUN for device in spec.Linux.Devices):
                 modules.load("tun")
+            capabilities = spec.Process.Capabilities if spec.Process else None
+            if capabilities and "CAP_NET_ADMIN" in capabilities.Bounding:
+                for name in _FILTERS:
+                    modules.load(name)
             container = Container(container_id, spec, namespaces=chosen, devices=numbers)
         except BaseException:
             self._forget(container_id, held)

@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from guest.image import bytecode, cpio, initramfs, packages, schema
+from guest.image import bytecode, cpio, initramfs, module_tree, packages, schema
 from guest.image import kernel as kernel_image
 from guest.image.errors import ImageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_PROGRAMS = ("crun", "python3-minimal", "libpython3-stdlib")
+_PROGRAMS = ("crun", "python3-minimal", "libpython3-stdlib", "busybox-static")
 # Order matters: the console first, so that whatever fails later is seen; then the channel and the share.
 _BOOT_MODULES = ("virtio_pci", "virtio_console", "vmw_vsock_virtio_transport", "virtiofs")
 _LATER_MODULES = (
@@ -41,7 +41,7 @@ def build(
     modules: Path | None = None,
     progress: Callable[[str], None],
 ) -> None:
-    """Build ``vmlinux``, ``initrd`` and ``image.json``, unless they are there already from the same inputs.
+    """Build ``vmlinux``, ``initrd``, ``modules`` and ``image.json``, unless the inputs are as they were.
 
     The same inputs give the same bytes.
 
@@ -85,6 +85,13 @@ def build(
         vmlinux = kernel_image.slim(vmlinux)
         boot = kernel_image.load_modules(chosen.modules, _BOOT_MODULES)
         every = kernel_image.load_modules(chosen.modules, _BOOT_MODULES + _LATER_MODULES)
+        progress("writing the modules for later")
+        module_tree.write(
+            output / "modules",
+            kernel_image.all_modules(chosen.modules),
+            release=chosen.modules.name,
+            staging=staging,
+        )
         progress("compiling the agent")
         _stage_agent(agent, staging)
         python = bytecode.compile_agent(staging)
@@ -154,7 +161,7 @@ def _is_current(output: Path, digest: str) -> bool:
         description = json.loads((output / "image.json").read_bytes())
     except (FileNotFoundError, ValueError):
         return False
-    complete = all((output / name).exists() for name in ("vmlinux", "initrd"))
+    complete = all((output / name).exists() for name in ("vmlinux", "initrd", "modules"))
     return complete and description.get("input_digest") == digest
 
 

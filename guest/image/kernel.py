@@ -14,6 +14,7 @@ from guest.image import elf
 from guest.image.errors import ImageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 _XZ, _GZIP, _ZSTD, _LZ4 = b"\xfd7zXZ\x00", b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"\x02\x21\x4c\x18"
@@ -40,11 +41,13 @@ class Module:
     :param name: the name with underscores, as the kernel shows it.
     :param data: the uncompressed object.
     :param depends: names of the modules it needs first.
+    :param aliases: patterns of the names that the kernel asks for when it needs what this module does.
     """
 
     name: str
     data: bytes
     depends: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
 
 
 def vmlinux(image: bytes, *, name: str) -> bytes:
@@ -162,11 +165,7 @@ def load_modules(root: Path, wanted: tuple[str, ...]) -> tuple[Module, ...]:
     :returns: modules in load order; names built into the kernel are left out.
     :raises ImageError: if a module is neither there nor built in.
     """
-    files = {
-        _name(path.name): path
-        for path in sorted(root.rglob("*.ko*"))
-        if path.name.removesuffix(path.suffix).endswith(".ko") or path.suffix == ".ko"
-    }
+    files = _files(root)
     built_in = {
         _name(line.rpartition("/")[2])
         for line in (root / "modules.builtin").read_text(encoding="ascii").split()
@@ -190,6 +189,24 @@ def load_modules(root: Path, wanted: tuple[str, ...]) -> tuple[Module, ...]:
     return tuple(ordered.values())
 
 
+def all_modules(root: Path) -> Iterator[Module]:
+    """Read every module of a kernel.
+
+    :param root: a ``lib/modules/RELEASE`` directory.
+    :returns: the modules, one by one, sorted by name.
+    :raises ImageError: if one is damaged.
+    """
+    return (_read(name, path) for name, path in sorted(_files(root).items()))
+
+
+def _files(root: Path) -> dict[str, Path]:
+    return {
+        _name(path.name): path
+        for path in sorted(root.rglob("*.ko*"))
+        if path.name.removesuffix(path.suffix).endswith(".ko") or path.suffix == ".ko"
+    }
+
+
 def _name(file: str) -> str:
     return file.partition(".ko")[0].replace("-", "_")
 
@@ -206,9 +223,11 @@ def _read(name: str, path: Path) -> Module:
         case _:
             pass
     depends: tuple[str, ...] = ()
+    aliases = []
     for item in elf.parse(data, name=path.name).section(".modinfo").split(b"\0"):
-        if item.startswith(b"depends="):
-            depends = tuple(
-                part.replace("-", "_") for part in item.removeprefix(b"depends=").decode().split(",") if part
-            )
-    return Module(name=name, data=elf.slim_module(data, _UNWANTED), depends=depends)
+        key, _equals, value = item.decode(errors="replace").partition("=")
+        if key == "depends":
+            depends = tuple(part.replace("-", "_") for part in value.split(",") if part)
+        elif key == "alias":
+            aliases.append(value)
+    return Module(name=name, data=elf.slim_module(data, _UNWANTED), depends=depends, aliases=tuple(aliases))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from guest.image import ImageError, cpio, elf, initramfs, kernel
+from guest.image import ImageError, cpio, elf, initramfs, kernel, module_tree
 
 XEN_NOTE = struct.pack("<III4sQ", 4, 8, 18, b"Xen\0", 0x1000000)
 
@@ -182,6 +182,40 @@ def test_modules_come_after_what_they_need_and_uncompressed(modules: Path) -> No
     loaded = kernel.load_modules(modules, ("virtio", "virtio_fs", "ext4"))
     assert [one.name for one in loaded] == ["virtio_ring", "virtio", "fuse", "virtio_fs"]
     assert all(one.data.startswith(b"\x7fELF") for one in loaded)
+
+
+def test_all_modules_are_read_with_the_names_that_the_kernel_asks_for(modules: Path) -> None:
+    (modules / "kernel/dummy.ko").write_bytes(
+        relocatable({".modinfo": b"name=dummy\0depends=\0alias=rtnl-link-dummy\0alias=pci:v*d*\0"})
+    )
+    found = {one.name: one.aliases for one in kernel.all_modules(modules)}
+    assert list(found) == ["dummy", "fuse", "virtio", "virtio_fs", "virtio_ring"]
+    assert found["dummy"] == ("rtnl-link-dummy", "pci:v*d*")
+
+
+def test_tree_of_modules_has_modprobe_and_the_indexes_that_it_reads(modules: Path, tmp_path: Path) -> None:
+    staging, tree = tmp_path / "staging", tmp_path / "modules"
+    (staging / "usr/bin").mkdir(parents=True)
+    (staging / "usr/bin/busybox").write_bytes(b"a program")
+    for _again in range(2):
+        module_tree.write(tree, kernel.all_modules(modules), release="6.1", staging=staging)
+    assert (tree / "modprobe").stat().st_mode & 0o777 == 0o755
+    # What is needed first comes last, as modules.dep(5) has it.
+    assert (tree / "6.1/modules.dep").read_text().splitlines() == [
+        "fuse.ko:",
+        "virtio.ko: virtio_ring.ko",
+        "virtio_fs.ko: virtio.ko virtio_ring.ko fuse.ko",
+        "virtio_ring.ko:",
+    ]
+    assert sorted(path.name for path in (tree / "6.1").glob("*.ko")) == [
+        *("fuse.ko", "virtio.ko", "virtio_fs.ko", "virtio_ring.ko")
+    ]
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_module_that_another_needs_and_that_is_missing_is_named() -> None:
+    with pytest.raises(ImageError, match="virtio needs virtio_ring"):
+        module_tree.dependency_lines({"virtio": ("virtio_ring",)})
 
 
 def test_missing_module_is_named(modules: Path) -> None:
