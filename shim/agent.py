@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from typing import TYPE_CHECKING, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 
 from proto.kata import agent_pb2, health_pb2, oci_pb2, types_pb2
+from shim.errors import ShimError
 from shim.transport.ttrpc_client import TtrpcClient
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ SHM_BYTES = 64 * 1024 * 1024  # the size runc gives /dev/shm
 SEED_BYTES = 64  # as many as the guest's kernel mixes at once
 _CLOCK_ERROR_NS = 250_000_000
 _MAX_SETTINGS = 3
+_NUMBER = re.compile(r"^\d+: ")  # of a cause
 
 CALL_TIMEOUT_S = 60.0  # the protocol's customary limit, Kata's create_container_timeout among them
 PROCESSES_TIMEOUT_S = 1.0  # containerd asks for pids within the 5 s that a restart gives a shim
@@ -48,6 +51,26 @@ SIGNAL_TIMEOUT_S = 10.0  # a kill must fail, or reach for the machine, before a 
 def rootfs_of(container_id: str) -> str:
     """Name the directory in the guest on which a container's root file system is mounted if it is a disk."""
     return f"/run/kata-containers/{container_id}/rootfs"
+
+
+def _shm(*options: str) -> agent_pb2.Storage:
+    return agent_pb2.Storage(
+        driver="ephemeral",
+        source="shm",
+        fstype="tmpfs",
+        mount_point=SHM_DIRECTORY,
+        options=[*options, "noexec", "nosuid", "nodev", "mode=1777", f"size={SHM_BYTES}"],
+    )
+
+
+def one_line(message: str) -> str:
+    """Put an error of a stock agent into one line: what failed, and the causes that it lists below, in turn.
+
+    :param message: as anyhow's ``Debug`` has it, with the stack of the agent at its end if it was told so.
+    """
+    told, _, _ = message.partition("Stack backtrace:")
+    lines = (_NUMBER.sub("", line.strip()) for line in told.splitlines())
+    return ": ".join(line for line in lines if line and line != "Caused by:")
 
 
 _MAX_STATUS = 255  # wait(2); containerd's own value for an exit that nobody can tell, too
@@ -131,7 +154,13 @@ class Agent:
         *,
         timeout_s: float | None = CALL_TIMEOUT_S,
     ) -> _Reply:
-        return await self._client.call(SERVICE, method, request, reply, timeout_s=timeout_s)
+        try:
+            return await self._client.call(SERVICE, method, request, reply, timeout_s=timeout_s)
+        except ShimError as error:
+            message = str(error)
+            if "\n" not in message:
+                raise
+            raise type(error)(one_line(message)) from error
 
     async def aclose(self) -> None:
         """Close the connection; pending calls fail with Unavailable."""
@@ -150,13 +179,7 @@ class Agent:
             agent_pb2.Storage(
                 driver="virtio-fs", source=SHARE_TAG, fstype="virtiofs", mount_point=f"{SHARE_DIRECTORY}/"
             ),
-            agent_pb2.Storage(
-                driver="ephemeral",
-                source="shm",
-                fstype="tmpfs",
-                mount_point=SHM_DIRECTORY,
-                options=["noexec", "nosuid", "nodev", "mode=1777", f"size={SHM_BYTES}"],
-            ),
+            _shm(),
             # The share is read-only: what the guest keeps up to date by itself is mounted on a part of it.
             agent_pb2.Storage(
                 driver="ephemeral",
@@ -166,8 +189,9 @@ class Agent:
                 options=["nosuid", "nodev", "mode=0755"],
             ),
         ]
+        # A stock agent reports no kills in a container that has the sandbox's own id.
         request = agent_pb2.CreateSandboxRequest(
-            sandbox_id=sandbox_id, hostname=hostname, dns=dns, storages=storages
+            sandbox_id=f"{sandbox_id}-sandbox", hostname=hostname, dns=dns, storages=storages
         )
         _, answer = await asyncio.gather(
             self._call("CreateSandbox", request, Empty),
@@ -178,6 +202,10 @@ class Agent:
         self.frames_streams = "hako.streams" in details.extra_features
         # A stock agent forgets a process' streams with the first WaitProcess answer; Hako's does not.
         self.is_hako = self.keeps_streams = "hako" in details.extra_features
+        if not self.is_hako:
+            # A stock agent takes the options of such a storage only when it is mounted again.
+            again = agent_pb2.UpdateEphemeralMountsRequest(storages=[_shm("remount")])
+            await self._call("UpdateEphemeralMounts", again, Empty)
 
     async def update_interface(self, interface: types_pb2.Interface) -> None:
         """Set a network card up as described; one that is being plugged is waited for."""

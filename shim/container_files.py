@@ -19,7 +19,7 @@ from proto.kata import agent_pb2
 from shim import mounts
 from shim.agent import SHARE_DIRECTORY, rootfs_of
 from shim.disks import limits_of, without_limits_of
-from shim.errors import Internal, InvalidArgument
+from shim.errors import Internal, InvalidArgument, Unimplemented
 from shim.passthrough import devices_of
 from shim.volume_source import opened
 
@@ -229,7 +229,10 @@ class ContainerFiles:
             except HypervisorError as error:
                 raise Internal(f"update: container {self._id}: {error}") from error
             if plugged.mount_point:
-                await agent.resize_volume(plugged.mount_point, size_bytes=size_bytes)
+                try:
+                    await agent.resize_volume(plugged.mount_point, size_bytes=size_bytes)
+                except Unimplemented as error:  # a stock agent
+                    log.warning("update: container %s: %s stays as it is: %s", self._id, plugged.path, error)
             plugged.size_bytes = size_bytes  # only now: what failed is tried again with the next update
 
     async def take_back(self) -> None:

@@ -473,7 +473,7 @@ class Sandbox:
         watching = self.spawn(self._report_ooms(agent), name="out of memory")
         # A clone may be smaller than what is known already to be needed.
         self.spawn(self._grow_if_alive(), name="grow")
-        if self._machine.lacks_template:
+        if self._machine.lacks_template and agent.is_hako:  # no other says when it can be saved
             self.spawn(self._have_template_built(), name="template")
         try:
             ended = f"sandbox {self.id}: {await self._machine.reason_of_end(agent)}"

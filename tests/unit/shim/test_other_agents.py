@@ -1,0 +1,110 @@
+"""What the shim does where the guest's agent is not Hako's: Kata's protocol, and nothing beyond it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from proto.kata import agent_pb2
+from shim.agent import SHM_DIRECTORY, Agent
+from shim.errors import InvalidArgument, Unimplemented
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+    from shim.errors import ShimError
+    from shim.transport.ttrpc_client import TtrpcClient
+
+ANYHOW = """Invalid container id
+
+Caused by:
+    0: No such container
+    1: os error 2
+
+Stack backtrace:
+   0: anyhow::error::new
+   1: core::ops
+"""
+
+
+class Peer:
+    """An agent that has the given features, and answers everything with what is empty, or with an error."""
+
+    def __init__(self, *features: str, error: ShimError | None = None) -> None:
+        self.requests: list[tuple[str, Message]] = []
+        self._features = features
+        self._error = error
+
+    async def call(
+        self, _service: str, method: str, request: Message, reply: type[Message], **_: object
+    ) -> Message:
+        self.requests.append((method, request))
+        if self._error is not None:
+            raise self._error
+        answer = reply()
+        if isinstance(answer, agent_pb2.GuestDetailsResponse):
+            answer.agent_details.extra_features.extend(self._features)
+        return answer
+
+    def asked(self, method: str) -> list[Message]:
+        return [request for name, request in self.requests if name == method]
+
+
+async def sandbox_of(peer: Peer) -> Agent:
+    agent = Agent(cast("TtrpcClient", peer))
+    await agent.create_sandbox(sandbox_id="box", hostname="box", dns=[])
+    return agent
+
+
+async def test_shared_memory_of_another_agent_is_mounted_again_for_its_size_to_count() -> None:
+    peer = Peer("seccomp")
+    await sandbox_of(peer)
+    [request] = peer.asked("UpdateEphemeralMounts")
+    assert isinstance(request, agent_pb2.UpdateEphemeralMountsRequest)
+    [storage] = request.storages
+    assert storage.mount_point == SHM_DIRECTORY
+    assert {"remount", "size=67108864", "mode=1777"} <= set(storage.options)
+
+
+async def test_hakos_agent_is_not_asked_twice_for_shared_memory() -> None:
+    peer = Peer("hako")
+    await sandbox_of(peer)
+    assert not peer.asked("UpdateEphemeralMounts")
+
+
+async def test_no_container_has_the_id_that_the_agent_is_told_of_the_sandbox() -> None:
+    peer = Peer()
+    await sandbox_of(peer)
+    [request] = peer.asked("CreateSandbox")
+    assert isinstance(request, agent_pb2.CreateSandboxRequest)
+    assert request.sandbox_id not in {"", "box"}, "such a container's kills for memory would not be reported"
+
+
+@pytest.mark.parametrize(
+    ("features", "is_hako", "keeps", "frames"),
+    [
+        ((), False, False, False),
+        (("seccomp", "agent-policy"), False, False, False),
+        (("hako",), True, True, False),
+        (("hako", "hako.streams"), True, True, True),
+    ],
+)
+async def test_extensions_are_used_if_the_agent_says_that_it_has_them(
+    features: tuple[str, ...], *, is_hako: bool, keeps: bool, frames: bool
+) -> None:
+    agent = await sandbox_of(Peer(*features))
+    assert (agent.is_hako, agent.keeps_streams, agent.frames_streams) == (is_hako, keeps, frames)
+
+
+async def test_error_of_a_stock_agent_is_one_line_with_its_causes() -> None:
+    agent = Agent(cast("TtrpcClient", Peer(error=InvalidArgument(ANYHOW))))
+    with pytest.raises(InvalidArgument) as caught:
+        await agent.start_container("box")
+    assert str(caught.value) == "Invalid container id: No such container: os error 2"
+
+
+async def test_error_of_one_line_stays_as_it_is() -> None:
+    agent = Agent(cast("TtrpcClient", Peer(error=Unimplemented("grpc.AgentService/ResizeVolume"))))
+    with pytest.raises(Unimplemented, match=r"^grpc.AgentService/ResizeVolume$"):
+        await agent.resize_volume("/run/volume", size_bytes=1)
