@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import socket
 import time
 from functools import partial
 from pathlib import Path
@@ -134,7 +135,10 @@ class Machine:
                 try:
                     with timeline.phase("CreateSandbox", lane=timeline.MACHINE):
                         await agent.create_sandbox(
-                            sandbox_id=self._id, hostname=pod.hostname, dns=list(pod.dns)
+                            sandbox_id=self._id,
+                            # Who names none shares the host's, or has what a new namespace begins with.
+                            hostname=pod.hostname or socket.gethostname(),
+                            dns=list(pod.dns),
                         )
                     with timeline.phase("network cards", lane=timeline.MACHINE):
                         await network.attach(machine=self.vm, agent=agent)

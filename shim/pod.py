@@ -42,7 +42,7 @@ TEMPLATE_ANNOTATION = "io.hako.template"
 class PodSpec:
     """A sandbox as whoever wants it describes it.
 
-    :param hostname: the name of the machine; empty leaves it unnamed.
+    :param hostname: the name of the machine; if empty, the host's.
     :param dns: lines of resolv.conf.
     :param sysctls: kernel parameters of the whole pod, which its containers' specifications do not repeat.
     :param cgroup: ``linux.cgroupsPath`` of the sandbox on the host; empty for none.

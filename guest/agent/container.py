@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from guest.agent.wire import Message
 
 ROOT = "/run/kata-containers"
+_SHARED = f"{ROOT}/shared/"
 _RESERVED = frozenset({"sandbox", "shared"})
 """Directories of the protocol beside those of the containers."""
 _REMOVAL_TIMEOUT_S = 60
@@ -61,6 +62,7 @@ class Container:
         self._owns_root = True
         self._bundle = bundle_of(container_id)
         self._rootfs = f"{self._bundle}/rootfs"
+        self._shared = [mount.source for mount in spec.Mounts if mount.source.startswith(_SHARED)]
         self._cgroup = cgroup.path_of(spec.Linux.CgroupsPath, container_id)
         self._lock = _thread.allocate_lock()
         self._execs: dict[str, Process | None] = {}
@@ -94,6 +96,13 @@ class Container:
 
         :raises AgentError: with crun's own message, if it cannot.
         """
+        for source in self._shared:
+            # Whoever made the container may have written to it since: Docker to resolv.conf, hooks to hosts.
+            # A size that the guest remembers would cut it off.
+            try:
+                kernel.ask_size(source)
+            except OSError as error:
+                log(f"start: {self.id}: {error}")
         runtime.start(self.id)
 
     def execute(self, exec_id: str, message: Message) -> Process:

@@ -35,6 +35,8 @@ CLONE_NEWUTS = 0x04000000
 CLONE_NEWIPC = 0x08000000
 CLONE_NEWPID = 0x20000000
 _RB_POWER_OFF = 0x4321FEDC
+_AT_FDCWD, _AT_STATX_FORCE_SYNC, _STATX_SIZE = -100, 0x2000, 0x200
+_STATX_BYTES = 256
 _SYSLOG_ACTION_READ_ALL, _MESSAGES_BYTES = 3, 1 << 18
 
 
@@ -55,6 +57,11 @@ class _Messages(_ctypes.Array):  # type: ignore[type-arg]  # not subscriptable w
     _length_ = _MESSAGES_BYTES
 
 
+class _Status(_ctypes.Array):  # type: ignore[type-arg]  # as above
+    _type_ = _Char
+    _length_ = _STATX_BYTES
+
+
 class _Function(_ctypes.CFuncPtr):
     _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
     _restype_ = _Int
@@ -68,6 +75,7 @@ _program = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]  # the pr
 _mount, _umount2, _init_module = _libc("mount"), _libc("umount2"), _libc("init_module")
 _unshare, _setns, _syncfs = _libc("unshare"), _libc("setns"), _libc("syncfs")
 _klogctl, _reboot, _malloc_trim = _libc("klogctl"), _libc("reboot"), _libc("malloc_trim")
+_statx = _libc("statx")
 
 
 def _check(result: int, what: str) -> None:
@@ -153,6 +161,16 @@ def sync_filesystem(path: str) -> None:
         _check(_syncfs(fd), path)
     finally:
         os.close(fd)
+
+
+def ask_size(path: str) -> None:
+    """Have a filesystem of another host say how large a file is now, whatever it said before, see statx(2).
+
+    :param path: the file.
+    :raises OSError: if it is gone.
+    """
+    result = _statx(_AT_FDCWD, path.encode(), _AT_STATX_FORCE_SYNC, _STATX_SIZE, _Status())
+    _check(result, path)
 
 
 def messages() -> bytes:

@@ -95,7 +95,21 @@ def _cause(command: str, log: str) -> str:
         lines = [line.strip() for line in files.read(log).splitlines() if line.strip()]
     except OSError:
         lines = []
-    return f"crun: {command}: {lines[0] if lines else 'failed without a message'}"
+    return f"crun: {command}: {in_words_of_go(lines[0]) if lines else 'failed without a message'}"
+
+
+def in_words_of_go(message: str) -> str:
+    """Spell a message of crun as Go programs do, by which clients tell what is wrong: Docker's exit status.
+
+    :param message: as crun has it, with the C library's words for an errno at its end.
+    :returns: the same with Go's words, which begin with small letters.
+    """
+    found, quote, after = message.partition("executable file `")
+    program, unquote, rest = after.partition("` not found in $PATH")
+    if quote and unquote:
+        message = f'{found}exec: "{program}": executable file not found in $PATH{rest}'
+    told, colon, cause = message.rpartition(": ")
+    return f"{told}{colon}{cause[:1].lower()}{cause[1:]}"
 
 
 def run(*arguments: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING
 
 import grpc
@@ -63,6 +64,53 @@ def test_the_exit_of_a_task_is_reported_once_and_none_of_a_task_that_could_not_b
         assert containerd.run(IMAGE, last := new_id(), "true").code == 0
         assert exits.wait_for(last, timeout_s=END_S)
         assert exits.seen == [(later, 3), (last, 0)]
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        pytest.param("/missing", "no such file or directory", id="no file"),
+        pytest.param("missing", "executable file not found in $PATH", id="not in PATH"),
+        pytest.param("/etc/passwd", "permission denied", id="no program"),
+    ],
+)
+def test_the_words_by_which_clients_tell_that_a_program_cannot_be_run(
+    one_stack: Stack, box: str, program: str, words: str
+):
+    # Docker's command makes its exit status of them: 127 and 126.
+    containerd = one_stack.containerd
+    assert containerd.run(IMAGE, box, "sleep", "1000", options=["--detach"]).code == 0
+
+    for refused in (containerd.exec(box, "exec", program), containerd.run(IMAGE, new_id(), program)):
+        assert refused.code != 0
+        assert words in refused.stderr
+
+
+def test_a_container_that_names_no_host_has_the_name_of_the_host(one_stack: Stack):
+    result = one_stack.containerd.run(IMAGE, new_id(), "hostname")
+
+    assert (result.code, result.stdout.strip()) == (0, socket.gethostname())
+
+
+def test_a_mounted_file_that_is_rewritten_before_the_start_is_read_whole(
+    one_stack: Stack, box: str, tmp_path: Path
+):
+    # As Docker does with /etc/resolv.conf, and hooks with /etc/hosts.
+    containerd, shared, output = one_stack.containerd, tmp_path / "shared", tmp_path / "output"
+    shared.write_text("before")
+    mount = f"type=bind,src={shared},dst=/shared,options=rbind:ro"
+    made = containerd.ctr(
+        "container", "create", "--runtime", containerd.runtime, "--mount", mount, IMAGE, box, "cat", "/shared"
+    )
+    assert made.code == 0, made.stderr
+
+    with Tasks(containerd.address) as tasks:
+        tasks.begin_create(box, stdout=f"file://{output}").result()
+        shared.write_text("after, and longer")
+        tasks.call("Start", box)
+        tasks.call("Wait", box)
+
+    assert output.read_text() == "after, and longer"
 
 
 def test_an_exec_ends_although_a_child_it_left_behind_holds_its_output(one_stack: Stack, box: str):
