@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import time
 from typing import TYPE_CHECKING, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 
 from proto.kata import agent_pb2, health_pb2, oci_pb2, types_pb2
+from shim.agent_errors import plain
 from shim.errors import ShimError
 from shim.transport.ttrpc_client import TtrpcClient
 
@@ -39,7 +39,6 @@ SHM_BYTES = 64 * 1024 * 1024  # the size runc gives /dev/shm
 SEED_BYTES = 64  # as many as the guest's kernel mixes at once
 _CLOCK_ERROR_NS = 250_000_000
 _MAX_SETTINGS = 3
-_NUMBER = re.compile(r"^\d+: ")  # of a cause
 
 CALL_TIMEOUT_S = 60.0  # the protocol's customary limit, Kata's create_container_timeout among them
 PROCESSES_TIMEOUT_S = 1.0  # containerd asks for pids within the 5 s that a restart gives a shim
@@ -61,16 +60,6 @@ def _shm(*options: str) -> agent_pb2.Storage:
         mount_point=SHM_DIRECTORY,
         options=[*options, "noexec", "nosuid", "nodev", "mode=1777", f"size={SHM_BYTES}"],
     )
-
-
-def one_line(message: str) -> str:
-    """Put an error of a stock agent into one line: what failed, and the causes that it lists below, in turn.
-
-    :param message: as anyhow's ``Debug`` has it, with the stack of the agent at its end if it was told so.
-    """
-    told, _, _ = message.partition("Stack backtrace:")
-    lines = (_NUMBER.sub("", line.strip()) for line in told.splitlines())
-    return ": ".join(line for line in lines if line and line != "Caused by:")
 
 
 _MAX_STATUS = 255  # wait(2); containerd's own value for an exit that nobody can tell, too
@@ -157,10 +146,10 @@ class Agent:
         try:
             return await self._client.call(SERVICE, method, request, reply, timeout_s=timeout_s)
         except ShimError as error:
-            message = str(error)
-            if "\n" not in message:
+            meant = plain(error)
+            if meant is error:
                 raise
-            raise type(error)(one_line(message)) from error
+            raise meant from error
 
     async def aclose(self) -> None:
         """Close the connection; pending calls fail with Unavailable."""

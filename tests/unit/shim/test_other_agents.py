@@ -8,7 +8,7 @@ import pytest
 
 from proto.kata import agent_pb2
 from shim.agent import SHM_DIRECTORY, Agent
-from shim.errors import InvalidArgument, Unimplemented
+from shim.errors import Internal, InvalidArgument, NotFound, Unimplemented
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -97,14 +97,36 @@ async def test_extensions_are_used_if_the_agent_says_that_it_has_them(
     assert (agent.is_hako, agent.keeps_streams, agent.frames_streams) == (is_hako, keeps, frames)
 
 
-async def test_error_of_a_stock_agent_is_one_line_with_its_causes() -> None:
-    agent = Agent(cast("TtrpcClient", Peer(error=InvalidArgument(ANYHOW))))
-    with pytest.raises(InvalidArgument) as caught:
+@pytest.mark.parametrize(
+    ("answer", "meaning"),
+    [
+        (Internal(ANYHOW), Internal("Invalid container id: No such container: os error 2")),
+        (
+            Internal(r'"update: Link not found\n\nStack backtrace:\n   0: <x>"'),
+            Internal("update: Link not found"),
+        ),
+        (InvalidArgument('"invalid container id"'), InvalidArgument("invalid container id")),
+        (
+            Internal('rpc status: Status { code: NOT_FOUND, message: "InvalidExecId", details: [] }'),
+            NotFound("InvalidExecId"),
+        ),
+        (
+            Internal(r'rpc status: Status { code: WHAT, message: "say \"no\"", special_fields: X { } }'),
+            Internal('say "no"'),
+        ),
+        (
+            NotFound("/grpc.AgentService/ResizeVolume is not supported"),
+            Unimplemented("/grpc.AgentService/ResizeVolume is not supported"),
+        ),
+        (NotFound("InvalidExecId"), NotFound("InvalidExecId")),
+        (Internal('"'), Internal('"')),
+    ],
+)
+async def test_an_error_is_one_line_and_of_the_kind_that_is_meant(
+    answer: ShimError, meaning: ShimError
+) -> None:
+    agent = Agent(cast("TtrpcClient", Peer(error=answer)))
+    with pytest.raises(type(meaning)) as caught:
         await agent.start_container("box")
-    assert str(caught.value) == "Invalid container id: No such container: os error 2"
-
-
-async def test_error_of_one_line_stays_as_it_is() -> None:
-    agent = Agent(cast("TtrpcClient", Peer(error=Unimplemented("grpc.AgentService/ResizeVolume"))))
-    with pytest.raises(Unimplemented, match=r"^grpc.AgentService/ResizeVolume$"):
-        await agent.resize_volume("/run/volume", size_bytes=1)
+    assert type(caught.value) is type(meaning)
+    assert str(caught.value) == str(meaning)

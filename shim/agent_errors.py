@@ -1,0 +1,55 @@
+"""What a stock Kata agent answers when something fails, as an error of the shim in one line.
+
+Its messages are Rust's ``Debug`` of whatever failed: an anyhow error with its causes and perhaps the stack of
+the agent, one of these as a quoted string, or a ttrpc status inside of another one.
+"""
+
+from __future__ import annotations
+
+import re
+
+from shim.errors import DeadlineExceeded, InvalidArgument, NotFound, ShimError, Unavailable, Unimplemented
+
+_STATUS = re.compile(r'^rpc status: Status { code: ([A-Z_]+), message: "((?:[^"\\]|\\.)*)"')
+_NUMBER = re.compile(r"^\d+: ")  # of a cause
+_ESCAPED = re.compile(r"\\(.)")
+_CHARACTERS = {"n": "\n", "t": "\t", "r": ""}
+_CLASSES: dict[str, type[ShimError]] = {
+    "INVALID_ARGUMENT": InvalidArgument,
+    "DEADLINE_EXCEEDED": DeadlineExceeded,
+    "NOT_FOUND": NotFound,
+    "UNIMPLEMENTED": Unimplemented,
+    "UNAVAILABLE": Unavailable,
+}
+_NO_HANDLER = re.compile(r"^/grpc\.AgentService/\w+ is not supported$")
+
+
+def plain(error: ShimError) -> ShimError:
+    """Say what an agent's error means.
+
+    :param error: as it came.
+    :returns: the same if there is nothing to improve.
+    """
+    message = str(error)
+    kind: type[ShimError] = type(error)
+    status = _STATUS.match(message)
+    if status:
+        kind, message = _CLASSES.get(status[1], kind), _unquoted(status[2])
+    elif len(message) > 1 and message[0] == message[-1] == '"':
+        message = _unquoted(message[1:-1])
+    elif _NO_HANDLER.match(message):  # it knows the method, which is not the same as having it
+        kind = Unimplemented
+    message = _in_one_line(message)
+    return error if kind is type(error) and message == str(error) else kind(message)
+
+
+def _unquoted(text: str) -> str:
+    return _ESCAPED.sub(lambda found: _CHARACTERS.get(found[1], found[1]), text)
+
+
+def _in_one_line(message: str) -> str:
+    if "\n" not in message:
+        return message
+    told, _, _ = message.partition("Stack backtrace:")
+    lines = (_NUMBER.sub("", line.strip()) for line in told.splitlines())
+    return ": ".join(line for line in lines if line and line != "Caused by:")
