@@ -231,6 +231,15 @@ class Machine:
         if self._network is not None:
             await self._network.rescan()
 
+    async def network_changed(self) -> None:
+        """Wait until something changes in its network namespace after it was followed once.
+
+        :raises Unavailable: if there is no machine yet.
+        """
+        if self._network is None:
+            raise Unavailable(f"sandbox {self._id}: no machine")
+        await self._network.changed()
+
     async def grow(self, agent: Agent, live: Iterable[Limits]) -> None:
         """Become large enough for containers.
 

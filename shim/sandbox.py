@@ -470,7 +470,10 @@ class Sandbox:
             return reason
         self._ready.set_result(agent)
         log.info("boot: sandbox %s: ready", self.id)
-        watching = self.spawn(self._report_ooms(agent), name="out of memory")
+        watching = [
+            self.spawn(self._report_ooms(agent), name="out of memory"),
+            self.spawn(self._keep_following_network(), name="network"),
+        ]
         # A clone may be smaller than what is known already to be needed.
         self.spawn(self._grow_if_alive(), name="grow")
         if self._machine.lacks_template and agent.is_hako:  # no other says when it can be saved
@@ -480,7 +483,8 @@ class Sandbox:
             self._report_end(ended)
             return Unavailable(ended)
         finally:
-            watching.cancel()
+            for each in watching:
+                each.cancel()
             await agent.aclose()
 
     def _report_end(self, reason: str) -> None:
@@ -498,6 +502,17 @@ class Sandbox:
         self._ready.exception()  # marks it as seen: maybe nobody asks any more
         self.ended_at_s = time.time()
         self.ended.set()
+
+    async def _keep_following_network(self) -> None:
+        """Give the machine what comes to its network namespace later, as `docker network connect` does."""
+        while True:
+            await self._machine.network_changed()
+            if all(one.init.exited.is_set() for one in self.containers.values()):
+                continue  # what goes now goes because they went
+            try:
+                await self._machine.follow_network()
+            except ShimError as error:
+                log.warning("network: sandbox %s: %s", self.id, error)
 
     async def _report_ooms(self, agent: Agent) -> None:
         """Tell containerd of each container in which the guest's kernel killed for memory."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 from hypervisor import HypervisorError, Nic
 from shim.errors import Internal, ShimError, Unavailable
 from shim.network import localhost, messages
+from shim.network.changes import Changes
 from shim.network.ingress import remove_ingress
 from shim.network.namespace import NetworkNamespace
 from shim.network.plan import Neighbour, NetworkPlan
@@ -87,6 +88,7 @@ class Network:
         self._machine: Hypervisor | None = None
         self._agent: Agent | None = None
         self._lock = asyncio.Lock()
+        self._changes: asyncio.Future[Changes] = asyncio.get_running_loop().create_future()
 
     @classmethod
     async def open(cls, wanted: WantedNamespace, *, ledger: Ledger, queues: int) -> Self:
@@ -133,6 +135,8 @@ class Network:
         :raises ShimError: if an interface that came cannot be given to the machine; it is left alone then.
         """
         async with self._lock:
+            if not self._changes.done():  # from before the scan, so that there is no gap
+                self._changes.set_result(await self._namespace.run(Changes))
             plan = await self._namespace.run(scan)
             if plan == self._plan:
                 return
@@ -149,11 +153,18 @@ class Network:
                 raise
             self._plan = plan
 
+    async def changed(self) -> None:
+        """Wait until something in the namespace is no longer what the first rescan, or this, has seen."""
+        changes = await asyncio.shield(self._changes)
+        await changes.wait()
+
     async def detach(self) -> None:
         """Leave the namespace, as it was, now that the machine is gone; for once and all."""
         async with self._lock:
             self._machine = None
             await self._remove(self._connections.values())
+            if self._changes.done():
+                self._changes.result().close()
             self._namespace.close()
 
     async def _connect(self, endpoints: Iterable[Endpoint]) -> list[_Connection]:

@@ -17,6 +17,7 @@ import pytest
 
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import new_id
+from tests.e2e.life import until
 from tests.e2e.tasks import Tasks
 from tests.network_space import Space, add_cable, new_space
 
@@ -176,6 +177,20 @@ def test_an_interface_that_is_put_next_to_the_task_before_its_start_is_there(
             shell(one_stack, name, "ping -c 1 -W 5 10.1.0.1 && ping -c 1 -W 5 fd00:1::1")
         finally:
             daemon.remove(name)
+
+
+def test_an_interface_that_comes_to_a_running_container_is_there_until_it_goes(
+    one_stack: Stack, pod: Space, outside: Space
+):
+    """As `docker network connect` and `disconnect` do it."""
+    with box_in(one_stack, pod) as name:
+        cards = "ls /sys/class/net"
+        assert shell(one_stack, name, cards).split() == ["lo"]
+        add_cable(pod, outside, "eth1", number=1)
+        until(lambda: "10.1.0.2/24" in shell(one_stack, name, "ip addr show"), what="the address is there")
+        shell(one_stack, name, "ping -c 1 -W 5 10.1.0.1")
+        pod.ip("link delete eth1")
+        until(lambda: shell(one_stack, name, cards).split() == ["lo"], what="the interface is gone")
 
 
 def test_what_a_machine_cannot_have_is_refused_in_one_line_and_nothing_is_left(

@@ -349,6 +349,29 @@ async def test_an_interface_that_comes_late_becomes_a_card_at_the_next_scan(
         assert machine.names() == ["eth0", "net1"]
 
 
+async def test_what_changes_after_a_scan_is_noticed(
+    pod: Space, outside: Space, ledger: Ledger, machine: Machine
+):
+    changes = {
+        "interface": lambda: add_cable(pod, outside, "net1", number=2),
+        "address": lambda: pod.ip("addr add 10.1.0.9/32 dev eth0"),
+        "route": lambda: pod.ip("route add 10.9.0.0/16 via 10.1.0.1"),
+        "end": lambda: pod.ip("link delete net1"),
+    }
+    async with network_of(pod, ledger) as network:
+        await attach(network, machine)
+        await network.rescan()
+        for what, change in changes.items():
+            noticed = asyncio.create_task(network.changed())
+            await asyncio.sleep(0)
+            told = len(machine.told)
+            await asyncio.to_thread(change)
+            async with asyncio.timeout(DEADLINE_S):
+                await noticed
+            await network.rescan()
+            assert len(machine.told) > told, what
+
+
 async def test_an_interface_that_is_gone_is_unplugged(
     pod: Space, outside: Space, ledger: Ledger, machine: Machine
 ):
