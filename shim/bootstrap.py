@@ -20,8 +20,15 @@ if TYPE_CHECKING:
 
 _NAME = "io.containerd.hako.v2"
 # No more than crun in the guest honours; id-mapped mounts do not reach into a virtual machine.
+# Kubernetes looks for ``rro`` among the mount options.
 _FEATURES = (
     '{"ociVersionMin":"1.0.0","ociVersionMax":"1.1.0",'
+    '"mountOptions":['
+    '"async","atime","bind","defaults","dev","diratime","dirsync","exec","noatime","nodev",'
+    '"nodiratime","noexec","norelatime","nostrictatime","nosuid","private","rbind","rdev",'
+    '"relatime","remount","rexec","rnodev","rnoexec","rnosuid","ro","rprivate","rro","rrw",'
+    '"rslave","rsuid","rw","slave","strictatime","suid","sync"'
+    "],"
     '"linux":{"mountExtensions":{"idmap":{"enabled":false}}}}'
 )
 

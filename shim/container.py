@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from proto.kata import agent_pb2
-from shim import task_events, timeline
+from shim import mounts, task_events, timeline
 from shim.container_files import ContainerFiles
 from shim.disks import root_disk
 from shim.errors import (
@@ -123,6 +123,7 @@ class Container:
                 container_id=self.id,
                 terminal=self.init.stdio.terminal,
                 seccomp=agent.supports_seccomp,
+                has_mounts_below=mounts.are_below,
             )
             if disk is not None:
                 await self._files.plug_root(disk, vm=self._sandbox.vm)

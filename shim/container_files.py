@@ -103,7 +103,14 @@ class ContainerFiles:
             source = self._bundle / path
             if not os.path.isdir(source):  # noqa: PTH112 - a path that no file can have is no error to it
                 raise InvalidArgument(f"rootfs: container {self._id}: {source} is not a directory")
-        self._bind_into_share(source, f"{self._id}/rootfs", read_only=False, recursive=True, follows=False)
+        self._bind_into_share(
+            source,
+            f"{self._id}/rootfs",
+            read_only=False,
+            read_only_below=False,
+            recursive=True,
+            follows=False,
+        )
 
     def show(self, shared: SharedMount) -> None:
         """Show a volume.
@@ -115,6 +122,7 @@ class ContainerFiles:
             source,
             shared.name,
             read_only=shared.read_only,
+            read_only_below=shared.read_only_below,
             recursive=shared.recursive,
             follows=shared.follows,
         )
@@ -285,12 +293,21 @@ class ContainerFiles:
         return address
 
     def _bind_into_share(
-        self, source: Path, name: str, *, read_only: bool, recursive: bool, follows: bool
+        self,
+        source: Path,
+        name: str,
+        *,
+        read_only: bool,
+        read_only_below: bool,
+        recursive: bool,
+        follows: bool,
     ) -> None:
         target = self._share / name
         with opened(source, self._writable) as descriptor:
             if not read_only:
                 self._writable.add(descriptor)
+            elif follows or not read_only_below:
+                self._writable.add_below(descriptor)
             if target.parent != self._share:
                 target.parent.mkdir(mode=0o711)
                 self._shown.callback(target.parent.rmdir)
@@ -302,7 +319,13 @@ class ContainerFiles:
                 self._shown.callback(target.unlink)
             what = f"bind {source} on {target}"
             mounts.bind_opened(
-                descriptor, target, read_only=read_only, recursive=recursive, follows=follows, what=what
+                descriptor,
+                target,
+                read_only=read_only,
+                read_only_below=read_only_below,
+                recursive=recursive,
+                follows=follows,
+                what=what,
             )
             self._shown.callback(mounts.unmount, target)
 

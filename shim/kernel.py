@@ -84,7 +84,7 @@ def mount_targets(below: str) -> list[str]:
         fields = [line.split(b" ")[4] for line in file]
     # proc(5) mountinfo writes space, tab, newline and backslash as octal escapes.
     targets = [os.fsdecode(field.decode("unicode_escape").encode("latin-1")) for field in fields]
-    return [target for target in targets if target == below or target.startswith(f"{below}/")]
+    return [target for target in targets if target == below or target.startswith(f"{below.rstrip('/')}/")]
 
 
 def _call(function: str, *arguments: int | bytes) -> None:

@@ -168,6 +168,12 @@ async def undo_to_the_end(undo: Callable[[], None]) -> None:
         raise cancelled
 
 
+def are_below(path: str) -> bool:
+    """Tell whether something is mounted below a path."""
+    real = os.path.realpath(path)
+    return any(target != real for target in kernel.mount_targets(real))
+
+
 def enter_private_namespace() -> None:
     """Give this process a mount namespace of its own that still follows the host's mounts.
 
@@ -207,21 +213,37 @@ def bind(source: Path, target: Path, *, read_only: bool, recursive: bool) -> Non
     except ValueError as error:  # a NUL byte
         raise InvalidArgument(f"mount: {what!r}: {error}") from error
     try:
-        bind_opened(descriptor, target, read_only=read_only, recursive=recursive, follows=True, what=what)
+        bind_opened(
+            descriptor,
+            target,
+            read_only=read_only,
+            read_only_below=read_only,
+            recursive=recursive,
+            follows=True,
+            what=what,
+        )
     finally:
         os.close(descriptor)
 
 
 def bind_opened(
-    source: int, target: Path, *, read_only: bool, recursive: bool, follows: bool, what: str
+    source: int,
+    target: Path,
+    *,
+    read_only: bool,
+    read_only_below: bool,
+    recursive: bool,
+    follows: bool,
+    what: str,
 ) -> None:
     """Bind an open file or directory, whatever is at its path by now.
 
-    A mount that is to be read-only is so, with those below it, before anybody sees it; see mount_setattr(2).
+    A mount that is to be read-only is so before anybody sees it; see mount_setattr(2).
     Making it read-only later would not propagate: the virtio-fs daemon, which has a mount namespace of its
     own, would go on to see a writable one.
 
     :param source: a descriptor.
+    :param read_only_below: with what is mounted below it, which is as writable as on the host otherwise.
     :param recursive: with what is mounted below it.
     :param follows: with what the host will mount below it later, too, which is as writable as there.
     :param what: words for the error.
@@ -232,15 +254,17 @@ def bind_opened(
     clone = _AT_EMPTY_PATH | _OPEN_TREE_CLONE | os.O_CLOEXEC | all_below
     tree = _mount_call(_SYS_OPEN_TREE, source, b"", clone, what=what)
     try:
-        if read_only or not follows:
-            attributes = struct.pack(
-                "=QQQQ", _MOUNT_ATTR_RDONLY if read_only else 0, 0, 0 if follows else MS_PRIVATE, 0
-            )
-            _mount_call(
-                _SYS_MOUNT_SETATTR,
-                *(tree, b"", _AT_EMPTY_PATH | all_below, attributes, len(attributes)),
-                what=what,
-            )
+        for attribute, propagation, below in (
+            (_MOUNT_ATTR_RDONLY if read_only else 0, 0, all_below if read_only_below else 0),
+            (0, 0 if follows else MS_PRIVATE, all_below),
+        ):
+            if attribute or propagation:
+                attributes = struct.pack("=QQQQ", attribute, 0, propagation, 0)
+                _mount_call(
+                    _SYS_MOUNT_SETATTR,
+                    *(tree, b"", _AT_EMPTY_PATH | below, attributes, len(attributes)),
+                    what=what,
+                )
         _mount_call(
             _SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH, what=what
         )

@@ -22,7 +22,7 @@ from shim.oci_mounts import SharedMount, rewrite_mount
 from shim.passthrough import is_vfio, vfio_groups
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 # The guest gives every container a private one or the sandbox's; the host's are meaningless in it.
 _GUEST_NAMESPACES = ("ipc", "uts", "mount")
@@ -52,16 +52,28 @@ class Translation:
     sandbox_pidns: bool
 
 
-def translate(spec: dict[str, Any], *, container_id: str, terminal: bool, seccomp: bool) -> Translation:
+def translate(
+    spec: dict[str, Any],
+    *,
+    container_id: str,
+    terminal: bool,
+    seccomp: bool,
+    has_mounts_below: Callable[[str], bool],
+) -> Translation:
     """Translate a container's specification.
 
     :param spec: the decoded ``config.json``.
     :param terminal: the request's own flag, which wins over the specification's.
     :param seccomp: whether the guest can apply a profile; if not, the profile is left out.
+    :param has_mounts_below: whether the host has mounted something below a path.
     :raises InvalidArgument: if the specification is malformed or asks for what a guest cannot give.
     """
     with refusing_malformed(f"config.json of {container_id}"):
-        return _translate(spec, container_id=container_id, terminal=terminal, seccomp=seccomp)
+        mounts = [
+            rewrite_mount(entry, container_id=container_id, has_mounts_below=has_mounts_below)
+            for entry in spec.get("mounts") or []
+        ]
+        return _translate(spec, mounts, container_id=container_id, terminal=terminal, seccomp=seccomp)
 
 
 @contextmanager
@@ -76,13 +88,19 @@ def refusing_malformed(what: str) -> Iterator[None]:
         raise InvalidArgument(f"{what}: malformed: {error}") from error
 
 
-def _translate(spec: dict[str, Any], *, container_id: str, terminal: bool, seccomp: bool) -> Translation:
+def _translate(
+    spec: dict[str, Any],
+    mounts: list[tuple[dict[str, Any], SharedMount | None]],
+    *,
+    container_id: str,
+    terminal: bool,
+    seccomp: bool,
+) -> Translation:
     namespace_of(spec)  # who asks for the host's network wants to be reached there, and would wait in vain
     linux = spec.get("linux") or {}
     disks = disk_devices(linux)
     resources = without_limits_of(linux.get("resources") or {}, [(disk.major, disk.minor) for disk in disks])
     linux = {**linux, "resources": resources}
-    mounts = [rewrite_mount(entry, container_id=container_id) for entry in spec.get("mounts") or []]
     annotations = dict(spec.get("annotations") or {})
     rewritten = {
         "ociVersion": "1.0.2",

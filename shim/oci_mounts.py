@@ -6,9 +6,12 @@ import hashlib
 import posixpath
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shim.agent import SHARE_DIRECTORY, SHM_DIRECTORY, WATCHABLE_DIRECTORY
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _FOLLOWING = frozenset({"slave", "rslave", "shared", "rshared"})  # a bind is private unless it says otherwise
 _KERNEL_FILE_SYSTEMS = ("/proc", "/sys", "/dev")
@@ -24,6 +27,7 @@ class SharedMount:
 
     :param source: path on the host.
     :param name: name in the share; the guest sees it as ``SHARE_DIRECTORY/name``.
+    :param read_only_below: what the host has mounted below it is read-only, too.
     :param follows: what the host mounts below it later is to be seen, too.
     :param copied_to: where the guest keeps a copy up to date, with events for who watches it; or empty.
     """
@@ -31,16 +35,24 @@ class SharedMount:
     source: str
     name: str
     read_only: bool
+    read_only_below: bool
     recursive: bool
     follows: bool
     copied_to: str
 
 
-def rewrite_mount(entry: dict[str, Any], *, container_id: str) -> tuple[dict[str, Any], SharedMount | None]:
+def rewrite_mount(
+    entry: dict[str, Any], *, container_id: str, has_mounts_below: Callable[[str], bool]
+) -> tuple[dict[str, Any], SharedMount | None]:
     """Give one mount the source that it has in the guest.
+
+    The option ``ro`` is about the mount itself, ``rro`` about those below it, too, says the runtime
+    specification. A guest mounts by itself what is mounted below, as writable as the mount that it comes
+    through. So where a volume is to be read-only and what is below it not, the host alone sees to that.
 
     :param entry: an element of the specification's ``mounts``.
     :param container_id: whose it is, for the name in the share.
+    :param has_mounts_below: whether the host has mounted something below a path.
     :returns: the mount to send, and what the host must share for it.
     :raises KeyError: if it has no destination.
     :raises ValueError: if no file can have its source or destination.
@@ -61,16 +73,25 @@ def rewrite_mount(entry: dict[str, Any], *, container_id: str) -> tuple[dict[str
     digest = hashlib.sha256(f"{destination}\0{source}".encode()).hexdigest()[:16]
     last = posixpath.basename(destination.rstrip("/")).encode()[:_SHOWN_NAME_BYTES].decode(errors="ignore")
     name = f"{container_id}-{digest}-{last or 'root'}"
+    copied_to = f"{WATCHABLE_DIRECTORY}/{name}" if _UPDATED_BY_KUBELET.search(source) else ""
+    read_only = "ro" in options or "rro" in options
+    recursive = "rbind" in options
+    writable_below = (
+        read_only and recursive and not copied_to and "rro" not in options and has_mounts_below(source)
+    )
     share = SharedMount(
         source=source,
         name=name,
-        read_only="ro" in options or "rro" in options,
-        recursive="rbind" in options,
+        read_only=read_only,
+        read_only_below=read_only and not writable_below,
+        recursive=recursive,
         follows=not _FOLLOWING.isdisjoint(options),
-        copied_to=f"{WATCHABLE_DIRECTORY}/{name}" if _UPDATED_BY_KUBELET.search(source) else "",
+        copied_to=copied_to,
     )
-    shown = share.copied_to or f"{SHARE_DIRECTORY}/{name}"
-    return {**entry, "type": "bind", "source": shown}, share
+    shown = {**entry, "type": "bind", "source": share.copied_to or f"{SHARE_DIRECTORY}/{name}"}
+    if writable_below:
+        shown["options"] = [option for option in options if option != "ro"]
+    return shown, share
 
 
 def _is_of_a_kernel_file_system(path: str) -> bool:

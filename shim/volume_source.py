@@ -11,13 +11,13 @@ import contextlib
 import errno
 import os
 import stat
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shim.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 _LINKS_AT_MOST = 40  # MAXSYMLINKS of the kernel, see path_resolution(7)
 _REMEDY = "name a file or directory"
@@ -34,14 +34,47 @@ class GuestWritable:
 
     def __init__(self) -> None:
         self._directories: set[tuple[int, int]] = set()
+        self._mounted_below: set[tuple[int, int]] = set()
 
     def add(self, descriptor: int) -> None:
         """Count an open file or directory among them, with all below it."""
         self._directories.add(_identity(descriptor))
 
+    def add_below(self, descriptor: int) -> None:
+        """Count among them what is, or will be, mounted below an open directory, which itself is none."""
+        self._mounted_below.add(_identity(descriptor))
+
+    def has_below(self, descriptor: int) -> bool:
+        """Tell whether what is mounted below an open directory was counted among them."""
+        return _identity(descriptor) in self._mounted_below
+
     def __contains__(self, descriptor: int) -> bool:
         """Tell whether an open directory is one of them; those below one are not."""
         return _identity(descriptor) in self._directories
+
+
+class _Way:
+    """Whether a walk has come to where a guest writes, from where every link may be the guest's.
+
+    :param writable: where it does.
+    """
+
+    def __init__(self, writable: GuestWritable) -> None:
+        self.is_guests = False
+        self._writable = writable
+        self._mount = ""
+
+    def begin(self, root: int) -> None:
+        """Stand at the root."""
+        self._mount = _mount_of(root) if self._writable.has_below(root) else ""
+
+    def reach(self, directory: int) -> None:
+        """Stand in an open directory, or at a file in it."""
+        if self._mount:
+            self.is_guests = self.is_guests or _mount_of(directory) != self._mount
+        elif self._writable.has_below(directory):
+            self._mount = _mount_of(directory)
+        self.is_guests = self.is_guests or directory in self._writable
 
 
 @contextlib.contextmanager
@@ -73,22 +106,23 @@ def opened(path: Path, writable: GuestWritable) -> Iterator[int]:
 
 def _walk(path: Path, writable: GuestWritable) -> int:
     pending = str(path).split("/")[::-1]
-    is_guests = False
+    way = _Way(writable)
     links = 0
     here = _step("/", None)
+    way.begin(here)
     try:
         while pending:
             name = pending.pop()
             if name in {"", "."}:
                 continue
-            if is_guests and name == "..":
+            if way.is_guests and name == "..":
                 raise _not_followed(path, name)
             there = _step(name, here)
             mode = os.fstat(there).st_mode
             if stat.S_ISLNK(mode):
                 try:
                     links += 1
-                    if is_guests:
+                    if way.is_guests:
                         raise _not_followed(path, name)
                     if links > _LINKS_AT_MOST:
                         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
@@ -99,9 +133,10 @@ def _walk(path: Path, writable: GuestWritable) -> int:
                 if not target.startswith("/"):
                     continue
                 there = _step("/", None)
+                way.begin(there)
             os.close(here)
             here = there
-            is_guests = is_guests or here in writable
+            way.reach(here)
     except BaseException:
         os.close(here)
         raise
@@ -110,6 +145,12 @@ def _walk(path: Path, writable: GuestWritable) -> int:
 
 def _step(name: str, directory: int | None) -> int:
     return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+
+
+def _mount_of(descriptor: int) -> str:
+    # See proc(5); st_dev is no help: a file system may be mounted below itself.
+    lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii").splitlines()
+    return next(line for line in lines if line.startswith("mnt_id:"))
 
 
 def _not_followed(path: Path, name: str) -> InvalidArgument:

@@ -65,8 +65,18 @@ def loop(disk: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def box(one_stack: Stack, place: Path, volume: Path, loop: Path) -> Iterator[ByHand]:
-    """A container with a root file system on a disk, a disk as a device, a ConfigMap and a directory."""
+def outer(place: Path) -> Iterator[Path]:
+    """A directory with something mounted below it."""
+    inner = place / "outer" / "inner"
+    inner.mkdir(parents=True)
+    subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "tmpfs", inner], check=True)
+    yield inner.parent
+    subprocess.run(["/usr/bin/umount", inner], check=True)
+
+
+@pytest.fixture(scope="module")
+def box(one_stack: Stack, place: Path, volume: Path, outer: Path, loop: Path) -> Iterator[ByHand]:
+    """A container with a root file system on a disk, a disk as a device, a ConfigMap and directories."""
     number = loop.stat().st_rdev
     shared, private = place / "shared", place / "private"
     shared.mkdir()
@@ -75,6 +85,8 @@ def box(one_stack: Stack, place: Path, volume: Path, loop: Path) -> Iterator[ByH
         (volume, "/config", ["rbind", "ro"]),
         (shared, "/shared", ["rbind", "rslave"]),
         (private, "/private", ["rbind", "rprivate", "ro"]),
+        (outer, "/ro", ["rbind", "rprivate", "ro"]),
+        (outer, "/rro", ["rbind", "rprivate", "rro"]),
     ]
     mounts = [
         {"destination": target, "type": "bind", "source": str(source), "options": options}
@@ -143,6 +155,20 @@ def test_a_file_system_that_the_host_mounts_later_is_seen_where_that_was_asked_f
         assert box.output("sh", "-c", f"cat /{bind}/later/* 2>/dev/null || true") == seen
     finally:
         subprocess.run(["/usr/bin/umount", "--lazy", target], check=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "written"),
+    [("ro", False), ("ro/inner", True), ("rro", False), ("rro/inner", False)],
+)
+def test_a_read_only_volume_is_so_with_what_is_mounted_below_it_only_if_that_is_asked_for(
+    box: ByHand, outer: Path, path: str, written: bool
+):
+    said = box.output("sh", "-c", f"touch /{path}/file 2>&1 || true")
+    assert ("Read-only file system" in said) is not written
+    assert [found.parent for found in outer.rglob("file")] == ([outer / "inner"] if written else [])
+    if written:
+        (outer / "inner" / "file").unlink()
 
 
 def test_a_block_device_that_the_host_does_not_have_is_refused(one_stack: Stack, tmp_path: Path):

@@ -16,8 +16,16 @@ def spec(**parts: Any) -> dict[str, Any]:
     return {"ociVersion": "1.1.0", "process": {"args": ["true"]}, "root": {"path": "rootfs"}} | parts
 
 
-def translated(*, seccomp: bool = True, terminal: bool = False, **parts: Any) -> Translation:
-    return translate(spec(**parts), container_id="box", terminal=terminal, seccomp=seccomp)
+def translated(
+    *, seccomp: bool = True, terminal: bool = False, mounted: tuple[str, ...] = (), **parts: Any
+) -> Translation:
+    return translate(
+        spec(**parts),
+        container_id="box",
+        terminal=terminal,
+        seccomp=seccomp,
+        has_mounts_below=lambda path: any(point.startswith(f"{path}/") for point in mounted),
+    )
 
 
 def test_the_whole_process_is_sent() -> None:
@@ -240,6 +248,25 @@ def test_a_part_of_what_the_kubelet_updates_is_shared_as_it_is() -> None:
         mounts=[{"destination": "/c", "type": "bind", "source": source, "options": ["ro"]}]
     ).shared_mounts
     assert shared.copied_to == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "mounted", "in_guest", "below"),
+    [
+        (["rbind", "ro"], (), ["rbind", "ro"], True),
+        (["rbind", "ro"], ("/data/disk",), ["rbind"], False),
+        (["rbind", "rro"], ("/data/disk",), ["rbind", "rro"], True),
+        (["bind", "ro"], ("/data/disk",), ["bind", "ro"], True),
+    ],
+)
+def test_a_read_only_volume_leaves_what_is_mounted_below_it_as_it_is(
+    options: list[str], mounted: tuple[str, ...], in_guest: list[str], below: bool
+) -> None:
+    entry = {"destination": "/d", "type": "bind", "source": "/data", "options": options}
+    result = translated(mounted=mounted, mounts=[entry])
+    (shared,) = result.shared_mounts
+    assert (shared.read_only, shared.read_only_below) == (True, below)
+    assert list(result.spec.Mounts[0].options) == in_guest
 
 
 def test_the_hosts_network_is_refused_by_name() -> None:

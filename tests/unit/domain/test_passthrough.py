@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shim.errors import InvalidArgument
-from shim.oci import translate
+from shim.oci import Translation, translate
 from shim.passthrough import devices_of, vfio_groups
 
 
@@ -17,6 +17,10 @@ def specification(*devices: dict[str, object], **resources: object) -> dict[str,
     return {"process": {"args": ["sh"]}, "linux": {"devices": list(devices), "resources": resources}}
 
 
+def translated(spec: dict[str, object]) -> Translation:
+    return translate(spec, container_id="c", terminal=False, seccomp=False, has_mounts_below=lambda _: False)
+
+
 def test_groups_are_found_by_their_nodes() -> None:
     nodes = [node("/dev/vfio/vfio"), node("/dev/vfio/12"), node("/dev/vfio/7"), node("/dev/vfio/3", "b")]
     assert vfio_groups({"devices": nodes}) == [12, 7]
@@ -24,21 +28,19 @@ def test_groups_are_found_by_their_nodes() -> None:
 
 def test_the_nodes_stay_with_the_host_and_the_groups_go_to_the_machine() -> None:
     spec = specification(node("/dev/vfio/vfio"), node("/dev/vfio/12"))
-    translation = translate(spec, container_id="c", terminal=False, seccomp=False)
+    translation = translated(spec)
     assert translation.vfio_groups == (12,)
     assert list(translation.spec.Linux.Devices) == []
 
 
 def test_a_privileged_container_that_lists_every_device_is_given_none() -> None:
     spec = specification(node("/dev/vfio/12"), devices=[{"allow": True, "access": "rwm"}])
-    assert translate(spec, container_id="c", terminal=False, seccomp=False).vfio_groups == ()
+    assert translated(spec).vfio_groups == ()
 
 
 def test_another_way_to_vfio_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="/dev/vfio/devices/vfio0"):
-        translate(
-            specification(node("/dev/vfio/devices/vfio0")), container_id="c", terminal=False, seccomp=False
-        )
+        translated(specification(node("/dev/vfio/devices/vfio0")))
 
 
 def test_a_group_is_all_its_devices_but_bridges(tmp_path) -> None:

@@ -57,6 +57,7 @@ def test_info_is_containerds_runtime_info():
     assert information.version.version
     features = json.loads(information.features.value)
     assert features["linux"]["mountExtensions"]["idmap"]["enabled"] is False
+    assert "rro" in features["mountOptions"]  # or Kubernetes takes recursiveReadOnly to be impossible
 
 
 @pytest.mark.parametrize("flag", ["-v", "-version"])
