@@ -34,6 +34,7 @@ _REQUEST_TIMEOUT_S = 1.0  # as long as the caller waits for the first answer
 _DONE_TIMEOUT_S = 10.0  # containerd kills a start that takes longer
 _UNDO_TIMEOUT_S = 2.0
 _MAX_REQUEST = 1 << 20
+_MOST_CONTENT = 1 << 16  # of any of the files in /proc that are read
 _OWN_PACKAGES = ("shim", "hypervisor", "proto")
 _ARGUMENTS_START = 47  # fields of /proc/self/stat, counted from 0: proc(5)
 _ARGUMENTS_END = 48
@@ -178,8 +179,10 @@ def _rehearse(files: dict[str, int]) -> None:
 
     _unchanged(files)
     _surroundings("self")
+    environment = dict(os.environb)
+    _adopt(environment)
     line = command_line.parse(["-namespace", "n", "-id", "i", "-address", "", "-publish-binary", "", "start"])
-    marshal.loads(marshal.dumps((dict(os.environb), line.as_dict())))  # noqa: S302 - its own
+    marshal.loads(marshal.dumps((environment, line.as_dict())))  # noqa: S302 - its own
     with contextlib.suppress(Refusal, OSError):
         start.identify_caller(b"", line)
         config.parse(config.locate(os.environ))
@@ -218,18 +221,23 @@ def _surroundings(pid: int | str) -> list[object]:
     """Tell what a process is confined to, which its children are, too."""
     found: list[object] = [os.readlink(f"/proc/{pid}/root")]
     found += [os.stat(f"/proc/{pid}/ns/{kind}").st_ino for kind in _NAMESPACES]
-    for name in ("cgroup", "limits"):
-        with open(f"/proc/{pid}/{name}", "rb") as file:
-            found.append(file.read())
-    with open(f"/proc/{pid}/status", "rb") as file:
-        found += [line for line in file if line.startswith(_INHERITED)]
+    found += [_content(f"/proc/{pid}/{name}") for name in ("cgroup", "limits")]
+    found += [line for line in _content(f"/proc/{pid}/status").split(b"\n") if line.startswith(_INHERITED)]
     return found
+
+
+def _content(path: str) -> bytes:
+    """Read a short file with no more system calls than that takes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, _MOST_CONTENT)
+    finally:
+        os.close(descriptor)
 
 
 def _do(request: Request, caller: socket.socket) -> None:
     """Do what was asked for, and be the shim that it took."""
-    os.environ.clear()
-    os.environb.update(request.environment)
+    _adopt(request.environment)
     os.chdir(request.working_directory)
     successor = Successor(parent=request.parent)
     answer = bootstrap.perform(
@@ -250,6 +258,15 @@ def _do(request: Request, caller: socket.socket) -> None:
         successor.shim()
     else:
         successor.undo()
+
+
+def _adopt(environment: dict[bytes, bytes]) -> None:
+    """Make an environment this process's; nearly all of it usually is already."""
+    for name in os.environb.keys() - environment.keys():
+        del os.environb[name]
+    for name, value in environment.items():
+        if os.environb.get(name) != value:
+            os.environb[name] = value
 
 
 class Successor:

@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shim import entry
 from shim.config import HypervisorConfig
 from tests.e2e import busybox, private
 from tests.e2e.conftest import HAKO, write_config
 from tests.e2e.containerd import CGROUPS, NAMESPACE, RELEASES, SHIM_DIRECTORY, Containerd, running
 from tests.e2e.life import until
-from tests.e2e.nursery import Nursery
+from tests.e2e.nursery import Nursery, descendants
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -137,12 +136,16 @@ class Stage:
         self.wait_until_gone()
 
     def wait_for_zygote(self) -> None:
-        """Wait until the zygote that the first shim has started serves.
+        """Wait until the zygote that the first shim has started keeps a fork for the next.
 
         :raises TimeoutError: if it does not.
         """
-        directory = Path(entry.ZYGOTE_DIRECTORY)
-        until(lambda: any(path.is_socket() for path in directory.glob("*")), what="the zygote serves")
+
+        def serves() -> bool:
+            zygotes = self.hako.nursery.zygotes(self.hako.address)
+            return any(True for zygote in zygotes for _ in descendants(zygote.pid))
+
+        until(serves, what="the zygote serves")
 
     def run_detached(self, daemon: Containerd, name: str) -> None:
         """Start a container that sleeps.
