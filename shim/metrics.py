@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 _NS_PER_US = 1000
+# How either version says that memory has no limit; consumers take anything else for one.
+_NO_LIMIT_V1 = (1 << 63) - (1 << 12)
+_NO_LIMIT_V2 = (1 << 64) - 1
 # memory.stat keys of cgroup v2 that the v2 message has fields for under the same name.
 _V2_MEMORY_FIELDS = frozenset(field.name for field in cgroups_v2_pb2.MemoryStat.DESCRIPTOR.fields) - {
     "usage",
@@ -121,7 +124,7 @@ def _to_v2(stats: agent_pb2.StatsContainerResponse) -> cgroups_v2_pb2.Metrics:
 def _memory_v2(memory: agent_pb2.MemoryStats) -> cgroups_v2_pb2.MemoryStat:
     message = cgroups_v2_pb2.MemoryStat(
         usage=memory.usage.usage,
-        usage_limit=memory.usage.limit,
+        usage_limit=memory.usage.limit or _NO_LIMIT_V2,
         max_usage=memory.usage.max_usage,
         swap_usage=memory.swap_usage.usage,
         swap_limit=memory.swap_usage.limit,
@@ -178,9 +181,11 @@ def _to_v1(stats: agent_pb2.StatsContainerResponse) -> cgroups_v1_pb2.Metrics:
 
 def _memory_v1(memory: agent_pb2.MemoryStats) -> cgroups_v1_pb2.MemoryStat:
     stats: Mapping[str, int] = memory.stats
+    usage = _memory_entry(memory.usage)
+    usage.limit = min(usage.limit or _NO_LIMIT_V1, _NO_LIMIT_V1)
     message = cgroups_v1_pb2.MemoryStat(
-        hierarchical_memory_limit=memory.usage.limit,
-        usage=_memory_entry(memory.usage),
+        hierarchical_memory_limit=usage.limit,
+        usage=usage,
         swap=_memory_entry(memory.swap_usage),
         kernel=_memory_entry(memory.kernel_usage),
     )

@@ -48,6 +48,7 @@ def test_the_use_of_all_containers_is_listed(duo: Duo, load: Container) -> None:
     assert {"server", "worker", "load"} <= set(use)
     assert 0 < use["worker"].memory.working_set_bytes.value < 32 * MIB
     assert use["load"].memory.working_set_bytes.value > HELD
+    assert use["worker"].memory.available_bytes.value == 0  # which is said of what has no limit
     assert all(entry.cpu.usage_core_nano_seconds.value > 0 for entry in stats)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from proto.kata import agent_pb2
 from shim.metrics import to_metrics, total
 
@@ -25,7 +27,7 @@ def test_containers_are_added_up_and_the_shared_network_is_counted_once():
     assert metrics.cpu.usage_usec == 7
     assert metrics.memory.usage == 300
     assert metrics.memory.inactive_file == 150
-    assert metrics.memory.usage_limit == 0
+    assert metrics.memory.usage_limit == 2**64 - 1
     assert metrics.pids.current == 3
     assert [(entry.major, entry.rbytes) for entry in metrics.io.usage] == [(8, 11)]
     assert [(link.name, link.rx_bytes) for link in metrics.network] == [("eth0", 100)]
@@ -33,3 +35,12 @@ def test_containers_are_added_up_and_the_shared_network_is_counted_once():
 
 def test_no_container_uses_nothing():
     assert to_metrics(total([]), unified=False).memory.usage.usage == 0
+
+
+@pytest.mark.parametrize("limit", [0, 2**64 - 1])
+def test_memory_without_a_limit_has_the_one_that_the_hosts_kernel_says_for_that(limit: int):
+    stats = agent_pb2.StatsContainerResponse()
+    stats.cgroup_stats.memory_stats.usage.limit = limit
+    one, two = (to_metrics(stats, unified=unified).memory for unified in (False, True))
+    assert (one.usage.limit, one.hierarchical_memory_limit) == (2**63 - 4096, 2**63 - 4096)
+    assert two.usage_limit == 2**64 - 1
