@@ -7,6 +7,7 @@ reads of output. The long ones share the connection with everything else.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from typing import TYPE_CHECKING, TypeVar
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import socket
 
     from google.protobuf.message import Message
+
+log = logging.getLogger(__name__)
 
 SERVICE = "grpc.AgentService"
 HEALTH_SERVICE = "grpc.Health"
@@ -222,6 +225,7 @@ class Agent:
     async def create_container(self, request: agent_pb2.CreateContainerRequest) -> None:
         """Create a container up to the point where its init waits to be started."""
         await self._call("CreateContainer", request, Empty)
+        await self._size_terminal(request, request.OCI.Process)
 
     async def start_container(self, container_id: str) -> None:
         """Let the init of a created container run."""
@@ -235,6 +239,21 @@ class Agent:
     async def exec_process(self, request: agent_pb2.ExecProcessRequest) -> None:
         """Create and start a further process in a container."""
         await self._call("ExecProcess", request, Empty)
+        await self._size_terminal(request, request.process)
+
+    async def _size_terminal(
+        self, made: agent_pb2.CreateContainerRequest | agent_pb2.ExecProcessRequest, process: oci_pb2.Process
+    ) -> None:
+        """Have a new terminal as large as its process asks for; a stock agent does not read that there."""
+        size = process.ConsoleSize
+        if self.is_hako or not (process.Terminal and size.Height and size.Width):
+            return
+        try:
+            await self.resize_terminal(
+                made.container_id, exec_id=made.exec_id, rows=size.Height, columns=size.Width
+            )
+        except ShimError as error:  # the process is there, and may have ended already
+            log.warning("terminal: %s of %s: its size stays: %s", made.exec_id, made.container_id, error)
 
     async def pause_container(self, container_id: str) -> None:
         """Freeze every process of a container."""

@@ -36,6 +36,7 @@ _GUEST_DEVICES = frozenset(
     | {(_MISCELLANEOUS, minor) for minor in (200, 229)}
 )
 _EPERM = 1
+_DEVICE_MODE = 0o666  # crun's
 # What the protocol has no field for travels as an annotation; an agent that does not know it ignores it.
 _UNIFIED = "io.hako.unified/"
 _DEFAULT_ERRNO = "io.hako.seccomp/default-errno"
@@ -198,7 +199,8 @@ def _devices(linux: dict[str, Any]) -> list[dict[str, Any]]:
             raise InvalidArgument(
                 f"spec: linux.devices: {path}: a device of the host does not exist in the guest; leave it out"
             )
-    return kept
+    # To a stock agent no mode is the mode of what has that path in the guest, which may be nothing.
+    return [{**device, "fileMode": device.get("fileMode") or _DEVICE_MODE} for device in kept]
 
 
 def _resources(resources: dict[str, Any], *, annotations: dict[str, str]) -> dict[str, Any]:

@@ -201,6 +201,14 @@ DEVICES = [
 ]
 
 
+def test_a_device_whose_mode_nobody_gave_has_one() -> None:
+    device = {"path": "/dev/data", "type": "b", "major": 7, "minor": 0}
+    [sent] = translated(linux={"devices": [device]}).spec.Linux.Devices
+    assert sent.FileMode == 0o666, "a stock agent looks for one at that path in the guest"
+    [sent] = translated(linux={"devices": [device | {"fileMode": 0o600}]}).spec.Linux.Devices
+    assert sent.FileMode == 0o600
+
+
 def test_a_privileged_container_gets_those_devices_of_its_long_list_that_the_guest_has() -> None:
     resources = {"devices": [{"allow": True, "access": "rwm"}]}
     (device,) = translated(linux={"devices": DEVICES, "resources": resources}).spec.Linux.Devices

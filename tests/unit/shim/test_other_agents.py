@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from proto.kata import agent_pb2
+from proto.kata import agent_pb2, oci_pb2
 from shim.agent import SHM_DIRECTORY, Agent
 from shim.errors import Internal, InvalidArgument, NotFound, Unimplemented
 
@@ -95,6 +95,28 @@ async def test_extensions_are_used_if_the_agent_says_that_it_has_them(
 ) -> None:
     agent = await sandbox_of(Peer(*features))
     assert (agent.is_hako, agent.keeps_streams, agent.frames_streams) == (is_hako, keeps, frames)
+
+
+@pytest.mark.parametrize(("feature", "asked"), [("seccomp", 1), ("hako", 0)])
+async def test_terminal_is_given_the_size_that_its_process_asks_for_unless_the_agent_reads_that(
+    feature: str, asked: int
+) -> None:
+    peer = Peer(feature)
+    agent = await sandbox_of(peer)
+    box = oci_pb2.Box(Height=31, Width=97)
+    whole = oci_pb2.Spec(Process=oci_pb2.Process(Terminal=True, ConsoleSize=box))
+    await agent.create_container(
+        agent_pb2.CreateContainerRequest(container_id="box", exec_id="box", OCI=whole)
+    )
+    await agent.exec_process(
+        agent_pb2.ExecProcessRequest(container_id="box", exec_id="one", process=whole.Process)
+    )
+    await agent.exec_process(agent_pb2.ExecProcessRequest(process=oci_pb2.Process(ConsoleSize=box)))
+    requests = [
+        agent_pb2.TtyWinResizeRequest(container_id="box", exec_id=name, row=31, column=97)
+        for name in ("box", "one")
+    ]
+    assert peer.asked("TtyWinResize") == requests * asked
 
 
 @pytest.mark.parametrize(
