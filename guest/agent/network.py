@@ -321,9 +321,16 @@ def _route(message: Message, indexes: dict[str, int]) -> Route:
         or [_next_hop(message, family, indexes, weight=1)],
         source=source,
         scope=message.scope & 0xFF,
+        table=_table(dest),
         metric=message.metric,
         mtu=message.mtu,
     )
+
+
+def _table(dest: bytes) -> int:
+    # In any other table it would come after the kernel's own route to all of the loopback network.
+    is_loopback = dest[:1] == _LOOPBACK and len(dest) == 4
+    return rtnetlink.RT_TABLE_LOCAL if is_loopback else rtnetlink.RT_TABLE_MAIN
 
 
 def _next_hop(message: Message, family: int, indexes: dict[str, int], *, weight: int) -> NextHop:

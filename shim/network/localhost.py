@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOCALHOST = "127.0.0.1"
+RESOLVER = "127.0.0.11"
+"""Where Docker answers questions about names, see :mod:`shim.network.resolver`."""
 # RFC 3927, 2.1: of the link-local range nobody picks the last 256 addresses.
 HOST_SIDE = "169.254.255.254"
 HOST_SIDE_MAC = "02:68:61:6b:6f:01"
@@ -40,6 +42,7 @@ _PASSED = 0x10001  # a class that does not exist: the packet goes its usual way 
 _EVERYTHING = "0x0/0x0+0"
 _IS_IPV4 = "0x40000000/0xf0000000+0"  # the version; every other protocol has other bits there
 _TO_HOST_SIDE = "0xa9fefffe/0xffffffff+16"
+_TO_RESOLVER = "0x7f00000b/0xffffffff+16"
 _TO_LOOPBACK = "0x7f000000/0xff000000+16"
 _RTM_NEWROUTE = 24
 _PREPEND = 0x1 | 0x4 | 0x400  # NLM_F_REQUEST, NLM_F_ACK, NLM_F_CREATE: in front of what is there
@@ -68,6 +71,7 @@ def lead_to_guest(netlink: IPRoute, *, endpoint: Endpoint, tap: int, tap_name: s
     _pass(netlink, interface=endpoint.index, priority=2, protocol=_ETH_P_8021Q, keys=[_EVERYTHING])
     _pass(netlink, interface=endpoint.index, priority=3, protocol=_ETH_P_8021AD, keys=[_EVERYTHING])
     _pass(netlink, interface=tap, priority=1, keys=[_IS_IPV4, _TO_HOST_SIDE])
+    _pass(netlink, interface=tap, priority=2, keys=[_IS_IPV4, _TO_RESOLVER])
     netlink.addr("add", index=tap, address=HOST_SIDE, prefixlen=32, scope=_SCOPE_LINK)
     netlink.neigh("add", dst=LOCALHOST, lladdr=endpoint.mac, ifindex=tap, state="permanent")
     netlink.route(

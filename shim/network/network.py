@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 from hypervisor import HypervisorError, Nic
 from shim.errors import Internal, ShimError, Unavailable
-from shim.network import localhost, messages
+from shim.network import localhost, messages, resolver
 from shim.network.changes import Changes
 from shim.network.ingress import remove_ingress
 from shim.network.namespace import NetworkNamespace
@@ -88,6 +88,7 @@ class Network:
         self._machine: Hypervisor | None = None
         self._agent: Agent | None = None
         self._lock = asyncio.Lock()
+        self._forwarder: resolver.Forwarder | None = None
         self._changes: asyncio.Future[Changes] = asyncio.get_running_loop().create_future()
 
     @classmethod
@@ -163,6 +164,7 @@ class Network:
         async with self._lock:
             self._machine = None
             await self._remove(self._connections.values())
+            self._stop_forwarding()
             if self._changes.done():
                 self._changes.result().close()
             self._namespace.close()
@@ -232,9 +234,31 @@ class Network:
             route, neighbour = localhost.way_back(leading.endpoint.name)
             routes.append(route)
             neighbours.append(neighbour)
+            if plan.has_resolver:
+                route, neighbour = resolver.way(leading.endpoint.name)
+                routes.append(route)
+                neighbours.append(neighbour)
+                await self._forward()
+        if not plan.has_resolver:
+            self._stop_forwarding()
         await agent.update_routes(messages.routes(routes))
         if neighbours:
             await agent.add_arp_neighbors(messages.neighbours(neighbours))
+
+    async def _forward(self) -> None:
+        if self._forwarder is not None:
+            return
+        try:
+            self._forwarder = await self._namespace.run(resolver.Forwarder)
+        except OSError as error:
+            log.warning("network: %s: %s: it will not be asked", localhost.RESOLVER, error.strerror)
+        else:
+            self._forwarder.start()
+
+    def _stop_forwarding(self) -> None:
+        if self._forwarder is not None:
+            self._forwarder.close()
+            self._forwarder = None
 
     def _way_to_localhost(self) -> _Connection | None:
         return next((each for each in self._connections.values() if each.has_localhost), None)

@@ -83,8 +83,12 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkPlan:
-    """Everything the guest shall have: what one scan of the namespace found."""
+    """Everything the guest shall have: what one scan of the namespace found.
+
+    :param has_resolver: whether Docker's resolver is there.
+    """
 
     endpoints: tuple[Endpoint, ...] = ()
     routes: tuple[Route, ...] = ()
     neighbours: tuple[Neighbour, ...] = ()
+    has_resolver: bool = False

@@ -12,11 +12,12 @@ import contextlib
 import errno
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shim.errors import FailedPrecondition, Internal
-from shim.network import localhost
+from shim.network import localhost, resolver
 from shim.network.decode import TAP_PREFIX, decode
 from shim.network.ingress import remove_ingress
 from shim.network.plan import Endpoint, NetworkPlan
@@ -42,7 +43,7 @@ def scan() -> NetworkPlan:
         if len(socket.if_nameindex()) <= 1:  # the loopback is always there
             return NetworkPlan()
         with _netlink() as netlink:
-            return decode(
+            plan = decode(
                 links=netlink.get_links(),
                 addresses=netlink.get_addr(),
                 routes=netlink.get_routes(),
@@ -52,6 +53,7 @@ def scan() -> NetworkPlan:
                     for message in netlink.get_neighbours(family=family)
                 ],
             )
+            return replace(plan, has_resolver=resolver.is_there())
     except OSError as error:
         raise Internal(f"network: reading the namespace: {error.strerror}; see dmesg") from error
 

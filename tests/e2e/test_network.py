@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import threading
 import time
 from pathlib import Path
@@ -32,6 +33,8 @@ pytestmark = pytest.mark.hako
 HOST = f"/proc/{os.getpid()}/ns/net"
 DEADLINE_S = 60.0
 PORT = 7000
+RESOLVER = "127.0.0.11"
+DNS_HEADER_BYTES = 12
 TRANSFER_BYTES = 4 << 20
 
 
@@ -191,6 +194,52 @@ def test_an_interface_that_comes_to_a_running_container_is_there_until_it_goes(
         shell(one_stack, name, "ping -c 1 -W 5 10.1.0.1")
         pod.ip("link delete eth1")
         until(lambda: shell(one_stack, name, cards).split() == ["lo"], what="the interface is gone")
+
+
+@contextlib.contextmanager
+def resolver(space: Space, address: str) -> Iterator[None]:
+    """Answer every question for the address of a name as Docker does: on a loopback address, redirected."""
+
+    def listen() -> tuple[socket.socket, socket.socket]:
+        known_by = socket.create_server((RESOLVER, 0))
+        answering = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        answering.bind(known_by.getsockname())
+        return known_by, answering
+
+    def answer() -> None:
+        while question := (received := answering.recvfrom(512))[0]:
+            kind = question[question.index(b"\0", DNS_HEADER_BYTES) + 1 :][:2]
+            found = kind == b"\0\1"
+            flags_and_counts = struct.pack("!5H", 0x8180, 1, found, 0, 0)
+            # A pointer to the name that was asked for, and an address to be forgotten at once.
+            record = b"\xc0\x0c" + struct.pack("!2HLH", 1, 1, 0, 4) + socket.inet_aton(address)
+            body = question[DNS_HEADER_BYTES:] + (record if found else b"")
+            answering.sendto(question[:2] + flags_and_counts + body, received[1])
+
+    known_by, answering = space.inside(listen)
+    with known_by, answering:
+        port = known_by.getsockname()[1]
+        rule = f"-t nat -A OUTPUT -d {RESOLVER} -p udp --dport 53 -j DNAT --to {RESOLVER}:{port}"
+        space.run("iptables", *rule.split())
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            yield
+        finally:
+            answering.sendto(b"", answering.getsockname())
+            thread.join()
+
+
+def test_the_resolver_that_docker_has_on_a_loopback_address_answers_the_guest(
+    one_stack: Stack, pod: Space, outside: Space
+):
+    add_cable(pod, outside, "eth0", number=1)
+    with resolver(pod, "10.1.0.77"), box_in(one_stack, pod) as name:
+        for asked in ("one.example", "two.example"):
+            assert "10.1.0.77" in shell(one_stack, name, f"nslookup {asked} {RESOLVER}")
+        # What else is on the loopback network is the guest's own.
+        assert "127.0.0.12" in shell(one_stack, name, "ip route get 127.0.0.12")
+        shell(one_stack, name, "ping -c 1 -W 5 127.0.0.12")
 
 
 def test_what_a_machine_cannot_have_is_refused_in_one_line_and_nothing_is_left(

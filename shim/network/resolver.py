@@ -1,0 +1,120 @@
+"""Carry the guest's questions to Docker's resolver, which listens on a loopback address of the namespace.
+
+In networks that a user has made, Docker writes ``nameserver 127.0.0.11`` into resolv.conf and answers there
+for the names of containers. The guest sends what is for that address over the first link, from its localhost,
+and has the answers the same way. A socket of the shim passes them on, because what comes over a link does not
+take the way by which Docker redirects the port of a process in the namespace to its own.
+
+Only UDP: an answer that does not fit stays cut off. The layout of /proc/net/tcp is in Linux'
+proc_net_tcp.rst; that of a message in RFC 1035, 4.1.1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from ipaddress import ip_network
+from pathlib import Path
+
+from shim.network.localhost import HOST_SIDE_MAC, LOCALHOST, RESOLVER
+from shim.network.plan import Neighbour, NextHop, Route
+
+log = logging.getLogger(__name__)
+
+PORT = 53
+_LISTENERS = Path("/proc/thread-self/net/tcp")
+_LISTENS = "0A"
+_ADDRESS = socket.inet_aton(RESOLVER)[::-1].hex().upper()
+_OUR_OWN = f"{PORT:04X}"
+_MESSAGE_BYTES = 1 << 16
+_ID_BYTES, _HEADER_BYTES = 2, 12
+_MAX_UNANSWERED = 1024
+_SCOPE_LINK = 253
+
+
+def is_there() -> bool:
+    """Tell whether somebody listens on the resolver's address in the calling thread's namespace."""
+    for line in _LISTENERS.read_text(encoding="ascii").splitlines()[1:]:
+        _, local, _, state, *_ = line.split()
+        if state == _LISTENS and local.startswith(f"{_ADDRESS}:") and not local.endswith(f":{_OUR_OWN}"):
+            return True
+    return False
+
+
+def way(interface: str) -> tuple[Route, Neighbour]:
+    """Describe what the guest needs: that the resolver's address is not its own, but across a link.
+
+    :param interface: the name of the endpoint that leads to localhost.
+    """
+    route = Route(
+        destination=ip_network(RESOLVER),
+        hops=(NextHop(interface=interface),),
+        source=LOCALHOST,
+        scope=_SCOPE_LINK,
+    )
+    return route, Neighbour(interface=interface, ip=RESOLVER, mac=HOST_SIDE_MAC)
+
+
+class Forwarder:
+    """Passes questions on, in the namespace of the thread that makes it.
+
+    :raises OSError: if somebody has the resolver's port.
+    """
+
+    def __init__(self) -> None:
+        with contextlib.ExitStack() as opened:
+            self._guest = opened.enter_context(_bound(PORT))
+            self._resolver = opened.enter_context(_bound(0))
+            self._resolver.connect((RESOLVER, PORT))
+            opened.pop_all()
+        self._unanswered: dict[int, tuple[bytes, tuple[str, int]]] = {}
+        self._number = 0
+
+    def start(self) -> None:
+        """Begin to pass on, in the running loop."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._guest, self._ask)
+        loop.add_reader(self._resolver, self._answer)
+
+    def close(self) -> None:
+        """Pass nothing on any more."""
+        loop = asyncio.get_running_loop()
+        for each in (self._guest, self._resolver):
+            loop.remove_reader(each)
+            each.close()
+
+    def _ask(self) -> None:
+        try:
+            question, sender = self._guest.recvfrom(_MESSAGE_BYTES)
+            # Only the guest speaks from there: not this, if nobody took its own question away.
+            if sender[0] != LOCALHOST or len(question) < _HEADER_BYTES:
+                return
+            # Two who ask may have chosen the same number.
+            self._number = (self._number + 1) % (1 << 8 * _ID_BYTES)
+            if len(self._unanswered) >= _MAX_UNANSWERED:
+                del self._unanswered[next(iter(self._unanswered))]
+            self._unanswered[self._number] = (question[:_ID_BYTES], sender)
+            self._resolver.send(self._number.to_bytes(_ID_BYTES, "big") + question[_ID_BYTES:])
+        except OSError as error:  # whoever asked asks again
+            log.debug("network: a question of the guest: %s", error)
+
+    def _answer(self) -> None:
+        try:
+            answer = self._resolver.recv(_MESSAGE_BYTES)
+            asked = self._unanswered.pop(int.from_bytes(answer[:_ID_BYTES], "big"), None)
+            if asked is not None:
+                self._guest.sendto(asked[0] + answer[_ID_BYTES:], asked[1])
+        except OSError as error:  # as above
+            log.debug("network: an answer of the resolver: %s", error)
+
+
+def _bound(port: int) -> socket.socket:
+    made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        made.bind((RESOLVER, port))
+    except OSError:
+        made.close()
+        raise
+    return made
