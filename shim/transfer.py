@@ -163,6 +163,7 @@ class _Connection:
         self._loop = asyncio.get_running_loop()
         self._unframer = Unframer()
         self._received: deque[memoryview] = deque()
+        self._mistake: FrameError | None = None
 
     @classmethod
     async def open(cls, vm: Hypervisor, name: str) -> Self | None:
@@ -198,9 +199,12 @@ class _Connection:
     async def read(self) -> memoryview:
         """Block until there are bytes; empty at the end.
 
-        :raises Unavailable: if the guest is gone, or does not keep to the frames.
+        :raises Unavailable: if the guest is gone, or does not keep to the frames, once all is read that came
+            before.
         """
         while not self._received:
+            if self._mistake is not None:
+                raise Unavailable(f"stdio: {self._name}: {self._mistake}") from self._mistake
             if self._unframer.ended:
                 self.close()
                 return memoryview(b"")
@@ -210,7 +214,7 @@ class _Connection:
             try:
                 self._received.extend(self._unframer.feed(data))
             except FrameError as error:
-                raise Unavailable(f"stdio: {self._name}: {error}") from error
+                self._mistake = error
         return self._received.popleft()
 
     async def send(self, data: bytes) -> None:

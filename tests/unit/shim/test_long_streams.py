@@ -105,6 +105,16 @@ async def test_output_that_breaks_off_or_goes_on_after_its_end_is_a_failure(mach
     transfer.close()
 
 
+async def test_what_comes_with_bytes_after_the_end_is_read_before_the_failure(machine: Machine):
+    machine.guest.sendall(END + framed(REST) + framed(REST) + END + b"more")
+    transfer = streams(Agent([LONG]), machine)
+    assert [await transfer.read("stdout") for _ in range(3)] == [LONG, REST, REST]
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="4 bytes after the end"):
+            await transfer.read("stdout")
+    transfer.close()
+
+
 async def test_of_output_without_an_end_only_what_is_read_is_taken(machine: Machine):
     machine.guest.sendall(END + b"\xff\xff\xff\xff")
     transfer = streams(Agent([LONG]), machine)
