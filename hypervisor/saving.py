@@ -56,8 +56,10 @@ async def save_template(spec: VmSpec, directory: Path, *, timeout_s: float) -> N
         async with asyncio.timeout(timeout_s):
             await _save(template.bare_machine(spec), directory, host)
     except TimeoutError:
+        serves = any(AGENT_READY_MARK in line for line in _tail(host, _CONSOLE_LINES))
+        why = "" if serves else ": the guest's agent has not said that it serves, as Hako's does"
         tail = "".join(f"; the guest's console ends with: {line}" for line in _tail(host, 1))
-        raise VmStartError(f"save template: not done within {timeout_s:g} s{tail}") from None
+        raise VmStartError(f"save template: not done within {timeout_s:g} s{why}{tail}") from None
     except QmpError as error:
         raise VmStartError(f"save template: {await host.early_cause(error)}") from error
     except OSError as error:

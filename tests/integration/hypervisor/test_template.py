@@ -254,7 +254,7 @@ def qemus_of(pid: int) -> list[str]:
     [
         pytest.param({"initrd": Path("/etc/passwd")}, SAVE_S, "Kernel panic", id="no guest"),
         pytest.param({"qemu": Path("/bin/false")}, SAVE_S, "QEMU exited with status 1", id="no QEMU"),
-        pytest.param({}, 1, "not done within 1 s", id="no time"),
+        pytest.param({}, 1, "not done within 1 s: the guest's agent has not said", id="no time"),
     ],
 )
 async def test_a_machine_that_cannot_be_saved_leaves_no_template(
