@@ -146,8 +146,9 @@ class Container:
             self._files.announce(request)
             with timeline.phase("grow", lane=lane):
                 await self._sandbox.grow()
-            with timeline.phase("CreateContainer", lane=lane):
-                await agent.create_container(request)
+            async with self._sandbox.turn(lane=lane):
+                with timeline.phase("CreateContainer", lane=lane):
+                    await agent.create_container(request)
             with timeline.phase("hooks", lane=lane):
                 await self._run_hooks()
         except BaseException:

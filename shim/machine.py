@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import socket
 import time
 from functools import partial
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from hypervisor import (
     AGENT_PORT,
+    Accelerator,
     Channel,
     ChannelError,
     HypervisorError,
@@ -26,7 +28,7 @@ from hypervisor import (
     VmSpec,
     template_key,
 )
-from shim import mounts, postmortem, timeline
+from shim import mounts, postmortem, timeline, turns
 from shim.agent import MODULES_NAME, WATCHABLE_NAME, Agent
 from shim.errors import DeadlineExceeded, ShimError, Unavailable
 from shim.host import resolve
@@ -43,7 +45,7 @@ from shim.timeline_model import guest_phases
 from shim.transfer import LongStreams, RawStreams, Requests
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable
+    from collections.abc import AsyncIterator, Coroutine, Iterable
 
     from hypervisor import Hypervisor
     from shim.config import Config
@@ -90,6 +92,8 @@ class Machine:
         self._channel: Channel | None = None  # if it has room for streams beside requests
         self.templates = TemplateStore(Path(config.hypervisor.template_dir))
         self._began_at_s = 0.0
+        self._accelerator = Accelerator.KVM
+        self._given_up = asyncio.Event()
 
     @property
     def pid(self) -> int:
@@ -119,6 +123,7 @@ class Machine:
         with timeline.phase("share, host's abilities", lane=timeline.MACHINE):
             spec = await self._spec(sizes)
             template = self._find_template(spec, sizes, pod)
+            self._accelerator = spec.accelerator
         with timeline.phase("network namespace", lane=timeline.MACHINE):
             self._network = network = await Network.open(
                 namespace_of(pod.oci), ledger=self._ledger, queues=spec.vcpus
@@ -126,7 +131,8 @@ class Machine:
         spec = dataclasses.replace(spec, network_namespace=network.namespace_path)
         timeout_s = self._config.guest.boot_timeout_s
         try:
-            async with asyncio.timeout(timeout_s) as limit:
+            # What waits for a turn is not late.
+            async with self.turn(lane=timeline.MACHINE), asyncio.timeout(timeout_s) as limit:
                 if self.doom:
                     raise Unavailable(self.doom)
                 self._cgroup = HostCgroup.make(pod.cgroup, ledger=self._ledger)
@@ -152,6 +158,23 @@ class Machine:
             raise DeadlineExceeded(self._late(timeout_s)) from error
         except Unavailable as error:
             raise Unavailable(f"boot: sandbox {self._id}: {await self._reason_or(error)}") from error
+
+    @contextlib.asynccontextmanager
+    async def turn(self, *, lane: str) -> AsyncIterator[None]:
+        """Do the block when the host has a processor for it; for work of the guest that somebody waits for.
+
+        :param lane: of the timeline, where the wait is noted.
+        """
+        if self._accelerator is not Accelerator.TCG:
+            yield
+            return
+        at_once = len(os.sched_getaffinity(0))
+        async with contextlib.AsyncExitStack() as stack:
+            with timeline.phase("wait for a turn", lane=lane):
+                await stack.enter_async_context(
+                    turns.turn(turns.DIRECTORY, at_once=at_once, given_up=self._given_up)
+                )
+            yield
 
     async def reason_of_end(self, agent: Agent) -> str:
         """Wait for the machine or the agent to go; nothing of the machine runs any more then.
@@ -179,6 +202,7 @@ class Machine:
 
     async def kill(self) -> None:
         """End it; killing twice is harmless."""
+        self._given_up.set()
         if self._vm is not None:
             await self._vm.stop()
 

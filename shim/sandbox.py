@@ -37,6 +37,7 @@ from shim.volume_source import GuestWritable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
+    from contextlib import AbstractAsyncContextManager
 
     from google.protobuf.message import Message
 
@@ -278,6 +279,10 @@ class Sandbox:
         return await self._machine.transfer(
             process.stdio, await self.agent(), container_id=process.container_id, exec_id=process.agent_id
         )
+
+    def turn(self, *, lane: str) -> AbstractAsyncContextManager[None]:
+        """Do the block when the host has a processor for it; see :meth:`shim.machine.Machine.turn`."""
+        return self._machine.turn(lane=lane)
 
     async def follow_network(self) -> None:
         """Give the machine what came to its network namespace meanwhile, as some put it there before a start.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from shim import entry
 from shim.config import HypervisorConfig
+from shim.turns import DIRECTORY as TURNS
 from tests.e2e.containerd import CGROUPS, NAMESPACE
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _files(daemon: Containerd, state_directory: Path) -> Iterator[str]:
         *TEMPLATES.glob(".*"),
     ]
     for top in tops:
-        if top in {ZYGOTES, TEMPLATES}:
+        if top in {ZYGOTES, TEMPLATES, TURNS}:
             continue
         yield f"file {top}"
         # A mount point is counted as a mount; what is seen through it is not a file left behind.
