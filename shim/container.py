@@ -184,11 +184,11 @@ class Container:
             await self._sandbox.follow_network()
         with timeline.phase("StartContainer", lane=lane):
             await agent.start_container(self.id)
-        self._sandbox.spawn(self._conclude_start(), name=f"timeline of {self.id}")
+        self._sandbox.work.spawn(self._conclude_start(), name=f"timeline of {self.id}")
 
     async def _conclude_start(self) -> None:
         """Keep where the time went, once there is output or will be none: nobody is to wait for this."""
-        self._sandbox.write_timeline()
+        self._sandbox.timeline.write()
         ends = [asyncio.ensure_future(event.wait()) for event in (self.init.heard, self.init.ended)]
         await asyncio.wait(ends, timeout=SETTLED_S, return_when=asyncio.FIRST_COMPLETED)
         for end in ends:
@@ -357,7 +357,7 @@ class Container:
             # A guest that cannot even kill is lost, and whoever kills means it.
             await self._sandbox.switch_off(f"the guest did not answer SIGKILL of {process}: {error}")
         if number == signal.SIGKILL and not process.ended.is_set():
-            self._sandbox.spawn(self._see_it_end(process), name=f"kill {process}")
+            self._sandbox.work.spawn(self._see_it_end(process), name=f"kill {process}")
 
     async def _see_it_end(self, process: Process) -> None:
         """Switch the machine off if a process outlives SIGKILL there, as one that waits for a file may."""
@@ -387,7 +387,7 @@ class Container:
                 raise NotFound(f"container {self.id}: not found")
             self.init.require(Input.DELETE)
             for process in (self.init, *self.execs.values()):
-                await self._drain(process)
+                await process.drained()
             if not removed:
                 await self._remove_from_guest()
             await self._files.take_back()
@@ -405,7 +405,7 @@ class Container:
         """
         process = self.process(exec_id)
         process.require(Input.DELETE)
-        await self._drain(process)
+        await process.drained()
         process.apply(Input.DELETE)
         del self.execs[exec_id]
         return process
@@ -446,7 +446,7 @@ class Container:
             name=process.agent_id,
             heard=process.heard,
         )
-        process.following = self._sandbox.spawn(
+        process.following = self._sandbox.work.spawn(
             self._follow_until_over(process, agent, process.carrier), name=f"follow {process}"
         )
 
@@ -497,12 +497,3 @@ class Container:
     def _report_exit(self, process: Process, status: int) -> None:
         if process.exit(status):
             self._sandbox.publish(*task_events.exited(process, pid=self._sandbox.pid))
-
-    async def _drain(self, process: Process) -> None:
-        """Wait until a process' output has been read by the client, as long as the client does read."""
-        if process.following is None or process.carrier is None:
-            return
-        if not await process.carrier.drained({process.following}):
-            log.warning("delete: %s: output not read for %.0f s; dropping it", process, DRAIN_TIMEOUT_S)
-            process.following.cancel()
-            await asyncio.wait({process.following})

@@ -43,7 +43,7 @@ class PauseContainer(Container):
         except BaseException:
             self.init.close_streams()
             raise
-        self._watching = self._sandbox.spawn(self._end_with_machine(), name=f"watch {self.init}")
+        self._watching = self._sandbox.work.spawn(self._end_with_machine(), name=f"watch {self.init}")
 
     async def _run(self) -> None:
         await self._sandbox.agent()

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import logging
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
 from shim.errors import FailedPrecondition
+from shim.streams import DRAIN_TIMEOUT_S
 
 if TYPE_CHECKING:
     from shim.stdio import Stdio, Streams
     from shim.streams import Carrier
     from shim.transfer import Transfer
+
+log = logging.getLogger(__name__)
 
 
 class State(enum.Enum):
@@ -122,6 +126,15 @@ class Process:
             self.streams = None
         if self.transfer is not None:
             self.transfer.close()
+
+    async def drained(self) -> None:
+        """Wait until the output has been read by the client, as long as the client does read."""
+        if self.following is None or self.carrier is None:
+            return
+        if not await self.carrier.drained({self.following}):
+            log.warning("delete: %s: output not read for %.0f s; dropping it", self, DRAIN_TIMEOUT_S)
+            self.following.cancel()
+            await asyncio.wait({self.following})
 
     def exit(self, status: int) -> bool:
         """Record the end of the process; waiters are released.

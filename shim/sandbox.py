@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from hypervisor import HypervisorError
-from shim import metrics, state_directory, task_events, template_builder, timeline, timeline_files
+from shim import metrics, state_directory, task_events, template_builder
 from shim.bundle import read_spec
 from shim.container import Container
 from shim.errors import (
@@ -33,10 +32,12 @@ from shim.oci import refusing_malformed
 from shim.pause_container import PauseContainer
 from shim.pod import is_pause, with_files, with_sysctls, write_files
 from shim.refusal import Refusal
+from shim.timeline_files import SandboxTimeline
 from shim.volume_source import GuestWritable
+from shim.work import Work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Callable, Iterable
     from contextlib import AbstractAsyncContextManager
 
     from google.protobuf.message import Message
@@ -54,8 +55,6 @@ if TYPE_CHECKING:
     from shim.state_directory import StartRecord
     from shim.stdio import Stdio
     from shim.transfer import Transfer
-
-_T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
@@ -102,13 +101,17 @@ class Sandbox:
         self._publisher = publisher
         self._ledger = ledger
         self._host_mounts = host_mounts
-        self._log_dir = Path(config.shim.log_dir)
-        self._is_drawn = os.environ.get(timeline.ENVIRONMENT_VARIABLE) == "1"
+        self.timeline = SandboxTimeline(
+            Path(record.state_directory),
+            log_dir=Path(config.shim.log_dir),
+            namespace=record.namespace,
+            sandbox_id=record.id,
+        )
         self._group = group
+        self.work = Work(group)
         self._leave = leave
         self._ready: asyncio.Future[Agent] = asyncio.get_running_loop().create_future()
         self._running: asyncio.Task[None] | None = None
-        self._requests: set[asyncio.Task[None]] = set()
         self._is_end_wanted = False
         #: Version 3 of the shim protocol: containerd creates further containers without a ``start``.
         self.is_joined_without_start = record.version >= 3
@@ -130,42 +133,6 @@ class Sandbox:
     def publish(self, topic: str, event: Message) -> None:
         """Queue an event for containerd."""
         self._publisher.publish(topic, event)
-
-    def spawn(self, work: Coroutine[object, object, None], *, name: str) -> asyncio.Task[None]:
-        """Run a task that ends with the sandbox; its failure is logged and harms no other container."""
-
-        async def contained() -> None:
-            try:
-                await work
-            except Exception:
-                log.exception("%s: unexpected failure", name)
-
-        return self._group.create_task(contained(), name=name)
-
-    def finish(self, work: Coroutine[object, object, _T]) -> asyncio.Future[_T]:
-        """Do work to its end, whoever asked for it goes away meanwhile: half done it could not be repeated.
-
-        :returns: its outcome; cancelling that leaves the work alone.
-        """
-        outcome: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
-
-        async def settled() -> None:
-            try:
-                result = await work
-            except asyncio.CancelledError:
-                outcome.cancel()  # the sandbox ends: nobody may wait for this any more
-                raise
-            except Exception as error:  # noqa: BLE001 - handed on to whoever asked
-                if not outcome.done():
-                    outcome.set_exception(error)
-            else:
-                if not outcome.done():
-                    outcome.set_result(result)
-
-        task = self._group.create_task(settled(), name="request")
-        self._requests.add(task)
-        task.add_done_callback(self._requests.discard)
-        return outcome
 
     @property
     def is_started(self) -> bool:
@@ -323,7 +290,7 @@ class Sandbox:
         self.containers.pop(container_id, None)
         self._ledger.deleted(container_id)
         if self.containers:  # the machine of the last one goes as a whole
-            self.spawn(self._shrink_if_alive(), name="shrink")
+            self.work.spawn(self._shrink_if_alive(), name="shrink")
         else:
             asyncio.get_running_loop().call_later(DESERTED_S, self._leave_if_deserted)
 
@@ -418,43 +385,21 @@ class Sandbox:
 
         :param drawn: also as a picture and as a trace.
         """
-        self._is_drawn = self._is_drawn or drawn
+        self.timeline.is_drawn = self.timeline.is_drawn or drawn
         try:
             await self._machine.note_guest(await self.agent())
         except ShimError as error:
             log.debug("timeline: sandbox %s: the guest's part is missing: %s", self.id, error)
-        self.write_timeline(kept=self._is_drawn)
-
-    def write_timeline(self, *, kept: bool = False) -> None:
-        """Write down where the time of the start went, so far.
-
-        :param kept: also where it outlives the sandbox.
-        """
-        state = Path(self._record.state_directory)
-        try:
-            timeline.write(str(state))
-            if kept:
-                timeline_files.keep(
-                    state,
-                    log_dir=self._log_dir,
-                    namespace=self.namespace,
-                    sandbox_id=self.id,
-                    drawn=self._is_drawn,
-                )
-        except FileNotFoundError:  # `delete` was faster
-            log.debug("timeline: sandbox %s: its state is gone", self.id)
-        except OSError as error:
-            log.warning("timeline: sandbox %s: it is lost: %s", self.id, error)
+        self.timeline.write(kept=self.timeline.is_drawn)
 
     async def stop(self) -> None:
         """Switch the machine off and wait until nothing of it is left; stopping twice is harmless."""
-        for request in self._requests:
-            request.cancel()
+        self.work.give_up()
         if self._running is not None:
             self._running.cancel()
             await asyncio.wait({self._running})
         await self._machine.clear_away()
-        self.write_timeline(kept=True)
+        self.timeline.write(kept=True)
 
     async def _live(self, pod: PodSpec) -> None:
         """Boot, then wait for the end of the machine; whoever asks for the agent learns the outcome."""
@@ -476,13 +421,13 @@ class Sandbox:
         self._ready.set_result(agent)
         log.info("boot: sandbox %s: ready", self.id)
         watching = [
-            self.spawn(self._report_ooms(agent), name="out of memory"),
-            self.spawn(self._keep_following_network(), name="network"),
+            self.work.spawn(self._report_ooms(agent), name="out of memory"),
+            self.work.spawn(self._keep_following_network(), name="network"),
         ]
         # A clone may be smaller than what is known already to be needed.
-        self.spawn(self._grow_if_alive(), name="grow")
+        self.work.spawn(self._grow_if_alive(), name="grow")
         if self._machine.lacks_template and agent.is_hako:  # no other says when it can be saved
-            self.spawn(self._have_template_built(), name="template")
+            self.work.spawn(self._have_template_built(), name="template")
         try:
             ended = f"sandbox {self.id}: {await self._machine.reason_of_end(agent)}"
             self._report_end(ended)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from typing import TYPE_CHECKING
 
 from shim import postmortem, state_directory, timeline
@@ -11,6 +13,46 @@ from shim.timeline_svg import draw
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+class SandboxTimeline:
+    """The timeline of a sandbox that runs.
+
+    :param state: its state directory.
+    :param log_dir: where it outlives the sandbox.
+    :param namespace: containerd's.
+    :param sandbox_id: whose it is.
+    """
+
+    def __init__(self, state: Path, *, log_dir: Path, namespace: str, sandbox_id: str) -> None:
+        self._state = state
+        self._log_dir = log_dir
+        self._namespace = namespace
+        self._sandbox_id = sandbox_id
+        #: Kept also as a picture and as a trace.
+        self.is_drawn = os.environ.get(timeline.ENVIRONMENT_VARIABLE) == "1"
+
+    def write(self, *, kept: bool = False) -> None:
+        """Write down where the time of the start went, so far; failing is logged.
+
+        :param kept: also where it outlives the sandbox.
+        """
+        try:
+            timeline.write(str(self._state))
+            if kept:
+                keep(
+                    self._state,
+                    log_dir=self._log_dir,
+                    namespace=self._namespace,
+                    sandbox_id=self._sandbox_id,
+                    drawn=self.is_drawn,
+                )
+        except FileNotFoundError:  # `delete` was faster
+            log.debug("timeline: sandbox %s: its state is gone", self._sandbox_id)
+        except OSError as error:
+            log.warning("timeline: sandbox %s: it is lost: %s", self._sandbox_id, error)
 
 
 def keep(state: Path, *, log_dir: Path, namespace: str, sandbox_id: str, drawn: bool) -> None:

@@ -109,9 +109,9 @@ class TaskService:
         process = container.process(request.exec_id)
         pid = self._pid_of(process)
         if request.exec_id:
-            await self._sandbox.finish(container.delete_exec(request.exec_id))
+            await self._sandbox.work.finish(container.delete_exec(request.exec_id))
         else:
-            await self._sandbox.finish(container.delete())
+            await self._sandbox.work.finish(container.delete())
             self._shut_down_if_forgotten()
         return task_v3_pb2.DeleteResponse(
             pid=pid, exit_status=process.exit_status, exited_at=to_timestamp(process.exited_at_s)

@@ -1,0 +1,66 @@
+"""What a sandbox does beside what it is asked for, and what it was asked for by somebody who went away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+_T = TypeVar("_T")
+
+log = logging.getLogger(__name__)
+
+
+class Work:
+    """The tasks of a sandbox.
+
+    :param group: owns them.
+    """
+
+    def __init__(self, group: asyncio.TaskGroup) -> None:
+        self._group = group
+        self._requests: set[asyncio.Task[None]] = set()
+
+    def spawn(self, work: Coroutine[object, object, None], *, name: str) -> asyncio.Task[None]:
+        """Run a task that ends with the sandbox; its failure is logged and harms no other container."""
+
+        async def contained() -> None:
+            try:
+                await work
+            except Exception:
+                log.exception("%s: unexpected failure", name)
+
+        return self._group.create_task(contained(), name=name)
+
+    def finish(self, work: Coroutine[object, object, _T]) -> asyncio.Future[_T]:
+        """Do work to its end, whoever asked for it goes away meanwhile: half done it could not be repeated.
+
+        :returns: its outcome; cancelling that leaves the work alone.
+        """
+        outcome: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+
+        async def settled() -> None:
+            try:
+                result = await work
+            except asyncio.CancelledError:
+                outcome.cancel()  # the sandbox ends: nobody may wait for this any more
+                raise
+            except Exception as error:  # noqa: BLE001 - handed on to whoever asked
+                if not outcome.done():
+                    outcome.set_exception(error)
+            else:
+                if not outcome.done():
+                    outcome.set_result(result)
+
+        task = self._group.create_task(settled(), name="request")
+        self._requests.add(task)
+        task.add_done_callback(self._requests.discard)
+        return outcome
+
+    def give_up(self) -> None:
+        """Cancel what :meth:`finish` has not finished: the sandbox ends."""
+        for request in self._requests:
+            request.cancel()
