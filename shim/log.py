@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 
 # A write of up to PIPE_BUF bytes is done whole or not at all; see pipe(7).
 _MAX_LINE = 4096
+# What they do step by step would bury what the shim does: hundreds of long lines for each interface.
+_VERBOSE_LIBRARIES = ("asyncio", "pyroute2")
 
 
 class PipeHandler(logging.Handler):
@@ -60,3 +62,5 @@ def configure(level: str, *, descriptor: int = 2) -> None:
     handler = PipeHandler(descriptor)
     handler.setFormatter(LogfmtFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for library in _VERBOSE_LIBRARIES:
+        logging.getLogger(library).setLevel(max(logging.INFO, logging.getLogger().level))

@@ -104,6 +104,10 @@ def in_words_of_go(message: str) -> str:
     :param message: as crun has it, with the C library's words for an errno at its end.
     :returns: the same with Go's words, which begin with small letters.
     """
+    # Go has one word for whatever is no program, a directory among them.
+    message = message.replace(
+        "open executable: Operation not permitted", "open executable: Permission denied"
+    )
     found, quote, after = message.partition("executable file `")
     program, unquote, rest = after.partition("` not found in $PATH")
     if quote and unquote:

@@ -72,6 +72,7 @@ def test_the_exit_of_a_task_is_reported_once_and_none_of_a_task_that_could_not_b
         pytest.param("/missing", "no such file or directory", id="no file"),
         pytest.param("missing", "executable file not found in $PATH", id="not in PATH"),
         pytest.param("/etc/passwd", "permission denied", id="no program"),
+        pytest.param("/etc", "permission denied", id="no file of any kind"),
     ],
 )
 def test_the_words_by_which_clients_tell_that_a_program_cannot_be_run(

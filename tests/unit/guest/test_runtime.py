@@ -15,6 +15,7 @@ from guest.agent.runtime import in_words_of_go
             'exec: "nope": executable file not found in $PATH: no such file or directory',
         ),
         ("open executable: Permission denied", "open executable: permission denied"),
+        ("open executable: Operation not permitted", "open executable: permission denied"),
         ("chdir to `/a: b`: Not a directory", "chdir to `/a: b`: not a directory"),
         ("invalid device", "invalid device"),
         ("executable file `half", "executable file `half"),

@@ -78,6 +78,16 @@ def test_the_level_is_kept(root, fifo):
     assert os.read(fifo, 4096).count(b"\n") == 1
 
 
+@pytest.mark.parametrize(("level", "lines"), [("debug", 3), ("warning", 1)])
+def test_libraries_do_not_tell_each_of_their_steps(root, fifo, level, lines):
+    log.configure(level, descriptor=fifo)
+    for name in ("shim.x", "pyroute2.netlink"):
+        logging.getLogger(name).debug("a step")
+    logging.getLogger("pyroute2.netlink").info("a fact")
+    logging.getLogger("pyroute2.netlink").warning("a worry")
+    assert os.read(fifo, 4096).count(b"\n") == lines
+
+
 def test_a_long_line_is_cut_to_what_a_pipe_takes_whole(root, fifo):
     log.configure("info", descriptor=fifo)
     logging.getLogger().error("x" * 10_000)
