@@ -192,9 +192,8 @@ class Service:
 
     def _update(self, request: Message, _call: Call) -> Message:
         container = self._sandbox.container(request.container_id, InvalidArgument)
-        if request.resources is None:
-            raise InvalidArgument(f"update: {request.container_id}: the request has no resources; send them")
-        container.update(request.resources)
+        if request.resources is not None:  # as Kata's agent has it: nothing is to be changed
+            container.update(request.resources)
         return self._empty
 
     def _stats(self, request: Message, _call: Call) -> Message:
