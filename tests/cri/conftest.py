@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 KINDS = [
     *(Kind(release=release, sandboxer="podsandbox") for release in RELEASES),
     Kind(release=RELEASES[-1], sandboxer="shim"),
+    *(
+        pytest.param(Kind(release=release, **fields), marks=pytest.mark.nightly)
+        for release in RELEASES
+        if release.name == "1.7"
+        for fields in ({"sandboxer": "podsandbox", "protocol": "grpc"}, {"sandboxer": "shim"})
+    ),
 ]
 MAIN = "2.1-podsandbox"
 
@@ -74,6 +80,8 @@ def stack(
     kind, handler = request.param, request.config.getoption("--handler")
     if kind.sandboxer == "shim" and handler == "runc":
         pytest.skip("runc's shim has no Sandbox API")
+    if kind.protocol == "grpc" and handler == "runc":
+        pytest.skip("runc's shim has no gRPC")
     is_cold = kind.release.name == COLD_RELEASE or handler == "runc"
     templates = None if is_cold else request.getfixturevalue("templates")
     with opened_stack(home, nursery, archives, kind=kind, handler=handler, templates=templates) as opened:

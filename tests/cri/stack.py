@@ -33,14 +33,15 @@ IMAGES_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """A containerd, and who runs its pods: its own pause containers or the shim's Sandbox API."""
+    """A containerd, who runs its pods, its own pause containers or the shim's Sandbox API, and over what."""
 
     release: Release
     sandboxer: str
+    protocol: str = "ttrpc"
 
     def __str__(self) -> str:
         """Return the name of the kind."""
-        return f"{self.release.name}-{self.sandboxer}"
+        return "-".join([self.release.name, self.sandboxer, *(["grpc"] if self.protocol == "grpc" else [])])
 
 
 @dataclass(slots=True, kw_only=True)
@@ -213,7 +214,12 @@ def opened_stack(
     """
     state_directory = home / f"{kind}-hako"
     state_directory.mkdir(mode=0o700)
-    config = write_config(home / f"{kind}.toml", state_directory=state_directory, templates=templates)
+    config = write_config(
+        home / f"{kind}.toml",
+        state_directory=state_directory,
+        protocol=kind.protocol,
+        templates=templates,
+    )
     environment = {"HAKO_CONFIG": str(config)}
     if kind.sandboxer == "shim":
         environment["ENABLE_CRI_SANDBOXES"] = "1"  # only 1.7 asks for it
