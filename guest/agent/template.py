@@ -9,6 +9,8 @@ from guest.agent import files, kernel, modules, runtime
 _PARAMETER = "hako.template"
 
 _MODULES = (
+    # Every sandbox has a share.
+    "virtiofs",
     # Gives the free pages back before the machine is saved, and in each clone.
     "virtio_balloon",
     # Nearly every pod has a network.

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _PROGRAMS = ("crun", "python3-minimal", "libpython3-stdlib", "busybox-static")
-# Order matters: the console first, so that whatever fails later is seen; then the channel and the share.
-_BOOT_MODULES = ("virtio_pci", "virtio_console", "vmw_vsock_virtio_transport", "virtiofs")
+# Order matters: the console first, so that whatever fails later is seen; then the channel.
+_BOOT_MODULES = ("virtio_pci", "virtio_console", "vmw_vsock_virtio_transport")
 _LATER_MODULES = (
+    # The share, when it is mounted: it need not be there before the agent answers.
+    "virtiofs",
     *("overlay", "tun", "virtio_net", "virtio_blk", "virtio_balloon", "virtio_mem", "virtio_rng"),
     # Filesystems of volumes and root disks; each is left out if the kernel has it built in.
     *("ext4", "xfs"),

@@ -21,15 +21,14 @@ AGENT_ROOT = "/usr/lib/hako"
 """Directory of the staging tree in which the ``guest`` package lies."""
 BUNDLE = f"{AGENT_ROOT}/modules"
 """File of the guest with the agent and all that it imports: one code object, to be executed."""
+START = f"{AGENT_ROOT}/start.pyc"
+"""What the interpreter is given to run: it executes the bundle."""
 
 # Imports every module of the agent, and notes those that the interpreter has to look for, each after those
-# that it imports itself. What the interpreter imports at its start, before it runs anything, comes first;
-# it knows its library by the file of os, though it may never read that.
+# that it imports itself. The interpreter knows its library by the file of os, though it may never read that.
 _LIST_MODULES = f"""
 import sys
 known = set(sys.modules)
-early = [m.__spec__ for m in list(sys.modules.values()) if getattr(m, "__file__", None) and m.__spec__]
-early = [s.origin for s in early if s.origin not in ("built-in", "frozen")]
 import importlib.machinery, json, os
 for name in set(sys.modules) - known: del sys.modules[name]
 found = []
@@ -53,7 +52,7 @@ sys.path.insert(0, {AGENT_ROOT!r})
 for file in sorted(os.listdir({AGENT_ROOT + "/guest/agent"!r})):
     if file.endswith(".py") and file != "__init__.py":
         __import__("guest.agent." + file[:-3])
-print(json.dumps([early, os.__file__, found]))
+print(json.dumps([os.__file__, found]))
 """
 
 # Runs the modules, each after those that it imports, without looking for them: name, whether it is a package,
@@ -82,27 +81,52 @@ def run(bundle):
 run("BUNDLE")
 # Its pages are memory, and it is not read again.
 posix.unlink({BUNDLE!r})
+posix.close(bundle)
 sys.modules["guest.agent.main"].main()
 """
 
-# Writes unchecked hash-based bytecode (PEP 552) beside each early source: the guest never looks at sources.
-# All other modules go into one file: what import does for a module, looking for it above all, takes under
-# emulation ten times as long as running its code.
+# The one module that the interpreter looks for before it runs anything, in place of the library's package
+# with its hundreds of names: the guest speaks UTF-8.
+_ENCODINGS = """
+import codecs
+class Encoder(codecs.IncrementalEncoder):
+    def encode(self, text, final=False):
+        return codecs.utf_8_encode(text, self.errors)[0]
+class Decoder(codecs.BufferedIncrementalDecoder):
+    _buffer_decode = codecs.utf_8_decode
+def search(name):
+    if name not in ("utf_8", "utf-8", "utf8"):
+        return None
+    return codecs.CodecInfo(
+        name="utf-8", encode=codecs.utf_8_encode, decode=codecs.utf_8_decode,
+        incrementalencoder=Encoder, incrementaldecoder=Decoder,
+    )
+codecs.register(search)
+"""
+
+_START = f"""
+import marshal, posix
+bundle = posix.open({BUNDLE!r}, posix.O_RDONLY | posix.O_CLOEXEC)
+exec(marshal.loads(posix.read(bundle, posix.fstat(bundle).st_size)))
+"""
+
+# Writes unchecked hash-based bytecode (PEP 552): the guest never looks at sources. All modules of the agent
+# go into one file: what import does for a module, looking for it above all, takes under emulation ten times
+# as long as running its code. What remains of the library's os is its name: its code is in the interpreter.
 _COMPILE = f"""
-import _imp, importlib.util, json, marshal, sys
+import importlib.util, json, marshal, sys
 def compiled(path):
     with open(path, "rb") as file:
-        source = file.read()
-    return source, compile(source, path, "exec", dont_inherit=True, optimize=2)
-early, found = json.loads(sys.stdin.read())
-for path in early:
-    source, code = compiled(path)
-    hash_ = _imp.source_hash(importlib.util._RAW_MAGIC_NUMBER, source)
-    with open(path + "c", "wb") as file:
-        file.write(importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + hash_ + marshal.dumps(code))
-modules = [
-    (name, package, compiled(path)[1] if path.endswith(".py") else path) for name, path, package in found
-]
+        return compile(file.read(), path, "exec", dont_inherit=True, optimize=2)
+def write(path, source):
+    code = compile(source, path, "exec", dont_inherit=True, optimize=2)
+    with open(path, "wb") as file:
+        file.write(importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + bytes(8) + marshal.dumps(code))
+library, found = json.loads(sys.stdin.read())
+write(library + "/os.pyc", "")
+write(library + "/encodings/__init__.pyc", {_ENCODINGS!r})
+write({START!r}, {_START!r})
+modules = [(name, package, compiled(path) if path.endswith(".py") else path) for name, path, package in found]
 code = compile({_RUN!r}, "run", "exec", dont_inherit=True, optimize=2)
 # The modules are a constant of the code that runs them: one object, unmarshalled at once.
 code = code.replace(co_consts=tuple(modules if one == "BUNDLE" else one for one in code.co_consts))
@@ -136,19 +160,21 @@ def compile_agent(staging: Path) -> PythonTree:
     if not interpreters:
         raise ImageError("image: python: no interpreter among the packages; use Python 3.11 or newer")
     interpreter = f"/usr/bin/{interpreters[-1].name}"
-    early, landmark, found = json.loads(_run(staging, interpreter, _LIST_MODULES, "null"))
-    sources = sorted({landmark, *early})
-    _run(staging, interpreter, _COMPILE, json.dumps([sources, found]))
+    landmark, found = json.loads(_run(staging, interpreter, _LIST_MODULES, "null"))
+    library = landmark.removesuffix("/os.py")
+    _run(staging, interpreter, _COMPILE, json.dumps([library, found]))
     return PythonTree(
         interpreter=interpreter,
-        bytecode=(*(f"{path}c" for path in sources), BUNDLE),
+        bytecode=(f"{library}/os.pyc", f"{library}/encodings/__init__.pyc", START, BUNDLE),
         extensions=tuple(path for _name, path, _package in found if not path.endswith(".py")),
     )
 
 
 def _run(staging: Path, interpreter: str, script: str, given: str) -> str:
     # -S keeps site out, as in the guest; a fixed hash seed keeps the bytecode reproducible.
-    argv = ["chroot", str(staging), interpreter, "-S", "-B", "-X", "utf8", "-c", script]
+    # Columns of lines are for reports that nobody sees.
+    options = ["-S", "-B", "-X", "utf8", "-X", "no_debug_ranges"]
+    argv = ["chroot", str(staging), interpreter, *options, "-c", script]
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONHASHSEED": "0"}
     done = subprocess.run(
         argv, input=given, capture_output=True, text=True, timeout=_TIMEOUT_S, env=environment, check=False

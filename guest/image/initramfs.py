@@ -5,8 +5,8 @@ from __future__ import annotations
 import zlib
 from typing import TYPE_CHECKING
 
-from guest.image import elf
-from guest.image.bytecode import BUNDLE, PythonTree
+from guest.image import elf, launcher
+from guest.image.bytecode import START, PythonTree
 from guest.image.cpio import Entry, character_device, directory, regular, symlink
 from guest.image.errors import ImageError
 
@@ -65,7 +65,7 @@ def entries(staging: Path, *, python: PythonTree, modules: Iterable[Module], boo
     yield character_device("/dev/console", 5, 1)
     yield character_device("/dev/urandom", 1, 9, mode=0o666)
     yield character_device("/dev/kmsg", 1, 11, mode=0o644)
-    yield regular("/init", init_script(python.interpreter).encode(), mode=0o755)
+    yield regular("/init", init_program(python.interpreter), mode=0o755)
     programs = (python.interpreter, _RUNTIME, *python.extensions)
     binaries = dict.fromkeys((*programs, *_libraries(staging, programs)))
     for path in binaries:
@@ -89,14 +89,15 @@ def entries(staging: Path, *, python: PythonTree, modules: Iterable[Module], boo
     yield regular(f"{_merged(_MODULES)}/depends", depends.encode())
 
 
-def init_script(interpreter: str) -> str:
-    """Write process 1: a line or two that run the bundle, for the interpreter compiles them at each start.
+def init_program(interpreter: str) -> bytes:
+    """Write process 1: what starts the agent.
 
     :param interpreter: path of Python in the guest.
-    :returns: the script.
+    :returns: the program.
     """
     # -I: no environment, no user directory; -S: no site module; -B: no bytecode is ever written.
-    return f"#!{interpreter} -ISB\nimport marshal\nexec(marshal.loads(open({BUNDLE!r}, 'rb').read()))\n"
+    # Told no locale, the interpreter looks for one with UTF-8; told this one, it speaks UTF-8 by itself.
+    return launcher.program((interpreter, "-ISB", START), ("LC_ALL=POSIX",))
 
 
 def _merged(path: str) -> str:

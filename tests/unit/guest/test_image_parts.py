@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from guest.image import ImageError, cpio, elf, initramfs, kernel, module_tree
+from guest.image import ImageError, cpio, elf, initramfs, kernel, launcher, module_tree
 
 XEN_NOTE = struct.pack("<III4sQ", 4, 8, 18, b"Xen\0", 0x1000000)
 
@@ -223,5 +223,15 @@ def test_missing_module_is_named(modules: Path) -> None:
         kernel.load_modules(modules, ("vsock",))
 
 
-def test_init_script_starts_the_staged_interpreter_isolated() -> None:
-    assert initramfs.init_script("/usr/bin/python3.13").startswith("#!/usr/bin/python3.13 -ISB\n")
+def test_init_starts_the_staged_interpreter_isolated() -> None:
+    init = initramfs.init_program("/usr/bin/python3.13")
+    assert b"/usr/bin/python3.13\0-ISB\0/usr/lib/hako/start.pyc\0LC_ALL=POSIX\0" in init
+
+
+def test_launcher_becomes_a_program_with_arguments_and_an_environment(tmp_path: Path) -> None:
+    launched = tmp_path / "launched"
+    launched.write_bytes(launcher.program(("/usr/bin/env", "FIRST=1", "/bin/sh", "-c", "env"), ("SECOND=2",)))
+    launched.chmod(0o755)
+    done = subprocess.run([launched], capture_output=True, text=True, check=True, env={"LOST": "3"})
+    assert {"FIRST=1", "SECOND=2"} <= set(done.stdout.splitlines())
+    assert "LOST" not in done.stdout
