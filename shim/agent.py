@@ -55,6 +55,16 @@ def rootfs_of(container_id: str) -> str:
     return f"/run/kata-containers/{container_id}/rootfs"
 
 
+def _lift(resources: oci_pb2.LinuxResources) -> None:
+    """Say "no limit" to an agent to which every number below one says nothing."""
+    memory, cpu = resources.Memory, resources.CPU
+    for name in ("Limit", "Swap"):
+        if getattr(memory, name) < 0:
+            setattr(memory, name, _MOST_MEMORY)
+    if cpu.Quota < 0:
+        cpu.Quota = _MANY_PROCESSORS * (cpu.Period or _DEFAULT_PERIOD_US)
+
+
 def _shm(*options: str) -> agent_pb2.Storage:
     return agent_pb2.Storage(
         driver="ephemeral",
@@ -65,6 +75,9 @@ def _shm(*options: str) -> agent_pb2.Storage:
     )
 
 
+_MOST_MEMORY = (1 << 63) - 4096  # what a cgroup without a limit shows
+_MANY_PROCESSORS = 1000
+_DEFAULT_PERIOD_US = 100_000  # the kernel's
 _MAX_STATUS = 255  # wait(2); containerd's own value for an exit that nobody can tell, too
 
 _Reply = TypeVar("_Reply", bound="Message")
@@ -268,6 +281,8 @@ class Agent:
     async def update_container(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
         """Change a container's limits inside the guest."""
         request = agent_pb2.UpdateContainerRequest(container_id=container_id, resources=resources)
+        if not self.is_hako:
+            _lift(request.resources)
         await self._call("UpdateContainer", request, Empty)
 
     async def resize_volume(self, mount_point: str, *, size_bytes: int) -> None:

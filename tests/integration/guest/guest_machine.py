@@ -25,6 +25,7 @@ CAPABILITIES = ["CAP_CHOWN", "CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BI
 BOOT_TIMEOUT_S = 60
 MONITOR_TIMEOUT_S = 20
 VSOCK_DAEMON = "/var/lib/hako/bin/vhost-device-vsock"
+SERVING = "hako-agent: serving"
 PORTS = range(0x10, 0x16)
 """Slots of the root ports into which devices can be plugged."""
 APPLETS = [
@@ -138,13 +139,17 @@ class GuestMachine:
     def connect(self) -> AgentClient:
         """Connect to the agent, as often as it takes for the guest to listen."""
         deadline = time.monotonic() + BOOT_TIMEOUT_S
-        while (connection := self._dial()) is None:
+        # Over vsock, a connection that comes before the guest's driver would end the daemon's worker.
+        while (self._channel == "vsock" and not self._serves()) or (connection := self._dial()) is None:
             assert self.qemu.poll() is None, f"QEMU ended: {self.console.read_text()}"
             assert time.monotonic() < deadline, f"the guest does not listen: {self.console.read_text()}"
             time.sleep(0.02)
         client = AgentClient(connection)
         self._stack.callback(client.close)
         return client
+
+    def _serves(self) -> bool:
+        return self.console.exists() and SERVING in self.console.read_text()
 
     def _dial(self) -> socket.socket | None:
         connection = socket.socket(socket.AF_UNIX)
@@ -158,7 +163,7 @@ class GuestMachine:
                 connection.settimeout(None)
                 return connection
         except (ConnectionError, TimeoutError):
-            # The guest's driver or the agent is not up yet.
+            # The agent is not up yet.
             connection.close()
             return None
         connection.close()

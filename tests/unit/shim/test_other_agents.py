@@ -120,6 +120,29 @@ async def test_terminal_is_given_the_size_that_its_process_asks_for_unless_the_a
 
 
 @pytest.mark.parametrize(
+    ("feature", "limits"),
+    [("seccomp", ((1 << 63) - 4096, (1 << 63) - 4096, 50_000_000)), ("hako", (-1, -1, -1))],
+)
+async def test_limit_is_lifted_in_the_words_that_the_agent_understands(
+    feature: str, limits: tuple[int, int, int]
+) -> None:
+    peer = Peer(feature)
+    agent = await sandbox_of(peer)
+    resources = oci_pb2.LinuxResources(
+        Memory=oci_pb2.LinuxMemory(Limit=-1, Swap=-1), CPU=oci_pb2.LinuxCPU(Quota=-1, Period=50_000)
+    )
+    await agent.update_container("box", resources)
+    await agent.update_container("box", oci_pb2.LinuxResources())
+    lifted, nothing = peer.asked("UpdateContainer")
+    assert isinstance(lifted, agent_pb2.UpdateContainerRequest)
+    sent = lifted.resources
+    assert (sent.Memory.Limit, sent.Memory.Swap, sent.CPU.Quota) == limits
+    assert nothing == agent_pb2.UpdateContainerRequest(
+        container_id="box", resources=oci_pb2.LinuxResources()
+    ), "what is not mentioned stays"
+
+
+@pytest.mark.parametrize(
     ("answer", "meaning"),
     [
         (Internal(ANYHOW), Internal("Invalid container id: No such container: os error 2")),
