@@ -85,12 +85,13 @@ async def _save(spec: VmSpec, directory: Path, host: HostSide) -> None:
         # The guest stands still from here on: what is in the memory and what the devices know agree.
         await qmp.ask(dict, "stop")
         state = await _device_state(qmp)
-        data_bytes = await asyncio.to_thread(_copy_data, memory, directory / template.MEMORY)
+        data_bytes, written_ns = await asyncio.to_thread(_copy_data, memory, directory / template.MEMORY)
         (directory / template.STATE).write_bytes(state)
         Template(
             qemu_version=qmp.version,
             memory_bytes=spec.memory_bytes,
             data_bytes=data_bytes,
+            memory_written_ns=written_ns,
             state_bytes=len(state),
             state_sha256=hashlib.sha256(state).hexdigest(),
             virtiofsd=template.identity(spec.virtiofsd),
@@ -166,8 +167,8 @@ async def _device_state(qmp: QmpSession) -> bytes:
     return bytes(state)
 
 
-def _copy_data(memory: int, target: Path) -> int:
-    """Write the pages that are not zero to a sparse file; return how many bytes they are."""
+def _copy_data(memory: int, target: Path) -> tuple[int, int]:
+    """Write the pages that are not zero to a sparse file; return how many bytes, and when."""
     written = 0
     with target.open("xb", buffering=0) as file, mmap.mmap(memory, 0, prot=mmap.PROT_READ) as pages:
         file.truncate(len(pages))
@@ -180,4 +181,4 @@ def _copy_data(memory: int, target: Path) -> int:
                 elif not used and start is not None:
                     written += os.pwrite(file.fileno(), pages[start:offset], start)
                     start = None
-    return written
+        return written, os.fstat(file.fileno()).st_mtime_ns

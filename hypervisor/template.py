@@ -27,7 +27,7 @@ MEMORY = "memory"
 STATE = "state"
 DESCRIPTION = "template.json"
 
-_FORMAT = 2
+_FORMAT = 3
 """Raised when the files, or what they say of the machine, change their meaning."""
 
 _NO_FD = 0
@@ -46,6 +46,7 @@ class Template:
     :param qemu_version: of the QEMU that saved it; no other loads it.
     :param memory_bytes: the guest's memory.
     :param data_bytes: how much of it is not zero, and so in the file.
+    :param memory_written_ns: when that file was last written to, in nanoseconds since 1970.
     :param state_bytes: the length of the state.
     :param state_sha256: its digest, hexadecimal.
     :param virtiofsd: which virtio-fs daemon there was, told apart from others as :func:`identity` does.
@@ -55,6 +56,7 @@ class Template:
     qemu_version: str
     memory_bytes: int
     data_bytes: int
+    memory_written_ns: int
     state_bytes: int
     state_sha256: str
     virtiofsd: list[str | int]
@@ -144,7 +146,7 @@ def read_description(directory: Path) -> Template:
         raise TemplateError(f"template: {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TemplateError(f"template: {path}: not a template's description: {error!r}") from error
-    kinds = (str, int, int, int, str, list, str)
+    kinds = (str, int, int, int, int, str, list, str)
     if not all(isinstance(*pair) for pair in zip(dataclasses.astuple(found), kinds, strict=True)):
         raise TemplateError(f"template: {path}: not a template's description: a value of the wrong type")
     return found
@@ -175,7 +177,7 @@ def open_memory(directory: Path, template: Template) -> int:
     :param directory: the template's.
     :param template: its description.
     :returns: a descriptor, the caller's to close.
-    :raises TemplateError: if it is missing or truncated.
+    :raises TemplateError: if it is missing or truncated, or was written to since it was saved.
     """
     path = directory / MEMORY
     try:
@@ -183,9 +185,14 @@ def open_memory(directory: Path, template: Template) -> int:
     except OSError as error:
         raise TemplateError(f"template: {path}: {error.strerror}") from error
     try:
-        size = os.fstat(fd).st_size
-        if size != template.memory_bytes:
-            raise TemplateError(f"template: {path}: {size} bytes instead of {template.memory_bytes}")
+        status = os.fstat(fd)
+        if status.st_size != template.memory_bytes:
+            raise TemplateError(
+                f"template: {path}: {status.st_size} bytes instead of {template.memory_bytes}"
+            )
+        # To read all of it would take as long as to copy it, for each clone.
+        if status.st_mtime_ns != template.memory_written_ns:
+            raise TemplateError(f"template: {path}: changed since it was saved")
     except BaseException:
         os.close(fd)
         raise

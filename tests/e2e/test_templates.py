@@ -169,12 +169,23 @@ def spoil_memory(template: Path) -> None:
     os.truncate(template / "memory", 4096)
 
 
+def flip_a_bit_of_memory(template: Path) -> None:
+    with (template / "memory").open("r+b") as memory:
+        memory.seek(20 * MIB)
+        [byte] = memory.read(1)
+        memory.seek(20 * MIB)
+        memory.write(bytes([byte ^ 1]))
+
+
 def garble_memory(template: Path) -> None:
     """Let it load, into a guest that cannot live."""
-    with (template / "memory").open("r+b") as memory:
+    path = template / "memory"
+    before = path.stat()
+    with path.open("r+b") as memory:
         for place in range(16 * MIB, 64 * MIB, 4096):
             memory.seek(place)
             memory.write(b"\xcc" * 4096)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def spoil_state(template: Path) -> None:
@@ -193,6 +204,7 @@ def take_memory_away(template: Path) -> None:
 @pytest.mark.parametrize(
     "spoil",
     [
+        flip_a_bit_of_memory,
         garble_memory,
         spoil_state,
         *(

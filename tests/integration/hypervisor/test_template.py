@@ -150,9 +150,19 @@ def cut(name, size):
 
 def emptied(directory):
     path = directory / "memory"
-    size = path.stat().st_size
+    before = path.stat()
     os.truncate(path, 16 * MIB)
-    os.truncate(path, size)
+    os.truncate(path, before.st_size)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def one_byte_of_memory_off(directory):
+    path = directory / "memory"
+    with path.open("r+b") as memory:
+        memory.seek(20 * MIB)
+        byte = memory.read(1)[0]
+        memory.seek(20 * MIB)
+        memory.write(bytes([byte ^ 1]))
 
 
 def described_as(**changes):
@@ -163,7 +173,7 @@ def described_as(**changes):
     return spoil
 
 
-def one_byte_off(directory):
+def one_byte_of_state_off(directory):
     path = directory / "state"
     state = bytearray(path.read_bytes())
     state[len(state) // 2] ^= 1
@@ -198,7 +208,8 @@ def no_description(directory):
         pytest.param(cut("memory", 1000), "memory: 1000 bytes instead of 536870912", id="memory cut"),
         pytest.param(emptied, "bytes of data instead of", id="memory has holes"),
         pytest.param(cut("state", 1000), "state: 1000 bytes instead of", id="state cut"),
-        pytest.param(one_byte_off, "state: its checksum is wrong", id="state changed"),
+        pytest.param(one_byte_of_memory_off, "memory: changed since", id="memory changed"),
+        pytest.param(one_byte_of_state_off, "state: its checksum is wrong", id="state changed"),
         pytest.param(gibberish, "QEMU exited with status 1", id="state that means nothing"),
         pytest.param(half_a_state, "QEMU exited with status 1", id="state that ends"),
         pytest.param(no_description, "not a template's description", id="no description"),

@@ -123,10 +123,12 @@ def saved(tmp_path):
     (tmp_path / "daemon").touch()
     (tmp_path / "state").write_bytes(b"state")
     (tmp_path / "memory").write_bytes(bytes(PAGE))
+    os.utime(tmp_path / "memory", ns=(1, 1))  # a while ago: times of files have ticks
     description = Template(
         qemu_version="7.2.0",
         memory_bytes=PAGE,
         data_bytes=0,
+        memory_written_ns=1,
         state_bytes=5,
         state_sha256="c0b057f584795eff8b06d5e420e71d747587d20de836f501921fd1b5741f1283",
         virtiofsd=identity(tmp_path / "daemon"),
@@ -165,6 +167,13 @@ def test_a_state_of_another_content_is_refused(saved, tmp_path):
     (tmp_path / "state").write_bytes(b"statf")
     with pytest.raises(TemplateError, match="checksum"):
         read_state(tmp_path, saved)
+
+
+def test_a_memory_that_was_written_to_is_refused(saved, tmp_path):
+    with (tmp_path / "memory").open("r+b") as memory:
+        memory.write(b"1")
+    with pytest.raises(TemplateError, match="memory: changed since it was saved"):
+        open_memory(tmp_path, saved)
 
 
 @pytest.fixture
