@@ -57,6 +57,7 @@ async def boot(spec: VmSpec, host: HostSide) -> Devices:
                 QEMU,
                 boot_argv(spec, inherited, machine=this_machine),
                 inherit=[inherited.qmp, inherited.console, share.fileno(), device.fd],
+                accelerator=spec.accelerator,
             )
     try:
         with host.phase("QMP"):

@@ -107,7 +107,8 @@ def _spawn_qemu(
     descriptors = template.bare_descriptors(
         qmp=qmp.qemu_fd, console=console.qemu_fd, memory=memory, agent=port
     )
-    host.spawn(QEMU, clone_argv(spec, descriptors, machine=machine.for_host()), inherit=inherit)
+    argv = clone_argv(spec, descriptors, machine=machine.for_host())
+    host.spawn(QEMU, argv, inherit=inherit, accelerator=spec.accelerator)
     return qmp
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import TYPE_CHECKING, Self
 from hypervisor.exits import ExitStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 _OUTPUT_LIMIT = 64 * 1024
 _CAUSE_LINES = 3
 _LINE_LIMIT = 400
 _REAPING_S = 1.0
+
+_PR_SET_THP_DISABLE = 41  # linux/prctl.h
+_libc = ctypes.CDLL(None, use_errno=True)
 
 _ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -53,7 +57,9 @@ class Process:
             self._loop.add_reader(output, self._read_output)
 
     @classmethod
-    def spawn(cls, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> Self:
+    def spawn(
+        cls, name: str, argv: Sequence[str], *, inherit: Iterable[int] = (), huge_pages: bool = True
+    ) -> Self:
         """Start a program that the kernel kills when this thread ends.
 
         If this thread ends within the millisecond before ``setpriv`` has asked for that, the program stays:
@@ -62,27 +68,29 @@ class Process:
         :param name: what the process does.
         :param argv: the program and its arguments.
         :param inherit: descriptors the program gets under the same numbers; it gets no others but 0 to 2.
+        :param huge_pages: whether its memory may be of huge pages, if it asks for them.
         :raises OSError: if no process could be made. A program that cannot be executed is not an error
             here: the process ends at once with status 127 and says so in its output.
         """
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         try:
-            pid = os.posix_spawnp(
-                "setpriv",
-                ["setpriv", "--pdeathsig", "KILL", "--", *argv],
-                _ENVIRONMENT,
-                file_actions=[
-                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                    (os.POSIX_SPAWN_DUP2, write_end, 1),
-                    (os.POSIX_SPAWN_DUP2, write_end, 2),
-                    # Onto itself: this is how posix_spawn clears close-on-exec, in the child alone.
-                    *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherit),
-                ],
-                # Signals from a terminal are for this process, which then ends the child in order.
-                setsid=True,
-                setsigmask=(),
-                setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
-            )
+            with contextlib.nullcontext() if huge_pages else _no_huge_pages():
+                pid = os.posix_spawnp(
+                    "setpriv",
+                    ["setpriv", "--pdeathsig", "KILL", "--", *argv],
+                    _ENVIRONMENT,
+                    file_actions=[
+                        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                        (os.POSIX_SPAWN_DUP2, write_end, 1),
+                        (os.POSIX_SPAWN_DUP2, write_end, 2),
+                        # Onto itself: this is how posix_spawn clears close-on-exec, in the child alone.
+                        *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherit),
+                    ],
+                    # Signals from a terminal are for this process, which then ends the child in order.
+                    setsid=True,
+                    setsigmask=(),
+                    setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+                )
         except OSError:
             os.close(read_end)
             raise
@@ -190,6 +198,16 @@ def printable(line: str) -> str:
     :param line: one line, without its end.
     """
     return "".join(char if char.isprintable() else " " for char in line[:_LINE_LIMIT]).rstrip()
+
+
+@contextlib.contextmanager
+def _no_huge_pages() -> Iterator[None]:
+    """Have what is started for the length of a block do without huge pages: programs inherit it."""
+    _libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        _libc.prctl(_PR_SET_THP_DISABLE, 0, 0, 0, 0)
 
 
 def _children(pid: int) -> list[int]:

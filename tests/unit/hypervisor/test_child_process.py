@@ -137,3 +137,15 @@ def test_a_child_dies_with_its_parent():
 )
 def test_lines_from_outside_are_made_printable(line, shown):
     assert printable(line) == shown
+
+
+_PAGES = "grep THP_enabled /proc/self/status"
+
+
+@pytest.mark.parametrize(("huge_pages", "enabled"), [(True, "1"), (False, "0")])
+async def test_a_program_may_have_to_do_without_huge_pages_and_no_other_has(huge_pages, enabled):
+    said = []
+    for process in (shell(_PAGES, huge_pages=huge_pages), shell(_PAGES)):
+        await process.exited
+        said.append(process.output().split())
+    assert said == [["THP_enabled:", enabled], ["THP_enabled:", "1"]]
