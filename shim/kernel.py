@@ -11,6 +11,7 @@ _PR_SCHED_CORE_CREATE = 1
 _PIDTYPE_PGID = 2
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
+_ADDRESS_BYTES = 16
 _CLONE_FS = 0x00000200
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWNET = 0x40000000
@@ -57,6 +58,15 @@ def enter_new_network_namespace() -> None:
     :raises OSError: if the kernel refuses.
     """
     _call("unshare", _CLONE_NEWNET)
+
+
+def disconnect(descriptor: int) -> None:
+    """Let a UDP socket forget its peer, and its port if the kernel chose that; see connect(2).
+
+    :param descriptor: the socket.
+    :raises OSError: if the kernel refuses.
+    """
+    _call("connect", descriptor, bytes(_ADDRESS_BYTES), _ADDRESS_BYTES)  # of the family AF_UNSPEC, 0
 
 
 def detach_mounts(below: str) -> None:

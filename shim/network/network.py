@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
@@ -139,6 +139,8 @@ class Network:
             if not self._changes.done():  # from before the scan, so that there is no gap
                 self._changes.set_result(await self._namespace.run(Changes))
             plan = await self._namespace.run(scan)
+            if self._forwarder is not None:  # Docker may be away for a while
+                plan = replace(plan, has_resolver=True)
             if plan == self._plan:
                 return
             self._plan = _UNKNOWN
@@ -164,7 +166,9 @@ class Network:
         async with self._lock:
             self._machine = None
             await self._remove(self._connections.values())
-            self._stop_forwarding()
+            if self._forwarder is not None:
+                self._forwarder.close()
+                self._forwarder = None
             if self._changes.done():
                 self._changes.result().close()
             self._namespace.close()
@@ -239,8 +243,6 @@ class Network:
                 routes.append(route)
                 neighbours.append(neighbour)
                 await self._forward()
-        if not plan.has_resolver:
-            self._stop_forwarding()
         await agent.update_routes(messages.routes(routes))
         if neighbours:
             await agent.add_arp_neighbors(messages.neighbours(neighbours))
@@ -254,11 +256,6 @@ class Network:
             log.warning("network: %s: %s: it will not be asked", localhost.RESOLVER, error.strerror)
         else:
             self._forwarder.start()
-
-    def _stop_forwarding(self) -> None:
-        if self._forwarder is not None:
-            self._forwarder.close()
-            self._forwarder = None
 
     def _way_to_localhost(self) -> _Connection | None:
         return next((each for each in self._connections.values() if each.has_localhost), None)

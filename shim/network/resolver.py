@@ -18,6 +18,7 @@ import socket
 from ipaddress import ip_network
 from pathlib import Path
 
+from shim import kernel
 from shim.network.localhost import HOST_SIDE_MAC, LOCALHOST, RESOLVER
 from shim.network.plan import Neighbour, NextHop, Route
 
@@ -67,10 +68,16 @@ class Forwarder:
         with contextlib.ExitStack() as opened:
             self._guest = opened.enter_context(_bound(PORT))
             self._resolver = opened.enter_context(_bound(0))
-            self._resolver.connect((RESOLVER, PORT))
+            self._reach()
             opened.pop_all()
         self._unanswered: dict[int, tuple[bytes, tuple[str, int]]] = {}
         self._number = 0
+
+    def _reach(self) -> None:
+        # The kernel redirects all that comes from one port to where the first went: a resolver that was
+        # started again is reached from another.
+        kernel.disconnect(self._resolver.fileno())
+        self._resolver.connect((RESOLVER, PORT))
 
     def start(self) -> None:
         """Begin to pass on, in the running loop."""
@@ -96,9 +103,16 @@ class Forwarder:
             if len(self._unanswered) >= _MAX_UNANSWERED:
                 del self._unanswered[next(iter(self._unanswered))]
             self._unanswered[self._number] = (question[:_ID_BYTES], sender)
-            self._resolver.send(self._number.to_bytes(_ID_BYTES, "big") + question[_ID_BYTES:])
+            self._send(self._number.to_bytes(_ID_BYTES, "big") + question[_ID_BYTES:])
         except OSError as error:  # whoever asked asks again
             log.debug("network: a question of the guest: %s", error)
+
+    def _send(self, question: bytes) -> None:
+        try:
+            self._resolver.send(question)
+        except ConnectionRefusedError:  # the one before was
+            self._reach()
+            self._resolver.send(question)
 
     def _answer(self) -> None:
         try:
@@ -106,6 +120,8 @@ class Forwarder:
             asked = self._unanswered.pop(int.from_bytes(answer[:_ID_BYTES], "big"), None)
             if asked is not None:
                 self._guest.sendto(asked[0] + answer[_ID_BYTES:], asked[1])
+        except ConnectionRefusedError:
+            self._reach()
         except OSError as error:  # as above
             log.debug("network: an answer of the resolver: %s", error)
 

@@ -219,8 +219,8 @@ def resolver(space: Space, address: str) -> Iterator[None]:
     known_by, answering = space.inside(listen)
     with known_by, answering:
         port = known_by.getsockname()[1]
-        rule = f"-t nat -A OUTPUT -d {RESOLVER} -p udp --dport 53 -j DNAT --to {RESOLVER}:{port}"
-        space.run("iptables", *rule.split())
+        rule = f"OUTPUT -d {RESOLVER} -p udp --dport 53 -j DNAT --to {RESOLVER}:{port}".split()
+        space.run("iptables", "-t", "nat", "-A", *rule)
         thread = threading.Thread(target=answer)
         thread.start()
         try:
@@ -228,15 +228,20 @@ def resolver(space: Space, address: str) -> Iterator[None]:
         finally:
             answering.sendto(b"", answering.getsockname())
             thread.join()
+            space.run("iptables", "-t", "nat", "-D", *rule)
 
 
 def test_the_resolver_that_docker_has_on_a_loopback_address_answers_the_guest(
     one_stack: Stack, pod: Space, outside: Space
 ):
     add_cable(pod, outside, "eth0", number=1)
-    with resolver(pod, "10.1.0.77"), box_in(one_stack, pod) as name:
-        for asked in ("one.example", "two.example"):
-            assert "10.1.0.77" in shell(one_stack, name, f"nslookup {asked} {RESOLVER}")
+    with contextlib.ExitStack() as later:
+        with resolver(pod, "10.1.0.77"):
+            name = later.enter_context(box_in(one_stack, pod))
+            for asked in ("one.example", "two.example"):
+                assert "10.1.0.77" in shell(one_stack, name, f"nslookup {asked} {RESOLVER}")
+        with resolver(pod, "10.1.0.78"):  # on another port, as after a restart of dockerd
+            assert "10.1.0.78" in shell(one_stack, name, f"nslookup three.example {RESOLVER}")
         # What else is on the loopback network is the guest's own.
         assert "127.0.0.12" in shell(one_stack, name, "ip route get 127.0.0.12")
         shell(one_stack, name, "ping -c 1 -W 5 127.0.0.12")
