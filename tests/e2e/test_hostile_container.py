@@ -8,22 +8,17 @@ same file system; they may neither show up in any output nor change.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import secrets
 import socket
 import subprocess
-import textwrap
 import threading
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import grpc
 import pytest
 
-from tests.e2e.by_hand import PROCESS, ByHand
-from tests.e2e.conftest import new_id
+from shim.agent import MODULES_NAME
+from tests.e2e.attacker import GUEST, MARK, SHARE, Attacker, Sentinel, privileged
 from tests.e2e.life import until
 
 if TYPE_CHECKING:
@@ -33,180 +28,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.hako, pytest.mark.timeout(240)]
 
-# fmt: off
-CAPABILITIES = (
-    "CAP_AUDIT_CONTROL", "CAP_AUDIT_READ", "CAP_AUDIT_WRITE", "CAP_BLOCK_SUSPEND", "CAP_BPF",
-    "CAP_CHECKPOINT_RESTORE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER",
-    "CAP_FSETID", "CAP_IPC_LOCK", "CAP_IPC_OWNER", "CAP_KILL", "CAP_LEASE", "CAP_LINUX_IMMUTABLE",
-    "CAP_MAC_ADMIN", "CAP_MAC_OVERRIDE", "CAP_MKNOD", "CAP_NET_ADMIN", "CAP_NET_BIND_SERVICE",
-    "CAP_NET_BROADCAST", "CAP_NET_RAW", "CAP_PERFMON", "CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP",
-    "CAP_SETUID", "CAP_SYSLOG", "CAP_SYS_ADMIN", "CAP_SYS_BOOT", "CAP_SYS_CHROOT", "CAP_SYS_MODULE",
-    "CAP_SYS_NICE", "CAP_SYS_PACCT", "CAP_SYS_PTRACE", "CAP_SYS_RAWIO", "CAP_SYS_RESOURCE",
-    "CAP_SYS_TIME", "CAP_SYS_TTY_CONFIG", "CAP_WAKE_ALARM",
-)
-# fmt: on
-PRIVILEGED = {"resources": {"devices": [{"allow": True, "access": "rwm"}]}}
-MARK = "hako-sentinel-"
-SHARE = "/run/kata-containers/shared/containers"
-GUEST = "/guest"
 RACE_S = 3
-# Functions for the programs that run in the machine.
-ATTEMPTS = """
-import errno, os
-
-def attempt(call, *arguments):
-    try:
-        call(*arguments)
-    except OSError as error:
-        print(call.__name__, errno.errorcode[error.errno])
-    else:
-        print(call.__name__, "done")
-
-def make_everything_in(directory):
-    attempt(os.mkdir, directory + "/directory")
-    attempt(os.symlink, "/etc", directory + "/link")
-    for kind in (0o100000, 0o010000, 0o140000, 0o060000, 0o020000):
-        attempt(os.mknod, directory + "/node", kind | 0o6777, os.makedev(8, 0))
-    attempt(os.open, directory + "/file-made", os.O_CREAT | os.O_WRONLY)
-
-def spoil(path):
-    attempt(os.rename, path, path + "-renamed")
-    attempt(os.rmdir if os.path.isdir(path) else os.unlink, path)
-    attempt(os.chmod, path, 0o6777)
-    attempt(os.chown, path, 1, 1)
-    attempt(os.utime, path)
-    attempt(os.setxattr, path, "security.capability", bytes.fromhex("01000002000400" + "00" * 13))
-    for name in ("user.x", "trusted.x", "trusted.overlay.opaque", "trusted.overlay.redirect"):
-        attempt(os.setxattr, path, name, b"y")
-    if not os.path.isdir(path):
-        attempt(os.truncate, path, 0)
-        attempt(os.open, path, os.O_WRONLY)
-        attempt(os.link, path, path + "-hard")
-"""
 NOT_THERE = "No such file or directory"
-
-
-@dataclass(frozen=True, slots=True)
-class Sentinel:
-    """A file that nobody was given: what it holds, and who may do what with it."""
-
-    path: Path
-    content: bytes
-    status: tuple[int, ...]
-
-    @classmethod
-    def plant(cls, path: Path) -> Sentinel:
-        """Make one."""
-        path.write_text(f"{MARK}{secrets.token_hex(16)}\n")
-        return cls(path, path.read_bytes(), cls._status(path))
-
-    def assert_untouched(self) -> None:
-        """Compare it with what it was."""
-        assert (self.path.read_bytes(), self._status(self.path)) == (self.content, self.status), self.path
-
-    @staticmethod
-    def _status(path: Path) -> tuple[int, ...]:
-        status = path.lstat()
-        return (
-            status.st_mode,
-            status.st_uid,
-            status.st_gid,
-            status.st_nlink,
-            status.st_ino,
-            status.st_mtime_ns,
-        )
-
-
-@dataclass(slots=True)
-class Attacker:
-    """A hostile container, and the host around it.
-
-    :param box: the container.
-    :param place: the directory on the host with everything that is shared, and with files that are not.
-    :param sentinels: those files.
-    :param said: everything that an attempt has printed.
-    """
-
-    box: ByHand
-    place: Path
-    sentinels: list[Sentinel]
-    said: list[str] = field(default_factory=list)
-
-    @property
-    def prey(self) -> str:
-        """The path on the host of a file that lies next to the shared directories."""
-        return str(self.sentinels[0].path)
-
-    def run(self, script: str) -> str:
-        """Run a shell script in the container and return all it printed, whatever became of it."""
-        said = self.box.output("sh", "-c", f"exec 2>&1\n{script}\ntrue")
-        self.said.append(said)
-        return said
-
-    def run_as_guest(self, script: str) -> str:
-        """Run a shell script as root of the machine, where its first process has its files."""
-        programs = f"{SHARE}/{self.box.id}/rootfs/bin"
-        enter = f"PATH={programs}:/usr/bin S={SHARE} ME={SHARE}/{self.box.id}/rootfs; cd /; exec 2>&1"
-        shell = [f"{programs}/sh", "-c", f"export {enter}\n{script}\ntrue"]
-        said = self.box.output("nsenter", f"--mount={GUEST}/1/ns/mnt", *shell)
-        self.said.append(said)
-        return said
-
-    def run_python(self, program: str) -> dict[str, set[str]]:
-        """Run a program as root of the machine, after :data:`ATTEMPTS`.
-
-        :returns: what became of each kind of system call that it tried: names of errors, or ``done``.
-        """
-        script = self.place / "hostile" / "rootfs" / "attempt.py"
-        script.write_text(f"box = {self.box.id!r}\n{ATTEMPTS}\n{textwrap.dedent(program)}", encoding="utf-8")
-        said = self.run_as_guest("/usr/bin/python3.11 -ISB $ME/attempt.py && echo ended")
-        assert said.endswith("ended\n"), said
-        outcomes: dict[str, set[str]] = {}
-        for line in said.splitlines()[:-1]:
-            call, outcome = line.split()
-            outcomes.setdefault(call, set()).add(outcome)
-        return outcomes
-
-    def create(self, source: Path) -> str:
-        """Have the shim create a container with a volume in the same machine, and delete it.
-
-        :param source: the volume's path on the host.
-        :returns: what the machine sees in the volume, or why the shim refused it.
-        """
-        name = new_id()
-        bundle = self.place / "bundles" / name
-        (bundle / "rootfs").mkdir(parents=True)
-        options = ["rbind", "rw"]
-        mount = {"destination": f"/{name}", "type": "bind", "source": str(source), "options": options}
-        spec = {
-            "ociVersion": "1.0.2",
-            "process": {"args": ["true"], **PROCESS},
-            "root": {"path": "rootfs"},
-            "mounts": [mount],
-            "linux": {"namespaces": [{"type": kind} for kind in ("pid", "mount", "network")]},
-        }
-        (bundle / "config.json").write_text(json.dumps(spec), encoding="utf-8")
-        root = {"type": "bind", "source": str(self.box.rootfs), "options": options}
-        try:
-            self.box.call("Create", id=name, bundle=str(bundle), rootfs=[root])
-        except grpc.RpcError as error:
-            said = error.details() or ""
-        else:
-            said = self.run_as_guest(
-                f"cd $S/{name}-*-{name} 2>/dev/null && ls && cat * || cat $S/{name}-*-{name}"
-            )
-            self.box.call("Delete", id=name)
-        self.said.append(said)
-        return said
-
-
-def privileged(stack: Stack, place: Path, *volumes: tuple[Path, str, str]) -> ByHand:
-    """Describe a privileged container with volumes: path on the host, destination, ``ro`` or ``rw``."""
-    mounts = [
-        {"destination": destination, "type": "bind", "source": str(source), "options": ["rbind", mode]}
-        for source, destination, mode in volumes
-    ]
-    return ByHand(stack, place, mounts=mounts, linux=PRIVILEGED, capabilities=CAPABILITIES)
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +54,7 @@ def attacker(one_stack: Stack, place: Path) -> Iterator[Attacker]:
         (place / "volume", "/vol", "rw"),
         (place / "volume" / "inner", "/inner", "rw"),
         (place / "read-only", "/ro", "ro"),
+        (place / "read-only", "/rro", "rro"),
     ]
     others = set(one_stack.state_directory.iterdir())
     with privileged(one_stack, place / "hostile", *volumes) as box:
@@ -323,19 +147,34 @@ def test_the_share_itself_is_read_only(attacker: Attacker):
     assert set().union(*outcomes.values()) <= {"EROFS", "EBUSY", "EPERM"}, outcomes
 
 
-def test_a_read_only_volume_stays_so_with_what_is_mounted_below_it(attacker: Attacker):
-    remount = "for at in %s %s/below; do mount -o remount,rw $at; mount -o remount,rw,bind $at; done"
-    attacker.run(
-        remount % ("/ro", "/ro") + "; touch /ro/planted /ro/below/planted; rm /ro/file /ro/below/file"
-    )
-    attacker.run_as_guest(remount % ("$S/*-ro", "$S/*-ro"))
+@pytest.mark.parametrize(("name", "places"), [("ro", ("",)), ("rro", ("", "/below"))])
+def test_a_read_only_volume_stays_so_and_what_is_mounted_below_it_where_that_is_asked_for(
+    attacker: Attacker, name: str, places: tuple[str, ...]
+):
+    remounts, plants = [], []
+    for place in places:
+        remounts.append(f"mount -o remount,rw $volume{place}; mount -o remount,rw,bind $volume{place}")
+        plants.append(f"touch $volume{place}/planted; rm $volume{place}/file")
+    attacker.run(f"volume=/{name}; {'; '.join(remounts + plants)}")
+    attacker.run_as_guest(f"volume=$(echo $S/*-{name}); {'; '.join(remounts)}")
     outcomes = attacker.run_python(f"""
-        [volume] = [one.path for one in os.scandir({SHARE!r}) if one.name.endswith("-ro")]
-        for directory in (volume, volume + "/below"):
-            make_everything_in(directory)
-            spoil(directory + "/file")
+        [volume] = [one.path for one in os.scandir({SHARE!r}) if one.name.endswith("-{name}")]
+        for place in {places!r}:
+            make_everything_in(volume + place)
+            spoil(volume + place + "/file")
     """)
     assert "setxattr" in outcomes
+    assert set().union(*outcomes.values()) <= {"EROFS", "EPERM"}, outcomes
+
+
+def test_the_modules_that_all_machines_share_are_read_only(attacker: Attacker):
+    attacker.run_as_guest(f"for how in rw rw,bind; do mount -o remount,$how $S/{MODULES_NAME}; done")
+    outcomes = attacker.run_python(f"""
+        make_everything_in("{SHARE}/{MODULES_NAME}")
+        spoil(next(one.path for one in os.scandir("{SHARE}/{MODULES_NAME}")))
+        spoil(next(f"{{at}}/{{names[0]}}" for at, _, names in os.walk("{SHARE}/{MODULES_NAME}") if names))
+    """)
+    assert "mknod" in outcomes
     assert set().union(*outcomes.values()) <= {"EROFS", "EPERM"}, outcomes
 
 
@@ -526,14 +365,17 @@ def test_the_daemon_that_serves_files_sees_no_others_itself(attacker: Attacker, 
     pid = max(running, key=lambda process: (process.start_time, process.pid)).pid
     root = Path(f"/proc/{pid}/root")
     shown = {one.name for one in root.iterdir()}
-    assert "watchable" in shown
-    assert all(name == "watchable" or name.startswith(attacker.box.id) for name in shown)
+    ours = {"watchable", MODULES_NAME}
+    assert shown >= ours
+    assert all(name.startswith(attacker.box.id) for name in shown - ours)
     assert not root.joinpath(*attacker.place.parts[1:]).exists()
 
 
 def test_a_pod_sees_nothing_of_another(attacker: Attacker, one_stack: Stack, tmp_path: Path):
     with privileged(one_stack, tmp_path, (attacker.place / "neighbour", "/vol", "rw")) as neighbour:
         assert MARK in neighbour.output("cat", "/vol/sentinel")
-        said = attacker.run_as_guest(f"find $S -type f -exec grep -l {MARK} {{}} +; ls $S")
+        said = attacker.run_as_guest(
+            f"find $S -name {MODULES_NAME} -prune -o -type f -exec grep -l {MARK} {{}} +; ls $S"
+        )
         assert said.splitlines()[0] == attacker.box.id
         assert neighbour.id not in said
