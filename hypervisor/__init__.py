@@ -7,6 +7,7 @@ from hypervisor.errors import (
     ResizeError,
     ResizeRefusedError,
     TemplateError,
+    TemplateLateError,
     VmStartError,
 )
 from hypervisor.interface import (
@@ -47,6 +48,7 @@ __all__ = [
     "ResizeError",
     "ResizeRefusedError",
     "TemplateError",
+    "TemplateLateError",
     "Verdict",
     "VmSpec",
     "VmStartError",

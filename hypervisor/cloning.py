@@ -14,7 +14,7 @@ from hypervisor import machine, memory_copy, migration, template, virtiofsd, vso
 from hypervisor.argv import HOTPLUG_BUSES, clone_argv, root_ports
 from hypervisor.console import Console
 from hypervisor.devices import Devices
-from hypervisor.errors import HotplugError, QmpError, TemplateError
+from hypervisor.errors import HotplugError, QmpError, TemplateError, TemplateLateError
 from hypervisor.host_side import QEMU
 from hypervisor.interface import Channel
 from hypervisor.qmp import QmpSession
@@ -41,6 +41,7 @@ async def clone(spec: VmSpec, host: HostSide, directory: Path) -> Devices:
     :returns: the devices plugged into it, the share and the agent's channel among them.
     :raises UnsupportedHostError: if this machine's architecture is not supported.
     :raises TemplateError: if the template is missing, broken or another machine's, or QEMU cannot load it.
+    :raises TemplateLateError: if it takes too long.
     :raises VmStartError: if something else failed, with which no machine would start.
     :raises OSError: if the host lacks something.
     """
@@ -52,7 +53,7 @@ async def clone(spec: VmSpec, host: HostSide, directory: Path) -> Devices:
         async with asyncio.timeout(_LOAD_S):
             return await _clone(spec, host, directory, saved)
     except TimeoutError:
-        raise TemplateError(f"template: {directory}: not loaded within {_LOAD_S:g} s") from None
+        raise TemplateLateError(f"template: {directory}: not loaded within {_LOAD_S:g} s") from None
     except (QmpError, HotplugError) as error:
         raise TemplateError(f"template: {directory}: {await host.early_cause(error)}") from error
 

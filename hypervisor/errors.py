@@ -6,6 +6,7 @@
      ├── UnsupportedHostError  run on another machine
      ├── VmStartError          mend the host or the configuration; nothing was left running
      │    └── TemplateError    boot without the template, and make it anew
+     │         └── TemplateLateError  the same, unless the host is too busy to tell
      ├── ChannelError          the guest was not reached; the text says whether the VM still lives
      ├── HotplugError          a device was not added, changed or removed; the virtual machine goes on
      │    └── NoSlotError      every slot is taken; unplug something first
@@ -33,6 +34,10 @@ class VmStartError(HypervisorError):
 
 class TemplateError(VmStartError):
     """A template is missing or broken, or not of this QEMU, or its machine did not survive the load."""
+
+
+class TemplateLateError(TemplateError):
+    """A template was not loaded in time."""
 
 
 class ChannelError(HypervisorError):

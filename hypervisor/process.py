@@ -98,6 +98,13 @@ class Process:
             os.close(write_end)
         return cls(name, pid, output=read_end)
 
+    @property
+    def is_starved(self) -> bool:
+        """Whether the live process waited for a processor for longer than it had one, since it began."""
+        return waits_more_than_it_runs(
+            path.read_text(encoding="ascii") for path in Path(f"/proc/{self.pid}/task").glob("*/schedstat")
+        )
+
     def adopt_workers(self) -> None:
         """Find the processes this one has forked by now, so that ``destroy`` ends them too."""
         known = {worker.pid for worker in self.workers}
@@ -198,6 +205,15 @@ def printable(line: str) -> str:
     :param line: one line, without its end.
     """
     return "".join(char if char.isprintable() else " " for char in line[:_LINE_LIMIT]).rstrip()
+
+
+def waits_more_than_it_runs(threads: Iterable[str]) -> bool:
+    """Compare the times that threads had a processor and waited for one.
+
+    :param threads: each one's ``schedstat``, which begins with both, see the kernel's sched-stats.rst.
+    """
+    times = [[int(word) for word in thread.split()] for thread in threads]
+    return sum(waited for _ran, waited, *_ in times) > sum(ran for ran, *_ in times)
 
 
 @contextlib.contextmanager

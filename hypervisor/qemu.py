@@ -75,6 +75,8 @@ class QemuHypervisor(Hypervisor):
         self._watching: asyncio.Task[None] | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
+        self.was_starved = False
+        """Whether QEMU, when it was killed, had waited for a processor for longer than it had had one."""
         self._stop_lock = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self._gone: asyncio.Future[VmExit] = self._loop.create_future()
@@ -108,6 +110,10 @@ class QemuHypervisor(Hypervisor):
         self._stopping = True
         # Whoever kills and whoever saw the end may come at once; a QMP session is closed by one of them.
         async with self._stop_lock:
+            qemu = self._host.qemu
+            if qemu is not None and not qemu.exited.done():
+                with contextlib.suppress(OSError):  # it ends
+                    self.was_starved = qemu.is_starved
             await self._host.destroy()
             if self._supervisor is not None:
                 await asyncio.wait([self._supervisor])

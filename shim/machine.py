@@ -25,6 +25,7 @@ from hypervisor import (
     HypervisorError,
     QemuHypervisor,
     TemplateError,
+    TemplateLateError,
     VmSpec,
     template_key,
 )
@@ -386,19 +387,31 @@ class Machine:
             await self.kill()
             if self.doom:
                 raise
-            log.warning(
-                "boot: template %.12s: %s; it is removed, and the machine boots cold", template.key, error
-            )
-            try:
-                self.templates.discard(template, reason=str(error))
-                self.lacks_template = not self.templates.failure(template.key)
-            except OSError as failure:
-                log.warning("boot: template %.12s: cannot be removed: %s", template.key, failure)
+            late = isinstance(error, TemplateLateError | ChannelError | DeadlineExceeded)
+            if late and self._vm is not None and self._vm.was_starved:
+                log.warning(
+                    "boot: template %.12s: %s; the host is too busy to say whose fault it is: it is kept, "
+                    "and the machine boots cold",
+                    template.key,
+                    error,
+                )
+            else:
+                self._discard(template, error)
         else:
             log.info("boot: template %.12s: cloned", template.key)
             return agent
         limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
         return await self._start(spec, sizes, timeout_s=timeout_s)
+
+    def _discard(self, template: Template, error: Exception) -> None:
+        log.warning(
+            "boot: template %.12s: %s; it is removed, and the machine boots cold", template.key, error
+        )
+        try:
+            self.templates.discard(template, reason=str(error))
+            self.lacks_template = not self.templates.failure(template.key)
+        except OSError as failure:
+            log.warning("boot: template %.12s: cannot be removed: %s", template.key, failure)
 
     async def _start(self, spec: VmSpec, sizes: Plan, *, timeout_s: float) -> Agent:
         """Start the machine and have its agent answer.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hypervisor.exits import ExitStatus
-from hypervisor.process import Process, printable
+from hypervisor.process import Process, printable, waits_more_than_it_runs
 
 
 def shell(script: str, **kwargs) -> Process:
@@ -149,3 +149,29 @@ async def test_a_program_may_have_to_do_without_huge_pages_and_no_other_has(huge
         await process.exited
         said.append(process.output().split())
     assert said == [["THP_enabled:", enabled], ["THP_enabled:", "1"]]
+
+
+@pytest.mark.parametrize(
+    ("threads", "starved"),
+    [
+        (["900 100 5\n", "0 0 1\n"], False),
+        (["900 100 5\n", "100 901 5\n"], True),
+        (["0 0 1\n"], False),
+        ([], False),
+    ],
+)
+def test_who_waits_for_a_processor_longer_than_he_has_one_is_starved(threads, starved):
+    assert waits_more_than_it_runs(threads) is starved
+
+
+async def test_of_many_on_one_processor_each_is_starved():
+    busy = ["taskset", "-c", "0", "sh", "-c", "while :; do :; done"]
+    rivals = [Process.spawn("rival", busy) for _ in range(4)]
+    try:
+        async with asyncio.timeout(30):
+            while not all(rival.is_starved for rival in rivals):  # noqa: ASYNC110  (nobody is told of it)
+                await asyncio.sleep(0.1)
+    finally:
+        for rival in rivals:
+            rival.kill()
+            await rival.exited
