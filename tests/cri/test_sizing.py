@@ -26,6 +26,14 @@ def seen(container: Container) -> tuple[int, int]:
     return int(processors), round(int(kib) / 1024)
 
 
+def settled(container: Container, expected: int) -> int:
+    """Ask a container for its machine's memory, in MiB, until it is what is expected or time is up."""
+    deadline = time.monotonic() + SETTLED_S
+    while (now := seen(container)[1]) != expected and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return now
+
+
 @pytest.mark.mainly
 def test_the_machine_follows_its_pod_and_its_containers(stack: Stack) -> None:
     if not stack.is_hako:
@@ -43,13 +51,10 @@ def test_the_machine_follows_its_pod_and_its_containers(stack: Stack) -> None:
             for limit in (64, 192, 128):
                 changed = {"memory_limit_in_bytes": limit * MIB}
                 stack.cri.call("UpdateContainerResources", container_id=second.id, linux=changed)
-                deadline = time.monotonic() + SETTLED_S
-                while (now := seen(first)[1]) != memory + limit and time.monotonic() < deadline:
-                    time.sleep(0.05)
-                assert now == memory + limit
+                assert settled(first, memory + limit) == memory + limit
             second.stop(grace_s=0)
             second.remove()
             third = pods[0].run("third", "sleep", "100000")
-            assert seen(third)[1] == memory
+            assert settled(third, memory) == memory
         finally:
             remove_all(pods)
