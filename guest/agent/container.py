@@ -72,12 +72,9 @@ class Container:
         self._capabilities = document["process"].get("capabilities")
         self._mount_root(spec.Root.Path)
         try:
-            files.create(f"{self._bundle}/config.json", jsonout.dumps(document), mode=0o600)
-            self.init = Process(
-                runtime.launch(
-                    ["create", f"--bundle={self._bundle}"], container_id, terminal=spec.Process.Terminal
-                )
-            )
+            config = jsonout.dumps(document)
+            terminal = spec.Process.Terminal
+            self.init = Process(runtime.create(container_id, config, bundle=self._bundle, terminal=terminal))
         except BaseException:
             self._discard()
             raise

@@ -9,6 +9,7 @@ import os
 import time
 
 from guest.agent import cgroup, files, reaper, streams, timeline
+from guest.agent.console import log as report
 from guest.agent.errors import AgentError
 
 TYPE_CHECKING = False
@@ -22,9 +23,14 @@ _WORK = "/run/hako"
 _TIMEOUT_S = 120.0
 _SIGKILL = 9
 
+_AHEAD = "/run/hako/ahead"
+_AHEAD_ID = "+ahead"
+"""No container has this id: the agent takes none with a plus sign."""
+
 _lock = _thread.allocate_lock()
 _serial = 0
 _sealed_fd = -1
+_ahead: _Ahead | None = None
 
 
 class Started:
@@ -44,8 +50,10 @@ class Started:
 
 
 def prepare() -> None:
-    """Do what is done once, at the first command, now."""
+    """Do now what is done once, at the first command."""
+    global _ahead  # noqa: PLW0603  there is one, for the first container
     _sealed_crun()
+    _ahead = _Ahead()
 
 
 def _sealed_crun() -> str:
@@ -78,16 +86,26 @@ def _scratch() -> str:
     return path
 
 
-def _run(launch: reaper.Launch, arguments: list[str], *, stdio: tuple[int, int, int], log: str) -> None:
+def _spawn(
+    launch: reaper.Launch, arguments: list[str], *, stdio: tuple[int, int, int], log: str
+) -> tuple[int, Exit]:
     argv = ["crun", f"--log={log}", "--cgroup-manager=cgroupfs", *arguments]
-    began_s = time.monotonic()
-    pid, end = launch.spawn(_sealed_crun(), argv, stdio)
+    return launch.spawn(_sealed_crun(), argv, stdio)
+
+
+def _await(command: str, pid: int, end: Exit, *, log: str, began_s: float) -> None:
     if not end.wait(_TIMEOUT_S):
         reaper.signal(pid, end, _SIGKILL)
-        raise AgentError(f"crun: {arguments[0]}: no end after {_TIMEOUT_S:.0f} s; see the guest's console")
-    timeline.note(f"crun {arguments[0]}", began_s)
+        raise AgentError(f"crun: {command}: no end after {_TIMEOUT_S:.0f} s; see the guest's console")
+    timeline.note(f"crun {command}", began_s)
     if end.status != 0:
-        raise AgentError(_cause(arguments[0], log))
+        raise AgentError(_cause(command, log))
+
+
+def _run(launch: reaper.Launch, arguments: list[str], *, stdio: tuple[int, int, int], log: str) -> None:
+    began_s = time.monotonic()
+    pid, end = _spawn(launch, arguments, stdio=stdio, log=log)
+    _await(arguments[0], pid, end, log=log, began_s=began_s)
 
 
 def _cause(command: str, log: str) -> str:
@@ -130,6 +148,91 @@ def run(*arguments: str) -> None:
     finally:
         os.close(null)
         files.remove_tree(scratch)
+
+
+class _Ahead:
+    """A ``crun create`` that is run before it is known what it is to create.
+
+    It waits for its configuration, which is a FIFO. To load and link the program, and what it does before it
+    reads, takes longer than a quarter of the whole command under emulation: a clone has that behind it.
+    """
+
+    __slots__ = ("_config_fd", "_end", "_pid", "_pipes")
+
+    def __init__(self) -> None:
+        files.make_directories(_AHEAD, mode=0o700)
+        os.mkfifo(f"{_AHEAD}/config.json")
+        self._pipes = streams.Pipes()
+        arguments = ["create", f"--bundle={_AHEAD}", f"--pid-file={_AHEAD}/pid", _AHEAD_ID]
+        with reaper.Launch() as launch:
+            self._pid, self._end = _spawn(launch, arguments, stdio=self._pipes.child, log=f"{_AHEAD}/log")
+        self._pipes.close_child()
+        # Returns when it has opened its end.
+        self._config_fd = os.open(f"{_AHEAD}/config.json", os.O_WRONLY | os.O_CLOEXEC)
+
+    @property
+    def lives(self) -> bool:
+        """Whether it waits: it may have been killed for want of memory."""
+        return self._end.status is None
+
+    def create(self, container_id: str, config: str) -> Started:
+        """Let it create a container without a terminal.
+
+        :param container_id: the container.
+        :param config: the content of its ``config.json``.
+        :returns: its init.
+        :raises AgentError: with crun's own message, if it fails.
+        """
+        began_s = time.monotonic()
+        its_streams = self._pipes.streams()
+        try:
+            with reaper.Launch() as begun:
+                self._configure(config)
+                _await("create", self._pid, self._end, log=f"{_AHEAD}/log", began_s=began_s)
+                # All that crun knows of a container's id is the name of this directory.
+                os.rename(f"{_STATE}/{_AHEAD_ID}", f"{_STATE}/{container_id}")
+                pid = int(files.read(f"{_AHEAD}/pid"))
+                return Started(pid, begun.watch(pid), its_streams)
+        except BaseException:
+            its_streams.close()
+            raise
+
+    def _configure(self, config: str) -> None:
+        # crun reads the FIFO once, and copies what bears its name later.
+        files.create(f"{_AHEAD}/new", config, mode=0o600)
+        os.rename(f"{_AHEAD}/new", f"{_AHEAD}/config.json")
+        left = memoryview(config.encode())
+        try:
+            while left:
+                left = left[os.write(self._config_fd, left) :]
+        except BrokenPipeError:
+            report("crun: it did not read all of its configuration")  # and will say why
+        finally:
+            os.close(self._config_fd)
+
+
+def create(container_id: str, config: str, *, bundle: str, terminal: bool) -> Started:
+    """Create a container up to the point where its init waits to be started.
+
+    :param container_id: the container.
+    :param config: the content of its ``config.json``.
+    :param bundle: its directory.
+    :param terminal: whether its init gets a terminal instead of pipes.
+    :returns: its init.
+    :raises AgentError: with crun's own message, if it fails.
+    """
+    ahead = None if terminal else _take_ahead()
+    if ahead is not None:
+        return ahead.create(container_id, config)
+    files.create(f"{bundle}/config.json", config, mode=0o600)
+    return launch(["create", f"--bundle={bundle}"], container_id, terminal=terminal)
+
+
+def _take_ahead() -> _Ahead | None:
+    global _ahead
+    with _lock:
+        taken, _ahead = _ahead, None
+    return taken if taken is not None and taken.lives else None
 
 
 def start(container_id: str) -> None:

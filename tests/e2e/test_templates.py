@@ -109,6 +109,15 @@ def node(empty_node: Node, templates: Path) -> Node:
     return empty_node
 
 
+def test_what_a_clone_cannot_run_is_refused_in_the_same_words(node: Node) -> None:
+    # The template has a runtime waiting for the first container, under a name of its own.
+    refused = node.run("/no/such/program")
+    assert CLONED in node.log()
+    assert refused.code != 0
+    assert "/no/such/program" in refused.stderr
+    assert "+ahead" not in refused.stderr
+
+
 def test_a_container_runs_in_a_clone(node: Node):
     result = node.run("sh", "-c", "echo out; echo err >&2; exit 7")
 
