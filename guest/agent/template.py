@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 
-from guest.agent import files, kernel, modules, runtime
+from guest.agent import files, kernel, modules, runtime, workers
 
 _PARAMETER = "hako.template"
+
+_WORKERS = 6
+"""A connection, a wait for the end of a container and one for its want of memory, and its three streams."""
 
 _MODULES = (
     # Every sandbox has a share.
@@ -29,6 +32,7 @@ def prepare(command_line: str) -> None:
     for name in _MODULES:
         modules.load(name)
     runtime.prepare()
+    workers.prepare(_WORKERS)
     gc.collect()
     # What is there now stays: later collections need not look at it, nor write to its pages.
     gc.freeze()

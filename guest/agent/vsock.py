@@ -6,6 +6,7 @@ import _socket
 import _thread
 import os
 
+from guest.agent import workers
 from guest.agent.ttrpc import Connection
 
 TYPE_CHECKING = False
@@ -51,9 +52,12 @@ def listen(server: Server) -> None:
 def _accept(listener: _socket.socket, server: Server) -> None:
     while True:
         fd, _address = listener._accept()  # type: ignore[attr-defined]  # noqa: SLF001  the base class of socket.socket
-        _thread.start_new_thread(_serve_stream, (_Stream(fd), server))
+        _serve(_Stream(fd), server)
 
 
-def _serve_stream(stream: _Stream, server: Server) -> None:
-    Connection(stream, server).serve()
-    stream.close()
+def _serve(stream: _Stream, server: Server) -> None:
+    def serve() -> None:
+        Connection(stream, server).serve()
+        stream.close()
+
+    workers.submit(serve)

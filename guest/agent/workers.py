@@ -33,6 +33,17 @@ class _Worker:
             _idle.append(self)
 
 
+def prepare(count: int) -> None:
+    """Start threads before there is work for them.
+
+    :param count: how many.
+    """
+    for _ in range(count):
+        worker = _Worker()
+        _thread.start_new_thread(worker.run, ())
+        _idle.append(worker)
+
+
 def submit(work: Callable[[], None]) -> None:
     """Run work on an idle thread, or on a new one if there is none.
 
