@@ -1,9 +1,8 @@
-"""Namespaces that the containers of the sandbox share, each pinned by a file that stands for it."""
+"""Namespaces that the containers of the sandbox share, each with a file that stands for it."""
 
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # what the signal module wraps in enums
-import _socket
 import _thread
 import os
 
@@ -14,34 +13,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+IPC = "/proc/1/ns/ipc"
+UTS = "/proc/1/ns/uts"
+"""The machine's own, as its network is: to make others would cost each clone some milliseconds."""
+
 _DIRECTORY = "/run/sandbox-ns"
 _NOBODY = 65534
 _ALL_DESCRIPTORS = 1 << 30
-
-
-def share_ipc() -> str:
-    """Make the IPC namespace.
-
-    :returns: the file that stands for it.
-    :raises OSError: if the kernel refuses.
-    """
-    return _make("ipc", lambda: kernel.unshare(kernel.CLONE_NEWIPC))
-
-
-def share_uts(hostname: str) -> str:
-    """Make the UTS namespace.
-
-    :param hostname: the name of its host; empty for the machine's own.
-    :returns: the file that stands for it.
-    :raises OSError: if the kernel refuses.
-    """
-
-    def unshare() -> None:
-        kernel.unshare(kernel.CLONE_NEWUTS)
-        if hostname:
-            _socket.sethostname(hostname)
-
-    return _make("uts", unshare)
 
 
 def share_pid() -> str:
@@ -50,12 +28,7 @@ def share_pid() -> str:
     :returns: the file that stands for it.
     :raises OSError: if the kernel refuses.
     """
-    return _make("pid", lambda: kernel.unshare(kernel.CLONE_NEWPID), first_process=_pause)
-
-
-def _make(kind: str, unshare: Callable[[], None], *, first_process: Callable[[], None] | None = None) -> str:
-    """Make a namespace on a thread of its own, which ends with that, and pin it with a bind mount."""
-    path = f"{_DIRECTORY}/{kind}"
+    path = f"{_DIRECTORY}/pid"
     files.make_directories(_DIRECTORY)
     files.create(path, "")
     failures: list[OSError] = []
@@ -64,18 +37,13 @@ def _make(kind: str, unshare: Callable[[], None], *, first_process: Callable[[],
 
     def make() -> None:
         try:
-            unshare()
-            if first_process is None:
-                kernel.mount(
-                    f"/proc/self/task/{_thread.get_native_id()}/ns/{kind}", path, flags=kernel.MS_BIND
-                )
-            else:
-                child = _fork(first_process)
-                kernel.mount(f"/proc/{child}/ns/{kind}", path, flags=kernel.MS_BIND)
+            kernel.unshare(kernel.CLONE_NEWPID)
+            kernel.mount(f"/proc/{_fork(_pause)}/ns/pid", path, flags=kernel.MS_BIND)
         except OSError as error:
             failures.append(error)
         done.release()
 
+    # On a thread of its own: it makes all later children in that namespace.
     _thread.start_new_thread(make, ())
     done.acquire()
     if failures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _socket
 import _thread
 import os
 
@@ -54,7 +55,9 @@ class Sandbox:
         files.make_directories(ROOT)
         # Made now, not at boot: machines that were cloned have booted as one. See machine-id(5).
         files.create("/etc/machine-id", f"{os.urandom(16).hex()}\n")
-        self._shared = {"ipc": namespaces.share_ipc(), "uts": namespaces.share_uts(request.hostname)}
+        if request.hostname:
+            _socket.sethostname(request.hostname)
+        self._shared = {"ipc": namespaces.IPC, "uts": namespaces.UTS}
         self._mounts.hold(request.storages)
         modules.share(_MODULES)
         for module in request.kernel_modules:
