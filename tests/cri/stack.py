@@ -29,6 +29,8 @@ GATEWAYS = ("10.88.0.1", "fd00:88::1")
 CGROUP_PARENT = f"/{NAMESPACE}"
 CLONE_NEWNET = 0x40000000
 IMAGES_TIMEOUT_S = 10.0
+BOOT_TIMEOUT_S = 240
+"""Ten machines that boot at once on two processors, which others need, too, take minutes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +221,7 @@ def opened_stack(
         state_directory=state_directory,
         protocol=kind.protocol,
         templates=templates,
+        guest=f"boot_timeout_s = {BOOT_TIMEOUT_S}",
     )
     environment = {"HAKO_CONFIG": str(config)}
     if kind.sandboxer == "shim":

@@ -103,7 +103,7 @@ def test_a_pod_that_cannot_start_leaves_nothing(stack: Stack, guest: str, reason
         pytest.skip("it is Hako's machine that does not start")
     config = Path(stack.containerd.environment["HAKO_CONFIG"])
     good = config.read_text(encoding="utf-8")
-    config.write_text(f"{good}[guest]\n{guest}\n", encoding="utf-8")
+    config.write_text(good.replace("[guest]\n", f"[guest]\n{guest}\n"), encoding="utf-8")
     try:
         with counted(stack), pytest.raises(grpc.RpcError, match=reason):
             run_pod(stack, "refused")
