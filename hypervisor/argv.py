@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hypervisor.interface import RAW_STREAM_PORT, Accelerator, Channel, VmSpec
+from hypervisor.seclusion import OWN_MOUNTS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -143,6 +144,7 @@ def clone_argv(spec: VmSpec, inherited: Inherited, *, machine: Machine) -> list[
 
 def _machine_argv(spec: VmSpec, inherited: Inherited, *, machine: Machine) -> list[str]:
     return [
+        *(() if spec.root_ports else OWN_MOUNTS),
         *_entering(spec.network_namespace),
         str(spec.qemu),
         "-name", f"{_escape(spec.name)},debug-threads=on",

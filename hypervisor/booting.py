@@ -63,6 +63,7 @@ async def boot(spec: VmSpec, host: HostSide) -> Devices:
         with host.phase("QMP"):
             await qmp.connect()
             state = await qmp.run_state()
+        await host.seclude_qemu(spec)
     except QmpError as error:
         raise VmStartError(f"start vm: {await host.early_cause(error)}") from error
     if state != "running":

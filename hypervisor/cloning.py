@@ -76,7 +76,7 @@ async def _clone(spec: VmSpec, host: HostSide, directory: Path, saved: Template)
         # What takes QEMU longest is to start: the rest happens meanwhile.
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(_connect(qmp, saved, host))
+                group.create_task(_connect(qmp, spec, saved, host))
                 group.create_task(_copy_memory(host, directory, source, memory, saved))
                 sharing = group.create_task(_serve_share(spec, host, stack, saved))
                 opening = None if in_template else group.create_task(_open(channel, host, stack))
@@ -113,12 +113,13 @@ def _spawn_qemu(
     return qmp
 
 
-async def _connect(qmp: QmpSession, saved: Template, host: HostSide) -> None:
+async def _connect(qmp: QmpSession, spec: VmSpec, saved: Template, host: HostSide) -> None:
     with host.phase("QMP"):
         await qmp.connect()
     if qmp.version != saved.qemu_version:
         raise TemplateError(f"template: saved by QEMU {saved.qemu_version}, not by this one, {qmp.version}")
     await qmp.ask(dict, "migrate-set-capabilities", migration.IGNORE_SHARED)
+    await host.seclude_qemu(spec)
 
 
 async def _copy_memory(host: HostSide, directory: Path, source: int, memory: int, saved: Template) -> None:

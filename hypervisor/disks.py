@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import stat
@@ -83,7 +84,7 @@ def describe(disk: Disk, names: Names, *, block_device: bool, aio: str) -> Descr
                 {
                     "driver": "host_device" if block_device else "file",
                     "node-name": names.file,
-                    "filename": str(disk.path),
+                    "filename": f"/dev/fdset/{names.number}",
                     "aio": aio,
                     **access,
                 },
@@ -103,6 +104,7 @@ def describe(disk: Disk, names: Names, *, block_device: bool, aio: str) -> Descr
             Command("blockdev-del", {"node-name": names.top}),
             Command("blockdev-del", {"node-name": names.file}),
             Command("object-del", {"id": names.limits}),
+            Command("remove-fd", {"fdset-id": names.number}),
         ],
     )
 
@@ -146,11 +148,9 @@ class Disks:
             raise HotplugError(
                 f"plug: {disk.id}: the serial {disk.serial!r} is longer than {_SERIAL_BYTES} bytes; cut it"
             )
-        block_device = _is_block_device(disk)
         names = Names(next(self._numbers))
         try:
-            description = describe(disk, names, block_device=block_device, aio=self._aio)
-            path = await self._devices.plug(description)
+            path = await self._plug(disk, names)
         except HotplugError as error:
             if self._aio not in str(error) or self._aio == _PLAIN_IO:
                 raise
@@ -159,6 +159,21 @@ class Disks:
             return await self.plug(disk)
         self._disks[disk.id] = names, disk.path
         return path
+
+    async def _plug(self, disk: Disk, names: Names) -> str:
+        block_device = _is_block_device(disk)
+        # By descriptor: QEMU does not see the host's files.
+        file = _open(disk)
+        try:
+            await self._session.add_fd(file, names.number)
+        finally:
+            os.close(file)
+        try:
+            return await self._devices.plug(describe(disk, names, block_device=block_device, aio=self._aio))
+        except HotplugError:
+            with contextlib.suppress(CommandRefusedError):  # it is removed unless the disk never got so far
+                await self._session.ask(dict, "remove-fd", {"fdset-id": names.number})
+            raise
 
     async def resize(self, name: str) -> int:
         """Tell the guest that what is behind a disk has another size now.
@@ -207,6 +222,13 @@ def _is_block_device(disk: Disk) -> bool:
             f"plug: {disk.id}: {disk.path}: neither a file nor a block device; give one of these"
         )
     return stat.S_ISBLK(mode)
+
+
+def _open(disk: Disk) -> int:
+    try:
+        return os.open(disk.path, (os.O_RDONLY if disk.read_only else os.O_RDWR) | os.O_CLOEXEC)
+    except OSError as error:
+        raise HotplugError(f"plug: {disk.id}: {disk.path}: {error.strerror}") from error
 
 
 def _size(path: Path) -> int:

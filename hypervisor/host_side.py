@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hypervisor.interface import Accelerator
 from hypervisor.process import Process
+from hypervisor.seclusion import seclude
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from hypervisor.console import Console
     from hypervisor.errors import HypervisorError
+    from hypervisor.interface import VmSpec
     from hypervisor.qmp import QmpSession
     from hypervisor.vsock import GuestChannel
 
@@ -76,6 +78,16 @@ class HostSide:
             self.qemu = process
         self._on_process(name, process.pid)
         return process
+
+    async def seclude_qemu(self, spec: VmSpec) -> None:
+        """Take the host's files away from QEMU, which has started, unless it will need some later.
+
+        :param spec: its machine. The devices of one with root ports are opened when they are plugged.
+        """
+        assert self.qemu is not None  # noqa: S101  (it has started)
+        if not spec.root_ports:
+            with self.phase("take files from QEMU"):
+                await seclude(self.qemu.pid, spec.directory)
 
     async def run(self, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> Process:
         """Run a program to its end.

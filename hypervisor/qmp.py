@@ -248,14 +248,26 @@ class QmpSession:
         :raises QmpError: if QEMU does not take it.
         """
         name = f"fd{next(self._fd_names)}"
-        # QEMU keeps the last descriptor it got until it is named: no other may come between.
+        await self._send(fd, "getfd", {"fdname": name})
+        return name
+
+    async def add_fd(self, fd: int, number: int) -> None:
+        """Give QEMU a copy of a file descriptor to open as a file, until ``remove-fd``.
+
+        :param fd: the descriptor; it stays the caller's to close.
+        :param number: the file will be ``/dev/fdset/NUMBER``.
+        :raises QmpError: if QEMU does not take it.
+        """
+        await self._send(fd, "add-fd", {"fdset-id": number})
+
+    async def _send(self, fd: int, command: str, arguments: Mapping[str, object]) -> None:
+        # QEMU keeps the last descriptor it got until a command takes it: no other may come between.
         async with self._fd_lock:
             try:
                 self._client.send_fd_scm(fd)
             except (OSError, QMPError) as error:
-                raise QmpError(f"qmp: getfd: {error}") from error
-            await self.ask(dict, "getfd", {"fdname": name})
-        return name
+                raise QmpError(f"qmp: {command}: {error}") from error
+            await self.ask(dict, command, arguments)
 
     async def ask(self, kind: type[_T], command: str, arguments: Mapping[str, object] | None = None) -> _T:
         """Execute a command.

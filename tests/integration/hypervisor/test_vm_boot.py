@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 import time
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +58,19 @@ async def test_every_process_is_recorded_and_listed(machines):
     assert listed == set(machines.started)
     assert {name for name, _ in listed} == {"QEMU", "virtio-fs daemon", "vhost-device-vsock"}
     assert ("QEMU", vm.pid) in listed
+
+
+def below(root):
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+
+
+async def test_whoever_looks_for_a_containers_files_in_qemu_finds_and_overwrites_none_of_the_hosts(machines):
+    vm = machines()
+    await vm.start(timeout_s=START_S)
+    root = Path(f"/proc/{vm.pid}/root")
+    assert below(root) == ["dev", "dev/null"]
+    with pytest.raises(OSError, match="Read-only file system"):
+        (root / "file").touch()
 
 
 async def test_stop_may_come_at_any_time_and_again(machines):

@@ -9,6 +9,7 @@ import pytest
 from hypervisor import Accelerator, Channel
 from hypervisor.argv import Inherited, KernelVsock, SerialPort, UserVsock, boot_argv, kernel_command_line
 from hypervisor.machine import X86_64
+from hypervisor.seclusion import OWN_MOUNTS
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -70,4 +71,9 @@ def test_each_root_port_has_a_chassis_of_its_own_and_room_for_large_memory(make_
 
 def test_the_network_namespace_is_entered_before_anything_is_opened(make_spec):
     spec = make_spec(network_namespace=Path("/run/netns/pod"))
-    assert argv(spec)[:4] == ["nsenter", "--net=/run/netns/pod", "--", str(spec.qemu)]
+    words = argv(spec)
+    assert words[: words.index(str(spec.qemu))] == [*OWN_MOUNTS, "nsenter", "--net=/run/netns/pod", "--"]
+
+
+def test_a_machine_that_may_get_devices_of_the_host_keeps_seeing_them(make_spec):
+    assert argv(make_spec(root_ports=1))[0] == str(make_spec().qemu)
