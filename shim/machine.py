@@ -387,8 +387,7 @@ class Machine:
             await self.kill()
             if self.doom:
                 raise
-            late = isinstance(error, TemplateLateError | ChannelError | DeadlineExceeded)
-            if late and self._vm is not None and self._vm.was_starved:
+            if not blames_template(error, starved=self._vm is not None and self._vm.was_starved):
                 log.warning(
                     "boot: template %.12s: %s; the host is too busy to say whose fault it is: it is kept, "
                     "and the machine boots cold",
@@ -458,3 +457,12 @@ async def _while_preparing(network: Network, booting: Coroutine[object, object, 
             return await booting
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from errors
+
+
+def blames_template(error: Exception, *, starved: bool) -> bool:
+    """Tell whether the failure of a clone is its template's fault, rather than that of a busy host.
+
+    :param error: the failure.
+    :param starved: whether the clone's QEMU waited for a processor for longer than it had one.
+    """
+    return not (starved and isinstance(error, TemplateLateError | ChannelError | DeadlineExceeded))

@@ -243,25 +243,6 @@ def test_a_broken_template_is_replaced_and_its_container_boots_cold(
     assert CLONED in node.log()
 
 
-def test_a_template_is_kept_if_the_host_is_too_busy_for_its_clone(node: Node):
-    with node.config.open("a", encoding="utf-8") as config:
-        config.write("[guest]\nboot_timeout_s = 1\n")
-    [before] = node.templates
-    rivals = [
-        subprocess.Popen(["/bin/sh", "-c", "while :; do :; done"]) for _ in range(8 * (os.cpu_count() or 1))
-    ]
-    try:
-        result = node.run("true")
-    finally:
-        for rival in rivals:
-            rival.kill()
-            rival.wait()
-
-    assert CLONED not in node.log(), result.stderr
-    assert node.templates == [before]
-    assert node.leftovers == []
-
-
 def test_a_template_of_another_image_is_not_used_and_goes_when_there_is_a_new_one(node: Node, home: Path):
     [old] = node.templates
     kernel = home / new_id()

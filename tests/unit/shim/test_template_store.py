@@ -7,7 +7,10 @@ import threading
 
 import pytest
 
+from hypervisor import ChannelError, TemplateError, TemplateLateError
 from shim import template_store
+from shim.errors import DeadlineExceeded
+from shim.machine import blames_template
 from shim.refusal import Refusal
 from shim.template_store import KEPT, TemplateStore
 
@@ -196,3 +199,15 @@ def test_one_that_somebody_has_emptied_is_not_listed(store):
         file.unlink()
     assert store.entries() == []
     assert store.remove(KEY) == [KEY]
+
+
+@pytest.mark.parametrize(
+    "late", [TemplateLateError("late"), ChannelError("silent"), DeadlineExceeded("late")]
+)
+def test_a_late_clone_is_its_templates_fault_unless_its_qemu_hardly_had_a_processor(late):
+    assert blames_template(late, starved=False)
+    assert not blames_template(late, starved=True)
+
+
+def test_a_template_that_qemu_refuses_is_to_blame_on_a_busy_host_too():
+    assert blames_template(TemplateError("refused"), starved=True)
