@@ -71,7 +71,7 @@ def attacker(one_stack: Stack, place: Path) -> Iterator[Attacker]:
             f"mkdir {GUEST}; echo '|{handler}' > /proc/sys/kernel/core_pattern; sh -c 'kill -SEGV $$'"
         )
         until(
-            lambda: "init" in attacker.run(f"cat {GUEST}/1/comm"),
+            lambda: "init" in attacker.run(f"ls {GUEST}/1/root").split(),
             what="the container sees the machine's init",
         )
         yield attacker
