@@ -21,7 +21,7 @@ PORT = 5000
 TIMEOUT_S = 300.0
 BLOCK_BYTES = 1 << 16
 GUEST_INITRD = Path("/var/lib/hako/guest/initrd")
-_INTERPRETER = re.compile(rb"#!(/\S+/python\S*) -")
+_INTERPRETER = re.compile(rb"(/[\w./-]+/python[\w.]*)\0-ISB\0")
 
 # Only what the agent needs of Python is in the guest.
 _INIT = f"""
