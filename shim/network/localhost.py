@@ -85,18 +85,19 @@ def lead_to_guest(netlink: IPRoute, *, endpoint: Endpoint, tap: int, tap_name: s
     )
 
 
-def way_back(interface: str) -> tuple[Route, Neighbour]:
-    """Describe what the guest needs: that its localhost may answer over the link, and where to.
+def way_to(address: str, *, interface: str) -> tuple[Route, Neighbour]:
+    """Describe what the guest needs for its localhost to speak over a link to an address of the namespace.
 
+    :param address: the host's side, to answer it; or the resolver, to ask it.
     :param interface: the name of the endpoint whose tap it is.
     """
     route = Route(
-        destination=ip_network(HOST_SIDE),
+        destination=ip_network(address),
         hops=(NextHop(interface=interface),),
         source=LOCALHOST,
         scope=_SCOPE_LINK,
     )
-    return route, Neighbour(interface=interface, ip=HOST_SIDE, mac=HOST_SIDE_MAC)
+    return route, Neighbour(interface=interface, ip=address, mac=HOST_SIDE_MAC)
 
 
 def _pass(

@@ -235,11 +235,11 @@ class Network:
         routes, neighbours = list(plan.routes), list(plan.neighbours)
         leading = self._way_to_localhost()
         if leading is not None and agent.is_hako:  # no other lets its localhost answer over a link
-            route, neighbour = localhost.way_back(leading.endpoint.name)
+            route, neighbour = localhost.way_to(localhost.HOST_SIDE, interface=leading.endpoint.name)
             routes.append(route)
             neighbours.append(neighbour)
             if plan.has_resolver:
-                route, neighbour = resolver.way(leading.endpoint.name)
+                route, neighbour = localhost.way_to(localhost.RESOLVER, interface=leading.endpoint.name)
                 routes.append(route)
                 neighbours.append(neighbour)
                 await self._forward()

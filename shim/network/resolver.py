@@ -15,12 +15,10 @@ import asyncio
 import contextlib
 import logging
 import socket
-from ipaddress import ip_network
 from pathlib import Path
 
 from shim import kernel
-from shim.network.localhost import HOST_SIDE_MAC, LOCALHOST, RESOLVER
-from shim.network.plan import Neighbour, NextHop, Route
+from shim.network.localhost import LOCALHOST, RESOLVER
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +30,6 @@ _OUR_OWN = f"{PORT:04X}"
 _MESSAGE_BYTES = 1 << 16
 _ID_BYTES, _HEADER_BYTES = 2, 12
 _MAX_UNANSWERED = 1024
-_SCOPE_LINK = 253
 
 
 def is_there() -> bool:
@@ -42,20 +39,6 @@ def is_there() -> bool:
         if state == _LISTENS and local.startswith(f"{_ADDRESS}:") and not local.endswith(f":{_OUR_OWN}"):
             return True
     return False
-
-
-def way(interface: str) -> tuple[Route, Neighbour]:
-    """Describe what the guest needs: that the resolver's address is not its own, but across a link.
-
-    :param interface: the name of the endpoint that leads to localhost.
-    """
-    route = Route(
-        destination=ip_network(RESOLVER),
-        hops=(NextHop(interface=interface),),
-        source=LOCALHOST,
-        scope=_SCOPE_LINK,
-    )
-    return route, Neighbour(interface=interface, ip=RESOLVER, mac=HOST_SIDE_MAC)
 
 
 class Forwarder:
