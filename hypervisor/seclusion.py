@@ -10,7 +10,7 @@ import asyncio
 import ctypes
 import logging
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -34,33 +34,14 @@ async def seclude(pid: int, place: Path) -> None:
     :param pid: the process; it was started with :data:`OWN_MOUNTS`.
     :param place: any directory.
     """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-
-    def work() -> None:
-        failure = None
-        try:
-            _replace_root(pid, place)
-        except OSError as error:
-            failure = error
-        loop.call_soon_threadsafe(_settle, done, failure)
-
     # A thread of its own, for it cannot come back from where it goes.
-    thread = threading.Thread(target=work, name="seclusion")
-    thread.start()
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seclusion")
     try:
-        await done
+        await asyncio.get_running_loop().run_in_executor(thread, _replace_root, pid, place)
     except OSError as error:
         log.warning("start vm: QEMU still sees the host's files: %s", error)
-
-
-def _settle(done: asyncio.Future[None], failure: OSError | None) -> None:
-    if done.cancelled():
-        return
-    if failure is None:
-        done.set_result(None)
-    else:
-        done.set_exception(failure)
+    finally:
+        thread.shutdown(wait=False)
 
 
 def _replace_root(pid: int, place: Path) -> None:
