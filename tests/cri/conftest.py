@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave to the night what one stack shows by day."""
     for item in items:
         mainly = isinstance(item, pytest.Function) and item.get_closest_marker("mainly")
-        if mainly and str(item.callspec.params["stack"]) != MAIN:
+        if mainly and "stack" in item.callspec.params and str(item.callspec.params["stack"]) != MAIN:
             item.add_marker(pytest.mark.nightly)
 
 
@@ -89,6 +89,26 @@ def stack(
         yield opened
 
 
+EITHER = [
+    pytest.param((kind, handler), id=f"{kind}-{handler}")
+    for kind in (Kind(release=release, sandboxer="podsandbox") for release in RELEASES[1:])
+    for handler in ("runc", "hako")
+]
+
+
+@pytest.fixture(scope="package", params=EITHER)
+def either_stack(
+    request: pytest.FixtureRequest, home: Path, nursery: Nursery, archives: list[Path]
+) -> Iterator[Stack]:
+    """The two newest containerds, each with runc's pods and Hako's: what runc does is the right behaviour."""
+    kind, handler = request.param
+    templates = request.getfixturevalue("templates") if handler == "hako" else None
+    place = home / handler
+    place.mkdir(exist_ok=True)
+    with opened_stack(place, nursery, archives, kind=kind, handler=handler, templates=templates) as opened:
+        yield opened
+
+
 @contextlib.contextmanager
 def counted(stack: Stack) -> Iterator[None]:
     """See that nothing is left when a block is over."""
@@ -101,10 +121,11 @@ def counted(stack: Stack) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def containerd_log(request: pytest.FixtureRequest) -> Iterator[None]:
     """Show what containerd logged during a test, if the test fails."""
-    if "stack" not in request.fixturenames:
+    name = next((name for name in ("stack", "either_stack") if name in request.fixturenames), None)
+    if name is None:
         yield
         return
-    found: Stack = request.getfixturevalue("stack")
+    found: Stack = request.getfixturevalue(name)
     log = found.containerd.log
     start = log.stat().st_size
     try:
@@ -118,6 +139,19 @@ def containerd_log(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def new_pod(stack: Stack) -> Iterator[Callable[..., Pod]]:
     """Run pods, which are removed after the test, and see that nothing is left of them."""
+    with _new_pods(stack) as make:
+        yield make
+
+
+@pytest.fixture
+def new_either_pod(either_stack: Stack) -> Iterator[Callable[..., Pod]]:
+    """As ``new_pod``, on ``either_stack``."""
+    with _new_pods(either_stack) as make:
+        yield make
+
+
+@contextlib.contextmanager
+def _new_pods(stack: Stack) -> Iterator[Callable[..., Pod]]:
     pods: list[Pod] = []
 
     def make(name: str, **wanted: Any) -> Pod:
