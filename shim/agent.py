@@ -65,13 +65,13 @@ def _lift(resources: oci_pb2.LinuxResources) -> None:
         cpu.Quota = _MANY_PROCESSORS * (cpu.Period or _DEFAULT_PERIOD_US)
 
 
-def _shm(*options: str) -> agent_pb2.Storage:
+def _shm(size_bytes: int, *options: str) -> agent_pb2.Storage:
     return agent_pb2.Storage(
         driver="ephemeral",
         source="shm",
         fstype="tmpfs",
         mount_point=SHM_DIRECTORY,
-        options=[*options, "noexec", "nosuid", "nodev", "mode=1777", f"size={SHM_BYTES}"],
+        options=[*options, "noexec", "nosuid", "nodev", "mode=1777", f"size={size_bytes}"],
     )
 
 
@@ -175,16 +175,19 @@ class Agent:
         """Block until the connection is lost or closed."""
         await self._client.wait_closed()
 
-    async def create_sandbox(self, *, sandbox_id: str, hostname: str, dns: list[str]) -> None:
+    async def create_sandbox(
+        self, *, sandbox_id: str, hostname: str, dns: list[str], shm_bytes: int = SHM_BYTES
+    ) -> None:
         """Prepare the guest: mount the share, make the shared namespaces. Exactly once per machine.
 
         :param dns: lines of resolv.conf.
+        :param shm_bytes: the size of the shared memory that containers have at ``/dev/shm``.
         """
         storages = [
             agent_pb2.Storage(
                 driver="virtio-fs", source=SHARE_TAG, fstype="virtiofs", mount_point=f"{SHARE_DIRECTORY}/"
             ),
-            _shm(),
+            _shm(shm_bytes),
             # The share is read-only: what the guest keeps up to date by itself is mounted on a part of it.
             agent_pb2.Storage(
                 driver="ephemeral",
@@ -209,7 +212,7 @@ class Agent:
         self.is_hako = self.keeps_streams = "hako" in details.extra_features
         if not self.is_hako:
             # A stock agent takes the options of such a storage only when it is mounted again.
-            again = agent_pb2.UpdateEphemeralMountsRequest(storages=[_shm("remount")])
+            again = agent_pb2.UpdateEphemeralMountsRequest(storages=[_shm(shm_bytes, "remount")])
             await self._call("UpdateEphemeralMounts", again, Empty)
 
     async def update_interface(self, interface: types_pb2.Interface) -> None:

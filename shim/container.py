@@ -121,6 +121,7 @@ class Container:
             translation = translate(
                 self._sandbox.complete(self.spec),
                 container_id=self.id,
+                sandbox_id=self._sandbox.id,
                 terminal=self.init.stdio.terminal,
                 seccomp=agent.supports_seccomp,
                 has_mounts_below=mounts.are_below,

@@ -85,7 +85,7 @@ async def _serve(
                 leave=over.set,
                 host_mounts=host_mounts,
             )
-            found = _pod_of(Path(record.bundle))
+            found = _pod_of(Path(record.bundle), record.id)
             if found is not None:  # otherwise CreateSandbox tells
                 sandbox.start(found)
             dispatch = _dispatch(sandbox, shut_down=over.set)
@@ -97,12 +97,12 @@ async def _serve(
         ledger.close()
 
 
-def _pod_of(bundle: Path) -> PodSpec | None:
+def _pod_of(bundle: Path, sandbox_id: str) -> PodSpec | None:
     """Describe the pod by the specification in the bundle that the shim was started in, if there is one."""
     if not (bundle / "config.json").exists():
         return None
     try:
-        return pod.from_oci(read_spec(bundle))
+        return pod.from_oci(read_spec(bundle), sandbox_id=sandbox_id)
     except ShimError:  # Create will say so
         return pod.from_oci({})
 

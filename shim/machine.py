@@ -146,6 +146,7 @@ class Machine:
                             # Who names none shares the host's, or has what a new namespace begins with.
                             hostname=pod.hostname or socket.gethostname(),
                             dns=list(pod.dns),
+                            shm_bytes=pod.shm_bytes,
                         )
                     with timeline.phase("network cards", lane=timeline.MACHINE):
                         await network.attach(machine=self.vm, agent=agent)

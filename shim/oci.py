@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from proto.kata import oci_pb2
+from shim import shared_memory
 from shim.agent import SHARE_DIRECTORY
 from shim.disks import DiskDevice, allows_everything, disk_devices, without_limits_of
 from shim.errors import InvalidArgument
@@ -57,6 +58,7 @@ def translate(
     spec: dict[str, Any],
     *,
     container_id: str,
+    sandbox_id: str,
     terminal: bool,
     seccomp: bool,
     has_mounts_below: Callable[[str], bool],
@@ -64,14 +66,18 @@ def translate(
     """Translate a container's specification.
 
     :param spec: the decoded ``config.json``.
+    :param sandbox_id: the id of its sandbox on the host.
     :param terminal: the request's own flag, which wins over the specification's.
     :param seccomp: whether the guest can apply a profile; if not, the profile is left out.
     :param has_mounts_below: whether the host has mounted something below a path.
     :raises InvalidArgument: if the specification is malformed or asks for what a guest cannot give.
     """
     with refusing_malformed(f"config.json of {container_id}"):
+        ids, shares_hosts_ipc = {container_id, sandbox_id}, shared_memory.shares_hosts_ipc(spec)
         mounts = [
-            rewrite_mount(entry, container_id=container_id, has_mounts_below=has_mounts_below)
+            (shared_memory.in_guest(entry), None)
+            if shared_memory.is_pods(entry, ids=ids, shares_hosts_ipc=shares_hosts_ipc)
+            else rewrite_mount(entry, container_id=container_id, has_mounts_below=has_mounts_below)
             for entry in spec.get("mounts") or []
         ]
         return _translate(spec, mounts, container_id=container_id, terminal=terminal, seccomp=seccomp)

@@ -101,7 +101,7 @@ ROWS: tuple[Row, ...] = (
     *_sent("mounts", "destination"),
     _replaced("mounts.type", "a bind may be named by its options alone"),
     _replaced("mounts.source", "a file of the host is shared and has a path of its own in the guest"),
-    _replaced("mounts.options", "a shared /dev/shm is the sandbox's and takes none"),
+    _replaced("mounts.options", "the pod's shared memory has its file system's, too"),
     _refused("mounts.uidMappings", _NO_WORD),
     _refused("mounts.gidMappings", _NO_WORD),
     *(

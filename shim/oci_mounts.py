@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shim.agent import SHARE_DIRECTORY, SHM_DIRECTORY, WATCHABLE_DIRECTORY
+from shim import shared_memory
+from shim.agent import SHARE_DIRECTORY, WATCHABLE_DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 _FOLLOWING = frozenset({"slave", "rslave", "shared", "rshared"})  # a bind is private unless it says otherwise
 _KERNEL_FILE_SYSTEMS = ("/proc", "/sys", "/dev")
 _SHOWN_NAME_BYTES = 64  # with the longest id and the digest, well below the 255 of a file name
-# The volumes that the kubelet rewrites while they are in use; a share carries no inotify event for that.
+# The volumes that the kubelet rewrites while they are in use, and never lets a container write; a share
+# carries no inotify event for that.
 _UPDATED_BY_KUBELET = re.compile(r"/kubernetes\.io~(configmap|secret|projected|downward-api)/[^/]+/?$")
-_SHM = "/dev/shm"  # noqa: S108 - a path of the container's, not a file of ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +61,8 @@ def rewrite_mount(
     destination = entry["destination"]
     source = entry.get("source") or ""
     options = entry.get("options") or []
-    if entry.get("type") != "bind" and not {"bind", "rbind"}.intersection(options):
+    if not shared_memory.is_bind(entry):
         return entry, None
-    if destination == _SHM:
-        return {**entry, "type": "bind", "source": SHM_DIRECTORY, "options": ["rbind"]}, None
     if _is_of_a_kernel_file_system(source):
         # The host's kernel file systems say nothing about the guest: the guest's own are bound instead.
         return {**entry, "type": "bind", "source": posixpath.normpath(source)}, None
@@ -73,8 +72,9 @@ def rewrite_mount(
     digest = hashlib.sha256(f"{destination}\0{source}".encode()).hexdigest()[:16]
     last = posixpath.basename(destination.rstrip("/")).encode()[:_SHOWN_NAME_BYTES].decode(errors="ignore")
     name = f"{container_id}-{digest}-{last or 'root'}"
-    copied_to = f"{WATCHABLE_DIRECTORY}/{name}" if _UPDATED_BY_KUBELET.search(source) else ""
     read_only = "ro" in options or "rro" in options
+    is_updated = read_only and _UPDATED_BY_KUBELET.search(source)
+    copied_to = f"{WATCHABLE_DIRECTORY}/{name}" if is_updated else ""
     recursive = "rbind" in options
     writable_below = (
         read_only and recursive and not copied_to and "rro" not in options and has_mounts_below(source)
@@ -95,8 +95,12 @@ def rewrite_mount(
 
 
 def _is_of_a_kernel_file_system(path: str) -> bool:
-    """Tell whether a path on the host belongs to /proc, /sys or /dev; files below /dev/shm are ordinary."""
+    """Tell whether a path on the host belongs to /proc, /sys or /dev; /dev/shm is an ordinary directory."""
     normal = posixpath.normpath(path)
-    if normal.startswith(f"{_SHM}/"):
+    if _is_at_or_below(normal, shared_memory.DESTINATION):
         return False
-    return any(normal == top or normal.startswith(f"{top}/") for top in _KERNEL_FILE_SYSTEMS)
+    return any(_is_at_or_below(normal, top) for top in _KERNEL_FILE_SYSTEMS)
+
+
+def _is_at_or_below(path: str, top: str) -> bool:
+    return path == top or path.startswith(f"{top}/")

@@ -7,24 +7,28 @@ sandbox to the shim, it leaves those to it as well.
 from __future__ import annotations
 
 import logging
+import os
 import posixpath
+import stat
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import DecodeError
 
 from proto.cri.pod_pb2 import PodSandboxConfig
+from shim import shared_memory
+from shim.agent import SHM_BYTES
 from shim.errors import InvalidArgument
 from shim.grouping import KIND_ANNOTATION
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from google.protobuf.any_pb2 import Any as AnyMessage
 
 log = logging.getLogger(__name__)
 
 _RESOLV_CONF = "/etc/resolv.conf"
-_SHM = "/dev/shm"  # noqa: S108 - a path of the container's, not a file of ours
 _MAX_RESOLV_CONF_BYTES = 64 * 1024  # resolv.conf(5) of a pod has at most 3 + 32 names
 # The annotations under which containerd's CRI gives a pause container the sizes of its pod.
 _SIZES = {
@@ -45,6 +49,7 @@ class PodSpec:
     :param hostname: the name of the machine; if empty, the host's.
     :param dns: lines of resolv.conf.
     :param sysctls: kernel parameters of the whole pod, which its containers' specifications do not repeat.
+    :param shm_bytes: the size of its shared memory.
     :param cgroup: ``linux.cgroupsPath`` of the sandbox on the host; empty for none.
     :param oci: an OCI specification: the bundle's, or what Kubernetes' description says as one. It has the
         network namespace among ``linux.namespaces``, and sizes of the pod among ``annotations``.
@@ -53,6 +58,7 @@ class PodSpec:
     hostname: str
     dns: tuple[str, ...]
     sysctls: dict[str, str]
+    shm_bytes: int = SHM_BYTES
     cgroup: str
     oci: dict[str, Any]
 
@@ -69,10 +75,11 @@ def refuses_template(spec: dict[str, Any]) -> bool:
     return isinstance(annotations, dict) and annotations.get(TEMPLATE_ANNOTATION) == "off"
 
 
-def from_oci(spec: dict[str, Any]) -> PodSpec:
+def from_oci(spec: dict[str, Any], *, sandbox_id: str = "") -> PodSpec:
     """Take the description from the specification of the sandbox's first container.
 
     :param spec: the decoded ``config.json``.
+    :param sandbox_id: the sandbox's id, which is that container's.
     """
     hostname = spec.get("hostname")
     linux = spec.get("linux")
@@ -83,6 +90,7 @@ def from_oci(spec: dict[str, Any]) -> PodSpec:
         hostname=hostname if isinstance(hostname, str) else "",
         dns=_resolvers(spec),
         sysctls=sysctls if isinstance(sysctls, dict) else {},
+        shm_bytes=shared_memory.size_of(spec, container_id=sandbox_id),
         cgroup=cgroup if isinstance(cgroup, str) else "",
         oci=spec,
     )
@@ -148,18 +156,19 @@ def write_files(pod: PodSpec, directory: Path) -> None:
         (directory / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def with_files(spec: dict[str, Any], directory: Path) -> dict[str, Any]:
+def with_files(spec: dict[str, Any], directory: Path, *, sandbox_id: str) -> dict[str, Any]:
     """Give a container the files of its pod in ``/etc``, and the pod's shared memory if it shares its IPC.
 
     :param spec: the decoded ``config.json``; what it mounts itself stays.
     :param directory: what :func:`write_files` has filled.
+    :param sandbox_id: the pod's sandbox.
     """
     mounts = list(spec.get("mounts") or [])
     namespaces = (spec.get("linux") or {}).get("namespaces") or []
     if any(one.get("type") == "ipc" and one.get("path") for one in namespaces):
         mounts = [
-            {**entry, "type": "bind", "source": _SHM, "options": ["rbind"]}
-            if entry.get("destination") == _SHM
+            {**entry, "type": "bind", "source": shared_memory.source_of(sandbox_id), "options": ["rbind"]}
+            if entry.get("destination") == shared_memory.DESTINATION and not shared_memory.is_bind(entry)
             else entry
             for entry in mounts
         ]
@@ -201,10 +210,18 @@ def _resolvers(spec: dict[str, Any]) -> tuple[str, ...]:
         if not isinstance(entry, dict) or entry.get("destination") != _RESOLV_CONF:
             continue
         try:
-            with Path(str(entry.get("source"))).open("rb") as file:
-                text = file.read(_MAX_RESOLV_CONF_BYTES).decode(errors="replace")
+            text = _read_plain(str(entry.get("source")))
         except (OSError, ValueError) as error:
             log.warning("sandbox: %s of its container: %s; the machine has none", _RESOLV_CONF, error)
             continue
         return tuple(line for line in text.splitlines() if line.strip())
     return ()
+
+
+def _read_plain(path: str) -> str:
+    """Read a small file of the host; a FIFO or a device would have nobody know when it ends."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(0, "not a regular file")
+        return file.read(_MAX_RESOLV_CONF_BYTES).decode(errors="replace")

@@ -195,7 +195,7 @@ class Sandbox:
         with refusing_malformed("config.json"):
             if self._pod is not None and self._pod.sysctls:
                 spec = with_sysctls(spec, self._pod.sysctls)
-            return with_files(spec, self._files) if self.held else spec
+            return with_files(spec, self._files, sandbox_id=self.id) if self.held else spec
 
     async def agent(self) -> Agent:
         """Wait for the machine to be up.

@@ -113,6 +113,19 @@ def test_a_volume_in_memory_is_shared_by_the_pod_and_holds_no_more_than_its_limi
         other.remove()
 
 
+def test_a_volume_at_dev_shm_is_that_volume_and_the_pods_shared_memory_is_protected(duo: Duo, memory: Path):
+    listed = duo.server.shell("grep ' /dev/shm ' /proc/mounts; df -k /dev/shm | tail -n 1").stdout
+    mounted, size = listed.splitlines()
+    assert {"nosuid", "nodev", "noexec"} <= set(mounted.split()[3].split(","))
+    assert size.split()[1] == "65536"
+    mounts = [{"container_path": "/dev/shm", "host_path": str(memory)}]
+    other = duo.pod.run("large", "sleep", "100000", mounts=mounts)
+    try:
+        assert other.shell("df -k /dev/shm | tail -n 1").stdout.split()[1] == "1024"
+    finally:
+        other.remove()
+
+
 def test_the_last_words_of_a_container_reach_the_kubelet(user: Container, place: Path):
     assert user.shell("echo why it ended > /dev/termination-log").code == 0
     assert (place / "termination-log").read_text() == "why it ended\n"

@@ -44,6 +44,7 @@ def test_a_specification_is_translated_or_refused(spec, seccomp):
         translation = translate(
             spec,
             container_id="box",
+            sandbox_id="pod",
             terminal=False,
             seccomp=seccomp,
             has_mounts_below=lambda path: len(path) % 2 == 0,

@@ -22,6 +22,7 @@ def translated(
     return translate(
         spec(**parts),
         container_id="box",
+        sandbox_id="pod",
         terminal=terminal,
         seccomp=seccomp,
         has_mounts_below=lambda path: any(point.startswith(f"{path}/") for point in mounted),
@@ -139,15 +140,28 @@ def test_kernel_file_systems_are_the_guests_own(source: str) -> None:
     assert result.spec.Mounts[0].source.startswith(("/proc", "/sys", "/dev"))
 
 
-def test_a_directory_below_dev_shm_is_data_of_the_host() -> None:
-    result = translated(mounts=[{"destination": "/x", "type": "bind", "source": "/dev/shm/data"}])
-    assert result.shared_mounts[0].source == "/dev/shm/data"
+@pytest.mark.parametrize("source", ["/dev/shm", "/dev/shm/data"])
+@pytest.mark.parametrize("destination", ["/x", "/dev/shm"])
+def test_dev_shm_of_the_host_is_data(source: str, destination: str) -> None:
+    result = translated(
+        mounts=[{"destination": destination, "type": "bind", "source": source}],
+        linux={"namespaces": [{"type": "ipc"}, {"type": "network"}]},
+    )
+    assert result.shared_mounts[0].source == source
 
 
-def test_a_bound_shm_is_the_sandboxes() -> None:
-    result = translated(mounts=[{"destination": "/dev/shm", "type": "bind", "source": "/run/shm"}])
+def test_the_shared_memory_of_the_pod_is_that_of_the_guest() -> None:
+    source = "/run/containerd/io.containerd.grpc.v1.cri/sandboxes/pod/shm"
+    result = translated(mounts=[{"destination": "/dev/shm", "type": "bind", "source": source}])
     assert result.shared_mounts == ()
     assert result.spec.Mounts[0].source == SHM_DIRECTORY
+
+
+@pytest.mark.parametrize(("option", "is_copied"), [("ro", True), ("rw", False)])
+def test_only_what_a_container_cannot_write_is_a_copy(option: str, *, is_copied: bool) -> None:
+    source = "/pods/1/volumes/kubernetes.io~configmap/settings"
+    mount = {"destination": "/x", "type": "bind", "source": source, "options": ["rbind", option]}
+    assert bool(translated(mounts=[mount]).shared_mounts[0].copied_to) == is_copied
 
 
 def test_other_mounts_pass_unchanged() -> None:

@@ -123,7 +123,14 @@ def test_what_is_refused_is_refused_by_name_and_reason(path: str) -> None:
     if path.startswith("linux.seccomp."):
         spec["linux"]["seccomp"]["defaultAction"] = "SCMP_ACT_ALLOW"
     with pytest.raises(InvalidArgument) as caught:
-        translate(spec, container_id="box", terminal=False, seccomp=True, has_mounts_below=lambda _: False)
+        translate(
+            spec,
+            container_id="box",
+            sandbox_id="pod",
+            terminal=False,
+            seccomp=True,
+            has_mounts_below=lambda _: False,
+        )
     assert str(caught.value) == f"spec: {path}: {row.why}"
 
 

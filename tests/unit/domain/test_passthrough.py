@@ -18,7 +18,14 @@ def specification(*devices: dict[str, object], **resources: object) -> dict[str,
 
 
 def translated(spec: dict[str, object]) -> Translation:
-    return translate(spec, container_id="c", terminal=False, seccomp=False, has_mounts_below=lambda _: False)
+    return translate(
+        spec,
+        container_id="c",
+        sandbox_id="pod",
+        terminal=False,
+        seccomp=False,
+        has_mounts_below=lambda _: False,
+    )
 
 
 def test_groups_are_found_by_their_nodes() -> None:

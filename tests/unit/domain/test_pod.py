@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 
@@ -73,6 +75,12 @@ def test_resolvers_that_cannot_be_read_are_none(mounts):
     assert pod.from_oci({"mounts": mounts}).dns == ()
 
 
+def test_resolvers_in_a_fifo_are_none_and_nobody_waits_for_a_writer(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    mounts = [{"destination": "/etc/resolv.conf", "source": str(tmp_path / "fifo")}]
+    assert pod.from_oci({"mounts": mounts}).dns == ()
+
+
 def test_only_a_pause_container_speaks_for_the_kernel_parameters_of_the_pod():
     linux = {"linux": {"sysctl": {"net.core.somaxconn": "7"}}}
     assert pod.from_oci({**PAUSE, **linux}).sysctls == {"net.core.somaxconn": "7"}
@@ -133,7 +141,8 @@ def test_a_container_gets_the_files_of_its_pod_unless_it_brings_its_own(tmp_path
     pod.write_files(made, tmp_path / "etc")
     own = {"destination": "/etc/hosts", "type": "bind", "source": "/var/hosts", "options": ["rbind"]}
     mounts = {
-        one["destination"]: one for one in pod.with_files({"mounts": [own]}, tmp_path / "etc")["mounts"]
+        one["destination"]: one
+        for one in pod.with_files({"mounts": [own]}, tmp_path / "etc", sandbox_id="s1")["mounts"]
     }
     assert mounts["/etc/hosts"] == own
     assert mounts["/etc/hostname"]["options"] == ["rbind", "ro"]
@@ -148,7 +157,13 @@ def test_shared_memory_is_the_pods_for_who_shares_its_ipc(tmp_path, path, kind):
         "mounts": [{"destination": "/dev/shm", "type": "tmpfs", "source": "shm"}],
         "linux": {"namespaces": [{"type": "ipc", "path": path}]},
     }
-    assert pod.with_files(spec, tmp_path)["mounts"][0]["type"] == kind
+    assert pod.with_files(spec, tmp_path, sandbox_id="s1")["mounts"][0]["type"] == kind
+
+
+def test_a_volume_at_dev_shm_is_not_the_pods_shared_memory(tmp_path):
+    volume = {"destination": "/dev/shm", "type": "bind", "source": "/srv/memory", "options": ["rbind"]}
+    spec = {"mounts": [volume], "linux": {"namespaces": [{"type": "ipc", "path": "/proc/7/ns/ipc"}]}}
+    assert pod.with_files(spec, tmp_path, sandbox_id="s1")["mounts"][0] == volume
 
 
 def test_a_containers_own_kernel_parameters_win():
