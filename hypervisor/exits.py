@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
 
 _PANIC_MARK = "Kernel panic - not syncing"
 _INIT_DIED = "Attempted to kill init"
+_WARNING = re.compile(r"(?:^|: )warning: |^\[[^\]]*\bWARN\b", re.IGNORECASE)
+"""How QEMU marks a line that is no failure, and how the Rust daemons do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,19 @@ class Shutdown:
 
     by_guest: bool
     cause: str
+
+
+def last_words(output: str, status: ExitStatus | None) -> list[str]:
+    """Choose the lines of a program's output that may be the cause of its end.
+
+    :param output: what it wrote.
+    :param status: how it ended, or ``None`` if it has not. A program that failed and left nothing but warnings
+        may have meant one of them.
+    """
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    failures = [line for line in lines if not _WARNING.search(line)]
+    has_failed = status is not None and bool(status.code)
+    return failures or (lines if has_failed else [])
 
 
 def _panic(console: Sequence[str]) -> str | None:

@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from hypervisor.exits import ExitStatus
+from hypervisor.exits import ExitStatus, last_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -146,8 +146,8 @@ class Process:
         return self._output.decode(errors="replace")
 
     def last_words(self) -> str:
-        """Return the last lines of the output joined into one."""
-        lines = [line.strip() for line in self.output().splitlines() if line.strip()]
+        """Return the last lines of the output that may tell why it ended, joined into one."""
+        lines = last_words(self.output(), self.exited.result() if self.exited.done() else None)
         return "; ".join(printable(line) for line in lines[-_CAUSE_LINES:])
 
     def obituary(self) -> str:

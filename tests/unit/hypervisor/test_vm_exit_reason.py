@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hypervisor.exits import ExitStatus, Shutdown, vm_exit_reason
+from hypervisor.exits import ExitStatus, Shutdown, last_words, vm_exit_reason
 
 CLEAN = ExitStatus(code=0)
 PANIC_OF_INIT = "[    1.0] Kernel panic - not syncing: Attempted to kill init! exitcode=0x100"
@@ -87,3 +87,33 @@ PANIC = "[    1.0] Kernel panic - not syncing: no init found"
 )
 def test_the_reason(status, shutdown, console, stderr, reason):
     assert vm_exit_reason(status, shutdown=shutdown, console=console, stderr=stderr) == reason
+
+
+MANY_CPUS = (
+    "qemu-system-x86_64: warning: Number of hotpluggable cpus requested (96) exceeds the recommended cpus "
+    "supported by KVM (2)"
+)
+HUGE_PAGES = "qemu-system-x86_64: warning: Could not detect THP size, falling back to 2 MiB"
+OF_A_DEVICE = "qemu-system-x86_64: -device vfio-pci,host=01:00.0: warning: vfio 0000:01:00.0: no INTx"
+OF_RUST = "[2026-11-29T12:00:00Z WARN  virtiofsd] Failure when trying to set the limit of open files"
+FAILURE = "qemu-system-x86_64: cannot set up guest memory 'memory': Cannot allocate memory"
+
+
+@pytest.mark.parametrize("warning", [MANY_CPUS, HUGE_PAGES, OF_A_DEVICE, OF_RUST])
+def test_a_warning_is_no_cause_beside_a_failure(warning):
+    assert last_words(f"{warning}\n{FAILURE}\n{warning}\n", ExitStatus(code=1)) == [FAILURE]
+
+
+@pytest.mark.parametrize("status", [ExitStatus(signal=9), ExitStatus(code=0), ExitStatus(), None])
+def test_a_warning_alone_is_no_cause_of_an_end_that_is_no_failure(status):
+    assert last_words(f"{MANY_CPUS}\n{HUGE_PAGES}\n", status) == []
+
+
+def test_a_program_that_failed_with_a_warning_alone_may_have_meant_it():
+    assert last_words(f"{HUGE_PAGES}\n", ExitStatus(code=1)) == [HUGE_PAGES]
+
+
+def test_what_only_speaks_of_warnings_is_kept():
+    assert last_words("error: warnings are errors here\n", ExitStatus(code=1)) == [
+        "error: warnings are errors here"
+    ]
