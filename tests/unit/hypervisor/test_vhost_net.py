@@ -1,0 +1,76 @@
+"""Whether the host's kernel moves a network interface's packets, or QEMU does."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from hypervisor import Nic, nics
+from hypervisor.devices import Devices
+from hypervisor.errors import HotplugError
+
+OK = {"return": {}}
+NO = {"error": {"class": "GenericError", "desc": "vhost-net requested but could not be initialized"}}
+FULL = {"error": {"class": "GenericError", "desc": "could not configure /dev/net/tun"}}
+NOT_FOUND = {"error": {"class": "DeviceNotFound", "desc": "no such device"}}
+PATH = [
+    {"return": 7 << 3},
+    {"return": "/machine/peripheral/bus1/bus1"},
+    {"return": 5 << 3},
+    {"return": "/machine/q35/pcie.0"},
+]
+
+
+@pytest.fixture
+def taps(tmp_path):
+    opened = tuple(os.open("/dev/null", os.O_RDWR) for _ in range(2))
+    yield opened
+    for fd in opened:
+        os.close(fd)
+
+
+@pytest.fixture
+def vhost_net(monkeypatch):
+    monkeypatch.setattr(nics, "_VHOST_NET", Path("/dev/zero"))
+
+
+async def plugged(connected, taps, *answers):
+    """Plug a card with two pairs of queues into a QEMU that answers so; return the outcome and its commands."""
+    session, peer = connected
+    devices = Devices(session, buses=["bus1"], ports=[])
+    before = len(os.listdir("/proc/self/fd"))
+    plugging = nics.plug(Nic(id="n", mac="02:00:00:00:00:01", tap_fds=taps), session=session, devices=devices)
+    outcome, commands = await asyncio.gather(plugging, peer.serve(*answers), return_exceptions=True)
+    assert len(os.listdir("/proc/self/fd")) == before
+    return outcome, [arguments for name, arguments in commands if name == "netdev_add"]
+
+
+async def test_the_kernel_moves_the_packets_with_one_descriptor_for_each_pair(connected, taps, vhost_net):
+    outcome, backends = await plugged(connected, taps, *[OK] * 6, *PATH)
+    assert outcome == "05/07"
+    assert backends == [{"type": "tap", "id": "n-tap", "fds": "fd0:fd1", "vhost": True, "vhostfds": "fd2:fd3"}]
+
+
+async def test_qemu_moves_the_packets_on_a_host_without_vhost_net(connected, taps, monkeypatch, tmp_path):
+    monkeypatch.setattr(nics, "_VHOST_NET", tmp_path / "vhost-net")
+    outcome, backends = await plugged(connected, taps, *[OK] * 4, *PATH)
+    assert outcome == "05/07"
+    assert backends == [{"type": "tap", "id": "n-tap", "fds": "fd0:fd1"}]
+
+
+async def test_qemu_moves_the_packets_if_the_kernel_refuses(connected, taps, vhost_net, caplog):
+    # Sent, refused, taken back (the device, its backend, four descriptors), and all again without vhost-net.
+    first = [*[OK] * 4, NO, NOT_FOUND, NOT_FOUND, *[OK] * 4]
+    outcome, backends = await plugged(connected, taps, *first, *[OK] * 4, *PATH)
+    assert outcome == "05/07"
+    assert backends[1] == {"type": "tap", "id": "n-tap", "fds": "fd4:fd5"}
+    assert "QEMU moves its packets, not the kernel" in caplog.text
+
+
+async def test_another_refusal_is_not_tried_again(connected, taps, vhost_net):
+    outcome, backends = await plugged(connected, taps, *[OK] * 4, FULL, NOT_FOUND, NOT_FOUND, *[OK] * 4)
+    assert isinstance(outcome, HotplugError)
+    assert len(backends) == 1
