@@ -54,6 +54,7 @@ class Description:
     :param backend: what makes the host's side of it, in order.
     :param undo: what removes the host's side again, in order.
     :param needs_port: whether it must be on a PCIe root port of its own, not behind a bridge.
+    :param add_timeout_s: how long QEMU may take to add it, in seconds; ``None``: as for any command.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Description:
     backend: Sequence[Command]
     undo: Sequence[Command]
     needs_port: bool = False
+    add_timeout_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -132,7 +134,8 @@ class Devices:
         try:
             for command in description.backend:
                 await self._session.ask(dict, command.name, command.arguments)
-            await self._session.ask(dict, "device_add", _placed(description, plugged.slot))
+            patience = {} if description.add_timeout_s is None else {"timeout_s": description.add_timeout_s}
+            await self._session.ask(dict, "device_add", _placed(description, plugged.slot), **patience)
             found = await find()
         except BaseException as error:
             await self._abandon(plugged)

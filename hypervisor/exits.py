@@ -50,8 +50,8 @@ def last_words(output: str, status: ExitStatus | None) -> list[str]:
     """Choose the lines of a program's output that may be the cause of its end.
 
     :param output: what it wrote.
-    :param status: how it ended, or ``None`` if it has not. A program that failed and left nothing but warnings
-        may have meant one of them.
+    :param status: how it ended, or ``None`` if it has not. A program that failed and left nothing but
+        warnings may have meant one of them.
     """
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     failures = [line for line in lines if not _WARNING.search(line)]

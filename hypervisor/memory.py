@@ -17,6 +17,7 @@ from hypervisor.argv import MEMORY_MODULES
 from hypervisor.devices import Command, Description
 from hypervisor.errors import HotplugError, QmpError, ResizeError, ResizeRefusedError
 from hypervisor.qmp import CommandRefusedError
+from hypervisor.vfio import pinning_timeout_s
 
 if TYPE_CHECKING:
     from hypervisor.devices import Devices
@@ -79,11 +80,15 @@ class Memory:
                     await self._resize_device(size)
                 if self._by_modules:
                     await self._resize_modules(size)
-                return await self._total()
+                return await self.total()
             except (QmpError, HotplugError) as error:
                 raise ResizeError(f"resize memory: {size // MIB} MiB: {error}") from error
 
-    async def _total(self) -> int:
+    async def total(self) -> int:
+        """Return how much there is, in bytes, by QEMU's own count.
+
+        :raises QmpError: if QEMU does not answer.
+        """
         summary = await self._session.ask(dict, "query-memory-size-summary")
         return int(summary["base-memory"]) + int(summary.get("plugged-memory", 0))
 
@@ -111,7 +116,7 @@ class Memory:
         raise ResizeRefusedError(
             f"resize memory: {size // MIB} MiB: the guest stopped at {(self._boot + reached) // MIB} MiB and "
             f"made no step for {_SILENCE_S:g} s; free memory there and try again",
-            reached=await self._total(),
+            reached=await self.total(),
         )
 
     async def _plug_device(self) -> None:
@@ -174,7 +179,9 @@ class Memory:
         await self._session.ask(dict, "object-add", {**backend, "size": size})
         try:
             arguments = {"driver": "pc-dimm", "id": slot.device, "memdev": backend["id"], "slot": number}
-            await self._session.ask(dict, "device_add", arguments)
+            # A device of the host, if there is one, will reach the module, too.
+            patience_s = pinning_timeout_s(size)
+            await self._session.ask(dict, "device_add", arguments, timeout_s=patience_s)
         except CommandRefusedError:
             await self._session.ask(dict, "object-del", {"id": backend["id"]})
             raise
@@ -183,7 +190,7 @@ class Memory:
             raise ResizeRefusedError(
                 f"resize memory: {slot.device}: the guest did not take {size // MIB} MiB ({problem}); "
                 "see its console",
-                reached=await self._total(),
+                reached=await self.total(),
             )
 
     async def _remove_module(self, events: EventStream) -> None:
@@ -193,7 +200,7 @@ class Memory:
             raise ResizeRefusedError(
                 f"resize memory: {slot.device}: the guest keeps {size // MIB} MiB ({problem}); "
                 "free memory there and try again",
-                reached=await self._total(),
+                reached=await self.total(),
             )
         self._modules.pop()
         await self._session.ask(dict, "object-del", {"id": f"{slot.device}-ram"})

@@ -204,8 +204,7 @@ class QemuHypervisor(Hypervisor):
             root ports are taken, or if QEMU refuses; nothing of it is left.
         :raises QmpError: if QEMU does not answer.
         """
-        work = vfio.plug(device, devices=self._running_devices())
-        return await self._while_alive(work, f"plug: {device.id}", HotplugError)
+        return await self._while_alive(self._plug_pci(device), f"plug: {device.id}", HotplugError)
 
     async def unplug(self, device_id: str, *, timeout_s: float) -> None:
         """Take a device from the guest and remove it with all that was behind it.
@@ -371,6 +370,11 @@ class QemuHypervisor(Hypervisor):
         devices = self._running_devices()
         assert self._host.qmp is not None  # noqa: S101  (the devices are reached through it)
         return await nics.plug(nic, session=self._host.qmp, devices=devices)
+
+    async def _plug_pci(self, device: HostPciDevice) -> str:
+        devices = self._running_devices()
+        assert self._memory is not None  # noqa: S101  (it was made with the devices)
+        return await vfio.plug(device, devices=devices, memory_bytes=await self._memory.total())
 
     async def _while_alive(
         self, work: Coroutine[Any, Any, _T], what: str, failure: type[HypervisorError]

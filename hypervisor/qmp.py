@@ -143,6 +143,8 @@ class QmpSession:
         self._client.register_listener(self._lifecycle)
         self._fd_names = itertools.count()
         self._fd_lock = asyncio.Lock()
+        self._busy_until_s = 0.0
+        """When QEMU, which does one thing after the other, is done at the latest with what takes long."""
 
     @property
     def shutdown(self) -> Shutdown | None:
@@ -269,24 +271,39 @@ class QmpSession:
                 raise QmpError(f"qmp: {command}: {error}") from error
             await self.ask(dict, command, arguments)
 
-    async def ask(self, kind: type[_T], command: str, arguments: Mapping[str, object] | None = None) -> _T:
+    async def ask(
+        self,
+        kind: type[_T],
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout_s: float = _COMMAND_TIMEOUT_S,
+    ) -> _T:
         """Execute a command.
 
         :param kind: what its reply is: ``dict`` also of a command that returns nothing.
         :param command: for example ``device_add``.
         :param arguments: its arguments, of the types that QEMU's schema gives them.
+        :param timeout_s: how long QEMU may take, in seconds, once it is done with what takes longer.
         :raises CommandRefusedError: if QEMU says no.
         :raises QmpError: if there is no answer, or one of another kind.
         """
+        now_s = asyncio.get_running_loop().time()
+        ends_s = max(now_s, self._busy_until_s) + timeout_s
+        if timeout_s > _COMMAND_TIMEOUT_S:
+            self._busy_until_s = ends_s
         try:
-            async with asyncio.timeout(_COMMAND_TIMEOUT_S):
+            async with asyncio.timeout_at(ends_s):
                 reply: Any = await self._client.execute(command, dict(arguments) if arguments else None)
         except ExecuteError as error:
             raise CommandRefusedError(f"qmp: {command}: {error}", kind=error.error_class) from error
         except TimeoutError:
-            raise QmpError(f"qmp: {command}: no answer within {_COMMAND_TIMEOUT_S:g} s") from None
+            raise QmpError(f"qmp: {command}: no answer within {ends_s - now_s:.0f} s") from None
         except QMPError as error:
             raise QmpError(f"qmp: {command}: {error}") from error
+        finally:
+            if self._busy_until_s == ends_s:
+                self._busy_until_s = 0.0
         if not isinstance(reply, kind):
             raise QmpError(f"qmp: {command}: unexpected reply {reply!r}")
         return reply

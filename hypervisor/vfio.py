@@ -21,11 +21,26 @@ _SYSFS = Path("/sys")
 _IOMMUFD_DEVICE = Path("/dev/iommu")
 """The newer of the kernel's two ways to map a guest's memory for a device: since Linux 6.2, if at all."""
 
+_GIB = 1 << 30
+_LEAST_S, _PER_GIB_S, _MOST_S = 10.0, 40.0, 1200.0
+"""An emulated host was measured to pin a gigabyte in 17 s, idle; others take a second or less."""
 
-async def plug(device: HostPciDevice, *, devices: Devices) -> str:
+
+def pinning_timeout_s(memory_bytes: int) -> float:
+    """Say how long QEMU may be busy with memory that devices of the host are to reach, in seconds.
+
+    The kernel pins all of it at once, and QEMU answers nothing meanwhile.
+
+    :param memory_bytes: how much memory.
+    """
+    return min(_LEAST_S + _PER_GIB_S * memory_bytes / _GIB, _MOST_S)
+
+
+async def plug(device: HostPciDevice, *, devices: Devices, memory_bytes: int) -> str:
     """Give the guest a device of the host.
 
     :param device: the device.
+    :param memory_bytes: the guest's memory now, which the device will reach.
     :param devices: where it is plugged.
     :returns: its PCI path in the guest.
     :raises HotplugError: if the host cannot give it away, or QEMU refuses; nothing of it is left.
@@ -34,12 +49,12 @@ async def plug(device: HostPciDevice, *, devices: Devices) -> str:
     check(device, sysfs=_SYSFS)
     if _host_has_iommufd():
         try:
-            return await devices.plug(describe(device, iommufd=True))
+            return await devices.plug(describe(device, iommufd=True, memory_bytes=memory_bytes))
         except HotplugError as error:
             if _IOMMUFD not in str(error):
                 raise
             # A QEMU before 9.0: it knows the older way only.
-    return await devices.plug(describe(device, iommufd=False))
+    return await devices.plug(describe(device, iommufd=False, memory_bytes=memory_bytes))
 
 
 def check(device: HostPciDevice, *, sysfs: Path) -> None:
@@ -71,11 +86,12 @@ def check(device: HostPciDevice, *, sysfs: Path) -> None:
         )
 
 
-def describe(device: HostPciDevice, *, iommufd: bool) -> Description:
+def describe(device: HostPciDevice, *, iommufd: bool, memory_bytes: int) -> Description:
     """Describe a device of the host.
 
     :param device: the device.
     :param iommufd: whether memory is mapped for it through iommufd, not through a VFIO container.
+    :param memory_bytes: the guest's memory now.
     """
     backend = f"{device.id}-{_IOMMUFD}"
     return Description(
@@ -85,6 +101,7 @@ def describe(device: HostPciDevice, *, iommufd: bool) -> Description:
         backend=[Command("object-add", {"qom-type": _IOMMUFD, "id": backend})] if iommufd else [],
         undo=[Command("object-del", {"id": backend})] if iommufd else [],
         needs_port=True,
+        add_timeout_s=pinning_timeout_s(memory_bytes),
     )
 
 

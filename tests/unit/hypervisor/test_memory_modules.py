@@ -33,7 +33,7 @@ class OldQemu:
     async def next(self):
         return await self._answers.get()
 
-    async def ask(self, _kind, command, arguments=None):
+    async def ask(self, _kind, command, arguments=None, **_limits):
         if command in self.refuses or command == "device-list-properties":
             raise CommandRefusedError(f"qmp: {command}: no", kind="GenericError")
         match command:

@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from hypervisor import qmp
 from hypervisor.errors import QmpError
 from hypervisor.exits import Shutdown
 
@@ -157,3 +158,20 @@ async def test_a_flood_of_events_is_not_kept(connected):
     await session.drained()
     assert session._client.events.history == ()
     assert session._lifecycle.history == ()
+
+
+async def test_a_command_has_the_time_of_a_longer_one_before_it(connected, monkeypatch):
+    """QEMU does one after the other: it answers nothing while it pins a guest's memory."""
+    session, peer = connected
+    monkeypatch.setattr(qmp, "_COMMAND_TIMEOUT_S", 0.05)
+    long = asyncio.create_task(session.ask(dict, "device_add", timeout_s=5.0))
+    first = await peer.receive()
+    short = asyncio.create_task(session.ask(dict, "query-status", timeout_s=0.05))
+    second = await peer.receive()
+    done, _ = await asyncio.wait([long, short], timeout=0.2)
+    assert not done
+    for query in (first, second):
+        await peer.send({"return": {}, "id": query["id"]})
+    assert (await long, await short) == ({}, {})
+    with pytest.raises(QmpError, match="query-status: no answer within"):  # as ever, once it is done
+        await asyncio.gather(session.ask(dict, "query-status", timeout_s=0.05), peer.receive())

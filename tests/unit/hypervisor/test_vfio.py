@@ -10,6 +10,7 @@ from hypervisor.errors import HotplugError
 
 ADDRESS = "0000:3b:00.0"
 DEVICE = HostPciDevice(id="gpu", address=ADDRESS)
+MEMORY = 512 << 20
 
 
 @pytest.fixture
@@ -54,19 +55,26 @@ def test_a_device_that_another_driver_has_is_not_taken_from_it(sysfs, driver):
 
 
 def test_a_device_is_described_for_a_port_of_its_own():
-    assert vfio.describe(DEVICE, iommufd=False) == Description(
-        id="gpu", driver="vfio-pci", properties={"host": ADDRESS}, backend=[], undo=[], needs_port=True
+    assert vfio.describe(DEVICE, iommufd=False, memory_bytes=MEMORY) == Description(
+        id="gpu",
+        driver="vfio-pci",
+        properties={"host": ADDRESS},
+        backend=[],
+        undo=[],
+        needs_port=True,
+        add_timeout_s=30.0,
     )
 
 
 def test_a_device_is_described_with_iommufd():
-    assert vfio.describe(DEVICE, iommufd=True) == Description(
+    assert vfio.describe(DEVICE, iommufd=True, memory_bytes=MEMORY) == Description(
         id="gpu",
         driver="vfio-pci",
         properties={"host": ADDRESS, "iommufd": "gpu-iommufd"},
         backend=[Command("object-add", {"qom-type": "iommufd", "id": "gpu-iommufd"})],
         undo=[Command("object-del", {"id": "gpu-iommufd"})],
         needs_port=True,
+        add_timeout_s=30.0,
     )
 
 
@@ -74,4 +82,9 @@ async def test_a_machine_without_ports_says_what_to_configure(connected):
     session, _peer = connected
     devices = Devices(session, buses=["bus1"], ports=[])
     with pytest.raises(HotplugError, match=r"all 0 PCIe root ports .*; raise root_ports"):
-        await devices.plug(vfio.describe(DEVICE, iommufd=False))
+        await devices.plug(vfio.describe(DEVICE, iommufd=False, memory_bytes=MEMORY))
+
+
+@pytest.mark.parametrize(("gib", "limit_s"), [(0, 10), (1, 50), (16, 650), (1024, 1200)])
+def test_more_memory_may_take_longer_to_pin_up_to_a_limit(gib, limit_s):
+    assert vfio.pinning_timeout_s(gib << 30) == limit_s

@@ -22,10 +22,15 @@ PATH = [
     {"return": 5 << 3},
     {"return": "/machine/q35/pcie.0"},
 ]
+BACKEND = {"type": "tap", "id": "n-tap"}
+
+
+def descriptors():
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.fixture
-def taps(tmp_path):
+def taps():
     opened = tuple(os.open("/dev/null", os.O_RDWR) for _ in range(2))
     yield opened
     for fd in opened:
@@ -38,27 +43,27 @@ def vhost_net(monkeypatch):
 
 
 async def plugged(connected, taps, *answers):
-    """Plug a card with two pairs of queues into a QEMU that answers so; return the outcome and its commands."""
+    """Plug a card with two pairs of queues; return the outcome, and what QEMU was told of its backend."""
     session, peer = connected
     devices = Devices(session, buses=["bus1"], ports=[])
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     plugging = nics.plug(Nic(id="n", mac="02:00:00:00:00:01", tap_fds=taps), session=session, devices=devices)
     outcome, commands = await asyncio.gather(plugging, peer.serve(*answers), return_exceptions=True)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
     return outcome, [arguments for name, arguments in commands if name == "netdev_add"]
 
 
 async def test_the_kernel_moves_the_packets_with_one_descriptor_for_each_pair(connected, taps, vhost_net):
     outcome, backends = await plugged(connected, taps, *[OK] * 6, *PATH)
     assert outcome == "05/07"
-    assert backends == [{"type": "tap", "id": "n-tap", "fds": "fd0:fd1", "vhost": True, "vhostfds": "fd2:fd3"}]
+    assert backends == [{**BACKEND, "fds": "fd0:fd1", "vhost": True, "vhostfds": "fd2:fd3"}]
 
 
 async def test_qemu_moves_the_packets_on_a_host_without_vhost_net(connected, taps, monkeypatch, tmp_path):
     monkeypatch.setattr(nics, "_VHOST_NET", tmp_path / "vhost-net")
     outcome, backends = await plugged(connected, taps, *[OK] * 4, *PATH)
     assert outcome == "05/07"
-    assert backends == [{"type": "tap", "id": "n-tap", "fds": "fd0:fd1"}]
+    assert backends == [{**BACKEND, "fds": "fd0:fd1"}]
 
 
 async def test_qemu_moves_the_packets_if_the_kernel_refuses(connected, taps, vhost_net, caplog):
@@ -66,7 +71,7 @@ async def test_qemu_moves_the_packets_if_the_kernel_refuses(connected, taps, vho
     first = [*[OK] * 4, NO, NOT_FOUND, NOT_FOUND, *[OK] * 4]
     outcome, backends = await plugged(connected, taps, *first, *[OK] * 4, *PATH)
     assert outcome == "05/07"
-    assert backends[1] == {"type": "tap", "id": "n-tap", "fds": "fd4:fd5"}
+    assert backends[1] == {**BACKEND, "fds": "fd4:fd5"}
     assert "QEMU moves its packets, not the kernel" in caplog.text
 
 
