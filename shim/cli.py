@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :param arguments: the command line without the program; of this process if not given.
     :returns: the exit status: 0 for yes or done, 1 for no or failed, 2 for a wrong command line.
     """
-    chosen = _parser().parse_args(arguments)
+    chosen = parser().parse_args(arguments)
     status = 0
     try:
         match chosen.command:
@@ -55,9 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hako", description="Containers in virtual machines of their own.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    hako = argparse.ArgumentParser(prog="hako", description="Containers in virtual machines of their own.")
+    commands = hako.add_subparsers(dest="command", required=True, metavar="COMMAND")
     check = commands.add_parser("check", help="say whether this host can run sandboxes, and with what")
     check.add_argument("--json", action="store_true", help="for programs")
     check.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--modules", type=Path, metavar="DIR", help="its lib/modules/RELEASE")
     template_command.add_to(commands)
     commands.add_parser("version", help="print the version")
-    return parser
+    return hako
 
 
 def _check(path: str, *, as_json: bool) -> int:
@@ -118,12 +119,16 @@ def _logs(chosen: argparse.Namespace) -> int:
     environment = {config.ENVIRONMENT_VARIABLE: chosen.config} if chosen.config else os.environ
     settings = config.parse(config.locate(environment)).shim
     text = postmortem.read(Path(settings.log_dir), sandbox_id=chosen.id, namespace=chosen.namespace)
+    lives = False
     for path in sorted(Path(settings.state_dir).glob("*/sandbox.json")):
         record = state_directory.read_record(str(path.parent))
         console = path.parent / "console.log"
         if record.id == chosen.id and chosen.namespace in {"*", record.namespace} and console.exists():
+            lives = True
             text += console.read_text(errors="replace")
-    if not text:
+    if lives and not text:
+        print(f"logs: {chosen.id}: its console is silent so far", file=sys.stderr)  # as a clone's often is
+    elif not text:
         raise Refusal(
             f"logs: {chosen.id}: no such sandbox runs and none of that name failed; see `ctr task ls`"
         )

@@ -20,22 +20,25 @@ ENVIRONMENT_VARIABLE = "HAKO_CONFIG"
 class HypervisorConfig(Record):
     """How virtual machines are made."""
 
+    #: QEMU's system emulator.
     qemu: str = "/usr/bin/qemu-system-x86_64"
     #: Appended to QEMU's ``-machine``, for example ``usb=off``.
     machine_options: str = ""
-    #: ``auto``, ``kvm`` or ``tcg``.
+    #: How guest instructions run; ``auto`` takes KVM if it really runs guest code at speed.
     accelerator: str = "auto"
-    #: ``auto``, ``vhost-vsock``, ``vhost-user-vsock`` or ``virtio-serial``.
+    #: How the agent is reached; ``auto`` takes the first of these that works.
     channel: str = "auto"
     #: What a machine has for itself; the limits of its containers come on top.
     vcpus: int = 1
+    #: As ``vcpus``.
     memory_mib: int = 512
-    #: What a machine can have; 0 is what the host has.
+    #: What a machine can grow to; 0 is what the host has. Each vCPU that may come costs the guest half a MiB.
     max_vcpus: int = 0
+    #: As ``max_vcpus``.
     max_memory_mib: int = 0
     #: Whether a machine keeps the size it starts with.
     static_sizing: bool = False
-    #: How many PCI devices of the host a machine can be given; each port costs boot time.
+    #: How many PCI devices of the host (VFIO) a machine can be given; each costs 30 ms of boot under TCG.
     root_ports: int = 0
     #: Path of the daemon, or ``auto`` to search for it.
     virtiofsd: str = "auto"
@@ -43,28 +46,33 @@ class HypervisorConfig(Record):
     vsock_daemon: str = "auto"
     #: ``auto`` clones machines from one that was booted before, ``off`` boots each.
     template: str = "auto"
+    #: Where templates are kept; only root may be able to enter it.
     template_dir: str = "/run/hako/templates"
 
 
 class GuestConfig(Record):
     """What runs in a virtual machine."""
 
+    #: What ``hako image build`` makes.
     kernel: str = "/var/lib/hako/guest/vmlinux"
+    #: As ``kernel``.
     initrd: str = "/var/lib/hako/guest/initrd"
     #: Appended to the kernel's command line.
     kernel_parameters: str = ""
+    #: How long a machine may take until its agent answers.
     boot_timeout_s: int = 60
 
 
 class ShimConfig(Record):
     """How the shim itself behaves."""
 
-    #: ``ttrpc``, or ``grpc``, which only containerd 1.7 can drive.
+    #: How containerd drives the shim; only 1.7 can use ``grpc``.
     protocol: str = "ttrpc"
-    #: ``debug``, ``info``, ``warning`` or ``error``.
+    #: Of the lines that go to containerd's own log.
     log_level: str = "info"
     #: Whether shims are forked from a process that has imported everything already.
     zygote: bool = True
+    #: Sockets, ledgers and shares of running sandboxes.
     state_dir: str = "/run/hako"
     #: Where the reason and the last console lines of a failed sandbox are kept for ``hako logs``.
     log_dir: str = "/var/log/hako"
@@ -78,16 +86,16 @@ class Config(Record):
     shim: ShimConfig = ShimConfig()
 
 
-_CHOICES = {
+CHOICES = {
     "accelerator": ("auto", "kvm", "tcg"),
     "channel": ("auto", "vhost-vsock", "vhost-user-vsock", "virtio-serial"),
     "template": ("auto", "off"),
     "protocol": ("ttrpc", "grpc"),
     "log_level": ("debug", "info", "warning", "error"),
 }
-_PATHS = ("qemu", "virtiofsd", "vsock_daemon", "template_dir", "kernel", "initrd", "state_dir", "log_dir")
+PATHS = ("qemu", "virtiofsd", "vsock_daemon", "template_dir", "kernel", "initrd", "state_dir", "log_dir")
 #: Least and most that can be meant: 255 is as many as q35 numbers without an IOMMU, 16 TiB more than it maps.
-_RANGES = {
+RANGES = {
     "vcpus": (1, 255),
     "memory_mib": (128, 1 << 24),
     "max_vcpus": (0, 255),
@@ -179,13 +187,13 @@ def _section(kind: type[Record], table: Any, where: str) -> Record:
 def _check_value(key: str, value: Any, where: str) -> None:
     if isinstance(value, str) and "\0" in value:
         raise Refusal(f"config: {where}: {value!r} holds a NUL character; no argument can, leave it out")
-    choices = _CHOICES.get(key)
+    choices = CHOICES.get(key)
     if choices is not None and value not in choices:
         raise Refusal(f"config: {where}: {value!r} is not offered; give one of {', '.join(choices)}")
-    if key in _PATHS and not (value.startswith("/") or value == getattr(HypervisorConfig, key, None)):
+    if key in PATHS and not (value.startswith("/") or value == getattr(HypervisorConfig, key, None)):
         raise Refusal(f"config: {where}: {value!r} is not an absolute path; begin it with /")
-    if key in _RANGES:
-        least, most = _RANGES[key]
+    if key in RANGES:
+        least, most = RANGES[key]
         if value < least:
             raise Refusal(f"config: {where}: {value} is too small; give at least {least}")
         if value > most:

@@ -40,6 +40,8 @@ _SIZES = {
 
 #: Says ``off`` for a pod whose machine is to share nothing with others, not even a past.
 TEMPLATE_ANNOTATION = "io.hako.template"
+ANNOTATIONS = ((TEMPLATE_ANNOTATION, "`off`", "the machine boots, and shares no past with others"),)
+"""Each annotation that a pod may have, its values and what it does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

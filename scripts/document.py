@@ -1,0 +1,131 @@
+"""Write the tables of the documentation that repeat code: ``python -m scripts.document``.
+
+A table stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shim import cli, config, oci_fields, pod
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+ROOT = Path(__file__).parents[1]
+_BLOCK = re.compile(r"(?<=<!-- generated: )([\w-]+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
+_HELP_COLUMNS = "100"
+
+
+def configuration() -> str:
+    """Return a table of every key of the configuration."""
+    lines = ["| key | default | values | meaning |", "|---|---|---|---|"]
+    for section in config.Config.fields():
+        kind = type(getattr(config.Config(), section))
+        meanings = _comments(kind)
+        for key, default in kind().as_dict().items():
+            name = f"`[{section}] {key}`"
+            lines.append(f"| {name} | {_value(default)} | {_values_of(key, default)} | {meanings[key]} |")
+    return "\n".join(lines)
+
+
+def _comments(kind: type) -> dict[str, str]:
+    """Find the comment above each field of a record."""
+    found: dict[str, str] = {}
+    comment: list[str] = []
+    for line in inspect.getsource(kind).splitlines():
+        text = line.strip()
+        if text.startswith("#:"):
+            comment.append(text.removeprefix("#:").strip())
+        elif field := re.match(r"(\w+): \w+ =", text):
+            found[field[1]] = " ".join(comment).replace("``", "`")
+            comment = []
+    return found
+
+
+def _values_of(key: str, default: object) -> str:
+    if key in config.CHOICES:
+        return ", ".join(f"`{choice}`" for choice in config.CHOICES[key])
+    if key in config.RANGES:
+        least, most = config.RANGES[key]
+        return f"{least} to {most}"
+    if isinstance(default, bool):
+        return "`true`, `false`"
+    if key in config.PATHS:
+        return "a path"
+    return "a number" if isinstance(default, int) else "text"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value}`" if value != "" else ""
+
+
+def annotations() -> str:
+    """Return a table of the pods' annotations."""
+    lines = ["| annotation | values | meaning |", "|---|---|---|"]
+    lines += [f"| `{name}` | {values} | {meaning} |" for name, values, meaning in pod.ANNOTATIONS]
+    return "\n".join(lines)
+
+
+def oci() -> str:
+    """Return a table of every field of the runtime specification."""
+    lines = ["| field | what becomes of it | why |", "|---|---|---|"]
+    lines += [f"| `{row.path}` | {row.fate.value} | {row.why} |" for row in oci_fields.ROWS]
+    return "\n".join(lines)
+
+
+def commands() -> str:
+    """Return the help of each command."""
+    os.environ["COLUMNS"] = _HELP_COLUMNS
+    return "\n\n".join(_helps(cli.parser()))
+
+
+def _helps(parser: argparse.ArgumentParser) -> Iterator[str]:
+    yield f"```\n{parser.format_help().rstrip()}\n```"
+    for action in parser._actions:  # noqa: SLF001 - argparse has no other way to its subcommands
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - as above
+            for each in action.choices.values():
+                yield from _helps(each)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "configuration": configuration,
+    "annotations": annotations,
+    "oci": oci,
+    "commands": commands,
+}
+
+
+def pages() -> list[Path]:
+    """List every page of the documentation."""
+    return [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+
+
+def written_anew(text: str) -> str:
+    """Return a page with its generated tables as the code has them now."""
+    return _BLOCK.sub(lambda found: f"{found[1]}{found[2]}{TABLES[found[1]]()}\n", text)
+
+
+def stale(paths: Iterable[Path]) -> list[Path]:
+    """List the pages whose generated tables are not what the code says."""
+    return [path for path in paths if (text := path.read_text(encoding="utf-8")) != written_anew(text)]
+
+
+def main() -> int:
+    """Write all pages anew."""
+    for path in stale(pages()):
+        path.write_text(written_anew(path.read_text(encoding="utf-8")), encoding="utf-8")
+        print(path.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""The console examples of the documentation."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from scripts.document import ROOT, pages
+
+_EXAMPLE = re.compile(r"(?:<!-- (run|not run: [^\n]+) -->\n)?```console\n(.*?)```", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A block of commands.
+
+    :param page: where it stands, below the root of the tree.
+    :param mark: ``run``, ``not run: <reason>``, or empty if it says neither.
+    :param commands: its lines that begin with a prompt.
+    """
+
+    page: str
+    mark: str
+    commands: tuple[str, ...]
+
+
+def examples() -> list[Example]:
+    """List the examples of all pages in their order."""
+    return [
+        Example(
+            page=str(page.relative_to(ROOT)),
+            mark=mark,
+            commands=tuple(line[2:] for line in body.splitlines() if line.startswith("# ")),
+        )
+        for page in pages()
+        for mark, body in _EXAMPLE.findall(page.read_text(encoding="utf-8"))
+    ]

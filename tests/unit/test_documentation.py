@@ -1,0 +1,41 @@
+"""The documentation says what the code does, and every link in it leads somewhere."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from scripts import document
+from scripts.document import ROOT, pages
+from tests.documentation import Example, examples
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+README_LINES = 150
+LINK = re.compile(r"\]\(([^)#\s]+)")
+
+
+def test_generated_tables_are_what_the_code_says():
+    stale = [str(page.relative_to(ROOT)) for page in document.stale(pages())]
+
+    assert stale == [], "run: .venv/bin/python -m scripts.document"
+
+
+@pytest.mark.parametrize("example", examples(), ids=lambda example: f"{example.page}: {example.commands[0]}")
+def test_an_example_is_run_or_says_why_not(example: Example):
+    assert example.mark
+    assert example.commands
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path):
+    links = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]
+
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= README_LINES
