@@ -34,7 +34,7 @@ SHARE_TAG = "kataShared"
 SHARE_DIRECTORY = "/run/kata-containers/shared/containers"
 WATCHABLE_NAME = "watchable"
 WATCHABLE_DIRECTORY = f"{SHARE_DIRECTORY}/{WATCHABLE_NAME}"
-# The guest kernel's modules. No container's id begins with a dot.
+# The guest kernel's modules.
 MODULES_NAME = ".modules"
 SHM_DIRECTORY = "/run/kata-containers/sandbox/shm"
 SHM_BYTES = 64 * 1024 * 1024  # the size runc gives /dev/shm
@@ -48,11 +48,6 @@ PROCESSES_TIMEOUT_S = 1.0  # containerd asks for pids within the 5 s that a rest
 STATS_TIMEOUT_S = 1.8  # containerd asks for statistics with a limit of 2 s
 REMOVE_TIMEOUT_S = 7.0  # containerd's CRI lets the end of a task, all of Delete included, take 10 s
 SIGNAL_TIMEOUT_S = 10.0  # a kill must fail, or reach for the machine, before a client gives up
-
-
-def rootfs_of(container_id: str) -> str:
-    """Name the directory in the guest on which a container's root file system is mounted if it is a disk."""
-    return f"/run/kata-containers/{container_id}/rootfs"
 
 
 def _lift(resources: oci_pb2.LinuxResources) -> None:

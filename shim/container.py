@@ -138,8 +138,8 @@ class Container:
             with timeline.phase("streams", lane=lane):
                 transfer = await self._open_streams(self.init)
             request = agent_pb2.CreateContainerRequest(
-                container_id=self.id,
-                exec_id=self.id,
+                container_id=self.init.agent_id,
+                exec_id=self.init.agent_id,
                 OCI=translation.spec,
                 sandbox_pidns=translation.sandbox_pidns,
             )
@@ -184,7 +184,7 @@ class Container:
         with timeline.phase("network", lane=lane):
             await self._sandbox.follow_network()
         with timeline.phase("StartContainer", lane=lane):
-            await agent.start_container(self.id)
+            await agent.start_container(self.init.agent_id)
         self._sandbox.work.spawn(self._conclude_start(), name=f"timeline of {self.id}")
 
     async def _conclude_start(self) -> None:
@@ -220,11 +220,11 @@ class Container:
 
     async def _freeze(self) -> None:
         agent = await self._sandbox.agent()
-        await agent.pause_container(self.id)
+        await agent.pause_container(self.init.agent_id)
 
     async def _thaw(self) -> None:
         agent = await self._sandbox.agent()
-        await agent.resume_container(self.id)
+        await agent.resume_container(self.init.agent_id)
 
     async def update(self, resources: dict[str, Any]) -> None:
         """Change the container's limits, and with them the machine: it is never smaller than they are.
@@ -245,7 +245,7 @@ class Container:
         try:
             self.limits = limits.or_more(limits.updated(resources))
             await self._sandbox.grow()
-            await agent.update_container(self.id, request)
+            await agent.update_container(self.init.agent_id, request)
             limits = limits.updated(resources)
         finally:
             self.limits = limits
@@ -259,7 +259,7 @@ class Container:
         if self.init.exited.is_set():
             raise NotFound(f"stats: container {self.id}: not running")
         agent = await self._sandbox.agent()
-        return await agent.stats_container(self.id)
+        return await agent.stats_container(self.init.agent_id)
 
     async def exec_ids_of_processes(self) -> list[str]:
         """List every process but init by the id of its exec; a child of another process has an empty one.
@@ -271,7 +271,7 @@ class Container:
         running = {p.agent_id: p.exec_id for p in self.execs.values() if p.state is State.RUNNING}
         try:
             agent = await self._sandbox.agent()
-            _init, *others = await agent.exec_ids_of_processes(self.id)
+            _init, *others = await agent.exec_ids_of_processes(self.init.agent_id)
         except (ShimError, ValueError) as error:  # a stock agent, a hung guest, or none left
             log.debug("pids: container %s: asking the guest: %s", self.id, error)
             return list(running.values())
@@ -311,7 +311,7 @@ class Container:
         try:
             transfer = await self._open_streams(process)
             request = agent_pb2.ExecProcessRequest(
-                container_id=self.id,
+                container_id=self.init.agent_id,
                 exec_id=process.agent_id,
                 process=translate_process(process.spec, terminal=process.stdio.terminal),
             )
@@ -334,7 +334,7 @@ class Container:
         if process.exec_id and process.state is State.CREATED:
             return
         agent = await self._sandbox.agent()
-        await agent.resize_terminal(self.id, exec_id=process.agent_id, rows=height, columns=width)
+        await agent.resize_terminal(self.init.agent_id, exec_id=process.agent_id, rows=height, columns=width)
 
     async def kill(self, process: Process, *, number: int, everyone: bool) -> None:
         """Send a signal to one process, or to all of the container.
@@ -351,7 +351,7 @@ class Container:
         # Addressed by its own id, init alone gets the signal; the empty id makes SIGKILL reach them all.
         target = "" if everyone and not process.exec_id else process.agent_id
         try:
-            await agent.signal_process(self.id, exec_id=target, signal=number)
+            await agent.signal_process(self.init.agent_id, exec_id=target, signal=number)
         except DeadlineExceeded as error:
             if number != signal.SIGKILL:
                 raise
@@ -429,7 +429,7 @@ class Container:
         """Remove the container in the guest; a machine that is gone has none, a hung one is going."""
         try:
             agent = await self._sandbox.agent()
-            await agent.remove_container(self.id)
+            await agent.remove_container(self.init.agent_id)
         except (Unavailable, DeadlineExceeded) as error:
             log.warning("delete: container %s: not removed from the guest: %s", self.id, error)
             if isinstance(error, DeadlineExceeded) and len(self._sandbox.containers) == 1:
@@ -477,7 +477,7 @@ class Container:
 
     async def _await_exit(self, process: Process, agent: Agent) -> int:
         try:
-            return await agent.wait_process(self.id, exec_id=process.agent_id)
+            return await agent.wait_process(self.init.agent_id, exec_id=process.agent_id)
         except Unavailable as error:
             log.warning("wait: %s: %s; its status is %d", process, error, STATUS_MACHINE_GONE)
             return STATUS_MACHINE_GONE

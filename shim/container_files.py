@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from hypervisor import Disk, DiskLimits, HostPciDevice, HypervisorError
 from proto.kata import agent_pb2
 from shim import mounts
-from shim.agent import SHARE_DIRECTORY, rootfs_of
+from shim.agent import SHARE_DIRECTORY
 from shim.disks import limits_of, without_limits_of
 from shim.errors import Internal, InvalidArgument, Unimplemented
+from shim.guest_names import agent_id, rootfs_of
 from shim.passthrough import devices_of
 from shim.volume_source import opened
 
@@ -105,7 +106,7 @@ class ContainerFiles:
                 raise InvalidArgument(f"rootfs: container {self._id}: {source} is not a directory")
         self._bind_into_share(
             source,
-            f"{self._id}/rootfs",
+            f"{agent_id(self._id)}/rootfs",
             read_only=False,
             read_only_below=False,
             recursive=True,
@@ -142,7 +143,7 @@ class ContainerFiles:
 
         :raises Internal: if it cannot be plugged.
         """
-        mount_point = rootfs_of(self._id)
+        mount_point = rootfs_of(agent_id(self._id))
         address = await self._plug(
             disk.path,
             read_only=disk.read_only,

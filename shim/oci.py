@@ -17,6 +17,7 @@ from shim import shared_memory
 from shim.agent import SHARE_DIRECTORY
 from shim.disks import DiskDevice, allows_everything, disk_devices, without_limits_of
 from shim.errors import InvalidArgument
+from shim.guest_names import agent_id
 from shim.network.namespace import namespace_of
 from shim.oci_fields import copy
 from shim.oci_mounts import SharedMount, rewrite_mount
@@ -112,7 +113,7 @@ def _translate(
     rewritten = {
         "ociVersion": "1.0.2",
         **{key: value for key, value in spec.items() if key not in {"process", "domainname"}},
-        "root": {**(spec.get("root") or {}), "path": f"{SHARE_DIRECTORY}/{container_id}/rootfs"},
+        "root": {**(spec.get("root") or {}), "path": f"{SHARE_DIRECTORY}/{agent_id(container_id)}/rootfs"},
         "mounts": [mount for mount, _ in mounts],
         "linux": _linux(linux, container_id=container_id, seccomp=seccomp, annotations=annotations),
         "annotations": annotations,
@@ -166,7 +167,7 @@ def _linux(
         **linux,
         "namespaces": _namespaces(linux.get("namespaces") or []),
         "devices": _devices(linux),
-        "cgroupsPath": _cgroups_path(linux.get("cgroupsPath") or "", container_id=container_id),
+        "cgroupsPath": f"/{agent_id(container_id)}",
         # Present even when empty: without it an agent applies no limits at all.
         "resources": _resources(linux.get("resources") or {}, annotations=annotations),
         "seccomp": None,
@@ -181,11 +182,6 @@ def _namespaces(namespaces: list[dict[str, Any]]) -> list[dict[str, str]]:
     # The host's processes and IPC are not in the machine: who asks for them gets a container's usual ones.
     # pid is asked for with sandbox_pidns; network is the machine's own; cgroup and time the agent's.
     return [{"type": kind} for kind in (*_GUEST_NAMESPACES, *sorted({"user"} & wanted))]
-
-
-def _cgroups_path(path: str, *, container_id: str) -> str:
-    # slice:prefix:name addresses a systemd that a guest does not run.
-    return path if path.startswith("/") and ":" not in path else f"/{container_id}"
 
 
 def _devices(linux: dict[str, Any]) -> list[dict[str, Any]]:

@@ -117,7 +117,7 @@ ROWS: tuple[Row, ...] = (
     _refused("linux.timeOffsets", _NO_WORD),
     *_sent("linux.devices", "path", "type", "major", "minor", "fileMode", "uid", "gid"),
     _refused("linux.netDevices", "the host's interfaces are not in the guest; leave it out"),
-    _replaced("linux.cgroupsPath", "a systemd slice is of no use where no systemd runs"),
+    _replaced("linux.cgroupsPath", "it is where the machine counts; in the guest no two share a cgroup"),
     *_sent("linux", "sysctl", "rootfsPropagation", "maskedPaths", "readonlyPaths"),
     _dropped("linux.mountLabel", _HOST_POLICY),
     _refused("linux.personality", _NO_WORD),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shim import shared_memory
 from shim.agent import SHARE_DIRECTORY, WATCHABLE_DIRECTORY
+from shim.guest_names import volume_in_share
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +72,7 @@ def rewrite_mount(
     # The same destination may be mounted on twice; the digest keeps names apart and short.
     digest = hashlib.sha256(f"{destination}\0{source}".encode()).hexdigest()[:16]
     last = posixpath.basename(destination.rstrip("/")).encode()[:_SHOWN_NAME_BYTES].decode(errors="ignore")
-    name = f"{container_id}-{digest}-{last or 'root'}"
+    name = volume_in_share(container_id, f"{digest}-{last or 'root'}")
     read_only = "ro" in options or "rro" in options
     is_updated = read_only and _UPDATED_BY_KUBELET.search(source)
     copied_to = f"{WATCHABLE_DIRECTORY}/{name}" if is_updated else ""

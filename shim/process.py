@@ -13,6 +13,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
+from shim import guest_names
 from shim.errors import FailedPrecondition
 from shim.streams import DRAIN_TIMEOUT_S
 
@@ -70,7 +71,7 @@ class Process:
         self.exec_id = exec_id
         # The agent's exec ids share one space per container with its init, and a client may use an id
         # again after deleting it: a fresh name can never collide.
-        self.agent_id = uuid.uuid4().hex if exec_id else container_id
+        self.agent_id = uuid.uuid4().hex if exec_id else guest_names.agent_id(container_id)
         self.stdio = stdio
         self.spec = spec
         self.state = State.CREATED

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hypervisor import HypervisorError
-from shim import metrics, state_directory, task_events, template_builder
+from shim import guest_names, metrics, state_directory, task_events, template_builder
 from shim.bundle import read_spec
 from shim.container import Container
 from shim.errors import (
@@ -244,7 +244,10 @@ class Sandbox:
     async def transfer(self, process: Process) -> Transfer:
         """Choose how the streams of a process about to be made travel."""
         return await self._machine.transfer(
-            process.stdio, await self.agent(), container_id=process.container_id, exec_id=process.agent_id
+            process.stdio,
+            await self.agent(),
+            container_id=guest_names.agent_id(process.container_id),
+            exec_id=process.agent_id,
         )
 
     def turn(self, *, lane: str) -> AbstractAsyncContextManager[None]:
@@ -468,7 +471,7 @@ class Sandbox:
         """Tell containerd of each container in which the guest's kernel killed for memory."""
         try:
             while True:
-                container_id = await agent.next_oom()
+                container_id = guest_names.container_id(await agent.next_oom())
                 if container_id in self.containers:
                     self.publish(*task_events.out_of_memory(container_id))
         except ShimError as error:

@@ -79,7 +79,7 @@ class Sandbox:
         :raises OSError: if a storage cannot be mounted, or a module not loaded.
         """
         container_id, spec = request.container_id, request.OCI
-        if len(container_id) < 2 or container_id[0] not in _FIRST or not _REST.issuperset(container_id):
+        if container_id[:1] not in _FIRST or not _REST.issuperset(container_id):
             raise AgentError(
                 f"create: {container_id!r}: not a container id; use letters, digits, '.', '_', '-'"
             )

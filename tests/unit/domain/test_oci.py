@@ -9,6 +9,7 @@ import pytest
 from hypervisor import DiskLimits
 from shim.agent import SHARE_DIRECTORY, SHM_DIRECTORY
 from shim.errors import InvalidArgument
+from shim.guest_names import agent_id
 from shim.oci import Translation, translate, translate_process, translate_resources
 
 
@@ -72,7 +73,7 @@ def test_the_requests_terminal_wins_over_the_specifications() -> None:
 
 def test_the_root_is_where_the_guest_sees_it() -> None:
     root = translated(root={"path": "rootfs", "readonly": True}).spec.Root
-    assert (root.Path, root.Readonly) == (f"{SHARE_DIRECTORY}/box/rootfs", True)
+    assert (root.Path, root.Readonly) == (f"{SHARE_DIRECTORY}/{agent_id('box')}/rootfs", True)
 
 
 def test_host_namespaces_are_not_taken_literally() -> None:
@@ -113,7 +114,7 @@ def test_a_host_file_is_shared_under_a_name_of_its_own() -> None:
     assert (share.source, share.read_only, share.recursive) == ("/var/x/resolv.conf", True, True)
     (mount,) = result.spec.Mounts
     assert mount.source == f"{SHARE_DIRECTORY}/{share.name}"
-    assert share.name.startswith("box-")
+    assert share.name.startswith("box+")
     assert share.name.endswith("-resolv.conf")
     assert list(mount.options) == ["rbind", "ro"]
 
@@ -343,8 +344,10 @@ def test_an_unknown_field_is_left_out_with_a_warning(caplog: pytest.LogCaptureFi
     assert "linux.hyperspace" in caplog.text
 
 
-def test_a_systemd_cgroup_becomes_a_plain_one() -> None:
-    assert translated(linux={"cgroupsPath": "system.slice:cri:box"}).spec.Linux.CgroupsPath == "/box"
+@pytest.mark.parametrize("wanted", ["", "/", "/pods/box", "system.slice:cri:box"])
+def test_a_cgroup_in_the_guest_is_the_containers_alone(wanted: str) -> None:
+    linux = translated(linux={"cgroupsPath": wanted}).spec.Linux
+    assert linux.CgroupsPath == f"/{agent_id('box')}"
 
 
 def test_hooks_of_the_host_are_not_run_in_the_guest() -> None:

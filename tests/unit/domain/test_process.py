@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from shim.errors import FailedPrecondition
+from shim.guest_names import agent_id
 from shim.process import TRANSITIONS, Input, Process, State
 from shim.stdio import Stdio
 
@@ -47,5 +48,5 @@ def test_an_exec_never_reuses_the_name_it_has_in_the_guest() -> None:
     assert len(names) == 100
 
 
-def test_init_is_known_to_the_guest_by_the_container_id() -> None:
-    assert Process("box", exec_id="", stdio=Stdio(), spec={}).agent_id == "box"
+def test_init_has_the_name_of_its_container_in_the_guest() -> None:
+    assert Process("box", exec_id="", stdio=Stdio(), spec={}).agent_id == agent_id("box")

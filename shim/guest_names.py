@@ -1,0 +1,42 @@
+"""The names that a container has in the guest, all made from its id.
+
+A guest has names of its own beside those of its containers: Kata's agent keeps ``sandbox`` and ``shared`` in
+the directory that has one directory per container, and ``watchable`` in the share. It also refuses an id of
+a single character. containerd allows all of these as ids. So every container gets a longer name in the guest,
+with an end that none of the guest's own names has.
+"""
+
+from __future__ import annotations
+
+_MARK = "-"  # containerd's ids do not end with it, and the agent's may
+
+
+def agent_id(container_id: str) -> str:
+    """Name a container as the agent is to know it; different ids have different names.
+
+    :param container_id: containerd's id.
+    :returns: a name of at least two characters, all of which Kata's agent allows.
+    """
+    return f"{container_id}{_MARK}"
+
+
+def container_id(agent_id: str) -> str:
+    """Find the container that the agent speaks of.
+
+    :param agent_id: what :func:`agent_id` returned.
+    """
+    return agent_id.removesuffix(_MARK)
+
+
+def rootfs_of(agent_id: str) -> str:
+    """Name the directory in the guest on which a container's root file system is mounted if it is a disk."""
+    return f"/run/kata-containers/{agent_id}/rootfs"
+
+
+def volume_in_share(container_id: str, name: str) -> str:
+    """Name a volume of a container in the share, as no container and none of its other entries are named.
+
+    :param container_id: containerd's id.
+    :param name: tells the container's volumes apart.
+    """
+    return f"{container_id}+{name}"  # no id has a plus sign
