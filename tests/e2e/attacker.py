@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from shim.guest_names import agent_id
 from tests.e2e.by_hand import PROCESS, ByHand
 from tests.e2e.conftest import new_id
 
@@ -128,8 +129,9 @@ class Attacker:
 
     def run_as_guest(self, script: str) -> str:
         """Run a shell script as root of the machine, where its first process has its files."""
-        programs = f"{SHARE}/{self.box.id}/rootfs/bin"
-        enter = f"PATH={programs}:/usr/bin S={SHARE} ME={SHARE}/{self.box.id}/rootfs; cd /; exec 2>&1"
+        root = f"{SHARE}/{agent_id(self.box.id)}/rootfs"
+        programs = f"{root}/bin"
+        enter = f"PATH={programs}:/usr/bin S={SHARE} ME={root}; cd /; exec 2>&1"
         shell = [f"{programs}/sh", "-c", f"export {enter}\n{script}\ntrue"]
         said = self.box.output("nsenter", f"--mount={GUEST}/1/ns/mnt", *shell)
         self.said.append(said)
@@ -141,7 +143,9 @@ class Attacker:
         :returns: what became of each kind of system call that it tried: names of errors, or ``done``.
         """
         script = self.place / "hostile" / "rootfs" / "attempt.py"
-        script.write_text(f"box = {self.box.id!r}\n{ATTEMPTS}\n{textwrap.dedent(program)}", encoding="utf-8")
+        script.write_text(
+            f"box = {agent_id(self.box.id)!r}\n{ATTEMPTS}\n{textwrap.dedent(program)}", encoding="utf-8"
+        )
         said = self.run_as_guest("/usr/bin/python3.11 -ISB $ME/attempt.py && echo ended")
         assert said.endswith("ended\n"), said
         outcomes: dict[str, set[str]] = {}
@@ -176,7 +180,7 @@ class Attacker:
             said = error.details() or ""
         else:
             said = self.run_as_guest(
-                f"cd $S/{name}-*-{name} 2>/dev/null && ls && cat * || cat $S/{name}-*-{name}"
+                f"cd $S/{name}+*-{name} 2>/dev/null && ls && cat * || cat $S/{name}-*-{name}"
             )
             self.box.call("Delete", id=name)
         self.said.append(said)
