@@ -180,7 +180,7 @@ class Attacker:
             said = error.details() or ""
         else:
             said = self.run_as_guest(
-                f"cd $S/{name}+*-{name} 2>/dev/null && ls && cat * || cat $S/{name}-*-{name}"
+                f"cd $S/{name}+*-{name} 2>/dev/null && ls && cat * || cat $S/{name}+*-{name}"
             )
             self.box.call("Delete", id=name)
         self.said.append(said)
