@@ -20,6 +20,7 @@ from shim import mounts
 from shim.agent import SHARE_DIRECTORY
 from shim.disks import limits_of, without_limits_of
 from shim.errors import Internal, InvalidArgument, Unimplemented
+from shim.file_systems import FileSystems
 from shim.guest_names import agent_id, rootfs_of
 from shim.passthrough import devices_of
 from shim.volume_source import opened
@@ -71,6 +72,7 @@ class ContainerFiles:
         self._bundle = bundle
         self._share = share
         self._writable = writable
+        self._file_systems = FileSystems(share.parent / "mounts" / container_id, writable=writable)
         self._shown = contextlib.ExitStack()
         self._plugged: dict[str, _Plugged] = {}
         self._pci_devices: dict[str, Hypervisor] = {}
@@ -112,6 +114,10 @@ class ContainerFiles:
             recursive=True,
             follows=False,
         )
+
+    async def mount(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """Have the host mount what only the host can; see :meth:`FileSystems.mount`."""
+        return await self._file_systems.mount(spec)
 
     def show(self, shared: SharedMount) -> None:
         """Show a volume.
@@ -258,7 +264,8 @@ class ContainerFiles:
                 await vm.unplug(device_id, timeout_s=UNPLUG_TIMEOUT_S)
             except HypervisorError as error:
                 log.warning("delete: container %s: %s", self._id, error)
-        await mounts.undo_to_the_end(self._shown.close)
+        await mounts.run_to_the_end(self._shown.close)
+        await self._file_systems.take_back()
 
     async def _plug(
         self,

@@ -69,6 +69,15 @@ def disconnect(descriptor: int) -> None:
     _call("connect", descriptor, bytes(_ADDRESS_BYTES), _ADDRESS_BYTES)  # of the family AF_UNSPEC, 0
 
 
+def sync_file_system(descriptor: int) -> None:
+    """Write a file system's data to its disk; see syncfs(2).
+
+    :param descriptor: any file of it.
+    :raises OSError: if that fails.
+    """
+    _call("syncfs", descriptor)
+
+
 def detach_mounts(below: str) -> None:
     """Detach everything mounted at or below a path in this mount namespace, busy or not; see umount2(2).
 

@@ -214,7 +214,7 @@ class Machine:
         if self._network is not None:
             await self._network.detach()
         for share in (self._guest_share, self.share):
-            await mounts.undo_to_the_end(functools.partial(mounts.unmount, share))
+            await mounts.run_to_the_end(functools.partial(mounts.unmount, share))
 
     async def transfer(self, stdio: Stdio, agent: Agent, *, container_id: str, exec_id: str) -> Transfer:
         """Choose how the streams of a process about to be made travel.

@@ -57,15 +57,20 @@ _FLAGS: dict[str, tuple[int, bool]] = {
     "diratime": (2048, True),
     "dirsync": (128, False),
     "exec": (8, True),
+    "iversion": (1 << 23, False),
+    "lazytime": (1 << 25, False),
     "mand": (64, False),
     "noatime": (1024, False),
     "nodev": (4, False),
     "nodiratime": (2048, False),
     "noexec": (8, False),
+    "noiversion": (1 << 23, True),
+    "nolazytime": (1 << 25, True),
     "nomand": (64, True),
     "norelatime": (1 << 21, True),
     "nostrictatime": (1 << 24, True),
     "nosuid": (2, False),
+    "nosymfollow": (256, False),
     "rbind": (MS_BIND | MS_REC, False),
     "relatime": (1 << 21, False),
     "remount": (MS_REMOUNT, False),
@@ -73,6 +78,7 @@ _FLAGS: dict[str, tuple[int, bool]] = {
     "rw": (MS_RDONLY, True),
     "strictatime": (1 << 24, False),
     "suid": (2, True),
+    "symfollow": (256, True),
     "sync": (16, False),
 }
 
@@ -115,6 +121,11 @@ def parse_options(options: Iterable[str]) -> MountOptions:
     return MountOptions(flags, ",".join(data))
 
 
+def is_flag(option: str) -> bool:
+    """Tell whether an option is one for mount(2) itself and not for the file system."""
+    return option in _FLAGS
+
+
 def mount(source: str, target: Path, fstype: str = "", flags: int = 0, data: str = "") -> None:
     """Mount a file system.
 
@@ -150,20 +161,20 @@ def unmount(target: Path) -> None:
         raise Internal(f"unmount: {target}: {os.strerror(error.errno or 0)}") from error
 
 
-async def undo_to_the_end(undo: Callable[[], None]) -> None:
-    """Unmount in a thread: the last to let go of a file system waits until the host has written it.
+async def run_to_the_end(act: Callable[[], None]) -> None:
+    """Mount or unmount in a thread: that may have to wait until the host has read or written a file system.
 
-    :param undo: what unmounts. A cancellation takes effect when it is done: half of it is of no use.
-    :raises Exception: what ``undo`` raises.
+    :param act: what does it. A cancellation takes effect when it is done: half of it is of no use.
+    :raises Exception: what ``act`` raises.
     """
-    undoing = asyncio.ensure_future(asyncio.to_thread(undo))
+    acting = asyncio.ensure_future(asyncio.to_thread(act))
     cancelled: asyncio.CancelledError | None = None
-    while not undoing.done():
+    while not acting.done():
         try:
-            await asyncio.wait({undoing})
+            await asyncio.wait({acting})
         except asyncio.CancelledError as error:
             cancelled = error
-    undoing.result()
+    acting.result()
     if cancelled is not None:
         raise cancelled
 

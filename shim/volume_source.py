@@ -86,13 +86,7 @@ def opened(path: Path, writable: GuestWritable) -> Iterator[int]:
     :returns: a descriptor of a file or directory, as O_PATH of open(2) makes it, for as long as the context.
     :raises InvalidArgument: if there is none, or the way to it is not followed; the message says why.
     """
-    try:
-        descriptor = _walk(path, writable)
-    except OSError as error:
-        raise InvalidArgument(f"mount: {path}: {error.strerror}; {_REMEDY}") from error
-    except ValueError as error:  # a NUL byte
-        raise InvalidArgument(f"mount: {path}: {error}; {_REMEDY}") from error
-    try:
+    with found(path, writable) as descriptor:
         mode = os.fstat(descriptor).st_mode
         if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
             kind = _KINDS.get(stat.S_IFMT(mode), "special file")
@@ -100,11 +94,30 @@ def opened(path: Path, writable: GuestWritable) -> Iterator[int]:
                 f"mount: {path}: is a {kind} of the host; a guest can share files and directories"
             )
         yield descriptor
+
+
+@contextlib.contextmanager
+def found(path: Path | str, writable: GuestWritable) -> Iterator[int]:
+    """Find a file of any kind as :func:`opened` does, for the host's own use.
+
+    :param path: an absolute path.
+    :param writable: where links are not followed, nor steps upwards taken.
+    :returns: a descriptor, as O_PATH of open(2) makes it, for as long as the context.
+    :raises InvalidArgument: if there is none, or the way to it is not followed; the message says why.
+    """
+    try:
+        descriptor = _walk(path, writable)
+    except OSError as error:
+        raise InvalidArgument(f"mount: {path}: {error.strerror}; {_REMEDY}") from error
+    except ValueError as error:  # a NUL byte
+        raise InvalidArgument(f"mount: {path}: {error}; {_REMEDY}") from error
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _walk(path: Path, writable: GuestWritable) -> int:
+def _walk(path: Path | str, writable: GuestWritable) -> int:
     pending = str(path).split("/")[::-1]
     way = _Way(writable)
     links = 0
@@ -153,7 +166,7 @@ def _mount_of(descriptor: int) -> str:
     return next(line for line in lines if line.startswith("mnt_id:"))
 
 
-def _not_followed(path: Path, name: str) -> InvalidArgument:
+def _not_followed(path: Path | str, name: str) -> InvalidArgument:
     return InvalidArgument(
         f"mount: {path}: {name!r} is a link, or leads upwards, in a directory that a guest writes in; "
         "name what it leads to"

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import json
 import subprocess
-import tarfile
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.e2e.busybox import rootfs_archive
+from tests.e2e.bundled import bind, run, unpacked
 from tests.e2e.conftest import new_id
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from tests.e2e.conftest import Stack
 
@@ -27,45 +24,8 @@ SHOW = "grep ' /dev/shm ' /proc/mounts; df -k /dev/shm | tail -n 1; ls -A /dev/s
 @pytest.fixture(scope="module")
 def place(home: Path) -> Iterator[Path]:
     """A root file system, and room for what is mounted."""
-    with tempfile.TemporaryDirectory(dir=home, prefix="shm-") as directory:
-        with tarfile.open(fileobj=io.BytesIO(rootfs_archive())) as archive:
-            archive.extractall(Path(directory, "rootfs"), filter="fully_trusted")  # noqa: S202 - made by this test
-        yield Path(directory)
-
-
-def run(
-    stack: Stack, place: Path, name: str, *script: str, mounts: Sequence[tuple[Path, str, list[str]]]
-) -> str:
-    """Run a script in a container that is given binds, and return what it prints."""
-    binds = [
-        {"destination": target, "type": "bind", "source": str(source), "options": options}
-        for source, target, options in mounts
-    ]
-    config = place / f"{name}.json"
-    spec: dict[str, Any] = {
-        "ociVersion": "1.1.0",
-        "process": {
-            "args": ["sh", "-c", "; ".join(script)],
-            "env": ["PATH=/bin"],
-            "cwd": "/",
-            "user": {"uid": 0, "gid": 0},
-        },
-        "root": {"path": str(place / "rootfs")},
-        "mounts": [
-            {"destination": "/proc", "type": "proc", "source": "proc"},
-            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
-            *binds,
-        ],
-        "linux": {"namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]},
-    }
-    config.write_text(json.dumps(spec))
-    containerd = stack.containerd
-    try:
-        done = containerd.ctr("run", "--runtime", containerd.runtime, "--config", config, name)
-    finally:
-        containerd.remove(name)
-    assert done.code == 0, done.stderr
-    return done.stdout
+    with unpacked(home) as directory:
+        yield directory
 
 
 def mounted(opened: ExitStack, target: Path, options: str) -> Path:
@@ -82,8 +42,8 @@ def test_what_docker_makes_for_a_container_is_its_shared_memory(either_stack: St
         source = mounted(
             opened, place / "containers" / name / "mounts" / "shm", "nosuid,nodev,noexec,mode=1777,size=3m"
         )
-        mounts = [(source, "/dev/shm", ["rbind", "rprivate"])]
-        output = run(either_stack, place, name, SHOW, "stat -c %a /dev/shm", mounts=mounts)
+        mounts = [bind(source, "/dev/shm", "rbind", "rprivate")]
+        output = run(either_stack, place, SHOW, "stat -c %a /dev/shm", mounts=mounts, name=name)
     listed, size, mode = output.splitlines()
     assert {"rw", "nosuid", "nodev", "noexec"} <= set(listed.split()[3].split(","))
     assert listed.split()[2] == "tmpfs"
@@ -96,9 +56,9 @@ def test_a_volume_at_dev_shm_is_that_volume(either_stack: Stack, place: Path):
     with ExitStack() as opened:
         source = mounted(opened, place / name / "shm", "mode=1770,gid=7,size=5m")
         (source / "note").write_text("of the host\n")
-        mounts = [(source, "/dev/shm", ["rbind", "nosuid"])]
+        mounts = [bind(source, "/dev/shm", "rbind", "nosuid")]
         script = (SHOW, "cat /dev/shm/note", "stat -c '%a %g' /dev/shm", "echo back >/dev/shm/reply")
-        output = run(either_stack, place, name, *script, mounts=mounts)
+        output = run(either_stack, place, *script, mounts=mounts, name=name)
         assert (source / "reply").read_text() == "back\n"
     listed, size, entries, note, owner = output.splitlines()
     options = set(listed.split()[3].split(","))
@@ -113,11 +73,11 @@ def test_the_hosts_shared_memory_is_a_directory_like_any_other(either_stack: Sta
         file.write(b"of the host\n")
         file.flush()
         mounts = [
-            (Path("/dev/shm"), "/dev/shm", ["rbind"]),
-            (Path("/dev/shm"), "/host", ["rbind", "ro"]),
+            bind(Path("/dev/shm"), "/dev/shm", "rbind"),
+            bind(Path("/dev/shm"), "/host", "rbind", "ro"),
         ]
         name = Path(file.name).name
         script = (f"cat /dev/shm/{name} /host/{name}", f"(echo x >/host/{name}) 2>&1 || true")
-        output = run(either_stack, place, new_id(), *script, mounts=mounts)
+        output = run(either_stack, place, *script, mounts=mounts)
     assert output.startswith("of the host\nof the host\n")
     assert "Read-only file system" in output

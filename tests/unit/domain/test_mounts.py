@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from shim.mounts import MountOptions, parse_options, undo_to_the_end
+from shim.mounts import MountOptions, parse_options, run_to_the_end
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ async def test_unmounting_goes_on_to_its_end_though_whoever_asked_gives_up() -> 
         allowed.wait(10)
         ended.set()
 
-    asked = asyncio.create_task(undo_to_the_end(unmount))
+    asked = asyncio.create_task(run_to_the_end(unmount))
     await asyncio.to_thread(begun.wait, 10)
     for _ in range(2):
         asked.cancel()
@@ -54,4 +54,4 @@ async def test_what_unmounting_raises_is_for_whoever_asked() -> None:
         raise OSError("busy")
 
     with pytest.raises(OSError, match="busy"):
-        await undo_to_the_end(refuse)
+        await run_to_the_end(refuse)

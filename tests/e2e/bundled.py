@@ -1,0 +1,88 @@
+"""Containers of a specification written here, with a root file system that many of them share."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.e2e.busybox import rootfs_archive
+from tests.e2e.conftest import new_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.e2e.conftest import Stack
+
+NAMESPACES = ("pid", "ipc", "uts", "mount", "network")
+
+
+@contextmanager
+def unpacked(home: Path) -> Iterator[Path]:
+    """Make a directory of the host with a root file system in ``rootfs``."""
+    with tempfile.TemporaryDirectory(dir=home, prefix="bundled-") as directory:
+        with tarfile.open(fileobj=io.BytesIO(rootfs_archive())) as archive:
+            archive.extractall(Path(directory, "rootfs"), filter="fully_trusted")  # noqa: S202 - made by this test
+        yield Path(directory)
+
+
+def specification(place: Path, script: tuple[str, ...], mounts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Describe a container that runs a script as root.
+
+    :param place: what :func:`unpacked` has made.
+    :param script: its lines.
+    :param mounts: what it has beside /proc and /dev.
+    """
+    return {
+        "ociVersion": "1.1.0",
+        "process": {
+            "args": ["sh", "-c", "\n".join(script)],
+            "env": ["PATH=/bin"],
+            "cwd": "/",
+            "user": {"uid": 0, "gid": 0},
+        },
+        "root": {"path": str(place / "rootfs")},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
+            *mounts,
+        ],
+        "linux": {"namespaces": [{"type": kind} for kind in NAMESPACES]},
+    }
+
+
+def run(
+    stack: Stack,
+    place: Path,
+    *script: str,
+    mounts: list[dict[str, Any]],
+    name: str | None = None,
+    fails: bool = False,
+) -> str:
+    """Run a script in a container to its end.
+
+    :param place: what :func:`unpacked` has made.
+    :param mounts: what it has beside /proc and /dev.
+    :param name: the container's id; by default a new one.
+    :param fails: whether it is to fail.
+    :returns: what it prints; if it is to fail, what ctr reports.
+    """
+    name = name or new_id()
+    config = place / f"{name}.json"
+    config.write_text(json.dumps(specification(place, script, mounts)))
+    containerd = stack.containerd
+    try:
+        done = containerd.ctr("run", "--runtime", containerd.runtime, "--config", config, name)
+    finally:
+        containerd.remove(name)
+    assert (done.code != 0) == fails, done.stderr
+    return done.stderr if fails else done.stdout
+
+
+def bind(source: Path, destination: str, *options: str) -> dict[str, Any]:
+    """Describe a bind mount."""
+    return {"destination": destination, "type": "bind", "source": str(source), "options": list(options)}
