@@ -230,7 +230,10 @@ class Agent:
         await self._call("OnlineCPUMem", request, Empty)
 
     async def online_memory(self) -> None:
-        """Make the guest ready for memory that is about to be added."""
+        """Make the guest ready for memory that is about to be added, or have it use what was added.
+
+        Hako's agent gives the kernel the limits that suit the memory there is, too.
+        """
         await self._call("OnlineCPUMem", agent_pb2.OnlineCPUMemRequest(wait=True), Empty)
 
     async def create_container(self, request: agent_pb2.CreateContainerRequest) -> None:

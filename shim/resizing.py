@@ -55,6 +55,7 @@ class Resizer:
                 if wanted.memory_bytes > self._size.memory_bytes:
                     await agent.online_memory()
                     await self._set_memory(wanted.memory_bytes)
+                    await agent.online_memory()
             except ResizeError as error:
                 raise ResourceExhausted(str(error)) from error
             await self._pin(cpuset_of(live))
@@ -77,6 +78,8 @@ class Resizer:
             try:
                 if wanted.memory_bytes < self._size.memory_bytes:
                     await self._set_memory(wanted.memory_bytes)
+                    if agent.is_hako:
+                        await agent.online_memory()
             except ResizeError as error:
                 log.warning("%s", error)
             await self._pin(cpuset_of(live))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hypervisor import HypervisorError
-from shim import guest_names, metrics, state_directory, task_events, template_builder
+from shim import guest_names, host_limits, metrics, state_directory, task_events, template_builder
 from shim.bundle import read_spec
 from shim.container import Container
 from shim.errors import (
@@ -188,11 +188,12 @@ class Sandbox:
             self.start(pod)
 
     def complete(self, spec: dict[str, Any]) -> dict[str, Any]:
-        """Add to a container's specification what it shares with its pod.
+        """Add to a container's specification what it shares with its pod, and what the host allows.
 
         :raises InvalidArgument: if the specification is malformed.
         """
         with refusing_malformed("config.json"):
+            spec = host_limits.announce(spec, host_limits.raised())
             if self._pod is not None and self._pod.sysctls:
                 spec = with_sysctls(spec, self._pod.sysctls)
             return with_files(spec, self._files, sandbox_id=self.id) if self.held else spec

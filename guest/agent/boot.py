@@ -7,7 +7,7 @@ import fcntl
 import os
 import struct
 
-from guest.agent import files, kernel, modules, timeline
+from guest.agent import files, kernel, limits, modules, timeline
 from guest.agent.kernel import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RELATIME
 
 _MOUNTS = (
@@ -43,6 +43,7 @@ def prepare() -> None:
     modules.load_boot()
     timeline.lap("modules")
     _enable_controllers()
+    limits.prepare()
     files.write("/proc/sys/kernel/printk_devkmsg", "on\n")
     os.unlink("/dev/ptmx")
     os.symlink("pts/ptmx", "/dev/ptmx")

@@ -6,7 +6,7 @@ import _socket
 import _thread
 import os
 
-from guest.agent import devices, files, kernel, modules, namespaces, sysctl
+from guest.agent import devices, files, kernel, limits, modules, namespaces, sysctl
 from guest.agent.container import ROOT, Container, bundle_of
 from guest.agent.errors import AgentError
 from guest.agent.mounts import Mounts
@@ -94,6 +94,7 @@ class Sandbox:
             held = self._mounts.hold(request.storages)
             numbers = devices.find(request.devices)
             chosen = self._namespaces(spec.Linux, shares_pid=request.sandbox_pidns)
+            limits.accept(spec.Annotations)
             sysctl.apply(
                 spec.Linux.Sysctl,
                 namespaces=[self._shared[kind] for kind in ("ipc", "uts") if kind in self._shared],

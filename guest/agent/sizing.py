@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from guest.agent import files, modules, uevent
+from guest.agent import files, limits, modules, uevent
 from guest.agent.console import log
 
 _CPUS = "/sys/devices/system/cpu"
@@ -32,13 +32,14 @@ def use_cpus(count: int) -> None:
 
 
 def online_memory() -> None:
-    """Put all memory to use, and be ready to take what the host adds from now on.
+    """Put all memory to use with the limits that go with it, and be ready to take what the host adds later.
 
     :raises OSError: if the kernel refuses.
     """
     modules.load("virtio_mem")
     for name in _numbered(_MEMORY, "memory"):
         _switch(f"{_MEMORY}/{name}/state", "online")
+    limits.follow()
 
 
 def report_free_memory() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import _thread
 
-from guest.agent import files, kernel
+from guest.agent import files, kernel, limits
 from guest.agent.errors import AgentError
 
 TYPE_CHECKING = False
@@ -44,6 +44,7 @@ def apply(parameters: dict[str, str], *, namespaces: Iterable[str]) -> None:
     if not parameters:
         return
     settings = [(name, path_of(name), value) for name, value in parameters.items()]
+    limits.leave(path for _name, path, _value in settings)
     failures: list[str] = []
     done = _thread.allocate_lock()
     done.acquire()

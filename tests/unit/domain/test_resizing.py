@@ -22,6 +22,7 @@ class Machine:
         self.asked = []
         self.refusal = None
         self.fewest_vcpus = 1
+        self.is_hako = True
 
     async def resize_vcpus(self, count):
         self.asked.append(f"vcpus {count}")
@@ -44,7 +45,7 @@ class Machine:
         self.asked.append(f"use {count}")
 
     async def online_memory(self):
-        self.asked.append("expect memory")
+        self.asked.append("online memory")
 
     def take(self):
         asked, self.asked = self.asked, []
@@ -62,11 +63,11 @@ def resizer(machine):
     return Resizer(machine, sizes, size=sizes.boot)
 
 
-async def test_the_guest_expects_memory_before_it_comes_and_uses_processors_once_they_are_there(
+async def test_the_guest_is_told_before_memory_comes_and_after_and_uses_processors_once_they_are_there(
     machine, resizer
 ):
     await resizer.grow(machine, [SOME])
-    assert machine.take() == ["vcpus 4", "use 4", "expect memory", "memory 512"]
+    assert machine.take() == ["vcpus 4", "use 4", "online memory", "memory 512", "online memory"]
 
 
 async def test_what_is_large_enough_is_left_alone(machine, resizer):
@@ -83,6 +84,14 @@ async def test_growing_takes_nothing_away_and_shrinking_adds_nothing(machine, re
     await resizer.shrink(machine, [SOME, SOME])
     assert machine.take() == []
     await resizer.shrink(machine, [])
+    assert machine.take() == ["vcpus 1", "memory 256", "online memory"]
+
+
+async def test_another_agent_is_not_told_of_memory_that_went(machine, resizer):
+    machine.is_hako = False
+    await resizer.grow(machine, [SOME])
+    machine.take()
+    await resizer.shrink(machine, [])
     assert machine.take() == ["vcpus 1", "memory 256"]
 
 
@@ -91,7 +100,7 @@ async def test_processors_that_stay_in_the_machine_are_put_out_of_use(machine, r
     await resizer.grow(machine, [SOME])
     machine.take()
     await resizer.shrink(machine, [])
-    assert machine.take() == ["vcpus 1", "use 1", "memory 256"]
+    assert machine.take() == ["vcpus 1", "use 1", "memory 256", "online memory"]
     await resizer.grow(machine, [Limits(quota_us=100_000)])
     assert machine.take() == ["vcpus 2", "use 2"]
 
@@ -114,7 +123,7 @@ async def test_what_the_guest_does_not_give_back_is_logged_and_asked_for_the_nex
     machine.take()
     machine.refusal = None
     await resizer.shrink(machine, [])
-    assert machine.take() == ["memory 256"]
+    assert machine.take() == ["memory 256", "online memory"]
 
 
 async def test_a_machine_is_kept_to_its_containers_processors_and_let_go_again(machine, resizer):
@@ -141,7 +150,7 @@ async def test_a_clone_grows_to_what_its_pod_needs_and_never_shrinks_below(machi
     resizer = Resizer(machine, sizes, size=sizes.base)
 
     await resizer.grow(machine, [])
-    assert machine.take() == ["vcpus 2", "use 2", "expect memory", "memory 512"]
+    assert machine.take() == ["vcpus 2", "use 2", "online memory", "memory 512", "online memory"]
     await resizer.grow(machine, [])
     await resizer.shrink(machine, [])
     assert machine.take() == []

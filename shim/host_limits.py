@@ -1,0 +1,67 @@
+"""Limits of the host's kernel that its administrator has raised: containers in a machine have them, too.
+
+Under another runtime they hold for every container. Only those are told that have nothing to do with the size
+of the host; the guest's kernel chooses the others by its own.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+#: What the agent that knows them finds them under; another ignores them.
+PREFIX = "io.hako.at-least/"
+
+_ROOT = Path("/proc/sys")
+# With what Linux has chosen since 5.10.
+_DEFAULTS = {
+    "fs.aio-max-nr": 1 << 16,
+    "fs.inotify.max_queued_events": 1 << 14,
+    "fs.inotify.max_user_instances": 128,
+    "fs.nr_open": 1 << 20,
+    "fs.pipe-max-size": 1 << 20,
+    "fs.pipe-user-pages-soft": 1 << 14,
+    "kernel.keys.maxbytes": 20_000,
+    "kernel.keys.maxkeys": 200,
+    "kernel.keys.root_maxbytes": 25_000_000,
+    "kernel.keys.root_maxkeys": 1_000_000,
+    "kernel.pty.max": 1 << 12,
+    "vm.max_map_count": 65_530,
+}
+# The kernel allows so many as 1 % of the memory holds, of about this size each; from twice as many on,
+# somebody has chosen.
+_WATCHES = "fs.inotify.max_user_watches"
+_WATCH_BYTES = 1344
+
+
+def raised(root: Path = _ROOT) -> dict[str, int]:
+    """Read which limits are higher than the kernel chooses by itself.
+
+    :param root: where the kernel shows them.
+    :returns: value by name.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    usual = {**_DEFAULTS, _WATCHES: 2 * (memory // 100 // _WATCH_BYTES)}
+    found = {name: _read(root / name.replace(".", "/")) for name in usual}
+    return {name: value for name, value in found.items() if value > usual[name]}
+
+
+def announce(spec: dict[str, Any], limits: dict[str, int]) -> dict[str, Any]:
+    """Give a container's specification the host's limits, in place of what it says of them itself.
+
+    :param spec: the decoded ``config.json``.
+    :param limits: value by name.
+    :raises AttributeError, TypeError: if the specification is malformed.
+    """
+    annotations = spec.get("annotations") or {}
+    own = {key: value for key, value in annotations.items() if not key.startswith(PREFIX)}
+    told = {f"{PREFIX}{name}": str(value) for name, value in limits.items()}
+    return {**spec, "annotations": {**own, **told}}
+
+
+def _read(path: Path) -> int:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # not in this kernel
+        return 0
