@@ -1,6 +1,8 @@
-"""Which accelerator really runs guest code on this host: found by running some, remembered until reboot.
+"""Which accelerator really runs guest code on this host: found by running some, and remembered.
 
-That ``/dev/kvm`` opens proves little: a nested host may offer KVM whose guests crash or crawl.
+That ``/dev/kvm`` opens proves little: a nested host may offer KVM whose guests crash or crawl. So KVM and TCG
+run a race, in which KVM has a head start. That KVM has won is remembered until reboot. That it has lost is
+remembered for a while only, as a busy host may be to blame, and that nobody has won is not remembered at all.
 """
 
 from __future__ import annotations
@@ -14,18 +16,24 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hypervisor import machine
 from hypervisor.argv import probe_argv
 from hypervisor.interface import Accelerator
 from hypervisor.process import Process
 
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
 KVM_DEVICE = Path("/dev/kvm")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
-_TCG_DEADLINE_S = 20.0
-_KVM_DEADLINE_S = 5.0
-"""Used only if there is no TCG to compare with."""
+_HEAD_START_S = 0.5
+"""Twice what KVM needs on an ordinary host, which then need not run anything else."""
+
+_DEADLINE_S = 20.0
+_DEFEAT_KEPT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +42,12 @@ class Verdict:
 
     :param accelerator: the one.
     :param reason: one line, for the operator.
+    :param proven: whether guest code was run, and by its outcome.
     """
 
     accelerator: Accelerator
     reason: str
+    proven: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +61,9 @@ class _Run:
 async def choose_accelerator(qemu: Path, *, cache: Path) -> Verdict:
     """Find the accelerator that runs guest code fastest.
 
-    Takes about a second the first time after a boot; then the verdict is read from the cache. Callers in
-    other processes wait for each other, so that one measurement does not slow another.
+    Takes less than a second where KVM is good, and as long as the faster of both where it is not; then the
+    verdict is read from the cache. Callers in other processes wait for each other, so that one measurement
+    does not slow another.
 
     :param qemu: the QEMU system emulator.
     :param cache: the file that keeps the verdict; its directory must exist.
@@ -64,29 +75,37 @@ async def choose_accelerator(qemu: Path, *, cache: Path) -> Verdict:
         os.close(os.open(KVM_DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         # Not remembered: loading the module or a new permission should count at once, and asking is cheap.
-        return Verdict(accelerator=Accelerator.TCG, reason=f"{KVM_DEVICE}: {error.strerror}")
+        reason = f"{KVM_DEVICE}: {error.strerror}"
+        return Verdict(accelerator=Accelerator.TCG, reason=reason, proven=False)
     key = _key(qemu)
     with cache.with_suffix(".lock").open("w") as lock:
         await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
         verdict = _load(cache, key)
         if verdict is None:
             verdict = await _measure(qemu, this_machine)
-            _store(cache, key, verdict)
+            if verdict.proven:
+                _store(cache, key, verdict)
         return verdict
 
 
-def judge(*, kvm: _Run, tcg: _Run) -> Verdict:
+def judge(*, kvm: _Run | None, tcg: _Run | None) -> Verdict:
     """Decide between two runs of the same payload.
 
-    :param kvm: the run under KVM.
-    :param tcg: the run under TCG.
+    :param kvm: the run under KVM, or ``None`` if it had not ended when TCG's had, or in time.
+    :param tcg: the run under TCG, or ``None`` if there was none, or it had not ended.
     """
-    if kvm.failure is not None:
+    if kvm is not None and kvm.failure is None:
+        return Verdict(accelerator=Accelerator.KVM, reason=f"KVM ran the probe in {kvm.elapsed_s:.2f} s")
+    if kvm is not None:
         return Verdict(accelerator=Accelerator.TCG, reason=f"KVM does not run guest code: {kvm.failure}")
-    if tcg.failure is None and kvm.elapsed_s >= tcg.elapsed_s:
-        reason = f"KVM is slower than TCG: {kvm.elapsed_s:.2f} s against {tcg.elapsed_s:.2f} s"
+    if tcg is not None and tcg.failure is None:
+        reason = f"KVM is slower than TCG, which ran the probe in {tcg.elapsed_s:.2f} s"
         return Verdict(accelerator=Accelerator.TCG, reason=reason)
-    return Verdict(accelerator=Accelerator.KVM, reason=f"KVM ran the probe in {kvm.elapsed_s:.2f} s")
+    if tcg is not None:
+        reason = f"KVM did not run the probe within {_DEADLINE_S:g} s"
+        return Verdict(accelerator=Accelerator.TCG, reason=reason)
+    reason = f"neither KVM nor TCG ran the probe within {_DEADLINE_S:g} s; the next start tries again"
+    return Verdict(accelerator=Accelerator.TCG, reason=reason, proven=False)
 
 
 async def _measure(qemu: Path, this_machine: machine.Machine) -> Verdict:
@@ -94,24 +113,45 @@ async def _measure(qemu: Path, this_machine: machine.Machine) -> Verdict:
         kernel.write(this_machine.probe_kernel)
         kernel.flush()
 
-        async def run(accelerator: Accelerator, deadline_s: float) -> _Run:
+        async def run(accelerator: Accelerator) -> _Run:
             argv = probe_argv(qemu, accelerator, Path(kernel.name), machine=this_machine)
-            return await _run(argv, expected=this_machine.probe_status, deadline_s=deadline_s)
+            return await _run(argv, expected=this_machine.probe_status)
 
-        tcg = await run(Accelerator.TCG, _TCG_DEADLINE_S)
-        # A KVM that needs longer than TCG is of no use, so nobody waits longer for it.
-        kvm = await run(Accelerator.KVM, _KVM_DEADLINE_S if tcg.failure else tcg.elapsed_s)
-    return judge(kvm=kvm, tcg=tcg)
+        return await race(run)
 
 
-async def _run(argv: list[str], *, expected: int, deadline_s: float) -> _Run:
+async def race(run: Callable[[Accelerator], Awaitable[_Run]]) -> Verdict:
+    """Have both accelerators run the payload until one has.
+
+    :param run: runs it under one of them.
+    :returns: the verdict. KVM that fails loses at once; a TCG that fails proves nothing of KVM.
+    """
+    runs = [asyncio.ensure_future(run(Accelerator.KVM))]
+    kvm, tcg = runs[0], None
+    try:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DEADLINE_S):
+                await asyncio.wait([kvm], timeout=_HEAD_START_S)
+                if not kvm.done():
+                    tcg = asyncio.ensure_future(run(Accelerator.TCG))
+                    runs.append(tcg)
+                    await asyncio.wait(runs, return_when=asyncio.FIRST_COMPLETED)
+                    if not kvm.done() and tcg.result().failure is not None:
+                        await asyncio.wait([kvm])
+        return judge(
+            kvm=kvm.result() if kvm.done() else None, tcg=tcg.result() if tcg and tcg.done() else None
+        )
+    finally:
+        for each in runs:
+            each.cancel()
+        await asyncio.wait(runs)
+
+
+async def _run(argv: list[str], *, expected: int) -> _Run:
     begin = time.monotonic()
     process = Process.spawn("QEMU", argv)
     try:
-        async with asyncio.timeout(deadline_s):
-            status = await asyncio.shield(process.exited)
-    except TimeoutError:
-        return _Run(elapsed_s=deadline_s, failure=f"the probe did not end within {deadline_s:.2f} s")
+        status = await asyncio.shield(process.exited)
     finally:
         process.kill()
         await process.exited
@@ -130,8 +170,10 @@ def _key(qemu: Path) -> list[str | int]:
 def _load(cache: Path, key: list[str | int]) -> Verdict | None:
     try:
         kept = json.loads(cache.read_bytes())
-        if kept["key"] == key:
-            return Verdict(accelerator=Accelerator(kept["accelerator"]), reason=str(kept["reason"]))
+        accelerator = Accelerator(kept["accelerator"])
+        is_fresh = 0 <= time.time() - cache.stat().st_mtime < _DEFEAT_KEPT_S
+        if kept["key"] == key and (accelerator is Accelerator.KVM or is_fresh):
+            return Verdict(accelerator=accelerator, reason=str(kept["reason"]))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass  # absent or not ours: measured anew and overwritten
     return None

@@ -1,40 +1,80 @@
-"""KVM is used if it ran guest code faster than TCG did, and for no other reason."""
+"""KVM is used if it ran guest code before TCG did, and for no other reason."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
 
 from hypervisor import Accelerator, Verdict, accelerator
-from hypervisor.accelerator import _Run, judge
+from hypervisor.accelerator import _Run, race
 
 QEMU = Path("/usr/bin/qemu")
 
 
-def ran(elapsed_s):
-    return _Run(elapsed_s=elapsed_s, failure=None)
-
-
-def failed(cause):
-    return _Run(elapsed_s=1.0, failure=cause)
+KVM, TCG = Accelerator.KVM, Accelerator.TCG
+HEAD_START_S, DEADLINE_S = 0.02, 0.2
+NEVER_S = 10.0
+FAILED = "QEMU killed by signal 6"
 
 
 @pytest.mark.parametrize(
     ("kvm", "tcg", "chosen", "reason"),
     [
-        (ran(0.2), ran(0.8), Accelerator.KVM, "ran the probe in 0.20 s"),
-        (ran(0.2), failed("not built in"), Accelerator.KVM, "ran the probe"),
-        (ran(0.9), ran(0.8), Accelerator.TCG, "slower than TCG: 0.90 s against 0.80 s"),
-        (failed("QEMU killed by signal 6"), ran(0.8), Accelerator.TCG, "QEMU killed by signal 6"),
+        ((0.0, None), (NEVER_S, None), KVM, "KVM ran the probe"),
+        ((0.06, None), (NEVER_S, None), KVM, "KVM ran the probe"),
+        ((0.06, None), (0.0, "no TCG in this QEMU"), KVM, "KVM ran the probe"),
+        ((NEVER_S, None), (0.0, None), TCG, "KVM is slower than TCG"),
+        ((0.0, FAILED), (NEVER_S, None), TCG, f"KVM does not run guest code: {FAILED}"),
+        ((0.06, FAILED), (NEVER_S, None), TCG, f"KVM does not run guest code: {FAILED}"),
+        ((NEVER_S, None), (0.0, "no TCG in this QEMU"), TCG, "KVM did not run the probe"),
     ],
-    ids=["faster", "no TCG to compare", "slower", "crashes"],
+    ids=["at once", "faster", "no TCG", "slower", "crashes", "crashes later", "hangs, and no TCG"],
 )
-def test_the_verdict(kvm, tcg, chosen, reason):
-    verdict = judge(kvm=kvm, tcg=tcg)
-    assert verdict.accelerator is chosen
+async def test_the_race_is_won_by_what_runs_the_payload_first(monkeypatch, kvm, tcg, chosen, reason):
+    monkeypatch.setattr(accelerator, "_HEAD_START_S", HEAD_START_S)
+    monkeypatch.setattr(accelerator, "_DEADLINE_S", DEADLINE_S)
+
+    async def run(which):
+        elapsed_s, failure = kvm if which is KVM else tcg
+        await asyncio.sleep(elapsed_s)
+        return _Run(elapsed_s=elapsed_s, failure=failure)
+
+    verdict = await race(run)
+    assert (verdict.accelerator, verdict.proven) == (chosen, True)
     assert reason in verdict.reason
+
+
+async def test_a_good_kvm_has_nothing_else_run_beside_it():
+    asked = []
+
+    async def run(which):
+        asked.append(which)
+        return _Run(elapsed_s=0.1, failure=None)
+
+    await race(run)
+    assert asked == [KVM]
+
+
+async def test_a_race_that_nobody_wins_proves_nothing(monkeypatch):
+    monkeypatch.setattr(accelerator, "_HEAD_START_S", HEAD_START_S)
+    monkeypatch.setattr(accelerator, "_DEADLINE_S", DEADLINE_S)
+    over = []
+
+    async def run(which):
+        try:
+            await asyncio.sleep(NEVER_S)
+        finally:
+            over.append(which)
+
+    verdict = await race(run)
+    assert (verdict.accelerator, verdict.proven) == (TCG, False)
+    assert "neither KVM nor TCG" in verdict.reason
+    assert sorted(over, key=str) == [KVM, TCG]
 
 
 @pytest.fixture
@@ -56,6 +96,34 @@ async def test_a_verdict_is_kept(measurements, tmp_path):
     second = await accelerator.choose_accelerator(QEMU, cache=tmp_path / "verdict.json")
     assert first == second
     assert len(measurements) == 1
+
+
+@pytest.mark.parametrize(
+    ("verdict", "age_s", "measured_anew"),
+    [
+        (Verdict(accelerator=KVM, reason="won"), 1e6, False),
+        (Verdict(accelerator=TCG, reason="lost"), 10, False),
+        (Verdict(accelerator=TCG, reason="lost"), 301, True),
+        (Verdict(accelerator=TCG, reason="from the future"), -60, True),
+        (Verdict(accelerator=TCG, reason="nobody won", proven=False), 0, True),
+    ],
+    ids=["KVM won", "KVM lost lately", "KVM lost a while ago", "the clock was set back", "nobody won"],
+)
+async def test_a_failed_kvm_is_asked_again(monkeypatch, tmp_path, verdict, age_s, measured_anew):
+    asked = []
+
+    async def measure(*_):
+        asked.append(verdict)
+        return verdict
+
+    monkeypatch.setattr(accelerator, "_measure", measure)
+    monkeypatch.setattr(accelerator, "KVM_DEVICE", Path("/dev/null"))
+    cache = tmp_path / "verdict.json"
+    await accelerator.choose_accelerator(QEMU, cache=cache)
+    if cache.exists():
+        os.utime(cache, times=(time.time() - age_s,) * 2)
+    await accelerator.choose_accelerator(QEMU, cache=cache)
+    assert len(asked) == (2 if measured_anew else 1)
 
 
 async def test_another_qemu_or_another_boot_is_measured_anew(measurements, tmp_path, monkeypatch):
