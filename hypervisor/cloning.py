@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import sys
@@ -20,16 +21,23 @@ from hypervisor.interface import Channel
 from hypervisor.qmp import QmpSession
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from hypervisor.argv import ChannelDevice
     from hypervisor.host_side import HostSide
     from hypervisor.interface import VmSpec
     from hypervisor.template import Template
     from hypervisor.vsock import GuestChannel
 
-_LOAD_S = 40.0
-"""A hundred times what it takes: dozens may start at once, and each is given up only if it hangs."""
+_STEP_S = 40.0
+"""How long QEMU may take for its start, and again for the load: a hundred times what either takes, as dozens
+of machines may start at once, and each is given up only if it hangs."""
+
+_COPY_STALL_S = 20.0
+"""How long the copy of the memory may make no progress; as long as it does, it may take any time."""
 
 _COPIER = "template copier"
+_BLOCK = 512  # stat(2)
 
 
 async def clone(spec: VmSpec, host: HostSide, directory: Path) -> Devices:
@@ -50,10 +58,7 @@ async def clone(spec: VmSpec, host: HostSide, directory: Path) -> Devices:
     if saved.memory_bytes != spec.memory_bytes:
         raise TemplateError(f"template: {directory}: of a machine with {saved.memory_bytes} bytes of memory")
     try:
-        async with asyncio.timeout(_LOAD_S):
-            return await _clone(spec, host, directory, saved)
-    except TimeoutError:
-        raise TemplateLateError(f"template: {directory}: not loaded within {_LOAD_S:g} s") from None
+        return await _clone(spec, host, directory, saved)
     except (QmpError, HotplugError) as error:
         raise TemplateError(f"template: {directory}: {await host.early_cause(error)}") from error
 
@@ -76,7 +81,7 @@ async def _clone(spec: VmSpec, host: HostSide, directory: Path, saved: Template)
         # What takes QEMU longest is to start: the rest happens meanwhile.
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(_connect(qmp, spec, saved, host))
+                group.create_task(_connect(qmp, spec, saved, host, directory))
                 group.create_task(_copy_memory(host, directory, source, memory, saved))
                 sharing = group.create_task(_serve_share(spec, host, stack, saved))
                 opening = None if in_template else group.create_task(_open(channel, host, stack))
@@ -84,7 +89,8 @@ async def _clone(spec: VmSpec, host: HostSide, directory: Path, saved: Template)
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors
         with host.phase("load template"):
-            await _load(qmp, state)
+            async with _limited(directory, "its state was not loaded"):
+                await _load(qmp, state)
         # While the guest stands still: it then finds all new devices at once.
         devices = Devices(qmp, buses=HOTPLUG_BUSES, ports=root_ports(spec))
         if opening is not None:
@@ -113,9 +119,10 @@ def _spawn_qemu(
     return qmp
 
 
-async def _connect(qmp: QmpSession, spec: VmSpec, saved: Template, host: HostSide) -> None:
+async def _connect(qmp: QmpSession, spec: VmSpec, saved: Template, host: HostSide, directory: Path) -> None:
     with host.phase("QMP"):
-        await qmp.connect()
+        async with _limited(directory, "QEMU did not answer"):
+            await qmp.connect()
     if qmp.version != saved.qemu_version:
         raise TemplateError(f"template: saved by QEMU {saved.qemu_version}, not by this one, {qmp.version}")
     await qmp.ask(dict, "migrate-set-capabilities", migration.IGNORE_SHARED)
@@ -126,9 +133,36 @@ async def _copy_memory(host: HostSide, directory: Path, source: int, memory: int
     program = [sys.executable, "-I", "-S", str(Path(memory_copy.__file__))]
     words = [*program, str(source), str(memory), str(saved.data_bytes)]
     with host.phase("copy memory"):
-        copier = await host.run(_COPIER, words, inherit=[source, memory])
+        try:
+            async with asyncio.TaskGroup() as group:
+                watching = group.create_task(_watch_copy(directory, memory, saved))
+                copier = await host.run(_COPIER, words, inherit=[source, memory])
+                watching.cancel()
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
     if copier.exited.result().code != 0:
         raise TemplateError(f"template: {directory / template.MEMORY}: {copier.obituary()}")
+
+
+async def _watch_copy(directory: Path, memory: int, saved: Template) -> None:
+    """Raise an error once nothing has been copied for a while."""
+    copied = -1
+    while (now_copied := os.fstat(memory).st_blocks * _BLOCK) > copied:
+        copied = now_copied
+        await asyncio.sleep(_COPY_STALL_S)
+    raise TemplateLateError(
+        f"template: {directory / template.MEMORY}: its copy stands still at {copied >> 20} of "
+        f"{saved.data_bytes >> 20} MiB"
+    )
+
+
+@contextlib.asynccontextmanager
+async def _limited(directory: Path, failure: str) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(_STEP_S):
+            yield
+    except TimeoutError:
+        raise TemplateLateError(f"template: {directory}: {failure} within {_STEP_S:g} s") from None
 
 
 async def _serve_share(spec: VmSpec, host: HostSide, stack: ExitStack, saved: Template) -> socket.socket:

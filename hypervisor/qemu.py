@@ -17,6 +17,7 @@ from hypervisor.errors import (
     HypervisorError,
     QmpError,
     ResizeError,
+    TemplateLateError,
     VmStartError,
 )
 from hypervisor.exits import vm_exit_reason
@@ -94,13 +95,25 @@ class QemuHypervisor(Hypervisor):
                 await self._start()
         except TimeoutError:
             await self.stop()
-            raise VmStartError(f"start vm: QEMU: not running within {timeout_s:g} s") from None
+            kind = VmStartError if self._spec.template is None else TemplateLateError
+            raise kind(f"start vm: QEMU: not running within {timeout_s:g} s") from None
         except OSError as error:
             await self.stop()
             raise VmStartError(f"start vm: {error.filename or 'host'}: {error.strerror}") from error
         except BaseException:
             await self.stop()
             raise
+
+    @property
+    def is_starved(self) -> bool:
+        """Whether QEMU lives, and has waited for a processor for longer than it has had one."""
+        qemu = self._host.qemu
+        if qemu is None or qemu.exited.done():
+            return False
+        try:
+            return qemu.is_starved
+        except OSError:  # it ends
+            return False
 
     async def stop(self) -> None:
         """Kill the virtual machine; return when all its processes are gone.
@@ -110,10 +123,7 @@ class QemuHypervisor(Hypervisor):
         self._stopping = True
         # Whoever kills and whoever saw the end may come at once; a QMP session is closed by one of them.
         async with self._stop_lock:
-            qemu = self._host.qemu
-            if qemu is not None and not qemu.exited.done():
-                with contextlib.suppress(OSError):  # it ends
-                    self.was_starved = qemu.is_starved
+            self.was_starved = self.was_starved or self.is_starved
             await self._host.destroy()
             if self._supervisor is not None:
                 await asyncio.wait([self._supervisor])
@@ -151,7 +161,9 @@ class QemuHypervisor(Hypervisor):
                     await self._while_alive(self._hint(), what, ChannelError)
         except TimeoutError:
             tail = "".join(f"; the guest's console ends with: {line}" for line in self.console_tail(1))
-            raise ChannelError(f"{what}: no answer within {timeout_s:g} s ({last}){tail}") from None
+            states = await self._vcpus.states() if self._vcpus is not None else ""
+            doing = f"; {states}" if states else ""
+            raise ChannelError(f"{what}: no answer within {timeout_s:g} s ({last}){tail}{doing}") from None
 
     async def plug_nic(self, nic: Nic) -> str:
         """Add a network interface to the running virtual machine.

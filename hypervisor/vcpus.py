@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hypervisor import acpi
@@ -18,6 +19,7 @@ _ANSWER_S = 20.0
 _SAFE_MAJOR = 10
 """The first QEMU that was seen to live on after a virtual CPU was taken away under emulation."""
 
+_STATE_S = 1.0
 _PREFIX = "vcpu"
 _PERIPHERAL = f"/machine/peripheral/{_PREFIX}"
 """Where QEMU keeps those that were added here; those that it started with cannot be taken away."""
@@ -78,6 +80,14 @@ class Vcpus:
             except (QmpError, OSError) as error:
                 raise ResizeError(f"pin vcpus: to {sorted(allowed)}: {error}") from error
 
+    async def states(self) -> str:
+        """Say of each virtual CPU whether it runs, and for how long it has; empty if QEMU does not tell."""
+        try:
+            found = await self._session.ask(list, "query-cpus-fast", timeout_s=_STATE_S)
+            return ", ".join(f"vCPU {each['cpu-index']} {thread_state(each['thread-id'])}" for each in found)
+        except (QmpError, OSError, LookupError):
+            return ""
+
     async def _count(self) -> int:
         return len(await self._session.ask(list, "query-cpus-fast"))
 
@@ -122,3 +132,16 @@ class Vcpus:
                     f"resize vcpus: {place.device}: the guest keeps it ({problem}); free it and try again",
                     reached=await self._count(),
                 )
+
+
+def thread_state(tid: int) -> str:
+    """Say what a thread does, and for how long it has had a processor and waited for one.
+
+    :param tid: its id.
+    :raises OSError: if there is no such thread.
+    """
+    place = Path(f"/proc/{tid}/task/{tid}")
+    state = (place / "stat").read_text(encoding="utf-8").rpartition(") ")[2][:1]
+    ran, waited, *_ = ((place / "schedstat").read_text(encoding="ascii")).split()
+    doing = {"R": "runs", "S": "sleeps"}.get(state, f"is in state {state}")
+    return f"{doing} (ran for {int(ran) / 1e9:.1f} s, waited {int(waited) / 1e9:.1f} s for a processor)"

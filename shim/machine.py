@@ -25,12 +25,12 @@ from hypervisor import (
     HypervisorError,
     QemuHypervisor,
     TemplateError,
-    TemplateLateError,
     VmSpec,
     template_key,
 )
 from shim import mounts, postmortem, timeline, turns
 from shim.agent import MODULES_NAME, WATCHABLE_NAME, Agent
+from shim.cloning import LATE, blames_template, dial_clone
 from shim.errors import DeadlineExceeded, ShimError, Unavailable
 from shim.host import resolve
 from shim.host_cgroup import HostCgroup
@@ -63,7 +63,8 @@ log = logging.getLogger(__name__)
 
 REASON_TIMEOUT_S = 2.0  # the machine usually says why it ends just after the agent's connection breaks
 
-_CLONE_PART = 0.75  # of the time for a boot, all of which a machine has that boots after all
+_CLONE_PART = 0.75  # of the time for a boot: so long a clone may take to answer
+_LOAD_TIMES = 10  # by how much longer its load may take, which is given up long before if it stands still
 
 
 class Machine:
@@ -382,36 +383,39 @@ class Machine:
         if template is None:
             return await self._start(spec, sizes, timeout_s=timeout_s)
         clone = self._clone_of(spec, sizes, template)
+        limit.reschedule(None)  # each step of a clone has its own
         try:
             agent = await self._start(clone, sizes, timeout_s=_CLONE_PART * timeout_s)
         except (TemplateError, ChannelError, ShimError) as error:
             await self.kill()
             if self.doom:
                 raise
-            if not blames_template(error, starved=self._vm is not None and self._vm.was_starved):
-                log.warning(
-                    "boot: template %.12s: %s; the host is too busy to say whose fault it is: it is kept, "
-                    "and the machine boots cold",
-                    template.key,
-                    error,
-                )
-            else:
-                self._discard(template, error)
+            starved = self._vm is not None and self._vm.was_starved
+            self._judge(template, error, to_blame=blames_template(error, starved=starved))
         else:
             log.info("boot: template %.12s: cloned", template.key)
+            limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
+            with contextlib.suppress(OSError):
+                self.templates.answers(template)
             return agent
         limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
         return await self._start(spec, sizes, timeout_s=timeout_s)
 
-    def _discard(self, template: Template, error: Exception) -> None:
-        log.warning(
-            "boot: template %.12s: %s; it is removed, and the machine boots cold", template.key, error
-        )
+    def _judge(self, template: Template, error: Exception, *, to_blame: bool) -> None:
+        """Keep or remove the template of a clone that did not come up, and say what was done."""
+        advice = 'if clones go on to fail on this host, set [hypervisor] template = "off"'
         try:
-            self.templates.discard(template, reason=str(error))
-            self.lacks_template = not self.templates.failure(template.key)
+            if not to_blame or (isinstance(error, LATE) and not self.templates.is_late(template)):
+                fate = "it is kept, for the host may only be busy"
+            else:
+                self.templates.discard(template, reason=str(error))
+                self.lacks_template = not self.templates.failure(template.key)
+                fate = "it is removed"
         except OSError as failure:
-            log.warning("boot: template %.12s: cannot be removed: %s", template.key, failure)
+            fate = f"it cannot be removed: {failure}"
+        log.warning(
+            "boot: template %.12s: %s; %s, and the machine boots cold; %s", template.key, error, fate, advice
+        )
 
     async def _start(self, spec: VmSpec, sizes: Plan, *, timeout_s: float) -> Agent:
         """Start the machine and have its agent answer.
@@ -420,6 +424,7 @@ class Machine:
         :raises HypervisorError: if it does not start, or does not answer in time.
         :raises ShimError: if its agent does not answer in time.
         """
+        is_clone = spec.template is not None
         ends_at_s = time.monotonic() + timeout_s
 
         def left_s() -> float:
@@ -430,12 +435,16 @@ class Machine:
         )
         size = Size(vcpus=spec.vcpus, memory_bytes=spec.memory_bytes)
         self._resizer = Resizer(vm, sizes, size=size)
-        await vm.start(timeout_s=timeout_s)
-        is_clone = spec.template is not None
+        await vm.start(timeout_s=timeout_s * (_LOAD_TIMES if is_clone else 1))
+        if is_clone:
+            ends_at_s = time.monotonic() + timeout_s
         with timeline.phase("clone goes on" if is_clone else "guest boots", lane=timeline.MACHINE):
-            connection = await vm.connect(AGENT_PORT, timeout_s=left_s())
+            dial = dial_clone if is_clone else QemuHypervisor.connect
+            connection = await dial(vm, AGENT_PORT, timeout_s=left_s())
         with timeline.phase("first answer", lane=timeline.MACHINE):
-            return await Agent.over(connection, timeout_s=left_s(), is_clone=is_clone)
+            # What a clone needed beyond its time, it needed for want of a processor.
+            left_to_answer_s = timeout_s if is_clone else left_s()
+            return await Agent.over(connection, timeout_s=left_to_answer_s, is_clone=is_clone)
 
     def _record_process(self, name: str, pid: int) -> None:
         self._ledger.process(pid, name=name)
@@ -458,12 +467,3 @@ async def _while_preparing(network: Network, booting: Coroutine[object, object, 
             return await booting
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from errors
-
-
-def blames_template(error: Exception, *, starved: bool) -> bool:
-    """Tell whether the failure of a clone is its template's fault, rather than that of a busy host.
-
-    :param error: the failure.
-    :param starved: whether the clone's QEMU waited for a processor for longer than it had one.
-    """
-    return not (starved and isinstance(error, TemplateLateError | ChannelError | DeadlineExceeded))

@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 KEPT = 4
 """How many templates there can be: one is as large as what its guest uses after boot."""
 RETRY_S = 600.0
-"""How long a failure keeps templates of that key from being built in the background."""
+"""How long a failure keeps templates of that key from being built in the background, the first time."""
+_LONGER_EACH_TIME = 6
+_DAY_S = 86_400.0
+LATE_TIMES = 3
+"""So many clones in a row may be late before their template is to blame: the host may be busy."""
 
 _KEY = re.compile(r"[0-9a-f]{16,128}")
 _LOCK = "lock"
@@ -36,6 +40,7 @@ _REMOVED = ".removed-"
 _PURPOSE = "purpose.json"
 _FAILED = ".failed"
 _DISCARDED = ".discarded"
+_LATE = ".late"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +49,12 @@ class Template:
 
     :param key: what it fits.
     :param path: its directory.
-    :param inode: tells it from another that has taken its place since.
+    :param identity: tells it from another that has taken its place since, maybe with its number as a file.
     """
 
     key: str
     path: Path
-    inode: int
+    identity: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,18 +107,18 @@ class TemplateStore:
         """
         path = self.directory / key
         try:
-            inode = path.stat().st_ino
+            identity = _identity(path)
             self._check()
             os.utime(path)
         except FileNotFoundError:
             return None
-        return Template(key=key, path=path, inode=inode)
+        return Template(key=key, path=path, identity=identity)
 
     def failure(self, key: str) -> str:
         """Tell why a build failed not long ago; empty if none did."""
         path = self.directory / f"{key}{_FAILED}"
         try:
-            return path.read_text(encoding="utf-8") if _age_s(path) < RETRY_S else ""
+            return path.read_text(encoding="utf-8") if _age_s(path) < self._retry_s(key) else ""
         except FileNotFoundError:
             return ""
 
@@ -141,22 +146,34 @@ class TemplateStore:
     def discard(self, template: Template, *, reason: str) -> None:
         """Remove a template that is of no use, but not another that has taken its place.
 
-        The second time in short order counts as a failure to build one.
+        The second time in a day counts as a failure to build one, and each further time for longer, unless a
+        clone has answered meanwhile: nobody builds and discards in a circle.
 
         :param reason: why it is of no use, in one line.
         :raises OSError: if it cannot be removed.
         """
         try:
-            if template.path.stat().st_ino != template.inode:
+            if _identity(template.path) != template.identity:
                 return
         except FileNotFoundError:
             return
         self._remove(template.path)
-        mark = self.directory / f"{template.key}{_DISCARDED}"
-        with contextlib.suppress(FileNotFoundError):
-            if _age_s(mark) < RETRY_S:
-                self.fail(template.key, reason)
-        mark.touch()
+        self._forget(template.key, _LATE)
+        if self._count(template.key, _DISCARDED) > 1:
+            self.fail(template.key, reason)
+
+    def is_late(self, template: Template) -> bool:
+        """Note that a clone did not come up in time.
+
+        :returns: whether so many in a row did not that the template is to blame.
+        :raises OSError: if it cannot be noted.
+        """
+        return self._count(template.key, _LATE) >= LATE_TIMES
+
+    def answers(self, template: Template) -> None:
+        """Note that a clone has come up: what was held against its template is forgotten."""
+        for mark in (_LATE, _DISCARDED):
+            self._forget(template.key, mark)
 
     def entries(self) -> list[Entry]:
         """List the templates and the failures, those used last first."""
@@ -233,7 +250,27 @@ class TemplateStore:
             # been replaced since: nothing asks for it any more.
             if entry.purpose == purpose or place >= KEPT:
                 self._remove(self.directory / entry.key)
-        return Template(key=key, path=path, inode=path.stat().st_ino)
+        return Template(key=key, path=path, identity=_identity(path))
+
+    def _retry_s(self, key: str) -> float:
+        times = self._counted(key, _DISCARDED)
+        return min(RETRY_S * float(_LONGER_EACH_TIME ** max(times - 2, 0)), _DAY_S)
+
+    def _counted(self, key: str, mark: str) -> int:
+        """Read how often something was noted of a key, never more than a day after the last time."""
+        path = self.directory / f"{key}{mark}"
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            if _age_s(path) < _DAY_S:
+                return int(path.read_text(encoding="ascii"))
+        return 0
+
+    def _count(self, key: str, mark: str) -> int:
+        times = self._counted(key, mark) + 1
+        (self.directory / f"{key}{mark}").write_text(str(times), encoding="ascii")
+        return times
+
+    def _forget(self, key: str, mark: str) -> None:
+        (self.directory / f"{key}{mark}").unlink(missing_ok=True)
 
     def _paths(self) -> list[Path]:
         try:
@@ -296,7 +333,7 @@ class TemplateStore:
         for path in self.directory.iterdir():
             if path.name == _BUILDING or path.name.startswith(_REMOVED):
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.suffix in {_FAILED, _DISCARDED} and _age_s(path) > RETRY_S:
+            elif path.suffix in {_FAILED, _DISCARDED, _LATE} and _age_s(path) > _DAY_S:
                 path.unlink(missing_ok=True)
 
     def _remove(self, path: Path) -> None:
@@ -308,6 +345,10 @@ class TemplateStore:
             grave = self.directory / f"{_REMOVED}{os.getpid()}-{time.monotonic_ns()}"
             path.rename(grave)
             shutil.rmtree(grave, ignore_errors=True)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    return path.stat().st_ino, (path / _PURPOSE).stat().st_mtime_ns
 
 
 def _age_s(path: Path) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 import pytest
 
 from hypervisor import ChannelError, TemplateError, TemplateLateError
 from shim import template_store
+from shim.cloning import blames_template
 from shim.errors import DeadlineExceeded
-from shim.machine import blames_template
 from shim.refusal import Refusal
 from shim.template_store import KEPT, TemplateStore
 
@@ -150,6 +151,39 @@ def test_the_second_useless_one_in_short_order_is_a_failure(store):
     for _ in range(2):
         store.discard(publish(store, KEY), reason="QEMU refuses")
     assert store.failure(KEY) == "QEMU refuses"
+
+
+@pytest.mark.parametrize(("discards", "held_s"), [(2, 600), (3, 3600), (4, 21_600), (5, 86_400), (9, 86_400)])
+def test_each_further_one_in_a_day_is_a_failure_for_longer(store, discards, held_s):
+    for _ in range(discards):
+        store.discard(publish(store, KEY), reason="QEMU refuses")
+    failure = store.directory / f"{KEY}.failed"
+    for age_s, said in ((held_s - 60, "QEMU refuses"), (held_s + 60, "")):
+        os.utime(failure, times=(time.time() - age_s,) * 2)
+        assert store.failure(KEY) == said
+
+
+def test_a_clone_that_answers_makes_up_for_what_was_discarded(store):
+    store.discard(publish(store, KEY), reason="QEMU refuses")
+    template = publish(store, KEY)
+    store.answers(template)
+    store.discard(template, reason="QEMU refuses")
+    assert store.failure(KEY) == ""
+
+
+def test_clones_may_be_late_but_not_three_in_a_row(store):
+    template = publish(store, KEY)
+    assert [store.is_late(template) for _ in range(3)] == [False, False, True]
+    store.answers(template)
+    assert not store.is_late(template)
+
+
+def test_what_was_held_against_a_template_does_not_show_among_the_templates(store):
+    template = publish(store, KEY)
+    store.is_late(template)
+    store.discard(publish(store, OTHER, purpose={}), reason="QEMU refuses")
+    assert keys(store) == [KEY]
+    assert store.remove("") == [KEY]
 
 
 def test_a_failure_is_remembered_for_a_while_or_until_it_works(store, monkeypatch):

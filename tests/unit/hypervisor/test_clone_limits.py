@@ -1,0 +1,59 @@
+"""What takes its time on a busy host is waited for, and what stands still is not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import threading
+from pathlib import Path
+
+import pytest
+
+from hypervisor import TemplateLateError, cloning
+from hypervisor.template import Template
+from hypervisor.vcpus import thread_state
+
+MIB = 1 << 20
+SAVED = Template(
+    qemu_version="",
+    memory_bytes=64 * MIB,
+    data_bytes=32 * MIB,
+    memory_written_ns=0,
+    state_bytes=0,
+    state_sha256="",
+    virtiofsd=[],
+    virtiofsd_dialect="",
+)
+
+
+@pytest.fixture
+def memory():
+    fd = os.memfd_create("memory")
+    yield fd
+    os.close(fd)
+
+
+async def test_a_copy_may_take_any_time_as_long_as_it_goes_on(memory, monkeypatch):
+    monkeypatch.setattr(cloning, "_COPY_STALL_S", 0.05)
+    watching = asyncio.create_task(cloning._watch_copy(Path("/t"), memory, SAVED))
+    for number in range(4):
+        os.pwrite(memory, b"x" * MIB, number * MIB)
+        await asyncio.sleep(0.04)
+        assert not watching.done()
+    with pytest.raises(TemplateLateError, match=r"/t/memory: its copy stands still at 4 of 32 MiB"):
+        await watching
+
+
+async def test_a_step_of_qemus_that_hangs_is_named(monkeypatch):
+    monkeypatch.setattr(cloning, "_STEP_S", 0.01)
+    with pytest.raises(TemplateLateError, match=r"/t: its state was not loaded within 0\.01 s"):
+        async with cloning._limited(Path("/t"), "its state was not loaded"):
+            await asyncio.sleep(5)
+
+
+def test_a_virtual_cpus_thread_is_described():
+    times = r"\(ran for \d+\.\d s, waited \d+\.\d s for a processor\)"
+    assert re.fullmatch(f"runs {times}", thread_state(threading.get_native_id()))
+    with pytest.raises(OSError, match="No such file"):
+        thread_state(1 << 22)
