@@ -15,13 +15,15 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.e2e import private
+from tests.e2e.conftest import DEFAULT_BOOT_S
 from tests.e2e.containerd import SHIM_DIRECTORY
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
 STACK = re.compile(r"\[(\d+\.\d+-[a-z]+)")
-BUILD_TIMEOUT_S = 100.0
+BUILD_TIMEOUT_S = patient(100.0)
 TURNS = pytest.StashKey["Turns"]()
 
 
@@ -114,7 +116,8 @@ def templates(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     if hasattr(request.config, "workerinput"):
         place = place.parent
     store, config = place / "templates", place / "templates.toml"
-    config.write_text(f'[hypervisor]\ntemplate_dir = "{store}"\n', encoding="utf-8")
+    guest = f"[guest]\nboot_timeout_s = {patient(DEFAULT_BOOT_S):.0f}\n"
+    config.write_text(f'[hypervisor]\ntemplate_dir = "{store}"\n{guest}', encoding="utf-8")
     argv = [SHIM_DIRECTORY / "hako", "template", "build", "--config", config]
     subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, timeout=BUILD_TIMEOUT_S)
     return store

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from shim import kernel
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _T = TypeVar("_T")
 
-COMMAND_TIMEOUT_S = 10.0
+COMMAND_TIMEOUT_S = patient(10.0)
 
 
 class Space:

@@ -12,6 +12,7 @@ from shim import entry
 from shim.config import HypervisorConfig
 from shim.turns import DIRECTORY as TURNS
 from tests.e2e.containerd import CGROUPS, NAMESPACE
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +25,7 @@ TEMPLATES = Path(HypervisorConfig().template_dir)
 ZYGOTES = Path(entry.ZYGOTE_DIRECTORY)
 """Not of any container: a zygote outlives those that made it come up."""
 
-SETTLE_S = 8.0
+SETTLE_S = patient(8.0)
 """How long containerd may take to finish what it does after it has answered."""
 
 

@@ -16,12 +16,14 @@ import pytest
 from tests.e2e import busybox, census
 from tests.e2e.containerd import RELEASES, Containerd, Release, running
 from tests.e2e.nursery import Nursery
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HAKO = "io.containerd.hako.v2"
 RUNC = "io.containerd.runc.v2"
+DEFAULT_BOOT_S = 60
 COLD_RELEASE = "1.6"
 """The containerd whose machines all boot; those of the others are clones."""
 
@@ -64,6 +66,7 @@ def write_config(
         f'protocol = "{protocol}"\nstate_dir = "{state_directory}"\n'
         f'log_dir = "{state_directory.parent / "log"}"\n{tables.pop("shim", "")}'
     )
+    tables.setdefault("guest", f"boot_timeout_s = {patient(DEFAULT_BOOT_S):.0f}\n")
     bodies = {"shim": shim, **tables}
     path.write_text("".join(f"[{name}]\n{body}\n" for name, body in bodies.items()), encoding="utf-8")
     return path

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.patience import patient
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -23,7 +25,7 @@ NAMESPACE = f"hako-e2e-{os.getpid()}"
 CGROUPS = Path("/sys/fs/cgroup")
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SHIM_DIRECTORY = Path(sys.executable).parent
-CALL_TIMEOUT_S = 60.0
+CALL_TIMEOUT_S = patient(60.0)
 UNNEEDED_PLUGINS = (
     "io.containerd.grpc.v1.cri",
     "io.containerd.cri.v1.images",
@@ -167,7 +169,7 @@ class Containerd:
         with socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(str(self.address)) != 0:
                 return False
-        return self.ctr("version", timeout_s=10).code == 0
+        return self.ctr("version", timeout_s=patient(10)).code == 0
 
     def stop(self, *, how: signal.Signals = signal.SIGTERM) -> None:
         """End the daemon and wait until it is gone; shims live on.
@@ -175,7 +177,7 @@ class Containerd:
         :param how: the signal that ends it.
         """
         os.kill(self.pid, how)
-        self.nursery.wait(self.pid, timeout_s=20)
+        self.nursery.wait(self.pid, timeout_s=patient(20))
 
     def ctr(
         self, *arguments: str | Path, timeout_s: float = CALL_TIMEOUT_S, stdin: str | None = None
@@ -273,7 +275,7 @@ class Containerd:
         if container in self.tasks():
             self.ctr("task", "kill", "--signal", "9", "--all", container)
             with contextlib.suppress(TimeoutError):
-                self.wait_for_state(container, "STOPPED", timeout_s=10)
+                self.wait_for_state(container, "STOPPED", timeout_s=patient(10))
             self.ctr("task", "delete", "--force", container)
         self.ctr("container", "delete", container)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import HAKO, new_id
 from tests.e2e.tasks import Exits, Tasks
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from tests.e2e.conftest import Stack
     from tests.e2e.nursery import Process
 
-MOMENT_S = 30.0
+MOMENT_S = patient(30.0)
 PROGRAMS = {
     "shim": "containerd-shim-hako-v2",
     "QEMU": "qemu-system-x86_64",

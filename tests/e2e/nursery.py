@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PR_SET_CHILD_SUBREAPER = 36
 ZYGOTE = " -zygote"
+START_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class Nursery:
 
     def __exit__(self, *_: object) -> None:
         """End the subreaper, which kills what is left below it."""
-        self._program.communicate(timeout=10)
+        self._program.communicate(timeout=START_S)
 
     def spawn(
         self,
@@ -122,7 +123,7 @@ class Nursery:
         }
         self._program.stdin.write(json.dumps(request).encode() + b"\n")
         self._program.stdin.flush()
-        while "started" not in (reply := self._reply(deadline=time.monotonic() + 10)):
+        while "started" not in (reply := self._reply(deadline=time.monotonic() + START_S)):
             self._note_exit(reply)
         if reply["started"] is None:
             raise RuntimeError(f"nursery: {argv[0]}: {reply['error']}")

@@ -17,13 +17,14 @@ from grpc_tools import protoc
 
 from proto.containerd import events_pb2
 from tests.e2e.containerd import NAMESPACE
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from google.protobuf.descriptor import ServiceDescriptor
 
-CALL_TIMEOUT_S = 60.0
+CALL_TIMEOUT_S = patient(60.0)
 _PROTO = Path(__file__).with_name("containerd_services.proto")
 _SERVICES = {"Tasks": "tasks", "Snapshots": "snapshots", "Events": "events"}
 

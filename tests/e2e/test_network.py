@@ -21,6 +21,7 @@ from tests.e2e.conftest import new_id
 from tests.e2e.life import until
 from tests.e2e.tasks import Tasks
 from tests.network_space import Space, add_cable, new_space
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +32,7 @@ DELETE_S = 5.0
 pytestmark = pytest.mark.hako
 
 HOST = f"/proc/{os.getpid()}/ns/net"
-DEADLINE_S = 60.0
+DEADLINE_S = patient(60.0)
 PORT = 7000
 RESOLVER = "127.0.0.11"
 DNS_HEADER_BYTES = 12

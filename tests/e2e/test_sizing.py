@@ -10,6 +10,7 @@ import pytest
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import new_id
 from tests.e2e.tasks import Tasks
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.hako
 
 MIB = 1 << 20
 RESOURCES = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
-UPDATE_TIMEOUT_S = 60
+UPDATE_TIMEOUT_S = patient(60)
 
 
 @pytest.fixture

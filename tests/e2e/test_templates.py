@@ -18,6 +18,7 @@ from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import new_id, write_config
 from tests.e2e.containerd import SHIM_DIRECTORY
 from tests.e2e.nursery import descendants, processes
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.hako, pytest.mark.timeout(300)]
 
-BUILD_S = 200.0  # a nice builder on a busy machine
+BUILD_S = patient(200.0)  # a nice builder on a busy machine
 MIB = 1 << 20
 CLONED, COLD, BUILDING = ": cloned", "boots cold", "built in the background"
 BUILDER = "shim.cli template build"

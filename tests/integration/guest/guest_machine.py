@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from proto.kata import agent_pb2, health_pb2, oci_pb2
 from tests.integration.guest.agent_client import AgentClient
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,8 +23,8 @@ KERNEL_LINE = (
     "cryptomgr.notests random.trust_cpu=on systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=all"
 )
 CAPABILITIES = ["CAP_CHOWN", "CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BIND_SERVICE"]
-BOOT_TIMEOUT_S = 60
-MONITOR_TIMEOUT_S = 20
+BOOT_TIMEOUT_S = patient(60)
+MONITOR_TIMEOUT_S = patient(20)
 VSOCK_DAEMON = "/var/lib/hako/bin/vhost-device-vsock"
 SERVING = "hako-agent: serving"
 PORTS = range(0x10, 0x16)

@@ -18,12 +18,15 @@ import pytest
 
 from hypervisor import AGENT_PORT, Accelerator, Channel, QemuHypervisor, VmSpec, channel_problem, template_key
 from hypervisor.saving import save_template
+from tests.patience import patient
 
 from .guest_shell import PARAMETERS, GuestShell, initrd
 
-START_S = 20
-BOOT_S = 60
-SAVE_S = 90
+START_S = patient(20)
+BOOT_S = patient(60)
+SAVE_S = patient(90)
+
+ACCELERATOR = Accelerator(os.environ.get("HAKO_TEST_ACCELERATOR", "tcg"))
 
 GUEST = Path("/var/lib/hako/guest")
 QEMU = Path("/usr/bin/qemu-system-x86_64")
@@ -89,7 +92,7 @@ def make_spec(guest_image, share, tmp_path):
             "kernel": guest_image / "vmlinux",
             "initrd": guest_image / "initrd",
             "kernel_parameters": (),
-            "accelerator": Accelerator.TCG,
+            "accelerator": ACCELERATOR,
             "vcpus": 1,
             "max_vcpus": 4,
             "memory_bytes": 512 << 20,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guest.image import cpio
+from tests.patience import patient
 
 if TYPE_CHECKING:
     import socket
@@ -52,7 +53,7 @@ class GuestShell:
         self._connection = connection
         self._lock = asyncio.Lock()
 
-    async def __call__(self, command: str, *, timeout_s: float = 30) -> str:
+    async def __call__(self, command: str, *, timeout_s: float = patient(30)) -> str:
         """Run a command; return what it wrote."""
         loop = asyncio.get_running_loop()
         async with self._lock, asyncio.timeout(timeout_s):

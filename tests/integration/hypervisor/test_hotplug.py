@@ -17,12 +17,13 @@ import pytest
 from hypervisor import AGENT_PORT, Disk, DiskLimits, HostPciDevice, HypervisorError, Nic
 from hypervisor.devices import Description
 from hypervisor.errors import HotplugError
+from tests.patience import patient
 
 from .guest_shell import PARAMETERS, GuestShell
 
-START_S = 20
-BOOT_S = 60
-UNPLUG_S = 20
+START_S = patient(20)
+BOOT_S = patient(60)
+UNPLUG_S = patient(20)
 MIB = 1 << 20
 DISK_BYTES = 4 * MIB
 SLOTS = 62

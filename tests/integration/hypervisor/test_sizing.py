@@ -11,10 +11,11 @@ import pytest
 
 from hypervisor import ResizeError, ResizeRefusedError
 from hypervisor.vcpus import Vcpus
+from tests.patience import patient
 
 MIB = 1 << 20
 SMALL, LARGE = 256 * MIB, 1024 * MIB
-BACK_ON_HOST_S = 30
+BACK_ON_HOST_S = patient(30)
 
 LOAD = "while true; do dd if=/dev/zero of=/load bs=1M count=16 2>/dev/null; done >/dev/null 2>&1 &"
 HUNGRY = 300  # MiB that a file in the guest's memory takes: more than there would be

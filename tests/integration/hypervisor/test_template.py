@@ -14,6 +14,7 @@ import pytest
 
 from hypervisor import AGENT_PORT, Channel, TemplateError, VmStartError
 from hypervisor.saving import save_template
+from tests.patience import patient
 
 from .conftest import BOOT_S, SAVE_S, START_S, VIRTIOFSDS, usable_channels
 from .test_hotplug import block_name, disk, image, nic, sysfs, taken
@@ -21,8 +22,8 @@ from .test_sizing import ALL_CPUS_ON, BACK_ON_HOST_S, memory, on_host, processor
 from .test_vm_boot import RESPONSE_TYPE, ask_agent
 
 MIB = 1 << 20
-SOON_S = 5
-UNPLUG_S = 20
+SOON_S = patient(5)
+UNPLUG_S = patient(20)
 SLACK = 16 * MIB
 
 

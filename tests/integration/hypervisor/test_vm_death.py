@@ -10,10 +10,11 @@ import time
 import pytest
 
 from hypervisor import AGENT_PORT, Channel, ChannelError
+from tests.patience import patient
 
-START_S = 20
-BOOT_S = 60
-AT_ONCE_S = 1.0
+START_S = patient(20)
+BOOT_S = patient(60)
+AT_ONCE_S = patient(1.0)
 
 
 async def end_of(vm, *, within_s: float):

@@ -1,0 +1,16 @@
+"""How long tests wait: on a slow host all deadlines are longer by one factor, which its owner sets."""
+
+from __future__ import annotations
+
+import os
+
+VARIABLE = "HAKO_TEST_PATIENCE"
+FACTOR = float(os.environ.get(VARIABLE, "1"))
+
+
+def patient(seconds: float) -> float:
+    """Return a deadline for this host.
+
+    :param seconds: the deadline on an ordinary one, in seconds.
+    """
+    return seconds * FACTOR
