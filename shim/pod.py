@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _RESOLV_CONF = "/etc/resolv.conf"
+_MAX_NAME_BYTES = 64  # what uname(2) has room for
 _MAX_RESOLV_CONF_BYTES = 64 * 1024  # resolv.conf(5) of a pod has at most 3 + 32 names
 # The annotations under which containerd's CRI gives a pause container the sizes of its pod.
 _SIZES = {
@@ -77,12 +78,33 @@ def refuses_template(spec: dict[str, Any]) -> bool:
     return isinstance(annotations, dict) and annotations.get(TEMPLATE_ANNOTATION) == "off"
 
 
+def check_names(spec: dict[str, Any]) -> None:
+    """Refuse a host's or domain's name that no kernel takes, see sethostname(2).
+
+    :param spec: an OCI specification, or a part of one.
+    :raises InvalidArgument: if there is one.
+    """
+    for field in ("hostname", "domainname"):
+        name = spec.get(field)
+        if not isinstance(name, str):
+            continue
+        length = len(name.encode(errors="surrogatepass"))
+        if length > _MAX_NAME_BYTES:
+            raise InvalidArgument(
+                f"spec: {field}: {name!r} has {length} bytes; choose one of {_MAX_NAME_BYTES} bytes or less"
+            )
+        if "\0" in name:
+            raise InvalidArgument(f"spec: {field}: {name!r} holds a NUL byte; choose another name")
+
+
 def from_oci(spec: dict[str, Any], *, sandbox_id: str = "") -> PodSpec:
     """Take the description from the specification of the sandbox's first container.
 
     :param spec: the decoded ``config.json``.
     :param sandbox_id: the sandbox's id, which is that container's.
+    :raises InvalidArgument: if the machine cannot have its name.
     """
+    check_names(spec)
     hostname = spec.get("hostname")
     linux = spec.get("linux")
     linux = linux if isinstance(linux, dict) else {}
@@ -104,7 +126,7 @@ def from_request(options: AnyMessage, *, sandbox_id: str, network_namespace: str
     :param options: a ``PodSandboxConfig``; of anything else, nothing is known about the pod.
     :param sandbox_id: the sandbox's id.
     :param network_namespace: the path of the pod's network namespace; empty for the host's.
-    :raises InvalidArgument: if it is no valid message.
+    :raises InvalidArgument: if it is no valid message, or the machine cannot have its name.
     """
     config = PodSandboxConfig()
     if options.type_url.rpartition("/")[2] == PodSandboxConfig.DESCRIPTOR.full_name:
@@ -116,6 +138,7 @@ def from_request(options: AnyMessage, *, sandbox_id: str, network_namespace: str
             ) from error
     elif options.type_url:
         log.warning("sandbox: options of type %s say nothing about a pod; ignored", options.type_url)
+    check_names({"hostname": config.hostname})
     sizes = {
         annotation: str(getattr(config.linux.resources, field))
         for field, annotation in _SIZES.items()

@@ -8,7 +8,7 @@ import os
 from guest.agent import cgroup, files, jsonout, kernel, oci, oom, runtime
 from guest.agent.console import log
 from guest.agent.devices import renumber
-from guest.agent.errors import AgentError, NotFound
+from guest.agent.errors import AgentError, NotFound, cause
 from guest.agent.process import Process
 
 TYPE_CHECKING = False
@@ -236,4 +236,4 @@ class Container:
             if self._owns_root:
                 kernel.unmount(self._rootfs, flags=kernel.MNT_DETACH)
         except OSError as error:
-            raise AgentError(f"remove: {self.id}: {error}") from error
+            raise AgentError(f"remove: {self.id}: {cause(error)}") from error

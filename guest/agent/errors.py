@@ -5,6 +5,15 @@
 from __future__ import annotations
 
 
+def cause(error: OSError) -> str:
+    """Say what the system refused, without the number that Python puts before it.
+
+    :param error: the refusal.
+    """
+    words = error.strerror or str(error)
+    return words if error.filename is None else f"{error.filename}: {words}"
+
+
 class AgentError(Exception):
     """Root: anything that fails inside a handler (INTERNAL)."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import _thread
 
 from guest.agent import files, kernel, limits
-from guest.agent.errors import AgentError
+from guest.agent.errors import AgentError, cause
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def apply(parameters: dict[str, str], *, namespaces: Iterable[str]) -> None:
                 except OSError as error:
                     failures.append(f"{name} = {value}: {error.strerror}")
         except OSError as error:
-            failures.append(str(error))
+            failures.append(cause(error))
         finally:
             done.release()
 

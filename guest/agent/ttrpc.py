@@ -20,6 +20,7 @@ from guest.agent.errors import (
     InvalidArgument,
     ResourceExhausted,
     Unimplemented,
+    cause,
 )
 
 TYPE_CHECKING = False
@@ -234,7 +235,7 @@ class Connection:
         except AgentError as error:
             self._fail(peer, stream, error)
         except OSError as error:
-            self._fail(peer, stream, AgentError(f"{request.method}: {error}"))
+            self._fail(peer, stream, AgentError(f"{request.method}: {cause(error)}"))
         except Exception as error:  # noqa: BLE001  a defect must answer its caller, or the caller hangs
             log(f"{request.method}: defect: {error!r}")
             self._fail(peer, stream, AgentError(f"{request.method}: defect in the agent: {error!r}"))

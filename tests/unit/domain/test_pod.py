@@ -171,3 +171,16 @@ def test_a_containers_own_kernel_parameters_win():
     assert pod.with_sysctls(spec, {"a": "pod", "b": "pod"}) == {
         "linux": {"sysctl": {"a": "own", "b": "pod"}, "seccomp": {}}
     }
+
+
+@pytest.mark.parametrize("field", ["hostname", "domainname"])
+@pytest.mark.parametrize(
+    ("name", "why"), [("a" * 65, "65 bytes"), ("ä" * 33, "66 bytes"), ("a\0b", "NUL byte")]
+)
+def test_a_name_that_no_kernel_takes_is_refused(field: str, name: str, why: str):
+    with pytest.raises(InvalidArgument, match=rf"^spec: {field}: .*{why}; choose "):
+        pod.check_names({field: name})
+
+
+def test_a_name_of_64_bytes_is_taken():
+    pod.check_names({"hostname": "a" * 64, "domainname": "ä" * 32})

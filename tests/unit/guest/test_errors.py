@@ -1,0 +1,19 @@
+"""What the system refuses is said in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from guest.agent.errors import cause
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(22, "Invalid argument"), "Invalid argument"),
+        (OSError(2, "No such file or directory", "/a"), "/a: No such file or directory"),
+        (OSError("plain"), "plain"),
+    ],
+)
+def test_a_refusal_is_told_without_its_number(error: OSError, words: str):
+    assert cause(error) == words
