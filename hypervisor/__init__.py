@@ -24,6 +24,7 @@ from hypervisor.interface import (
     Nic,
     VmSpec,
 )
+from hypervisor.printable import printable
 from hypervisor.qemu import QemuHypervisor
 from hypervisor.saving import save_template
 from hypervisor.template import template_key
@@ -55,6 +56,7 @@ __all__ = [
     "channel_problem",
     "choose_accelerator",
     "detect_dialect",
+    "printable",
     "save_template",
     "template_key",
 ]

@@ -6,7 +6,8 @@ import asyncio
 import socket
 from typing import TYPE_CHECKING
 
-from hypervisor.process import printable
+from hypervisor.printable import printable
+from hypervisor.process import LINE_LIMIT
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -45,7 +46,7 @@ class Console:
         :param lines: how many at most.
         """
         text = self._tail.decode(errors="replace").replace("\r", "\n")
-        shown = [line for line in map(printable, text.split("\n")) if line]
+        shown = [line for each in text.split("\n") if (line := printable(each, limit=LINE_LIMIT))]
         return shown[-lines:] if lines > 0 else []
 
     def close(self) -> None:

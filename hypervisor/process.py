@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from hypervisor.exits import ExitStatus, last_words
+from hypervisor.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 _OUTPUT_LIMIT = 64 * 1024
 _CAUSE_LINES = 3
-_LINE_LIMIT = 400
+LINE_LIMIT = 400
+"""Characters of a line that is shown."""
+
 _REAPING_S = 1.0
 
 _PR_SET_THP_DISABLE = 41  # linux/prctl.h
@@ -148,7 +151,7 @@ class Process:
     def last_words(self) -> str:
         """Return the last lines of the output that may tell why it ended, joined into one."""
         lines = last_words(self.output(), self.exited.result() if self.exited.done() else None)
-        return "; ".join(printable(line) for line in lines[-_CAUSE_LINES:])
+        return "; ".join(printable(line, limit=LINE_LIMIT) for line in lines[-_CAUSE_LINES:])
 
     def obituary(self) -> str:
         """Say in one line how the process ended; it must have."""
@@ -197,14 +200,6 @@ class Process:
             self._loop.remove_reader(self._output_fd)
             os.close(self._output_fd)
             self._output_fd = None
-
-
-def printable(line: str) -> str:
-    """Make a line from an untrusted source safe to show: bounded, and without control characters.
-
-    :param line: one line, without its end.
-    """
-    return "".join(char if char.isprintable() else " " for char in line[:_LINE_LIMIT]).rstrip()
 
 
 def waits_more_than_it_runs(threads: Iterable[str]) -> bool:

@@ -136,12 +136,14 @@ def serve(state: str, *, born_at_s: float | None = None) -> None:
         "process", lane=timeline.SHIM, began_s=born_at_s or timeline.born_at_s(), ended_s=time.monotonic()
     )
     record = state_directory.read_record(state)
+    listener = None if record.protocol == "grpc" else daemonize.LISTENER_DESCRIPTOR
+    if listener is not None:
+        os.set_inheritable(listener, False)  # noqa: FBT003 - its only spelling; QEMU must not accept on it
     daemonize.name_this_process()
     kernel.become_subreaper()
     with timeline.phase("imports", lane=timeline.SHIM):
         from shim import daemon  # noqa: PLC0415 - everything that start must not wait for
 
-    listener = None if record.protocol == "grpc" else daemonize.LISTENER_DESCRIPTOR
     daemon.run(record, listener, lambda: _ready(record))
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _GUEST_DIRECTORY = Path(config.GuestConfig().kernel).parent
 _CACHE_DIRECTORY = Path("/var/cache/hako")
+_CONSOLE_LINE = 4096
+"""Characters of a line of a console that are shown."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,7 +134,10 @@ def _logs(chosen: argparse.Namespace) -> int:
         raise Refusal(
             f"logs: {chosen.id}: no such sandbox runs and none of that name failed; see `ctr task ls`"
         )
-    sys.stdout.write(text)
+    from hypervisor import printable  # noqa: PLC0415 - as above
+
+    # A guest chooses what its console says, and this goes to a terminal.
+    sys.stdout.writelines(f"{printable(line, limit=_CONSOLE_LINE)}\n" for line in text.splitlines())
     return 0
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 
-from shim import entry, state_directory
+from shim import entry, private_directory, state_directory
 from shim.refusal import Refusal
 
 _TIMEOUT_S = 5.0
@@ -33,7 +33,7 @@ def find(program: str) -> str:
             return str(known[-1])
     version = _ask(program)
     with contextlib.suppress(OSError):
-        os.makedirs(entry.ZYGOTE_DIRECTORY, mode=0o700, exist_ok=True)
+        private_directory.make(entry.ZYGOTE_DIRECTORY)
         state_directory.write_atomically(kept, json.dumps([*file, version]))
     return version
 

@@ -36,7 +36,7 @@ def delete(line: CommandLine) -> bytes:
     :raises Refusal: if something could not be undone; running this again goes on where it stopped.
     """
     grouping.check_identifier(line.id, phase="delete", what="id")
-    bundle = line.bundle or os.getcwd()
+    bundle = line.bundle or _working_directory()
     directory = state_directory.pointed_to(bundle) or _expected_directory(line, bundle)
     was_deserted = _is_on_record(directory, line.id)
     try:
@@ -45,6 +45,14 @@ def delete(line: CommandLine) -> bytes:
         if was_deserted:
             _run_hooks(bundle, line.id)
     return bootstrap_wire.encode_delete_response(exit_status=_KILLED, exited_at=time.time())
+
+
+def _working_directory() -> str:
+    """Return the directory that containerd runs this in; empty if it has been removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return ""
 
 
 def _expected_directory(line: CommandLine, bundle: str) -> str:
@@ -58,7 +66,21 @@ def _expected_directory(line: CommandLine, bundle: str) -> str:
     except Refusal:
         settings = config.ShimConfig()
     name = grouping.socket_name(address=line.address, namespace=line.namespace, group=group)
-    return state_directory.path_of(settings.state_dir, name)
+    expected = state_directory.path_of(settings.state_dir, name)
+    return expected if os.path.exists(expected) else _found_directory(settings.state_dir, line) or expected
+
+
+def _found_directory(state_dir: str, line: CommandLine) -> str | None:
+    """Look for the sandbox of a container whose bundle is gone, and with it the name of its pod."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(state_dir):
+            directory = os.path.join(state_dir, name)
+            with contextlib.suppress(OSError, ValueError, TypeError):  # not a sandbox's, or gone meanwhile
+                record = state_directory.read_record(directory)
+                caller = (line.namespace, line.address.removeprefix("unix://"))
+                if (record.namespace, record.grpc_address) == caller and _is_on_record(directory, line.id):
+                    return directory
+    return None
 
 
 def _is_on_record(directory: str, container: str) -> bool:

@@ -78,6 +78,11 @@ def address_of(arguments: list[str]) -> str:
     return arguments[arguments.index("-address") + 1] if "-address" in arguments[:-1] else ""
 
 
+def user_of(credentials: bytes) -> int:
+    """Read the uid of a socket's peer out of its credentials: pid, uid, gid; see ``man 7 unix``."""
+    return int.from_bytes(credentials[4:8], sys.byteorder)
+
+
 def _ask(sent: bytes) -> int | None:
     """Have the zygote do it.
 
@@ -88,11 +93,14 @@ def _ask(sent: bytes) -> int | None:
 
     identity = identity_of(address_of(sys.argv))
     born_at_s = time.monotonic() - time.process_time()
-    request = (identity, posix.getppid(), posix.getcwd(), sys.argv[1:], posix.environ, sent, born_at_s)
     connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     connection.settimeout(_ACCEPT_TIMEOUT_S)
     try:
+        where = posix.getcwd()
+        request = (identity, posix.getppid(), where, sys.argv[1:], posix.environ, sent, born_at_s)
         connection.connect(socket_path(identity))
+        if user_of(connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)) != posix.geteuid():
+            return None  # the environment may hold secrets
         connection.send(marshal.dumps(request))
         if connection.recv(1) != ACCEPTED:
             return None

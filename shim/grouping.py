@@ -7,7 +7,9 @@ import os
 
 from shim.refusal import Refusal
 
-_GROUP_ANNOTATIONS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
+_GROUP_ANNOTATION = "io.containerd.runc.v2.group"
+#: containerd's id of the pod that a container belongs to.
+POD_ANNOTATION = "io.kubernetes.cri.sandbox-id"
 #: What containerd's CRI says of a container: ``sandbox`` of the one that stands for its pod.
 KIND_ANNOTATION = "io.kubernetes.cri.container-type"
 _MAX_IDENTIFIER = 76
@@ -41,17 +43,31 @@ def check_identifier(identifier: str, *, phase: str, what: str) -> None:
 def group_of(bundle: str, container: str) -> str:
     """Read the group of a container from the annotations of its OCI spec.
 
+    A pod may be allowed to choose annotations, but never its machine: what Kubernetes runs is grouped by the
+    id that containerd itself gave to its pod.
+
     :param bundle: the bundle directory; one without ``config.json`` is a sandbox that containerd made itself.
     :param container: the container's id.
     :returns: the group, which is the container's own id when no annotation names another.
-    :raises Refusal: if the spec is not JSON.
+    :raises Refusal: if the spec is not JSON, or a pod's container names a group that is not its pod.
     """
     annotations = _annotations_of(bundle) or {}
-    for key in _GROUP_ANNOTATIONS:
-        group = annotations.get(key)
-        if isinstance(group, str) and group:
-            return group
-    return container
+    named = _text(annotations, _GROUP_ANNOTATION)
+    pod = _text(annotations, POD_ANNOTATION)
+    if KIND_ANNOTATION not in annotations:
+        return named or pod or container
+    own = pod or container
+    if named and named != own:
+        raise Refusal(
+            f"start: container {container}: {_GROUP_ANNOTATION} names {named}, which is not its pod {own}; "
+            "remove the annotation"
+        )
+    return own
+
+
+def _text(annotations: dict[str, object], key: str) -> str:
+    value = annotations.get(key)
+    return value if isinstance(value, str) else ""
 
 
 def is_pod(bundle: str) -> bool:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from hypervisor import printable
 from proto.kata import oci_pb2
 from shim import kernel
 from shim.errors import Internal, InvalidArgument
@@ -294,7 +295,7 @@ class _Running:
         self._read()
         lines = [line.strip() for line in self._last.decode(errors="replace").splitlines() if line.strip()]
         words = "; ".join(lines[-_SHOWN_LINES:])[-_SHOWN_CHARACTERS:]
-        return ": " + "".join(each if each.isprintable() else " " for each in words) if words else ""
+        return f": {printable(words, limit=_SHOWN_CHARACTERS)}" if words else ""
 
 
 def _spawn(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hypervisor import Accelerator, Channel, HypervisorError, Verdict, channel_problem
 from hypervisor import choose_accelerator as accelerator_probe
+from shim import private_directory
 from shim.errors import FailedPrecondition
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ async def choose_accelerator(config: Config) -> Verdict:
         accelerator = Accelerator(config.hypervisor.accelerator)
         return Verdict(accelerator=accelerator, reason="set by [hypervisor] accelerator")
     try:
-        _VERDICT.parent.mkdir(parents=True, exist_ok=True)
+        private_directory.make(str(_VERDICT.parent))
         return await accelerator_probe(Path(config.hypervisor.qemu), cache=_VERDICT)
     except (HypervisorError, OSError) as error:
         raise FailedPrecondition(f"boot: accelerator: {error}; set [hypervisor] accelerator") from error

@@ -19,7 +19,7 @@ from proto.cri.pod_pb2 import PodSandboxConfig
 from shim import shared_memory
 from shim.agent import SHM_BYTES
 from shim.errors import InvalidArgument
-from shim.grouping import KIND_ANNOTATION
+from shim.grouping import KIND_ANNOTATION, POD_ANNOTATION
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +64,21 @@ class PodSpec:
     shm_bytes: int = SHM_BYTES
     cgroup: str
     oci: dict[str, Any]
+
+
+def check_pod(spec: dict[str, Any], *, sandbox_id: str) -> None:
+    """Refuse a container of another pod than the one that has this machine.
+
+    :param spec: the decoded ``config.json``.
+    :param sandbox_id: the id of the sandbox that it is to join.
+    :raises InvalidArgument: if Kubernetes runs it and its pod is another.
+    """
+    annotations = spec.get("annotations")
+    if not isinstance(annotations, dict) or KIND_ANNOTATION not in annotations:
+        return
+    pod = annotations.get(POD_ANNOTATION)
+    if pod and pod != sandbox_id:
+        raise InvalidArgument(f"create: {POD_ANNOTATION} is {pod!r}: this machine is that of {sandbox_id}")
 
 
 def is_pause(spec: dict[str, Any]) -> bool:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from shim import private_directory
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -41,7 +43,7 @@ def keep(path: Path, text: str) -> None:
     :raises OSError: if the directory cannot be written to.
     """
     log_dir, suffix = path.parent, path.suffix
-    log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private_directory.make(str(log_dir))
     temporary = path.with_suffix(f"{suffix}.new")
     temporary.write_text(text, encoding="utf-8", errors="replace")
     temporary.rename(path)

@@ -30,7 +30,7 @@ from shim.hooks import Hooks
 from shim.machine import Machine
 from shim.oci import refusing_malformed
 from shim.pause_container import PauseContainer
-from shim.pod import check_names, is_pause, with_files, with_sysctls, write_files
+from shim.pod import check_names, check_pod, is_pause, with_files, with_sysctls, write_files
 from shim.refusal import Refusal
 from shim.timeline_files import SandboxTimeline
 from shim.volume_source import GuestWritable
@@ -277,6 +277,7 @@ class Sandbox:
             raise AlreadyExists(f"create: container {container_id}: already exists")
         spec = read_spec(bundle)
         check_names(spec)
+        check_pod(spec, sandbox_id=self.id)
         kind = PauseContainer if is_pause(spec) else Container
         container = kind(container_id, bundle=bundle, spec=spec, stdio=stdio, sandbox=self)
         self.containers[container_id] = container

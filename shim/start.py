@@ -10,7 +10,16 @@ import select
 import socket
 import time
 
-from shim import bootstrap_wire, config, daemonize, entry, grouping, state_directory, timeline
+from shim import (
+    bootstrap_wire,
+    config,
+    daemonize,
+    entry,
+    grouping,
+    private_directory,
+    state_directory,
+    timeline,
+)
 from shim.bootstrap_wire import BootstrapParams, RuntimeOptions
 from shim.ledger import SHIM_PROCESS, Ledger
 from shim.record import Record
@@ -268,7 +277,7 @@ def _make(record: StartRecord, *, container: str, make_shim: MakeShim) -> bytes:
         with timeline.phase("state", lane=timeline.START):
             ledger.created(container)
             ledger.file(record.socket_path)
-            os.makedirs(os.path.dirname(record.socket_path), mode=0o700, exist_ok=True)
+            private_directory.make(os.path.dirname(record.socket_path))
             state_directory.write_record(record)
         with timeline.phase("daemon", lane=timeline.START):
             if record.protocol == "grpc":
@@ -343,7 +352,7 @@ def _launch_zygote(address: str) -> None:
     :param address: containerd's.
     """
     with contextlib.suppress(OSError):
-        os.makedirs(entry.ZYGOTE_DIRECTORY, mode=0o700, exist_ok=True)
+        private_directory.make(entry.ZYGOTE_DIRECTORY)
         path = f"{entry.socket_path(entry.identity_of(address))}.lock"
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)

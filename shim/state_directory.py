@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 
+from shim import private_directory
 from shim.record import Record
 
 _RECORD = "sandbox.json"
@@ -102,7 +103,7 @@ def lock(state_directory: str) -> int:
     :returns: a descriptor that holds the lock until it is closed.
     """
     while True:
-        os.makedirs(state_directory, mode=0o700, exist_ok=True)
+        private_directory.make(state_directory)
         descriptor = lock_existing(state_directory)
         if descriptor is not None:
             return descriptor

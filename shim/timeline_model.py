@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hypervisor import printable
 from shim.timeline import AGENT, CONTAINERD, KERNEL, MACHINE, SHIM, START
 
 if TYPE_CHECKING:
@@ -112,15 +113,17 @@ def guest_phases(report: str, *, asked_s: float, answered_s: float, since_s: flo
             began, ended, lane, name = line.split(" ", 3)
             began_s, ended_s = float(began) + offset_s, float(ended) + offset_s
             if lane in {KERNEL, AGENT} and since_s <= began_s <= ended_s <= answered_s:
-                phases.append(Phase(lane=lane, name=_plain(name), began_s=began_s, ended_s=ended_s))
+                phases.append(
+                    Phase(
+                        lane=lane,
+                        name=printable(name, limit=_LONGEST_OF_GUEST, replacement="?"),
+                        began_s=began_s,
+                        ended_s=ended_s,
+                    )
+                )
     except ValueError:
         return phases
     return phases
-
-
-def _plain(name: str) -> str:
-    """Make printable and short what a guest calls something."""
-    return "".join(letter if letter.isprintable() else "?" for letter in name[:_LONGEST_OF_GUEST])
 
 
 def table(timeline: Timeline) -> str:

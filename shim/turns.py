@@ -18,6 +18,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shim import private_directory
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
@@ -76,7 +78,7 @@ async def _wait(directory: Path, *, at_once: int, given_up: asyncio.Event) -> in
 
 
 def _make(directory: Path, count: int) -> list[str]:
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private_directory.make(str(directory))
     paths = [str(directory / str(number)) for number in range(count)]
     for path in paths:
         with contextlib.suppress(FileExistsError):

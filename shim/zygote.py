@@ -204,7 +204,10 @@ def _next_caller(listener: socket.socket, zygote: socket.socket) -> socket.socke
 
 def _receive(caller: socket.socket, identity: str) -> Request | None:
     """Read what is wanted, and accept it unless the caller is not what this process can stand in for."""
-    pid = int.from_bytes(caller.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+    credentials = caller.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    if entry.user_of(credentials) != os.geteuid():
+        return None
+    pid = int.from_bytes(credentials[:4], sys.byteorder)
     try:
         values = marshal.loads(caller.recv(_MAX_REQUEST))  # noqa: S302 - only root can send any
         request = Request(**dict(zip(Request.fields(), values, strict=True)))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
+from hypervisor import printable
 from shim.errors import DeadlineExceeded, Internal, InvalidArgument, ShimError, Unimplemented
 
 if TYPE_CHECKING:
@@ -140,5 +141,5 @@ def status_text(error: ShimError) -> str:
     sent may hold control characters, which clients print on terminals.
     """
     text = " ".join(str(error)[:MAX_STATUS_TEXT].split())
-    shown = "".join(mark if mark.isprintable() else "?" for mark in text)
+    shown = printable(text, limit=MAX_STATUS_TEXT, replacement="?")
     return shown.encode()[:MAX_STATUS_TEXT].decode("utf-8", "ignore")

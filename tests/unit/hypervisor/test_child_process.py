@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from hypervisor.exits import ExitStatus
-from hypervisor.process import Process, printable, waits_more_than_it_runs
+from hypervisor.printable import printable
+from hypervisor.process import LINE_LIMIT, Process, waits_more_than_it_runs
 
 
 def shell(script: str, **kwargs) -> Process:
@@ -136,7 +137,7 @@ def test_a_child_dies_with_its_parent():
     ids=["plain", "control characters", "long"],
 )
 def test_lines_from_outside_are_made_printable(line, shown):
-    assert printable(line) == shown
+    assert printable(line, limit=LINE_LIMIT) == shown
 
 
 _PAGES = "grep THP_enabled /proc/self/status"

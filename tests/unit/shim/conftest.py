@@ -77,6 +77,20 @@ class Containerd:
             check=False,
         )
 
+    def delete_without_bundle(self, container: str) -> subprocess.CompletedProcess[bytes]:
+        """Run ``delete`` in a bundle that is removed before the program starts, and do not name it."""
+        given = ["-namespace", "tests", "-address", self.address, "-id", container, "delete"]
+        bundle = self.bundle(container)
+        return subprocess.run(
+            ["/bin/sh", "-c", 'rm -r "$0" && exec "$@"', bundle, sys.executable, str(PROGRAM), *given],
+            cwd=bundle,
+            env={**os.environ, **self.environment, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=20,
+            check=False,
+        )
+
     def socket_path(self, group: str, *, directory: Path = Path("/run/containerd/s")) -> Path:
         return directory / grouping.socket_name(address=self.address, namespace="tests", group=group)
 

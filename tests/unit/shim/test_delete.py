@@ -42,6 +42,31 @@ def test_a_dead_shim_leaves_nothing(containerd):
     assert nothing_is_left(containerd)
 
 
+def test_a_removed_bundle_does_not_keep_anything_from_being_undone(containerd):
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    containerd.kill_shims()
+
+    reply = containerd.delete_without_bundle("c1")
+
+    assert (reply.returncode, reply.stderr) == (0, b"")
+    assert nothing_is_left(containerd)
+
+
+def test_a_container_of_a_pod_is_found_without_its_bundle(containerd):
+    containerd.make_bundle("pod")
+    bundle = containerd.make_bundle("c1")
+    (bundle / "config.json").write_text(json.dumps({"annotations": {GROUP: "pod"}}))
+    containerd.run("start", "pod")
+    containerd.run("start", "c1")
+
+    containerd.delete_without_bundle("c1")
+
+    ledger = Ledger(str(containerd.state_of("pod")))
+    assert list(ledger.containers()) == ["pod"]
+    ledger.close()
+
+
 def hooked(containerd, text: str) -> Path:
     """A bundle with a program that follows the container's end."""
     bundle = containerd.make_bundle("c1")

@@ -10,6 +10,17 @@ import pytest
 from shim import grouping
 from shim.refusal import Refusal
 
+POD = {"io.kubernetes.cri.sandbox-id": "pod"}
+
+
+@pytest.mark.parametrize("kind", ["sandbox", "container"])
+def test_a_pod_cannot_choose_another_pods_machine_by_an_annotation(tmp_path, kind):
+    annotations = {**POD, "io.kubernetes.cri.container-type": kind, "io.containerd.runc.v2.group": "victim"}
+    (tmp_path / "config.json").write_text(json.dumps({"annotations": annotations}))
+
+    with pytest.raises(Refusal, match="names victim, which is not its pod pod; remove the annotation"):
+        grouping.group_of(str(tmp_path), "c1")
+
 
 @pytest.mark.parametrize(
     ("spec", "group"),
@@ -20,10 +31,8 @@ from shim.refusal import Refusal
         ({"annotations": {"io.kubernetes.cri.sandbox-id": "pod"}}, "pod"),
         ({"annotations": {"io.containerd.runc.v2.group": "group"}}, "group"),
         ({"annotations": {"io.containerd.runc.v2.group": ""}}, "c1"),
-        (
-            {"annotations": {"io.kubernetes.cri.sandbox-id": "pod", "io.containerd.runc.v2.group": "group"}},
-            "group",
-        ),
+        ({"annotations": {**POD, "io.kubernetes.cri.container-type": "container"}}, "pod"),
+        ({"annotations": {"io.kubernetes.cri.container-type": "sandbox"}}, "c1"),
         ([], "c1"),
     ],
 )

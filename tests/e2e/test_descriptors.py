@@ -1,0 +1,69 @@
+"""What the processes that a guest talks to have open: nothing of the shim's, and nothing of the host's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from shim.ledger import SHIM_PROCESS, Ledger
+from tests.e2e import busybox
+from tests.e2e.conftest import new_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.e2e.conftest import Stack
+
+pytestmark = pytest.mark.hako
+
+EXPECTED = {
+    "QEMU": {"/dev/null", "/memfd:hako-memory", "eventfd", "pipe", "signalfd", "socket"},
+    "virtio-fs daemon": {"eventfd", "pipe", "socket", "a file below its root"},
+    "vhost-device-vsock": {
+        *("/dev/null", "/memfd:hako-memory", "eventfd", "eventpoll", "pipe", "socket"),
+        "the sandbox's directory",
+    },
+}
+NUMBERED = re.compile(r"^(?:anon_inode:\[)?([a-z]+)(?::\[\d+\]|\])$")
+
+
+@pytest.fixture
+def sandbox(one_stack: Stack) -> Iterator[Path]:
+    """The state directory of a sandbox with a container."""
+    name = new_id()
+    started = one_stack.containerd.run(busybox.IMAGE, name, "sleep", "1000", options=["--detach"])
+    assert started.code == 0, started.stderr
+    yield next(one_stack.state_directory.glob("*/ledger")).parent
+    one_stack.containerd.remove(name)
+
+
+def open_files(pid: int) -> set[str]:
+    return {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
+
+
+def kind_of(link: str, *, name: str, sandbox: Path) -> str:
+    """Leave out of a link what differs from one process to the next."""
+    numbered = NUMBERED.match(link)
+    if numbered:
+        return numbered[1]
+    if name == "virtio-fs daemon":
+        return "a file below its root"
+    return "the sandbox's directory" if link == str(sandbox) else link.removesuffix(" (deleted)")
+
+
+def test_each_process_has_the_expected_kinds_of_files_open_and_no_socket_of_the_shim(sandbox: Path):
+    ledger = Ledger(str(sandbox))
+    pids = {entry.name: entry.pid for entry in ledger.entries() if entry.kind == "process"}
+    ledger.close()
+    sockets_of_shim = {link for link in open_files(pids[SHIM_PROCESS]) if link.startswith("socket:")}
+    files = {name: open_files(pids[name]) for name in EXPECTED}  # those that made a clone are gone
+
+    assert sockets_of_shim
+    assert not any(links & sockets_of_shim for links in files.values())
+    kinds = {
+        name: {kind_of(link, name=name, sandbox=sandbox) for link in links} for name, links in files.items()
+    }
+    assert {name: found for name, found in kinds.items() if not found <= EXPECTED[name]} == {}
