@@ -28,6 +28,7 @@ from hypervisor.printable import printable
 from hypervisor.qemu import QemuHypervisor
 from hypervisor.saving import save_template
 from hypervisor.template import template_key
+from hypervisor.virtiofsd import NAME as SHARE_DAEMON
 from hypervisor.virtiofsd import detect_dialect
 from hypervisor.vsock import channel_problem
 
@@ -35,6 +36,7 @@ __all__ = [
     "AGENT_PORT",
     "FRAMED_STREAM_PORT",
     "RAW_STREAM_PORT",
+    "SHARE_DAEMON",
     "Accelerator",
     "Channel",
     "ChannelError",

@@ -36,6 +36,8 @@ WATCHABLE_NAME = "watchable"
 WATCHABLE_DIRECTORY = f"{SHARE_DIRECTORY}/{WATCHABLE_NAME}"
 # The guest kernel's modules.
 MODULES_NAME = ".modules"
+# What containers share of the host's volumes is mounted in there once for all of them.
+VOLUMES_DIRECTORY = "/run/kata-containers/sandbox/volumes"
 SHM_DIRECTORY = "/run/kata-containers/sandbox/shm"
 SHM_BYTES = 64 * 1024 * 1024  # the size runc gives /dev/shm
 

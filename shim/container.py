@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from proto.kata import agent_pb2
-from shim import mounts, task_events, timeline
+from shim import task_events, timeline
 from shim.container_files import ContainerFiles
 from shim.disks import root_disk
 from shim.errors import (
@@ -72,9 +72,7 @@ class Container:
         self.lock = asyncio.Lock()
         self.limits = limits_of(spec)
         self._sandbox = sandbox
-        self._files = ContainerFiles(
-            container_id, bundle=bundle, share=sandbox.share, writable=sandbox.guest_writable
-        )
+        self._files = ContainerFiles(container_id, bundle=bundle, entries=sandbox.entries)
         self._hooks = sandbox.hooks(container_id, bundle=bundle, spec=spec)
         self._ending = False
         self._settled = asyncio.Event()
@@ -124,7 +122,6 @@ class Container:
                 sandbox_id=self._sandbox.id,
                 terminal=self.init.stdio.terminal,
                 seccomp=agent.supports_seccomp,
-                has_mounts_below=mounts.are_below,
             )
             if disk is not None:
                 await self._files.plug_root(disk, vm=self._sandbox.vm)
@@ -132,8 +129,7 @@ class Container:
                 await self._files.plug(device, vm=self._sandbox.vm)
             for group in translation.vfio_groups:
                 await self._files.plug_group(group, vm=self._sandbox.vm)
-            for shared in translation.shared_mounts:
-                self._files.show(shared)
+            self._files.show_volumes(translation, agent=agent)
             timeline.note("volumes, devices", lane=lane, began_s=began_s, ended_s=time.monotonic())
             with timeline.phase("streams", lane=lane):
                 transfer = await self._open_streams(self.init)

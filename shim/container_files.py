@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import stat
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +16,24 @@ from typing import TYPE_CHECKING, Any
 from hypervisor import Disk, DiskLimits, HostPciDevice, HypervisorError
 from proto.kata import agent_pb2
 from shim import mounts
-from shim.agent import SHARE_DIRECTORY
 from shim.disks import limits_of, without_limits_of
 from shim.errors import Internal, InvalidArgument, Unimplemented
 from shim.file_systems import FileSystems
 from shim.guest_names import agent_id, rootfs_of
 from shim.passthrough import devices_of
 from shim.volume_source import opened
+from shim.volumes import Volumes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from hypervisor import Hypervisor
     from proto.containerd.types_pb2 import Mount
+    from proto.kata import oci_pb2
     from shim.agent import Agent
     from shim.disks import DiskDevice, RootDisk
-    from shim.oci_mounts import SharedMount
-    from shim.volume_source import GuestWritable
+    from shim.oci import Translation
+    from shim.shared_entries import SharedEntries
 
 log = logging.getLogger(__name__)
 
@@ -63,16 +63,15 @@ class ContainerFiles:
 
     :param container_id: whose.
     :param bundle: its bundle directory.
-    :param share: the directory that the guest sees.
-    :param writable: what the guest writes in there.
+    :param entries: what the guest has of the host's files beside root file systems.
     """
 
-    def __init__(self, container_id: str, *, bundle: Path, share: Path, writable: GuestWritable) -> None:
+    def __init__(self, container_id: str, *, bundle: Path, entries: SharedEntries) -> None:
         self._id = container_id
         self._bundle = bundle
-        self._share = share
-        self._writable = writable
-        self._file_systems = FileSystems(share.parent / "mounts" / container_id, writable=writable)
+        self._entries = entries
+        mounted = entries.share.parent / "mounts" / container_id
+        self._file_systems = FileSystems(mounted, writable=entries.writable)
         self._shown = contextlib.ExitStack()
         self._plugged: dict[str, _Plugged] = {}
         self._pci_devices: dict[str, Hypervisor] = {}
@@ -106,43 +105,28 @@ class ContainerFiles:
             source = self._bundle / path
             if not os.path.isdir(source):  # noqa: PTH112 - a path that no file can have is no error to it
                 raise InvalidArgument(f"rootfs: container {self._id}: {source} is not a directory")
-        self._bind_into_share(
-            source,
-            f"{agent_id(self._id)}/rootfs",
-            read_only=False,
-            read_only_below=False,
-            recursive=True,
-            follows=False,
-        )
+        self._bind_into_share(source, f"{agent_id(self._id)}/rootfs")
 
     async def mount(self, spec: dict[str, Any]) -> dict[str, Any]:
         """Have the host mount what only the host can; see :meth:`FileSystems.mount`."""
         return await self._file_systems.mount(spec)
 
-    def show(self, shared: SharedMount) -> None:
-        """Show a volume.
+    def show_volumes(self, translation: Translation, *, agent: Agent) -> None:
+        """Show the volumes, and tell the specification where the guest has them.
 
-        :raises ShimError: if it is nothing that can be shared, or cannot be mounted.
+        :raises ShimError: if one is nothing that can be shared, or cannot be mounted.
         """
-        source = self._bundle / shared.source
-        self._bind_into_share(
-            source,
-            shared.name,
-            read_only=shared.read_only,
-            read_only_below=shared.read_only_below,
-            recursive=shared.recursive,
-            follows=shared.follows,
-        )
-        if shared.copied_to:
-            self._storages.append(
-                agent_pb2.Storage(
-                    driver="watchable-bind",
-                    source=f"{SHARE_DIRECTORY}/{shared.name}",
-                    fstype="bind",
-                    mount_point=shared.copied_to,
-                    options=["bind"],
-                )
-            )
+        volumes = Volumes(self._entries, in_parts=agent.is_hako, held=self._shown)
+        sent: list[oci_pb2.Mount] = []
+        for mount, shared in zip(translation.spec.Mounts, translation.shared_mounts, strict=True):
+            if shared is None:
+                sent.append(mount)
+                continue
+            shown = volumes.show(shared, bundle=self._bundle)
+            sent += shown.mounts
+            self._storages += shown.storages
+        del translation.spec.Mounts[:]
+        translation.spec.Mounts.extend(sent)
 
     async def plug_root(self, disk: RootDisk, *, vm: Hypervisor) -> None:
         """Give the machine the disk with the root file system.
@@ -300,40 +284,22 @@ class ContainerFiles:
         )
         return address
 
-    def _bind_into_share(
-        self,
-        source: Path,
-        name: str,
-        *,
-        read_only: bool,
-        read_only_below: bool,
-        recursive: bool,
-        follows: bool,
-    ) -> None:
-        target = self._share / name
-        with opened(source, self._writable) as descriptor:
-            if not read_only:
-                self._writable.add(descriptor)
-            elif follows or not read_only_below:
-                self._writable.add_below(descriptor)
-            if target.parent != self._share:
-                target.parent.mkdir(mode=0o711)
-                self._shown.callback(target.parent.rmdir)
-            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-                target.mkdir()
-                self._shown.callback(target.rmdir)
-            else:
-                target.touch()
-                self._shown.callback(target.unlink)
-            what = f"bind {source} on {target}"
+    def _bind_into_share(self, source: Path, name: str) -> None:
+        target = self._entries.share / name
+        with opened(source, self._entries.writable) as descriptor:
+            self._entries.writable.add(descriptor)
+            target.parent.mkdir(mode=0o711)
+            self._shown.callback(target.parent.rmdir)
+            target.mkdir()
+            self._shown.callback(target.rmdir)
             mounts.bind_opened(
                 descriptor,
                 target,
-                read_only=read_only,
-                read_only_below=read_only_below,
-                recursive=recursive,
-                follows=follows,
-                what=what,
+                read_only=False,
+                read_only_below=False,
+                recursive=True,
+                follows=False,
+                what=f"bind {source} on {target}",
             )
             self._shown.callback(mounts.unmount, target)
 

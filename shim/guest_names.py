@@ -8,6 +8,7 @@ with an end that none of the guest's own names has.
 
 from __future__ import annotations
 
+_LABEL_BYTES = 64  # well below the 255 of a file name
 _MARK = "-"  # containerd's ids do not end with it, and the agent's may
 
 
@@ -33,10 +34,10 @@ def rootfs_of(agent_id: str) -> str:
     return f"/run/kata-containers/{agent_id}/rootfs"
 
 
-def volume_in_share(container_id: str, name: str) -> str:
-    """Name a volume of a container in the share, as no container and none of its other entries are named.
+def volume_in_share(number: int, label: str) -> str:
+    """Name a volume in the share, as no container and none of the guest's own is named.
 
-    :param container_id: containerd's id.
-    :param name: tells the container's volumes apart.
+    :param number: tells the volumes apart.
+    :param label: what whoever looks at the share knows it by; it may be cut short.
     """
-    return f"{container_id}+{name}"  # no id has a plus sign
+    return f"+{number}-{label.encode()[:_LABEL_BYTES].decode(errors='ignore')}"  # no id has a plus sign

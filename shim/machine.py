@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from hypervisor import (
     AGENT_PORT,
+    SHARE_DAEMON,
     Accelerator,
     Channel,
     ChannelError,
@@ -111,6 +112,13 @@ class Machine:
         if self._vm is None:
             raise Unavailable(f"sandbox {self._id}: no machine")
         return self._vm
+
+    def share_daemons(self) -> list[int]:
+        """List the processes of the virtio-fs daemon, which has a mount namespace of its own.
+
+        :raises Unavailable: if there is no machine yet.
+        """
+        return [process.pid for process in self.vm.processes() if process.name == SHARE_DAEMON]
 
     async def boot(self, pod: PodSpec) -> Agent:
         """Bring it up, with its share and its network.

@@ -7,21 +7,24 @@ never seen by the host. Python 3.11 has neither ``mount`` nor ``unshare``, hence
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import errno
 import os
 import struct
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from shim import kernel
 from shim.errors import Internal, InvalidArgument, ShimError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from proto.containerd.types_pb2 import Mount
+
+_T = TypeVar("_T")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -179,12 +182,6 @@ async def run_to_the_end(act: Callable[[], None]) -> None:
         raise cancelled
 
 
-def are_below(path: str) -> bool:
-    """Tell whether something is mounted below a path."""
-    real = os.path.realpath(path)
-    return any(target != real for target in kernel.mount_targets(real))
-
-
 def enter_private_namespace() -> None:
     """Give this process a mount namespace of its own that still follows the host's mounts.
 
@@ -283,6 +280,52 @@ def bind_opened(
         os.close(tree)
 
 
+@contextlib.contextmanager
+def cloned(source: int, *, what: str) -> Iterator[int]:
+    """Look at a directory as it is without what is mounted below it.
+
+    :param source: a descriptor of it.
+    :param what: words for the error.
+    :returns: a descriptor, for as long as the context.
+    :raises ShimError: if the kernel refuses.
+    """
+    clone = _AT_EMPTY_PATH | _OPEN_TREE_CLONE | os.O_CLOEXEC
+    tree = _mount_call(_SYS_OPEN_TREE, source, b"", clone, what=what)
+    try:
+        yield tree
+    finally:
+        os.close(tree)
+
+
+def let_write(namespace: int, target: str, inode: tuple[int, int]) -> bool:
+    """Make a mount of another mount namespace writable: such a change does not propagate to it.
+
+    :param namespace: the mount namespace, open.
+    :param target: the mount point in there.
+    :param inode: the device and the number of what is mounted.
+    :returns: whether that is mounted there.
+    :raises Internal: if the kernel refuses.
+    """
+
+    def change() -> bool:
+        try:
+            kernel.enter_mount_namespace(namespace)
+            status = Path(target).stat()
+        except FileNotFoundError:
+            return False
+        if (status.st_dev, status.st_ino) != inode:
+            return False
+        attributes = struct.pack("=QQQQ", 0, _MOUNT_ATTR_RDONLY, 0, 0)
+        _mount_call(
+            _SYS_MOUNT_SETATTR,
+            *(_AT_FDCWD, os.fsencode(target), 0, attributes, len(attributes)),
+            what=f"make {target} writable",
+        )
+        return True
+
+    return _in_own_thread(change)
+
+
 def _mount_call(number: int, *arguments: int | bytes, what: str) -> int:
     # Variadic functions take longs: a plain int would leave the upper half of a register undefined.
     converted = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
@@ -355,20 +398,35 @@ def _mount_from_common_directory(source: str, where: Path, fstype: str, options:
     common = os.path.commonpath(layers)
     relative = ":".join(os.path.relpath(layer, common) for layer in layers)
     data = ",".join([*others, f"lowerdir={relative}"])
-    failure: list[Exception] = []
 
     def mount_relative() -> None:
-        try:
-            if _libc.unshare(CLONE_FS) != 0:
-                raise Internal(f"mount: unshare: {os.strerror(ctypes.get_errno())}")
-            os.chdir(common)
-            mount(source, where, fstype, options.flags, data)
-        except (ShimError, OSError) as error:
-            failure.append(error)
+        if _libc.unshare(CLONE_FS) != 0:
+            raise Internal(f"mount: unshare: {os.strerror(ctypes.get_errno())}")
+        os.chdir(common)
+        mount(source, where, fstype, options.flags, data)
 
-    thread = threading.Thread(target=mount_relative, name="overlay-mount")
+    _in_own_thread(mount_relative)
+
+
+def _in_own_thread(act: Callable[[], _T]) -> _T:
+    """Do what changes the calling thread for good.
+
+    :raises ShimError: as ``act`` does.
+    :raises Internal: for its OSError.
+    """
+    outcomes: list[_T] = []
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            outcomes.append(act())
+        except (ShimError, OSError) as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="mount")
     thread.start()
     thread.join()
-    if failure:
-        kind = InvalidArgument if isinstance(failure[0], InvalidArgument) else Internal
-        raise kind(str(failure[0])) from failure[0]
+    for failure in failures:
+        kind = InvalidArgument if isinstance(failure, InvalidArgument) else Internal
+        raise kind(str(failure)) from failure
+    return outcomes[0]

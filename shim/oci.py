@@ -24,7 +24,7 @@ from shim.oci_mounts import SharedMount, rewrite_mount
 from shim.passthrough import is_vfio, vfio_groups
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 # The guest gives every container a private one or the sandbox's; the host's are meaningless in it.
 _GUEST_NAMESPACES = ("ipc", "uts", "mount")
@@ -46,10 +46,13 @@ _DEFAULT_ERRNO = "io.hako.seccomp/default-errno"
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """What the agent is sent, and what must be shared before it is."""
+    """What the agent is sent, and what must be shared before it is.
+
+    :param shared_mounts: for each mount of the specification what replaces it once it is shared, or none.
+    """
 
     spec: oci_pb2.Spec
-    shared_mounts: tuple[SharedMount, ...]
+    shared_mounts: tuple[SharedMount | None, ...]
     disks: tuple[DiskDevice, ...]
     vfio_groups: tuple[int, ...]
     sandbox_pidns: bool
@@ -62,7 +65,6 @@ def translate(
     sandbox_id: str,
     terminal: bool,
     seccomp: bool,
-    has_mounts_below: Callable[[str], bool],
 ) -> Translation:
     """Translate a container's specification.
 
@@ -70,7 +72,6 @@ def translate(
     :param sandbox_id: the id of its sandbox on the host.
     :param terminal: the request's own flag, which wins over the specification's.
     :param seccomp: whether the guest can apply a profile; if not, the profile is left out.
-    :param has_mounts_below: whether the host has mounted something below a path.
     :raises InvalidArgument: if the specification is malformed or asks for what a guest cannot give.
     """
     with refusing_malformed(f"config.json of {container_id}"):
@@ -78,7 +79,7 @@ def translate(
         mounts = [
             (shared_memory.in_guest(entry), None)
             if shared_memory.is_pods(entry, ids=ids, shares_hosts_ipc=shares_hosts_ipc)
-            else rewrite_mount(entry, container_id=container_id, has_mounts_below=has_mounts_below)
+            else rewrite_mount(entry)
             for entry in spec.get("mounts") or []
         ]
         return _translate(spec, mounts, container_id=container_id, terminal=terminal, seccomp=seccomp)
@@ -126,7 +127,7 @@ def _translate(
     message.ClearField("Hooks")  # even an empty one keeps an agent from its own
     return Translation(
         message,
-        tuple(share for _, share in mounts if share is not None),
+        tuple(share for _, share in mounts),
         tuple(disks),
         tuple(() if allows_everything(resources.get("devices") or []) else vfio_groups(linux)),
         sandbox_pidns=any(n.get("type") == "pid" and n.get("path") for n in linux.get("namespaces") or []),

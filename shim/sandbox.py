@@ -32,8 +32,8 @@ from shim.oci import refusing_malformed
 from shim.pause_container import PauseContainer
 from shim.pod import check_names, check_pod, is_pause, with_files, with_sysctls, write_files
 from shim.refusal import Refusal
+from shim.shared_entries import SharedEntries
 from shim.timeline_files import SandboxTimeline
-from shim.volume_source import GuestWritable
 from shim.work import Work
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ class Sandbox:
         self._machine = Machine(
             record.id, directory=Path(record.state_directory), config=config, ledger=ledger
         )
-        self.share = self._machine.share
-        self.guest_writable = GuestWritable()
+        self.entries = SharedEntries(self._machine.share, daemons=self._machine.share_daemons)
         self._files = Path(record.state_directory) / "etc"
         self._pod: PodSpec | None = None
         self._record = record

@@ -11,13 +11,13 @@ import contextlib
 import errno
 import os
 import stat
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shim.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 _LINKS_AT_MOST = 40  # MAXSYMLINKS of the kernel, see path_resolution(7)
 _REMEDY = "name a file or directory"
@@ -34,47 +34,14 @@ class GuestWritable:
 
     def __init__(self) -> None:
         self._directories: set[tuple[int, int]] = set()
-        self._mounted_below: set[tuple[int, int]] = set()
 
     def add(self, descriptor: int) -> None:
         """Count an open file or directory among them, with all below it."""
-        self._directories.add(_identity(descriptor))
-
-    def add_below(self, descriptor: int) -> None:
-        """Count among them what is, or will be, mounted below an open directory, which itself is none."""
-        self._mounted_below.add(_identity(descriptor))
-
-    def has_below(self, descriptor: int) -> bool:
-        """Tell whether what is mounted below an open directory was counted among them."""
-        return _identity(descriptor) in self._mounted_below
+        self._directories.add(identity(descriptor))
 
     def __contains__(self, descriptor: int) -> bool:
         """Tell whether an open directory is one of them; those below one are not."""
-        return _identity(descriptor) in self._directories
-
-
-class _Way:
-    """Whether a walk has come to where a guest writes, from where every link may be the guest's.
-
-    :param writable: where it does.
-    """
-
-    def __init__(self, writable: GuestWritable) -> None:
-        self.is_guests = False
-        self._writable = writable
-        self._mount = ""
-
-    def begin(self, root: int) -> None:
-        """Stand at the root."""
-        self._mount = _mount_of(root) if self._writable.has_below(root) else ""
-
-    def reach(self, directory: int) -> None:
-        """Stand in an open directory, or at a file in it."""
-        if self._mount:
-            self.is_guests = self.is_guests or _mount_of(directory) != self._mount
-        elif self._writable.has_below(directory):
-            self._mount = _mount_of(directory)
-        self.is_guests = self.is_guests or directory in self._writable
+        return identity(descriptor) in self._directories
 
 
 @contextlib.contextmanager
@@ -119,23 +86,22 @@ def found(path: Path | str, writable: GuestWritable) -> Iterator[int]:
 
 def _walk(path: Path | str, writable: GuestWritable) -> int:
     pending = str(path).split("/")[::-1]
-    way = _Way(writable)
+    is_guests = False
     links = 0
     here = _step("/", None)
-    way.begin(here)
     try:
         while pending:
             name = pending.pop()
             if name in {"", "."}:
                 continue
-            if way.is_guests and name == "..":
+            if is_guests and name == "..":
                 raise _not_followed(path, name)
             there = _step(name, here)
             mode = os.fstat(there).st_mode
             if stat.S_ISLNK(mode):
                 try:
                     links += 1
-                    if way.is_guests:
+                    if is_guests:
                         raise _not_followed(path, name)
                     if links > _LINKS_AT_MOST:
                         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
@@ -146,24 +112,42 @@ def _walk(path: Path | str, writable: GuestWritable) -> int:
                 if not target.startswith("/"):
                     continue
                 there = _step("/", None)
-                way.begin(there)
             os.close(here)
             here = there
-            way.reach(here)
+            is_guests = is_guests or here in writable
     except BaseException:
         os.close(here)
         raise
     return here
 
 
+@contextlib.contextmanager
+def walk_down(directory: Path | int, below: str) -> Iterator[int]:
+    """Find a file below a directory by a path that holds no link and does not lead upwards.
+
+    :param directory: its path, or a descriptor of it.
+    :returns: a descriptor, as O_PATH of open(2) makes it, for as long as the context.
+    :raises OSError: if there is no such path.
+    """
+    here = os.dup(directory) if isinstance(directory, int) else os.open(directory, os.O_PATH | os.O_CLOEXEC)
+    try:
+        for name in below.split("/"):
+            if name == "..":
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            if name in {"", "."}:
+                continue
+            there = _step(name, here)
+            os.close(here)
+            here = there
+            if stat.S_ISLNK(os.fstat(here).st_mode):
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        yield here
+    finally:
+        os.close(here)
+
+
 def _step(name: str, directory: int | None) -> int:
     return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-
-
-def _mount_of(descriptor: int) -> str:
-    # See proc(5); st_dev is no help: a file system may be mounted below itself.
-    lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii").splitlines()
-    return next(line for line in lines if line.startswith("mnt_id:"))
 
 
 def _not_followed(path: Path | str, name: str) -> InvalidArgument:
@@ -173,6 +157,7 @@ def _not_followed(path: Path | str, name: str) -> InvalidArgument:
     )
 
 
-def _identity(descriptor: int) -> tuple[int, int]:
+def identity(descriptor: int) -> tuple[int, int]:
+    """Tell what is open: its device and its number there."""
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino

@@ -6,7 +6,7 @@ import errno
 import os
 import time
 
-from guest.agent import files, kernel, modules, uevent, watch
+from guest.agent import binds, files, kernel, modules, uevent, watch
 from guest.agent.console import log
 from guest.agent.errors import AgentError
 
@@ -91,6 +91,8 @@ def add(storage: Message) -> Callable[[], None] | None:
 
 def _make(storage: Message) -> Callable[[], None] | None:
     match storage.driver:
+        case "bind" if storage.source.startswith(binds.SHARE):
+            return binds.add(storage.source, storage.mount_point)
         case "virtio-fs" | "overlayfs" | "bind":
             _mount(storage, storage.source)
             return lambda: kernel.unmount(storage.mount_point, flags=kernel.MNT_DETACH)

@@ -89,7 +89,7 @@ class SandboxService:
         if request.verbose:
             details = {
                 "pid": sandbox.pid,
-                "stateDirectory": str(sandbox.share.parent),
+                "stateDirectory": str(sandbox.entries.share.parent),
                 "reason": sandbox.reason_of_end,
             }
             response.info["info"] = json.dumps(details)

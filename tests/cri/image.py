@@ -17,19 +17,23 @@ PAUSE_IMAGE = "hako.test/pause:1"
 PORT = 7000
 PEER = Path(__file__).with_name("peer.py")
 PYTHON = Path("/usr/bin/python3").resolve()
+SHARING = Path(__file__).with_name("sharing.py")
 PEER_COMMAND = (str(PYTHON), "-IS", "/peer.py")
 """Runs the peer program in a container; its verb and arguments follow."""
+SHARING_COMMAND = (str(PYTHON), "-IS", "/sharing.py")
+"""Runs the program that meets another through a volume; its verb and directories follow."""
 
-# Compile what the interpreter and the program import, and name the directory of the standard library.
+# Compile what the interpreter and the programs import, and name the directory of the standard library.
 _COLLECT = """
 import encodings.idna, hashlib, json, os, py_compile, runpy, sys, sysconfig
-runpy.run_path(sys.argv[1], run_name="peer")
+for program in sys.argv[2:]:
+    runpy.run_path(program, run_name="imported")
 origins = {getattr(getattr(m, "__spec__", None), "origin", None) or "" for m in list(sys.modules.values())}
 origins.add(os.__file__)
 for origin in origins:
     if origin.endswith(".py"):
         mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
-        py_compile.compile(origin, f"{sys.argv[2]}{origin}c", doraise=True, invalidation_mode=mode)
+        py_compile.compile(origin, f"{sys.argv[1]}{origin}c", doraise=True, invalidation_mode=mode)
 print(json.dumps([sysconfig.get_path("stdlib"), [o for o in origins if o.endswith(".so")]]))
 """
 
@@ -40,16 +44,16 @@ def _libraries(program: Path) -> set[Path]:
 
 
 def peer_layer() -> bytes:
-    """Return a tar archive of the interpreter, what it needs, and the peer program."""
+    """Return a tar archive of the interpreter, what it needs, and the programs."""
     with tempfile.TemporaryDirectory() as directory:
-        argv = [PYTHON, "-IS", "-c", _COLLECT, PEER, directory]
+        argv = [PYTHON, "-IS", "-c", _COLLECT, directory, PEER, SHARING]
         done = subprocess.run(argv, capture_output=True, text=True, check=True)
         compiled = {path.relative_to(directory): path.read_bytes() for path in Path(directory).rglob("*.pyc")}
     standard_library, extensions = json.loads(done.stdout)
     programs = {PYTHON, *map(Path, extensions)}
     files = programs.union(*map(_libraries, programs))
     contents = {path.relative_to("/"): path.read_bytes() for path in files} | compiled
-    contents[Path("peer.py")] = PEER.read_bytes()
+    contents |= {Path(program.name): program.read_bytes() for program in (PEER, SHARING)}
     # The interpreter looks for this directory to find out where it is.
     contents[Path(standard_library, "lib-dynload", "README").relative_to("/")] = b""
     buffer = io.BytesIO()

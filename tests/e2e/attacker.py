@@ -34,6 +34,7 @@ CAPABILITIES = (
 PRIVILEGED = {"resources": {"devices": [{"allow": True, "access": "rwm"}]}}
 MARK = "hako-sentinel-"
 SHARE = "/run/kata-containers/shared/containers"
+VOLUMES = "/run/kata-containers/sandbox/volumes"
 GUEST = "/guest"
 # Functions for the programs that run in the machine.
 ATTEMPTS = """
@@ -131,7 +132,7 @@ class Attacker:
         """Run a shell script as root of the machine, where its first process has its files."""
         root = f"{SHARE}/{agent_id(self.box.id)}/rootfs"
         programs = f"{root}/bin"
-        enter = f"PATH={programs}:/usr/bin S={SHARE} ME={root}; cd /; exec 2>&1"
+        enter = f"PATH={programs}:/usr/bin S={SHARE} V={VOLUMES} ME={root}; cd /; exec 2>&1"
         shell = [f"{programs}/sh", "-c", f"export {enter}\n{script}\ntrue"]
         said = self.box.output("nsenter", f"--mount={GUEST}/1/ns/mnt", *shell)
         self.said.append(said)
@@ -179,9 +180,7 @@ class Attacker:
         except grpc.RpcError as error:
             said = error.details() or ""
         else:
-            said = self.run_as_guest(
-                f"cd $S/{name}+*-{name} 2>/dev/null && ls && cat * || cat $S/{name}+*-{name}"
-            )
+            said = self.run_as_guest(f"cd $V/+*-{name} 2>/dev/null && ls && cat * || cat $V/+*-{name}")
             self.box.call("Delete", id=name)
         self.said.append(said)
         return said

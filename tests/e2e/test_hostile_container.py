@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.hako, pytest.mark.timeout(240)]
 
 RACE_S = 3
+MOUNTED = ("read-only/below", "all-read-only/under")
+HIDDEN = f"{MARK}below what is mounted on it"
 NOT_THERE = "No such file or directory"
 
 
@@ -37,13 +39,17 @@ NOT_THERE = "No such file or directory"
 def place(one_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The directory on the host with the volumes, one of them with another file system below it."""
     path = tmp_path_factory.mktemp("hostile")
-    for name in ("volume", "volume/inner", "read-only", "read-only/below", "neighbour", "bundles"):
+    for name in ("volume", "volume/inner", "neighbour", "bundles"):
         (path / name).mkdir()
-    subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "tmpfs", path / "read-only" / "below"], check=True)
-    for directory in ("read-only", "read-only/below"):
+    for name in MOUNTED:
+        (path / name).mkdir(parents=True)
+        (path / name / "hidden").write_text(HIDDEN)
+        subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "tmpfs", path / name], check=True)
+    for directory in ("read-only", "all-read-only", *MOUNTED):
         (path / directory / "file").write_text("given to read\n")
     yield path
-    subprocess.run(["/usr/bin/umount", path / "read-only" / "below"], check=True)
+    for name in MOUNTED:
+        subprocess.run(["/usr/bin/umount", path / name], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def attacker(one_stack: Stack, place: Path) -> Iterator[Attacker]:
         (place / "volume", "/vol", "rw"),
         (place / "volume" / "inner", "/inner", "rw"),
         (place / "read-only", "/ro", "ro"),
-        (place / "read-only", "/rro", "rro"),
+        (place / "all-read-only", "/rro", "rro"),
     ]
     others = set(one_stack.state_directory.iterdir())
     with privileged(one_stack, place / "hostile", *volumes) as box:
@@ -91,6 +97,7 @@ def nothing_reached(attacker: Attacker) -> Iterator[None]:
         attacker.place,
         attacker.place / "neighbour",
         attacker.place / "read-only",
+        attacker.place / "all-read-only",
         state,
         state / "share",
     )
@@ -128,7 +135,7 @@ def test_no_number_of_dots_leads_out_of_the_share(attacker: Attacker):
     paths = " ".join(f"{up}/{path}" for up in ups for path in ("sentinel", attacker.prey))
     inside = f"for at in / /vol /inner /ro /ro/below /proc/self/fd; do cd $at; cat {paths}; done"
     assert_all_refused(attacker.run(inside), NOT_THERE)
-    roots = "$S $ME $S/*-vol $S/*-inner $S/*-ro/below /again"
+    roots = "$S $ME $S/*-vol $V/*-inner $S/*-ro $S/*-below /again"
     again = "mkdir /again && mount -t virtiofs kataShared /again"
     script = f"{again}; for at in {roots}; do cd $at && cat {paths}; done; cd /; umount /again; rmdir /again"
     assert_all_refused(attacker.run_as_guest(script), NOT_THERE)
@@ -148,24 +155,30 @@ def test_the_share_itself_is_read_only(attacker: Attacker):
     assert set().union(*outcomes.values()) <= {"EROFS", "EBUSY", "EPERM"}, outcomes
 
 
-@pytest.mark.parametrize(("name", "places"), [("ro", ("",)), ("rro", ("", "/below"))])
+@pytest.mark.parametrize("entries", [{"ro": "/ro"}, {"rro": "/rro", "under": "/rro/under"}])
 def test_a_read_only_volume_stays_so_and_what_is_mounted_below_it_where_that_is_asked_for(
-    attacker: Attacker, name: str, places: tuple[str, ...]
+    attacker: Attacker, entries: dict[str, str]
 ):
-    remounts, plants = [], []
-    for place in places:
-        remounts.append(f"mount -o remount,rw $volume{place}; mount -o remount,rw,bind $volume{place}")
-        plants.append(f"touch $volume{place}/planted; rm $volume{place}/file")
-    attacker.run(f"volume=/{name}; {'; '.join(remounts + plants)}")
-    attacker.run_as_guest(f"volume=$(echo $S/*-{name}); {'; '.join(remounts)}")
+    for name, volume in entries.items():
+        remount = "mount -o remount,rw $at; mount -o remount,rw,bind $at"
+        attacker.run(f"at={volume}; {remount}; touch $at/planted; rm $at/file")
+        attacker.run_as_guest(f"for at in $S/*-{name} $V/*-{name}; do {remount}; done")
     outcomes = attacker.run_python(f"""
-        [volume] = [one.path for one in os.scandir({SHARE!r}) if one.name.endswith("-{name}")]
-        for place in {places!r}:
-            make_everything_in(volume + place)
-            spoil(volume + place + "/file")
+        for name in {tuple(entries)!r}:
+            [volume] = [one.path for one in os.scandir({SHARE!r}) if one.name.endswith("-" + name)]
+            make_everything_in(volume)
+            spoil(volume + "/file")
     """)
     assert "setxattr" in outcomes
     assert set().union(*outcomes.values()) <= {"EROFS", "EPERM"}, outcomes
+
+
+def test_files_that_a_mount_hides_stay_hidden(attacker: Attacker):
+    said = attacker.run_as_guest(
+        "for at in $S $V; do cat $at/*/hidden $at/*/below/hidden $at/*/under/hidden; done"
+    )
+    said += attacker.run("umount /ro/below /rro/under; cat /ro/below/hidden /rro/under/hidden")
+    assert_all_refused(said, NOT_THERE)
 
 
 def test_the_modules_that_all_machines_share_are_read_only(attacker: Attacker):
@@ -190,7 +203,7 @@ def test_links_lead_nowhere_but_into_the_machine(attacker: Attacker):
         done
     """
     assert_all_refused(attacker.run(script % "/vol /inner /" + f"ln {prey} /vol/hard"), NOT_THERE)
-    assert_all_refused(attacker.run_as_guest(script % "$S/*-vol $ME"), NOT_THERE)
+    assert_all_refused(attacker.run_as_guest(script % "$S/*-vol $V/*-inner $ME"), NOT_THERE)
     said = attacker.run(
         "touch /vol/x; ln /ro/file /vol/hard; ln /vol/x /inner/x; ln /ro/file /hard; rm /vol/x"
     )
@@ -368,7 +381,7 @@ def test_the_daemon_that_serves_files_sees_no_others_itself(attacker: Attacker, 
     shown = {one.name for one in root.iterdir()}
     ours = {"watchable", MODULES_NAME}
     assert shown >= ours
-    assert all(name.startswith(attacker.box.id) for name in shown - ours)
+    assert all(name == agent_id(attacker.box.id) or name.startswith("+") for name in shown - ours)
     assert not root.joinpath(*attacker.place.parts[1:]).exists()
 
 
@@ -376,7 +389,8 @@ def test_a_pod_sees_nothing_of_another(attacker: Attacker, one_stack: Stack, tmp
     with privileged(one_stack, tmp_path, (attacker.place / "neighbour", "/vol", "rw")) as neighbour:
         assert MARK in neighbour.output("cat", "/vol/sentinel")
         said = attacker.run_as_guest(
-            f"find $S -name {MODULES_NAME} -prune -o -type f -exec grep -l {MARK} {{}} +; ls $S"
+            f"find $S -name {MODULES_NAME} -prune -o -type f -exec grep -l {MARK} {{}} +; echo none; ls $S"
         )
+        assert said.startswith("none\n")
         assert agent_id(attacker.box.id) in said.splitlines()
         assert neighbour.id not in said

@@ -95,7 +95,7 @@ class MachinelessSandbox(Sandbox):
     vm = None  # nothing is plugged
 
     async def admit(self, agent):
-        self.share.mkdir()
+        self.entries.share.mkdir()
         self._ready.set_result(agent)
 
 

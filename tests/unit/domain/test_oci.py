@@ -17,17 +17,8 @@ def spec(**parts: Any) -> dict[str, Any]:
     return {"ociVersion": "1.1.0", "process": {"args": ["true"]}, "root": {"path": "rootfs"}} | parts
 
 
-def translated(
-    *, seccomp: bool = True, terminal: bool = False, mounted: tuple[str, ...] = (), **parts: Any
-) -> Translation:
-    return translate(
-        spec(**parts),
-        container_id="box",
-        sandbox_id="pod",
-        terminal=terminal,
-        seccomp=seccomp,
-        has_mounts_below=lambda path: any(point.startswith(f"{path}/") for point in mounted),
-    )
+def translated(*, seccomp: bool = True, terminal: bool = False, **parts: Any) -> Translation:
+    return translate(spec(**parts), container_id="box", sandbox_id="pod", terminal=terminal, seccomp=seccomp)
 
 
 def test_the_whole_process_is_sent() -> None:
@@ -111,33 +102,15 @@ def test_a_host_file_is_shared_under_a_name_of_its_own() -> None:
         ]
     )
     (share,) = result.shared_mounts
-    assert (share.source, share.read_only, share.recursive) == ("/var/x/resolv.conf", True, True)
-    (mount,) = result.spec.Mounts
-    assert mount.source == f"{SHARE_DIRECTORY}/{share.name}"
-    assert share.name.startswith("box+")
-    assert share.name.endswith("-resolv.conf")
-    assert list(mount.options) == ["rbind", "ro"]
-
-
-def test_two_mounts_on_the_same_name_do_not_collide() -> None:
-    mounts = [
-        {"destination": "/a/data", "type": "bind", "source": "/x"},
-        {"destination": "/b/data", "type": "bind", "source": "/x"},
-    ]
-    names = [share.name for share in translated(mounts=mounts).shared_mounts]
-    assert len(set(names)) == 2
-
-
-@pytest.mark.parametrize("name", ["../../etc", "a/../../b", "/"])
-def test_a_name_in_the_share_never_leaves_it(name: str) -> None:
-    (share,) = translated(mounts=[{"destination": name, "type": "bind", "source": "/x"}]).shared_mounts
-    assert "/" not in share.name
+    assert share is not None
+    assert (share.source, share.options) == ("/var/x/resolv.conf", ("rbind", "ro"))
+    assert not share.is_updated
 
 
 @pytest.mark.parametrize("source", ["/proc", "/sys/fs/cgroup", "/dev/net", "/proc/../dev/net"])
 def test_kernel_file_systems_are_the_guests_own(source: str) -> None:
     result = translated(mounts=[{"destination": "/x", "type": "bind", "source": source, "options": ["ro"]}])
-    assert result.shared_mounts == ()
+    assert result.shared_mounts == (None,)
     assert result.spec.Mounts[0].source.startswith(("/proc", "/sys", "/dev"))
 
 
@@ -148,13 +121,15 @@ def test_dev_shm_of_the_host_is_data(source: str, destination: str) -> None:
         mounts=[{"destination": destination, "type": "bind", "source": source}],
         linux={"namespaces": [{"type": "ipc"}, {"type": "network"}]},
     )
-    assert result.shared_mounts[0].source == source
+    (shared,) = result.shared_mounts
+    assert shared is not None
+    assert shared.source == source
 
 
 def test_the_shared_memory_of_the_pod_is_that_of_the_guest() -> None:
     source = "/run/containerd/io.containerd.grpc.v1.cri/sandboxes/pod/shm"
     result = translated(mounts=[{"destination": "/dev/shm", "type": "bind", "source": source}])
-    assert result.shared_mounts == ()
+    assert result.shared_mounts == (None,)
     assert result.spec.Mounts[0].source == SHM_DIRECTORY
 
 
@@ -162,7 +137,9 @@ def test_the_shared_memory_of_the_pod_is_that_of_the_guest() -> None:
 def test_only_what_a_container_cannot_write_is_a_copy(option: str, *, is_copied: bool) -> None:
     source = "/pods/1/volumes/kubernetes.io~configmap/settings"
     mount = {"destination": "/x", "type": "bind", "source": source, "options": ["rbind", option]}
-    assert bool(translated(mounts=[mount]).shared_mounts[0].copied_to) == is_copied
+    (shared,) = translated(mounts=[mount]).shared_mounts
+    assert shared is not None
+    assert shared.is_updated == is_copied
 
 
 def test_other_mounts_pass_unchanged() -> None:
@@ -261,8 +238,8 @@ def test_what_the_kubelet_updates_is_copied_in_the_guest_which_can_watch_it(kind
     source = f"/var/lib/kubelet/pods/1/volumes/kubernetes.io~{kind}/config"
     result = translated(mounts=[{"destination": "/c", "type": "bind", "source": source, "options": ["ro"]}])
     (shared,) = result.shared_mounts
-    assert shared.copied_to == f"/run/kata-containers/shared/containers/watchable/{shared.name}"
-    assert result.spec.Mounts[0].source == shared.copied_to
+    assert shared is not None
+    assert shared.is_updated
 
 
 def test_a_part_of_what_the_kubelet_updates_is_shared_as_it_is() -> None:
@@ -270,26 +247,8 @@ def test_a_part_of_what_the_kubelet_updates_is_shared_as_it_is() -> None:
     (shared,) = translated(
         mounts=[{"destination": "/c", "type": "bind", "source": source, "options": ["ro"]}]
     ).shared_mounts
-    assert shared.copied_to == ""
-
-
-@pytest.mark.parametrize(
-    ("options", "mounted", "in_guest", "below"),
-    [
-        (["rbind", "ro"], (), ["rbind", "ro"], True),
-        (["rbind", "ro"], ("/data/disk",), ["rbind"], False),
-        (["rbind", "rro"], ("/data/disk",), ["rbind", "rro"], True),
-        (["bind", "ro"], ("/data/disk",), ["bind", "ro"], True),
-    ],
-)
-def test_a_read_only_volume_leaves_what_is_mounted_below_it_as_it_is(
-    options: list[str], mounted: tuple[str, ...], in_guest: list[str], below: bool
-) -> None:
-    entry = {"destination": "/d", "type": "bind", "source": "/data", "options": options}
-    result = translated(mounted=mounted, mounts=[entry])
-    (shared,) = result.shared_mounts
-    assert (shared.read_only, shared.read_only_below) == (True, below)
-    assert list(result.spec.Mounts[0].options) == in_guest
+    assert shared is not None
+    assert not shared.is_updated
 
 
 def test_the_hosts_network_is_refused_by_name() -> None:

@@ -129,7 +129,6 @@ def test_what_is_refused_is_refused_by_name_and_reason(path: str) -> None:
             sandbox_id="pod",
             terminal=False,
             seccomp=True,
-            has_mounts_below=lambda _: False,
         )
     assert str(caught.value) == f"spec: {path}: {row.why}"
 

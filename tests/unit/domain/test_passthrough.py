@@ -24,7 +24,6 @@ def translated(spec: dict[str, object]) -> Translation:
         sandbox_id="pod",
         terminal=False,
         seccomp=False,
-        has_mounts_below=lambda _: False,
     )
 
 

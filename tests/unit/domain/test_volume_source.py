@@ -56,17 +56,6 @@ def test_in_what_a_guest_writes_neither_links_nor_steps_upwards_are_taken(
             read(tmp_path / way / path, writable)
 
 
-def test_what_is_mounted_below_a_read_only_volume_may_be_what_a_guest_writes_in() -> None:
-    links = Path("/proc/self/status")  # the first is in another file system than the root
-    guest = GuestWritable()
-    assert "Name:" in read(links, guest)
-    with opened(Path("/"), guest) as descriptor:
-        guest.add_below(descriptor)
-    with pytest.raises(InvalidArgument, match="'self' is a link"):
-        read(links, guest)
-    assert read(Path("/etc/passwd"), guest)
-
-
 @pytest.mark.parametrize(
     ("name", "why"),
     [
