@@ -24,7 +24,7 @@ from hypervisor.interface import Accelerator
 from hypervisor.process import Process
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
 KVM_DEVICE = Path("/dev/kvm")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -33,6 +33,7 @@ _HEAD_START_S = 0.5
 """Twice what KVM needs on an ordinary host, which then need not run anything else."""
 
 _DEADLINE_S = 20.0
+_LOCK_S, _LOCK_INTERVAL_S = 2 * _DEADLINE_S, 0.05
 _DEFEAT_KEPT_S = 300.0
 
 
@@ -78,14 +79,37 @@ async def choose_accelerator(qemu: Path, *, cache: Path) -> Verdict:
         reason = f"{KVM_DEVICE}: {error.strerror}"
         return Verdict(accelerator=Accelerator.TCG, reason=reason, proven=False)
     key = _key(qemu)
-    with cache.with_suffix(".lock").open("w") as lock:
-        await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
+    async with _locked(cache.with_suffix(".lock")):
         verdict = _load(cache, key)
         if verdict is None:
             verdict = await _measure(qemu, this_machine)
             if verdict.proven:
                 _store(cache, key, verdict)
         return verdict
+
+
+@contextlib.asynccontextmanager
+async def _locked(path: Path) -> AsyncIterator[None]:
+    """Hold a lock during a block; go on without it after as long as a measurement may take."""
+    # Nobody else may open it: a lock on it would stop every start.
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.fchmod(lock, 0o600)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LOCK_S):
+                while not _try_lock(lock):  # noqa: ASYNC110 - flock(2) has neither an event nor a deadline
+                    await asyncio.sleep(_LOCK_INTERVAL_S)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _try_lock(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def judge(*, kvm: _Run | None, tcg: _Run | None) -> Verdict:

@@ -296,6 +296,7 @@ class QemuHypervisor(Hypervisor):
         self._disks = Disks(qmp, devices)
         self._vcpus = Vcpus(
             qmp,
+            pid=qemu.pid,
             boot=spec.vcpus,
             most=spec.max_vcpus,
             emulated=spec.accelerator is Accelerator.TCG,

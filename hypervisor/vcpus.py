@@ -29,13 +29,15 @@ class Vcpus:
     """The virtual CPUs of one virtual machine.
 
     :param session: the control connection.
+    :param pid: QEMU's process.
     :param boot: how many it started with.
     :param most: how many it can have.
     :param emulated: whether QEMU translates their instructions (TCG).
     """
 
-    def __init__(self, session: QmpSession, *, boot: int, most: int, emulated: bool) -> None:
+    def __init__(self, session: QmpSession, *, pid: int, boot: int, most: int, emulated: bool) -> None:
         self._session = session
+        self._pid = pid
         self._boot = boot
         self._most = most
         self._emulated = emulated
@@ -73,7 +75,8 @@ class Vcpus:
         allowed = cpus or os.sched_getaffinity(0)
         async with self._lock:
             try:
-                threads = [each["thread-id"] for each in await self._session.ask(list, "query-cpus-fast")]
+                found = await self._session.ask(list, "query-cpus-fast")
+                threads = [self._own_thread(each["thread-id"]) for each in found]
                 one_each = len(threads) == len(cpus)
                 for thread, cpu in zip(threads, sorted(cpus) if one_each else threads, strict=True):
                     os.sched_setaffinity(thread, {cpu} if one_each else allowed)
@@ -84,9 +87,18 @@ class Vcpus:
         """Say of each virtual CPU whether it runs, and for how long it has; empty if QEMU does not tell."""
         try:
             found = await self._session.ask(list, "query-cpus-fast", timeout_s=_STATE_S)
-            return ", ".join(f"vCPU {each['cpu-index']} {thread_state(each['thread-id'])}" for each in found)
+            return ", ".join(f"vCPU {each['cpu-index']} {self._state(each['thread-id'])}" for each in found)
         except (QmpError, OSError, LookupError):
             return ""
+
+    def _state(self, tid: object) -> str:
+        return thread_state(self._own_thread(tid))
+
+    def _own_thread(self, tid: object) -> int:
+        """Accept a thread of QEMU's only: one that a guest has taken over could name any of the host's."""
+        if not isinstance(tid, int) or not Path(f"/proc/{self._pid}/task/{tid}").is_dir():
+            raise QmpError(f"thread {tid!r} is not one of QEMU's")
+        return tid
 
     async def _count(self) -> int:
         return len(await self._session.ask(list, "query-cpus-fast"))

@@ -103,7 +103,7 @@ async def test_processors_are_added_and_taken_away_as_the_guest_sees_it(start, q
         assert await vm.resize_vcpus(1) == 4
 
     # Taken away all the same, as under KVM: it is done, and the last thing done to this machine.
-    vcpus = Vcpus(vm._host.qmp, boot=1, most=4, emulated=False)
+    vcpus = Vcpus(vm._host.qmp, pid=vm.pid, boot=1, most=4, emulated=False)
     for count in (2, 1):
         assert await vcpus.resize(count) == count
         assert await processors(shell) == count

@@ -152,3 +152,20 @@ async def test_without_the_device_the_reason_names_it_and_nothing_is_kept(tmp_pa
     assert verdict.accelerator is Accelerator.TCG
     assert str(tmp_path / "kvm") in verdict.reason
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_another_user_cannot_hold_up_a_start_by_a_lock(tmp_path):
+    lock = tmp_path / "verdict.lock"
+    lock.touch(mode=0o644)
+
+    async with accelerator._locked(lock):
+        assert lock.stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_lock_that_is_never_given_back_is_waited_for_only_so_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerator, "_LOCK_S", 0.01)
+    entered = False
+    async with accelerator._locked(tmp_path / "lock"), accelerator._locked(tmp_path / "lock"):
+        entered = True
+
+    assert entered

@@ -1,0 +1,53 @@
+"""What QEMU says of its virtual CPUs is not believed where it could harm another process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+from hypervisor import ResizeError
+from hypervisor.vcpus import Vcpus
+
+
+class Qemu:
+    """Names a thread as that of its only virtual CPU."""
+
+    def __init__(self, thread: object) -> None:
+        self._thread = thread
+
+    async def ask(self, _kind: type, command: str, **_: object) -> object:
+        assert command == "query-cpus-fast"
+        return [{"cpu-index": 0, "thread-id": self._thread}]
+
+
+def vcpus(thread: object) -> Vcpus:
+    return Vcpus(Qemu(thread), pid=os.getpid(), boot=1, most=1, emulated=True)
+
+
+@pytest.fixture
+def stranger():
+    with subprocess.Popen(["/bin/sleep", "1000"]) as process:
+        yield process.pid
+        process.kill()
+
+
+async def test_a_thread_of_another_process_is_not_moved(stranger):
+    before = os.sched_getaffinity(stranger)
+
+    with pytest.raises(ResizeError, match=f"thread {stranger} is not one of QEMU's"):
+        await vcpus(stranger).pin(frozenset({min(before)}))
+
+    assert os.sched_getaffinity(stranger) == before
+
+
+@pytest.mark.parametrize("thread", ["..", -1, None, "1/../.."])
+async def test_what_is_no_thread_is_refused(thread):
+    with pytest.raises(ResizeError, match="is not one of QEMU's"):
+        await vcpus(thread).pin(frozenset({0}))
+
+
+async def test_the_state_of_another_process_is_not_told(stranger):
+    assert await vcpus(stranger).states() == ""
+    assert "vCPU 0" in await vcpus(os.getpid()).states()
