@@ -38,12 +38,8 @@ async def boot(spec: VmSpec, host: HostSide) -> Devices:
     with ExitStack() as handover:
         listener, share = virtiofsd.connected_pair(spec.directory)
         handover.enter_context(share)
-        with listener:
-            argv = virtiofsd.daemon_argv(
-                spec.virtiofsd, dialect, fd=listener.fileno(), source=spec.share_source
-            )
-            with host.phase("spawn virtio-fs daemon"):
-                host.spawn(virtiofsd.NAME, argv, inherit=[listener.fileno()])
+        with listener, host.phase("spawn virtio-fs daemon"):
+            virtiofsd.start(spec.virtiofsd, dialect, listener=listener, source=spec.share_source, host=host)
         host.channel = make_channel(spec, spawn=host.spawn)
         with host.phase("open agent's channel"):
             device = await host.channel.open(handover)

@@ -170,8 +170,7 @@ async def _serve_share(spec: VmSpec, host: HostSide, stack: ExitStack, saved: Te
     stack.enter_context(share)
     with listener, host.phase("spawn virtio-fs daemon"):
         dialect = saved.dialect_of(spec.virtiofsd) or await virtiofsd.detect_dialect(spec.virtiofsd)
-        argv = virtiofsd.daemon_argv(spec.virtiofsd, dialect, fd=listener.fileno(), source=spec.share_source)
-        host.spawn(virtiofsd.NAME, argv, inherit=[listener.fileno()])
+        virtiofsd.start(spec.virtiofsd, dialect, listener=listener, source=spec.share_source, host=host)
     return share
 
 

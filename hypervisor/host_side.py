@@ -61,6 +61,7 @@ class HostSide:
         *,
         inherit: Iterable[int] = (),
         accelerator: Accelerator | None = None,
+        keeps_capabilities: bool = False,
     ) -> Process:
         """Start a process; see ``Process.spawn``.
 
@@ -68,11 +69,14 @@ class HostSide:
         :param argv: the program and its arguments.
         :param inherit: descriptors the program gets under the same numbers.
         :param accelerator: how it will run guest instructions, if it is to.
+        :param keeps_capabilities: as ``Process.spawn`` takes it.
         :raises OSError: if no process could be made, or it could not be recorded.
         """
         # Emulated guests were measured to gain nothing from them: what is half used is wholly paid for.
         huge_pages = accelerator is not Accelerator.TCG
-        process = Process.spawn(name, argv, inherit=inherit, huge_pages=huge_pages)
+        process = Process.spawn(
+            name, argv, inherit=inherit, huge_pages=huge_pages, keeps_capabilities=keeps_capabilities
+        )
         self._processes.append(process)  # first of all, so that destroy() finds it whatever fails next
         if name == QEMU:
             self.qemu = process

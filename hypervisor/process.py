@@ -23,6 +23,7 @@ LINE_LIMIT = 400
 
 _REAPING_S = 1.0
 
+_NO_SETUID_FIXUP = "+no_setuid_fixup"  # capabilities(7), under "The securebits flags"
 _PR_SET_THP_DISABLE = 41  # linux/prctl.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -61,7 +62,13 @@ class Process:
 
     @classmethod
     def spawn(
-        cls, name: str, argv: Sequence[str], *, inherit: Iterable[int] = (), huge_pages: bool = True
+        cls,
+        name: str,
+        argv: Sequence[str],
+        *,
+        inherit: Iterable[int] = (),
+        huge_pages: bool = True,
+        keeps_capabilities: bool = False,
     ) -> Self:
         """Start a program that the kernel kills when this thread ends.
 
@@ -72,6 +79,7 @@ class Process:
         :param argv: the program and its arguments.
         :param inherit: descriptors the program gets under the same numbers; it gets no others but 0 to 2.
         :param huge_pages: whether its memory may be of huge pages, if it asks for them.
+        :param keeps_capabilities: whether a thread keeps its capabilities when it becomes another user.
         :raises OSError: if no process could be made. A program that cannot be executed is not an error
             here: the process ends at once with status 127 and says so in its output.
         """
@@ -80,7 +88,11 @@ class Process:
             with contextlib.nullcontext() if huge_pages else _no_huge_pages():
                 pid = os.posix_spawnp(
                     "setpriv",
-                    ["setpriv", "--pdeathsig", "KILL", "--", *argv],
+                    [
+                        *("setpriv", "--pdeathsig", "KILL"),
+                        *(("--securebits", _NO_SETUID_FIXUP) if keeps_capabilities else ()),
+                        *("--", *argv),
+                    ],
                     _ENVIRONMENT,
                     file_actions=[
                         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),

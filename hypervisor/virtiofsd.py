@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from hypervisor.devices import Devices
+    from hypervisor.host_side import HostSide
     from hypervisor.qmp import QmpSession
 
 NAME = "virtio-fs daemon"
@@ -84,11 +85,16 @@ def daemon_argv(virtiofsd: Path, dialect: Dialect, *, fd: int, source: Path) -> 
     :param source: the directory it serves.
     """
     # Announced submounts: each file system mounted below the directory keeps its own inode numbers.
-    # Extended attributes: without them a program's file capabilities are lost.
+    # Extended attributes: without them a program's file capabilities are lost. With access control lists, the
+    # file system of the host also decides about the umask and the default lists of directories.
+    # Set-id bits that a write must clear are cleared by the daemon, in the same request.
     # The namespace sandbox: the daemon sees nothing of the host but the directory.
     match dialect:
         case Dialect.C:
-            options = f"source={source},cache=auto,announce_submounts,xattr,sandbox=namespace,log_level=err"
+            options = (
+                f"source={source},cache=auto,announce_submounts,xattr,posix_acl,killpriv_v2,"
+                "sandbox=namespace,log_level=err"
+            )
             return [str(virtiofsd), f"--fd={fd}", "-o", options]
         case Dialect.RUST:
             return [
@@ -98,9 +104,35 @@ def daemon_argv(virtiofsd: Path, dialect: Dialect, *, fd: int, source: Path) -> 
                 "--cache=auto",
                 "--announce-submounts",
                 "--xattr",
+                "--posix-acl",
+                "--killpriv-v2",
                 "--sandbox=namespace",
                 "--log-level=error",
             ]
+
+
+def start(
+    virtiofsd: Path, dialect: Dialect, *, listener: socket.socket, source: Path, host: HostSide
+) -> None:
+    """Start the daemon.
+
+    :param virtiofsd: the program.
+    :param dialect: the language it speaks.
+    :param listener: the socket it listens on.
+    :param source: the directory it serves.
+    :param host: where its process is kept.
+    :raises OSError: if no process could be made.
+    """
+    fd = listener.fileno()
+    # The guest's kernel has checked each request by all that it knows of the process. The daemon makes files
+    # as that user and group, and knows neither its other groups nor its capabilities: it must not check
+    # again with less.
+    host.spawn(
+        NAME,
+        daemon_argv(virtiofsd, dialect, fd=fd, source=source),
+        inherit=[fd],
+        keeps_capabilities=True,
+    )
 
 
 def connected_pair(directory: Path) -> tuple[socket.socket, socket.socket]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from guest.image import bytecode, cpio, initramfs, module_tree, packages, schema
+from guest.image import bytecode, cpio, initramfs, module_tree, packages, schema, submounts
 from guest.image import kernel as kernel_image
 from guest.image.errors import ImageError
 
@@ -87,6 +87,8 @@ def build(
         vmlinux = kernel_image.slim(vmlinux)
         boot = kernel_image.load_modules(chosen.modules, _BOOT_MODULES)
         every = kernel_image.load_modules(chosen.modules, _BOOT_MODULES + _LATER_MODULES)
+        if not all(submounts.are_lists_checked(each.data) for each in every if each.name == submounts.MODULE):
+            progress("warning: this kernel's fuse is of an unknown build: it refuses access control lists")
         progress("writing the modules for later")
         module_tree.write(
             output / "modules",

@@ -10,7 +10,7 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from guest.image import elf
+from guest.image import elf, submounts
 from guest.image.errors import ImageError
 
 if TYPE_CHECKING:
@@ -230,4 +230,7 @@ def _read(name: str, path: Path) -> Module:
             depends = tuple(part.replace("-", "_") for part in value.split(",") if part)
         elif key == "alias":
             aliases.append(value)
-    return Module(name=name, data=elf.slim_module(data, _UNWANTED), depends=depends, aliases=tuple(aliases))
+    data = elf.slim_module(data, _UNWANTED)
+    if name == submounts.MODULE:
+        data = submounts.check_lists(data)
+    return Module(name=name, data=data, depends=depends, aliases=tuple(aliases))

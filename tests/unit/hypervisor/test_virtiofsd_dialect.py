@@ -38,7 +38,7 @@ def test_the_dialect_is_told_by_how_the_directory_is_named(help_text, dialect):
 def test_either_daemon_gets_socket_directory_and_sandbox(dialect):
     line = " ".join(daemon_argv(Path("/d/virtiofsd"), dialect, fd=7, source=Path("/srv")))
     assert line.startswith("/d/virtiofsd --fd=7 ")
-    for expected in ("/srv", "cache=auto", "sandbox=namespace", "xattr", "submounts"):
+    for expected in ("/srv", "cache=auto", "sandbox=namespace", "xattr", "acl", "killpriv", "submounts"):
         assert expected in line
 
 
