@@ -68,7 +68,7 @@ def _value(value: object) -> str:
     return f"`{value}`" if value != "" else ""
 
 
-def annotations() -> str:
+def pod_annotations() -> str:
     """Return a table of the pods' annotations."""
     lines = ["| annotation | values | meaning |", "|---|---|---|"]
     lines += [f"| `{name}` | {values} | {meaning} |" for name, values, meaning in pod.ANNOTATIONS]
@@ -98,7 +98,7 @@ def _helps(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "configuration": configuration,
-    "annotations": annotations,
+    "annotations": pod_annotations,
     "oci": oci,
     "commands": commands,
 }
