@@ -178,7 +178,7 @@ class Container:
         agent = await self._sandbox.agent()
         lane = timeline.container_lane(self.id)
         with timeline.phase("network", lane=lane):
-            await self._sandbox.follow_network()
+            await self._sandbox.make_ready()
         with timeline.phase("StartContainer", lane=lane):
             await agent.start_container(self.init.agent_id)
         self._sandbox.work.spawn(self._conclude_start(), name=f"timeline of {self.id}")

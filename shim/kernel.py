@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
+import time
 
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SCHED_CORE = 62
@@ -12,6 +14,9 @@ _PIDTYPE_PGID = 2
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
 _ADDRESS_BYTES = 16
+_TFD_TIMER_ABSTIME = 1
+_TFD_TIMER_CANCEL_ON_SET = 2
+_FAR_FUTURE_S = 1 << 33
 _CLONE_FS = 0x00000200
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWNET = 0x40000000
@@ -67,6 +72,28 @@ def disconnect(descriptor: int) -> None:
     :raises OSError: if the kernel refuses.
     """
     _call("connect", descriptor, bytes(_ADDRESS_BYTES), _ADDRESS_BYTES)  # of the family AF_UNSPEC, 0
+
+
+def open_clock_watch() -> int:
+    """Watch the host's clock; see timerfd_create(2).
+
+    :returns: a descriptor that becomes readable once, when the clock is set or the host wakes from a sleep.
+    :raises OSError: if the kernel refuses.
+    """
+    import ctypes  # noqa: PLC0415 - as below
+
+    descriptor: int = ctypes.CDLL(None, use_errno=True).timerfd_create(
+        time.CLOCK_REALTIME, os.O_CLOEXEC | os.O_NONBLOCK
+    )
+    if descriptor < 0:
+        raise OSError(ctypes.get_errno(), f"timerfd_create: {os.strerror(ctypes.get_errno())}")
+    setting = struct.pack("4q", 0, 0, _FAR_FUTURE_S, 0)
+    try:
+        _call("timerfd_settime", descriptor, _TFD_TIMER_ABSTIME | _TFD_TIMER_CANCEL_ON_SET, setting, 0)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def sync_file_system(descriptor: int) -> None:

@@ -7,6 +7,7 @@ death of the machine is an event: it ends every process of the sandbox at once, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hypervisor import HypervisorError
-from shim import guest_names, host_limits, metrics, state_directory, task_events, template_builder
+from shim import clock, guest_names, host_limits, metrics, state_directory, task_events, template_builder
 from shim.bundle import read_spec
 from shim.container import Container
 from shim.errors import (
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PING_TIMEOUT_S = 2.0  # an agent that is well answers in milliseconds, under emulation too
+CLOCK_TIMEOUT_S = 1.0  # right long before as a rule; a host too busy for that has the start go on
 DESERTED_S = 5.0  # containerd ends a shim milliseconds after its last container, if it lives to do so
 END_TIMEOUT_S = 10.0  # for a machine that is killed to be gone
 STATUS_KILLED = 128 + signal.SIGKILL
@@ -116,6 +118,7 @@ class Sandbox:
         self.is_joined_without_start = record.version >= 3
         #: Held by containerd's sandbox service: then only that ends the shim.
         self.held = False
+        self._clock_is_right = asyncio.Event()
         self.ended = asyncio.Event()
         self.ended_at_s: float | None = None
 
@@ -254,13 +257,16 @@ class Sandbox:
         """Do the block when the host has a processor for it; see :meth:`shim.machine.Machine.turn`."""
         return self._machine.turn(lane=lane)
 
-    async def follow_network(self) -> None:
-        """Give the machine what came to its network namespace meanwhile, as some put it there before a start.
+    async def make_ready(self) -> None:
+        """Prepare a start: take what came to the network namespace, and await that the clock is right.
 
-        :raises ShimError: if it cannot have it.
+        :raises ShimError: if the machine cannot have what came to its network namespace.
         """
         await self.agent()
         await self._machine.follow_network()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOCK_TIMEOUT_S):
+                await self._clock_is_right.wait()
 
     async def create(
         self, container_id: str, *, bundle: Path, rootfs: Iterable[Mount], stdio: Stdio
@@ -428,6 +434,7 @@ class Sandbox:
         watching = [
             self.work.spawn(self._report_ooms(agent), name="out of memory"),
             self.work.spawn(self._keep_following_network(), name="network"),
+            self.work.spawn(clock.keep(agent, pid=self.pid, right=self._clock_is_right), name="clock"),
         ]
         # A clone may be smaller than what is known already to be needed.
         self.work.spawn(self._grow_if_alive(), name="grow")

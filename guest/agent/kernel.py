@@ -35,6 +35,7 @@ CLONE_NEWPID = 0x20000000
 _RB_POWER_OFF = 0x4321FEDC
 _AT_FDCWD, _AT_STATX_FORCE_SYNC, _STATX_SIZE = -100, 0x2000, 0x200
 _STATX_BYTES = 256
+_TIMEX_BYTES = 208
 _SYSLOG_ACTION_READ_ALL, _MESSAGES_BYTES = 3, 1 << 18
 
 
@@ -60,6 +61,11 @@ class _Status(_ctypes.Array):  # type: ignore[type-arg]  # as above
     _length_ = _STATX_BYTES
 
 
+class _Timex(_ctypes.Array):  # type: ignore[type-arg]  # as above
+    _type_ = _Char
+    _length_ = _TIMEX_BYTES
+
+
 class _Function(_ctypes.CFuncPtr):
     _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
     _restype_ = _Int
@@ -73,7 +79,7 @@ _program = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]  # the pr
 _mount, _umount2, _init_module = _libc("mount"), _libc("umount2"), _libc("init_module")
 _unshare, _setns, _syncfs = _libc("unshare"), _libc("setns"), _libc("syncfs")
 _klogctl, _reboot, _malloc_trim = _libc("klogctl"), _libc("reboot"), _libc("malloc_trim")
-_statx = _libc("statx")
+_statx, _adjtimex = _libc("statx"), _libc("adjtimex")
 
 
 def _check(result: int, what: str) -> None:
@@ -181,6 +187,18 @@ def messages() -> bytes:
     length = _klogctl(_SYSLOG_ACTION_READ_ALL, buffer, _MESSAGES_BYTES)
     _check(length, "log")
     return bytes(buffer)[:length]
+
+
+def adjust_clock(request: bytes) -> None:
+    """Change the system's clock or its rate, see adjtimex(2).
+
+    :param request: a ``struct timex``, or the beginning of one.
+    :raises OSError: if the kernel refuses.
+    """
+    buffer = _Timex()
+    view = memoryview(buffer).cast("B")
+    view[: len(request)] = request
+    _check(_adjtimex(_ctypes.byref(buffer)), "clock")
 
 
 def release_heap() -> None:

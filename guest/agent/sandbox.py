@@ -30,6 +30,8 @@ class Sandbox:
     """Everything the agent keeps for the one sandbox of this machine."""
 
     def __init__(self) -> None:
+        #: Whether a program of a container may have run.
+        self.is_used = False
         self._lock = _thread.allocate_lock()
         self._containers: dict[str, Container | None] = {}
         self._mounts = Mounts()

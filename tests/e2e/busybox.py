@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 
 BUSYBOX = Path("/usr/bin/busybox")
 IMAGE = "hako.test/busybox:1"
+PYTHON_MOUNTS = [
+    {"destination": target, "type": "bind", "source": source, "options": ["rbind", "ro"]}
+    for source, target in (("/usr", "/usr"), ("/usr/lib", "/lib"), ("/usr/lib64", "/lib64"))
+]
+"""What lends a container the interpreter of the machine that the tests run on, for what no shell can do."""
+PYTHON_OPTIONS = [
+    word
+    for one in PYTHON_MOUNTS
+    for word in ("--mount", f"type=bind,src={one['source']},dst={one['destination']},options=rbind:ro")
+]
+PYTHON = ("/usr/bin/python3", "-ISc")
 
 
 def rootfs_archive() -> bytes:

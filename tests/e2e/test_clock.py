@@ -1,0 +1,81 @@
+"""A container's clock is the host's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.busybox import IMAGE, PYTHON, PYTHON_OPTIONS
+from tests.e2e.by_hand import ByHand
+from tests.e2e.conftest import new_id
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.e2e.conftest import Stack
+
+EXCHANGES = 25
+ERROR_NS = 5_000_000
+CORRECTED_S = 30.0
+HOUR_S = 3600
+CLOCK = "import sys, time\nfor _ in sys.stdin: print(time.time_ns(), flush=True)"
+STOPPED = "T"
+
+
+def ahead(ask: Callable[[], int], exchanges: int = EXCHANGES) -> tuple[int, int]:
+    """Find the bounds of how far a clock is ahead of the host's, in nanoseconds.
+
+    :param ask: reads the clock: at some moment between its call and its return.
+    """
+    least, most = -(1 << 62), 1 << 62
+    for _ in range(exchanges):
+        before = time.time_ns()
+        read = ask()
+        least, most = max(least, read - time.time_ns()), min(most, read - before)
+    return least, most
+
+
+def test_a_container_starts_with_the_hosts_time(either_stack: Stack):
+    containerd, name = either_stack.containerd, new_id()
+    argv = containerd.run_argv(IMAGE, name, *PYTHON, CLOCK, options=["--rm", *PYTHON_OPTIONS])
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def ask() -> int:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("?\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        try:
+            least, most = ahead(ask)
+        finally:
+            process.stdin.close()  # type: ignore[union-attr]  # it is a pipe
+            process.wait()
+    assert least <= ERROR_NS
+    assert most >= -ERROR_NS
+
+
+@pytest.mark.hako
+def test_a_clock_that_fell_behind_while_qemu_was_stopped_is_put_right(one_stack: Stack, tmp_path: Path):
+    with ByHand(one_stack, tmp_path, capabilities=["CAP_SYS_TIME"]) as box:
+
+        def behind_s() -> float:
+            return time.time() - int(box.output("date", "+%s"))
+
+        box.output("date", "-s", f"@{int(time.time()) - HOUR_S}")
+        assert behind_s() >= HOUR_S
+        qemu = box.call("State").pid
+        os.kill(qemu, signal.SIGSTOP)
+        while Path(f"/proc/{qemu}/stat").read_text().rpartition(")")[2].split()[0] != STOPPED:
+            time.sleep(0.01)
+        os.kill(qemu, signal.SIGCONT)
+        deadline_s = time.monotonic() + CORRECTED_S
+        while behind_s() > HOUR_S / 2:
+            assert time.monotonic() < deadline_s

@@ -1,0 +1,74 @@
+"""The guest's clock does not go back for programs, and is compared with the host's where that is offered."""
+
+from __future__ import annotations
+
+import struct
+import threading
+
+import pytest
+
+from guest.agent import clock
+
+STEP, RATE = 0x2100, 0x4000
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the kernel is asked for: modes, seconds, nanoseconds, tick."""
+    requests: list[tuple[int, ...]] = []
+
+    def adjust(request: bytes) -> None:
+        requests.append((*struct.unpack_from("I", request), *struct.unpack_from("3q", request, 72)))
+
+    monkeypatch.setattr(clock.kernel, "adjust_clock", adjust)
+    return requests
+
+
+@pytest.mark.parametrize(
+    ("shift_ns", "at_once", "step"),
+    [
+        (1_500_000_000, False, (1, 500_000_000)),
+        (2_000_000, False, (0, 2_000_000)),
+        (-2_000_000, True, (-1, 998_000_000)),
+        (-5_000_000_000, False, (-5, 0)),
+    ],
+)
+def test_the_clock_is_set_forward_or_by_much_or_before_anything_runs(asked, shift_ns, at_once, step):
+    clock.move(shift_ns, at_once=at_once)
+    assert asked == [(STEP, *step, 0)]
+
+
+def test_a_clock_that_is_a_little_ahead_is_slowed_down_and_goes_on_at_its_rate(asked, monkeypatch):
+    ended, slept = threading.Event(), []
+    monkeypatch.setattr(clock.time, "sleep", slept.append)
+    times = iter([100.0, 100.0, 101.0, 110.0])
+    monkeypatch.setattr(clock.time, "monotonic", lambda: next(times))
+
+    def start(function, arguments):
+        function(*arguments)
+        ended.set()
+
+    monkeypatch.setattr(clock._thread, "start_new_thread", start)
+    clock.move(-100_000_000, at_once=False)
+    assert ended.is_set()
+    assert slept == pytest.approx([5.0, 4.0])
+    assert asked == [(RATE, 0, 0, 9_800), (RATE, 0, 0, 10_000)]
+
+
+def test_the_quickest_comparison_with_the_hosts_clock_counts():
+    def at(nanoseconds: int) -> bytes:
+        return struct.pack("qII", *divmod(nanoseconds, 10**9), 0)
+
+    system = [0, 900, 1_000, 3_000, 4_000, 9_000]
+    host = [7, 450, 2, 3, 4]
+    times = [system[0]]
+    for index, theirs in enumerate(host):
+        times += [theirs, system[index + 1]]
+    answer = struct.pack("4I", 5, 0, 0, 0) + b"".join(map(at, times))
+    assert clock.ahead_by(answer.ljust(832, b"\0")) == 950 - 450
+
+
+def test_a_machine_without_the_hosts_clock_tells_only_its_time(monkeypatch):
+    monkeypatch.setattr(clock, "_ptp", None)
+    monkeypatch.setattr(clock.files, "read", lambda _path: "hpet acpi_pm \n")
+    assert clock.report().isdigit()
