@@ -35,7 +35,7 @@ from shim.cloning import LATE, blames_template, dial_clone
 from shim.errors import DeadlineExceeded, ShimError, Unavailable
 from shim.host import resolve
 from shim.host_cgroup import HostCgroup
-from shim.machine_spec import describe
+from shim.machine_spec import describe, queue_pairs
 from shim.network.namespace import namespace_of
 from shim.network.network import Network
 from shim.pod import refuses_template
@@ -136,7 +136,7 @@ class Machine:
             self._accelerator = spec.accelerator
         with timeline.phase("network namespace", lane=timeline.MACHINE):
             self._network = network = await Network.open(
-                namespace_of(pod.oci), ledger=self._ledger, queues=spec.vcpus
+                namespace_of(pod.oci), ledger=self._ledger, queues=queue_pairs(spec)
             )
         spec = dataclasses.replace(spec, network_namespace=network.namespace_path)
         timeout_s = self._config.guest.boot_timeout_s

@@ -5,12 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hypervisor import VmSpec
+from hypervisor import Accelerator, VmSpec
 
 if TYPE_CHECKING:
     from shim.config import Config
     from shim.host import HostChoice
     from shim.sizing import Size
+
+MOST_QUEUE_PAIRS = 8
+"""Each is a thread of the host's kernel, for each network card of each sandbox."""
+
+
+def queue_pairs(spec: VmSpec) -> int:
+    """Say how many pairs of queues each network card gets: one for each processor that there can be.
+
+    The guest uses those that it has processors for. Under emulation one thread of QEMU serves all of them, so
+    that those to come are of no use.
+
+    :param spec: the machine.
+    """
+    wanted = spec.max_vcpus if spec.accelerator is Accelerator.KVM else spec.vcpus
+    return min(wanted, MOST_QUEUE_PAIRS)
 
 
 def describe(

@@ -29,6 +29,9 @@ def use_cpus(count: int) -> None:
         return len(nodes) >= count or None
 
     uevent.wait_for(look, what=f"online: {count} processors")
+    from guest.agent import channels  # noqa: PLC0415 - nothing that a boot should wait for
+
+    channels.use(count)
 
 
 def online_memory() -> None:

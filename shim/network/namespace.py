@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-JOB_TIMEOUT_S = 10.0  # netlink answers in milliseconds; the kernel's lock may be held by much work of others
+JOB_TIMEOUT_S = 30.0  # netlink answers in milliseconds; a busy host may take long to get there
 _THREADS = "network namespace"
 
 

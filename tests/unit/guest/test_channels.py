@@ -1,0 +1,63 @@
+"""How many pairs of queues a network card uses; its driver is a stand-in that the ioctl reaches."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+
+import pytest
+
+from guest.agent import channels
+
+GET, SET = 0x3C, 0x3D
+
+
+class Driver:
+    """Cards by name: the most pairs of queues, and how many are used."""
+
+    def __init__(self, **cards):
+        self.cards = cards
+        self.commands = []
+
+    def ioctl(self, _fd, _code, request):
+        name, pointer = struct.unpack("@16sP16x", request)
+        name = name.rstrip(b"\0").decode()
+        words = (ctypes.c_uint32 * 9).from_address(pointer)
+        self.commands.append((name, words[0]))
+        if self.cards[name] is None:
+            raise OSError(95, "Operation not supported")
+        if words[0] == GET:
+            words[4], words[8] = self.cards[name]
+        else:
+            self.cards[name] = (words[4], words[8])
+
+
+@pytest.fixture
+def drive(tmp_path, monkeypatch):
+    def use(processors, **cards):
+        driver = Driver(**cards)
+        for name in cards:
+            (tmp_path / name / "device").mkdir(parents=True)
+            (tmp_path / name / "device/driver").symlink_to("../../../../bus/virtio/drivers/virtio_net")
+        (tmp_path / "lo").mkdir()
+        monkeypatch.setattr(channels, "_NET", str(tmp_path))
+        monkeypatch.setattr(channels.fcntl, "ioctl", driver.ioctl)
+        channels.use(processors)
+        return driver
+
+    return use
+
+
+@pytest.mark.parametrize(
+    ("processors", "before", "after"), [(2, (4, 1), (4, 2)), (8, (4, 1), (4, 4)), (1, (4, 3), (4, 1))]
+)
+def test_a_card_uses_a_pair_for_each_processor_up_to_its_most(drive, processors, before, after):
+    assert drive(processors, eth0=before).cards == {"eth0": after}
+
+
+def test_a_card_that_uses_as_many_already_is_left_alone(drive):
+    assert drive(2, eth0=(4, 2), eth1=(1, 1)).commands.count(("eth0", SET)) == 0
+
+
+def test_a_card_that_refuses_does_not_keep_the_others_from_theirs(drive):
+    assert drive(2, eth0=None, eth1=(2, 1)).cards["eth1"] == (2, 2)
