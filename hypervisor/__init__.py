@@ -24,6 +24,7 @@ from hypervisor.interface import (
     Nic,
     VmSpec,
 )
+from hypervisor.kvm_host import weaknesses
 from hypervisor.printable import printable
 from hypervisor.qemu import QemuHypervisor
 from hypervisor.saving import save_template
@@ -61,4 +62,5 @@ __all__ = [
     "printable",
     "save_template",
     "template_key",
+    "weaknesses",
 ]

@@ -32,6 +32,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _HEAD_START_S = 0.5
 """Twice what KVM needs on an ordinary host, which then need not run anything else."""
 
+_SLOW_S = 1.0
 _DEADLINE_S = 20.0
 _LOCK_S, _LOCK_INTERVAL_S = 2 * _DEADLINE_S, 0.05
 _DEFEAT_KEPT_S = 300.0
@@ -119,7 +120,9 @@ def judge(*, kvm: _Run | None, tcg: _Run | None) -> Verdict:
     :param tcg: the run under TCG, or ``None`` if there was none, or it had not ended.
     """
     if kvm is not None and kvm.failure is None:
-        return Verdict(accelerator=Accelerator.KVM, reason=f"KVM ran the probe in {kvm.elapsed_s:.2f} s")
+        slow = ", which is slow" if kvm.elapsed_s > _SLOW_S else ""
+        reason = f"KVM ran the probe in {kvm.elapsed_s:.2f} s{slow}"
+        return Verdict(accelerator=Accelerator.KVM, reason=reason)
     if kvm is not None:
         return Verdict(accelerator=Accelerator.TCG, reason=f"KVM does not run guest code: {kvm.failure}")
     if tcg is not None and tcg.failure is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hypervisor import VmStartError, detect_dialect
+from hypervisor import Accelerator, VmStartError, detect_dialect, weaknesses
 from shim import host
 from shim.errors import FailedPrecondition, Internal
 from shim.network import redirect
@@ -33,12 +33,14 @@ class Finding:
     :param ok: whether the host has it.
     :param detail: what was found, or what is wrong.
     :param remedy: what to do about it; empty if it is there.
+    :param warning: what makes it worse than it could be, and the remedy; empty if nothing does.
     """
 
     name: str
     ok: bool
     detail: str
     remedy: str = ""
+    warning: str = ""
 
 
 async def examine(config: Config) -> list[Finding]:
@@ -61,12 +63,19 @@ async def examine(config: Config) -> list[Finding]:
     findings = []
     for name, probe in probes.items():
         try:
-            findings.append(Finding(name=name, ok=True, detail=await probe(config)))
+            detail = await probe(config)
+            findings.append(Finding(name=name, ok=True, detail=detail, warning=_warning(name, detail)))
         except (FailedPrecondition, VmStartError) as error:
             # One line: phase, object, cause, remedy. The phase is this check.
             detail, _, remedy = str(error).partition(": ")[2].partition("; ")
             findings.append(Finding(name=name, ok=False, detail=detail, remedy=remedy))
     return findings
+
+
+def _warning(name: str, detail: str) -> str:
+    return (
+        "; ".join(weaknesses()) if name == "accelerator" and detail.startswith(Accelerator.KVM.value) else ""
+    )
 
 
 async def _user(_: Config) -> str:

@@ -110,6 +110,8 @@ def _check(path: str, *, as_json: bool) -> int:
     for finding in findings:
         remedy = f"; {finding.remedy}" if finding.remedy else ""
         print(f"{'ok' if finding.ok else 'no':<3}{finding.name:<{width}}  {finding.detail}{remedy}")
+        if finding.warning:
+            print(f"{'':<3}{'':<{width}}  warning: {finding.warning}")
     print("This host can run sandboxes." if able else "This host cannot run sandboxes.")
     return 0 if able else 1
 

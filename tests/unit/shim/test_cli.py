@@ -60,6 +60,17 @@ def test_an_able_host_gets_a_line_for_each_thing(able_host, capsys):
     assert lines[-1] == "This host can run sandboxes."
 
 
+@pytest.mark.parametrize(("accelerator", "warned"), [("kvm", True), ("tcg", False)])
+def test_a_host_is_able_in_spite_of_a_warning_that_is_shown(
+    able_host, capsys, monkeypatch, accelerator, warned
+):
+    monkeypatch.setattr("shim.check.weaknesses", lambda: ["KVM is nested", "KVM has no nested paging"])
+    able_host.write_text(able_host.read_text().replace('"tcg"', f'"{accelerator}"'))
+    assert cli.main(["check", "--config", str(able_host)]) == 0
+    shown = "warning: KVM is nested; KVM has no nested paging" in capsys.readouterr().out
+    assert shown == warned
+
+
 def test_versions_and_choices_are_shown(able_host, capsys):
     cli.main(["check", "--json", "--config", str(able_host)])
     report = json.loads(capsys.readouterr().out)

@@ -1,0 +1,46 @@
+"""What ``hako check`` warns of on a host that has KVM."""
+
+from __future__ import annotations
+
+import pytest
+
+from hypervisor.kvm_host import weaknesses
+
+CPU = "processor\t: 0\nmodel name\t: A\nflags\t\t: fpu vme {more}\nbogomips\t: 1\n\nprocessor\t: 1\n"
+
+
+@pytest.fixture
+def host(tmp_path):
+    """Describe a host; returns what there is to say against its KVM."""
+
+    def make(*, flags="", module="kvm_intel", parameter="ept", value="Y"):
+        cpuinfo = tmp_path / "cpuinfo"
+        cpuinfo.write_text(CPU.format(more=flags))
+        (tmp_path / module / "parameters").mkdir(parents=True)
+        (tmp_path / module / "parameters" / parameter).write_text(f"{value}\n")
+        return weaknesses(cpuinfo=cpuinfo, modules=tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize("value", ["Y", "1"])
+def test_there_is_nothing_against_bare_metal_with_nested_paging(host, value):
+    assert host(flags="vmx", value=value) == []
+
+
+def test_a_nested_kvm_is_named(host):
+    [warning] = host(flags="vmx hypervisor")
+    assert "KVM is nested" in warning
+    assert "; use bare metal" in warning
+
+
+@pytest.mark.parametrize(
+    ("module", "parameter", "value"), [("kvm_intel", "ept", "N"), ("kvm_amd", "npt", "0")]
+)
+def test_a_kvm_without_nested_paging_is_named_with_the_remedy(host, module, parameter, value):
+    [warning] = host(module=module, parameter=parameter, value=value)
+    assert f"load {module} with {parameter}=1" in warning
+
+
+def test_a_host_that_tells_nothing_has_nothing_against_it(tmp_path):
+    assert weaknesses(cpuinfo=tmp_path / "cpuinfo", modules=tmp_path) == []
