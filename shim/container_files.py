@@ -187,13 +187,21 @@ class ContainerFiles:
         :raises InvalidArgument: if the host has no such group.
         :raises Internal: if a device cannot be plugged.
         """
+        places = []
         for address in devices_of(group, sysfs=_SYSFS):
             device_id = f"pci-{uuid.uuid4().hex[:12]}"
             try:
-                await vm.plug_pci(HostPciDevice(id=device_id, address=address))
+                path = await vm.plug_pci(HostPciDevice(id=device_id, address=address))
             except HypervisorError as error:
                 raise Internal(f"create: container {self._id}: {error}") from error
             self._pci_devices[device_id] = vm
+            places.append(f"{address}={path}")
+        # The guest's kernel drives them, and its agent gives the container what their drivers make.
+        self._devices.append(
+            agent_pb2.Device(
+                id=f"vfio{group}", type="vfio-pci-gk", container_path=f"/dev/vfio/{group}", options=places
+            )
+        )
 
     def without_disk_limits(self, resources: dict[str, Any]) -> dict[str, Any]:
         """Leave the rates of the container's own disks out of its limits: the machine enforces them."""

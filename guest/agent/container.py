@@ -6,8 +6,8 @@ import _thread
 import os
 
 from guest.agent import cgroup, files, jsonout, kernel, oci, oom, runtime
+from guest.agent import devices as device_nodes
 from guest.agent.console import log
-from guest.agent.devices import renumber
 from guest.agent.errors import AgentError, NotFound, cause
 from guest.agent.process import Process
 
@@ -42,6 +42,7 @@ class Container:
     :param spec: grpc.Spec.
     :param namespaces: the final list of namespaces.
     :param devices: the guest's major and minor number by path, where they differ from the host's.
+    :param nodes: device nodes that the host does not have.
     :raises AgentError: if a part of the specification is missing, or crun refuses it.
     :raises OSError: if the root filesystem cannot be mounted.
     """
@@ -53,6 +54,7 @@ class Container:
         *,
         namespaces: list[dict[str, str]],
         devices: dict[str, tuple[int, int]],
+        nodes: list[dict[str, Any]],
     ) -> None:
         for name in ("Process", "Root", "Linux"):
             if getattr(spec, name) is None:
@@ -67,7 +69,8 @@ class Container:
         self._lock = _thread.allocate_lock()
         self._execs: dict[str, Process | None] = {}
         document = oci.spec(spec, rootfs=self._rootfs, namespaces=namespaces, cgroup=self._cgroup)
-        renumber(document["linux"], devices)
+        device_nodes.renumber(document["linux"], devices)
+        device_nodes.add(document["linux"], nodes)
         self.shares_pid = any(one["type"] == "pid" and "path" in one for one in namespaces)
         self._capabilities = document["process"].get("capabilities")
         self._mount_root(spec.Root.Path)

@@ -17,27 +17,52 @@ if TYPE_CHECKING:
     Number = tuple[int, int]
 
 
-def find(devices: Iterable[Message]) -> dict[str, Number]:
-    """Wait for the disks that a request names.
+def find(devices: Iterable[Message]) -> tuple[dict[str, Number], list[dict[str, Any]]]:
+    """Wait for the disks and the PCI devices that a request names.
 
     :param devices: grpc.Device messages.
-    :returns: the guest's major and minor number by path in the container.
+    :returns: the guest's major and minor number of each disk, by path in the container; and the nodes of the
+        PCI devices, as ``linux.devices`` of a specification has them.
     :raises AgentError: if a device is of another kind, or does not appear in time.
     """
-    numbers = {}
+    numbers: dict[str, Number] = {}
+    nodes: list[dict[str, Any]] = []
     for device in devices:
         match device.type:
             case "blk":
                 node = uevent.disk(device.id)
             case "mmioblk":
                 node = uevent.disk(device.vm_path)
+            case "vfio-pci-gk":
+                from guest.agent import passthrough  # noqa: PLC0415 - few containers have one
+
+                for option in device.options:  # the host's address, an equals sign, and the PCI path here
+                    nodes += passthrough.nodes(option.partition("=")[2])
+                continue
             case _:
                 raise AgentError(
-                    f"device: {device.container_path}: no driver {device.type}; use blk or mmioblk"
+                    f"device: {device.container_path}: no driver {device.type}; "
+                    "use blk, mmioblk or vfio-pci-gk"
                 )
         number = os.stat(node).st_rdev
         numbers[device.container_path] = os.major(number), os.minor(number)
-    return numbers
+    return numbers, nodes
+
+
+def add(linux: dict[str, Any], nodes: list[dict[str, Any]]) -> None:
+    """Give a container nodes that the host does not know, and access to them.
+
+    :param linux: the ``linux`` object of a specification, which is changed; what it names itself has its way.
+    :param nodes: as :func:`find` returns them.
+    """
+    named = {device["path"] for device in linux.get("devices", [])}
+    for node in nodes:
+        if node["path"] not in named:
+            linux.setdefault("devices", []).append(node)
+            rule = {key: node[key] for key in ("type", "major", "minor")}
+            rules = linux.setdefault("resources", {}).setdefault("devices", [])
+            if rules:  # without any, everything is allowed
+                rules.append({"allow": True, "access": "rwm", **rule})
 
 
 def renumber(linux: dict[str, Any], numbers: dict[str, Number]) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import _thread
 import os
 
-from guest.agent import files, kernel
+from guest.agent import files, kernel, reaper
 
 _DIRECTORY = "/lib/modules"
 _PROGRAM = "/proc/sys/kernel/modprobe"
+_LOAD_TIMEOUT_S = 20.0
 
 _lock = _thread.allocate_lock()
 
@@ -61,6 +62,18 @@ def load(wanted: str, *, parameters: str = "") -> bool:
             if name in needed and not _is_live(name):
                 _load(name, parameters if name == wanted else "")
     return True
+
+
+def load_for(modalias: str) -> None:
+    """Have the kernel's program for it load what drives a device; the shared directory has the modules.
+
+    :param modalias: the device's, from sysfs.
+    """
+    program = files.read(_PROGRAM).strip()
+    if files.exists(program):
+        with reaper.Launch() as launch:
+            _, end = launch.spawn(program, ["modprobe", "-q", modalias], ())
+        end.wait(_LOAD_TIMEOUT_S)
 
 
 def _load_shared(wanted: str, parameters: str) -> bool:

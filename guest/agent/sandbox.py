@@ -94,7 +94,7 @@ class Sandbox:
         held: list[str] = []
         try:
             held = self._mounts.hold(request.storages)
-            numbers = devices.find(request.devices)
+            numbers, nodes = devices.find(request.devices)
             chosen = self._namespaces(spec.Linux, shares_pid=request.sandbox_pidns)
             limits.accept(spec.Annotations)
             sysctl.apply(
@@ -107,7 +107,7 @@ class Sandbox:
             if capabilities and "CAP_NET_ADMIN" in capabilities.Bounding:
                 for name in _FILTERS:
                     modules.load(name)
-            container = Container(container_id, spec, namespaces=chosen, devices=numbers)
+            container = Container(container_id, spec, namespaces=chosen, devices=numbers, nodes=nodes)
         except BaseException:
             self._forget(container_id, held)
             raise

@@ -206,6 +206,19 @@ class GuestMachine:
         )
         return f"{port:02x}/00"
 
+    def plug_nvme(self, image: Path, *, port: int) -> str:
+        """Plug a disk with a PCI interface of its own into one of PORTS, as a host's might be given away.
+
+        :returns: its PCI path.
+        """
+        backend = {"driver": "file", "filename": str(image), "node-name": f"node{port}"}
+        device = {"driver": "nvme", "drive": f"node{port}", "serial": "given", "id": f"disk{port}"}
+        self._monitor(
+            {"execute": "blockdev-add", "arguments": backend},
+            {"execute": "device_add", "arguments": {**device, "bus": f"port{port}"}},
+        )
+        return f"{port:02x}/00"
+
     def unplug_disk(self, *, port: int) -> None:
         """Take a disk out; returns when the guest has let it go."""
         removal = {"execute": "device_del", "arguments": {"id": f"disk{port}"}}
