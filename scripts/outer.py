@@ -1,0 +1,202 @@
+"""An outer machine in which KVM, kernel vsock, vhost-net and VFIO are, on a host that has none of them.
+
+A QEMU without an accelerator of its own emulates a processor with AMD's SVM and nested paging. The outer
+machine boots the guest image's kernel there, with the modules that a host needs. Its root is this machine's,
+shared read-only by virtio-fs below an overlay in memory, so everything that was set up here is there too.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from guest.image import cpio, packages
+from guest.image.kernel import load_modules
+from tests.e2e import busybox
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+TREE = Path(__file__).resolve().parent.parent
+RESULTS = "/run/results"
+"""Where the outer machine has the directory for results."""
+
+FAR_MAC, NEAR_MAC = "02:00:00:00:00:11", "02:00:00:00:00:12"
+"""A network card to give away, and the outer machine's own at the other end of its cable."""
+
+_GUEST_IMAGE = Path("/var/lib/hako/guest")
+_PACKAGE_CACHE = Path("/var/cache/hako")
+_QEMU = Path("/var/lib/hako/bin/qemu-10")
+"""Not Debian 12's own: with two processors, 7.2 was caught running translations that were out of date."""
+
+_C_DAEMON, _RUST_DAEMON = Path("/usr/lib/qemu/virtiofsd"), Path("/usr/libexec/virtiofsd")
+_MODULES = (
+    *("virtio_pci", "virtiofs", "overlay", "virtio_rng", "virtio_net", "kvm_amd", "vhost_vsock", "vhost_net"),
+    *("tun", "veth", "bridge", "br_netfilter", "macvlan", "dummy", "loop", "ext4", "xfs", "nvme"),
+    *("cls_u32", "act_mirred", "sch_ingress", "vfio", "vfio_pci", "vfio_iommu_type1"),
+    *("nf_tables", "nft_compat", "nft_chain_nat", "xt_comment", "xt_MASQUERADE", "xt_addrtype"),
+    *("xt_conntrack", "xt_mark", "xt_nat", "xt_tcpudp", "xt_multiport"),
+)
+_MEMORY_MIB = 6 << 10
+_DISK_BYTES = 64 << 20
+_NICENESS = 5
+_BUSYBOX = "/bin/busybox"
+_UP, _ENDED = "outer: up after ", "outer: ended with status "
+
+_INIT = """#!/bin/busybox sh
+export PATH=/bin
+busybox mount -t proc proc /proc
+for module in /modules/*; do busybox insmod $module || echo "outer: $module was not loaded"; done
+busybox mount -t virtiofs -o ro root /lower
+busybox mount -t tmpfs tmpfs /upper
+busybox mkdir /upper/files /upper/work
+busybox mount -t overlay -o lowerdir=/lower,upperdir=/upper/files,workdir=/upper/work overlay /root
+# Before anything runs there: what is shared shows the processes of this machine, not of the outer one.
+busybox mount -t proc proc /root/proc
+busybox cp /begin /root/outer-begin
+exec busybox switch_root /root /outer-begin
+"""
+_BEGIN = """#!/bin/busybox sh
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8
+mount -t sysfs sysfs /sys
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+echo "+cpu +cpuset +memory +pids +io" >/sys/fs/cgroup/cgroup.subtree_control
+mount -t devtmpfs devtmpfs /dev
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /dev/pts
+ln -s /proc/self/fd /dev/fd
+for directory in /dev/shm /run /tmp; do mount -t tmpfs tmpfs $directory; done
+mkdir -p {results}
+mount -t virtiofs results {results}
+mount --make-rshared /
+ip link set lo up
+hostname outer
+cd {tree}
+echo "{up}$(cut -d' ' -f1 /proc/uptime) s"
+{command} </dev/null
+echo "{ended}$?"
+dmesg >{results}/dmesg
+sync
+echo o >/proc/sysrq-trigger
+sleep 60
+"""
+
+
+def run(command: Sequence[str], *, environment: Mapping[str, str], results: Path, deadline_s: float) -> int:
+    """Boot the outer machine, run a command in it, and show what it writes.
+
+    :param command: the program and its arguments; it runs in this source tree.
+    :param environment: what it gets beside the ordinary environment of root.
+    :param results: a directory of this machine, which is ``RESULTS`` there.
+    :param deadline_s: how long all of it may take, in seconds.
+    :returns: the command's exit status; 1 if the machine did not come to its end.
+    """
+    settings = [f"{name}={value}" for name, value in environment.items()]
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hako-outer-")))
+        initrd, disk = home / "initrd", home / "disk"
+        initrd.write_bytes(_initrd(home, ["env", *settings, *command]))
+        with disk.open("wb") as file:
+            file.truncate(_DISK_BYTES)
+        # What the outer machine has read it may keep: nobody changes the tree while it runs.
+        shares = [
+            _share(stack, home, "root", Path("/"), cache="always"),
+            _share(stack, home, "results", results, cache="auto"),
+        ]
+        limits = ["timeout", "--signal=KILL", f"{deadline_s:.0f}", "nice", f"-n{_NICENESS}"]
+        return _watch([*limits, *_qemu_argv(initrd, disk, shares)])
+
+
+def _initrd(home: Path, command: Sequence[str]) -> bytes:
+    found = packages.resolve((packages.kernel_package(),))
+    images = tuple(package for package in found if package.name.startswith("linux-image-"))
+    packages.fetch(images, cache=_PACKAGE_CACHE)
+    packages.unpack(images, cache=_PACKAGE_CACHE, staging=home / "kernel")
+    [tree] = (home / "kernel/usr/lib/modules").iterdir()
+    begin = _BEGIN.format(
+        tree=shlex.quote(str(TREE)), command=shlex.join(command), results=RESULTS, up=_UP, ended=_ENDED
+    )
+    return cpio.archive(
+        [
+            *(cpio.directory(f"/{name}") for name in ("proc", "lower", "upper", "root")),
+            cpio.character_device("/dev/console", 5, 1),
+            cpio.regular(_BUSYBOX, busybox.BUSYBOX.read_bytes(), mode=0o755),
+            cpio.regular("/init", _INIT.encode(), mode=0o755),
+            cpio.regular("/begin", begin.encode(), mode=0o755),
+            *(
+                cpio.regular(f"/modules/{number:03}-{module.name}.ko", module.data)
+                for number, module in enumerate(load_modules(tree, _MODULES))
+            ),
+        ]
+    )
+
+
+def _share(stack: ExitStack, home: Path, tag: str, source: Path, *, cache: str) -> list[str]:
+    """Start a virtio-fs daemon; return QEMU's options for its device."""
+    socket = home / f"{tag}.sock"
+    if _C_DAEMON.exists():
+        options = f"source={source},cache={cache},xattr,sandbox=chroot"
+        argv = [str(_C_DAEMON), f"--socket-path={socket}", "-o", options]
+    else:
+        argv = [str(_RUST_DAEMON), f"--socket-path={socket}", f"--shared-dir={source}", f"--cache={cache}"]
+        argv += ["--xattr", "--sandbox=chroot"]
+    daemon = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+    stack.callback(daemon.wait)
+    stack.callback(daemon.terminate)
+    while not socket.exists() and daemon.poll() is None:
+        time.sleep(0.02)
+    return [
+        *("-chardev", f"socket,id={tag},path={socket}"),
+        *("-device", f"vhost-user-fs-pci,chardev={tag},tag={tag},queue-size=1024"),
+    ]
+
+
+def _qemu_argv(initrd: Path, disk: Path, shares: Sequence[Sequence[str]]) -> list[str]:
+    kernel_parameters = (
+        "console=ttyS0 loglevel=3 panic=-1 no_timer_check intel_iommu=on "
+        # Or the kernel takes the HPET for its clock: each look at it is a trip out of the machine.
+        "tsc=reliable"
+    )
+    return [
+        *(str(_QEMU), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+        *("-machine", "q35,memory-backend=memory,kernel-irqchip=split"),
+        *("-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-smp", "2", "-m", f"{_MEMORY_MIB}M"),
+        *("-object", f"memory-backend-memfd,id=memory,size={_MEMORY_MIB}M,share=on"),
+        *("-kernel", str(_GUEST_IMAGE / "vmlinux"), "-initrd", str(initrd), "-append", kernel_parameters),
+        *("-serial", "stdio", "-device", "virtio-rng-pci", "-device", "intel-iommu,intremap=on"),
+        *(word for share in shares for word in share),
+        # To give away: a disk and a network card.
+        *("-drive", f"if=none,id=spare,format=raw,file={disk}"),
+        *("-device", "nvme,serial=spare,drive=spare,addr=0x10"),
+        *("-netdev", "hubport,id=near,hubid=0", "-netdev", "hubport,id=far,hubid=0"),
+        *(
+            "-device",
+            f"virtio-net-pci,netdev=far,addr=0x11,mac={FAR_MAC},iommu_platform=on,disable-legacy=on",
+        ),
+        *("-device", f"virtio-net-pci,netdev=near,addr=0x12,mac={NEAR_MAC}"),
+    ]
+
+
+def _watch(argv: list[str]) -> int:
+    status = None
+    with subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace"
+    ) as machine:
+        assert machine.stdout is not None  # noqa: S101 - it was asked for above
+        try:
+            for line in machine.stdout:
+                if line.startswith(_ENDED):
+                    status = int(line.removeprefix(_ENDED))
+                else:
+                    print(line.rstrip("\r\n"), flush=True)
+        except BaseException:
+            machine.terminate()
+            raise
+    if status is None:
+        print("outer: the machine did not come to its end", flush=True)
+    return 1 if status is None else status

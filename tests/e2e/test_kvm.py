@@ -1,0 +1,167 @@
+"""Containers under KVM: what differs there from emulation, in one machine that boots and one that is cloned.
+
+``scripts/test --kvm`` runs this in an outer machine; a host with KVM, vhost-vsock and vhost-net needs none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.busybox import IMAGE
+from tests.e2e.conftest import new_id
+from tests.e2e.test_network import digesting_server
+from tests.network_space import add_cable, new_space
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.e2e.conftest import Stack
+    from tests.network_space import Space
+
+pytestmark = [
+    pytest.mark.hako,
+    pytest.mark.skipif(
+        not Path("/dev/vhost-vsock").exists(), reason="no KVM for guests here; scripts/test --kvm has one"
+    ),
+]
+
+MIB = 1 << 20
+SENT = bytes(range(256)) * 4096
+DISK = b"on the host's disk\n".ljust(MIB, b".")
+TALK = "cat /data/bytes | nc -w 60 10.1.0.1 7000"
+
+
+@pytest.fixture(scope="module")
+def outside() -> Iterator[Space]:
+    with new_space() as space:
+        yield space
+
+
+@pytest.fixture(scope="module")
+def pod(outside: Space) -> Iterator[Space]:
+    with new_space() as space:
+        add_cable(space, outside, "eth0", number=1)
+        yield space
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    file = tmp_path_factory.mktemp("disk") / "disk"
+    file.write_bytes(DISK)
+    argv = ["/usr/sbin/losetup", "--find", "--show", file]
+    device = Path(subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip())
+    yield device
+    subprocess.run(["/usr/sbin/losetup", "--detach", device], check=True)
+
+
+@pytest.fixture(scope="module")
+def booted(
+    one_stack: Stack, pod: Space, disk: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """A container whose machine boots, and is given a disk, a network card, a processor and memory."""
+    data = tmp_path_factory.mktemp("data")
+    (data / "bytes").write_bytes(SENT)
+    options = [
+        *("--detach", "--annotation", "io.hako.template=off", f"--with-ns=network:{pod.path}"),
+        *(
+            "--device",
+            disk,
+            "--memory-limit",
+            str(128 * MIB),
+            "--cpu-quota",
+            "50000",
+            "--cpu-period",
+            "100000",
+        ),
+        *("--mount", f"type=bind,src={data},dst=/data,options=rbind:ro"),
+    ]
+    yield from running(one_stack, options)
+
+
+@pytest.fixture(scope="module")
+def cloned(one_stack: Stack) -> Iterator[str]:
+    """A container whose machine goes on where the template was saved."""
+    yield from running(one_stack, ["--detach"])
+
+
+def running(stack: Stack, options: list[str | Path]) -> Iterator[str]:
+    name = new_id()
+    try:
+        started = stack.containerd.run(IMAGE, name, "sleep", "100000", options=options)
+        assert started.code == 0, started.stderr
+        yield name
+    finally:
+        stack.containerd.remove(name)
+
+
+def shell(stack: Stack, name: str, script: str) -> str:
+    result = stack.containerd.exec(name, new_id(), "sh", "-c", script)
+    assert result.code == 0, (script, result.stdout, result.stderr)
+    return result.stdout
+
+
+def qemu(stack: Stack, name: str) -> int:
+    return stack.containerd.tasks()[name][0]
+
+
+def opened(pid: int) -> list[str]:
+    return [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+
+
+def test_the_machine_has_kvm_and_the_kernels_vsock(one_stack: Stack, booted: str):
+    pid = qemu(one_stack, booted)
+    assert b"kvm,kernel-irqchip=on" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    assert {"anon_inode:kvm-vm", "/dev/vhost-vsock"} <= set(opened(pid))
+
+
+def test_an_exec_has_its_streams_and_its_exit_code(one_stack: Stack, booted: str):
+    script = "cat; echo error >&2; exit 42"
+    result = one_stack.containerd.exec(booted, new_id(), "sh", "-c", script, stdin="said\n")
+    assert (result.code, result.stdout) == (42, "said\n")
+    assert result.stderr.startswith("error\n")
+
+
+def test_many_bytes_pass_unchanged(one_stack: Stack, booted: str):
+    result = one_stack.containerd.exec(booted, new_id(), "seq", "1", "20000")
+    assert result.stdout.split() == [str(number + 1) for number in range(20000)]
+    assert "stdio: raw streams" in one_stack.containerd.log.read_text(encoding="utf-8")
+
+
+def test_the_disk_has_the_hosts_bytes(one_stack: Stack, booted: str, disk: Path):
+    assert shell(one_stack, booted, f"sha256sum <{disk}").split()[0] == hashlib.sha256(DISK).hexdigest()
+
+
+def test_the_machine_has_grown_by_what_the_container_may_use(one_stack: Stack, booted: str):
+    processors, _, kib, _ = shell(one_stack, booted, "nproc; grep MemTotal /proc/meminfo").split()
+    assert int(processors) == 2
+    assert int(kib) // 1024 > 512
+
+
+def test_a_network_card_has_queues_for_each_processor_that_came(one_stack: Stack, booted: str):
+    queues = shell(one_stack, booted, "ls /sys/class/net/eth0/queues").split()
+    assert queues == ["rx-0", "rx-1", "tx-0", "tx-1"]
+
+
+def test_packets_reach_the_guest_through_the_hosts_kernel(one_stack: Stack, booted: str, outside: Space):
+    assert "/dev/vhost-net" in opened(qemu(one_stack, booted))
+    with digesting_server(outside, socket.AF_INET, "10.1.0.1"):
+        assert shell(one_stack, booted, TALK) == hashlib.sha256(SENT).hexdigest()
+
+
+def test_a_clone_goes_on_and_answers(one_stack: Stack, cloned: str):
+    assert ": cloned" in one_stack.containerd.log.read_text(encoding="utf-8")
+    assert shell(one_stack, cloned, "echo here") == "here\n"
+
+
+def test_a_clone_has_the_time_of_its_host(one_stack: Stack, cloned: str):
+    script = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource; date +%s"
+    before_s = int(shell(one_stack, cloned, "date +%s"))
+    clock, second = shell(one_stack, cloned, script).split()
+    assert clock == "kvm-clock"
+    assert before_s <= int(second)
