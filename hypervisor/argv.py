@@ -264,7 +264,8 @@ def _memory(spec: VmSpec) -> str:
 def _memory_backend(spec: VmSpec, fd: int | None) -> str:
     kind = "memory-backend-memfd" if fd is None else f"memory-backend-file,mem-path=/proc/self/fd/{fd}"
     # Shared, because the virtio-fs and vsock daemons map the guest's memory.
-    return f"{kind},id=memory,size={spec.memory_bytes // MIB}M,share=on"
+    huge = ",hugetlb=on" if spec.huge_pages and fd is None else ""
+    return f"{kind},id=memory,size={spec.memory_bytes // MIB}M,share=on{huge}"
 
 
 def _share(fd: int | None) -> list[str]:

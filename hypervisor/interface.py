@@ -63,6 +63,7 @@ class VmSpec:
     :param network_namespace: the network namespace the VMM is started in, or ``None`` for the caller's. The
         daemons stay in the caller's.
     :param root_ports: how many PCI devices of the host can be plugged. Each port costs boot time.
+    :param huge_pages: whether all memory is of huge pages that the host has reserved; not for a clone.
     :param template: the directory of a template with the same key to clone, or ``None`` to boot.
     """
 
@@ -84,6 +85,7 @@ class VmSpec:
     vsock_daemon: Path | None
     network_namespace: Path | None
     root_ports: int
+    huge_pages: bool = False
     template: Path | None = None
 
 

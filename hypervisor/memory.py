@@ -49,13 +49,25 @@ class Memory:
     :param devices: where the virtio-mem device is plugged.
     :param boot_bytes: what it started with.
     :param most_bytes: what it can have.
+    :param huge_pages: whether all of it is of huge pages that the host has reserved.
     """
 
-    def __init__(self, session: QmpSession, devices: Devices, *, boot_bytes: int, most_bytes: int) -> None:
+    def __init__(
+        self,
+        session: QmpSession,
+        devices: Devices,
+        *,
+        boot_bytes: int,
+        most_bytes: int,
+        huge_pages: bool = False,
+    ) -> None:
         self._session = session
         self._devices = devices
         self._boot = boot_bytes
         self._most = most_bytes
+        # What is not used yet takes no huge page; and where there is none, the guest is told, not killed.
+        self._backend = {**_BACKEND, **({"hugetlb": True, "reserve": False} if huge_pages else {})}
+        self._properties = {"prealloc": True} if huge_pages else {}
         self._lock = asyncio.Lock()
         self._plugged = False
         self._by_modules = False
@@ -126,12 +138,12 @@ class Memory:
             log.warning("resize memory: this QEMU has no virtio-mem; using memory modules")
             self._by_modules = True
             return
-        backend = {**_BACKEND, "id": f"{_DEVICE}-ram"}
+        backend = {**self._backend, "id": f"{_DEVICE}-ram"}
         await self._devices.plug(
             Description(
                 id=_DEVICE,
                 driver=_DRIVER,
-                properties={"memdev": backend["id"]},
+                properties={"memdev": backend["id"], **self._properties},
                 backend=[
                     Command("object-add", {**backend, "size": _round_up(self._most - self._boot, STEP)})
                 ],
@@ -175,7 +187,7 @@ class Memory:
         if number is None:
             raise ResizeError(f"resize memory: all {MEMORY_MODULES} modules are there; shrink it first")
         slot = acpi.Slot("DIMM", number, f"memory-module{number}")
-        backend = {**_BACKEND, "id": f"{slot.device}-ram"}
+        backend = {**self._backend, "id": f"{slot.device}-ram"}
         await self._session.ask(dict, "object-add", {**backend, "size": size})
         try:
             arguments = {"driver": "pc-dimm", "id": slot.device, "memdev": backend["id"], "slot": number}

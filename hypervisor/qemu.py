@@ -301,7 +301,13 @@ class QemuHypervisor(Hypervisor):
             most=spec.max_vcpus,
             emulated=spec.accelerator is Accelerator.TCG,
         )
-        self._memory = Memory(qmp, devices, boot_bytes=spec.memory_bytes, most_bytes=spec.max_memory_bytes)
+        self._memory = Memory(
+            qmp,
+            devices,
+            boot_bytes=spec.memory_bytes,
+            most_bytes=spec.max_memory_bytes,
+            huge_pages=spec.huge_pages,
+        )
         self._watching = asyncio.create_task(devices.watch())
         self._supervisor = asyncio.create_task(self._supervise(qemu, qmp))
 

@@ -40,6 +40,8 @@ class HypervisorConfig(Record):
     static_sizing: bool = False
     #: How many PCI devices of the host (VFIO) a machine can be given; each costs 30 ms of boot under TCG.
     root_ports: int = 0
+    #: Whether guests' memory is of the huge pages that the host has reserved; such machines boot cold.
+    huge_pages: bool = False
     #: Path of the daemon, or ``auto`` to search for it.
     virtiofsd: str = "auto"
     #: Path of the daemon that serves ``vhost-user-vsock``, or ``auto`` to search for it.
@@ -102,6 +104,9 @@ RANGES = {
     "max_memory_mib": (0, 1 << 24),
     "boot_timeout_s": (1, 3600),
 }
+
+
+_WANTED = {str: "a string in quotes", int: "a whole number", bool: "true or false"}
 
 
 class ConfigText(Record):
@@ -178,7 +183,7 @@ def _section(kind: type[Record], table: Any, where: str) -> Record:
         expected = _known(types, key, where, "key")
         # In Python a bool is an int; in TOML it is not.
         if type(value) is not expected:
-            wanted = "a string in quotes" if expected is str else "a whole number"
+            wanted = _WANTED[expected]
             raise Refusal(f"config: {where}.{key}: {value!r} has the wrong type; give {wanted}")
         _check_value(key, value, f"{where}.{key}")
     return kind(**table)

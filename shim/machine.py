@@ -352,6 +352,11 @@ class Machine:
         """Find what a machine can be cloned from, and say why not if there is nothing."""
         if self._config.hypervisor.template == "off":
             return None
+        if self._config.hypervisor.huge_pages:
+            log.info(
+                "boot: sandbox %s: its memory is of huge pages, which are not copied; boots cold", self._id
+            )
+            return None
         if refuses_template(pod.oci):
             log.info("boot: sandbox %s: wants no clone; boots cold", self._id)
             return None

@@ -60,4 +60,5 @@ def describe(
         vsock_daemon=choice.vsock_daemon,
         network_namespace=None,
         root_ports=config.hypervisor.root_ports,
+        huge_pages=config.hypervisor.huge_pages,
     )

@@ -21,6 +21,7 @@ from shim import daemonize
 from shim.errors import Internal
 from shim.host import resolve
 from shim.machine_spec import describe
+from shim.refusal import Refusal
 from shim.sizing import plan
 
 if TYPE_CHECKING:
@@ -55,9 +56,13 @@ def build(config: Config, store: TemplateStore, *, wait: bool) -> Template:
     :returns: the template.
     :raises BlockingIOError: if somebody else builds and ``wait`` is not set.
     :raises ShimError: if the host lacks something, or the machine does not come up or cannot be saved.
-    :raises Refusal: if the store cannot be trusted.
+    :raises Refusal: if the store cannot be trusted, or machines of this configuration are not cloned.
     :raises OSError: if the store cannot be written.
     """
+    if config.hypervisor.huge_pages:
+        raise Refusal(
+            "template: [hypervisor] huge_pages: such machines are not cloned; switch it off, or build none"
+        )
     with store.building(wait=wait) as building, _guarding(building):
         return asyncio.run(_build(config, store, building.place))
 

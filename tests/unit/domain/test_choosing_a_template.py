@@ -96,6 +96,13 @@ def test_templates_are_switched_off(choose):
     assert not machine.lacks_template
 
 
+def test_a_machine_of_huge_pages_is_not_cloned(choose):
+    build(*choose({}))
+    machine, clone = choose({}, huge_pages=True)
+    assert clone.template is None
+    assert not machine.lacks_template
+
+
 def test_a_pod_refuses_its_template(choose):
     build(*choose({}))
     machine, clone = choose({"annotations": {pod.TEMPLATE_ANNOTATION: "off"}})

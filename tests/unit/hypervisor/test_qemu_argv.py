@@ -77,3 +77,8 @@ def test_the_network_namespace_is_entered_before_anything_is_opened(make_spec):
 
 def test_a_machine_that_may_get_devices_of_the_host_keeps_seeing_them(make_spec):
     assert argv(make_spec(root_ports=1))[0] == str(make_spec().qemu)
+
+
+def test_memory_is_of_huge_pages_where_they_are_wanted(make_spec):
+    [backend] = [word for word in argv(make_spec(huge_pages=True)) if word.startswith("memory-backend")]
+    assert backend == "memory-backend-memfd,id=memory,size=512M,share=on,hugetlb=on"

@@ -49,6 +49,7 @@ def test_what_is_given_replaces_only_itself():
         ("[[guest]]\n", "guest: not a table; write [guest]"),
         ('[hypervisor]\nvcpus = "2"\n', "hypervisor.vcpus: '2' has the wrong type; give a whole number"),
         ("[hypervisor]\nvcpus = true\n", "hypervisor.vcpus: True has the wrong type; give a whole number"),
+        ("[shim]\nzygote = 1\n", "shim.zygote: 1 has the wrong type; give true or false"),
         ("[hypervisor]\nvcpus = 1.5\n", "hypervisor.vcpus: 1.5 has the wrong type; give a whole number"),
         ("[guest]\nkernel = 1\n", "guest.kernel: 1 has the wrong type; give a string in quotes"),
         ("[hypervisor]\nvcpus = 0\n", "hypervisor.vcpus: 0 is too small; give at least 1"),

@@ -1,0 +1,53 @@
+"""A guest whose memory is of huge pages that the host has reserved: from the start, and where it grows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hypervisor import VmStartError
+from tests.patience import patient
+
+MIB = 1 << 20
+RESERVED = Path("/proc/sys/vm/nr_hugepages")
+START_S = patient(20)
+BOOTED, GROWN = 128 * MIB, 192 * MIB
+
+
+def pages(which: str) -> int:
+    [line] = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith(which)]
+    return int(line.split()[1])
+
+
+@pytest.fixture
+def reserve():
+    """Reserve so many bytes of huge pages for a test."""
+    before = RESERVED.read_text()
+
+    def reserve(size: int) -> None:
+        wanted = int(before) + size // (pages("Hugepagesize") << 10)
+        RESERVED.write_text(f"{wanted}\n")
+        if int(RESERVED.read_text()) < wanted:
+            pytest.skip("this machine's memory is too much in pieces for huge pages")
+
+    yield reserve
+    RESERVED.write_text(before)
+
+
+async def test_all_memory_is_of_huge_pages(start, reserve):
+    reserve(GROWN)
+    vm, shell = await start(memory_bytes=BOOTED, max_memory_bytes=GROWN, huge_pages=True)
+    used = pages("HugePages_Total") - pages("HugePages_Free")
+    assert used > 0
+    assert await vm.resize_memory(GROWN) == GROWN
+    assert await shell("echo here") == "here"
+    await vm.stop()
+    assert pages("HugePages_Free") == pages("HugePages_Total")
+
+
+async def test_without_enough_huge_pages_the_reason_is_named(machines, reserve):
+    reserve(0)
+    vm = machines(huge_pages=True)
+    with pytest.raises(VmStartError, match="Cannot allocate memory"):
+        await vm.start(timeout_s=START_S)
