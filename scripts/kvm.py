@@ -1,7 +1,7 @@
-"""Run tests under KVM, in an outer machine: ``scripts/test --kvm [--short] [pytest arguments]``.
+"""Run tests or benchmarks under KVM, in an outer machine: ``scripts/test --kvm``, ``scripts/bench --kvm``.
 
-What they write is shown as it comes, and the exit status is pytest's. The report in JUnit's format and the
-log of the kernel stay behind in a directory that the last line names.
+What they write is shown as it comes, and the exit status is theirs. The report in JUnit's format, or the
+results, and the log of the kernel stay behind in a directory that the last line names.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from scripts import outer
 from tests import patience
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 PATIENCE = 10
 """By how much deadlines are longer in an emulated host."""
@@ -23,45 +27,64 @@ SHORT = ("tests/e2e/test_kvm.py",)
 SHORT_DEADLINE_S = 1200.0
 ALL = (
     *SHORT,
+    "tests/e2e/test_vfio.py",
     "tests/integration/hypervisor/test_accelerator_probe.py",
     "tests/integration/hypervisor/test_vm_boot.py",
     "tests/integration/hypervisor/test_vm_death.py",
     "tests/integration/hypervisor/test_hotplug.py",
     "tests/integration/hypervisor/test_sizing.py",
+    "tests/integration/hypervisor/test_huge_pages.py",
     "tests/integration/hypervisor/test_template.py",
     "tests/e2e/test_sizing.py",
     "tests/e2e/test_templates.py",
 )
 ALL_DEADLINE_S = 6 * 3600.0
+BENCHMARKS = ("clone_over_cold", "run_template_over_cold", "shim_pss_mib", "pod_pss_mib")
 
 
-def main(arguments: list[str]) -> int:
-    """Run the tests.
+def main(arguments: Sequence[str]) -> int:
+    """Run what the command line says.
 
-    :param arguments: ``--short`` for the part that is run for each change, then pytest's. Tests that are
-        named there are run instead of those that are listed here.
-    :returns: pytest's exit status.
+    :param arguments: ``test`` or ``bench``, then what it is given.
+    :returns: its exit status.
     """
-    short = arguments[:1] == ["--short"]
-    given = arguments[1:] if short else arguments
-    named = [argument for argument in given if argument.startswith("tests/")]
-    chosen = [] if named else SHORT if short else ALL
-    report = f"--junitxml={outer.RESULTS}/report.xml"
-    command = [
-        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--timeout={TEST_DEADLINE_S}", report),
-        *("-v", "--color=no", "--durations=0", "--durations-min=5"),
+    what, *given = arguments
+    if what == "bench":
+        return _run(_benchmarks(given), deadline_s=ALL_DEADLINE_S)
+    short = given[:1] == ["--short"]
+    command = _tests(given[1:], SHORT) if short else _tests(given, ALL)
+    return _run(command, deadline_s=SHORT_DEADLINE_S if short else ALL_DEADLINE_S)
+
+
+def _tests(given: list[str], listed: Sequence[str]) -> list[str]:
+    """Build pytest's command line: for the tests that are named, or for those that are listed here."""
+    named = any(argument.startswith("tests/") for argument in given)
+    return [
+        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--timeout={TEST_DEADLINE_S}"),
+        *(f"--junitxml={outer.RESULTS}/report.xml", "-v", "--color=no", "--durations=0", "--durations-min=5"),
         *given,
-        *chosen,
+        *(() if named else listed),
     ]
-    environment = {patience.VARIABLE: f"{PATIENCE}", "HAKO_TEST_ACCELERATOR": "kvm", "PYTHONUNBUFFERED": "1"}
+
+
+def _benchmarks(given: list[str]) -> list[str]:
+    names = given or [*BENCHMARKS, "--rounds", "3"]
+    return [sys.executable, "-m", "scripts.benchmarks", *names, "--json", f"{outer.RESULTS}/results.json"]
+
+
+def _run(command: Sequence[str], *, deadline_s: float) -> int:
+    environment = {
+        patience.VARIABLE: f"{PATIENCE}",
+        "HAKO_TEST_ACCELERATOR": "kvm",
+        "HAKO_TEST_VFIO_DISK": outer.DISK,
+        "HAKO_TEST_VFIO_CARDS": " ".join(outer.CARDS),
+        "PYTHONUNBUFFERED": "1",
+    }
     results = Path(tempfile.mkdtemp(prefix="hako-kvm-"))
     began_s = time.monotonic()
-    deadline_s = SHORT_DEADLINE_S if short else ALL_DEADLINE_S
     status = outer.run(command, environment=environment, results=results, deadline_s=deadline_s)
     took_s = time.monotonic() - began_s
-    print(
-        f"kvm: exit status {status} after {took_s:.0f} s; report.xml and dmesg are in {results}", flush=True
-    )
+    print(f"kvm: exit status {status} after {took_s:.0f} s; what it left is in {results}", flush=True)
     return status
 
 

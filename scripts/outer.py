@@ -26,8 +26,8 @@ TREE = Path(__file__).resolve().parent.parent
 RESULTS = "/run/results"
 """Where the outer machine has the directory for results."""
 
-FAR_MAC, NEAR_MAC = "02:00:00:00:00:11", "02:00:00:00:00:12"
-"""A network card to give away, and the outer machine's own at the other end of its cable."""
+DISK, CARDS = "0000:00:10.0", ("0000:01:01.0", "0000:01:02.0")
+"""Devices to give away: an NVMe disk, and two network cards behind a bridge, which share a group."""
 
 _GUEST_IMAGE = Path("/var/lib/hako/guest")
 _PACKAGE_CACHE = Path("/var/cache/hako")
@@ -170,15 +170,19 @@ def _qemu_argv(initrd: Path, disk: Path, shares: Sequence[Sequence[str]]) -> lis
         *("-kernel", str(_GUEST_IMAGE / "vmlinux"), "-initrd", str(initrd), "-append", kernel_parameters),
         *("-serial", "stdio", "-device", "virtio-rng-pci", "-device", "intel-iommu,intremap=on"),
         *(word for share in shares for word in share),
-        # To give away: a disk and a network card.
+        # To give away; a device of virtio's goes round the IOMMU unless it is told to use it.
         *("-drive", f"if=none,id=spare,format=raw,file={disk}"),
         *("-device", "nvme,serial=spare,drive=spare,addr=0x10"),
-        *("-netdev", "hubport,id=near,hubid=0", "-netdev", "hubport,id=far,hubid=0"),
-        *(
-            "-device",
-            f"virtio-net-pci,netdev=far,addr=0x11,mac={FAR_MAC},iommu_platform=on,disable-legacy=on",
-        ),
-        *("-device", f"virtio-net-pci,netdev=near,addr=0x12,mac={NEAR_MAC}"),
+        *("-device", "pcie-pci-bridge,id=bridge,addr=0x11"),
+        *(word for number in (1, 2) for word in _card(number)),
+    ]
+
+
+def _card(number: int) -> list[str]:
+    options = f"netdev=port{number},bus=bridge,addr={number},mac=02:00:00:00:00:2{number}"
+    return [
+        *("-netdev", f"hubport,id=port{number},hubid=0"),
+        *("-device", f"virtio-net-pci,{options},iommu_platform=on,disable-legacy=on"),
     ]
 
 

@@ -22,11 +22,12 @@ from shim.machine_spec import describe
 from shim.sizing import plan
 from shim.template_store import TemplateStore
 from tests.e2e.busybox import BUSYBOX
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from scripts.benchmarks.stage import Stage
 
-BOOT_TIMEOUT_S = 120.0
+BOOT_TIMEOUT_S = patient(120.0)
 MARK = b"bench: a shell"
 SHELL = f"#!/bin/busybox sh\necho '{MARK.decode()}'\nexec /bin/busybox sh\n"
 MIB = 1 << 20

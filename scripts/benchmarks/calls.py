@@ -15,12 +15,13 @@ from scripts.benchmarks.harness import Samples, alternate
 from scripts.benchmarks.sandbox import HAKO, RUNC, running
 from scripts.benchmarks.stage import MeasurementError
 from tests.e2e.containerd import NAMESPACE
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from scripts.benchmarks.stage import Stage
 
 CALLS = 200
-CALL_TIMEOUT_S = 10.0
+CALL_TIMEOUT_S = patient(10.0)
 STATE = "/containerd.task.v3.Task/State"
 
 

@@ -12,13 +12,14 @@ from scripts.benchmarks.crowds import crowd
 from scripts.benchmarks.harness import Samples
 from scripts.benchmarks.stage import MeasurementError
 from tests.e2e.nursery import descendants
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from scripts.benchmarks.stage import Stage
 
 SANDBOXES = 10
 MEMORY_MIB = 256
-SETTLE_S = 10.0
+SETTLE_S = patient(10.0)
 """Guests give freed pages back some seconds after they freed them, and nothing says when they are done."""
 _KIB_PER_MIB = 1024
 

@@ -24,14 +24,15 @@ from shim.transport.ttrpc_client import TtrpcClient
 from tests.e2e.busybox import rootfs_archive
 from tests.e2e.by_hand import CAPABILITY_SETS, PROCESS, PROCESS_TYPE
 from tests.e2e.containerd import NAMESPACE, SHIM_DIRECTORY, SYSTEM_PATH
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from scripts.benchmarks.stage import Stage
 
-CALL_TIMEOUT_S = 120.0
-COMMAND_TIMEOUT_S = 60.0
+CALL_TIMEOUT_S = patient(120.0)
+COMMAND_TIMEOUT_S = patient(60.0)
 TASK = task_v2_pb2.DESCRIPTOR.services_by_name["Task"]
 
 

@@ -21,6 +21,7 @@ from tests.e2e.conftest import HAKO, write_config
 from tests.e2e.containerd import CGROUPS, NAMESPACE, RELEASES, SHIM_DIRECTORY, Containerd, running
 from tests.e2e.life import until
 from tests.e2e.nursery import Nursery, descendants
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from tests.e2e.nursery import Process
 
 RUNC = "io.containerd.runc.v2"
-GONE_TIMEOUT_S = 60.0
-CROWD_TIMEOUT_S = 600.0
+GONE_TIMEOUT_S = patient(60.0)
+CROWD_TIMEOUT_S = patient(600.0)
 ZYGOTE = "-zygote"
 
 
