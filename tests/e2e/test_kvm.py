@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,8 +161,6 @@ def test_a_clone_goes_on_and_answers(one_stack: Stack, cloned: str):
 
 
 def test_a_clone_has_the_time_of_its_host(one_stack: Stack, cloned: str):
-    script = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource; date +%s"
-    before_s = int(shell(one_stack, cloned, "date +%s"))
-    clock, second = shell(one_stack, cloned, script).split()
-    assert clock == "kvm-clock"
-    assert before_s <= int(second)
+    before_s = time.time()
+    seen_s = int(shell(one_stack, cloned, "date +%s"))
+    assert before_s - 1 <= seen_s <= time.time() + 1
