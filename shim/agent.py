@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 
-from proto.kata import agent_pb2, health_pb2, oci_pb2, types_pb2
+from proto.kata import agent_pb2, csi_pb2, health_pb2, oci_pb2, types_pb2
 from shim.agent_errors import plain
-from shim.errors import ShimError
+from shim.errors import DeadlineExceeded, ShimError, Unavailable
 from shim.transport.ttrpc_client import TtrpcClient
 
 if TYPE_CHECKING:
@@ -39,8 +39,12 @@ MODULES_NAME = ".modules"
 # What containers share of the host's volumes is mounted in there once for all of them.
 VOLUMES_DIRECTORY = "/run/kata-containers/sandbox/volumes"
 SHM_DIRECTORY = "/run/kata-containers/sandbox/shm"
+# Volumes in memory, and parts of them that containers are given.
+MEMORY_DIRECTORY = "/run/kata-containers/sandbox/ephemeral"
+PARTS_DIRECTORY = "/run/kata-containers/sandbox/parts"
 SHM_BYTES = 64 * 1024 * 1024  # the size runc gives /dev/shm
 
+COPIED_BYTES = 1 << 20  # by each message; the protocol's own are below 4 MiB
 SEED_BYTES = 64  # as many as the guest's kernel mixes at once
 _FIRST_CLOCK_ERROR_NS = 250_000_000  # before anything runs that asks for the time
 _CLOCK_ERROR_NS = 2_000_000
@@ -227,6 +231,49 @@ class Agent:
             # A stock agent takes the options of such a storage only when it is mounted again.
             again = agent_pb2.UpdateEphemeralMountsRequest(storages=[_shm(shm_bytes, "remount")])
             await self._call("UpdateEphemeralMounts", again, Empty)
+
+    async def mount_tmpfs(self, mount_point: str, *, options: list[str]) -> None:
+        """Mount a tmpfs that lives as long as the machine.
+
+        :param options: of mount(8), one each. A stock agent takes those of a storage only by this call.
+        """
+        storage = agent_pb2.Storage(
+            driver="ephemeral", source="tmpfs", fstype="tmpfs", mount_point=mount_point, options=options
+        )
+        await self._call(
+            "UpdateEphemeralMounts", agent_pb2.UpdateEphemeralMountsRequest(storages=[storage]), Empty
+        )
+
+    async def has_file(self, path: str) -> bool:
+        """Tell whether there is a file or directory in the guest."""
+        request = agent_pb2.VolumeStatsRequest(volume_guest_path=path)
+        try:
+            await self._call("GetVolumeStats", request, csi_pb2.VolumeStatsResponse)
+        except (DeadlineExceeded, Unavailable):
+            raise
+        except ShimError:  # the status of an error is not the same with each agent
+            return False
+        return True
+
+    async def copy_file(self, target: str, *, status: os.stat_result, data: bytes) -> None:
+        """Make a file, a symbolic link or a directory.
+
+        :param target: its path in the guest.
+        :param status: its type, mode and owners.
+        :param data: what is in the file, or where the link leads.
+        """
+        for offset in range(0, max(len(data), 1), COPIED_BYTES):
+            request = agent_pb2.CopyFileRequest(
+                path=target,
+                file_size=len(data),
+                file_mode=status.st_mode,
+                dir_mode=0o755,
+                uid=status.st_uid,
+                gid=status.st_gid,
+                offset=offset,
+                data=data[offset : offset + COPIED_BYTES],
+            )
+            await self._call("CopyFile", request, Empty)
 
     async def update_interface(self, interface: types_pb2.Interface) -> None:
         """Set a network card up as described; one that is being plugged is waited for."""

@@ -117,7 +117,7 @@ class Container:
                 agent = await self._sandbox.agent()
             began_s = time.monotonic()
             translation = translate(
-                await self._files.mount(self._sandbox.complete(self.spec)),
+                await self._files.mount(await self._sandbox.complete(self)),
                 container_id=self.id,
                 sandbox_id=self._sandbox.id,
                 terminal=self.init.stdio.terminal,

@@ -20,6 +20,7 @@ from shim.disks import limits_of, without_limits_of
 from shim.errors import Internal, InvalidArgument, Unimplemented
 from shim.file_systems import FileSystems
 from shim.guest_names import agent_id, rootfs_of
+from shim.oci_mount_kinds import OfTheGuest
 from shim.passthrough import devices_of
 from shim.volume_source import opened
 from shim.volumes import Volumes
@@ -108,8 +109,24 @@ class ContainerFiles:
         self._bind_into_share(source, f"{agent_id(self._id)}/rootfs")
 
     async def mount(self, spec: dict[str, Any]) -> dict[str, Any]:
-        """Have the host mount what only the host can; see :meth:`FileSystems.mount`."""
-        return await self._file_systems.mount(spec)
+        """Have the host mount what only the host can, see :meth:`FileSystems.mount`, and the guest its part.
+
+        :param spec: the decoded ``config.json``, in which some mounts may be of the guest already.
+        :raises ShimError: if that cannot be done.
+        """
+        spec = await self._file_systems.mount(spec)
+        for entry in spec.get("mounts") or []:
+            if isinstance(entry, OfTheGuest) and entry.part_of:
+                self._storages.append(
+                    agent_pb2.Storage(
+                        driver="bind",
+                        source=entry.part_of,
+                        fstype="bind",
+                        mount_point=entry["source"],
+                        options=["bind"],
+                    )
+                )
+        return spec
 
     def show_volumes(self, translation: Translation, *, agent: Agent) -> None:
         """Show the volumes, and tell the specification where the guest has them.

@@ -22,6 +22,7 @@ class HostMount:
     :param root: the path in the file system of what is mounted.
     :param point: where it is mounted.
     :param options: of the mount, not of its file system.
+    :param fstype: the type of the file system.
     """
 
     id: int
@@ -29,6 +30,7 @@ class HostMount:
     root: str
     point: str
     options: frozenset[str]
+    fstype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +135,15 @@ def _is_seen(mount: HostMount) -> bool:
 
 
 def _parse(line: bytes) -> HostMount:
-    number, _parent, device, root, point, options, *_ = line.split(b" ")
+    fields, _, described = line.partition(b" - ")
+    number, _parent, device, root, point, options, *_ = fields.split(b" ")
     return HostMount(
         int(number),
         device.decode(),
         _unescaped(root),
         _unescaped(point),
         frozenset(options.decode().split(",")),
+        described.partition(b" ")[0].decode(),
     )
 
 

@@ -69,6 +69,17 @@ _FOR_PROGRAMS = frozenset(
 )
 
 
+class OfTheGuest(dict[str, Any]):
+    """An element of a specification's ``mounts`` whose source is a path of the guest already.
+
+    :param part_of: what the guest has to mount at the source first, if that is only a part of something.
+    """
+
+    def __init__(self, entry: dict[str, Any], *, part_of: str = "") -> None:
+        super().__init__(entry)
+        self.part_of = part_of
+
+
 class Kind(enum.Enum):
     """Who provides a mount."""
 
@@ -104,6 +115,8 @@ def kind_of(entry: dict[str, Any]) -> Kind:
     :raises InvalidArgument: if nobody can; the message says why.
     """
     fstype, options = entry.get("type") or "", entry.get("options") or []
+    if isinstance(entry, OfTheGuest):
+        return Kind.GUEST
     if is_bind(entry):
         return Kind.BIND
     # What is mounted again is there already, in the container.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shim import shared_memory
+from shim.oci_mount_kinds import OfTheGuest
 
 _KERNEL_FILE_SYSTEMS = ("/proc", "/sys", "/dev")
 # The volumes that the kubelet rewrites while they are in use, and never lets a container write; a share
@@ -43,7 +44,7 @@ def rewrite_mount(entry: dict[str, Any]) -> tuple[dict[str, Any], SharedMount | 
     destination = entry["destination"]
     source = entry.get("source") or ""
     options = entry.get("options") or []
-    if not shared_memory.is_bind(entry):
+    if isinstance(entry, OfTheGuest) or not shared_memory.is_bind(entry):
         return entry, None
     if _is_of_a_kernel_file_system(source):
         # The host's kernel file systems say nothing about the guest: the guest's own are bound instead.

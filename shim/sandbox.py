@@ -29,11 +29,13 @@ from shim.errors import (
 )
 from shim.hooks import Hooks
 from shim.machine import Machine
+from shim.memory_volumes import MemoryVolumes
 from shim.oci import refusing_malformed
 from shim.pause_container import PauseContainer
 from shim.pod import check_names, check_pod, is_pause, with_files, with_sysctls, write_files
 from shim.refusal import Refusal
 from shim.shared_entries import SharedEntries
+from shim.sizing import with_memory
 from shim.timeline_files import SandboxTimeline
 from shim.work import Work
 
@@ -96,6 +98,7 @@ class Sandbox:
             record.id, directory=Path(record.state_directory), config=config, ledger=ledger
         )
         self.entries = SharedEntries(self._machine.share, daemons=self._machine.share_daemons)
+        self._memory_volumes = MemoryVolumes(self.entries.writable)
         self._files = Path(record.state_directory) / "etc"
         self._pod: PodSpec | None = None
         self._record = record
@@ -189,16 +192,18 @@ class Sandbox:
         if not self.is_started:
             self.start(pod)
 
-    def complete(self, spec: dict[str, Any]) -> dict[str, Any]:
+    async def complete(self, container: Container) -> dict[str, Any]:
         """Add to a container's specification what it shares with its pod, and what the host allows.
 
-        :raises InvalidArgument: if the specification is malformed.
+        :raises ShimError: if the specification is malformed, or the guest cannot hold a volume.
         """
         with refusing_malformed("config.json"):
-            spec = host_limits.announce(spec, host_limits.raised())
+            spec = host_limits.announce(container.spec, host_limits.raised())
             if self._pod is not None and self._pod.sysctls:
                 spec = with_sysctls(spec, self._pod.sysctls)
-            return with_files(spec, self._files, sandbox_id=self.id) if self.held else spec
+            if self.held:
+                spec = with_files(spec, self._files, sandbox_id=self.id)
+        return await self._memory_volumes.serve(spec, user=container, agent=await self.agent())
 
     async def agent(self) -> Agent:
         """Wait for the machine to be up.
@@ -347,8 +352,12 @@ class Sandbox:
             log.debug("shrink: sandbox %s: %s", self.id, error)
 
     def _live_limits(self) -> list[Limits]:
-        live = (one for one in self.containers.values() if not one.init.exited.is_set())
-        return [one.limits for one in live if not isinstance(one, PauseContainer)]
+        live = {
+            one.id: one.limits
+            for one in self.containers.values()
+            if not one.init.exited.is_set() and not isinstance(one, PauseContainer)
+        }
+        return with_memory(live.values(), self._memory_volumes.needed_bytes(live))
 
     def _point_to_state(self, bundle: Path) -> None:
         """Leave in the bundle what ``start`` would have, had it been run for this container."""

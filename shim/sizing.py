@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +115,16 @@ def limits_of(spec: Mapping[str, Any]) -> Limits:
     :param spec: its OCI specification; what is malformed there is no limit here, and refused elsewhere.
     """
     return Limits().updated(_table(_table(spec.get("linux")).get("resources")))
+
+
+def with_memory(live: Iterable[Limits], memory_bytes: int) -> list[Limits]:
+    """Add memory that belongs to no container to what containers may use.
+
+    :param live: the limits of each container.
+    :param memory_bytes: the memory.
+    """
+    first, *others = [*live] or [Limits()]
+    return [replace(first, memory_bytes=first.memory_bytes + memory_bytes), *others]
 
 
 def cpuset_of(live: Iterable[Limits]) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""CopyFile: files the host sends by message, confined to the shared directory.
+"""CopyFile: files the host sends by message, confined to the shared directory and to volumes in memory.
 
 Every component is opened without following links, so a link inside cannot lead out.
 """
@@ -15,22 +15,23 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from guest.agent.wire import Message
 
-ROOT = "/run/kata-containers/shared/containers"
+ROOTS = ("/run/kata-containers/shared/containers", "/run/kata-containers/sandbox/ephemeral")
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def copy(request: Message, *, root: str = ROOT) -> None:
+def copy(request: Message, *, roots: tuple[str, ...] = ROOTS) -> None:
     """Write one chunk of a file, or make a directory or link.
 
     :param request: grpc.CopyFileRequest.
-    :param root: the directory that holds every target.
-    :raises InvalidArgument: if the path lies outside the root.
+    :param roots: the directories that hold every target.
+    :raises InvalidArgument: if the path lies outside of them.
     :raises AgentError: if the file's type cannot be copied.
     :raises OSError: if the filesystem refuses.
     """
+    root = next((one for one in roots if request.path.startswith(f"{one}/")), "")
     parts = request.path.removeprefix(f"{root}/").split("/")
-    if not request.path.startswith(f"{root}/") or any(part in {"", ".", ".."} for part in parts):
-        raise InvalidArgument(f"copy: {request.path}: not a plain path below {root}; choose one there")
+    if not root or any(part in {"", ".", ".."} for part in parts):
+        raise InvalidArgument(f"copy: {request.path}: not a plain path below {roots[0]}; choose one there")
     files.make_directories(root)
     parent = _open_parent(root, parts[:-1], request.dir_mode & 0o7777 or 0o755)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 
@@ -30,6 +31,28 @@ def read_bytes(path: str) -> bytes:
     finally:
         os.close(fd)
     return b"".join(parts)
+
+
+def open_path(path: str) -> int:
+    """Find a file of any kind by a path that holds no link.
+
+    :param path: an absolute path.
+    :returns: a descriptor, as O_PATH of open(2) makes it.
+    :raises OSError: if there is none, or a link is on the way (ELOOP).
+    """
+    here = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    for name in path.split("/"):
+        if name in {"", "."}:
+            continue
+        try:
+            there = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
+        finally:
+            os.close(here)
+        here = there
+        if name == ".." or os.fstat(here).st_mode & 0o170000 == 0o120000:
+            os.close(here)
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+    return here
 
 
 def write(path: str, text: str) -> None:

@@ -93,8 +93,16 @@ def _make(storage: Message) -> Callable[[], None] | None:
     match storage.driver:
         case "bind" if storage.source.startswith(binds.SHARE):
             return binds.add(storage.source, storage.mount_point)
-        case "virtio-fs" | "overlayfs" | "bind":
+        case "virtio-fs" | "overlayfs":
             _mount(storage, storage.source)
+            return lambda: kernel.unmount(storage.mount_point, flags=kernel.MNT_DETACH)
+        case "bind":
+            # A container may have put a link in the way, which would lead anywhere in the machine.
+            source = files.open_path(storage.source)
+            try:
+                _mount(storage, f"/proc/self/fd/{source}")
+            finally:
+                os.close(source)
             return lambda: kernel.unmount(storage.mount_point, flags=kernel.MNT_DETACH)
         case "blk" | "mmioblk":
             node = uevent.disk(storage.source)
@@ -115,7 +123,7 @@ def _make(storage: Message) -> Callable[[], None] | None:
 
 
 def resize(storage: Message) -> None:
-    """Mount an ephemeral storage again with other options, such as another size; without any, do nothing.
+    """Mount an ephemeral storage, or again with other options, such as another size; without any, do nothing.
 
     :param storage: grpc.Storage.
     :raises AgentError: if it has another driver.

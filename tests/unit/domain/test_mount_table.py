@@ -21,7 +21,7 @@ LINES = rb"""
 
 
 def mount(root: str, point: str, *options: str, number: int = 1) -> HostMount:
-    return HostMount(number, "8:1", root, point, frozenset(options))
+    return HostMount(number, "8:1", root, point, frozenset(options), "ext4")
 
 
 @pytest.mark.parametrize(

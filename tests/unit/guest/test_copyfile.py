@@ -31,21 +31,21 @@ def request(path: Path, **fields: object) -> Message:
 
 def test_chunks_become_a_file_when_the_last_arrives(tmp_path: Path) -> None:
     target = tmp_path / "sub" / "file"
-    copyfile.copy(request(target, data=b"hello ", file_size=11), root=str(tmp_path))
+    copyfile.copy(request(target, data=b"hello ", file_size=11), roots=(str(tmp_path),))
     assert not target.exists()
-    copyfile.copy(request(target, data=b"world", offset=6, file_size=11), root=str(tmp_path))
+    copyfile.copy(request(target, data=b"world", offset=6, file_size=11), roots=(str(tmp_path),))
     assert target.read_bytes() == b"hello world"
     assert stat.S_IMODE(target.stat().st_mode) == 0o640
 
 
 def test_an_empty_file_takes_one_message(tmp_path: Path) -> None:
-    copyfile.copy(request(tmp_path / "empty"), root=str(tmp_path))
+    copyfile.copy(request(tmp_path / "empty"), roots=(str(tmp_path),))
     assert (tmp_path / "empty").read_bytes() == b""
 
 
 def test_directories_and_links(tmp_path: Path) -> None:
-    copyfile.copy(request(tmp_path / "d", file_mode=stat.S_IFDIR | 0o711), root=str(tmp_path))
-    copyfile.copy(request(tmp_path / "l", file_mode=stat.S_IFLNK, data=b"/etc"), root=str(tmp_path))
+    copyfile.copy(request(tmp_path / "d", file_mode=stat.S_IFDIR | 0o711), roots=(str(tmp_path),))
+    copyfile.copy(request(tmp_path / "l", file_mode=stat.S_IFLNK, data=b"/etc"), roots=(str(tmp_path),))
     assert stat.S_IMODE((tmp_path / "d").stat().st_mode) == 0o711
     assert (tmp_path / "l").readlink().as_posix() == "/etc"
 
@@ -55,7 +55,7 @@ def test_paths_outside_are_refused(tmp_path: Path, path: str) -> None:
     copied = request(tmp_path)
     copied.path = path.format(root=tmp_path)
     with pytest.raises(InvalidArgument, match="not a plain path"):
-        copyfile.copy(copied, root=str(tmp_path))
+        copyfile.copy(copied, roots=(str(tmp_path),))
 
 
 def test_a_link_on_the_way_is_not_followed(tmp_path: Path) -> None:
@@ -64,5 +64,5 @@ def test_a_link_on_the_way_is_not_followed(tmp_path: Path) -> None:
     outside.mkdir()
     (root / "link").symlink_to(outside)
     with pytest.raises(OSError, match="link"):
-        copyfile.copy(request(root / "link" / "file"), root=str(root))
+        copyfile.copy(request(root / "link" / "file"), roots=(str(root),))
     assert list(outside.iterdir()) == []

@@ -1,0 +1,41 @@
+"""A path that holds no link leads where it says."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from guest.agent import files
+
+
+def test_a_file_is_found_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_text("text")
+    descriptor = files.open_path(f"{tmp_path}//a/./file")
+    try:
+        assert Path(f"/proc/self/fd/{descriptor}").read_text() == "text"
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("path", "number"),
+    [
+        ("link", errno.ELOOP),
+        ("link/file", errno.ELOOP),
+        ("a/..", errno.ELOOP),
+        ("none", errno.ENOENT),
+        ("a/none/file", errno.ENOENT),
+    ],
+)
+def test_no_link_is_followed_and_nothing_is_left_open(tmp_path: Path, path: str, number: int) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(OSError, match=os.strerror(number)) as refused:
+        files.open_path(f"{tmp_path}/{path}")
+    assert refused.value.errno == number
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
