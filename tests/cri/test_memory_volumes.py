@@ -141,6 +141,12 @@ def test_a_part_of_it_is_the_same_directory(users: Users):
     assert users.app.shell("stat -c %d /cache").stdout == users.sidecar.shell("stat -c %d /logs").stdout
 
 
+@pytest.mark.inherent("memory-volume-on-host")
+def test_the_host_sees_what_a_container_writes_there(users: Users, volume: Volume):
+    assert users.app.shell("echo seen >/cache/by-app").code == 0
+    assert (volume.path / "by-app").exists()
+
+
 def test_it_is_read_only_where_that_is_asked_for(users: Users):
     assert "Read-only file system" in users.sidecar.shell("echo x >/read/no").stderr
 

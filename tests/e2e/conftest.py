@@ -81,7 +81,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Declare the marks of this directory."""
     config.addinivalue_line("markers", "hako: has no meaning under another runtime")
     config.addinivalue_line("markers", "mostly_on(STACK): only nightly on any other stack")
-    config.addinivalue_line("markers", "inherent(ID): a row of docs/limits.md: runc passes and Hako cannot")
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are not meant are left out
@@ -95,10 +94,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             release, protocol = item.callspec.params["stack"]
             if f"{release.name}-{protocol}" != mostly.args[0]:
                 item.add_marker(pytest.mark.nightly)
-        limit = item.get_closest_marker("inherent")
-        if limit and isinstance(item, pytest.Function) and "-hako" in item.callspec.id:
-            reason = f"docs/limits.md: {limit.args[0]}"
-            item.add_marker(pytest.mark.xfail(raises=AssertionError, strict=True, reason=reason))
 
 
 def pytest_report_header() -> list[str]:
