@@ -28,6 +28,14 @@ SHARE = "share"
 
 _HELP_TIMEOUT_S = 5.0
 
+_TIMEOUT_S = 0.1
+"""How long the guest takes names and attributes for what they were; the daemons' own value is 1 s.
+
+A file that the host lengthens meanwhile is read as new bytes up to the old length. With 1 s, 234 of 371 reads
+of a file written three times a second were such, with 0.1 s 24 of 267. It costs up to 25 requests a second.
+With 0, Python starts with 9,100 requests instead of 1,600. The Rust daemon has no such option.
+"""
+
 
 class Dialect(enum.Enum):
     """Which of the two programs called virtiofsd this is."""
@@ -92,8 +100,8 @@ def daemon_argv(virtiofsd: Path, dialect: Dialect, *, fd: int, source: Path) -> 
     match dialect:
         case Dialect.C:
             options = (
-                f"source={source},cache=auto,announce_submounts,xattr,posix_acl,killpriv_v2,"
-                "sandbox=namespace,log_level=err"
+                f"source={source},cache=auto,timeout={_TIMEOUT_S},announce_submounts,xattr,posix_acl,"
+                "killpriv_v2,sandbox=namespace,log_level=err"
             )
             return [str(virtiofsd), f"--fd={fd}", "-o", options]
         case Dialect.RUST:
