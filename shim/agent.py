@@ -281,13 +281,18 @@ class Agent:
             "UpdateInterface", agent_pb2.UpdateInterfaceRequest(interface=interface), types_pb2.Interface
         )
 
-    async def update_routes(self, routes: agent_pb2.Routes) -> None:
-        """Add routes, in their order; a stock agent keeps those that it was told of before."""
-        await self._call("UpdateRoutes", agent_pb2.UpdateRoutesRequest(routes=routes), agent_pb2.Routes)
+    async def update_routes(self, request: agent_pb2.UpdateRoutesRequest) -> list[str]:
+        """Add routes, in their order; a stock agent keeps those that it was told of before.
+
+        :returns: which of the rules and parameters in it the guest cannot have, and why.
+        """
+        answer = await self._call("UpdateRoutes", request, agent_pb2.Routes)
+        return list(answer.refused)
 
     async def add_arp_neighbors(self, neighbors: agent_pb2.ARPNeighbors) -> None:
-        """Fix the hardware addresses of neighbours."""
-        await self._call("AddARPNeighbors", agent_pb2.AddARPNeighborsRequest(neighbors=neighbors), Empty)
+        """Fix the hardware addresses of neighbours; a stock agent keeps those that it was told of before."""
+        request = agent_pb2.AddARPNeighborsRequest(neighbors=neighbors, complete=True)
+        await self._call("AddARPNeighbors", request, Empty)
 
     async def use_cpus(self, count: int) -> None:
         """Let the guest use so many processors, and wait until it does."""

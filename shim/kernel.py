@@ -105,6 +105,21 @@ def sync_file_system(descriptor: int) -> None:
     _call("syncfs", descriptor)
 
 
+def socket_option(descriptor: int, level: int, option: int, request: bytes) -> bytes:
+    """Ask for an option of a socket that wants a question; see getsockopt(2).
+
+    :param request: the question, as long as the longest answer.
+    :returns: the answer.
+    :raises OSError: if the kernel refuses.
+    """
+    import ctypes  # noqa: PLC0415 - dear to import, and rarely needed
+
+    buffer = ctypes.create_string_buffer(request, len(request))
+    size = ctypes.c_uint(len(request))
+    _call("getsockopt", descriptor, level, option, ctypes.byref(buffer), ctypes.byref(size))
+    return buffer.raw[: size.value]
+
+
 def detach_mounts(below: str) -> None:
     """Detach everything mounted at or below a path in this mount namespace, busy or not; see umount2(2).
 
@@ -133,7 +148,7 @@ def mount_targets(below: str) -> list[str]:
     return [target for target in targets if target == below or target.startswith(f"{below.rstrip('/')}/")]
 
 
-def _call(function: str, *arguments: int | bytes) -> None:
+def _call(function: str, *arguments: object) -> None:
     import ctypes  # noqa: PLC0415 - 6 ms that most invocations do not need
 
     # Variadic functions take longs: a plain int would leave the upper half of a register undefined.

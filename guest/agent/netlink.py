@@ -8,7 +8,9 @@ from __future__ import annotations
 import _socket
 import os
 import struct
+import time
 
+from guest.agent import files
 from guest.agent.errors import AgentError
 
 TYPE_CHECKING = False
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     Decoded = TypeVar("Decoded")
     Attributes = dict[int, bytes]
 
-NLM_F_REPLACE, NLM_F_CREATE = 0x100, 0x400
+NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x4, 0x300
 _NLM_F_DUMP_INTR, _NLM_F_ACK_TLVS = 0x10, 0x200
 _ERROR, _DONE = 2, 3
@@ -30,6 +32,7 @@ _TYPE_MASK = 0x3FFF  # the two bits above it are flags
 _ATTRIBUTE_MESSAGE = 1
 _NETLINK_ROUTE, _SOL_NETLINK = 0, 270
 _CAP_ACK, _EXT_ACK = 10, 11
+_LINKS = 1  # a group of messages, see rtnetlink(7)
 # The kernel's dumps fill 32 KiB at most.
 _DATAGRAM = 1 << 16
 _DUMP_ATTEMPTS = 8
@@ -192,6 +195,33 @@ class Channel:
             if refused is not None:
                 raise refused
         return answers
+
+
+def await_carrier(link: str, *, timeout_s: float) -> None:
+    """Wait until a link that comes up is up; not if there is none of that name, or it has no cable.
+
+    :param link: its name.
+    :param timeout_s: how long.
+    """
+    deadline = time.monotonic() + timeout_s
+    news = _socket.socket(_socket.AF_NETLINK, _socket.SOCK_RAW | _socket.SOCK_CLOEXEC, _NETLINK_ROUTE)
+    try:
+        news.bind((0, _LINKS))
+        while _is_down(link) and (left := deadline - time.monotonic()) > 0:
+            news.settimeout(left)
+            try:
+                news.recv(_DATAGRAM)
+            except TimeoutError:
+                return
+    finally:
+        news.close()
+
+
+def _is_down(link: str) -> bool:
+    try:
+        return files.read(f"/sys/class/net/{link}/operstate") == "down\n"
+    except FileNotFoundError:
+        return False
 
 
 def _malformed(error: ValueError) -> AgentError:

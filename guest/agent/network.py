@@ -13,8 +13,10 @@ import errno
 from guest.agent import addresses, files, modules, rtnetlink, uevent
 from guest.agent.console import log
 from guest.agent.errors import AgentError, InvalidArgument
-from guest.agent.netlink import NLM_F_CREATE, NLM_F_REPLACE, Channel
+from guest.agent.netlink import NLM_F_CREATE, NLM_F_REPLACE, Channel, await_carrier
 from guest.agent.rtnetlink import Address, Link, NextHop, Route
+from guest.agent.rules import Rules
+from guest.agent.sysctl import Settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,9 +32,12 @@ _LOOPBACK = b"\x7f"
 _LINK_LOCAL = b"\xfe\x80"
 # A caller that names no PCI path asks again on "Link not found", as Kata's runtime does.
 _UNPLACED_TIMEOUT_S = 3.0
+_CARRIER_TIMEOUT_S = 1.0
 # What was to be removed went with its link.
 _GONE = frozenset({errno.ESRCH, errno.ENODEV, errno.EADDRNOTAVAIL})
 _HIGHEST_WEIGHT = 256
+_NOWHERE = frozenset({6, 7, 8, 9})  # blackhole, unreachable, prohibit, throw
+_TYPE_LOOPBACK = "loopback"
 
 
 class Network:
@@ -45,11 +50,15 @@ class Network:
         self._codec = codec
         self._lock = _thread.allocate_lock()
         self._routes: dict[bytes, bytes] = {}
+        self._addresses: dict[tuple[int, bytes, int], bytes] = {}
+        self._neighbours: list[bytes] = []
+        self._rules = Rules()
+        self._settings = Settings()
 
     def update_interface(self, wanted: Message) -> None:
         """Set an interface up; one that is being plugged is waited for.
 
-        It is known by its PCI path, else by its hardware address.
+        It is known by its PCI path, else by its hardware address; the loopback by its type.
 
         :param wanted: types.Interface.
         :raises InvalidArgument: if an address is malformed.
@@ -57,6 +66,9 @@ class Network:
         """
         mac = addresses.pack_mac(wanted.hwAddr)
         asked = [_address(one) for one in wanted.IPAddresses]
+        if wanted.type == _TYPE_LOOPBACK:
+            self._update_loopback(wanted, asked)
+            return
         modules.load("virtio_net")
         with Channel() as channel:
             if wanted.devicePath:
@@ -73,55 +85,129 @@ class Network:
                 if link is None:
                     raise AgentError(f"interface: {wanted.hwAddr}: Link not found; plug it in first")
                 _set_link(channel, link, wanted, mac, links)
-                _set_addresses(channel, link, wanted.name or link.name, mac, asked)
+                name = wanted.name or link.name
+                present = [one for one in _addresses(channel) if one.index == link.index]
+                # What came by DHCP or router advertisement is not permanent, and none of the host's business.
+                stale = [one for one in present if one.flags & rtnetlink.IFA_F_PERMANENT]
+                if not any(one.packed.startswith(_LINK_LOCAL) for one in asked):
+                    stale = [one for one in stale if one.packed != addresses.link_local(mac)]
+                self._set_addresses(channel, link.index, name, asked, present=present, stale=stale)
 
-    def update_routes(self, wanted: Sequence[Message]) -> None:
-        """Make the given routes those of the main table that the host wants, in place of its former ones.
+    def _update_loopback(self, wanted: Message, asked: list[Address]) -> None:
+        with self._lock, Channel() as channel:
+            link = next(one for one in _links(channel) if one.flags & rtnetlink.IFF_LOOPBACK)
+            if link.mtu != wanted.mtu:
+                body = rtnetlink.encode_link(link.index, mtu=wanted.mtu)
+                _make(channel, rtnetlink.RTM_NEWLINK, body, what=f"interface: {link.name}, MTU {wanted.mtu}")
+            present = [one for one in _addresses(channel) if one.index == link.index]
+            for one in asked:
+                one.flags &= ~rtnetlink.IFA_F_NODAD  # nobody else can have them
+            # The kernel has some there too, and containers may.
+            stale = [one for one in present if (one.index, one.packed, one.prefix) in self._addresses]
+            self._set_addresses(channel, link.index, link.name, asked, present=present, stale=stale)
+
+    def _set_addresses(
+        self,
+        channel: Channel,
+        index: int,
+        name: str,
+        asked: list[Address],
+        *,
+        present: list[Address],
+        stale: list[Address],
+    ) -> None:
+        """Give a link addresses, and take from it those of the stale ones that are not among them."""
+        if any(len(one.packed) == 16 for one in asked) and not _has_ipv6():
+            log(f"interface: {name}: IPv6 is off in the guest; its IPv6 addresses are left out")
+            asked = [one for one in asked if len(one.packed) == 4]
+        wanted = {}
+        for one in asked:
+            one.index = index
+            wanted[index, one.packed, one.prefix] = rtnetlink.encode_address(one)
+        changed = {key for key, body in self._addresses.items() if key in wanted and wanted[key] != body}
+        for one in present:
+            key = index, one.packed, one.prefix
+            if key in changed or (key not in wanted and one in stale):
+                # Removed first: an address takes those with it that were secondary to it.
+                body = rtnetlink.encode_address(one)
+                _remove(channel, rtnetlink.RTM_DELADDR, body, what=f"old address of {name}")
+        for (_index, packed, prefix), body in wanted.items():
+            what = f"interface: {name}: address {addresses.text_of(packed)}/{prefix}"
+            _make(channel, rtnetlink.RTM_NEWADDR, body, what=what)
+        self._addresses = {key: body for key, body in self._addresses.items() if key[0] != index} | wanted
+
+    def update_routes(
+        self, wanted: Sequence[Message], *, rules: Message | None = None, settings: Message | None = None
+    ) -> list[str]:
+        """Make the given routes, rules and parameters those that the host wants, in place of its former ones.
 
         :param wanted: types.Route messages.
-        :raises InvalidArgument: if one is malformed.
+        :param rules: grpc.Rules; None to leave them as they are.
+        :param settings: grpc.Settings; None to leave them as they are.
+        :returns: which of the rules and parameters the kernel refuses, and why.
+        :raises InvalidArgument: if a route is malformed.
         :raises AgentError: if a device does not exist, or the kernel refuses a route.
         """
         with self._lock, Channel() as channel:
-            indexes = {link.name: link.index for link in _links(channel)}
-            # A gateway must be reachable before a route leads through it.
-            ordered = sorted(wanted, key=_has_gateway)
-            routes = [(one, _route(one, indexes)) for one in ordered]
-            encoded = [(one, rtnetlink.encode_route(route), route) for one, route in routes]
-            kept = {body for _one, body, _route in encoded}
-            for body, key in list(self._routes.items()):
-                if body not in kept:
-                    _remove(channel, rtnetlink.RTM_DELROUTE, key, what="former route")
-                    del self._routes[body]
-            for one, body, route in encoded:
-                if route.source[:1] == _LOOPBACK and len(route.source) == 4:
-                    # Without this the kernel takes for forged what localhost says and hears over a link.
-                    files.write(f"{_IPV4_SETTINGS}/{one.device}/route_localnet", "1")
-                what = f"route: {one.dest or 'default'} via {one.gateway or one.device}"
-                _make(channel, rtnetlink.RTM_NEWROUTE, body, what=what)
-                self._routes[body] = rtnetlink.encode_route_key(route)
+            refused: list[str] = []
+            if settings is not None:
+                _settle(channel, settings.values)
+                refused = self._settings.update(settings.values)
+            self._set_routes(channel, wanted)
+            if rules is not None:
+                refused += self._rules.update(channel, rules.rules)
+            return refused
 
-    def add_neighbours(self, wanted: Iterable[Message]) -> None:
+    def _set_routes(self, channel: Channel, wanted: Sequence[Message]) -> None:
+        indexes = {link.name: link.index for link in _links(channel)}
+        # A gateway must be reachable before a route leads through it.
+        ordered = sorted(wanted, key=_has_gateway)
+        routes = [(one, _route(one, indexes)) for one in ordered]
+        encoded = [(one, rtnetlink.encode_route(route), route) for one, route in routes]
+        kept = {body for _one, body, _route in encoded}
+        for body, key in list(self._routes.items()):
+            if body not in kept:
+                _remove(channel, rtnetlink.RTM_DELROUTE, key, what="former route")
+                del self._routes[body]
+        for one, body, route in encoded:
+            if route.source[:1] == _LOOPBACK and len(route.source) == 4:
+                # Without this the kernel takes for forged what localhost says and hears over a link.
+                files.write(f"{_IPV4_SETTINGS}/{one.device}/route_localnet", "1")
+            what = f"route: {one.dest or 'default'} via {one.gateway or one.device}"
+            _make(channel, rtnetlink.RTM_NEWROUTE, body, what=what)
+            self._routes[body] = rtnetlink.encode_route_key(route)
+
+    def add_neighbours(self, wanted: Iterable[Message], *, complete: bool) -> None:
         """Enter neighbours whose hardware address the host knows.
 
         :param wanted: types.ARPNeighbor messages.
+        :param complete: remove what was entered before and is not among them.
         :raises InvalidArgument: if one is malformed.
         :raises AgentError: if a device does not exist, or the kernel refuses an entry.
         """
         with self._lock, Channel() as channel:
             indexes = {link.name: link.index for link in _links(channel)}
+            entered = []
             for one in wanted:
                 if one.toIPAddress is None:
                     raise InvalidArgument("neighbour: the request has no address; send it")
-                body = rtnetlink.encode_neighbour(
-                    _index(one.device, indexes),
-                    packed=addresses.pack(one.toIPAddress.address),
-                    mac=addresses.pack_mac(one.lladdr) if one.lladdr else b"",
-                    state=one.state & 0xFFFF or rtnetlink.NUD_PERMANENT,
-                    flags=one.flags & 0xFF,
-                )
+                index, packed = _index(one.device, indexes), addresses.pack(one.toIPAddress.address)
+                mac = addresses.pack_mac(one.lladdr) if one.lladdr else b""
+                state, flags = one.state & 0xFFFF or rtnetlink.NUD_PERMANENT, one.flags & 0xFF
+                body = rtnetlink.encode_neighbour(index, packed=packed, mac=mac, state=state, flags=flags)
                 what = f"neighbour: {one.toIPAddress.address} on {one.device}"
                 _make(channel, rtnetlink.RTM_NEWNEIGH, body, what=what)
+                entered.append(
+                    rtnetlink.encode_neighbour(index, packed=packed, mac=b"", state=0, flags=flags)
+                )
+            for body in self._neighbours:
+                if body in entered:
+                    continue
+                if complete:
+                    _remove(channel, rtnetlink.RTM_DELNEIGH, body, what="former neighbour")
+                else:
+                    entered.append(body)
+            self._neighbours = entered
 
     def interfaces(self) -> list[Message]:
         """List all interfaces with their addresses.
@@ -197,6 +283,19 @@ class Network:
         )
 
 
+def _settle(channel: Channel, settings: dict[str, str]) -> None:
+    """Let links come up that are given an MTU for IPv6: the kernel would set its own once more."""
+    names = [
+        name.split("/")[-2]
+        for name in settings
+        if name.startswith("net/ipv6/conf/") and name.endswith("/mtu")
+    ]
+    for name in names:
+        await_carrier(name, timeout_s=_CARRIER_TIMEOUT_S)
+    if names:
+        _links(channel)  # which takes the lock under which the kernel works on the news of a link
+
+
 def _links(channel: Channel) -> list[Link]:
     return channel.dump(rtnetlink.RTM_GETLINK, rtnetlink.ALL_LINKS, decode=rtnetlink.decode_link)
 
@@ -230,8 +329,9 @@ def _set_link(channel: Channel, link: Link, wanted: Message, mac: bytes, links: 
         _lower(channel, link)
     # Its addresses are the pod's own, proven on the host already, and must serve from the first packet on.
     _set_ipv6(link.name, "accept_dad", "0")
-    flags = rtnetlink.IFF_UP | (wanted.raw_flags & rtnetlink.IFF_NOARP)
-    mask = rtnetlink.IFF_UP | rtnetlink.IFF_NOARP
+    settable = rtnetlink.IFF_NOARP | rtnetlink.IFF_PROMISC | rtnetlink.IFF_ALLMULTI
+    flags = rtnetlink.IFF_UP | (wanted.raw_flags & settable)
+    mask = rtnetlink.IFF_UP | settable
     body = rtnetlink.encode_link(
         link.index, name=new_name, mac=new_mac, mtu=wanted.mtu, flags=flags, mask=mask
     )
@@ -264,39 +364,25 @@ def _has_ipv6() -> bool:
     return files.exists(path) and files.read(path).strip() == "0"
 
 
-def _set_addresses(
-    channel: Channel, link: Link, name: str, mac: bytes, asked: list[tuple[bytes, int]]
-) -> None:
-    if not _has_ipv6() and any(len(packed) == 16 for packed, _prefix in asked):
-        log(f"interface: {name}: IPv6 is off in the guest; its IPv6 addresses are left out")
-        asked = [one for one in asked if len(one[0]) == 4]
-    given_link_local = any(packed.startswith(_LINK_LOCAL) for packed, _prefix in asked)
-    for address in _addresses(channel):
-        # What came by DHCP or router advertisement is not permanent, and none of the host's business.
-        stale = (
-            address.index == link.index
-            and address.flags & rtnetlink.IFA_F_PERMANENT
-            and (address.packed, address.prefix) not in asked
-            and (given_link_local or address.packed != addresses.link_local(mac))
-        )
-        if stale:
-            # Removed first: an address takes those with it that were secondary to it.
-            _remove(
-                channel,
-                rtnetlink.RTM_DELADDR,
-                rtnetlink.encode_address(address),
-                what=f"old address of {name}",
-            )
-    for packed, prefix in asked:
-        flags = rtnetlink.IFA_F_NODAD if len(packed) == 16 else 0
-        address = Address(index=link.index, packed=packed, prefix=prefix, flags=flags)
-        what = f"interface: {name}: address {addresses.text_of(packed)}/{prefix}"
-        _make(channel, rtnetlink.RTM_NEWADDR, rtnetlink.encode_address(address), what=what)
-
-
-def _address(message: Message) -> tuple[bytes, int]:
+def _address(message: Message) -> Address:
     packed = addresses.pack(message.address)
-    return packed, addresses.prefix_length(message.mask, packed)
+    flags = rtnetlink.IFA_F_NODAD if len(packed) == 16 else 0
+    details = message.details
+    if details is None:
+        prefix = addresses.prefix_length(message.mask, packed)
+        return Address(index=0, packed=packed, prefix=prefix, flags=flags)
+    return Address(
+        index=0,
+        packed=packed,
+        prefix=details.prefix,
+        flags=flags | details.flags,
+        scope=details.scope & 0xFF,
+        peer=addresses.pack(details.peer) if details.peer else b"",
+        broadcast=addresses.pack(details.broadcast) if details.broadcast else b"",
+        label=details.label,
+        metric=details.metric,
+        deprecated=details.deprecated,
+    )
 
 
 def _has_gateway(route: Message) -> bool:
@@ -309,7 +395,8 @@ def _route(message: Message, indexes: dict[str, int]) -> Route:
     family = _FAMILIES[message.family]
     dest, prefix = addresses.pack_network(message.dest) if message.dest else (b"", 0)
     source, source_prefix = addresses.pack_network(message.source) if message.source else (b"", 0)
-    if any(packed and addresses.family_of(packed) != family for packed in (dest, source)):
+    senders, senders_prefix = addresses.pack_network(message.senders) if message.senders else (b"", 0)
+    if any(packed and addresses.family_of(packed) != family for packed in (dest, source, senders)):
         raise InvalidArgument(f"route: {message.dest}: it mixes IPv4 and IPv6; send one family")
     if source_prefix != len(source) * 8:
         raise InvalidArgument(f"route: {message.dest}: source {message.source} is no address; send one")
@@ -317,13 +404,18 @@ def _route(message: Message, indexes: dict[str, int]) -> Route:
         family=family,
         dest=dest if prefix else b"",
         prefix=prefix,
-        hops=[_next_hop(one, family, indexes, weight=one.weight) for one in message.next_hops]
-        or [_next_hop(message, family, indexes, weight=1)],
+        hops=_next_hops(message, family, indexes),
         source=source,
         scope=message.scope & 0xFF,
-        table=_table(dest),
+        table=message.table or _table(dest),
         metric=message.metric,
         mtu=message.mtu,
+        protocol=message.protocol & 0xFF or rtnetlink.RTPROT_BOOT,
+        kind=message.type & 0xFF or rtnetlink.RTN_UNICAST,
+        tos=message.tos & 0xFF,
+        senders=senders,
+        senders_prefix=senders_prefix,
+        attributes=message.attributes,
     )
 
 
@@ -331,6 +423,13 @@ def _table(dest: bytes) -> int:
     # In any other table it would come after the kernel's own route to all of the loopback network.
     is_loopback = dest[:1] == _LOOPBACK and len(dest) == 4
     return rtnetlink.RT_TABLE_LOCAL if is_loopback else rtnetlink.RT_TABLE_MAIN
+
+
+def _next_hops(message: Message, family: int, indexes: dict[str, int]) -> list[NextHop]:
+    if message.type in _NOWHERE:
+        return []
+    several = [_next_hop(one, family, indexes, weight=one.weight) for one in message.next_hops]
+    return several or [_next_hop(message, family, indexes, weight=1)]
 
 
 def _next_hop(message: Message, family: int, indexes: dict[str, int], *, weight: int) -> NextHop:

@@ -14,18 +14,20 @@ from guest.agent.netlink import attribute, attributes
 RTM_NEWLINK, RTM_GETLINK = 16, 18
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
-RTM_NEWNEIGH = 28
-IFF_UP, IFF_LOOPBACK, IFF_NOARP = 0x1, 0x8, 0x80
-IFA_F_NODAD, IFA_F_PERMANENT = 0x02, 0x80
-RT_TABLE_MAIN, RT_TABLE_LOCAL = 254, 255
+RTM_NEWNEIGH, RTM_DELNEIGH = 28, 29
+RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
+IFF_UP, IFF_LOOPBACK, IFF_NOARP, IFF_PROMISC, IFF_ALLMULTI = 0x1, 0x8, 0x80, 0x100, 0x200
+IFA_F_NODAD, IFA_F_PERMANENT, IFA_F_NOPREFIXROUTE = 0x02, 0x80, 0x200
+_RT_TABLE_UNSPEC, RT_TABLE_MAIN, RT_TABLE_LOCAL = 0, 254, 255
 RT_SCOPE_LINK, _RT_SCOPE_NOWHERE = 253, 255
 RTPROT_BOOT = 3
 RTNH_F_ONLINK = 4
 NUD_PERMANENT = 0x80
-_RTN_UNICAST = 1
+RTN_UNICAST = 1
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU = 1, 3, 4
-_IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST, _IFA_FLAGS = 1, 2, 4, 8
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC = 1, 4, 5, 6, 7
+_IFA_ADDRESS, _IFA_LOCAL, _IFA_LABEL, _IFA_BROADCAST, _IFA_CACHEINFO = 1, 2, 3, 4, 6
+_IFA_FLAGS, _IFA_RT_PRIORITY = 8, 9
+_RTA_DST, _RTA_SRC, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC = 1, 2, 4, 5, 6, 7
 _RTA_METRICS, _RTA_MULTIPATH, _RTA_TABLE, _RTA_VIA = 8, 9, 15, 18
 _RTAX_MTU = 2
 _NDA_DST, _NDA_LLADDR = 1, 2
@@ -34,6 +36,8 @@ _ADDRESS = struct.Struct("=BBBBi")
 _ROUTE = struct.Struct("=BBBBBBBBI")
 _NEXT_HOP = struct.Struct("=HBBi")
 _NEIGHBOUR = struct.Struct("=BxxxiHBB")
+_LIFETIMES = struct.Struct("=IIII")
+_DEPRECATED = _LIFETIMES.pack(0, 0xFFFFFFFF, 0, 0)
 _U32 = struct.Struct("=I")
 _FAMILY = struct.Struct("=H")
 _FAMILIES = {4: _socket.AF_INET, 16: _socket.AF_INET6}
@@ -102,12 +106,43 @@ class Address:
     :param prefix: length of its network's prefix in bits.
     :param flags: IFA_F_* bits.
     :param scope: RT_SCOPE_*; the kernel chooses that of an IPv6 address.
+    :param peer: the address at the other end of a point-to-point link; empty if there is none.
+    :param broadcast: empty if there is none; None for the last of the network.
+    :param label: what it is listed as; empty for the link's name.
+    :param metric: of the route to the network; 0 for the kernel's default.
+    :param deprecated: whether it serves old connections only.
     """
 
-    __slots__ = ("flags", "index", "packed", "prefix", "scope")
+    __slots__ = (
+        "broadcast",
+        "deprecated",
+        "flags",
+        "index",
+        "label",
+        "metric",
+        "packed",
+        "peer",
+        "prefix",
+        "scope",
+    )
 
-    def __init__(self, *, index: int, packed: bytes, prefix: int, flags: int = 0, scope: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        index: int,
+        packed: bytes,
+        prefix: int,
+        flags: int = 0,
+        scope: int = 0,
+        peer: bytes = b"",
+        broadcast: bytes | None = None,
+        label: str = "",
+        metric: int = 0,
+        deprecated: bool = False,
+    ) -> None:
         self.index, self.packed, self.prefix, self.flags, self.scope = index, packed, prefix, flags, scope
+        self.peer, self.broadcast, self.label = peer, broadcast, label
+        self.metric, self.deprecated = metric, deprecated
 
 
 def all_addresses(family: int) -> bytes:
@@ -131,9 +166,11 @@ def decode_address(body: bytes) -> Address:
     if _IFA_FLAGS in found:
         flags = _unpack(_U32, found[_IFA_FLAGS])[0]
     # IFA_ADDRESS is the peer's where there is one; IPv6 has IFA_LOCAL only then.
-    packed = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS, b"")
+    far = found.get(_IFA_ADDRESS, b"")
+    packed = found.get(_IFA_LOCAL) or far
     _family_of(packed)
-    return Address(index=index, packed=packed, prefix=prefix, flags=flags, scope=scope)
+    peer = far if far != packed else b""
+    return Address(index=index, packed=packed, prefix=prefix, flags=flags, scope=scope, peer=peer)
 
 
 def encode_address(address: Address) -> bytes:
@@ -144,12 +181,20 @@ def encode_address(address: Address) -> bytes:
     """
     family = _family_of(address.packed)
     body = _ADDRESS.pack(family, address.prefix, address.flags & 0xFF, address.scope, address.index)
-    body += attribute(_IFA_LOCAL, address.packed) + attribute(_IFA_ADDRESS, address.packed)
-    if family == _socket.AF_INET and address.prefix < 31:
+    body += attribute(_IFA_LOCAL, address.packed) + attribute(_IFA_ADDRESS, address.peer or address.packed)
+    broadcast = address.broadcast
+    if broadcast is None and family == _socket.AF_INET and address.prefix < 31:
         host = (1 << 32 - address.prefix) - 1
-        broadcast = int.from_bytes(address.packed, "big") | host
-        body += attribute(_IFA_BROADCAST, broadcast.to_bytes(4, "big"))
-    return body
+        broadcast = (int.from_bytes(address.packed, "big") | host).to_bytes(4, "big")
+    if broadcast:
+        body += attribute(_IFA_BROADCAST, broadcast)
+    if address.label:
+        body += attribute(_IFA_LABEL, address.label.encode() + b"\0")
+    if address.flags > 0xFF:
+        body += attribute(_IFA_FLAGS, _U32.pack(address.flags))
+    if address.metric:
+        body += attribute(_IFA_RT_PRIORITY, _U32.pack(address.metric))
+    return body + (attribute(_IFA_CACHEINFO, _DEPRECATED) if address.deprecated else b"")
 
 
 class NextHop:
@@ -173,26 +218,36 @@ class Route:
     :param family: AF_INET or AF_INET6.
     :param dest: network; empty for the default route.
     :param prefix: length of the network's prefix in bits.
-    :param hops: where it leads; several share the traffic.
+    :param hops: where it leads, if anywhere; several share the traffic.
     :param source: the address that this machine prefers on it; empty for any.
     :param scope: RT_SCOPE_*.
     :param metric: the lowest wins; 0 for the kernel's default.
     :param mtu: in bytes; 0 for the link's.
     :param table: routing table.
     :param protocol: RTPROT_*: who made it.
+    :param kind: RTN_*: unicast, blackhole, local and so on.
+    :param tos: the type of service that it is for; 0 for all.
+    :param senders: the network of those that it is for; empty for all.
+    :param senders_prefix: length of that network's prefix in bits.
+    :param attributes: further ones, encoded; they outrank the MTU.
     """
 
     __slots__ = (
+        "attributes",
         "dest",
         "family",
         "hops",
+        "kind",
         "metric",
         "mtu",
         "prefix",
         "protocol",
         "scope",
+        "senders",
+        "senders_prefix",
         "source",
         "table",
+        "tos",
     )
 
     def __init__(
@@ -208,10 +263,16 @@ class Route:
         mtu: int = 0,
         table: int = RT_TABLE_MAIN,
         protocol: int = RTPROT_BOOT,
+        kind: int = RTN_UNICAST,
+        tos: int = 0,
+        senders: bytes = b"",
+        senders_prefix: int = 0,
+        attributes: bytes = b"",
     ) -> None:
         self.family, self.dest, self.prefix, self.hops = family, dest, prefix, hops
         self.source, self.scope, self.metric, self.mtu = source, scope, metric, mtu
-        self.table, self.protocol = table, protocol
+        self.table, self.protocol, self.kind, self.tos = table, protocol, kind, tos
+        self.senders, self.senders_prefix, self.attributes = senders, senders_prefix, attributes
 
 
 def all_routes(family: int) -> bytes:
@@ -230,7 +291,7 @@ def decode_route(body: bytes) -> Route:
     :returns: the route.
     :raises ValueError: if it is malformed.
     """
-    family, prefix, _source, _tos, table, protocol, scope, _type, flags = _unpack(_ROUTE, body)
+    family, prefix, _source, tos, table, protocol, scope, kind, flags = _unpack(_ROUTE, body)
     found = attributes(body[_ROUTE.size :])
     if _RTA_MULTIPATH in found:
         hops = _decode_hops(found[_RTA_MULTIPATH])
@@ -251,6 +312,8 @@ def decode_route(body: bytes) -> Route:
         mtu=_unpack(_U32, metrics.get(_RTAX_MTU, bytes(4)))[0],
         table=_unpack(_U32, found[_RTA_TABLE])[0] if _RTA_TABLE in found else table,
         protocol=protocol,
+        kind=kind,
+        tos=tos,
     )
 
 
@@ -274,20 +337,21 @@ def _gateway(found: dict[int, bytes]) -> bytes:
 def encode_route(route: Route) -> bytes:
     """Encode a route.
 
-    :param route: the route, with one hop at least.
+    :param route: the route.
     :returns: the body of an RTM_NEWROUTE message.
     """
     body = b""
     if route.source:
         body += attribute(_RTA_PREFSRC, route.source)
-    if route.mtu:
+    if route.mtu and not route.attributes:
         body += attribute(_RTA_METRICS, attribute(_RTAX_MTU, _U32.pack(route.mtu)))
+    body += route.attributes
     flags = 0
     if len(route.hops) == 1:
         hop = route.hops[0]
         flags = hop.flags
         body += attribute(_RTA_OIF, _U32.pack(hop.index)) + _encode_gateway(route.family, hop)
-    else:
+    elif route.hops:
         body += attribute(_RTA_MULTIPATH, b"".join(_encode_hop(route.family, hop) for hop in route.hops))
     return _encode_route_key(route, flags=flags, scope=route.scope) + body
 
@@ -316,11 +380,24 @@ def encode_route_key(route: Route) -> bytes:
 
 
 def _encode_route_key(route: Route, *, flags: int, scope: int) -> bytes:
+    table = route.table if route.table <= 0xFF else _RT_TABLE_UNSPEC
     body = _ROUTE.pack(
-        route.family, route.prefix, 0, 0, route.table, route.protocol, scope, _RTN_UNICAST, flags
+        route.family,
+        route.prefix,
+        route.senders_prefix,
+        route.tos,
+        table,
+        route.protocol,
+        scope,
+        route.kind,
+        flags,
     )
     if route.dest:
         body += attribute(_RTA_DST, route.dest)
+    if route.senders:
+        body += attribute(_RTA_SRC, route.senders)
+    if table == _RT_TABLE_UNSPEC:
+        body += attribute(_RTA_TABLE, _U32.pack(route.table))
     return body + (attribute(_RTA_PRIORITY, _U32.pack(route.metric)) if route.metric else b"")
 
 

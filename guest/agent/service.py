@@ -225,8 +225,12 @@ class Service:
     def _update_routes(self, request: Message, call: Call) -> Message:
         if request.routes is None:
             raise InvalidArgument("routes: the request has none; send them")
-        self._network.update_routes(request.routes.Routes)
-        return self._list_routes(request, call)
+        refused = self._network.update_routes(
+            request.routes.Routes, rules=request.rules, settings=request.settings
+        )
+        answer = self._list_routes(request, call)
+        answer.refused = refused
+        return answer
 
     def _list_interfaces(self, _request: Message, _call: Call) -> Message:
         return self._codec.new("grpc.Interfaces", Interfaces=self._network.interfaces())
@@ -237,7 +241,7 @@ class Service:
     def _add_neighbours(self, request: Message, _call: Call) -> Message:
         if request.neighbors is None:
             raise InvalidArgument("neighbours: the request has none; send them")
-        self._network.add_neighbours(request.neighbors.ARPNeighbors)
+        self._network.add_neighbours(request.neighbors.ARPNeighbors, complete=request.complete)
         return self._empty
 
     def _update_ephemeral_mounts(self, request: Message, _call: Call) -> Message:

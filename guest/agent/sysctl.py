@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import _thread
 
-from guest.agent import files, kernel, limits
+from guest.agent import files, kernel, limits, modules
 from guest.agent.errors import AgentError, cause
 
 TYPE_CHECKING = False
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _ROOT = "/proc/sys"
+_TRACKING = "net/netfilter/nf_conntrack"
 _SWAPPED = str.maketrans("./", "/.")
 
 
@@ -70,3 +71,52 @@ def apply(parameters: dict[str, str], *, namespaces: Iterable[str]) -> None:
     done.acquire()
     if failures:
         raise AgentError(f"sysctl: {failures[0]}; leave it out")
+
+
+class Settings:
+    """Parameters that the host has asked for so far, and what each was before."""
+
+    def __init__(self) -> None:
+        self._former: dict[str, str] = {}
+
+    def update(self, wanted: dict[str, str]) -> list[str]:
+        """Make the given values the host's, in place of its former ones.
+
+        :param wanted: value by name, with slashes.
+        :returns: which the kernel refuses, and why.
+        """
+        refused = []
+        for name in [name for name in self._former if name not in wanted]:
+            before = self._former.pop(name)
+            if files.exists(f"{_ROOT}/{name}"):  # its link may be gone
+                refused += _write(name, before)
+        for name in sorted(wanted, key=_order):
+            if name not in self._former:
+                self._former[name] = _read(name)
+            if self._former[name] != wanted[name] or _read(name) != wanted[name]:
+                refused += _write(name, wanted[name])
+        return refused
+
+
+def _order(name: str) -> tuple[int, str]:
+    # What is set for all links is set in each.
+    return (0 if "/all/" in name else 1 if "/default/" in name else 2, name)
+
+
+def _read(name: str) -> str:
+    if name.startswith(_TRACKING) and not files.exists(f"{_ROOT}/{name}"):
+        modules.load("nf_conntrack")
+    try:
+        return files.read(f"{_ROOT}/{name}").strip()
+    except OSError:  # it has no value yet, or does not exist
+        return ""
+
+
+def _write(name: str, value: str) -> list[str]:
+    try:
+        files.write(f"{_ROOT}/{name}", value)
+    except FileNotFoundError:
+        return [f"{name} = {value}: the guest's kernel has none"]
+    except OSError as error:
+        return [f"{name} = {value}: {error.strerror}"]
+    return []

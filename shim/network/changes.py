@@ -1,4 +1,4 @@
-"""Notice that a network namespace changes: interfaces, addresses and routes of it come or go.
+"""Notice that a network namespace changes: interfaces, addresses, routes and rules of it come or go.
 
 What has changed is not read from the messages: whoever wants to know scans the namespace again.
 """
@@ -13,37 +13,59 @@ import socket
 _MESSAGE_BYTES = 1 << 16
 # The groups are those of rtnetlink(7).
 _LINKS = 0x1
+_NEIGHBOURS = 0x4
 _ADDRESSES = 0x10 | 0x100  # IPv4, IPv6
 _ROUTES = 0x40 | 0x400
+_RULES = 0x80 | 0x40000
+_SETTINGS = 0x800000 | 0x1000000  # of the kernel parameters only some, such as forwarding and rp_filter
+_RULES_OF_FILTERS = 0x40  # linux/netfilter/nfnetlink.h, NFNLGRP_NFTABLES
+_NETLINK_NETFILTER = 12
 
 
 class Changes:
     """The changes of the namespace of the thread that opens them, from then on."""
 
     def __init__(self) -> None:
-        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        self._socket = socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE)
-        self._socket.bind((0, _LINKS | _ADDRESSES | _ROUTES))
+        groups = _LINKS | _NEIGHBOURS | _ADDRESSES | _ROUTES | _RULES | _SETTINGS
+        self._sockets = [_listening(socket.NETLINK_ROUTE, groups)]
+        with contextlib.suppress(OSError):  # a kernel without packet filters
+            self._sockets.append(_listening(_NETLINK_NETFILTER, _RULES_OF_FILTERS))
 
     async def wait(self) -> None:
         """Wait for the next change; many at once are one."""
         loop, happened = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_reader(self._socket, happened.set)
+        for each in self._sockets:
+            loop.add_reader(each, happened.set)
         try:
             await happened.wait()
         finally:
-            loop.remove_reader(self._socket)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self._take()
-
-    def _take(self) -> None:
-        try:
-            self._socket.recv(_MESSAGE_BYTES)
-        except OSError as error:
-            if error.errno != errno.ENOBUFS:  # there were more than the kernel keeps, and more may follow
-                raise
+            for each in self._sockets:
+                loop.remove_reader(each)
+        for each in self._sockets:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    _take(each)
 
     def close(self) -> None:
         """Notice no more; nobody may be waiting."""
-        self._socket.close()
+        for each in self._sockets:
+            each.close()
+
+
+def _listening(protocol: int, groups: int) -> socket.socket:
+    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+    opened = socket.socket(socket.AF_NETLINK, kind, protocol)
+    try:
+        opened.bind((0, groups))
+    except OSError:
+        opened.close()
+        raise
+    return opened
+
+
+def _take(opened: socket.socket) -> None:
+    try:
+        opened.recv(_MESSAGE_BYTES)
+    except OSError as error:
+        if error.errno != errno.ENOBUFS:  # there were more than the kernel keeps, and more may follow
+            raise

@@ -14,13 +14,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from hypervisor import HypervisorError, Nic
+from proto.kata import agent_pb2
 from shim.errors import Internal, ShimError, Unavailable
 from shim.network import localhost, messages, resolver
 from shim.network.changes import Changes
 from shim.network.ingress import remove_ingress
 from shim.network.namespace import NetworkNamespace
 from shim.network.plan import Neighbour, NetworkPlan
-from shim.network.redirect import connect, scan
+from shim.network.redirect import connect
+from shim.network.scan import scan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_UNKNOWN = NetworkPlan(neighbours=(Neighbour(interface="", ip="", mac=""),))
+_UNKNOWN = NetworkPlan(rules=(), neighbours=(Neighbour(interface="", ip=""),), settings=(("", ""),))
 """What the guest has after a failure: no scan equals it."""
 
 UNPLUG_TIMEOUT_S = 5.0  # the guest answers within milliseconds, or not at all
@@ -84,6 +86,7 @@ class Network:
         self._ledger = ledger
         self._queues = queues
         self._plan = NetworkPlan()
+        self._warned: set[str] = set()
         self._connections: dict[int, _Connection] = {}
         self._machine: Hypervisor | None = None
         self._agent: Agent | None = None
@@ -105,11 +108,13 @@ class Network:
         return self._namespace.path
 
     async def prepare(self) -> None:
-        """Find the interfaces and connect each to a tap; the machine may boot meanwhile.
+        """Find what the namespace has and connect each interface to a tap; the machine may boot meanwhile.
 
         :raises ShimError: if one cannot be connected; nothing is changed then.
         """
         async with self._lock:
+            if self._namespace.wanted_path is None:  # nobody else knows it yet
+                return
             plan = await self._namespace.run(scan)
             await self._connect(plan.endpoints)
             self._plan = plan
@@ -121,11 +126,11 @@ class Network:
         """
         async with self._lock:
             self._machine, self._agent = machine, agent
-            if not self._connections:
+            if self._plan == NetworkPlan():
                 return
             try:
                 await self._bring_up([each.endpoint for each in self._connections.values()])
-                await self._configure(self._plan)
+                await self._configure(self._plan, former=NetworkPlan())
             except BaseException:
                 await self._remove(self._connections.values())
                 raise
@@ -143,14 +148,15 @@ class Network:
                 plan = replace(plan, has_resolver=True)
             if plan == self._plan:
                 return
-            self._plan = _UNKNOWN
+            former = self._plan
+            self._plan = replace(_UNKNOWN, loopback=former.loopback, loopback_mtu=former.loopback_mtu)
             known = {index: connection.endpoint for index, connection in self._connections.items()}
             same = {e.index for e in plan.endpoints if _is_same_card(e, known.get(e.index))}
             await self._remove(each for index, each in self._connections.items() if index not in same)
             new = await self._connect(e for e in plan.endpoints if e.index not in same)
             try:
                 await self._bring_up(e for e in plan.endpoints if e != known.get(e.index))
-                await self._configure(plan)
+                await self._configure(plan, former=former)
             except BaseException:
                 await self._remove(new)
                 raise
@@ -230,8 +236,17 @@ class Network:
             await agent.update_interface(messages.interface(endpoint, pci_path=connection.pci_path))
             connection.endpoint = endpoint
 
-    async def _configure(self, plan: NetworkPlan) -> None:
+    async def _configure(self, plan: NetworkPlan, *, former: NetworkPlan) -> None:
+        """Have the guest set up everything but its cards.
+
+        :param former: what it had before.
+        """
         _, agent = self._reach()
+        if not agent.is_hako:
+            plan = messages.for_stock_agent(plan, former=former)
+        self._warn(plan.unserved)
+        if (plan.loopback, plan.loopback_mtu) != (former.loopback, former.loopback_mtu):
+            await agent.update_interface(messages.loopback(plan.loopback, mtu=plan.loopback_mtu))
         routes, neighbours = list(plan.routes), list(plan.neighbours)
         leading = self._way_to_localhost()
         if leading is not None and agent.is_hako:  # no other lets its localhost answer over a link
@@ -243,9 +258,21 @@ class Network:
                 routes.append(route)
                 neighbours.append(neighbour)
                 await self._forward()
-        await agent.update_routes(messages.routes(routes))
-        if neighbours:
+        request = agent_pb2.UpdateRoutesRequest(routes=messages.routes(routes))
+        if plan.rules != former.rules:
+            request.rules.CopyFrom(messages.rules(plan.rules))
+        if plan.settings != former.settings:
+            request.settings.CopyFrom(messages.settings(plan.settings))
+        self._warn(await agent.update_routes(request))
+        if neighbours or former.neighbours:
             await agent.add_arp_neighbors(messages.neighbours(neighbours))
+
+    def _warn(self, unserved: Iterable[str]) -> None:
+        """Say once for the sandbox what its guest cannot have of the namespace."""
+        for each in unserved:
+            if each not in self._warned:
+                self._warned.add(each)
+                log.warning("network: %s", each)
 
     async def _forward(self) -> None:
         if self._forwarder is not None:

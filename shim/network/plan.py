@@ -9,6 +9,47 @@ if TYPE_CHECKING:
     from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
 
 
+NOWHERE = frozenset({6, 7, 8, 9})
+"""The types of routes that lead nowhere: blackhole, unreachable, prohibit and throw."""
+
+_TYPES = dict(
+    enumerate(
+        ("local", "broadcast", "anycast", "multicast", "blackhole", "unreachable", "prohibit", "throw"),
+        start=2,
+    )
+)
+_MAIN_TABLE = 254
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """An address of an interface.
+
+    :param interface: the address, with the length of its prefix.
+    :param has_route: whether the kernel has made a route to the prefix, and the guest's shall.
+    :param peer: the address at the other end of a point-to-point link; empty if there is none.
+    :param broadcast: empty if there is none.
+    :param label: what it is listed as.
+    :param scope: as rtnetlink(7) numbers it.
+    :param flags: those of the IFA_F_* bits that somebody chose.
+    :param metric: of the route to the prefix; 0 for the kernel's default.
+    :param is_deprecated: whether it serves old connections only.
+    """
+
+    interface: IPv4Interface | IPv6Interface
+    has_route: bool = True
+    peer: str = ""
+    broadcast: str = ""
+    label: str = ""
+    scope: int = 0
+    flags: int = 0
+    metric: int = 0
+    is_deprecated: bool = False
+
+    def __str__(self) -> str:
+        return str(self.interface)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
     """An interface of the pod's namespace that the guest gets as a network card.
@@ -19,7 +60,8 @@ class Endpoint:
     :param mac: its hardware address, which the guest's card gets too.
     :param mtu: in bytes.
     :param arp: false if neighbours are not looked for on it.
-    :param addresses: with the prefix that the guest's kernel shall make a route of.
+    :param addresses: in their order: the first of a prefix is the primary one.
+    :param flags: IFF_PROMISC and IFF_ALLMULTI, if somebody set them.
     """
 
     index: int
@@ -28,7 +70,8 @@ class Endpoint:
     mac: str
     mtu: int
     arp: bool
-    addresses: tuple[IPv4Interface | IPv6Interface, ...]
+    addresses: tuple[Address, ...]
+    flags: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,46 +92,89 @@ class NextHop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """A route of the main table.
+    """A route; every number is one of rtnetlink(7).
 
     :param destination: where to.
-    :param hops: at least one; several share the traffic.
+    :param hops: none if it leads nowhere; several share the traffic.
+    :param type: RTN_*: unicast, blackhole, local and so on.
+    :param table: 254 is the main one.
     :param source: the preferred source address; empty for the kernel's choice.
-    :param scope: as rtnetlink(7) numbers it.
+    :param senders: the prefix of those that it is for (IPv6); empty for all.
+    :param scope: RT_SCOPE_*.
+    :param tos: the type of service that it is for; 0 for all.
+    :param protocol: RTPROT_*: who made it.
     :param metric: the lowest wins among routes to one destination; 0 for the kernel's default.
     :param mtu: in bytes; 0 for the interface's.
+    :param attributes: further ones, as the kernel's message has them.
     """
 
     destination: IPv4Network | IPv6Network
-    hops: tuple[NextHop, ...]
+    hops: tuple[NextHop, ...] = ()
+    type: int = 1
+    table: int = 254
     source: str = ""
+    senders: str = ""
     scope: int = 0
+    tos: int = 0
+    protocol: int = 3
     metric: int = 0
     mtu: int = 0
+    attributes: bytes = b""
+
+    def __str__(self) -> str:
+        """Name it as ip-route(8) does."""
+        words = ["route", str(self.destination) if self.destination.prefixlen else "default"]
+        if self.type in _TYPES:
+            words.insert(1, _TYPES[self.type])
+        if self.table != _MAIN_TABLE:
+            words += ["table", str(self.table)]
+        return " ".join(words)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """A rule that chooses the routing table for a packet.
+
+    :param body: of the kernel's message.
+    :param text: what it is called.
+    """
+
+    body: bytes
+    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Neighbour:
-    """A neighbour whose hardware address somebody fixed.
+    """A neighbour whose hardware address somebody fixed, or an address that is answered for as a proxy.
 
-    :param interface: the name of the endpoint it is reached by.
+    :param interface: the name of the endpoint it is reached by, or asked for on.
     :param ip: its address.
-    :param mac: its hardware address.
+    :param mac: its hardware address; empty for one that is answered for.
     """
 
     interface: str
     ip: str
-    mac: str
+    mac: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkPlan:
     """Everything the guest shall have: what one scan of the namespace found.
 
+    :param loopback: addresses of ``lo`` beside the kernel's own.
+    :param loopback_mtu: of ``lo``, in bytes; 0 for the kernel's default.
+    :param rules: in their order; None if they are those that every namespace begins with.
+    :param settings: kernel parameters below ``net/`` that differ from what a namespace begins with.
     :param has_resolver: whether Docker's resolver is there.
+    :param unserved: what the guest cannot have, a line each.
     """
 
     endpoints: tuple[Endpoint, ...] = ()
+    loopback: tuple[Address, ...] = ()
+    loopback_mtu: int = 0
     routes: tuple[Route, ...] = ()
+    rules: tuple[Rule, ...] | None = None
     neighbours: tuple[Neighbour, ...] = ()
+    settings: tuple[tuple[str, str], ...] = ()
     has_resolver: bool = False
+    unserved: tuple[str, ...] = ()

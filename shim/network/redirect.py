@@ -12,15 +12,14 @@ import contextlib
 import errno
 import os
 import socket
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shim.errors import FailedPrecondition, Internal
-from shim.network import localhost, resolver
-from shim.network.decode import TAP_PREFIX, decode
+from shim.network import localhost
+from shim.network.decode import TAP_PREFIX
 from shim.network.ingress import remove_ingress
-from shim.network.plan import Endpoint, NetworkPlan
+from shim.network.plan import Endpoint
 from shim.network.tap import open_tap
 
 if TYPE_CHECKING:
@@ -31,31 +30,6 @@ if TYPE_CHECKING:
 _ETH_P_ALL = 3
 _INGRESS = 0xFFFF0000
 _EVERYTHING = "0x0/0x0+0"
-
-
-def scan() -> NetworkPlan:
-    """Read the calling thread's namespace.
-
-    :raises InvalidArgument: if an interface is up that cannot be connected to a machine.
-    :raises Internal: if the kernel refuses to tell.
-    """
-    try:
-        if len(socket.if_nameindex()) <= 1:  # the loopback is always there
-            return NetworkPlan()
-        with _netlink() as netlink:
-            plan = decode(
-                links=netlink.get_links(),
-                addresses=netlink.get_addr(),
-                routes=netlink.get_routes(),
-                neighbours=[
-                    message
-                    for family in (socket.AF_INET, socket.AF_INET6)
-                    for message in netlink.get_neighbours(family=family)
-                ],
-            )
-            return replace(plan, has_resolver=resolver.is_there())
-    except OSError as error:
-        raise Internal(f"network: reading the namespace: {error.strerror}; see dmesg") from error
 
 
 def connect(endpoint: Endpoint, *, queues: int, has_localhost: bool = False) -> tuple[int, ...]:
@@ -73,7 +47,7 @@ def connect(endpoint: Endpoint, *, queues: int, has_localhost: bool = False) -> 
         if error.errno in {errno.EBUSY, errno.EEXIST}:
             raise FailedPrecondition(
                 f"network: {endpoint.name}: its incoming packets are redirected already, perhaps to another "
-                "machine; give each machine a namespace of its own"
+                "machine or by a filter (ingress or clsact); give each machine a namespace of its own"
             ) from error
         raise Internal(
             f"network: {endpoint.name}: connecting it to a machine: {error.strerror}; its kernel needs "

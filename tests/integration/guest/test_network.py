@@ -267,12 +267,13 @@ def test_interfaces_change_names_addresses_and_flags(network: Pod) -> None:
     assert (shown["eth0"].hwAddr, shown["eth1"].hwAddr) == (SECOND, FIRST)
     assert shown["eth0"].raw_flags & NOARP
     network.update("eth0", FIRST, "192.0.2.2/24", "2001:db8::2/64", mtu=1400)
-    routes = network.update_routes(types_pb2.Route(gateway="192.0.2.1", device="eth0"))
+    routes = described(network.update_routes(types_pb2.Route(gateway="192.0.2.1", device="eth0")))
     network.ping("192.0.2.2")
     network.ping("2001:db8::2")
     # Once more the same: nothing happens to the routes.
     network.update("eth0", FIRST, "192.0.2.2/24", "2001:db8::2/64", mtu=1400)
-    assert network.client.call("ListRoutes", agent_pb2.ListRoutesRequest()).Routes == routes
+    listed = network.client.call("ListRoutes", agent_pb2.ListRoutesRequest()).Routes
+    assert described(list(listed)) == routes
 
 
 def test_what_cannot_be_is_refused_with_its_cause(network: Pod) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from hypervisor import Nic
+    from proto.kata import agent_pb2
 
 HEADER = bytes(10)  # virtio_net_hdr of a packet without checksum or segmentation wishes
 ETHERTYPE = 0x88B5  # IEEE 802: free for experiments
@@ -42,6 +43,7 @@ class Machine:
         self.cards: dict[str, Nic] = {}
         self.queues: dict[str, list[int]] = {}
         self.told: list[Message] = []
+        self.requests: list[agent_pb2.UpdateRoutesRequest] = []
         self.refuses = ""
         self.is_hako = False
 
@@ -68,8 +70,10 @@ class Machine:
             raise Internal("interface: Link not found")
         self.told.append(interface)
 
-    async def update_routes(self, routes: Message) -> None:
-        self.told.append(routes)
+    async def update_routes(self, request: agent_pb2.UpdateRoutesRequest) -> list[str]:
+        self.told.append(request.routes)
+        self.requests.append(request)
+        return []
 
     async def add_arp_neighbors(self, neighbors: Message) -> None:
         self.told.append(neighbors)
@@ -349,6 +353,10 @@ async def test_an_interface_that_comes_late_becomes_a_card_at_the_next_scan(
         assert machine.names() == ["eth0", "net1"]
 
 
+def write(pod: Space, parameter: str, value: str) -> None:
+    pod.inside(lambda: Path(f"/proc/sys/{parameter}").write_text(value, encoding="ascii"))
+
+
 async def test_what_changes_after_a_scan_is_noticed(
     pod: Space, outside: Space, ledger: Ledger, machine: Machine
 ):
@@ -356,6 +364,9 @@ async def test_what_changes_after_a_scan_is_noticed(
         "interface": lambda: add_cable(pod, outside, "net1", number=2),
         "address": lambda: pod.ip("addr add 10.1.0.9/32 dev eth0"),
         "route": lambda: pod.ip("route add 10.9.0.0/16 via 10.1.0.1"),
+        "rule": lambda: pod.ip("rule add to 10.9.0.0/16 prohibit"),
+        "neighbour": lambda: pod.ip("neigh add 10.1.0.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent"),
+        "parameter": lambda: write(pod, "net/ipv4/conf/eth0/forwarding", "1"),
         "end": lambda: pod.ip("link delete net1"),
     }
     async with network_of(pod, ledger) as network:
@@ -468,3 +479,107 @@ async def test_the_network_of_the_host_is_refused():
 async def test_a_namespace_that_does_not_exist_is_refused_by_its_path(tmp_path: Path):
     with pytest.raises(InvalidArgument, match=f"^network: namespace {tmp_path}/x: No such file or directory"):
         await NetworkNamespace.open(WantedNamespace(tmp_path / "x"))
+
+
+async def test_the_guest_is_told_of_rules_and_parameters_once_and_when_they_change(
+    pod: Space, ledger: Ledger, machine: Machine
+):
+    machine.is_hako = True
+    pod.ip("rule add to 10.9.0.0/16 prohibit")
+    write(pod, "net/core/somaxconn", "99")
+    async with network_of(pod, ledger) as network:
+        await attach(network, machine)
+        [request] = machine.requests
+        assert "rule 32765: from all to 10.9.0.0/16 prohibit" in {rule.text for rule in request.rules.rules}
+        assert request.settings.values["net/core/somaxconn"] == "99"
+
+        pod.ip("route add blackhole 10.9.0.0/16")
+        await network.rescan()
+        assert not machine.requests[-1].HasField("rules")
+        assert not machine.requests[-1].HasField("settings")
+
+        pod.ip("rule del to 10.9.0.0/16 prohibit")
+        await network.rescan()
+        assert len(machine.requests[-1].rules.rules) == 5
+
+
+async def test_a_guest_whose_agent_knows_only_katas_protocol_drops_what_leads_nowhere_and_the_rest_is_named(
+    pod: Space, ledger: Ledger, machine: Machine, caplog: pytest.LogCaptureFixture
+):
+    pod.ip("route add blackhole 10.9.0.0/16")
+    pod.ip("route add default via 10.1.0.1 table 100")
+    pod.ip("rule add from 10.1.0.2 lookup 100")
+    write(pod, "net/core/somaxconn", "99")
+    async with network_of(pod, ledger) as network:
+        await attach(network, machine)
+        pod.ip("addr add 10.1.0.9/32 dev eth0")
+        await network.rescan()
+    *_, routes = machine.told
+    assert ("10.9.0.0/16", "lo") in {(each.dest, each.device) for each in routes.Routes}
+    for named in (
+        "route default table 100",
+        "rule 32765: from 10.1.0.2/32 lookup 100",
+        "net/core/somaxconn = 99",
+    ):
+        assert len([line for line in caplog.messages if line.startswith(f"network: {named}: ")]) == 1
+
+
+DOCKERS = (
+    "{} -t nat -N DOCKER_OUTPUT",
+    "{} -t nat -A OUTPUT -d 127.0.0.11/32 -j DOCKER_OUTPUT",
+    "{} -t nat -A DOCKER_OUTPUT -p udp --dport 53 -j DNAT --to-destination 127.0.0.11:39547",
+)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (("iptables -A INPUT -p tcp --dport 80 -j DROP",), "packet filter (nftables or iptables-nft)"),
+        (("ip6tables -P INPUT DROP",), "packet filter (nftables or iptables-nft)"),
+        (("iptables-legacy -P OUTPUT DROP",), "packet filter (iptables)"),
+        (("iptables-legacy -A INPUT -j ACCEPT",), "packet filter (iptables)"),
+        (
+            ("ip6tables-legacy -t nat -A PREROUTING -p tcp -j REDIRECT --to-ports 15001",),
+            "packet filter (ip6tables)",
+        ),
+        (
+            ("ip xfrm policy add src 10.0.0.0/8 dst 10.1.0.0/16 dir out action block",),
+            "IPsec policies (XFRM)",
+        ),
+        ((*DOCKERS, "{} -t nat -A OUTPUT -p tcp -j RETURN"), "packet filter (nftables or iptables-nft)"),
+        (("iptables -L", "iptables-legacy -t nat -L", *DOCKERS), ""),
+    ],
+    ids=str,
+)
+async def test_what_works_on_packets_in_the_namespace_and_not_on_the_guests_is_named_once(
+    pod: Space,
+    ledger: Ledger,
+    machine: Machine,
+    caplog: pytest.LogCaptureFixture,
+    case: tuple[tuple[str, ...], str],
+):
+    commands, named = case
+    for command in commands:
+        pod.run(*command.format("iptables").split())
+    async with network_of(pod, ledger) as network:
+        await attach(network, machine)
+        pod.ip("addr add 10.1.0.9/32 dev eth0")
+        await network.rescan()
+    found = [line for line in caplog.messages if "pass by" in line]
+    assert len(found) == bool(named)
+    assert all(named in line for line in found)
+
+
+async def test_a_packet_filter_that_comes_later_is_named(
+    pod: Space, ledger: Ledger, machine: Machine, caplog: pytest.LogCaptureFixture
+):
+    async with network_of(pod, ledger) as network:
+        await attach(network, machine)
+        await network.rescan()
+        noticed = asyncio.create_task(network.changed())
+        await asyncio.sleep(0)
+        await asyncio.to_thread(pod.run, "iptables", "-A", "INPUT", "-j", "ACCEPT")
+        async with asyncio.timeout(DEADLINE_S):
+            await noticed
+        await network.rescan()
+    assert "packet filter (nftables or iptables-nft)" in caplog.text

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from ipaddress import ip_interface, ip_network
+from typing import Any
 
+import pytest
 from google.protobuf import json_format
 
 from shim.network import messages
-from shim.network.plan import Endpoint, Neighbour, NextHop, Route
+from shim.network.plan import Address, Endpoint, Neighbour, NetworkPlan, NextHop, Route
+from shim.network.rules import USUAL
 
 MAC = "02:00:00:00:00:02"
 GATEWAY = NextHop(interface="eth0", gateway="10.1.0.1")
@@ -25,7 +28,10 @@ def test_a_card_is_described_with_all_its_addresses_and_its_place():
         mac=MAC,
         mtu=1400,
         arp=True,
-        addresses=(ip_interface("10.1.0.2/24"), ip_interface("fd00::2/64")),
+        addresses=(
+            Address(interface=ip_interface("10.1.0.2/24"), broadcast="10.1.0.255", label="eth0"),
+            Address(interface=ip_interface("fd00::2/64")),
+        ),
     )
 
     assert json_format.MessageToDict(messages.interface(endpoint, pci_path="02/1e")) == {
@@ -40,6 +46,29 @@ def test_a_card_is_described_with_all_its_addresses_and_its_place():
         "devicePath": "02/1e",
         "type": "veth",
     }
+
+
+@pytest.mark.parametrize(
+    ("more", "mask", "details"),
+    [
+        ({"broadcast": ""}, "24", {"prefix": 24}),
+        ({"has_route": False}, "32", {"prefix": 24, "broadcast": "10.1.0.255", "flags": 0x200}),
+        ({"peer": "10.1.0.9"}, "32", {"prefix": 24, "broadcast": "10.1.0.255", "peer": "10.1.0.9"}),
+        ({"label": "eth0:1"}, "24", {"prefix": 24, "broadcast": "10.1.0.255", "label": "eth0:1"}),
+        ({"scope": 253}, "24", {"prefix": 24, "broadcast": "10.1.0.255", "scope": 253}),
+        ({"metric": 7}, "24", {"prefix": 24, "broadcast": "10.1.0.255", "metric": 7}),
+        ({"is_deprecated": True}, "24", {"prefix": 24, "broadcast": "10.1.0.255", "deprecated": True}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_an_address_that_is_not_as_usual_says_so_and_other_agents_make_no_wrong_route(
+    more: dict[str, Any], mask: str, details: dict[str, Any]
+):
+    address = Address(interface=ip_interface("10.1.0.2/24"), **({"broadcast": "10.1.0.255"} | more))
+
+    [told] = messages.loopback([address], mtu=0).IPAddresses
+
+    assert (told.mask, json_format.MessageToDict(told.details)) == (mask, details)
 
 
 def test_a_card_without_neighbour_discovery_says_so():
@@ -106,14 +135,75 @@ def test_of_several_ways_an_agent_that_knows_one_takes_the_first():
     }
 
 
+def test_a_route_that_is_no_usual_one_says_so():
+    planned = Route(
+        destination=ip_network("2001:db8::/32"),
+        type=6,
+        table=1000,
+        tos=8,
+        protocol=4,
+        senders="fd00::/8",
+        attributes=b"\5\0\x14\0\1\0\0\0",
+    )
+
+    assert [json_format.MessageToDict(each) for each in messages.routes([planned]).Routes] == [
+        {
+            "dest": "2001:db8::/32",
+            "family": "v6",
+            "type": 6,
+            "table": 1000,
+            "tos": 8,
+            "protocol": 4,
+            "senders": "fd00::/8",
+            "attributes": "BQAUAAEAAAA=",
+        }
+    ]
+
+
+def test_the_usual_rules_are_told_when_others_are_gone():
+    assert [each.text for each in messages.rules(None).rules] == [rule.text for rule in USUAL]
+    assert len(USUAL) == 5
+
+
+def test_an_agent_that_knows_only_katas_protocol_gets_what_that_has_words_for_and_the_rest_is_named():
+    blackhole = Route(destination=ip_network("10.5.0.0/16"), type=6)
+    other_table = Route(destination=ip_network("10.6.0.0/16"), hops=(GATEWAY,), table=100)
+    local = Route(destination=ip_network("10.7.0.0/16"), hops=(NextHop(interface="lo"),), type=2)
+    gone = Route(destination=ip_network("10.8.0.0/16"), hops=(GATEWAY,))
+    plan = NetworkPlan(
+        routes=(blackhole, other_table, local, route("10.9.0.0/16", GATEWAY)),
+        rules=USUAL[:1],
+        settings=(("net/core/somaxconn", "7"),),
+        unserved=("a packet filter",),
+    )
+
+    changed = messages.for_stock_agent(plan, former=NetworkPlan(routes=(gone,)))
+
+    assert [(each.dest, each.device, each.type) for each in messages.routes(changed.routes).Routes] == [
+        ("10.5.0.0/16", "lo", 0),
+        ("10.9.0.0/16", "eth0", 0),
+    ]
+    assert (changed.rules, changed.settings) == (None, ())
+    assert [line.partition(": ")[0] for line in changed.unserved] == [
+        "a packet filter",
+        "route 10.6.0.0/16 table 100",
+        "route local 10.7.0.0/16",
+        "rule 0",
+        "net/core/somaxconn = 7",
+        "route 10.8.0.0/16",
+    ]
+
+
 def test_a_fixed_neighbour_stays_fixed():
     planned = [
+        Neighbour(interface="eth0", ip="10.1.0.8"),
         Neighbour(interface="eth0", ip="10.1.0.1", mac=MAC),
         Neighbour(interface="eth0", ip="fd00::1", mac=MAC),
     ]
 
     assert json_format.MessageToDict(messages.neighbours(planned)) == {
         "ARPNeighbors": [
+            {"toIPAddress": {"address": "10.1.0.8"}, "device": "eth0", "state": 128, "flags": 8},
             {"toIPAddress": {"address": "10.1.0.1"}, "device": "eth0", "lladdr": MAC, "state": 128},
             {
                 "toIPAddress": {"family": "v6", "address": "fd00::1"},

@@ -1,10 +1,11 @@
 """What the kernel says about a namespace, and what the guest shall have of it.
 
-The messages are as pyroute2 decodes those that a Linux kernel sends.
+The messages are as :mod:`shim.network.rtnetlink` decodes those that a Linux kernel sends.
 """
 
 from __future__ import annotations
 
+import struct
 from ipaddress import ip_interface, ip_network
 from typing import Any
 
@@ -12,12 +13,17 @@ import pytest
 
 from shim.errors import InvalidArgument
 from shim.network.decode import decode
-from shim.network.plan import Endpoint, Neighbour, NetworkPlan, NextHop, Route
+from shim.network.plan import Address, Endpoint, Neighbour, NetworkPlan, NextHop, Route
+from shim.network.rtnetlink import attribute
+from shim.network.rules import USUAL, decode_rules
 
 UP, LOOPBACK, NOARP = 0x1, 0x8, 0x80
 KERNEL, BOOT = 2, 3
 V4, V6 = 2, 10
 MAC = "02:00:00:00:00:02"
+MTU_1300 = attribute(2, struct.pack("=I", 1300))
+LOCK = attribute(1, struct.pack("=I", 1 << 2))
+HOP_LIMIT = attribute(10, struct.pack("=I", 9))
 LINK_LOCAL = "fe80::ff:fe00:2"
 
 
@@ -25,22 +31,37 @@ def attributes(**named: Any) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in named.items() if value is not None]
 
 
-def link(index: int, name: str, *, kind: str | None = "veth", flags: int = UP, ether: bool = True):
+def link(
+    index: int,
+    name: str,
+    *,
+    kind: str | None = "veth",
+    flags: int = UP,
+    ether: bool = True,
+    mtu: int = 1400,
+):
     information = {"attrs": attributes(IFLA_INFO_KIND=kind)} if kind else None
     return {
         "index": index,
         "flags": flags,
         "ifi_type": 1 if ether else 65534,
-        "attrs": attributes(IFLA_IFNAME=name, IFLA_ADDRESS=MAC, IFLA_MTU=1400, IFLA_LINKINFO=information),
+        "attrs": attributes(IFLA_IFNAME=name, IFLA_ADDRESS=MAC, IFLA_MTU=mtu, IFLA_LINKINFO=information),
     }
 
 
-LO = link(1, "lo", kind=None, flags=UP | LOOPBACK)
+LO = link(1, "lo", kind=None, flags=UP | LOOPBACK, mtu=65536)
 ETH0 = link(2, "eth0")
 
 
 def address(
-    text: str, *, index: int = 2, peer: str | None = None, by_kernel: bool = False, flags: int = 0x80
+    text: str,
+    *,
+    index: int = 2,
+    peer: str | None = None,
+    by_kernel: bool = False,
+    flags: int = 0x80,
+    scope: int = 0,
+    **more: Any,
 ):
     interface = ip_interface(text)
     own = str(interface.ip)
@@ -48,17 +69,19 @@ def address(
         "index": index,
         "prefixlen": interface.network.prefixlen,
         "flags": flags,
+        "scope": scope,
         "attrs": attributes(
             IFA_ADDRESS=peer or own,
             IFA_LOCAL=own if interface.version == 4 or peer else None,
             IFA_PROTO=3 if by_kernel else None,
+            **more,
         ),
     }
 
 
 def route(destination: str, *, proto: int = BOOT, out: int | None = 2, **more: Any) -> dict[str, Any]:
     network = ip_network(destination)
-    header = {"table": 254, "type": 1, "scope": 0, "flags": 0}
+    header = {"table": 254, "type": 1, "scope": 0, "flags": 0, "tos": 0, "src_len": 0}
     header |= {name: value for name, value in more.items() if name in header}
     return {
         "family": V4 if network.version == 4 else V6,
@@ -153,7 +176,7 @@ def test_an_interface_without_neighbour_discovery_stays_without():
     assert not endpoint.arp
 
 
-def test_addresses_keep_their_prefix_and_their_order():
+def test_addresses_keep_their_prefix():
     texts = ["10.1.0.2/24", "10.1.0.3/24", "fd00::2/64", "192.0.2.1/32", "fd01::1/128"]
     routes = [
         route("10.1.0.0/24", proto=KERNEL),
@@ -163,8 +186,20 @@ def test_addresses_keep_their_prefix_and_their_order():
 
     found = plan(addresses=[address(text) for text in texts], routes=routes)
 
-    assert [str(each) for each in found.endpoints[0].addresses] == texts
+    assert {str(each) for each in found.endpoints[0].addresses} == {*texts}
+    assert all(each.has_route for each in found.endpoints[0].addresses)
     assert found.routes == ()
+
+
+def test_of_ipv6_the_kernel_lists_the_latest_address_first_and_the_guest_gets_it_last():
+    given = [address(text) for text in ("10.1.0.2/24", "10.1.0.3/24", "fd00::3/64", "fd00::2/64")]
+
+    assert [str(each) for each in plan(addresses=given).endpoints[0].addresses] == [
+        "10.1.0.2/24",
+        "10.1.0.3/24",
+        "fd00::2/64",
+        "fd00::3/64",
+    ]
 
 
 def test_an_address_whose_link_route_was_taken_away_gets_none_in_the_guest_either():
@@ -176,7 +211,10 @@ def test_an_address_whose_link_route_was_taken_away_gets_none_in_the_guest_eithe
 
     found = plan(addresses=[address("10.1.0.2/24"), address("fd00::2/64")], routes=routes)
 
-    assert [str(each) for each in found.endpoints[0].addresses] == ["10.1.0.2/32", "fd00::2/128"]
+    assert [(str(each), each.has_route) for each in found.endpoints[0].addresses] == [
+        ("10.1.0.2/24", False),
+        ("fd00::2/64", False),
+    ]
     assert [str(each.destination) for each in found.routes] == ["10.1.0.1/32", "10.1.0.0/24"]
 
 
@@ -194,7 +232,8 @@ def test_an_address_with_a_peer_has_a_route_to_the_peer(own: str, peer: str, ker
         routes=[route(destination, proto=KERNEL) for destination in kernels],
     )
 
-    assert [str(each) for each in found.endpoints[0].addresses] == [own]
+    [taken] = found.endpoints[0].addresses
+    assert (str(taken), taken.peer, taken.has_route) == (own, peer, True)
     assert [str(each.destination) for each in found.routes] == kernels[:1]
 
 
@@ -216,6 +255,60 @@ def test_only_addresses_that_somebody_gave_to_the_interface_are_the_guests(
     )
 
     assert [str(each) for each in found.endpoints[0].addresses] == kept
+
+
+def test_an_address_keeps_what_somebody_said_of_it():
+    given = address(
+        "10.1.0.2/24",
+        flags=0x80 | 0x20 | 0x200,
+        scope=253,
+        IFA_LABEL="eth0:1",
+        IFA_BROADCAST="10.1.0.255",
+        IFA_RT_PRIORITY=7,
+    )
+
+    assert plan(addresses=[given]).endpoints[0].addresses == (
+        Address(
+            interface=ip_interface("10.1.0.2/24"),
+            has_route=False,
+            broadcast="10.1.0.255",
+            label="eth0:1",
+            scope=253,
+            flags=0x200,
+            metric=7,
+            is_deprecated=True,
+        ),
+    )
+
+
+def test_the_loopback_keeps_the_addresses_that_the_kernel_has_not_given_it():
+    given = [address(text, index=1) for text in ("127.0.0.1/8", "::1/128", "10.9.9.9/32", "fd09::9/128")]
+
+    assert [str(each) for each in plan(addresses=given).loopback] == ["10.9.9.9/32", "fd09::9/128"]
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        {"RTA_ENCAP_TYPE": 1},
+        {"out": None, "RTA_MULTIPATH": [way("10.1.0.1") | {"attrs": [("RTA_ENCAP_TYPE", 5)]}]},
+        {"out": None, "RTA_NH_ID": 7},
+    ],
+    ids=["encapsulated", "one of its ways is encapsulated", "an object that is not explained"],
+)
+def test_a_route_that_the_guest_cannot_have_is_named_and_leads_nowhere(ways: dict[str, Any]):
+    found = plan(routes=[route("10.5.0.0/16", table=100, **ways)])
+
+    assert found.routes == (Route(destination=ip_network("10.5.0.0/16"), type=7, table=100),)
+    [line] = found.unserved
+    assert line.startswith("route 10.5.0.0/16 table 100: ")
+    assert line.endswith("the guest has an unreachable route instead")
+
+
+def test_the_loopback_keeps_the_size_that_somebody_gave_it():
+    small = link(1, "lo", kind=None, flags=UP | LOOPBACK, mtu=1500)
+
+    assert (plan(small).loopback_mtu, plan(LO).loopback_mtu) == (1500, 0)
 
 
 def single(**parts: Any) -> Route:
@@ -254,15 +347,59 @@ def single(**parts: Any) -> Route:
                 "10.7.0.0/16",
                 RTA_GATEWAY="10.1.0.1",
                 RTA_PRIORITY=50,
-                RTA_METRICS={"attrs": [("RTAX_LOCK", 4), ("RTAX_MTU", 1300)]},
+                RTA_METRICS=MTU_1300,
             ),
             single(to="10.7.0.0/16", gateway="10.1.0.1", metric=50, mtu=1300),
         ),
         (
-            route("10.7.0.0/16", RTA_GATEWAY="10.1.0.1", RTA_METRICS={"attrs": [("RTAX_HOPLIMIT", 9)]}),
-            single(to="10.7.0.0/16", gateway="10.1.0.1"),
+            # A locked MTU, and how far packets go.
+            route("10.7.0.0/16", RTA_GATEWAY="10.1.0.1", RTA_METRICS=MTU_1300 + LOCK + HOP_LIMIT),
+            single(
+                to="10.7.0.0/16",
+                gateway="10.1.0.1",
+                mtu=1300,
+                attributes=attribute(8, MTU_1300 + LOCK + HOP_LIMIT),
+            ),
         ),
-        (route("2001:db8::/32", proto=9), single(to="2001:db8::/32")),
+        (
+            route("2001:db8::/32", proto=9, RTA_PREF=1, RTA_FLOW=bytes(4)),
+            single(to="2001:db8::/32", protocol=9, attributes=attribute(20, b"\1") + attribute(11, bytes(4))),
+        ),
+        (route("10.5.0.0/16", type=6, out=None), Route(destination=ip_network("10.5.0.0/16"), type=6)),
+        # IPv6 notes the loopback as the way of what leads nowhere.
+        (
+            route("fd05::/64", type=7, out=1, RTA_PRIORITY=1024),
+            Route(destination=ip_network("fd05::/64"), type=7, metric=1024),
+        ),
+        (
+            route("10.5.0.0/16", RTA_TABLE=1000, table=252, RTA_GATEWAY="10.1.0.1"),
+            single(to="10.5.0.0/16", gateway="10.1.0.1", table=1000),
+        ),
+        (
+            route("0.0.0.0/0", RTA_TABLE=100, table=100, type=2, scope=254, out=1),
+            Route(
+                destination=ip_network("0.0.0.0/0"),
+                hops=(NextHop(interface="lo"),),
+                type=2,
+                table=100,
+                scope=254,
+            ),
+        ),
+        (
+            route("10.5.0.5/32", table=255, type=2, scope=254, out=1),
+            Route(
+                destination=ip_network("10.5.0.5/32"),
+                hops=(NextHop(interface="lo"),),
+                type=2,
+                table=255,
+                scope=254,
+            ),
+        ),
+        (route("10.5.0.0/16", tos=16), single(to="10.5.0.0/16", tos=16)),
+        (
+            route("fd05::/64", src_len=8, RTA_SRC="fd00::"),
+            single(to="fd05::/64", senders="fd00::/8"),
+        ),
         (
             route(
                 "fd01::/64",
@@ -279,7 +416,7 @@ def single(**parts: Any) -> Route:
         ),
         (
             # One of the ways is not the guest's.
-            route("10.9.0.0/16", out=None, RTA_MULTIPATH=[way("10.1.0.1"), way("10.3.0.1", index=1)]),
+            route("10.9.0.0/16", out=None, RTA_MULTIPATH=[way("10.1.0.1"), way("10.3.0.1", index=9)]),
             single(to="10.9.0.0/16", gateway="10.1.0.1"),
         ),
     ],
@@ -292,22 +429,20 @@ def test_a_route_is_taken_over_as_it_is(message: dict[str, Any], expected: Route
     "message",
     [
         route("10.1.0.2/32", proto=KERNEL, table=255, type=2),
-        route("10.1.0.0/24", RTA_TABLE=100, table=0),
         route("ff00::/8", proto=KERNEL, table=255, type=5),
         route("fe80::/64", proto=KERNEL, RTA_PRIORITY=256),
-        route("10.5.0.0/16", type=6, out=None),
-        route("10.5.0.0/16", out=1),
+        route("::/0", proto=KERNEL, type=7, out=1, table=0),
+        route("10.5.0.0/16", out=9),
         route("10.5.0.0/16", out=None, RTA_MULTIPATH=[way("10.3.0.1", index=7)]),
         route("fd00::5/128", flags=0x200),
         route("fd00::5/128", proto=1),
     ],
     ids=[
         "local table",
-        "another table",
         "multicast",
         "link-local of the kernel",
-        "blackhole",
-        "through the loopback",
+        "nothing else is reachable",
+        "through our own tap",
         "through what is not the guest's",
         "cached",
         "learned by redirect",
@@ -328,13 +463,71 @@ def test_only_neighbours_that_somebody_fixed_are_taken_over():
             neighbour("fd00::1"),
             neighbour("10.1.0.9", state=0x2),
             neighbour("ff02::16", state=0x40),
-            neighbour("10.1.0.8", flags=0x8),
+            neighbour("10.1.0.8", flags=0x8, state=0, mac=None),
             neighbour("10.1.0.7", mac=None),
-            neighbour("10.1.0.6", index=1),
+            neighbour("10.1.0.6", index=9),
         ]
     )
 
     assert found.neighbours == (
         Neighbour(interface="eth0", ip="10.1.0.1", mac=MAC),
         Neighbour(interface="eth0", ip="fd00::1", mac=MAC),
+        Neighbour(interface="eth0", ip="10.1.0.8"),
     )
+
+
+def rule(family: int, *, action: int = 1, flags: int = 0, table: int = 254, **attrs: bytes) -> bytes:
+    kinds = {"iif": 3, "priority": 6, "mark": 10, "mask": 16, "table": 15, "by": 21, "dscp": 25, "l3mdev": 19}
+    encoded = b"".join(attribute(kinds[name], value) for name, value in attrs.items())
+    return struct.pack("=BBBBBBBBI", family, 0, 0, 0, table, 0, 0, action, flags) + encoded
+
+
+def number(value: int) -> bytes:
+    return struct.pack("=I", value)
+
+
+FIRST_RULES = [
+    rule(family, table=table, priority=number(priority), by=b"\2")
+    + attribute(15, number(table))
+    + attribute(14, b"\xff" * 4)
+    for family, priority, table in (
+        (V4, 0, 255),
+        (V4, 32766, 254),
+        (V4, 32767, 253),
+        (V6, 0, 255),
+        (V6, 32766, 254),
+    )
+]
+
+
+def test_rules_that_every_namespace_has_need_not_be_told():
+    assert decode_rules(FIRST_RULES) == (None, ())
+
+
+def test_rules_are_handed_over_as_the_kernel_has_them_and_in_their_order():
+    # The kernel notes in the flags that the interface does not exist.
+    own = rule(V4, flags=2 | 8, iif=b"eth0\0", mark=number(1), mask=number(255), priority=number(10))
+
+    taken, unserved = decode_rules([*FIRST_RULES, own])
+
+    assert taken is not None
+    assert taken[:5] == USUAL
+    assert taken[5].text == "rule 10: not from all iif eth0 fwmark 0x1/0xff lookup main"
+    assert taken[5].body == rule(
+        V4, flags=2, iif=b"eth0\0", priority=number(10), mark=number(1), mask=number(255), by=b"\0"
+    )
+    assert unserved == ()
+
+
+def test_a_usual_rule_that_somebody_removed_is_missing_in_the_guest_too():
+    taken, _ = decode_rules(FIRST_RULES[1:])
+
+    assert taken == USUAL[1:]
+
+
+@pytest.mark.parametrize("attrs", [{"dscp": b"\1"}, {"l3mdev": b"\1"}], ids=str)
+def test_a_rule_that_the_guests_kernel_would_misunderstand_is_named(attrs: dict[str, bytes]):
+    taken, [line] = decode_rules([*FIRST_RULES, rule(V4, priority=number(10), **attrs)])
+
+    assert taken is None
+    assert line.startswith("rule 10: from all lookup ")

@@ -1,0 +1,160 @@
+"""The kernel parameters of a network namespace: those that differ from what a namespace begins with.
+
+A new namespace takes IPv4's parameters of interfaces over from the host, and a machine does not: these are
+compared with the kernel's own defaults (ip-sysctl.rst, devconf_inherit_init_net), all others with those of a
+namespace made for it. What else a namespace inherits, such as sizes of buffers and the congestion control, is
+the guest's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from shim import kernel
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+LOOPBACK = "lo"
+
+_ROOT = "/proc/sys"
+_NETWORK = "net"
+_LEFT_OUT = frozenset(
+    {
+        # Lists and counts.
+        "nf_log",
+        "nf_conntrack_count",
+        # The same as others, in other units or for all interfaces.
+        "base_reachable_time",
+        "retrans_time",
+        "unres_qlen",
+        "gc_min_interval",
+        "ip_forward",
+        # Made from the size of the host's memory.
+        "nf_conntrack_buckets",
+    }
+)
+_OF_INTERFACES = frozenset({"net/ipv4/conf", "net/ipv6/conf", "net/ipv4/neigh", "net/ipv6/neigh"})
+_IPV4_CONF, _IPV6_CONF = "net/ipv4/conf", "net/ipv6/conf"
+_ALL, _DEFAULT = "all", "default"
+_SPREADING = frozenset({"forwarding", "disable_ipv6"})
+"""What the kernel sets in each interface when it is set for all."""
+_IPV4_DEFAULTS = {
+    "accept_redirects": "1",
+    "accept_source_route": "1",
+    "arp_evict_nocarrier": "1",
+    "igmpv2_unsolicited_report_interval": "10000",
+    "igmpv3_unsolicited_report_interval": "1000",
+    "secure_redirects": "1",
+    "send_redirects": "1",
+    "shared_media": "1",
+}
+_IPV4_DEFAULTS_OF_ALL = _IPV4_DEFAULTS | {"accept_source_route": "0"}
+_IPV4_DEFAULTS_OF_LOOPBACK = _IPV4_DEFAULTS | {"disable_policy": "1", "disable_xfrm": "1"}
+_VALUE_BYTES = 4096
+
+
+def read(mtus: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
+    """Read the parameters that somebody set in the calling thread's namespace.
+
+    :param mtus: in bytes, of each interface whose own parameters count.
+    :returns: names, with slashes from ``net/`` on, and values, in the order in which they can be set.
+    :raises OSError: if there can be no namespace to compare with.
+    """
+    chosen = choose(dict(_read({_ALL, _DEFAULT, *mtus})), first=_first(), mtus=mtus)
+    return tuple((name, value) for name, value in chosen if _is_writable(name))
+
+
+def choose(
+    found: Mapping[str, str], *, first: Mapping[str, str], mtus: Mapping[str, int]
+) -> list[tuple[str, str]]:
+    """Choose what differs from what a namespace begins with.
+
+    :param found: the parameters of the namespace.
+    :param first: those of a new one.
+    :param mtus: in bytes, of each interface.
+    :returns: in the order in which they can be set.
+    """
+    chosen = {name: value for name, value in found.items() if value != _default(name, first)}
+    for name, value in found.items():
+        directory, interface, setting = _parts(name)
+        if directory not in _OF_INTERFACES or interface == _ALL:
+            continue
+        general = _ALL if setting in _SPREADING else _DEFAULT
+        implied = chosen.get(f"{directory}/{general}/{setting}")
+        if directory == _IPV6_CONF and setting == "mtu" and value == str(mtus.get(interface)):
+            chosen.pop(name, None)  # the link's own
+        elif implied == value and setting in _SPREADING:
+            chosen.pop(name, None)
+        elif implied is not None:
+            # Interfaces that come to the guest later begin with what is set there.
+            chosen[name] = value
+    return sorted(chosen.items(), key=lambda item: _order(item[0]))
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    directory, _, setting = name.rpartition("/")
+    directory, _, interface = directory.rpartition("/")
+    return directory, interface, setting
+
+
+def _order(name: str) -> tuple[int, str]:
+    _, interface, _ = _parts(name)
+    return ({_ALL: 0, _DEFAULT: 1}.get(interface, 2), name)
+
+
+def _default(name: str, first: Mapping[str, str]) -> str | None:
+    directory, interface, setting = _parts(name)
+    if directory == _IPV4_CONF:
+        of_kind = {_ALL: _IPV4_DEFAULTS_OF_ALL, LOOPBACK: _IPV4_DEFAULTS_OF_LOOPBACK}
+        return of_kind.get(interface, _IPV4_DEFAULTS).get(setting, "0")
+    if directory in _OF_INTERFACES and name not in first:
+        model = _DEFAULT if directory == _IPV6_CONF else LOOPBACK
+        return first.get(f"{directory}/{model}/{setting}")
+    return first.get(name)
+
+
+@functools.cache
+def _first() -> dict[str, str]:
+    def make_and_read() -> dict[str, str]:
+        kernel.enter_new_network_namespace()
+        return dict(_read({_ALL, _DEFAULT, LOOPBACK}))
+
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        return executor.submit(make_and_read).result()
+
+
+def _read(interfaces: Collection[str]) -> Iterator[tuple[str, str]]:
+    directories = [_NETWORK]
+    while directories:
+        directory = directories.pop()
+        with os.scandir(f"{_ROOT}/{directory}") as entries:
+            for entry in entries:
+                name = f"{directory}/{entry.name}"
+                if entry.name in _LEFT_OUT or (directory in _OF_INTERFACES and entry.name not in interfaces):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    directories.append(name)
+                elif (value := _value(entry.path)) is not None:
+                    yield name, value
+
+
+def _value(path: str) -> str | None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(descriptor, _VALUE_BYTES).decode(errors="replace").strip()
+        finally:
+            os.close(descriptor)
+    except OSError:  # one that can only be written, or has no value yet, or whose interface went
+        return None
+
+
+def _is_writable(name: str) -> bool:
+    try:
+        return bool(os.stat(f"{_ROOT}/{name}").st_mode & 0o222)  # noqa: PTH116 - as all paths here
+    except OSError:
+        return False

@@ -1,0 +1,276 @@
+"""A container's network is all of its namespace: routes, rules and parameters too, and as they change."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.busybox import IMAGE
+from tests.e2e.conftest import new_id
+from tests.e2e.life import until
+from tests.network_space import Space, add_cable, new_space
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.e2e.conftest import Stack
+
+# The image's own `ip` knows little: the host's is run in the container, with its libraries.
+PROGRAMS = "type=bind,src=/usr,dst=/host,options=rbind:ro"
+LIBRARIES = "/host/lib/x86_64-linux-gnu"
+IP = f"{LIBRARIES}/ld-linux-x86-64.so.2 --library-path {LIBRARIES} /host/bin/ip -N"
+# What a kernel makes of a link by itself, and the way of forwarded ports to localhost.
+NOBODYS = re.compile(
+    r"hako\d|169\.254\.255\.254|fe80::|ff00::|^(anycast|broadcast) |valid_lft|link/|^\d+: \w+: <"
+    r"|^local .* proto (kernel|2)"
+)
+
+
+@pytest.fixture
+def outside() -> Iterator[Space]:
+    with new_space() as space:
+        yield space
+
+
+@pytest.fixture
+def pod(outside: Space) -> Iterator[Space]:
+    """A namespace with two cables to the outside, where addresses behind them answer."""
+    with new_space() as space:
+        for number, name in ((1, "eth0"), (2, "net1")):
+            add_cable(space, outside, name, number=number)
+        for address in ("192.0.2.1/32", "192.0.2.2/32", "192.0.2.3/32", "198.51.100.1/32"):
+            outside.ip(f"addr add {address} dev lo")
+        for address in ("fd99::1/128", "fd99::2/128"):
+            outside.ip(f"addr add {address} dev lo nodad")
+        space.ip("route add default via 10.1.0.1")
+        space.ip("-6 route add default via fd00:1::1")
+        yield space
+
+
+class Box:
+    """A container in the namespace; with runc its programs see just that."""
+
+    def __init__(self, stack: Stack, name: str) -> None:
+        self._stack = stack
+        self._name = name
+
+    def run(self, script: str) -> str:
+        result = self._stack.containerd.exec(self._name, new_id(), "sh", "-c", script)
+        assert result.code == 0, (script, result.stdout, result.stderr)
+        return result.stdout
+
+    def ip(self, *commands: str) -> list[list[str]]:
+        """Run ``ip``, and read what it says of what somebody has made."""
+        script = "; echo ==; ".join(f"{IP} {command}" for command in commands)
+        return [_made(text) for text in self.run(script).split("==\n")]
+
+    def settings(self, *names: str) -> dict[str, str]:
+        """Read kernel parameters."""
+        script = "; ".join(f"echo {name} $(cat /proc/sys/net/{name})" for name in names)
+        return dict(line.split(maxsplit=1) for line in self.run(script).splitlines())
+
+    def reached(self, *targets: str) -> set[str]:
+        """Tell which of these addresses answer."""
+        script = "; ".join(f"ping -c 1 -W 5 {one} >/dev/null 2>&1 && echo {one}" for one in targets)
+        return set(self.run(f"{script}; true").split())
+
+
+def ip_in(space: Space, *commands: str) -> list[list[str]]:
+    return [_made(space.ip(f"-N {command}")) for command in commands]
+
+
+def _made(text: str) -> list[str]:
+    lines = [re.sub(r"@\w+", "", " ".join(line.split())) for line in text.splitlines()]
+    return [line for line in lines if not NOBODYS.search(line)]
+
+
+@contextlib.contextmanager
+def box_in(stack: Stack, pod: Space) -> Iterator[Box]:
+    name = new_id()
+    options = ["--detach", "--null-io", f"--with-ns=network:{pod.path}", f"--mount={PROGRAMS}"]
+    started = stack.containerd.run(IMAGE, name, "sleep", "100000", options=options)
+    try:
+        assert started.code == 0, started.stderr
+        yield Box(stack, name)
+    finally:
+        stack.containerd.remove(name)
+
+
+def set_parameters(space: Space, values: dict[str, str]) -> None:
+    """Set kernel parameters of a namespace."""
+
+    def write() -> None:
+        for name, value in values.items():
+            (Path("/proc/sys/net") / name).write_text(value, encoding="ascii")
+
+    space.inside(write)
+
+
+def test_what_leads_nowhere_in_the_namespace_leads_nowhere_in_the_container(either_stack: Stack, pod: Space):
+    for kind, network in (
+        ("blackhole", "192.0.2.1/32"),
+        ("unreachable", "192.0.2.2/32"),
+        ("prohibit", "192.0.2.3/32"),
+        ("blackhole", "fd99::1/128"),
+    ):
+        pod.ip(f"route add {kind} {network}")
+    targets = ("192.0.2.1", "192.0.2.2", "192.0.2.3", "198.51.100.1", "fd99::1", "fd99::2")
+    with box_in(either_stack, pod) as box:
+        assert box.reached(*targets) == {"198.51.100.1", "fd99::2"}
+        errors = box.run("for i in 1 2 3; do ping -c 1 -W 2 192.0.2.$i 2>&1 | grep -o 'sendto.*'; done; true")
+        assert errors.splitlines() == [
+            "sendto: Invalid argument",
+            "sendto: No route to host",
+            "sendto: Permission denied",
+        ]
+        pod.ip("route del blackhole 192.0.2.1/32")
+        pod.ip("route add blackhole 198.51.100.0/24")
+        until(
+            lambda: box.reached("192.0.2.1", "198.51.100.1") == {"192.0.2.1"}, what="the routes have changed"
+        )
+
+
+def test_rules_and_other_tables_choose_the_way_as_they_do_in_the_namespace(either_stack: Stack, pod: Space):
+    pod.ip("route add blackhole default table 100")
+    pod.ip("route add default via 10.2.0.1 table 1000")
+    pod.ip("route add 10.1.0.0/24 dev eth0 table 1000")
+    pod.ip("-6 route add blackhole default table 100")
+    pod.ip("rule add from 10.2.0.2 lookup 1000 priority 50")
+    pod.ip("rule add to 192.0.2.1 lookup 100 priority 60")
+    pod.ip("rule add to 192.0.2.2 prohibit priority 61")
+    pod.ip("rule add fwmark 0x7/0xff iif eth0 lookup 100 priority 62")
+    pod.ip("rule add not to 192.0.2.0/24 lookup main suppress_prefixlength 0 priority 63")
+    pod.ip("rule add uidrange 4000-4001 dport 53 unreachable priority 64")
+    pod.ip("-6 rule add to fd99::1 lookup 100 priority 60")
+    pod.ip("rule add priority 10 lookup local")
+    pod.ip("rule del priority 0")
+    targets = ("192.0.2.1", "192.0.2.2", "192.0.2.3", "fd99::1", "fd99::2")
+    shown = ("-d rule", "-6 -d rule", "route show table 1000", "-6 route show table 100")
+    with box_in(either_stack, pod) as box:
+        assert box.ip(*shown) == ip_in(pod, *shown)
+        assert "dev eth0" in box.ip("route get 192.0.2.3")[0][0]
+        assert "via 10.2.0.1 dev net1" in box.ip("route get 192.0.2.3 from 10.2.0.2")[0][0]
+        assert box.reached(*targets) == {"192.0.2.3", "fd99::2"}
+        pod.ip("rule del priority 60")
+        pod.ip("rule add to 192.0.2.3 blackhole priority 65")
+        pod.ip("-6 route del blackhole default table 100")
+        until(
+            lambda: box.ip(*shown) == ip_in(pod, *shown),
+            what="the rules have changed",
+        )
+        assert box.reached(*targets) == {"192.0.2.1", "fd99::1", "fd99::2"}
+
+
+def test_addresses_are_what_they_are_in_the_namespace(either_stack: Stack, pod: Space, outside: Space):
+    pod.ip("addr add 203.0.113.1/32 dev lo")
+    pod.ip("addr add fd77::1/128 dev lo")
+    pod.ip("route add local 203.0.113.128/25 dev lo")
+    outside.ip("route add 203.0.113.0/24 via 10.1.0.2")
+    outside.ip("route add fd77::/64 via fd00:1::2")
+    pod.ip("addr add 10.1.0.77/24 dev eth0 label eth0:1 brd + noprefixroute")
+    pod.ip("addr add 10.7.0.1 peer 10.7.0.2/32 dev eth0 scope link")
+    pod.ip("addr add fd00:1::77/64 dev eth0 nodad preferred_lft 0")
+    pod.ip("addr add fd07::1 peer fd07::2/128 dev eth0 nodad")
+    pod.ip("addr add 10.8.0.1/24 dev eth0 metric 77")
+    pod.ip("link set lo mtu 9000")
+    shown = ("addr show dev eth0", "addr show dev lo", "route show table all", "-6 route show table all")
+    with box_in(either_stack, pod) as box:
+        assert box.ip(*shown) == ip_in(pod, *shown)
+        assert "mtu 9000" in box.run("ip link show dev lo")
+        answering = {"203.0.113.1", "203.0.113.200", "fd77::1"}
+        assert box.reached(*answering) == answering
+        for address in answering:
+            outside.run("busybox", "ping", "-c1", "-W5", address)
+        # A deprecated address is not chosen to speak from.
+        assert "src fd00:1::77 " not in box.ip("-6 route get fd99::2")[0][0]
+        pod.ip("addr add 203.0.113.2/32 dev lo")
+        pod.ip("addr del 203.0.113.1/32 dev lo")
+        pod.ip("addr del 10.7.0.1 peer 10.7.0.2/32 dev eth0")
+        pod.ip("addr change 10.8.0.1/24 dev eth0 noprefixroute")
+        until(lambda: box.ip(*shown) == ip_in(pod, *shown), what="the addresses have changed")
+
+
+PARAMETERS = {
+    "core/somaxconn": "99",
+    "ipv4/conf/all/forwarding": "1",
+    "ipv4/conf/all/arp_ignore": "1",
+    "ipv4/conf/default/rp_filter": "2",
+    "ipv4/conf/eth0/rp_filter": "1",
+    "ipv4/conf/eth0/accept_local": "1",
+    "ipv4/conf/lo/forwarding": "0",
+    "ipv4/conf/net1/forwarding": "1",
+    "ipv4/conf/net1/rp_filter": "0",
+    "ipv4/ip_default_ttl": "33",
+    "ipv4/ip_forward": "1",
+    "ipv4/ip_local_port_range": "40000\t40999",
+    "ipv4/ip_local_reserved_ports": "40100-40200",
+    "ipv4/ip_nonlocal_bind": "1",
+    "ipv4/ip_unprivileged_port_start": "80",
+    "ipv4/neigh/eth0/gc_stale_time": "77",
+    "ipv4/ping_group_range": "0\t100",
+    "ipv4/tcp_fin_timeout": "33",
+    "ipv4/tcp_keepalive_time": "600",
+    "ipv4/tcp_rmem": "4096\t8192\t16384",
+    "ipv4/tcp_syncookies": "2",
+    "ipv6/bindv6only": "1",
+    "ipv6/conf/all/forwarding": "1",
+    "ipv6/conf/eth0/accept_ra": "0",
+    "ipv6/conf/eth0/mtu": "1300",
+    "ipv6/conf/net1/disable_ipv6": "1",
+    "netfilter/nf_conntrack_tcp_timeout_established": "3600",
+    "unix/max_dgram_qlen": "77",
+}
+
+
+def test_kernel_parameters_of_the_namespace_are_those_of_the_container(either_stack: Stack, pod: Space):
+    set_parameters(pod, PARAMETERS)
+    with box_in(either_stack, pod) as box:
+        assert box.settings(*PARAMETERS) == {
+            name: " ".join(value.split()) for name, value in PARAMETERS.items()
+        }
+        set_parameters(pod, {"ipv4/conf/eth0/rp_filter": "0", "ipv4/conf/net1/forwarding": "0"})
+        changed = ("ipv4/conf/eth0/rp_filter", "ipv4/conf/net1/forwarding", "core/somaxconn")
+        until(
+            lambda: list(box.settings(*changed).values()) == ["0", "0", "99"],
+            what="the parameters have changed",
+        )
+
+
+def test_a_namespace_that_has_nothing_but_its_loopback_counts_too(either_stack: Stack):
+    with new_space() as pod:
+        pod.ip("addr add 203.0.113.1/32 dev lo")
+        pod.ip("route add blackhole 10.0.0.0/8")
+        pod.ip("rule add to 11.0.0.0/8 prohibit")
+        set_parameters(pod, {"core/somaxconn": "99"})
+        shown = ("addr show dev lo", "route show table all", "rule")
+        with box_in(either_stack, pod) as box:
+            assert box.ip(*shown) == ip_in(pod, *shown)
+            assert box.reached("203.0.113.1") == {"203.0.113.1"}
+            assert box.settings("core/somaxconn") == {"core/somaxconn": "99"}
+
+
+def test_what_is_said_of_a_route_or_neighbour_is_true_in_the_container(
+    either_stack: Stack, pod: Space, outside: Space
+):
+    pod.ip("route add 192.0.2.1 via 10.2.0.1 src 10.1.0.2 metric 5 mtu lock 1300 advmss 900 initcwnd 20")
+    pod.ip("route add 192.0.2.2 via 203.0.113.9 dev eth0 onlink proto bird")
+    pod.ip("route add 192.0.2.3 tos 0x10 via 10.2.0.1 quickack 1 hoplimit 9")
+    pod.ip("route add 198.51.100.0/24 nexthop via 10.1.0.1 weight 3 nexthop via 10.2.0.1 weight 1")
+    pod.ip("-6 route add fd99::1 via fd00:2::1 pref high metric 5 mtu 1300")
+    pod.ip("neigh add 10.1.0.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent")
+    pod.ip("neigh add fd00:1::9 lladdr 02:00:00:00:00:0a dev eth0 nud permanent")
+    pod.ip("neigh add proxy 10.1.0.50 dev eth0")
+    shown = ("route", "-6 route", "neigh show nud permanent", "neigh show proxy")
+    with box_in(either_stack, pod) as box:
+        assert box.ip(*shown) == ip_in(pod, *shown)
+        assert "via 10.2.0.1 dev net1" in box.ip("route get 192.0.2.3 tos 0x10")[0][0]
+        pod.ip("route change 192.0.2.1 via 10.2.0.1 metric 5 advmss 800")
+        pod.ip("route del 192.0.2.3 tos 0x10")
+        pod.ip("neigh del 10.1.0.9 dev eth0")
+        pod.ip("neigh add proxy 10.1.0.51 dev eth0")
+        pod.ip("neigh del proxy 10.1.0.50 dev eth0")
+        until(lambda: box.ip(*shown) == ip_in(pod, *shown), what="the routes have changed")
