@@ -1,0 +1,98 @@
+"""Rules and parameters of the guest follow what the host asks for, and leave alone what others made."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import TYPE_CHECKING
+
+import pytest
+
+from guest.agent import rtnetlink, sysctl
+from guest.agent.rules import Rules
+from guest.agent.wire import Codec, Message
+from guest.image import schema
+from shim.network.rtnetlink import attribute
+from shim.network.rules import USUAL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+CODEC = Codec(schema.messages())
+HEADER = struct.Struct("=BBBBBBBBI")
+OWN = HEADER.pack(2, 0, 0, 0, 254, 0, 0, 1, 0) + attribute(6, struct.pack("=I", 50)) + attribute(21, b"\4")
+
+
+def rule(body: bytes, text: str = "rule") -> Message:
+    return CODEC.new("types.Rule", body=body, text=text)
+
+
+class Kernel:
+    """Keeps rules as the kernel does: with what says nothing, and in another order."""
+
+    def __init__(self, *bodies: bytes) -> None:
+        self.rules = list(bodies)
+        self.refuses = 0
+
+    def dump(self, kind: int, request: bytes, *, decode: Callable[[bytes], bytes]) -> list[bytes]:
+        assert kind == rtnetlink.RTM_GETRULE
+        nothing = attribute(14, b"\xff" * 4) + attribute(18, b"")
+        return [
+            decode(body[: HEADER.size] + nothing + body[HEADER.size :])
+            for body in self.rules
+            if body[0] == request[0]
+        ]
+
+    def change(self, kind: int, body: bytes, *, flags: int = 0) -> None:
+        if self.refuses:
+            raise OSError(self.refuses, "it does not want to")
+        if kind == rtnetlink.RTM_NEWRULE:
+            assert flags == 0x600
+            self.rules.append(body)
+        elif body in self.rules:
+            self.rules.remove(body)
+        else:
+            raise OSError(errno.ENOENT, "there is none")
+
+
+def test_rules_of_the_host_replace_its_former_ones_and_those_of_the_kernel_only() -> None:
+    first = [one.body for one in USUAL]
+    others = HEADER.pack(2, 0, 0, 0, 99, 0, 0, 1, 0) + attribute(21, b"\3")
+    kernel, rules = Kernel(*first, others), Rules()
+
+    assert rules.update(kernel, [rule(body) for body in [*first[1:], OWN]]) == []  # type: ignore[arg-type]
+    assert sorted(kernel.rules) == sorted([*first[1:], OWN, others])
+
+    assert rules.update(kernel, [rule(body) for body in first]) == []  # type: ignore[arg-type]
+    assert sorted(kernel.rules) == sorted([*first, others])
+
+
+def test_a_rule_that_the_kernel_refuses_is_named() -> None:
+    kernel, rules = Kernel(), Rules()
+    kernel.refuses = errno.EINVAL
+    assert rules.update(kernel, [rule(OWN, "rule 50")]) == ["rule 50: it does not want to"]  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sysctl, "_ROOT", str(tmp_path))
+    return tmp_path
+
+
+def test_parameters_are_set_and_set_back_when_the_host_asks_for_them_no_more(root: Path) -> None:
+    (root / "net").mkdir()
+    for name in ("a", "b"):
+        (root / "net" / name).write_text("1", encoding="ascii")
+    settings = sysctl.Settings()
+
+    assert settings.update({"net/a": "2", "net/b": "3"}) == []
+    assert [(root / "net" / name).read_text(encoding="ascii") for name in ("a", "b")] == ["2", "3"]
+
+    assert settings.update({"net/b": "4"}) == []
+    assert [(root / "net" / name).read_text(encoding="ascii") for name in ("a", "b")] == ["1", "4"]
+
+
+def test_a_parameter_that_the_guest_lacks_is_named(root: Path) -> None:
+    assert sysctl.Settings().update({"net/none": "2"}) == ["net/none = 2: the guest's kernel has none"]
+    assert list(root.iterdir()) == []
