@@ -315,10 +315,13 @@ class Agent:
         """Let the init of a created container run."""
         await self._call("StartContainer", agent_pb2.StartContainerRequest(container_id=container_id), Empty)
 
-    async def remove_container(self, container_id: str) -> None:
-        """Kill what is left of a container and forget it."""
+    async def remove_container(self, container_id: str, *, timeout_s: float) -> None:
+        """Kill what is left of a container, write its disks and forget it.
+
+        :param timeout_s: how long that may take.
+        """
         request = agent_pb2.RemoveContainerRequest(container_id=container_id)
-        await self._call("RemoveContainer", request, Empty, timeout_s=REMOVE_TIMEOUT_S)
+        await self._call("RemoveContainer", request, Empty, timeout_s=timeout_s)
 
     async def exec_process(self, request: agent_pb2.ExecProcessRequest) -> None:
         """Create and start a further process in a container."""

@@ -14,7 +14,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from proto.kata import agent_pb2
-from shim import task_events, timeline
+from shim import killing, task_events, timeline
+from shim.agent import CALL_TIMEOUT_S, REMOVE_TIMEOUT_S
 from shim.container_files import ContainerFiles
 from shim.disks import root_disk
 from shim.errors import (
@@ -47,7 +48,6 @@ STATUS_MACHINE_GONE = 128 + signal.SIGKILL  # as a process whose machine was swi
 SETTLED_S = 1.0  # what says nothing for as long may never say anything
 _DRAWN = f"{timeline.ENVIRONMENT_VARIABLE}=1"
 STATUS_UNKNOWN = 255  # containerd's own value for an exit nobody can tell
-KILL_TIMEOUT_S = 8.0  # for a killed process to be gone; a machine under emulation may be slow
 EXECS_GONE_TIMEOUT_S = 5.0  # the kernel ends them with their pid namespace; only the report takes time
 
 
@@ -333,36 +333,14 @@ class Container:
         await agent.resize_terminal(self.init.agent_id, exec_id=process.agent_id, rows=height, columns=width)
 
     async def kill(self, process: Process, *, number: int, everyone: bool) -> None:
-        """Send a signal to one process, or to all of the container.
-
-        :param number: the signal's number.
-        :raises NotFound: if the process has ended.
-        :raises FailedPrecondition: if it is an exec that was never started.
-        """
-        if process.exited.is_set():
-            raise NotFound(f"kill: {process}: process already finished: not found")
-        if process.exec_id and process.state is State.CREATED:
-            raise FailedPrecondition(f"kill: {process}: process not started")
-        agent = await self._sandbox.agent()
-        # Addressed by its own id, init alone gets the signal; the empty id makes SIGKILL reach them all.
-        target = "" if everyone and not process.exec_id else process.agent_id
-        try:
-            await agent.signal_process(self.init.agent_id, exec_id=target, signal=number)
-        except DeadlineExceeded as error:
-            if number != signal.SIGKILL:
-                raise
-            # A guest that cannot even kill is lost, and whoever kills means it.
-            await self._sandbox.switch_off(f"the guest did not answer SIGKILL of {process}: {error}")
-        if number == signal.SIGKILL and not process.ended.is_set():
-            self._sandbox.work.spawn(self._see_it_end(process), name=f"kill {process}")
-
-    async def _see_it_end(self, process: Process) -> None:
-        """Switch the machine off if a process outlives SIGKILL there, as one that waits for a file may."""
-        try:
-            async with asyncio.timeout(KILL_TIMEOUT_S):
-                await process.ended.wait()
-        except TimeoutError:
-            await self._sandbox.switch_off(f"{process} outlived SIGKILL by {KILL_TIMEOUT_S:g} s")
+        """Send a signal to one process, or to all of the container; see :func:`shim.killing.kill`."""
+        await killing.kill(
+            process,
+            container=self.init.agent_id,
+            number=number,
+            everyone=everyone,
+            sandbox=self._sandbox,
+        )
 
     async def delete(self) -> None:
         """Remove the container from the guest and take back what was shown to it.
@@ -425,10 +403,11 @@ class Container:
         """Remove the container in the guest; a machine that is gone has none, a hung one is going."""
         try:
             agent = await self._sandbox.agent()
-            await agent.remove_container(self.init.agent_id)
+            timeout_s = CALL_TIMEOUT_S if self._files.has_disks else REMOVE_TIMEOUT_S
+            await agent.remove_container(self.init.agent_id, timeout_s=timeout_s)
         except (Unavailable, DeadlineExceeded) as error:
             log.warning("delete: container %s: not removed from the guest: %s", self.id, error)
-            if isinstance(error, DeadlineExceeded) and len(self._sandbox.containers) == 1:
+            if isinstance(error, DeadlineExceeded) and not self._sandbox.has_other_uses(self.id):
                 await self._sandbox.switch_off(f"the guest did not remove {self.init}, its last: {error}")
 
     # -- streams and exit ---------------------------------------------------------------------------

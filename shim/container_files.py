@@ -79,6 +79,11 @@ class ContainerFiles:
         self._storages: list[agent_pb2.Storage] = []
         self._devices: list[agent_pb2.Device] = []
 
+    @property
+    def has_disks(self) -> bool:
+        """Whether it has disks, which the guest writes when the container goes."""
+        return bool(self._plugged)
+
     def announce(self, request: agent_pb2.CreateContainerRequest) -> None:
         """Say in the request that makes the container what it is to mount and which disks it has."""
         request.storages.extend(self._storages)

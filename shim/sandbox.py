@@ -65,6 +65,7 @@ PING_TIMEOUT_S = 2.0  # an agent that is well answers in milliseconds, under emu
 CLOCK_TIMEOUT_S = 1.0  # right long before as a rule; a host too busy for that has the start go on
 DESERTED_S = 5.0  # containerd ends a shim milliseconds after its last container, if it lives to do so
 END_TIMEOUT_S = 10.0  # for a machine that is killed to be gone
+LAST_OUTPUTS_TIMEOUT_S = 2.0  # for clients that read; the others have none of what is left
 STATUS_KILLED = 128 + signal.SIGKILL
 
 
@@ -153,6 +154,10 @@ class Sandbox:
     def is_needed(self) -> bool:
         """Whether containerd has a container in it, or holds it by its sandbox service."""
         return bool(self.containers) or self.held
+
+    def has_other_uses(self, container_id: str) -> bool:
+        """Whether the machine is of use beside a container: to another one, or to the sandbox service."""
+        return self.held or any(other != container_id for other in self.containers)
 
     @property
     def exit_status(self) -> int:
@@ -389,6 +394,7 @@ class Sandbox:
         :raises DeadlineExceeded: if it does not go.
         """
         self._is_end_wanted = self._is_end_wanted or not self.ended.is_set()
+        await self._deliver_last_outputs()
         await self.switch_off("its end was asked for")
         if not self.is_started:
             self._over(Unavailable(f"sandbox {self.id}: {self._machine.doom}"))
@@ -399,6 +405,14 @@ class Sandbox:
             raise DeadlineExceeded(
                 f"stop: sandbox {self.id}: its machine, pid {self.pid}, is not gone after {END_TIMEOUT_S:g} s"
             ) from error
+
+    async def _deliver_last_outputs(self) -> None:
+        """Let the clients have what processes wrote that have ended: it goes with the machine."""
+        processes = [each for one in self.containers.values() for each in (one.init, *one.execs.values())]
+        exits = [each.exited.wait() for each in processes if each.ended.is_set() and not each.exited.is_set()]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_OUTPUTS_TIMEOUT_S):
+                await asyncio.gather(*exits)
 
     async def keep_timeline(self, *, drawn: bool) -> None:
         """Write down where the time of the start went, in the guest too.

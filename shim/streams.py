@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 10.0  # containerd's runc shim lets Delete wait as long for output to be read
+GUEST_TIMEOUT_S = 60.0  # for a guest to hand over what a process wrote; on a busy host it may stand still
 
 
 class Carrier:
@@ -43,6 +44,7 @@ class Carrier:
         self._name = name
         self._heard = heard
         self._moved_at_s: float | None = None
+        self._unread = 0
 
     def outputs(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         """Begin to carry the outputs, each until its end."""
@@ -75,15 +77,21 @@ class Carrier:
         """Wait for tasks as long as output keeps being read, however slowly.
 
         :param tasks: what ends when everything has been read.
-        :returns: False if nothing was read for the drain time; the tasks go on.
+        :returns: False if the client read nothing for the drain time, or nothing came from the guest for
+            longer; the tasks go on.
         """
         pending = {task for task in tasks if not task.done()}
         now_s = asyncio.get_running_loop().time
         moved_at_s = self._moved_at_s or now_s()
-        while pending and (left_s := moved_at_s + DRAIN_TIMEOUT_S - now_s()) > 0:
-            _, pending = await asyncio.wait(pending, timeout=left_s)
+        while pending and (left_s := moved_at_s + self._patience_s - now_s()) > 0:
+            # Whom it waits for may change meanwhile.
+            _, pending = await asyncio.wait(pending, timeout=min(left_s, DRAIN_TIMEOUT_S))
             moved_at_s = self._moved_at_s or moved_at_s
         return not pending
+
+    @property
+    def _patience_s(self) -> float:
+        return DRAIN_TIMEOUT_S if self._unread else GUEST_TIMEOUT_S
 
     def _moved(self) -> None:
         self._moved_at_s = asyncio.get_running_loop().time()
@@ -106,9 +114,12 @@ class Carrier:
         descriptor = getattr(self._streams, name)
         if descriptor < 0:
             return
+        self._unread += 1
         try:
             await write_all(descriptor, data, progressed=self._moved)
         except OSError as error:
             # Such as a full disk below a file:// log; the process must not be made to wait for ever.
             log.warning("stdio: %s of %s: %s; dropping what follows", name, self._name, error)
             self._streams.close(name)
+        finally:
+            self._unread -= 1

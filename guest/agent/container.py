@@ -62,6 +62,8 @@ class Container:
         self.id = container_id
         self.storages: list[str] = []
         self._owns_root = True
+        # What is written to the share is the host's at once, and a shared mapping's when it is closed.
+        self._is_root_on_host = spec.Root.Path.startswith(_SHARED)
         self._bundle = bundle_of(container_id)
         self._rootfs = f"{self._bundle}/rootfs"
         self._shared = [mount.source for mount in spec.Mounts if mount.source.startswith(_SHARED)]
@@ -229,12 +231,13 @@ class Container:
         self._discard()
 
     def _discard(self) -> None:
-        try:
-            # The host may kill the machine any time later: nothing may be left dirty in its memory.
-            kernel.sync_filesystem(self._rootfs)
-        except OSError as error:
-            # A disk that was pulled out never takes it; the container has had its errors.
-            log(f"remove: {self.id}: {error}")
+        if not self._is_root_on_host:
+            try:
+                # The host may kill the machine any time later: nothing may be left dirty in its memory.
+                kernel.sync_filesystem(self._rootfs)
+            except OSError as error:
+                # A disk that was pulled out never takes it; the container has had its errors.
+                log(f"remove: {self.id}: {error}")
         try:
             if self._owns_root:
                 kernel.unmount(self._rootfs, flags=kernel.MNT_DETACH)

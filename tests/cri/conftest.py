@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the mark of this directory."""
-    config.addinivalue_line("markers", f"mainly: only nightly on any other stack than {MAIN}")
+    config.addinivalue_line("markers", f"mainly(STACK): only nightly on any other stack, which is {MAIN}")
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are not meant are left out
@@ -49,7 +49,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave to the night what one stack shows by day."""
     for item in items:
         mainly = isinstance(item, pytest.Function) and item.get_closest_marker("mainly")
-        if mainly and "stack" in item.callspec.params and str(item.callspec.params["stack"]) != MAIN:
+        if not mainly or "stack" not in item.callspec.params:
+            continue
+        (meant,) = mainly.args or (MAIN,)
+        if str(item.callspec.params["stack"]) != meant:
             item.add_marker(pytest.mark.nightly)
 
 

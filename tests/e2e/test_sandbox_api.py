@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,8 +17,9 @@ from google.protobuf.message_factory import GetMessageClass
 
 from proto.containerd import cgroups_v1_pb2, cgroups_v2_pb2, sandbox_v1_pb2, task_v3_pb2
 from proto.cri.pod_pb2 import DNSConfig, PodSandboxConfig
+from shim.killing import ALONE_TIMEOUT_S
 from tests.e2e.by_hand import PROCESS, ByHand
-from tests.e2e.life import until
+from tests.e2e.life import PROGRAMS, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +58,7 @@ class SandboxByHand(ByHand):
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(grpc.RpcError):
-            self.sandbox("ShutdownSandbox")
+            self._begin(SANDBOX, "ShutdownSandbox", is_there=True, sandbox_id=self.id).result()
         self._channel.close()
         self._act("delete", "-bundle", self._bundle)
         subprocess.run(["/usr/bin/umount", self.network_namespace], check=True)
@@ -69,9 +71,25 @@ class SandboxByHand(ByHand):
         """Call a method of the sandbox service and return its answer."""
         return self.begin(name, **fields).result()
 
+    def begin_task(self, name: str, **fields: Any) -> Any:
+        """Call a method of the task service on the container; return the call, which is under way."""
+        return self._begin(TASK, name, id=self.container, **fields)
+
     def task(self, name: str, **fields: Any) -> Any:
         """Call a method of the task service on the container and return its answer."""
-        return self._begin(TASK, name, id=self.container, **fields).result()
+        return self.begin_task(name, **fields).result()
+
+    def daemons(self) -> list[int]:
+        """Return the ids of the processes that serve the machine's share."""
+        processes = self._stack.containerd.nursery.descendants()
+        return [process.pid for process in processes if PROGRAMS["virtio-fs daemon"] in process.command]
+
+    def run(self, *command: str) -> None:
+        """Create and start the container."""
+        self.describe_container(*command)
+        rootfs = [{"type": "bind", "source": str(self.rootfs), "options": ["rbind", "rw"]}]
+        self.task("Create", bundle=str(self.container_bundle), rootfs=rootfs)
+        self.task("Start")
 
     def create(self) -> None:
         """Create the sandbox as containerd's CRI does."""
@@ -103,7 +121,7 @@ class SandboxByHand(ByHand):
         }
         (self.container_bundle / "config.json").write_text(json.dumps(spec), encoding="utf-8")
 
-    def _begin(self, service: Any, name: str, **fields: Any) -> Any:
+    def _begin(self, service: Any, name: str, *, is_there: bool = False, **fields: Any) -> Any:
         method = service.methods_by_name[name]
         request: type[Message] = GetMessageClass(method.input_type)
         response: type[Message] = GetMessageClass(method.output_type)
@@ -112,7 +130,7 @@ class SandboxByHand(ByHand):
             request_serializer=request.SerializeToString,
             response_deserializer=response.FromString,
         )
-        return call.future(request(**fields), timeout=CALL_TIMEOUT_S, wait_for_ready=True)
+        return call.future(request(**fields), timeout=CALL_TIMEOUT_S, wait_for_ready=not is_there)
 
 
 @pytest.fixture
@@ -153,10 +171,7 @@ def test_a_sandbox_lives_its_whole_life_by_the_sandbox_service(pod: SandboxByHan
 
     # A container of which the shim has heard nothing, on a connection that is not the sandbox's.
     assert pod.task("Connect").task_pid == 0
-    pod.describe_container("sh", "-c", 'name=$(hostname); echo "$name" > /seen; exec sleep 100000')
-    rootfs = [{"type": "bind", "source": str(pod.rootfs), "options": ["rbind", "rw"]}]
-    pod.task("Create", bundle=str(pod.container_bundle), rootfs=rootfs)
-    pod.task("Start")
+    pod.run("sh", "-c", 'name=$(hostname); echo "$name" > /seen; exec sleep 100000')
     seen = pod.rootfs / "seen"
     until(lambda: seen.exists() and seen.read_text(), what="the container runs")
     assert seen.read_text() == "the-pod\n"
@@ -193,3 +208,48 @@ def test_a_sandbox_whose_machine_dies_is_not_ready_at_once(pod: SandboxByHand):
     assert "QEMU killed by signal 9" in json.loads(status.info["info"])["reason"]
     pod.sandbox("StopSandbox")
     pod.sandbox("ShutdownSandbox")
+
+
+@contextlib.contextmanager
+def stopped(*pids: int) -> Iterator[None]:
+    """Let processes stand still for a block, as on a host that has no time for them."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_a_guest_that_is_slow_to_remove_its_only_container_keeps_its_machine(pod: SandboxByHand):
+    pod.create()
+    machine = pod.sandbox("StartSandbox").pid
+    pod.run("sleep", "100000")
+    pod.task("Kill", signal=signal.SIGKILL, all=True)
+    assert pod.task("Wait").exit_status == 137
+    with stopped(machine):
+        pod.task("Delete")
+    pod.sandbox("PingSandbox")
+    assert pod.sandbox("SandboxStatus").state == "SANDBOX_READY"
+    pod.container = f"{pod.id}-next"
+    pod.run("true")
+    assert pod.task("Wait").exit_status == 0
+    pod.task("Delete")
+
+
+@pytest.mark.nightly
+def test_a_killed_container_that_waits_for_a_slow_host_ends_alone(pod: SandboxByHand):
+    pod.create()
+    pod.sandbox("StartSandbox")
+    (pod.rootfs / "file").touch()
+    pod.run("sh", "-c", "while :; do cat /file; sleep 0.1; done")
+    waiting = pod.begin_task("Wait")
+    with stopped(*pod.daemons()):
+        time.sleep(2)  # what the guest knows of the file is good for a second
+        pod.task("Kill", signal=signal.SIGKILL, all=True)
+        with pytest.raises(grpc.FutureTimeoutError):
+            waiting.result(ALONE_TIMEOUT_S + 1)
+    assert waiting.result(NOTICED_S).exit_status == 137
+    pod.task("Delete")
+    assert pod.sandbox("SandboxStatus").state == "SANDBOX_READY"
