@@ -33,7 +33,6 @@ from shim.memory_volumes import MemoryVolumes
 from shim.oci import refusing_malformed
 from shim.pause_container import PauseContainer
 from shim.pod import check_names, check_pod, is_pause, with_files, with_sysctls, write_files
-from shim.refusal import Refusal
 from shim.shared_entries import SharedEntries
 from shim.sizing import with_memory
 from shim.timeline_files import SandboxTimeline
@@ -338,18 +337,6 @@ class Sandbox:
         except ShimError as error:  # the next container tries again, and fails if need be
             log.warning("grow: sandbox %s: %s", self.id, error)
 
-    async def _have_template_built(self) -> None:
-        try:
-            if self._machine.templates.is_building():  # for one that came up at the same time
-                return
-            await template_builder.start(
-                self._record.config_text, self._machine.templates, mount_namespace=self._host_mounts
-            )
-        except (Refusal, OSError, TimeoutError) as error:
-            log.warning("template: its builder cannot be started: %s", error)
-        else:
-            log.info("template: is built in the background")
-
     async def _shrink_if_alive(self) -> None:
         try:
             await self.shrink()
@@ -462,7 +449,10 @@ class Sandbox:
         # A clone may be smaller than what is known already to be needed.
         self.work.spawn(self._grow_if_alive(), name="grow")
         if self._machine.lacks_template and agent.is_hako:  # no other says when it can be saved
-            self.work.spawn(self._have_template_built(), name="template")
+            building = template_builder.start_unless_building(
+                self._record.config_text, self._machine.templates, mount_namespace=self._host_mounts
+            )
+            self.work.spawn(building, name="template")
         try:
             ended = f"sandbox {self.id}: {await self._machine.reason_of_end(agent)}"
             self._report_end(ended)

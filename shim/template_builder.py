@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from hypervisor import VmSpec
     from shim.config import Config
     from shim.template_store import Building, Template, TemplateStore
+
+log = logging.getLogger(__name__)
 
 NICENESS = 19
 START_TIMEOUT_S = 10.0
@@ -106,6 +109,20 @@ def purpose_of(spec: VmSpec) -> dict[str, object]:
     }
 
 
+async def start_unless_building(
+    config_text: str, store: TemplateStore, *, mount_namespace: int | None
+) -> None:
+    """As :func:`start`, unless one is being built; what prevents it is logged, as nobody waits for it."""
+    try:
+        if store.is_building():  # for a machine that came up at the same time
+            return
+        await start(config_text, store, mount_namespace=mount_namespace)
+    except (Refusal, OSError, TimeoutError) as error:
+        log.warning("template: its builder cannot be started: %s", error)
+    else:
+        log.info("template: is built in the background")
+
+
 async def start(config_text: str, store: TemplateStore, *, mount_namespace: int | None) -> None:
     """Have the template made in the background.
 
@@ -119,7 +136,7 @@ async def start(config_text: str, store: TemplateStore, *, mount_namespace: int 
     entering = (
         [] if mount_namespace is None else ["nsenter", f"--mount=/proc/self/fd/{mount_namespace}", "--"]
     )
-    log = store.open_log()
+    output = store.open_log()
     # A file and no pipe: the builder reads it when the starter, and maybe this process, is long gone.
     settings = os.memfd_create("config", os.MFD_CLOEXEC)
     try:
@@ -130,15 +147,15 @@ async def start(config_text: str, store: TemplateStore, *, mount_namespace: int 
             *("setsid", "--fork", "nice", f"--adjustment={NICENESS}"),
             *(sys.executable, "-P", "-m", "shim.cli", "template", "build", "--background", "--config", "-"),
             stdin=settings,
-            stdout=log,
-            stderr=log,
+            stdout=output,
+            stderr=output,
             cwd="/",
             env=daemonize.environment(),
             pass_fds=[] if mount_namespace is None else [mount_namespace],
         )
     finally:
         os.close(settings)
-        os.close(log)
+        os.close(output)
     async with asyncio.timeout(START_TIMEOUT_S):
         await starter.wait()
 
