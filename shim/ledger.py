@@ -1,13 +1,16 @@
 """What a sandbox has made on the host, on disk before it is made, so that anyone can undo it.
 
-The ledger is a file of JSON lines, only ever appended to. A line either records one thing, or says that
-its maker has undone it, or that a container came or went. A crash may tear the last line: it is skipped,
-because nothing is made before its line is complete.
+The ledger is a file of JSON lines that are appended. A line either records one thing, or says that its
+maker has undone it, or that a container came or went. A crash may tear the last line: it is skipped,
+because nothing is made before its line is complete. Of a pod whose containers come and go for months, a new
+file with the lines that still matter takes the old one's place; hence the lock around each line.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -20,11 +23,14 @@ from shim.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
 #: The name of the sandbox's daemon among the processes.
 SHIM_PROCESS = "shim"
 _NAME = "ledger"
+_LONG_BYTES = 1 << 16
+_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC
 _CGROUP_EMPTY_S, _CGROUP_RETRY_S = 1.0, 0.005
 _PID_MAX = 1 << 22  # PID_MAX_LIMIT of the kernel, see proc(5)
 _REDIRECTION = re.compile(r"(/.*) ([0-9]{1,10}) ([0-9]{1,9})", re.DOTALL)
@@ -53,9 +59,8 @@ class Ledger:
 
     def __init__(self, state_directory: str, *, create: bool = False) -> None:
         self._directory = _without_links(state_directory)
-        path = os.path.join(self._directory, _NAME)
-        flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | (os.O_CREAT if create else 0)
-        self._descriptor = os.open(path, flags, 0o600)
+        self._path = os.path.join(self._directory, _NAME)
+        self._descriptor = os.open(self._path, _FLAGS | (os.O_CREAT if create else 0), 0o600)
         self._next = 1 + max((line["number"] for line in self._lines() if "kind" in line), default=0)
         size = os.fstat(self._descriptor).st_size
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
@@ -111,6 +116,8 @@ class Ledger:
     def deleted(self, container: str) -> None:
         """Say that a container is no more, or that containerd is done with it."""
         self._append({"deleted": container})
+        if os.fstat(self._descriptor).st_size > _LONG_BYTES:
+            self._shorten()
 
     def entries(self) -> list[Entry]:
         """List what was made and not undone, oldest first."""
@@ -176,7 +183,36 @@ class Ledger:
         return number
 
     def _append(self, line: dict[str, object]) -> None:
-        os.write(self._descriptor, json.dumps(line).encode() + b"\n")
+        with self._locked(fcntl.LOCK_SH):
+            os.write(self._descriptor, json.dumps(line).encode() + b"\n")
+
+    def _shorten(self) -> None:
+        """Leave out what was undone and who went."""
+        with self._locked(fcntl.LOCK_EX):
+            lines: list[dict[str, object]] = [entry.as_dict() for entry in self.entries()]
+            lines += ({"created": container} for container in sorted(self.containers()))
+            new = f"{self._path}.new"
+            descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(descriptor, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+            finally:
+                os.close(descriptor)
+            os.rename(new, self._path)
+
+    @contextlib.contextmanager
+    def _locked(self, kind: int) -> Iterator[None]:
+        """Hold a lock on the file that has the name, which may be another by now, for a block."""
+        fcntl.flock(self._descriptor, kind)
+        with contextlib.suppress(FileNotFoundError):  # undone, and nobody reads it any more
+            while not os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
+                current = os.open(self._path, _FLAGS)
+                os.close(self._descriptor)
+                self._descriptor = current
+                fcntl.flock(self._descriptor, kind)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def _lines(self) -> list[dict[str, Any]]:
         content = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)

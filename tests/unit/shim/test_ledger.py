@@ -51,6 +51,22 @@ def test_undoing_twice_is_harmless(ledger, tmp_path):
     assert undo(ledger) == []
 
 
+def test_a_ledger_stays_short_however_many_containers_come_and_go(ledger, state, tmp_path):
+    ledger.file(str(tmp_path / "kept"))
+    ledger.created("stays")
+    other = Ledger(str(state))
+    for number in range(2000):
+        ledger.created(f"container-{number:064}")
+        ledger.deleted(f"container-{number:064}")
+    other.created("joins")
+    other.close()
+    assert sum(file.stat().st_size for file in state.iterdir()) < 1 << 17
+    again = Ledger(str(state))
+    assert again.containers() == ledger.containers() == {"stays", "joins"}
+    assert [entry.name for entry in again.entries()] == [str(tmp_path / "kept")]
+    again.close()
+
+
 def test_what_its_maker_undid_is_forgotten(ledger, tmp_path):
     kept, undone = tmp_path / "kept", tmp_path / "undone"
     ledger.undone(ledger.file(str(undone)))
