@@ -19,18 +19,6 @@ if TYPE_CHECKING:
     from shim.state_directory import StartRecord
 
 _NAME = "io.containerd.hako.v2"
-# No more than crun in the guest honours; id-mapped mounts do not reach into a virtual machine.
-# Kubernetes looks for ``rro`` among the mount options.
-_FEATURES = (
-    '{"ociVersionMin":"1.0.0","ociVersionMax":"1.1.0",'
-    '"mountOptions":['
-    '"async","atime","bind","defaults","dev","diratime","dirsync","exec","noatime","nodev",'
-    '"nodiratime","noexec","norelatime","nostrictatime","nosuid","private","rbind","rdev",'
-    '"relatime","remount","rexec","rnodev","rnoexec","rnosuid","ro","rprivate","rro","rrw",'
-    '"rslave","rsuid","rw","slave","strictatime","suid","sync"'
-    "],"
-    '"linux":{"mountExtensions":{"idmap":{"enabled":false}}}}'
-)
 
 
 def main(sent: bytes | None = None) -> int:
@@ -112,9 +100,9 @@ def _perform(
 
 
 def _info() -> bytes:
-    from shim import bootstrap_wire  # noqa: PLC0415 - the other actions do without
+    from shim import bootstrap_wire, features  # noqa: PLC0415 - the other actions do without
 
-    return bootstrap_wire.encode_runtime_info(name=_NAME, version=_version(), features=_FEATURES)
+    return bootstrap_wire.encode_runtime_info(name=_NAME, version=_version(), features=features.FEATURES)
 
 
 def _version() -> str:

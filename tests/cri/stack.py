@@ -15,7 +15,7 @@ from tests.cri import image
 from tests.cri.client import Cri
 from tests.e2e import census
 from tests.e2e.conftest import write_config
-from tests.e2e.containerd import NAMESPACE, UNNEEDED_PLUGINS, Containerd, running
+from tests.e2e.containerd import NAMESPACE, SHIM_DIRECTORY, UNNEEDED_PLUGINS, Containerd, running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,6 +28,8 @@ NETWORK_RESULTS = Path("/var/lib/cni")
 GATEWAYS = ("10.88.0.1", "fd00:88::1")
 CGROUP_PARENT = f"/{NAMESPACE}"
 CLONE_NEWNET = 0x40000000
+BY_PATH = "hako-by-path"
+"""A handler of containerd 2 whose type is runc's, and whose path is Hako's."""
 IMAGES_TIMEOUT_S = 10.0
 BOOT_TIMEOUT_S = 240
 """Ten machines that boot at once on two processors, which others need, too, take minutes."""
@@ -48,7 +50,7 @@ class Kind:
 
 @dataclass(slots=True, kw_only=True)
 class CriContainerd(Containerd):
-    """A daemon whose runtime interface offers the handlers ``hako`` and ``runc``."""
+    """A daemon whose runtime interface offers ``hako``, ``runc`` and, if it is new, ``hako-by-path``."""
 
     sandboxer: str
 
@@ -73,6 +75,14 @@ class CriContainerd(Containerd):
             f"privileged_without_host_devices = true\n{sandboxer}"
             for name in ("hako", "runc")
         )
+        if self.release.config_version > 2:
+            # containerd 2.0 and 2.1 ask for the features of no runtime of another type.
+            handlers += (
+                f'[plugins."{runtime}".containerd.runtimes.{BY_PATH}]\n'
+                'runtime_type = "io.containerd.runc.v2"\n'
+                f'runtime_path = "{SHIM_DIRECTORY}/containerd-shim-hako-v2"\n'
+                "privileged_without_host_devices = true\n"
+            )
         # A slotted dataclass is another class than the one that super() without arguments would look at.
         return (
             Containerd.configuration(self, unneeded=plugins)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from proto.containerd import types_pb2
+from shim.bootstrap_wire import FEATURES_TYPE
 
 ROOT = Path(__file__).parents[3]
 #: Each would cost every start and delete several milliseconds.
@@ -55,6 +56,7 @@ def test_info_is_containerds_runtime_info():
     information = types_pb2.RuntimeInfo.FromString(reply.stdout)
     assert information.name == "io.containerd.hako.v2"
     assert information.version.version
+    assert information.features.type_url == FEATURES_TYPE
     features = json.loads(information.features.value)
     assert features["linux"]["mountExtensions"]["idmap"]["enabled"] is False
     assert "rro" in features["mountOptions"]  # or Kubernetes takes recursiveReadOnly to be impossible
