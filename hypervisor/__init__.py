@@ -25,6 +25,7 @@ from hypervisor.interface import (
     VmSpec,
 )
 from hypervisor.kvm_host import weaknesses
+from hypervisor.nics import vhost_net_problem
 from hypervisor.printable import printable
 from hypervisor.qemu import QemuHypervisor
 from hypervisor.saving import save_template
@@ -62,5 +63,6 @@ __all__ = [
     "printable",
     "save_template",
     "template_key",
+    "vhost_net_problem",
     "weaknesses",
 ]

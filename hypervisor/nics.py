@@ -47,6 +47,15 @@ async def plug(nic: Nic, *, session: QmpSession, devices: Devices) -> str:
     return await _plug(nic, (), session=session, devices=devices)
 
 
+def vhost_net_problem() -> str | None:
+    """Say why the host's kernel cannot move packets for guests; ``None`` if it can."""
+    try:
+        os.close(os.open(_VHOST_NET, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return f"{_VHOST_NET}: {error.strerror}"
+    return None
+
+
 def _open_vhost(queues: int, opened: ExitStack) -> tuple[int, ...]:
     """Open vhost-net once for each pair of queues; return nothing if the host has none to offer."""
     fds = []

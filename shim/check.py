@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hypervisor import Accelerator, VmStartError, detect_dialect, weaknesses
+from hypervisor import Accelerator, VmStartError, detect_dialect, vhost_net_problem, weaknesses
 from shim import host
 from shim.errors import FailedPrecondition, Internal
 from shim.network import redirect
@@ -137,7 +137,9 @@ async def _network(_: Config) -> str:
             namespace.close()
     except Internal as error:
         raise FailedPrecondition(str(error)) from error
-    return "traffic control redirects an interface to a tap"
+    problem = vhost_net_problem()
+    mover = f"by QEMU ({problem}; load vhost_net)" if problem else "by the kernel (vhost-net)"
+    return f"traffic control redirects an interface to a tap; packets are moved {mover}"
 
 
 async def _guest(config: Config) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +70,19 @@ def test_a_host_is_able_in_spite_of_a_warning_that_is_shown(
     assert cli.main(["check", "--config", str(able_host)]) == 0
     shown = "warning: KVM is nested; KVM has no nested paging" in capsys.readouterr().out
     assert shown == warned
+
+
+@pytest.mark.parametrize(
+    ("node", "moved"),
+    [
+        ("/dev/null", "by the kernel (vhost-net)"),
+        ("/dev/nope", "by QEMU (/dev/nope: No such file or directory; "),
+    ],
+)
+def test_who_moves_packets_is_shown(able_host, capsys, monkeypatch, node, moved):
+    monkeypatch.setattr("hypervisor.nics._VHOST_NET", Path(node))
+    assert cli.main(["check", "--config", str(able_host)]) == 0
+    assert f"packets are moved {moved}" in capsys.readouterr().out
 
 
 def test_versions_and_choices_are_shown(able_host, capsys):
