@@ -67,6 +67,13 @@ def _lift(resources: oci_pb2.LinuxResources) -> None:
         cpu.Quota = _MANY_PROCESSORS * (cpu.Period or _DEFAULT_PERIOD_US)
 
 
+def _leave_out_empty_limits(resources: oci_pb2.LinuxResources) -> None:
+    """Forbid nothing that a guest may not have: a stock agent would fail."""
+    limits = [limit for limit in resources.HugepageLimits if limit.Limit]
+    del resources.HugepageLimits[:]
+    resources.HugepageLimits.extend(limits)
+
+
 def _shm(size_bytes: int, *options: str) -> agent_pb2.Storage:
     return agent_pb2.Storage(
         driver="ephemeral",
@@ -308,6 +315,8 @@ class Agent:
 
     async def create_container(self, request: agent_pb2.CreateContainerRequest) -> None:
         """Create a container up to the point where its init waits to be started."""
+        if not self.is_hako:
+            _leave_out_empty_limits(request.OCI.Linux.Resources)
         await self._call("CreateContainer", request, Empty)
         await self._size_terminal(request, request.OCI.Process)
 
@@ -357,6 +366,7 @@ class Agent:
         request = agent_pb2.UpdateContainerRequest(container_id=container_id, resources=resources)
         if not self.is_hako:
             _lift(request.resources)
+            _leave_out_empty_limits(request.resources)
         await self._call("UpdateContainer", request, Empty)
 
     async def resize_volume(self, mount_point: str, *, size_bytes: int) -> None:

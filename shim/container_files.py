@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hypervisor import Disk, DiskLimits, HostPciDevice, HypervisorError
 from proto.kata import agent_pb2
-from shim import mounts
+from shim import huge_pages, mounts
 from shim.disks import limits_of, without_limits_of
 from shim.errors import Internal, InvalidArgument, Unimplemented
 from shim.file_systems import FileSystems
@@ -143,6 +143,12 @@ class ContainerFiles:
         for mount, shared in zip(translation.spec.Mounts, translation.shared_mounts, strict=True):
             if shared is None:
                 sent.append(mount)
+                continue
+            path = self._bundle / shared.source
+            huge = huge_pages.volume(path, shared, translation.spec, inherits_group=agent.is_hako)
+            if huge is not None:
+                sent.append(huge[0])
+                self._storages.append(huge[1])
                 continue
             shown = volumes.show(shared, bundle=self._bundle)
             sent += shown.mounts

@@ -209,8 +209,7 @@ def _devices(linux: dict[str, Any]) -> list[dict[str, Any]]:
 def _resources(resources: dict[str, Any], *, annotations: dict[str, str]) -> dict[str, Any]:
     for key, value in (resources.get("unified") or {}).items():
         annotations[f"{_UNIFIED}{key}"] = value
-    limits = [limit for limit in resources.get("hugepageLimits") or [] if limit.get("limit")]
-    return {**resources, "hugepageLimits": limits, "devices": _device_rules(resources), "unified": None}
+    return {**resources, "devices": _device_rules(resources), "unified": None}
 
 
 def _device_rules(resources: dict[str, Any]) -> list[dict[str, Any]]:

@@ -53,12 +53,14 @@ class Limits:
     :param quota_us: processor time in each period, in microseconds.
     :param period_us: the period, in microseconds.
     :param memory_bytes: memory.
+    :param huge_bytes: huge pages, which do not count as that.
     :param cpuset: the host's processors it may run on; none for all.
     """
 
     quota_us: int = 0
     period_us: int = _DEFAULT_PERIOD_US
     memory_bytes: int = 0
+    huge_bytes: int = 0
     cpuset: frozenset[int] = frozenset()
 
     @property
@@ -76,15 +78,19 @@ class Limits:
             quota_us=_number(cpu.get("quota"), self.quota_us),
             period_us=_number(cpu.get("period"), self.period_us) or _DEFAULT_PERIOD_US,
             memory_bytes=_number(memory.get("limit"), self.memory_bytes),
+            huge_bytes=_huge_bytes(resources.get("hugepageLimits"), self.huge_bytes),
             cpuset=_processors(cpu.get("cpus"), self.cpuset),
         )
 
     def or_more(self, other: Limits) -> Limits:
         """Choose the larger of each."""
         more = max(self, other, key=lambda limits: limits.cpus)
-        memory_bytes = max(self.memory_bytes, other.memory_bytes)
         return Limits(
-            quota_us=more.quota_us, period_us=more.period_us, memory_bytes=memory_bytes, cpuset=other.cpuset
+            quota_us=more.quota_us,
+            period_us=more.period_us,
+            memory_bytes=max(self.memory_bytes, other.memory_bytes),
+            huge_bytes=max(self.huge_bytes, other.huge_bytes),
+            cpuset=other.cpuset,
         )
 
 
@@ -182,7 +188,7 @@ def plan(config: HypervisorConfig, oci: Mapping[str, Any]) -> Plan:
 
 def _with(base: Size, live: Iterable[Limits]) -> Size:
     limits = list(live)
-    memory_bytes = sum(each.memory_bytes for each in limits)
+    memory_bytes = sum(each.memory_bytes + each.huge_bytes for each in limits)
     return Size(
         vcpus=base.vcpus + math.ceil(sum(each.cpus for each in limits)),
         memory_bytes=base.memory_bytes + math.ceil(Fraction(memory_bytes, MIB)) * MIB,
@@ -211,6 +217,13 @@ def _number(value: object, otherwise: int) -> int:
     if not isinstance(value, int):
         return otherwise
     return value if 0 < value < _UNLIMITED else 0
+
+
+def _huge_bytes(value: object, otherwise: int) -> int:
+    """Add up the limits of all sizes of pages; absent (or malformed) they change nothing."""
+    if not isinstance(value, list):
+        return otherwise
+    return sum(_number(_table(each).get("limit"), 0) for each in value)
 
 
 def _processors(value: object, otherwise: frozenset[int]) -> frozenset[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import _thread
 import os
 
-from guest.agent import cgroup, files, jsonout, kernel, oci, oom, runtime
+from guest.agent import cgroup, files, hugepages, jsonout, kernel, oci, oom, runtime
 from guest.agent import devices as device_nodes
 from guest.agent.console import log
 from guest.agent.errors import AgentError, NotFound, cause
@@ -192,6 +192,8 @@ class Container:
         :param resources: grpc.LinuxResources.
         :raises AgentError: with crun's own message, if it refuses.
         """
+        if resources.HugepageLimits:
+            hugepages.reserve(self.id, hugepages.limits_of(resources.HugepageLimits))
         path = f"{self._bundle}/resources.{_thread.get_ident()}.json"
         files.create(path, jsonout.dumps(oci.resources(resources)), mode=0o600)
         try:

@@ -8,6 +8,8 @@ the agent (see sysctl): crun knows neither shared namespaces nor those that are 
 
 from __future__ import annotations
 
+from guest.agent import hugepages
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -171,7 +173,10 @@ def resources(message: Message) -> dict[str, Any]:
         document["blockIO"] = _block_io(message.BlockIO)
     if message.HugepageLimits:
         document["hugepageLimits"] = [
-            {"pageSize": limit.Pagesize, "limit": limit.Limit} for limit in message.HugepageLimits
+            {"pageSize": limit.Pagesize, "limit": limit.Limit}
+            for limit in message.HugepageLimits
+            # A container may be forbidden pages that no machine has.
+            if limit.Limit or hugepages.is_known(limit.Pagesize)
         ]
     return document
 

@@ -6,7 +6,7 @@ import _socket
 import _thread
 import os
 
-from guest.agent import devices, files, kernel, limits, modules, namespaces, sysctl
+from guest.agent import devices, files, hugepages, kernel, limits, modules, namespaces, sysctl
 from guest.agent.container import ROOT, Container, bundle_of
 from guest.agent.errors import AgentError
 from guest.agent.mounts import Mounts
@@ -93,6 +93,9 @@ class Sandbox:
             self._containers[container_id] = None
         held: list[str] = []
         try:
+            resources = spec.Linux.Resources
+            if resources is not None and resources.HugepageLimits:
+                hugepages.reserve(container_id, hugepages.limits_of(resources.HugepageLimits))
             held = self._mounts.hold(request.storages)
             numbers, nodes = devices.find(request.devices)
             chosen = self._namespaces(spec.Linux, shares_pid=request.sandbox_pidns)
@@ -164,6 +167,7 @@ class Sandbox:
 
     def _forget(self, container_id: str, storages: list[str]) -> None:
         self._mounts.release(storages)
+        hugepages.release(container_id)
         files.remove_tree(bundle_of(container_id))
         with self._lock:
             self._containers.pop(container_id, None)

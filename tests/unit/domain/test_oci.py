@@ -286,10 +286,10 @@ def test_the_domain_name_is_a_sysctl() -> None:
     }
 
 
-def test_a_limit_on_huge_pages_that_allows_none_is_left_out() -> None:
+def test_limits_on_huge_pages_are_sent_those_that_allow_none_too() -> None:
     limits = [{"pageSize": "1GB", "limit": 0}, {"pageSize": "2MB", "limit": 4 << 20}]
-    (sent,) = translated(linux={"resources": {"hugepageLimits": limits}}).spec.Linux.Resources.HugepageLimits
-    assert (sent.Pagesize, sent.Limit) == ("2MB", 4 << 20)
+    sent = translated(linux={"resources": {"hugepageLimits": limits}}).spec.Linux.Resources.HugepageLimits
+    assert [(one.Pagesize, one.Limit) for one in sent] == [("1GB", 0), ("2MB", 4 << 20)]
 
 
 def test_an_update_is_translated_like_a_creation() -> None:

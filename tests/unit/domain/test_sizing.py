@@ -43,6 +43,19 @@ def test_memory_is_rounded_up_to_a_mebibyte():
     assert plan(CONFIG, {}).wanted([Limits(memory_bytes=1), Limits(memory_bytes=1)]) == size(1, 257)
 
 
+def test_huge_pages_come_on_top_of_memory_and_an_update_may_leave_them_alone():
+    limits = [{"pageSize": "2MB", "limit": 64 * MIB}, {"pageSize": "1GB", "limit": 1024 * MIB}]
+    first = Limits(memory_bytes=100 * MIB).updated({"hugepageLimits": limits})
+    assert plan(CONFIG, {}).wanted([first]) == size(1, 256 + 100 + 64 + 1024)
+    assert first.updated({"memory": {"limit": MIB}}).huge_bytes == (64 + 1024) * MIB
+    assert first.updated({"hugepageLimits": limits[:1]}).huge_bytes == 64 * MIB
+
+
+@pytest.mark.parametrize("limits", [None, 7, [None], [{"limit": "x"}], [{"limit": -1}]])
+def test_malformed_limits_on_huge_pages_add_nothing(limits):
+    assert Limits().updated({"hugepageLimits": limits}).huge_bytes == 0
+
+
 def test_a_container_without_limits_adds_nothing():
     assert plan(CONFIG, {}).wanted([Limits()]) == size(1, 256)
 

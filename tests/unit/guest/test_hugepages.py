@@ -1,0 +1,77 @@
+"""The machine has the huge pages that its containers may use, all of them or the container is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from guest.agent import hugepages
+from guest.agent.errors import AgentError
+
+MIB = 1 << 20
+SIZE = 2 * MIB
+
+
+class Pool:
+    """The file with the number of pages of 2 MiB, in a kernel with memory for some more."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, *, room: int) -> None:
+        self._path = root / "hugepages-2048kB" / "nr_hugepages"
+        self._path.parent.mkdir()
+        self._path.write_text("0\n", encoding="ascii")
+        self.room = room
+        monkeypatch.setattr(hugepages, "_POOLS", str(root))
+        monkeypatch.setattr(hugepages, "_wanted", {})
+        monkeypatch.setattr(hugepages.files, "write", self._write)
+        self.compacted = 0
+
+    @property
+    def pages(self) -> int:
+        """How many there are."""
+        return int(self._path.read_text(encoding="ascii"))
+
+    def _write(self, path: str, text: str) -> None:
+        if path == hugepages._COMPACT:
+            self.compacted += 1
+            return
+        with Path(path).open("r+", encoding="ascii") as file:  # never makes one
+            file.truncate()
+            file.write(str(min(int(text), self.room)))
+
+
+@pytest.fixture
+def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pool:
+    """A machine with room for ten pages."""
+    return Pool(tmp_path, monkeypatch, room=10)
+
+
+def test_containers_have_their_pages_one_beside_the_other_and_give_them_back(pool: Pool):
+    hugepages.reserve("a", {SIZE: 3 * MIB})
+    hugepages.reserve("b", {SIZE: 8 * MIB})
+    assert pool.pages == 2 + 4
+    hugepages.reserve("b", {SIZE: 2 * MIB})
+    assert pool.pages == 2 + 1
+    hugepages.release("a")
+    hugepages.release("never")
+    assert pool.pages == 1
+
+
+def test_a_container_that_the_memory_does_not_suffice_for_is_refused(pool: Pool):
+    hugepages.reserve("a", {SIZE: 12 * MIB})
+    with pytest.raises(AgentError, match=r"there is memory for 10 of 11 pages of 2048 KiB; lower the limit"):
+        hugepages.reserve("b", {SIZE: 10 * MIB})
+    assert (pool.pages, pool.compacted) == (6, 1)
+
+
+def test_pages_that_no_processor_has_are_refused(pool: Pool):
+    with pytest.raises(AgentError, match="none of 1048576 KiB; use another size"):
+        hugepages.reserve("a", {1 << 30: 1 << 30})
+    assert not hugepages.is_known("1GB")
+    assert hugepages.is_known("2MB")
+
+
+@pytest.mark.parametrize("size", ["", "MB", "2", "2mb", "-2MB", "2.5GB"])
+def test_a_size_that_is_none_is_refused(size: str):
+    with pytest.raises(AgentError, match="write it like 2MB"):
+        hugepages.size_of(size)
