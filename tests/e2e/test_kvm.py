@@ -18,6 +18,7 @@ from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import new_id
 from tests.e2e.test_network import digesting_server
 from tests.network_space import add_cable, new_space
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +34,7 @@ pytestmark = [
 ]
 
 MIB = 1 << 20
+CLONES = 100
 SENT = bytes(range(256)) * 4096
 DISK = b"on the host's disk\n".ljust(MIB, b".")
 TALK = "cat /data/bytes | nc -w 60 10.1.0.1 7000"
@@ -164,3 +166,14 @@ def test_a_clone_has_the_time_of_its_host(one_stack: Stack, cloned: str):
     before_s = time.time()
     seen_s = int(shell(one_stack, cloned, "date +%s"))
     assert before_s - 1 <= seen_s <= time.time() + 1
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(patient(1200))
+def test_a_hundred_clones_answer(one_stack: Stack):
+    log = one_stack.containerd.log
+    before = log.read_text(encoding="utf-8").count(": cloned")
+    for number in range(CLONES):
+        result = one_stack.containerd.run(IMAGE, new_id(), "echo", f"{number}")
+        assert (result.code, result.stdout) == (0, f"{number}\n"), result.stderr
+    assert log.read_text(encoding="utf-8").count(": cloned") - before == CLONES
