@@ -17,8 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from guest.image import cpio, packages
-from guest.image.kernel import load_modules
+from guest.image import cpio
 from tests.e2e import busybox
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ DISK, CARDS = "0000:00:10.0", ("0000:01:01.0", "0000:01:02.0")
 """Devices to give away: an NVMe disk, and two network cards behind a bridge, which share a group."""
 
 _GUEST_IMAGE = Path("/var/lib/hako/guest")
-_PACKAGE_CACHE = Path("/var/cache/hako")
 _QEMU = Path("/var/lib/hako/bin/qemu-10")
 """Not Debian 12's own: with two processors, 7.2 was caught running translations that were out of date."""
 
@@ -109,7 +107,7 @@ def run(command: Sequence[str], *, environment: Mapping[str, str], results: Path
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hako-outer-")))
         initrd, disk = home / "initrd", home / "disk"
-        initrd.write_bytes(_initrd(home, ["env", *settings, *command]))
+        initrd.write_bytes(_initrd(["env", *settings, *command]))
         with disk.open("wb") as file:
             file.truncate(_DISK_BYTES)
         # What the outer machine has read it may keep: nobody changes the tree while it runs.
@@ -121,12 +119,7 @@ def run(command: Sequence[str], *, environment: Mapping[str, str], results: Path
         return _watch([*limits, *_qemu_argv(initrd, disk, shares)])
 
 
-def _initrd(home: Path, command: Sequence[str]) -> bytes:
-    found = packages.resolve((packages.kernel_package(),))
-    images = tuple(package for package in found if package.name.startswith("linux-image-"))
-    packages.fetch(images, cache=_PACKAGE_CACHE)
-    packages.unpack(images, cache=_PACKAGE_CACHE, staging=home / "kernel")
-    [tree] = (home / "kernel/usr/lib/modules").iterdir()
+def _initrd(command: Sequence[str]) -> bytes:
     begin = _BEGIN.format(
         tree=shlex.quote(str(TREE)), command=shlex.join(command), results=RESULTS, up=_UP, ended=_ENDED
     )
@@ -138,11 +131,22 @@ def _initrd(home: Path, command: Sequence[str]) -> bytes:
             cpio.regular("/init", _INIT.encode(), mode=0o755),
             cpio.regular("/begin", begin.encode(), mode=0o755),
             *(
-                cpio.regular(f"/modules/{number:03}-{module.name}.ko", module.data)
-                for number, module in enumerate(load_modules(tree, _MODULES))
+                cpio.regular(f"/modules/{number:03}-{file.name}", file.read_bytes())
+                for number, file in enumerate(_modules())
             ),
         ]
     )
+
+
+def _modules() -> list[Path]:
+    """List the modules, each after those that it needs; what the image does not have is built in."""
+    [index] = (_GUEST_IMAGE / "modules").glob("*/modules.dep")
+    lines = (line.partition(":") for line in index.read_text(encoding="ascii").splitlines())
+    needs = {name: others.split() for name, _, others in lines}
+    wanted = [f"{name}.ko" for name in _MODULES if f"{name}.ko" in needs]
+    # What has to be there first comes last, see modules.dep(5).
+    files = (file for name in wanted for file in (*reversed(needs[name]), name))
+    return [index.parent / file for file in dict.fromkeys(files)]
 
 
 def _share(stack: ExitStack, home: Path, tag: str, source: Path, *, cache: str) -> list[str]:
