@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 SIZE_MIB = 8
+LARGE_MIB = 640
+"""More than a machine has from the start."""
 GROUP = 2000
 UID = "0b9b7a5e-4c1f-4f6e-8d43-1d4f3a1c9d70"
 
@@ -160,6 +162,22 @@ def test_it_holds_no_more_than_its_limit_which_is_memory_of_who_fills_it(users: 
     users.app.exec("rm", "/cache/large")
     if before:  # the host may have no control group of memory
         assert int(after) - int(before) > (SIZE_MIB - 1) * MIB
+
+
+def test_a_pod_without_limits_can_fill_its_volume(either_stack: Stack, pod: Pod, users: Users):
+    path = either_stack.containerd.home / "large" / "kubernetes.io~empty-dir" / "large"
+    path.mkdir(parents=True)
+    run_on_host("/usr/bin/mount", "-t", "tmpfs", "-o", f"size={LARGE_MIB}M", "tmpfs", path)
+    try:
+        container = pod.run(
+            "large", "sleep", "100000", mounts=[mount(container_path="/large", host_path=path)]
+        )
+        fill = ("dd", "if=/dev/zero", "of=/large/file", "bs=1M", f"count={LARGE_MIB}")
+        assert container.exec(*fill).code == 0
+        assert container.exec("rm", "/large/file").code == 0
+        container.remove()
+    finally:
+        run_on_host("/usr/bin/umount", path)
 
 
 def test_a_part_that_a_container_has_made_first_is_as_it_made_it(users: Users, pod: Pod, volume: Volume):

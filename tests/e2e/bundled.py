@@ -30,15 +30,19 @@ def unpacked(home: Path) -> Iterator[Path]:
         yield Path(directory)
 
 
-def specification(place: Path, script: tuple[str, ...], mounts: list[dict[str, Any]]) -> dict[str, Any]:
+def specification(
+    place: Path, script: tuple[str, ...], mounts: list[dict[str, Any]], annotations: dict[str, str]
+) -> dict[str, Any]:
     """Describe a container that runs a script as root.
 
     :param place: what :func:`unpacked` has made.
     :param script: its lines.
     :param mounts: what it has beside /proc and /dev.
+    :param annotations: what else is said of it.
     """
     return {
         "ociVersion": "1.1.0",
+        "annotations": annotations,
         "process": {
             "args": ["sh", "-c", "\n".join(script)],
             "env": ["PATH=/bin"],
@@ -61,6 +65,7 @@ def run(
     *script: str,
     mounts: list[dict[str, Any]],
     name: str | None = None,
+    annotations: dict[str, str] | None = None,
     fails: bool = False,
 ) -> str:
     """Run a script in a container to its end.
@@ -68,12 +73,12 @@ def run(
     :param place: what :func:`unpacked` has made.
     :param mounts: what it has beside /proc and /dev.
     :param name: the container's id; by default a new one.
+    :param annotations: what else is said of it.
     :param fails: whether it is to fail.
     :returns: what it prints; if it is to fail, what ctr reports.
     """
     name = name or new_id()
-    config = place / f"{name}.json"
-    config.write_text(json.dumps(specification(place, script, mounts)))
+    config = _write(place, name, specification(place, script, mounts, annotations or {}))
     containerd = stack.containerd
     try:
         done = containerd.ctr("run", "--runtime", containerd.runtime, "--config", config, name)
@@ -81,6 +86,25 @@ def run(
         containerd.remove(name)
     assert (done.code != 0) == fails, done.stderr
     return done.stderr if fails else done.stdout
+
+
+def begin(stack: Stack, place: Path, *script: str, name: str, annotations: dict[str, str]) -> None:
+    """Start a container that goes on; the caller removes it.
+
+    :param place: what :func:`unpacked` has made.
+    :param name: the container's id.
+    :param annotations: what else is said of it.
+    """
+    config = _write(place, name, specification(place, script, [], annotations))
+    containerd = stack.containerd
+    done = containerd.ctr("run", "--detach", "--runtime", containerd.runtime, "--config", config, name)
+    assert done.code == 0, done.stderr
+
+
+def _write(place: Path, name: str, spec: dict[str, Any]) -> Path:
+    config = place / f"{name}.json"
+    config.write_text(json.dumps(spec))
+    return config
 
 
 def bind(source: Path, destination: str, *options: str) -> dict[str, Any]:

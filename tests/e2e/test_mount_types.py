@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.e2e.bundled import run, unpacked
+from tests.e2e.bundled import begin, run, unpacked
 from tests.e2e.conftest import new_id
 
 if TYPE_CHECKING:
@@ -45,6 +45,12 @@ def disk(place: Path) -> Iterator[Path]:
     device = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
     yield Path(device)
     subprocess.run(["/usr/sbin/losetup", "--detach", device], check=True)
+
+
+def read_from(disk: Path, path: str) -> bytes:
+    """Read a file of an ext4 file system as it is on its disk."""
+    argv = ["/usr/sbin/debugfs", "-R", f"cat {path}", disk]
+    return subprocess.run(argv, check=True, capture_output=True).stdout
 
 
 def test_file_systems_on_directories_and_disks_of_the_host_are_the_hosts(
@@ -92,10 +98,24 @@ def test_file_systems_on_directories_and_disks_of_the_host_are_the_hosts(
     assert (upper / "top").is_char_device(), "what hides a file of a lower layer"
     assert (upper / "directory").is_dir()
     assert (top / "top").exists()
-    kept = subprocess.run(
-        ["/usr/sbin/debugfs", "-R", "cat /kept", disk], check=True, capture_output=True
-    ).stdout
-    assert kept == b"kept\n"
+    assert read_from(disk, "/kept") == b"kept\n"
+
+
+@pytest.mark.hako
+def test_a_disk_has_all_that_a_container_wrote_when_it_is_gone_though_the_machine_lives_on(
+    one_stack: Stack, place: Path, disk: Path
+):
+    first = new_id()
+    grouped = {"io.containerd.runc.v2.group": first}
+    mounts: list[dict[str, Any]] = [{"destination": "/disk", "type": "ext4", "source": str(disk)}]
+    begin(one_stack, place, "sleep 100000", name=first, annotations=grouped)
+    try:
+        run(one_stack, place, "echo written >/disk/used", mounts=mounts, annotations=grouped)
+        assert read_from(disk, "/used") == b"written\n"
+        again = run(one_stack, place, "cat /disk/used", mounts=mounts, annotations=grouped)
+        assert again == "written\n"
+    finally:
+        one_stack.containerd.remove(first)
 
 
 def test_file_systems_of_the_kernel_are_the_containers_own(either_stack: Stack, place: Path):
