@@ -11,9 +11,27 @@ from shim import kernel
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Protocol
+
+    class MakeShim(Protocol):
+        """How ``start`` has a shim made: see :func:`spawn`."""
+
+        def __call__(  # noqa: D102 - as above
+            self,
+            directory: str,
+            arguments: list[str],
+            /,
+            *,
+            error_output: int,
+            listener: int | None,
+            register: Callable[[int], None],
+        ) -> None: ...
+
 
 #: Where the daemon finds its listening socket.
 LISTENER_DESCRIPTOR = 3
+#: What the daemon writes to its standard error when its gRPC socket is ready.
+READY = b"\0"
 _MAX_OOM_SCORE_ADJ = 1000
 
 

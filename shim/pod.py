@@ -18,8 +18,8 @@ from google.protobuf.message import DecodeError
 from proto.cri.pod_pb2 import PodSandboxConfig
 from shim import shared_memory
 from shim.agent import SHM_BYTES
+from shim.annotations import KIND, POD
 from shim.errors import InvalidArgument
-from shim.grouping import KIND_ANNOTATION, POD_ANNOTATION
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,17 +74,17 @@ def check_pod(spec: dict[str, Any], *, sandbox_id: str) -> None:
     :raises InvalidArgument: if Kubernetes runs it and its pod is another.
     """
     annotations = spec.get("annotations")
-    if not isinstance(annotations, dict) or KIND_ANNOTATION not in annotations:
+    if not isinstance(annotations, dict) or KIND not in annotations:
         return
-    pod = annotations.get(POD_ANNOTATION)
+    pod = annotations.get(POD)
     if pod and pod != sandbox_id:
-        raise InvalidArgument(f"create: {POD_ANNOTATION} is {pod!r}: this machine is that of {sandbox_id}")
+        raise InvalidArgument(f"create: {POD} is {pod!r}: this machine is that of {sandbox_id}")
 
 
 def is_pause(spec: dict[str, Any]) -> bool:
     """Tell whether an OCI specification is of the container that only stands for its pod."""
     annotations = spec.get("annotations")
-    return isinstance(annotations, dict) and annotations.get(KIND_ANNOTATION) == "sandbox"
+    return isinstance(annotations, dict) and annotations.get(KIND) == "sandbox"
 
 
 def refuses_template(spec: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from proto.containerd import runc_options_pb2, task_types_pb2, task_v3_pb2
 from shim import timeline
 from shim.errors import InvalidArgument
 from shim.events import pack
-from shim.grouping import check_identifier
+from shim.identifiers import check_identifier
 from shim.metrics import host_has_cgroup_v2, to_metrics
 from shim.process import Process, State
 from shim.refusal import Refusal

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shim import entry
+from shim import zygote_protocol
 from shim.config import HypervisorConfig
 from shim.turns import DIRECTORY as TURNS
 from tests.e2e.containerd import CGROUPS, NAMESPACE
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SHARED_DIRECTORIES = (Path("/run/containerd/s"), Path("/run/containerd/fifo"), Path("/run/hako"))
 TEMPLATES = Path(HypervisorConfig().template_dir)
 """Not of any container either, but for what a build leaves that did not come to its end."""
-ZYGOTES = Path(entry.ZYGOTE_DIRECTORY)
+ZYGOTES = Path(zygote_protocol.ZYGOTE_DIRECTORY)
 """Not of any container: a zygote outlives those that made it come up."""
 
 SETTLE_S = patient(8.0)

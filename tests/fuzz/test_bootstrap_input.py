@@ -8,11 +8,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proto.containerd import bootstrap_v1_pb2, runtime_options_pb2
-from shim import command_line, grouping
-from shim.bootstrap_wire import NotProtobufError, decode_options, decode_params
-from shim.command_line import CommandLine
+from shim import identifiers
+from shim.bootstrap import command_line, grouping
+from shim.bootstrap.command_line import CommandLine
+from shim.bootstrap.dialect import identify_caller
+from shim.bootstrap.wire import NotProtobufError, decode_options, decode_params
 from shim.refusal import Refusal
-from shim.start import identify_caller
 from tests.fuzz.material import LONG, bent, json_values, messages, texts
 
 CASES = settings().max_examples
@@ -75,7 +76,7 @@ def test_any_bundle_gives_a_group_that_is_safe_or_refused(tmp_path_factory, text
     (bundle / "config.json").write_bytes(text.encode(errors="surrogatepass"))
     try:
         group = grouping.group_of(str(bundle), "box")
-        grouping.check_identifier(group, phase="start", what="group")
+        identifiers.check_identifier(group, phase="start", what="group")
     except Refusal as refusal:
         assert str(refusal).startswith("start: ")  # noqa: PT017 - as above
         return

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shim import delete
-from shim.command_line import CommandLine
+from shim.bootstrap import delete
+from shim.bootstrap.command_line import CommandLine
 from shim.ledger import Ledger
 from shim.refusal import Refusal
 from tests.fuzz.material import bent, json_values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,42 @@ def test_a_package_imports_only_what_its_arrows_allow(package: str) -> None:
         if name.split(".")[0] not in ARROWS[package]
     }
     assert wrong <= EXCEPTIONS
+
+
+def modules() -> dict[str, Path]:
+    """Every module of ours by its name."""
+    found = {}
+    for package in OURS:
+        for path in (ROOT / package).rglob("*.py"):
+            if not path.name.endswith("_pb2.py"):
+                name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+                found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def run_time_imports(path: Path, known: set[str]) -> set[str]:
+    """The modules of ours that a module imports when it runs, also those that a function imports late."""
+    names: set[str] = set()
+    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                below = f"{node.module}.{alias.name}"
+                names.add(below if below in known else node.module)
+        pending += ast.iter_child_nodes(node)
+    return names & known
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    found = modules()
+    graph = {name: run_time_imports(path, set(found)) - {name} for name, path in found.items()}
+
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 def words_of(package: str) -> set[str]:

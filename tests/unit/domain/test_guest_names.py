@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from shim import grouping, guest_names
+from shim import guest_names
 from shim.agent import MODULES_NAME, WATCHABLE_NAME
+from shim.identifiers import check_identifier
 
 KATAS_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 """What Kata's agent takes as an id."""
@@ -27,7 +28,7 @@ identifiers = pytest.mark.parametrize("identifier", IDS)
 
 @identifiers
 def test_containerd_may_use_the_id(identifier):
-    grouping.check_identifier(identifier, phase="create", what="id")
+    check_identifier(identifier, phase="create", what="id")
 
 
 @identifiers

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from shim import entry, grouping, host_process
+from shim import host_process, zygote_protocol
+from shim.bootstrap import grouping
 from shim.host_process import HostProcess
 from shim.ledger import Ledger
 
@@ -138,12 +139,12 @@ def containerd(tmp_path):
 
 def place(containerd) -> Path:
     """Where the socket of its zygote is."""
-    return Path(entry.socket_path(identity_of(containerd)))
+    return Path(zygote_protocol.socket_path(identity_of(containerd)))
 
 
 def identity_of(containerd) -> str:
     """What tells its zygote from others."""
-    return f"{sys.executable}\n{PROGRAM}\n{entry.__file__}\n{containerd.address}"
+    return f"{sys.executable}\n{PROGRAM}\n{zygote_protocol.__file__}\n{containerd.address}"
 
 
 def zygote_socket(containerd) -> Path:

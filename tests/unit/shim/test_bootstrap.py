@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from shim.bootstrap_wire import FEATURES_TYPE
 
 from proto.containerd import types_pb2
-from shim.bootstrap_wire import FEATURES_TYPE
 
 ROOT = Path(__file__).parents[3]
 #: Each would cost every start and delete several milliseconds.
@@ -92,7 +92,7 @@ def pretending(*, euid: int = 0, machine: str = "x86_64") -> tuple[str, ...]:
 import os, sys, types
 os.uname = lambda: types.SimpleNamespace(machine={machine!r})
 os.geteuid = lambda: {euid}
-from shim.bootstrap import main
+from shim.bootstrap.__main__ import main
 sys.exit(main())
 """
     return ("-c", script)
@@ -141,5 +141,5 @@ def test_nothing_heavy_is_imported(containerd, tmp_path):
         )
         assert (reply.returncode, reply.stderr) == (0, b"")
         imported = set(listing.read_text().splitlines())
-        assert f"shim.{action}" in imported
+        assert f"shim.bootstrap.{action}" in imported
         assert {name for name in imported if name.partition(".")[0] in HEAVY or name in HEAVY} == set()

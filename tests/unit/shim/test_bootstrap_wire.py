@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proto.containerd import bootstrap_v1_pb2, runtime_options_pb2, task_v2_pb2, types_pb2
-from shim import bootstrap_wire
-from shim.bootstrap_wire import BootstrapParams, NotProtobufError, RuntimeOptions
+from shim.bootstrap import wire as bootstrap_wire
+from shim.bootstrap.wire import BootstrapParams, NotProtobufError, RuntimeOptions
 
 LEVELS = st.sampled_from(bootstrap_v1_pb2.LogLevel.values())
 TEXTS = {name: st.text() for name in ("instance_id", "namespace", "socket_dir")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shim.command_line import CommandLine, parse
+from shim.bootstrap.command_line import CommandLine, parse
 from shim.refusal import Refusal
 
 

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from shim import grouping
+from shim import identifiers
+from shim.bootstrap import grouping
 from shim.refusal import Refusal
 
 POD = {"io.kubernetes.cri.sandbox-id": "pod"}
@@ -62,7 +63,7 @@ def test_the_socket_is_named_as_containerds_tools_name_it(address, joined):
 
 @pytest.mark.parametrize("identifier", ["a", "0", "A-b_c.d", "x" * 76])
 def test_containerds_identifiers_are_accepted(identifier):
-    grouping.check_identifier(identifier, phase="start", what="id")
+    identifiers.check_identifier(identifier, phase="start", what="id")
 
 
 @pytest.mark.parametrize("length", [106, 107])

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from shim import launcher
+from shim.bootstrap import launcher
 from shim.refusal import Refusal
 
 

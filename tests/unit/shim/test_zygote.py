@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from shim import entry, host_process, zygote
+from shim import host_process, zygote_protocol
+from shim.bootstrap import zygote
 from tests.unit.shim.conftest import WITHIN_S, end, identity_of, lock_holder, place, zygote_socket
 from tests.unit.shim.test_start import fake_containerd
 
@@ -167,7 +168,7 @@ def test_a_zygote_refuses_who_is_not_like_it(warmed, what):
         try:
             identity = "" if what == "identity" else identity_of(warmed)
             client.send(marshal.dumps((identity, os.getppid(), "/", arguments, {}, b"", 0.0)))
-            assert client.recv(1) == entry.REFUSED
+            assert client.recv(1) == zygote_protocol.REFUSED
         finally:
             os.umask(umask)
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -195,8 +196,8 @@ def test_a_shim_ends_that_containerd_does_not_hear_of(warmed):
         client.connect(str(place(warmed)))
         coded = {os.fsencode(name): os.fsencode(value) for name, value in environment.items()}
         client.send(marshal.dumps((identity_of(warmed), os.getppid(), str(bundle), flags, coded, b"", 0.0)))
-        assert client.recv(1) == entry.ACCEPTED
-        assert client.recv(entry.MAX_ANSWER).startswith(b"\0{")
+        assert client.recv(1) == zygote_protocol.ACCEPTED
+        assert client.recv(zygote_protocol.MAX_ANSWER).startswith(b"\0{")
         assert warmed.state_of("c2").exists()
     deadline = time.monotonic() + WITHIN_S
     while warmed.state_of("c2").exists() or warmed.socket_path("c2").exists():

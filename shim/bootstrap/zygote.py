@@ -20,7 +20,9 @@ import sys
 import time
 import traceback
 
-from shim import bootstrap, daemonize, entry, state_directory
+from shim import daemonize, state_directory, zygote_protocol
+from shim.bootstrap import actions
+from shim.bootstrap import serve as daemon_life
 from shim.ledger import Ledger
 from shim.record import Record
 from shim.refusal import Refusal
@@ -79,8 +81,8 @@ def serve(address: str) -> None:
     # spare would be forked before the request is done, and a shim begin before its caller is gone.
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
-    identity = entry.identity_of(address)
-    path = entry.socket_path(identity)
+    identity = zygote_protocol.identity_of(address)
+    path = zygote_protocol.socket_path(identity)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
@@ -101,7 +103,8 @@ def _warm() -> None:
 
     import pyroute2  # noqa: F401, PLC0415 - a shim whose sandbox has an interface needs it
 
-    from shim import daemon, delete, kernel, start  # noqa: F401, PLC0415 - importing them is the point
+    from shim import daemon, kernel  # noqa: F401, PLC0415 - as above
+    from shim.bootstrap import delete, start  # noqa: F401, PLC0415 - importing them is the point
     from shim.transport import grpc_server  # noqa: F401, PLC0415 - as above
 
     # What is there by now is there for good: the collector need not look at it, and so not write to its
@@ -175,7 +178,8 @@ def _rehearse(files: dict[str, int]) -> None:
 
     Memory that a fork writes to is copied first: better now than while containerd waits.
     """
-    from shim import command_line, config, start  # noqa: PLC0415 - the entry point does without
+    from shim import config  # noqa: PLC0415 - the entry point does without
+    from shim.bootstrap import command_line, dialect  # noqa: PLC0415 - as above
 
     _unchanged(files)
     _surroundings("self")
@@ -184,7 +188,7 @@ def _rehearse(files: dict[str, int]) -> None:
     line = command_line.parse(["-namespace", "n", "-id", "i", "-address", "", "-publish-binary", "", "start"])
     marshal.loads(marshal.dumps((environment, line.as_dict())))  # noqa: S302 - its own
     with contextlib.suppress(Refusal, OSError):
-        start.identify_caller(b"", line)
+        dialect.identify_caller(b"", line)
         config.parse(config.locate(os.environ))
 
 
@@ -205,16 +209,16 @@ def _next_caller(listener: socket.socket, zygote: socket.socket) -> socket.socke
 def _receive(caller: socket.socket, identity: str) -> Request | None:
     """Read what is wanted, and accept it unless the caller is not what this process can stand in for."""
     credentials = caller.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    if entry.user_of(credentials) != os.geteuid():
+    if zygote_protocol.user_of(credentials) != os.geteuid():
         return None
     pid = int.from_bytes(credentials[:4], sys.byteorder)
     try:
         values = marshal.loads(caller.recv(_MAX_REQUEST))  # noqa: S302 - only root can send any
         request = Request(**dict(zip(Request.fields(), values, strict=True)))
         if request.identity == identity and _surroundings(pid) == _surroundings("self"):
-            caller.send(entry.ACCEPTED)
+            caller.send(zygote_protocol.ACCEPTED)
             return request
-        caller.send(entry.REFUSED)
+        caller.send(zygote_protocol.REFUSED)
     except (OSError, ValueError, TypeError, EOFError):
         pass  # whoever it was is gone, or speaks another version's language
     return None
@@ -243,20 +247,20 @@ def _do(request: Request, caller: socket.socket) -> None:
     _adopt(request.environment)
     os.chdir(request.working_directory)
     successor = Successor(parent=request.parent)
-    answer = bootstrap.perform(
+    answer = actions.perform(
         request.arguments, request.sent, make_shim=successor.make, born_at_s=request.born_at_s
     )
     if answer is None:
         return
     status, output = answer
-    caller.send(bytes([status]) + output[: entry.MAX_ANSWER - 1])
+    caller.send(bytes([status]) + output[: zygote_protocol.MAX_ANSWER - 1])
     if successor.shim is None:
         return
     caller.settimeout(_DONE_TIMEOUT_S)
     heard = b""
     with contextlib.suppress(OSError):
         heard = caller.recv(1)
-    if heard == entry.DONE:
+    if heard == zygote_protocol.DONE:
         caller.close()  # a shim has no descriptor but its own; to close this one later would be an error
         successor.shim()
     else:
@@ -317,7 +321,7 @@ class Successor:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         _show(arguments)
         gc.enable()
-        bootstrap.serve(directory, born_at_s=began_s)
+        daemon_life.serve(directory, born_at_s=began_s)
 
 
 def _show(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""``python -m shim.launcher``: write a ``containerd-shim-hako-v2`` that starts faster than pip's.
+"""``python -m shim.bootstrap.launcher``: write a ``containerd-shim-hako-v2`` that starts faster than pip's.
 
 pip's has the interpreter look at every installed package before the first line runs, which takes as long as
 all that follows. This one names everything it needs.
@@ -38,7 +38,7 @@ def text(interpreter: str) -> str:
     """
     if len(f"#!{interpreter} -IS") > _MAX_FIRST_LINE:
         raise Refusal(f"launcher: {interpreter}: its path is too long for a script; use pip's program")
-    own = str(Path(__file__).resolve().parents[1])
+    own = str(Path(__file__).resolve().parents[2])
     libraries = [path for path in sys.path if path.endswith("-packages") and path != own]
     return _TEXT.format(interpreter=interpreter, own=[own], libraries=libraries, executable=sys.executable)
 

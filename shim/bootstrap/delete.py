@@ -7,14 +7,16 @@ import os
 import signal
 import time
 
-from shim import bootstrap_wire, config, grouping, host_process, state_directory
+from shim import config, host_process, state_directory
+from shim.bootstrap import grouping, wire
 from shim.host_process import HostProcess
+from shim.identifiers import check_identifier
 from shim.ledger import SHIM_PROCESS, Ledger
 from shim.refusal import Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from shim.command_line import CommandLine
+    from shim.bootstrap.command_line import CommandLine
 
 #: 128 + SIGKILL: what containerd reports for a task whose shim could not say how it ended.
 _KILLED = 137
@@ -35,7 +37,7 @@ def delete(line: CommandLine) -> bytes:
     :returns: a ``DeleteResponse`` for standard output.
     :raises Refusal: if something could not be undone; running this again goes on where it stopped.
     """
-    grouping.check_identifier(line.id, phase="delete", what="id")
+    check_identifier(line.id, phase="delete", what="id")
     bundle = line.bundle or _working_directory()
     directory = state_directory.pointed_to(bundle) or _expected_directory(line, bundle)
     was_deserted = _is_on_record(directory, line.id)
@@ -44,7 +46,7 @@ def delete(line: CommandLine) -> bytes:
     finally:
         if was_deserted:
             _run_hooks(bundle, line.id)
-    return bootstrap_wire.encode_delete_response(exit_status=_KILLED, exited_at=time.time())
+    return wire.encode_delete_response(exit_status=_KILLED, exited_at=time.time())
 
 
 def _working_directory() -> str:

@@ -4,68 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import select
 import socket
 import time
 
-from shim import (
-    bootstrap_wire,
-    config,
-    daemonize,
-    entry,
-    grouping,
-    private_directory,
-    state_directory,
-    timeline,
-)
-from shim.bootstrap_wire import BootstrapParams, RuntimeOptions
+from shim import config, daemonize, private_directory, state_directory, timeline, zygote_protocol
+from shim.bootstrap import grouping
+from shim.bootstrap.dialect import MAX_INPUT, bare, check_grpc, identify_caller, reply_of, version_for
+from shim.daemonize import READY
+from shim.identifiers import check_identifier
 from shim.ledger import SHIM_PROCESS, Ledger
-from shim.record import Record
 from shim.refusal import Refusal
 from shim.state_directory import StartRecord
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Protocol
-
-    from shim.command_line import CommandLine
-
-    class MakeShim(Protocol):
-        """How ``start`` has a shim made: see :func:`shim.daemonize.spawn`."""
-
-        def __call__(  # noqa: D102 - as above
-            self,
-            directory: str,
-            arguments: list[str],
-            /,
-            *,
-            error_output: int,
-            listener: int | None,
-            register: Callable[[int], None],
-        ) -> None: ...
+    from shim.bootstrap.command_line import CommandLine
+    from shim.daemonize import MakeShim
 
 
 DEFAULT_SOCKET_DIR = "/run/containerd/s"
-#: What the daemon writes to its standard error when its gRPC socket is ready.
-READY = b"\0"
-#: Longest input, in bytes.
-MAX_INPUT = 10 << 20
 _CONNECT_TIMEOUT_S = 0.1
 _READY_TIMEOUT_S = 10.0
 _CLEANUP_TIMEOUT_S = 2.0
 #: Room for the command lines of shims: the zygote's own arguments are overwritten in its forks.
 _TITLE_BYTES = 2048
-
-
-class Caller(Record):
-    """Who runs ``start`` and what it sent."""
-
-    #: ``1.6``, ``1.7`` (1.7 to 2.2) or ``2.3`` (and later).
-    dialect: str
-    params: BootstrapParams
 
 
 def start(
@@ -88,8 +52,8 @@ def start(
     began_s, born_at_s = time.monotonic(), born_at_s or timeline.born_at_s()
     timeline.note("interpreter", lane=timeline.START, began_s=born_at_s, ended_s=began_s)
     _check_host()
-    grouping.check_identifier(line.namespace, phase="start", what="namespace")
-    grouping.check_identifier(line.id, phase="start", what="id")
+    check_identifier(line.namespace, phase="start", what="namespace")
+    check_identifier(line.id, phase="start", what="id")
     bundle = os.getcwd()
     if len(sent) > MAX_INPUT:
         raise Refusal(f"start: standard input: more than {MAX_INPUT} bytes; send smaller runtime options")
@@ -103,21 +67,21 @@ def start(
     if make_shim is not None and not settings.shim.zygote:
         return None
     group = grouping.group_of(bundle, line.id)
-    grouping.check_identifier(group, phase="start", what="group")
+    check_identifier(group, phase="start", what="group")
     if settings.shim.protocol == "grpc":
-        _check_grpc(caller, line.publish_binary)
+        check_grpc(caller, line.publish_binary)
     socket_name = grouping.socket_name(address=line.address, namespace=line.namespace, group=group)
     record = StartRecord(
         namespace=line.namespace,
         id=group,
         bundle=bundle,
-        grpc_address=_bare(caller.params.grpc_address),
-        ttrpc_address=_bare(caller.params.ttrpc_address),
+        grpc_address=bare(caller.params.grpc_address),
+        ttrpc_address=bare(caller.params.ttrpc_address),
         publish_binary=caller.params.binary,
         config_text=found.text,
         config_source=found.source,
         protocol=settings.shim.protocol,
-        version=_version(caller, bundle, line.publish_binary),
+        version=version_for(caller, bundle, line.publish_binary),
         socket_path=grouping.socket_path(caller.params.socket_dir or DEFAULT_SOCKET_DIR, socket_name),
         state_directory=state_directory.path_of(settings.shim.state_dir, socket_name),
         debug=line.debug or caller.params.log_level < 0,
@@ -147,85 +111,12 @@ def start(
         return reply
 
 
-def identify_caller(data: bytes, line: CommandLine) -> Caller:
-    """Tell containerd's dialects apart by standard input and environment.
-
-    :param data: the whole standard input.
-    :param line: the flags.
-    :returns: the dialect, and what the caller said in it, as if it had said it in the newest one.
-    :raises Refusal: if the input is none of the known messages.
-    """
-    dialect = "1.7" if "MAX_SHIM_VERSION" in os.environ else "1.6"
-    try:
-        params = bootstrap_wire.decode_params(data)
-        if data and params.instance_id == line.id and params.namespace == line.namespace:
-            _check_paths(params)
-            return Caller(dialect="2.3", params=params)
-        options = bootstrap_wire.decode_options(data) or RuntimeOptions()
-    except bootstrap_wire.NotProtobufError as error:
-        raise Refusal(
-            f"start: standard input: neither runtime options nor bootstrap parameters: {error}; "
-            "use containerd 1.6 or later"
-        ) from error
-    environment = os.environ
-    return Caller(
-        dialect=dialect,
-        params=BootstrapParams(
-            ttrpc_address=environment.get("TTRPC_ADDRESS") or f"{line.address}.ttrpc",
-            grpc_address=environment.get("GRPC_ADDRESS") or line.address,
-            binary=line.publish_binary,
-            options=options,
-        ),
-    )
-
-
-def _check_paths(params: BootstrapParams) -> None:
-    for path in (params.ttrpc_address, params.grpc_address, params.binary, params.socket_dir):
-        if "\0" in path:
-            raise Refusal(
-                f"start: standard input: {path!r}: holds a NUL byte, which no path can; use containerd's own"
-            )
-
-
 def _check_host() -> None:
     machine = os.uname().machine
     if machine != "x86_64":
         raise Refusal(f"start: host: its architecture is {machine}; only x86_64 is supported")
     if os.geteuid() != 0:
         raise Refusal(f"start: host: runs as uid {os.geteuid()}; root is required, run containerd as root")
-
-
-def _version(caller: Caller, bundle: str, publish_binary: str) -> int:
-    """Choose the version of the shim protocol: 3 is containerd 2's way to add containers to a pod."""
-    if caller.dialect == "1.6" or not grouping.is_pod(bundle):
-        return 2
-    if caller.dialect == "2.3":
-        return 3
-    from shim import containerd_version  # noqa: PLC0415 - few need it
-
-    try:
-        major = containerd_version.find(publish_binary).partition(".")[0]
-    except Refusal:
-        return 2  # which every containerd accepts
-    return 3 if major.isdigit() and int(major) > 1 else 2
-
-
-def _check_grpc(caller: Caller, publish_binary: str) -> None:
-    """Refuse gRPC where containerd cannot drive it: only 1.7 can, and nothing but its version says so."""
-    version = "1.6" if caller.dialect == "1.6" else "2.3 or later"
-    if caller.dialect == "1.7":
-        from shim import containerd_version  # noqa: PLC0415 - few need it
-
-        version = containerd_version.find(publish_binary)
-        if version.startswith("1.7."):
-            return
-    raise Refusal(
-        f'start: config shim.protocol: containerd {version} cannot drive a shim over grpc; set it to "ttrpc"'
-    )
-
-
-def _bare(address: str) -> str:
-    return address.removeprefix("unix://")
 
 
 def _is_live(path: str) -> bool:
@@ -352,8 +243,8 @@ def _launch_zygote(address: str) -> None:
     :param address: containerd's.
     """
     with contextlib.suppress(OSError):
-        private_directory.make(entry.ZYGOTE_DIRECTORY)
-        path = f"{entry.socket_path(entry.identity_of(address))}.lock"
+        private_directory.make(zygote_protocol.ZYGOTE_DIRECTORY)
+        path = f"{zygote_protocol.socket_path(zygote_protocol.identity_of(address))}.lock"
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -387,24 +278,7 @@ def _wait_until_ready(reader: int) -> None:
 
 def _publish(record: StartRecord, *, bundle: str, dialect: str) -> bytes:
     """Leave what containerd and ``delete`` look for in the bundle, and phrase the reply."""
-    if record.protocol == "grpc":
-        # containerd 1.7 dials a gRPC address without a scheme, and reads the file as it reads the reply.
-        text = _json(record, record.socket_path)
-        address, reply = text, text.encode()
-    else:
-        address = f"unix://{record.socket_path}"
-        if dialect == "2.3":
-            reply = bootstrap_wire.encode_result(
-                version=record.version, address=address, protocol=record.protocol
-            )
-        elif dialect == "1.7":
-            reply = _json(record, address).encode()
-        else:
-            reply = address.encode()
+    address, reply = reply_of(record, dialect=dialect)
     state_directory.point_to(record.state_directory, bundle=bundle)
     state_directory.write_atomically(os.path.join(bundle, "address"), address)
     return reply
-
-
-def _json(record: StartRecord, address: str) -> str:
-    return json.dumps({"version": record.version, "address": address, "protocol": record.protocol})

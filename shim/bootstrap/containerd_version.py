@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 
-from shim import entry, private_directory, state_directory
+from shim import private_directory, state_directory, zygote_protocol
 from shim.refusal import Refusal
 
 _TIMEOUT_S = 5.0
@@ -21,7 +21,7 @@ def find(program: str) -> str:
     :param program: its path.
     :raises Refusal: if it does not tell.
     """
-    kept = os.path.join(entry.ZYGOTE_DIRECTORY, "containerd")
+    kept = os.path.join(zygote_protocol.ZYGOTE_DIRECTORY, "containerd")
     try:
         status = os.stat(program)
     except OSError as error:
@@ -33,7 +33,7 @@ def find(program: str) -> str:
             return str(known[-1])
     version = _ask(program)
     with contextlib.suppress(OSError):
-        private_directory.make(entry.ZYGOTE_DIRECTORY)
+        private_directory.make(zygote_protocol.ZYGOTE_DIRECTORY)
         state_directory.write_atomically(kept, json.dumps([*file, version]))
     return version
 

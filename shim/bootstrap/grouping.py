@@ -5,39 +5,10 @@ from __future__ import annotations
 import json
 import os
 
+from shim.annotations import GROUP, KIND, POD
 from shim.refusal import Refusal
 
-_GROUP_ANNOTATION = "io.containerd.runc.v2.group"
-#: containerd's id of the pod that a container belongs to.
-POD_ANNOTATION = "io.kubernetes.cri.sandbox-id"
-#: What containerd's CRI says of a container: ``sandbox`` of the one that stands for its pod.
-KIND_ANNOTATION = "io.kubernetes.cri.container-type"
-_MAX_IDENTIFIER = 76
 _MAX_SOCKET_PATH = 106
-
-
-def check_identifier(identifier: str, *, phase: str, what: str) -> None:
-    """Accept only what containerd accepts as an identifier, and what therefore is one safe path segment.
-
-    :param identifier: an id, a namespace or a group.
-    :param phase: how the message begins.
-    :param what: how the message names it.
-    :raises Refusal: if it is empty, longer than 76 characters, or has other characters than letters, digits,
-        ``-``, ``_`` and ``.``, or does not start with a letter or digit.
-    """
-    if not identifier:
-        raise Refusal(f"{phase}: {what}: it is empty; give one")
-    if len(identifier) > _MAX_IDENTIFIER:
-        raise Refusal(
-            f"{phase}: {what} {identifier[:16]}...: it has {len(identifier)} characters; "
-            f"give at most {_MAX_IDENTIFIER}"
-        )
-    plain = identifier.translate({ord(mark): None for mark in "-_."})
-    if not (plain.isascii() and plain.isalnum() and identifier[0].isalnum()):
-        raise Refusal(
-            f"{phase}: {what} {identifier!r}: it must be letters, digits, '-', '_' and '.', "
-            "with a letter or digit first; choose another"
-        )
 
 
 def group_of(bundle: str, container: str) -> str:
@@ -52,14 +23,14 @@ def group_of(bundle: str, container: str) -> str:
     :raises Refusal: if the spec is not JSON, or a pod's container names a group that is not its pod.
     """
     annotations = _annotations_of(bundle) or {}
-    named = _text(annotations, _GROUP_ANNOTATION)
-    pod = _text(annotations, POD_ANNOTATION)
-    if KIND_ANNOTATION not in annotations:
+    named = _text(annotations, GROUP)
+    pod = _text(annotations, POD)
+    if KIND not in annotations:
         return named or pod or container
     own = pod or container
     if named and named != own:
         raise Refusal(
-            f"start: container {container}: {_GROUP_ANNOTATION} names {named}, which is not its pod {own}; "
+            f"start: container {container}: {GROUP} names {named}, which is not its pod {own}; "
             "remove the annotation"
         )
     return own
@@ -77,7 +48,7 @@ def is_pod(bundle: str) -> bool:
     :raises Refusal: if the spec is not JSON.
     """
     annotations = _annotations_of(bundle)
-    return annotations is None or annotations.get(KIND_ANNOTATION) == "sandbox"
+    return annotations is None or annotations.get(KIND) == "sandbox"
 
 
 def _annotations_of(bundle: str) -> dict[str, object] | None:

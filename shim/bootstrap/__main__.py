@@ -1,0 +1,45 @@
+"""``python -m shim.bootstrap``: do an action, or be the process that the command line says."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from shim import zygote_protocol
+from shim.bootstrap.actions import perform
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from shim.bootstrap.command_line import CommandLine
+
+
+def main(sent: bytes | None = None) -> int:
+    """Do one action in this process.
+
+    :param sent: the standard input, if it has been read.
+    :returns: the exit status.
+    """
+    answer = perform(sys.argv[1:], sent, otherwise=_live)
+    assert answer is not None  # noqa: S101 - only a zygote can be unwanted
+    status, text = answer
+    if status and os.isatty(2):
+        text += b"\n"  # containerd puts what it reads into the middle of a line of its own
+    zygote_protocol.write(2 if status else 1, text)
+    return status
+
+
+def _live(line: CommandLine) -> bool:
+    """Be the daemon of a sandbox or a zygote until its end, if the command line says so."""
+    if line.state:
+        from shim.bootstrap import serve  # noqa: PLC0415 - the actions do without
+
+        serve.serve(line.state)
+    elif line.zygote:
+        from shim.bootstrap import zygote  # noqa: PLC0415 - the actions do without
+
+        zygote.serve(line.zygote.rstrip())
+    return bool(line.state or line.zygote)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""``containerd-shim-hako-v2`` without a zygote: what containerd executes, done in tens of milliseconds.
+
+Nothing here or below may import more than an action needs; ``tests/unit/shim`` counts the modules.
+"""
+
+from __future__ import annotations
+
+from shim import zygote_protocol
+from shim.bootstrap import command_line
+from shim.refusal import Refusal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shim.bootstrap.command_line import CommandLine
+    from shim.daemonize import MakeShim
+
+_NAME = "io.containerd.hako.v2"
+
+
+def perform(
+    arguments: list[str],
+    sent: bytes | None,
+    *,
+    make_shim: MakeShim | None = None,
+    born_at_s: float | None = None,
+    otherwise: Callable[[CommandLine], bool] | None = None,
+) -> tuple[int, bytes] | None:
+    """Do one action.
+
+    :param arguments: the command line without the program.
+    :param sent: the standard input, if it has been read.
+    :param make_shim: how ``start`` gets a shim if this is a zygote's fork.
+    :param born_at_s: when the caller's process was forked, if this is another.
+    :param otherwise: does what a command line without an action wants, and tells whether it wanted anything.
+    :returns: the exit status, and what goes to standard output, or to standard error if the status is not 0;
+        nothing if this is a zygote's fork and the configuration wants none.
+    """
+    action = "command line"
+    try:
+        line = command_line.parse(arguments)
+        action = line.action or action
+        output = _perform(line, sent, make_shim, born_at_s, otherwise)
+    except Refusal as refusal:
+        return 1, _one_line(str(refusal))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return 1, _one_line(f"{action}: {where}{error.strerror or error}; look at the host")
+    return None if output is None else (0, output)
+
+
+def _one_line(message: str) -> bytes:
+    return message.replace("\n", " ").encode(errors="replace")
+
+
+def _perform(
+    line: CommandLine,
+    sent: bytes | None,
+    make_shim: MakeShim | None,
+    born_at_s: float | None,
+    otherwise: Callable[[CommandLine], bool] | None,
+) -> bytes | None:
+    if line.info:
+        return _info()
+    if line.version:
+        return f"containerd-shim-hako-v2:\n  Version: {_version()}\n  Runtime: {_NAME}\n".encode()
+    if line.action == "start":
+        from shim.bootstrap import start  # noqa: PLC0415 - the other actions do without
+
+        data = zygote_protocol.read_input() if sent is None else sent
+        return start.start(line, data, make_shim=make_shim, born_at_s=born_at_s)
+    if line.action == "delete":
+        from shim.bootstrap import delete  # noqa: PLC0415 - the other actions do without
+
+        return delete.delete(line)
+    if not line.action and otherwise is not None and otherwise(line):
+        return b""
+    raise Refusal(
+        f"command line: {line.action or 'no action'}: not an action; containerd runs start and delete, "
+        "people run -v and -info"
+    )
+
+
+def _info() -> bytes:
+    from shim.bootstrap import features, wire  # noqa: PLC0415 - the other actions do without
+
+    return wire.encode_runtime_info(name=_NAME, version=_version(), features=features.FEATURES)
+
+
+def _version() -> str:
+    from shim import version  # noqa: PLC0415 - the other actions do without
+
+    return version.version()

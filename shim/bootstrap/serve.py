@@ -1,0 +1,43 @@
+"""Being the daemon of a sandbox: from the command line that ``start`` gave it until it serves."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from shim import daemonize, kernel, state_directory, timeline, zygote_protocol
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from shim.state_directory import StartRecord
+
+
+def serve(state: str, *, born_at_s: float | None = None) -> None:
+    """Be the daemon that ``start`` left behind.
+
+    :param state: the state directory of its sandbox.
+    :param born_at_s: since when this process is to be the daemon, in seconds of ``time.monotonic()``, if it
+        was something else before.
+    """
+    timeline.note(
+        "process", lane=timeline.SHIM, began_s=born_at_s or timeline.born_at_s(), ended_s=time.monotonic()
+    )
+    record = state_directory.read_record(state)
+    listener = None if record.protocol == "grpc" else daemonize.LISTENER_DESCRIPTOR
+    if listener is not None:
+        os.set_inheritable(listener, False)  # noqa: FBT003 - its only spelling; QEMU must not accept on it
+    daemonize.name_this_process()
+    kernel.become_subreaper()
+    with timeline.phase("imports", lane=timeline.SHIM):
+        from shim import daemon  # noqa: PLC0415 - everything that start must not wait for
+
+    daemon.run(record, listener, lambda: _ready(record))
+
+
+def _ready(record: StartRecord) -> None:
+    """Let ``start`` go, which waits on our standard error; what is said from now on goes to containerd."""
+    if record.protocol == "grpc":
+        zygote_protocol.write(2, daemonize.READY)
+        descriptor = daemonize.open_log(record.bundle)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)

@@ -1,0 +1,62 @@
+"""How a process has the zygote do its work: where its socket is, and what is said there.
+
+What is imported here costs containerd's every ``start``: only what is part of the interpreter.
+"""
+
+import posix
+import sys
+
+ZYGOTE_DIRECTORY = "/run/hako/zygote"
+"""Where the sockets of zygotes are. The configuration is not read here, so it cannot say."""
+
+ACCEPTED = b"\1"
+"""The zygote's first message: the request will be done, or the connection will break."""
+
+REFUSED = b"\0"
+"""Its first message if the caller has to do it itself."""
+
+DONE = b"\0"
+"""The caller's last message: containerd has the answer."""
+
+MAX_ANSWER = 1 << 16
+"""Length of the longest answer: the exit status, and what goes to standard output or error."""
+
+_MAX_INPUT = (10 << 20) + 1
+_HASH_MODULUS = (1 << 61) - 1
+
+
+def read_input() -> bytes:
+    """Read standard input until it ends, or is longer than anything that is accepted."""
+    data = block = posix.read(0, 1 << 16)
+    while block and len(data) < _MAX_INPUT:
+        block = posix.read(0, 1 << 16)
+        data += block
+    return data
+
+
+def socket_path(identity: str) -> str:
+    """Place the socket of a zygote.
+
+    :param identity: as :func:`identity_of` has it. Two that share a socket are told apart by the zygote.
+    """
+    # hash() differs from run to run, and hashlib takes as long to import as all the rest takes.
+    return f"{ZYGOTE_DIRECTORY}/{int.from_bytes(identity.encode(), 'big') % _HASH_MODULUS:x}"
+
+
+def identity_of(address: str) -> str:
+    """Say which zygote may stand in for this process: that of the same program for the same containerd.
+
+    :param address: containerd's, as on the command line.
+    """
+    return f"{sys.executable}\n{sys.argv[0]}\n{__file__}\n{address}"
+
+
+def user_of(credentials: bytes) -> int:
+    """Read the uid of a socket's peer out of its credentials: pid, uid, gid; see ``man 7 unix``."""
+    return int.from_bytes(credentials[4:8], sys.byteorder)
+
+
+def write(descriptor: int, data: bytes) -> None:
+    """Write all of it."""
+    while data:
+        data = data[posix.write(descriptor, data) :]
