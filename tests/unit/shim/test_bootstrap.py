@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from shim.bootstrap_wire import FEATURES_TYPE
 
 from proto.containerd import types_pb2
+from shim.bootstrap.wire import FEATURES_TYPE
 
 ROOT = Path(__file__).parents[3]
 #: Each would cost every start and delete several milliseconds.
