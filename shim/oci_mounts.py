@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from shim import shared_memory
+from shim.errors import InvalidArgument
 from shim.oci_mount_kinds import OfTheGuest
 
+_BOTH_WAYS = frozenset({"shared", "rshared"})  # mount_namespaces(7): what either mounts, the other sees
 _KERNEL_FILE_SYSTEMS = ("/proc", "/sys", "/dev")
 # The volumes that the kubelet rewrites while they are in use, and never lets a container write; a share
 # carries no inotify event for that.
@@ -40,6 +42,7 @@ def rewrite_mount(entry: dict[str, Any]) -> tuple[dict[str, Any], SharedMount | 
     :returns: the mount to send; and what the host must share for it, which says what is sent instead.
     :raises KeyError: if it has no destination.
     :raises ValueError: if no file can have its source or destination.
+    :raises InvalidArgument: if what the container mounts below it is to be seen on the host.
     """
     destination = entry["destination"]
     source = entry.get("source") or ""
@@ -49,6 +52,12 @@ def rewrite_mount(entry: dict[str, Any]) -> tuple[dict[str, Any], SharedMount | 
     if _is_of_a_kernel_file_system(source):
         # The host's kernel file systems say nothing about the guest: the guest's own are bound instead.
         return {**entry, "type": "bind", "source": posixpath.normpath(source)}, None
+    for option in options:
+        if option in _BOTH_WAYS:
+            raise InvalidArgument(
+                f"mounts: {destination}: {option} (Bidirectional): what a container mounts stays in its "
+                "machine; ask for rslave (HostToContainer)"
+            )
     if not source or "\0" in f"{source}{destination}":
         raise ValueError(f"mounts: {destination!r}: no file has the path {source!r}; give another source")
     is_read = not {"ro", "rro"}.isdisjoint(options)

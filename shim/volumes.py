@@ -38,7 +38,7 @@ _CLEARING = frozenset(
 _PROPAGATION = frozenset(
     f"{recursive}{kind}" for recursive in ("", "r") for kind in ("private", "slave", "shared", "unbindable")
 )
-_FOLLOWING = frozenset({"slave", "rslave", "shared", "rshared"})
+_FOLLOWING = frozenset({"slave", "rslave"})
 # Of mount_setattr(2), on what is mounted below, too.
 _RECURSIVE = frozenset(
     {"rro", "rnosuid", "rnodev", "rnoexec", "rnoatime", "rnodiratime", "rrelatime", "rstrictatime"}

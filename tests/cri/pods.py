@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from tests.cri.stack import Stack
 
 STATE_TIMEOUT_S = 30.0
-POD_SCOPE, CONTAINER_SCOPE = 0, 1
-"""The modes of a namespace that the containers of a pod share, and of one that each has for itself."""
+POD_SCOPE, CONTAINER_SCOPE, NODE_SCOPE = 0, 1, 2
+"""The modes of a namespace: the containers of a pod share it, each has its own, or it is the host's."""
 SYSCTLS = {"net.ipv4.ip_local_port_range": "30000 40000", "kernel.shm_rmid_forced": "1"}
 """What every pod asks of the kernel: one parameter of its network, and one of its IPC."""
 _numbers = itertools.count(1)

@@ -15,7 +15,7 @@ from tests.cri import image, peer
 from tests.cri.client import enum_name
 from tests.cri.conftest import counted
 from tests.cri.image import PORT
-from tests.cri.pods import POD_SCOPE, Pod, pod_config, remove_all, run_pod
+from tests.cri.pods import NODE_SCOPE, POD_SCOPE, Pod, pod_config, remove_all, run_pod
 from tests.cri.stack import inside
 from tests.e2e.life import PROGRAMS, until
 
@@ -150,6 +150,20 @@ def test_a_pod_whose_own_task_is_killed_is_not_ready_and_leaves_nothing_when_it_
     assert container.exec("true").code == 0, "the machine has not ended"
     pod.remove()
     assert not pod.is_known()
+
+
+@pytest.mark.mainly
+def test_a_pod_in_the_hosts_network_is_refused_in_one_line(stack: Stack) -> None:
+    if not stack.is_hako:
+        pytest.skip("runc's pods can be there")
+    if stack.kind.sandboxer == "shim":
+        pytest.skip("containerd itself crashes on that before 2.3")
+    config = pod_config(stack, "outside")
+    config["linux"]["security_context"]["namespace_options"]["network"] = NODE_SCOPE
+    with counted(stack), pytest.raises(grpc.RpcError) as caught:
+        stack.cri.call("RunPodSandbox", config=config, runtime_handler=stack.handler)
+    assert "it asks for the host's network, which a machine cannot see" in caught.value.details()
+    assert "\n" not in caught.value.details()
 
 
 @pytest.mark.mainly

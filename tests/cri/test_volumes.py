@@ -26,6 +26,8 @@ pytestmark = pytest.mark.mainly
 MIB = 1 << 20
 CONTENT = os.urandom(MIB)
 WITHIN_S = 20.0
+BIDIRECTIONAL = 2
+"""As a mount's propagation."""
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +157,21 @@ def test_a_socket_of_the_host_in_a_bind_mount_is_refused_by_name(duo: Duo, place
                 container.start()
         finally:
             container.remove()
+
+
+@pytest.mark.skipif("config.getoption('handler') == 'runc'", reason="runc's containers mount on the host")
+def test_mounts_of_a_container_that_the_host_is_to_see_are_refused_by_name(duo: Duo, place: Path):
+    path = place / "both-ways"
+    path.mkdir()
+    subprocess.run(["/usr/bin/mount", "--bind", path, path], check=True)
+    try:
+        subprocess.run(["/usr/bin/mount", "--make-shared", path], check=True)
+        mounts = [{"container_path": "/both", "host_path": str(path), "propagation": BIDIRECTIONAL}]
+        container = duo.pod.create("refused", "true", mounts=mounts, linux=duo.pod.linux(privileged=True))
+        try:
+            with pytest.raises(grpc.RpcError, match=r"mounts: /both: rshared \(Bidirectional\): .* stays in"):
+                container.start()
+        finally:
+            container.remove()
+    finally:
+        subprocess.run(["/usr/bin/umount", path], check=True)
