@@ -52,6 +52,7 @@ class Network:
         self._routes: dict[bytes, bytes] = {}
         self._addresses: dict[tuple[int, bytes, int], bytes] = {}
         self._neighbours: list[bytes] = []
+        self._set_up: set[int] = set()
         self._rules = Rules()
         self._settings = Settings()
 
@@ -85,6 +86,9 @@ class Network:
                 if link is None:
                     raise AgentError(f"interface: {wanted.hwAddr}: Link not found; plug it in first")
                 _set_link(channel, link, wanted, mac, links)
+                if link.index not in self._set_up:
+                    self._set_up.add(link.index)
+                    self._settings.forget(wanted.name or link.name)
                 name = wanted.name or link.name
                 present = [one for one in _addresses(channel) if one.index == link.index]
                 # What came by DHCP or router advertisement is not permanent, and none of the host's business.

@@ -77,23 +77,34 @@ class Settings:
     """Parameters that the host has asked for so far, and what each was before."""
 
     def __init__(self) -> None:
-        self._former: dict[str, str] = {}
+        self._asked: dict[str, str] = {}
+        self._before: dict[str, str] = {}
+
+    def forget(self, link: str) -> None:
+        """Take note that a link of that name is new: nothing has been set there yet.
+
+        :param link: its name.
+        """
+        for name in [name for name in self._asked if f"/{link}/" in name]:
+            del self._asked[name], self._before[name]
 
     def update(self, wanted: dict[str, str]) -> list[str]:
         """Make the given values the host's, in place of its former ones.
+
+        What a container has set meanwhile stays, unless the host now asks for another value than before.
 
         :param wanted: value by name, with slashes.
         :returns: which the kernel refuses, and why.
         """
         refused = []
-        for name in [name for name in self._former if name not in wanted]:
-            before = self._former.pop(name)
-            if files.exists(f"{_ROOT}/{name}"):  # its link may be gone
+        for name in [name for name in self._asked if name not in wanted]:
+            asked, before = self._asked.pop(name), self._before.pop(name)
+            if _read(name) == asked:
                 refused += _write(name, before)
         for name in sorted(wanted, key=_order):
-            if name not in self._former:
-                self._former[name] = _read(name)
-            if self._former[name] != wanted[name] or _read(name) != wanted[name]:
+            if self._asked.get(name) != wanted[name]:
+                self._before.setdefault(name, _read(name))
+                self._asked[name] = wanted[name]
                 refused += _write(name, wanted[name])
         return refused
 

@@ -154,6 +154,8 @@ class Network:
             same = {e.index for e in plan.endpoints if _is_same_card(e, known.get(e.index))}
             await self._remove(each for index, each in self._connections.items() if index not in same)
             new = await self._connect(e for e in plan.endpoints if e.index not in same)
+            if new:  # what was set for a card of the same name went with it
+                former = replace(former, settings=_UNKNOWN.settings)
             try:
                 await self._bring_up(e for e in plan.endpoints if e != known.get(e.index))
                 await self._configure(plan, former=former)

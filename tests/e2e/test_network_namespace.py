@@ -274,3 +274,77 @@ def test_what_is_said_of_a_route_or_neighbour_is_true_in_the_container(
         pod.ip("neigh add proxy 10.1.0.51 dev eth0")
         pod.ip("neigh del proxy 10.1.0.50 dev eth0")
         until(lambda: box.ip(*shown) == ip_in(pod, *shown), what="the routes have changed")
+
+
+def test_a_network_as_plugins_make_it_works(either_stack: Stack, outside: Space):
+    """Each interface as another plugin leaves it: all of them in one namespace."""
+    with new_space() as pod:
+        for name, mtu in (
+            ("calico", 1500),
+            ("ptp", 1500),
+            ("jumbo", 9000),
+            ("small", 1280),
+            ("static", 1500),
+        ):
+            pod.ip(f"link add {name} mtu {mtu} type veth peer name {name} mtu {mtu} netns {outside.pid}")
+        outside.ip("link add below type veth peer name far")
+        outside.ip("link set below up")
+        outside.ip(f"link add link below name macvlan netns {pod.pid} type macvlan mode bridge")
+        for space in (pod, outside):
+            # Nobody is asked who has an address there.
+            space.ip("link set static arp off")
+            for name in ("calico", "ptp", "jumbo", "small", "static"):
+                space.ip(f"link set {name} up")
+        outside.ip("link set far up")
+        pod.ip("link set macvlan up")
+        set_parameters(outside, {"ipv4/conf/calico/proxy_arp": "1", "ipv4/neigh/calico/proxy_delay": "0"})
+        set_parameters(outside, {"ipv4/conf/calico/forwarding": "1"})
+        outside.ip("addr add 192.0.2.1/32 dev lo")
+        outside.ip("addr add fd99::1/128 dev lo nodad")
+        outside.ip("route add default dev lo")
+        outside.ip("route add 10.1.0.2 dev calico")
+        pod.ip("addr add 10.1.0.2/32 dev calico")
+        pod.ip("route add default via 169.254.1.1 dev calico onlink src 10.1.0.2 mtu 1450")
+        outside.ip("addr add 10.2.0.1 peer 10.2.0.2/32 dev ptp")
+        pod.ip("addr add 10.2.0.2 peer 10.2.0.1/32 dev ptp")
+        for number, name in ((3, "jumbo"), (5, "static"), (6, "macvlan")):
+            pod.ip(f"addr add 10.{number}.0.2/24 dev {name}")
+            outside.ip(f"addr add 10.{number}.0.1/24 dev {'far' if name == 'macvlan' else name}")
+        for one, other, other_end in ((pod, outside, "10.5.0.1"), (outside, pod, "10.5.0.2")):
+            [mac] = re.findall(r"link/ether (\S+)", other.ip("link show static"))
+            one.ip(f"neigh add {other_end} lladdr {mac} dev static nud permanent")
+        outside.ip("addr add fe80::1/64 dev small nodad")
+        outside.ip("-6 route add fd04::2 dev small")
+        pod.ip("addr add fd04::2/128 dev small nodad")
+        pod.ip("-6 route add default via fe80::1 dev small")
+        shaper = "tc qdisc add dev ptp root tbf rate 100mbit burst 32k latency 400ms"
+        pod.run(*shaper.split())
+        with box_in(either_stack, pod) as box:
+            far = ("192.0.2.1", "10.2.0.1", "10.3.0.1", "10.5.0.1", "10.6.0.1", "fd99::1")
+            assert box.reached(*far) == {*far}
+            assert box.reached("10.3.0.1 -s 8900", "fd99::1 -s 2000") >= {"10.3.0.1", "fd99::1"}
+            for near in ("10.1.0.2", "10.2.0.2", "10.3.0.2", "10.5.0.2", "10.6.0.2", "fd04::2"):
+                outside.run("busybox", "ping", "-c1", "-W5", near)
+
+
+@pytest.mark.hako
+def test_a_packet_filter_in_the_namespace_is_named_in_the_log_once(one_stack: Stack, pod: Space):
+    pod.run("iptables", "-A", "INPUT", "-p", "tcp", "--dport", "9", "-j", "DROP")
+    log = one_stack.containerd.log
+    before = log.stat().st_size
+    with box_in(one_stack, pod) as box:
+        pod.ip("addr add 10.1.0.9/32 dev eth0")
+        until(lambda: "10.1.0.9/32" in box.run("ip addr show"), what="the address is there")
+    with log.open(encoding="utf-8") as lines:
+        lines.seek(before)
+        warned = [line for line in lines if "pass by the namespace's packet filter" in line]
+    assert len(warned) == 1
+    assert "set it up in a container with NET_ADMIN" in warned[0]
+
+
+@pytest.mark.inherent("sockets-of-namespace")
+def test_the_sockets_of_a_container_are_listed_in_its_namespace_on_the_host(either_stack: Stack, pod: Space):
+    with box_in(either_stack, pod) as box:
+        box.run("nc -ll -p 7000 -e cat </dev/null >/dev/null 2>&1 &")
+        until(lambda: ":1B58" in box.run("cat /proc/net/tcp6"), what="the server listens")
+        assert ":1B58" in pod.run("cat", "/proc/net/tcp6")

@@ -503,6 +503,18 @@ async def test_the_guest_is_told_of_rules_and_parameters_once_and_when_they_chan
         assert len(machine.requests[-1].rules.rules) == 5
 
 
+async def test_the_guest_is_told_of_parameters_again_for_a_new_card(
+    pod: Space, outside: Space, ledger: Ledger, machine: Machine
+):
+    machine.is_hako = True
+    write(pod, "net/ipv4/conf/eth0/rp_filter", "1")
+    async with network_of(pod, ledger) as network:
+        await attach(network, machine)
+        add_cable(pod, outside, "net1", number=2)
+        await network.rescan()
+        assert machine.requests[-1].settings.values["net/ipv4/conf/eth0/rp_filter"] == "1"
+
+
 async def test_a_guest_whose_agent_knows_only_katas_protocol_drops_what_leads_nowhere_and_the_rest_is_named(
     pod: Space, ledger: Ledger, machine: Machine, caplog: pytest.LogCaptureFixture
 ):

@@ -93,6 +93,35 @@ def test_parameters_are_set_and_set_back_when_the_host_asks_for_them_no_more(roo
     assert [(root / "net" / name).read_text(encoding="ascii") for name in ("a", "b")] == ["1", "4"]
 
 
+def test_what_a_container_has_set_meanwhile_stays_as_long_as_the_host_wants_nothing_else(root: Path) -> None:
+    (root / "net").mkdir()
+    files = [root / "net" / name for name in ("a", "b", "c")]
+    for file in files:
+        file.write_text("1", encoding="ascii")
+    settings = sysctl.Settings()
+    settings.update({"net/a": "2", "net/b": "2", "net/c": "2"})
+    for file in files:
+        file.write_text("9", encoding="ascii")
+
+    settings.update({"net/a": "2", "net/b": "3"})
+
+    assert [file.read_text(encoding="ascii") for file in files] == ["9", "3", "9"]
+
+
+def test_what_was_set_for_a_link_is_set_again_for_another_of_its_name(root: Path) -> None:
+    (root / "net/eth0").mkdir(parents=True)
+    file = root / "net/eth0/a"
+    file.write_text("1", encoding="ascii")
+    settings = sysctl.Settings()
+    settings.update({"net/eth0/a": "2"})
+    file.write_text("1", encoding="ascii")
+
+    settings.forget("eth0")
+    settings.update({"net/eth0/a": "2"})
+
+    assert file.read_text(encoding="ascii") == "2"
+
+
 def test_a_parameter_that_the_guest_lacks_is_named(root: Path) -> None:
     assert sysctl.Settings().update({"net/none": "2"}) == ["net/none = 2: the guest's kernel has none"]
     assert list(root.iterdir()) == []
