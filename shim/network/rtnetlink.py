@@ -1,8 +1,9 @@
 """Ask the kernel for its tables over netlink, and read its answers.
 
-pyroute2, which changes things, decodes every statistic of every message: to read a namespace took it 45 ms
-(median of 5), and takes 0.5 ms here. Each answer becomes a mapping: the fields of its header, and ``attrs``,
-names and values. Layout: linux/rtnetlink.h, if_link.h, if_addr.h, neighbour.h and fib_rules.h, rtnetlink(7).
+pyroute2, which changes things, decodes every statistic of every message: to read a namespace took it 7.8 ms
+of processor time (median of 15), and takes 1.5 ms here. Each answer becomes a mapping: the fields of its
+header, and ``attrs``, names and values. Layout: linux/rtnetlink.h, if_link.h, if_addr.h, neighbour.h and
+fib_rules.h, see rtnetlink(7).
 """
 
 from __future__ import annotations

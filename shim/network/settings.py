@@ -8,6 +8,7 @@ the guest's own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from shim import kernel
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Mapping
 
 LOOPBACK = "lo"
 
@@ -55,6 +56,7 @@ _IPV4_DEFAULTS = {
 _IPV4_DEFAULTS_OF_ALL = _IPV4_DEFAULTS | {"accept_source_route": "0"}
 _IPV4_DEFAULTS_OF_LOOPBACK = _IPV4_DEFAULTS | {"disable_policy": "1", "disable_xfrm": "1"}
 _VALUE_BYTES = 4096
+_OPENED = os.O_RDONLY | os.O_CLOEXEC
 
 
 def read(mtus: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
@@ -64,7 +66,7 @@ def read(mtus: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
     :returns: names, with slashes from ``net/`` on, and values, in the order in which they can be set.
     :raises OSError: if there can be no namespace to compare with.
     """
-    chosen = choose(dict(_read({_ALL, _DEFAULT, *mtus})), first=_first(), mtus=mtus)
+    chosen = choose(_read({_ALL, _DEFAULT, *mtus}), first=_first(), mtus=mtus)
     return tuple((name, value) for name, value in chosen if _is_writable(name))
 
 
@@ -121,36 +123,40 @@ def _default(name: str, first: Mapping[str, str]) -> str | None:
 def _first() -> dict[str, str]:
     def make_and_read() -> dict[str, str]:
         kernel.enter_new_network_namespace()
-        return dict(_read({_ALL, _DEFAULT, LOOPBACK}))
+        return _read({_ALL, _DEFAULT, LOOPBACK})
 
     with ThreadPoolExecutor(max_workers=1) as executor:
         return executor.submit(make_and_read).result()
 
 
-def _read(interfaces: Collection[str]) -> Iterator[tuple[str, str]]:
-    directories = [_NETWORK]
-    while directories:
-        directory = directories.pop()
-        with os.scandir(f"{_ROOT}/{directory}") as entries:
-            for entry in entries:
-                name = f"{directory}/{entry.name}"
-                if entry.name in _LEFT_OUT or (directory in _OF_INTERFACES and entry.name not in interfaces):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    directories.append(name)
-                elif (value := _value(entry.path)) is not None:
-                    yield name, value
-
-
-def _value(path: str) -> str | None:
+def _read(interfaces: Collection[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    descriptor = os.open(f"{_ROOT}/{_NETWORK}", _OPENED)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return os.read(descriptor, _VALUE_BYTES).decode(errors="replace").strip()
-        finally:
-            os.close(descriptor)
-    except OSError:  # one that can only be written, or has no value yet, or whose interface went
-        return None
+        _read_directory(_NETWORK, descriptor, interfaces=interfaces, found=found)
+    finally:
+        os.close(descriptor)
+    return found
+
+
+def _read_directory(
+    directory: str, opened: int, *, interfaces: Collection[str], found: dict[str, str]
+) -> None:
+    for entry in os.listdir(opened):
+        if entry in _LEFT_OUT or (directory in _OF_INTERFACES and entry not in interfaces):
+            continue
+        # One that can only be written, or has no value yet, or whose interface went.
+        with contextlib.suppress(OSError):
+            # From directory to directory takes two thirds of the time of whole paths.
+            descriptor = os.open(entry, _OPENED, dir_fd=opened)
+            try:
+                value = os.read(descriptor, _VALUE_BYTES)
+            except IsADirectoryError:
+                _read_directory(f"{directory}/{entry}", descriptor, interfaces=interfaces, found=found)
+            else:
+                found[f"{directory}/{entry}"] = value.decode(errors="replace").strip()
+            finally:
+                os.close(descriptor)
 
 
 def _is_writable(name: str) -> bool:
