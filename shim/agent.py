@@ -16,11 +16,12 @@ from google.protobuf.empty_pb2 import Empty
 
 from proto.kata import agent_pb2, csi_pb2, health_pb2, oci_pb2, types_pb2
 from shim.agent_errors import plain
-from shim.errors import DeadlineExceeded, ShimError, Unavailable
+from shim.errors import DeadlineExceeded, InvalidArgument, ShimError, Unavailable
 from shim.transport.ttrpc_client import TtrpcClient
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Mapping
 
     from google.protobuf.message import Message
 
@@ -313,6 +314,10 @@ class Agent:
         """
         await self._call("OnlineCPUMem", agent_pb2.OnlineCPUMemRequest(wait=True), Empty)
 
+    async def follow_limits(self) -> None:
+        """Have the kernel's limits suit the memory that is left; only Hako's agent can."""
+        await self._diagnose("hako.limits")
+
     async def create_container(self, request: agent_pb2.CreateContainerRequest) -> None:
         """Create a container up to the point where its init waits to be started."""
         if not self.is_hako:
@@ -361,13 +366,31 @@ class Agent:
             "ResumeContainer", agent_pb2.ResumeContainerRequest(container_id=container_id), Empty
         )
 
-    async def update_container(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
-        """Change a container's limits inside the guest."""
+    async def update_container(
+        self,
+        container_id: str,
+        resources: oci_pb2.LinuxResources,
+        *,
+        unified: Mapping[str, str] | None = None,
+    ) -> None:
+        """Change a container's limits inside the guest.
+
+        :param unified: limits as files of the control group, which only Hako's agent can change.
+        :raises InvalidArgument: if another is to.
+        """
+        if unified and not self.is_hako:
+            names = ", ".join(unified)
+            raise InvalidArgument(
+                f"resources: unified: {names}: the guest's agent cannot change it; leave it out"
+            )
         request = agent_pb2.UpdateContainerRequest(container_id=container_id, resources=resources)
         if not self.is_hako:
             _lift(request.resources)
             _leave_out_empty_limits(request.resources)
         await self._call("UpdateContainer", request, Empty)
+        if unified:
+            lines = "\n".join(f"{name}={value}" for name, value in unified.items())
+            await self._diagnose(f"hako.unified {lines}", container_id=container_id, timeout_s=CALL_TIMEOUT_S)
 
     async def resize_volume(self, mount_point: str, *, size_bytes: int) -> None:
         """Let the file system mounted at a path of the guest fill its disk, which has grown to a size."""
@@ -400,10 +423,12 @@ class Agent:
         """
         return await self._diagnose("hako.timeline")
 
-    async def _diagnose(self, log_type: str, *, container_id: str = "") -> str:
+    async def _diagnose(
+        self, log_type: str, *, container_id: str = "", timeout_s: float = PROCESSES_TIMEOUT_S
+    ) -> str:
         request = agent_pb2.GetDiagnosticDataRequest(log_type=log_type, container_id=container_id)
         reply = await self._call(
-            "GetDiagnosticData", request, agent_pb2.GetDiagnosticDataResponse, timeout_s=PROCESSES_TIMEOUT_S
+            "GetDiagnosticData", request, agent_pb2.GetDiagnosticDataResponse, timeout_s=timeout_s
         )
         return reply.data
 

@@ -241,7 +241,7 @@ class Container:
         try:
             self.limits = limits.or_more(limits.updated(resources))
             await self._sandbox.grow()
-            await agent.update_container(self.init.agent_id, request)
+            await agent.update_container(self.init.agent_id, request, unified=resources.get("unified") or {})
             limits = limits.updated(resources)
         finally:
             self.limits = limits

@@ -43,10 +43,12 @@ class Resizer:
 
         :param agent: its agent.
         :param live: the limits of each of its containers.
-        :raises ResourceExhausted: if QEMU or the guest cannot.
+        :raises ResourceExhausted: if it may not be so large, or QEMU or the guest cannot.
         :raises ShimError: if the guest does not put it to use.
         """
         live = list(live)
+        if problem := self._plan.lack_of_huge_pages(live):
+            raise ResourceExhausted(f"grow: {problem}")
         wanted = self._plan.wanted(live)
         async with self._lock:
             try:
@@ -79,7 +81,7 @@ class Resizer:
                 if wanted.memory_bytes < self._size.memory_bytes:
                     await self._set_memory(wanted.memory_bytes)
                     if agent.is_hako:
-                        await agent.online_memory()
+                        await agent.follow_limits()
             except ResizeError as error:
                 log.warning("%s", error)
             await self._pin(cpuset_of(live))

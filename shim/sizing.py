@@ -114,6 +114,21 @@ class Plan:
         """
         return _at_most(self.most, _at_least(self.boot, _with(self.base, live)))
 
+    def lack_of_huge_pages(self, live: Iterable[Limits]) -> str:
+        """Tell whether a machine cannot have its containers' huge pages: those are set aside, unlike memory.
+
+        :param live: the limits of each.
+        :returns: why, in one line; empty if it can.
+        """
+        wanted = sum(each.huge_bytes for each in live)
+        room = max(self.most.memory_bytes, self.boot.memory_bytes) - self.base.memory_bytes
+        if wanted <= room:
+            return ""
+        return (
+            f"hugepageLimits: {wanted // MIB} MiB of huge pages, and the virtual machine has room for "
+            f"{room // MIB} MiB; lower the limits or raise [hypervisor] max_memory_mib"
+        )
+
 
 def limits_of(spec: Mapping[str, Any]) -> Limits:
     """Read a container's limits.

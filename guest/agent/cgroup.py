@@ -98,6 +98,26 @@ def freeze(path: str, *, frozen: bool) -> None:
         os.close(events)
 
 
+def set_limit(path: str, name: str, value: str = "") -> None:
+    """Write to a control file.
+
+    :param path: the cgroup.
+    :param name: the file's.
+    :param value: what to write.
+    :raises AgentError: if there is no such file, or it does not take the value.
+    """
+    try:
+        if "/" in name:
+            raise FileNotFoundError
+        files.write(f"{_ROOT}{path}/{name}", value)
+    except FileNotFoundError:
+        raise AgentError(
+            f"update: {name}: the guest's control groups have no such file; leave it out"
+        ) from None
+    except OSError as error:
+        raise AgentError(f"update: {name} = {value}: {error.strerror}; choose another value") from error
+
+
 def open_kills(path: str) -> int:
     """Open the file that :func:`kills` reads; poll(2) reports its changes as POLLPRI.
 

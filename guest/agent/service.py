@@ -13,6 +13,7 @@ from guest.agent import (
     copyfile,
     files,
     kernel,
+    limits,
     oom,
     rawstreams,
     sizing,
@@ -37,9 +38,11 @@ _MEMORY = "/sys/devices/system/memory"
 _RNDADDTOENTCNT, _RNDRESEEDCRNG = 0x40045201, 0x5207
 _SIGKILL = 9
 _BYTES, _INODES = 1, 2
-_PROCESSES, _TIMELINE, _CLOCK = "hako.processes", "hako.timeline", "hako.clock"
-"""Log types of our own: Kata's protocol has no call that lists a container's processes, or times, or tells
-the time. The last moves the clock, too, by the nanoseconds that follow it."""
+_PROCESSES, _TIMELINE, _LIMITS = "hako.processes", "hako.timeline", "hako.limits"
+_CLOCK, _UNIFIED = "hako.clock", "hako.unified "
+"""Log types of our own, for what Kata's protocol has no call: a container's processes, times of the start,
+the kernel's limits after a loss of memory. Nanoseconds follow the fourth if the clock is to be moved, and
+lines with files of a control group and their values the last."""
 
 
 class Service:
@@ -275,9 +278,16 @@ class Service:
     def _diagnostic_data(self, request: Message, _call: Call) -> Message:
         if request.log_type == _TIMELINE:
             return self._codec.new("grpc.GetDiagnosticDataResponse", data=timeline.report())
+        if request.log_type == _LIMITS:
+            limits.follow()
+            return self._codec.new("grpc.GetDiagnosticDataResponse")
         if request.log_type.startswith(_CLOCK):
             return self._codec.new("grpc.GetDiagnosticDataResponse", data=self._clock(request.log_type))
         container = self._sandbox.container(request.container_id, InvalidArgument)
+        if request.log_type.startswith(_UNIFIED):
+            for line in request.log_type.removeprefix(_UNIFIED).splitlines():
+                cgroup.set_limit(container.cgroup, *line.split("=", 1))
+            return self._codec.new("grpc.GetDiagnosticDataResponse")
         if request.log_type != _PROCESSES:
             raise InvalidArgument(f"diagnostic data: {request.log_type!r}: not kept; ask for {_PROCESSES!r}")
         lines = [f"{pid} {exec_id}" for pid, exec_id in container.processes()]

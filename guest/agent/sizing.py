@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from guest.agent import files, limits, modules, uevent
@@ -57,8 +58,9 @@ def _switch(path: str, wanted: str) -> None:
     try:
         if files.read(path).strip() != wanted:
             files.write(path, wanted)
-    except FileNotFoundError:
-        return  # taken away since
+    except OSError as error:
+        if error.errno not in {errno.ENOENT, errno.ENODEV}:  # taken away since
+            raise
 
 
 def _numbered(directory: str, prefix: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import grpc
 import pytest
 
 from tests.e2e.busybox import IMAGE
@@ -67,6 +68,14 @@ def test_an_update_moves_the_machine_and_the_containers_limits(one_stack: Stack,
     assert limits_there() == [str(128 * MIB), "50000", "100000"]
     update(memory={"limit": 384 * MIB})
     assert seen(one_stack, container) == (2, memory + 256)
-    update(memory={"limit": 256 * MIB})
+    update(memory={"limit": 256 * MIB}, unified={"memory.high": str(200 * MIB)})
     assert seen(one_stack, container) == (2, memory + 128)
     assert limits_there() == [str(256 * MIB), "50000", "100000"]
+    high = containerd.ctr(
+        "tasks", "exec", "--exec-id", new_id(), container, "cat", "/sys/fs/cgroup/memory.high"
+    )
+    assert high.stdout == f"{200 * MIB}\n"
+    with pytest.raises(
+        grpc.RpcError, match=r"update: memory\.low\.not: the guest's control groups have no such"
+    ):
+        update(unified={"memory.low.not": "1"})

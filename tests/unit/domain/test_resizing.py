@@ -44,6 +44,9 @@ class Machine:
     async def use_cpus(self, count):
         self.asked.append(f"use {count}")
 
+    async def follow_limits(self):
+        self.asked.append("follow limits")
+
     async def online_memory(self):
         self.asked.append("online memory")
 
@@ -84,7 +87,15 @@ async def test_growing_takes_nothing_away_and_shrinking_adds_nothing(machine, re
     await resizer.shrink(machine, [SOME, SOME])
     assert machine.take() == []
     await resizer.shrink(machine, [])
-    assert machine.take() == ["vcpus 1", "memory 256", "online memory"]
+    assert machine.take() == ["vcpus 1", "memory 256", "follow limits"]
+
+
+async def test_huge_pages_that_the_machine_has_no_room_for_are_refused_before_it_grows(machine, resizer):
+    with pytest.raises(ResourceExhausted, match=r"hugepageLimits: 3841 MiB of .* room for 3840 MiB"):
+        await resizer.grow(machine, [SOME, Limits(huge_bytes=3841 * MIB)])
+    assert machine.take() == []
+    await resizer.grow(machine, [Limits(huge_bytes=3840 * MIB)])
+    assert "memory 4096" in machine.take()
 
 
 async def test_another_agent_is_not_told_of_memory_that_went(machine, resizer):
@@ -100,7 +111,7 @@ async def test_processors_that_stay_in_the_machine_are_put_out_of_use(machine, r
     await resizer.grow(machine, [SOME])
     machine.take()
     await resizer.shrink(machine, [])
-    assert machine.take() == ["vcpus 1", "use 1", "memory 256", "online memory"]
+    assert machine.take() == ["vcpus 1", "use 1", "memory 256", "follow limits"]
     await resizer.grow(machine, [Limits(quota_us=100_000)])
     assert machine.take() == ["vcpus 2", "use 2"]
 
@@ -123,7 +134,7 @@ async def test_what_the_guest_does_not_give_back_is_logged_and_asked_for_the_nex
     machine.take()
     machine.refusal = None
     await resizer.shrink(machine, [])
-    assert machine.take() == ["memory 256", "online memory"]
+    assert machine.take() == ["memory 256", "follow limits"]
 
 
 async def test_a_machine_is_kept_to_its_containers_processors_and_let_go_again(machine, resizer):

@@ -142,6 +142,33 @@ async def test_limit_is_lifted_in_the_words_that_the_agent_understands(
     ), "what is not mentioned stays"
 
 
+async def test_a_control_file_that_another_agent_would_not_write_is_refused_by_name() -> None:
+    peer = Peer("seccomp")
+    agent = await sandbox_of(peer)
+    with pytest.raises(InvalidArgument, match=r"resources: unified: memory\.high: .*; leave it out"):
+        await agent.update_container("box", oci_pb2.LinuxResources(), unified={"memory.high": "1"})
+    assert peer.asked("UpdateContainer") == []
+
+
+@pytest.mark.parametrize(
+    ("feature", "sent"), [("seccomp", [("2MB", 4 << 20)]), ("hako", [("1GB", 0), ("2MB", 4 << 20)])]
+)
+async def test_only_our_agent_is_told_that_no_huge_pages_are_allowed(
+    feature: str, sent: list[tuple[str, int]]
+) -> None:
+    peer = Peer(feature)
+    agent = await sandbox_of(peer)
+    limits = [
+        oci_pb2.LinuxHugepageLimit(Pagesize=size, Limit=limit)
+        for size, limit in (("1GB", 0), ("2MB", 4 << 20))
+    ]
+    resources = oci_pb2.LinuxResources(HugepageLimits=limits)
+    await agent.update_container("box", resources)
+    (update,) = peer.asked("UpdateContainer")
+    assert isinstance(update, agent_pb2.UpdateContainerRequest)
+    assert [(one.Pagesize, one.Limit) for one in update.resources.HugepageLimits] == sent
+
+
 @pytest.mark.parametrize(
     ("answer", "meaning"),
     [
