@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-JOB_TIMEOUT_S = 30.0  # netlink answers in milliseconds; a busy host may take long to get there
+JOB_TIMEOUT_S = 60.0  # netlink answers in milliseconds; a busy host may take long to get there
 _THREADS = "network namespace"
 
 
