@@ -21,7 +21,7 @@ from shim.transport.ttrpc_client import TtrpcClient
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from google.protobuf.message import Message
 
@@ -55,6 +55,7 @@ CALL_TIMEOUT_S = 60.0  # the protocol's customary limit, Kata's create_container
 PROCESSES_TIMEOUT_S = 1.0  # containerd asks for pids within the 5 s that a restart gives a shim
 STATS_TIMEOUT_S = 1.8  # containerd asks for statistics with a limit of 2 s
 REMOVE_TIMEOUT_S = 7.0  # containerd's CRI lets the end of a task, all of Delete included, take 10 s
+VOLUMES_TIMEOUT_S = 2.0  # part of a Delete, too
 SIGNAL_TIMEOUT_S = 10.0  # a kill must fail, or reach for the machine, before a client gives up
 
 
@@ -282,6 +283,14 @@ class Agent:
                 data=data[offset : offset + COPIED_BYTES],
             )
             await self._call("CopyFile", request, Empty)
+
+    async def change_volumes(self, storages: Iterable[agent_pb2.Storage]) -> None:
+        """Mount volumes that belong to no container, or unmount those that have no source.
+
+        Only Hako's agent can: to a stock one, the request is about the size of memory.
+        """
+        request = agent_pb2.UpdateEphemeralMountsRequest(storages=storages)
+        await self._call("UpdateEphemeralMounts", request, Empty, timeout_s=VOLUMES_TIMEOUT_S)
 
     async def update_interface(self, interface: types_pb2.Interface) -> None:
         """Set a network card up as described; one that is being plugged is waited for."""

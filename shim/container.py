@@ -72,7 +72,9 @@ class Container:
         self.lock = asyncio.Lock()
         self.limits = limits_of(spec)
         self._sandbox = sandbox
-        self._files = ContainerFiles(container_id, bundle=bundle, entries=sandbox.entries)
+        self._files = ContainerFiles(
+            container_id, bundle=bundle, entries=sandbox.entries, followed=sandbox.followed
+        )
         self._hooks = sandbox.hooks(container_id, bundle=bundle, spec=spec)
         self._ending = False
         self._settled = asyncio.Event()
@@ -129,7 +131,7 @@ class Container:
                 await self._files.plug(device, vm=self._sandbox.vm)
             for group in translation.vfio_groups:
                 await self._files.plug_group(group, vm=self._sandbox.vm)
-            self._files.show_volumes(translation, agent=agent)
+            await self._files.show_volumes(translation, agent=agent)
             timeline.note("volumes, devices", lane=lane, began_s=began_s, ended_s=time.monotonic())
             with timeline.phase("streams", lane=lane):
                 transfer = await self._open_streams(self.init)

@@ -23,16 +23,16 @@ from shim.guest_names import agent_id, rootfs_of
 from shim.oci_mount_kinds import OfTheGuest
 from shim.passthrough import devices_of
 from shim.volume_source import opened
-from shim.volumes import Volumes
+from shim.volumes import Shown, Volumes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from hypervisor import Hypervisor
     from proto.containerd.types_pb2 import Mount
-    from proto.kata import oci_pb2
     from shim.agent import Agent
     from shim.disks import DiskDevice, RootDisk
+    from shim.followed_volumes import FollowedVolumes
     from shim.oci import Translation
     from shim.shared_entries import SharedEntries
 
@@ -65,12 +65,17 @@ class ContainerFiles:
     :param container_id: whose.
     :param bundle: its bundle directory.
     :param entries: what the guest has of the host's files beside root file systems.
+    :param followed: those that it keeps up with the host's mounts.
     """
 
-    def __init__(self, container_id: str, *, bundle: Path, entries: SharedEntries) -> None:
+    def __init__(
+        self, container_id: str, *, bundle: Path, entries: SharedEntries, followed: FollowedVolumes
+    ) -> None:
         self._id = container_id
         self._bundle = bundle
         self._entries = entries
+        self._followed = followed
+        self._volumes: Volumes | None = None
         mounted = entries.share.parent / "mounts" / container_id
         self._file_systems = FileSystems(mounted, writable=entries.writable)
         self._shown = contextlib.ExitStack()
@@ -99,6 +104,7 @@ class ContainerFiles:
         source = self._bundle / "rootfs"
         if rootfs:
             source.mkdir(mode=0o711, exist_ok=True)
+            self._entries.disregard(source)
             mounts.mount_all(rootfs, source)
             self._shown.callback(mounts.unmount, source)
         else:
@@ -133,28 +139,30 @@ class ContainerFiles:
                 )
         return spec
 
-    def show_volumes(self, translation: Translation, *, agent: Agent) -> None:
+    async def show_volumes(self, translation: Translation, *, agent: Agent) -> None:
         """Show the volumes, and tell the specification where the guest has them.
 
         :raises ShimError: if one is nothing that can be shared, or cannot be mounted.
         """
-        volumes = Volumes(self._entries, in_parts=agent.is_hako, held=self._shown)
-        sent: list[oci_pb2.Mount] = []
+        shown = Shown(storages=self._storages)
+        self._volumes = Volumes(self._entries, self._followed, agent=agent, shown=shown)
         for mount, shared in zip(translation.spec.Mounts, translation.shared_mounts, strict=True):
             if shared is None:
-                sent.append(mount)
+                shown.mounts.append(mount)
                 continue
             path = self._bundle / shared.source
             huge = huge_pages.volume(path, shared, translation.spec, inherits_group=agent.is_hako)
             if huge is not None:
-                sent.append(huge[0])
-                self._storages.append(huge[1])
+                shown.mounts.append(huge[0])
+                shown.storages.append(huge[1])
                 continue
-            shown = volumes.show(shared, bundle=self._bundle)
-            sent += shown.mounts
-            self._storages += shown.storages
+            await self._volumes.show(shared, bundle=self._bundle)
         del translation.spec.Mounts[:]
-        translation.spec.Mounts.extend(sent)
+        translation.spec.Mounts.extend(shown.mounts)
+        if shown.is_slave:
+            # runc's root is a slave by default, crun's is private.
+            linux = translation.spec.Linux
+            linux.RootfsPropagation = linux.RootfsPropagation or "rslave"
 
     async def plug_root(self, disk: RootDisk, *, vm: Hypervisor) -> None:
         """Give the machine the disk with the root file system.
@@ -284,6 +292,8 @@ class ContainerFiles:
                 await vm.unplug(device_id, timeout_s=UNPLUG_TIMEOUT_S)
             except HypervisorError as error:
                 log.warning("delete: container %s: %s", self._id, error)
+        if self._volumes is not None:
+            await self._volumes.take_back()
         await mounts.run_to_the_end(self._shown.close)
         await self._file_systems.take_back()
 

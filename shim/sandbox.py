@@ -27,6 +27,7 @@ from shim.errors import (
     ShimError,
     Unavailable,
 )
+from shim.followed_volumes import FollowedVolumes
 from shim.hooks import Hooks
 from shim.machine import Machine
 from shim.memory_volumes import MemoryVolumes
@@ -113,6 +114,7 @@ class Sandbox:
         )
         self._group = group
         self.work = Work(group)
+        self.followed = FollowedVolumes(self.entries, work=self.work)
         self._leave = leave
         self._ready: asyncio.Future[Agent] = asyncio.get_running_loop().create_future()
         self._running: asyncio.Task[None] | None = None
@@ -416,6 +418,7 @@ class Sandbox:
     async def stop(self) -> None:
         """Switch the machine off and wait until nothing of it is left; stopping twice is harmless."""
         self.work.give_up()
+        self.followed.stop()
         if self._running is not None:
             self._running.cancel()
             await asyncio.wait({self._running})

@@ -29,7 +29,7 @@ from shim.volume_source import GuestWritable, identity, opened, walk_down
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from shim.mount_table import MountTable, Place
+    from shim.mount_table import HostMount, MountTable, Place
 
 # Such a volume is the pod's alone, so that any container of the pod may stand for all of them.
 _EMPTY_DIR = re.compile(r"(?P<volume>.*/pods/[^/]+/volumes/kubernetes\.io~empty-dir/[^/]+)(/(?P<below>.+))?")
@@ -118,14 +118,12 @@ class Wish:
     :param write: whether the guest is to write in it.
     :param hidden: paths in the source where a mount hides files, which the guest is not to see.
     :param in_parts: whether the guest can take a part of an entry without following links in it.
-    :param follows: whether what the host mounts below it is to be in the entry, which then is no other's.
     """
 
     label: str
     write: bool
     hidden: frozenset[str] = frozenset()
     in_parts: bool
-    follows: bool = False
 
 
 class SharedEntries:
@@ -138,10 +136,23 @@ class SharedEntries:
     def __init__(self, share: Path, *, daemons: Callable[[], Iterable[int]]) -> None:
         self.share = share
         self.writable = GuestWritable()
+        self._own = {str(share.parent)}
         self._daemons = daemons
         self._entries: list[Entry] = []
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
+
+    def disregard(self, path: Path) -> None:
+        """Leave what the shim itself has mounted at or below a path out of :meth:`below`."""
+        self._own.add(str(path.resolve()))
+
+    def below(self, place: Place, table: MountTable) -> list[HostMount]:
+        """List what the host has mounted below a place, the outer before the inner."""
+        return [
+            mount
+            for mount in table.below(place.real)
+            if all(inside(mount.point, path) is None for path in self._own)
+        ]
 
     def hold(self, source: Source, wish: Wish, table: MountTable) -> Part:
         """Have a source in the share until :meth:`release`.
@@ -152,8 +163,7 @@ class SharedEntries:
         :raises ShimError: if it cannot be mounted.
         """
         with self._lock:
-            part = None if wish.follows else self._find(source, wish)
-            part = part or self._add(source, wish, table)
+            part = self._find(source, wish) or self._add(source, wish, table)
             try:
                 if wish.write:
                     self._make_writable(part.entry)
@@ -178,7 +188,9 @@ class SharedEntries:
         place = source.place
         with self._lock:
             for entry in self._entries:
-                below = inside(entry.path, place.path) if entry.file_system == place.file_system else None
+                # A file would be one that nobody can replace by another.
+                is_like = entry.is_directory and entry.file_system == place.file_system
+                below = inside(entry.path, place.path) if is_like else None
                 if not below or any(inside(below, each) is not None for each in without):
                     continue
                 if entry is part.entry or not self._leads_to(part, below, entry.inode):
@@ -196,6 +208,21 @@ class SharedEntries:
         with self._lock:
             part.entry.users -= 1
             self._drop_unused(part.entry)
+
+    def uncover(self, part: Part, below: str) -> None:
+        """Show what was hidden in a source by a mount that has gone.
+
+        :param below: where that was.
+        :raises ShimError: if the cover cannot be unmounted.
+        """
+        with self._lock:
+            if below in part.entry.covers:
+                part.entry.covers -= {below}
+                mounts.unmount(self.share / part.entry.name / below)
+
+    def name(self, label: str) -> str:
+        """Make a name that no other volume of the sandbox has."""
+        return volume_in_share(next(self._numbers), label)
 
     def _find(self, source: Source, wish: Wish) -> Part | None:
         place = source.place
@@ -227,8 +254,6 @@ class SharedEntries:
 
     def _add(self, source: Source, wish: Wish, table: MountTable) -> Part:
         """Add an entry for a source, or for the pod's volume that it is in."""
-        if wish.follows:
-            return Part(self._mount(source, wish, is_pods=False))
         for name in table.names_of(source.place):
             match = _EMPTY_DIR.fullmatch(name)
             if match is None:
@@ -257,7 +282,7 @@ class SharedEntries:
 
     def _mount(self, source: Source, wish: Wish, *, is_pods: bool) -> Entry:
         entry = Entry(
-            name=self._name(wish.label),
+            name=self.name(wish.label),
             file_system=source.place.file_system,
             path=source.place.path,
             inode=source.inode,
@@ -275,35 +300,33 @@ class SharedEntries:
                 target.touch()
                 undo.callback(target.unlink)
             undo.callback(mounts.unmount, target)
-            self._bind(source, target, read_only=not wish.write, follows=wish.follows)
+            self._bind(source, target, read_only=not wish.write)
             for below in wish.hidden:
                 with walk_down(source.descriptor, below) as descriptor:
                     cover = dataclasses.replace(source, descriptor=descriptor)
-                    self._bind(cover, target / below, read_only=True, follows=False)
+                    self._bind(cover, target / below, read_only=True)
             undo.pop_all()
         if wish.write:
             self.writable.add(source.descriptor)
-        if not wish.follows:
-            self._entries.append(entry)
+        self._entries.append(entry)
         return entry
 
     @staticmethod
-    def _bind(source: Source, target: Path, *, read_only: bool, follows: bool) -> None:
+    def _bind(source: Source, target: Path, *, read_only: bool) -> None:
         mounts.bind_opened(
             source.descriptor,
             target,
             read_only=read_only,
             read_only_below=False,
-            recursive=follows,
-            follows=follows,
+            recursive=False,
+            follows=False,
             what=f"bind {source.place.real} on {target}",
         )
 
     def _drop_unused(self, entry: Entry) -> None:
         if entry.users:
             return
-        if entry in self._entries:
-            self._entries.remove(entry)
+        self._entries.remove(entry)
         target = self.share / entry.name
         mounts.unmount(target)
         if entry.is_directory:
@@ -329,8 +352,5 @@ class SharedEntries:
     def _use(self, part: Part, wish: Wish) -> Part:
         part.entry.users += 1
         if part.below not in part.entry.stages:
-            part.entry.stages[part.below] = part.entry.name if not part.below else self._name(wish.label)
+            part.entry.stages[part.below] = part.entry.name if not part.below else self.name(wish.label)
         return part
-
-    def _name(self, label: str) -> str:
-        return volume_in_share(next(self._numbers), label)

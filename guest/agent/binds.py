@@ -2,6 +2,7 @@
 
 The kernel makes a file system of each directory in the share when it is first walked into, and another in
 each mount namespace that does so. So it is walked into here, before a container has a namespace of its own.
+What is mounted in another part afterwards appears in every container that was given that part to follow.
 """
 
 from __future__ import annotations
@@ -16,64 +17,103 @@ from guest.agent.errors import AgentError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
-SHARE = "/run/kata-containers/shared/containers/"
+SHARE = "/run/kata-containers/shared/containers"
+VOLUMES = "/run/kata-containers/sandbox/volumes"
+# linux/mount.h: the flags of mount_setattr(2).
+_ATTRIBUTES = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 0x10, "nodiratime": 0x80}
+_FOLLOWED = "shared"
 
 _lock = _thread.allocate_lock()
 _users: dict[str, int] = {}
 """How many mounts there are of each of the share's directories."""
+_left: set[str] = set()
+"""Those of which there is none any more, and that the host may or may not have taken away."""
 
 
-def add(source: str, target: str) -> Callable[[], None]:
+def add(source: str, target: str, options: Iterable[str]) -> Callable[[], None]:
     """Mount a part of the share.
 
-    :param source: its path. No link in it is followed: a container may have put it there.
-    :param target: where to mount it.
+    No link in a path is followed that a container may have put there.
+
+    :param source: its path in the share.
+    :param target: a new name among the volumes, or a path in one that is mounted already.
+    :param options: flags; and ``shared``, if what is mounted in it later is to appear wherever it is bound.
     :returns: what unmounts it.
-    :raises AgentError: if there is a link in the path.
+    :raises AgentError: if there is a link in a path.
     :raises OSError: if there is no such file, or the kernel refuses.
     """
-    name = source.removeprefix(SHARE).partition("/")[0]
+    name = source.removeprefix(f"{SHARE}/").partition("/")[0]
     with _lock:
         _users[name] = _users.get(name, 0) + 1
         try:
-            _mount(source, target)
+            tree = _mount(source, target, set(options))
         except BaseException:
             _leave(name)
             raise
 
     def end() -> None:
         with _lock:
-            kernel.unmount(target, flags=kernel.MNT_DETACH)
-            (os.rmdir if os.path.isdir(target) else os.unlink)(target)
-            _leave(name)
+            try:
+                _unmount(tree)
+            finally:
+                os.close(tree)
+                _leave(name)
+            if _is_own(target):
+                (os.rmdir if os.path.isdir(target) else os.unlink)(target)
 
     return end
 
 
-def _mount(source: str, target: str) -> None:
-    origin = _open(source)
+def _mount(source: str, target: str, options: set[str]) -> int:
+    """Mount it and return it, open: its path may lead elsewhere when it is to be unmounted."""
+    origin = _open(SHARE, source)
     try:
-        if stat.S_ISDIR(os.fstat(origin).st_mode):
-            files.make_directories(target)
-        else:
-            files.make_directories(os.path.dirname(target))
-            files.create(target, "")
-        kernel.mount(f"/proc/self/fd/{origin}", target, flags=kernel.MS_BIND)
+        tree = kernel.clone_mount(origin)
     finally:
         os.close(origin)
-
-
-def _open(source: str) -> int:
-    here = os.open(SHARE, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        for name in source.removeprefix(SHARE).split("/"):
+        flags = sum(_ATTRIBUTES[one] for one in _ATTRIBUTES.keys() & options)
+        kernel.set_mount(tree, flags, propagation=kernel.MS_SHARED if _FOLLOWED in options else 0)
+        if _is_own(target):
+            files.make_directories(VOLUMES)
+            if stat.S_ISDIR(os.fstat(tree).st_mode):
+                os.mkdir(target)
+            else:
+                files.create(target, "")
+        point = _open(VOLUMES, target)
+        try:
+            kernel.attach_mount(tree, point)
+        finally:
+            os.close(point)
+    except BaseException:
+        os.close(tree)
+        raise
+    return tree
+
+
+def _unmount(tree: int) -> None:
+    try:
+        kernel.unmount(f"/proc/self/fd/{tree}", flags=kernel.MNT_DETACH)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # it has gone with what it was mounted in
+            raise
+
+
+def _is_own(target: str) -> bool:
+    return os.path.dirname(target) == VOLUMES
+
+
+def _open(top: str, path: str) -> int:
+    here = os.open(top, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in path.removeprefix(f"{top}/").split("/"):
             there = _step(name, here)
             os.close(here)
             here = there
             if name in {"", ".", ".."} or stat.S_ISLNK(os.fstat(here).st_mode):
-                raise AgentError(f"storage: {source}: {name!r} is a link, or no name; it is not followed")
+                raise AgentError(f"storage: {path}: {name!r} is a link, or no name; it is not followed")
     except BaseException:
         os.close(here)
         raise
@@ -91,12 +131,26 @@ def _step(name: str, directory: int) -> int:
 
 def _leave(name: str) -> None:
     _users[name] -= 1
-    if _users[name]:
-        return
-    del _users[name]
-    try:
-        # The file system itself, which would keep the host's busy.
-        kernel.unmount(SHARE + name, flags=kernel.MNT_DETACH)
-    except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.ENOENT}:  # no directory, or gone with the host's
-            raise
+    if not _users[name]:
+        del _users[name]
+        try:
+            # The file system itself, which would keep the host's busy.
+            kernel.unmount(f"{SHARE}/{name}", flags=kernel.MNT_DETACH)
+        except OSError as error:
+            if error.errno not in {errno.EINVAL, errno.ENOENT}:  # no directory, or gone with the host's
+                raise
+        _left.add(name)
+    _forget()
+
+
+def _forget() -> None:
+    """Let the kernel forget the names that the host has taken out of the share, which keep its files open."""
+    for name in _left - _users.keys():
+        try:
+            # Asks the host at once, where looking would take the kernel's word for a second.
+            os.mkdir(f"{SHARE}/{name}")
+        except FileExistsError:
+            continue
+        except OSError:
+            pass
+        _left.discard(name)

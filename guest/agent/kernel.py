@@ -36,6 +36,10 @@ _RB_POWER_OFF = 0x4321FEDC
 _AT_FDCWD, _AT_STATX_FORCE_SYNC, _STATX_SIZE = -100, 0x2000, 0x200
 _STATX_BYTES = 256
 _TIMEX_BYTES = 208
+# The system calls that open_tree(2), move_mount(2) and mount_setattr(2) describe.
+_OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
+_AT_EMPTY_PATH, _OPEN_TREE_CLONE, _ATIME = 0x1000, 1, 0x70
+_MOVE_MOUNT_F_EMPTY_PATH, _MOVE_MOUNT_T_EMPTY_PATH = 4, 0x40
 _SYSLOG_ACTION_READ_ALL, _MESSAGES_BYTES = 3, 1 << 18
 
 
@@ -79,7 +83,7 @@ _program = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]  # the pr
 _mount, _umount2, _init_module = _libc("mount"), _libc("umount2"), _libc("init_module")
 _unshare, _setns, _syncfs = _libc("unshare"), _libc("setns"), _libc("syncfs")
 _klogctl, _reboot, _malloc_trim = _libc("klogctl"), _libc("reboot"), _libc("malloc_trim")
-_statx, _adjtimex = _libc("statx"), _libc("adjtimex")
+_statx, _adjtimex, _syscall = _libc("statx"), _libc("adjtimex"), _libc("syscall")
 
 
 def _check(result: int, what: str) -> None:
@@ -116,6 +120,44 @@ def unmount(target: str, *, flags: int = 0) -> None:
     :raises OSError: if the kernel refuses.
     """
     _check(_umount2(target.encode(), flags), target)
+
+
+def clone_mount(fd: int) -> int:
+    """Make a mount of a file or directory alone, mounted nowhere yet, see open_tree(2).
+
+    :param fd: the file or directory.
+    :returns: the mount, open.
+    :raises OSError: if the kernel refuses.
+    """
+    flags = _AT_EMPTY_PATH | _OPEN_TREE_CLONE | os.O_CLOEXEC
+    result = int(_syscall(_Long(_OPEN_TREE), _Long(fd), b"", _Long(flags)))
+    _check(result, "open_tree")
+    return result
+
+
+def set_mount(tree: int, flags: int, *, propagation: int) -> None:
+    """Give a mount more flags and another propagation, see mount_setattr(2).
+
+    :param tree: the mount.
+    :param flags: MOUNT_ATTR_* bits.
+    :param propagation: one of the MS_* bits for that; 0 leaves it.
+    :raises OSError: if the kernel refuses.
+    """
+    cleared = _ATIME if flags & _ATIME else 0
+    fields = b"".join(field.to_bytes(8, "little") for field in (flags, cleared, propagation, 0))
+    arguments = (_Long(tree), b"", _Long(_AT_EMPTY_PATH), fields, _Long(len(fields)))
+    _check(_syscall(_Long(_MOUNT_SETATTR), *arguments), "mount_setattr")
+
+
+def attach_mount(tree: int, target: int) -> None:
+    """Mount what :func:`clone_mount` made, see move_mount(2).
+
+    :param tree: the mount.
+    :param target: the file or directory to mount it on, open.
+    :raises OSError: if the kernel refuses.
+    """
+    flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
+    _check(_syscall(_Long(_MOVE_MOUNT), _Long(tree), b"", _Long(target), b"", _Long(flags)), "move_mount")
 
 
 def load_module(name: str, code: bytes, *, parameters: str = "") -> None:

@@ -140,6 +140,18 @@ class Sandbox:
                 self._shared["pid"] = namespaces.share_pid()
             return self._shared["pid"]
 
+    def change_volume(self, storage: Message) -> None:
+        """Mount a volume that belongs to no container, or unmount it if it has no source.
+
+        :param storage: grpc.Storage.
+        :raises AgentError: if it cannot be mounted.
+        :raises OSError: as above.
+        """
+        if storage.source:
+            self._mounts.hold([storage])
+        else:
+            self._mounts.release([storage.mount_point])
+
     def container(self, container_id: str, error: type[AgentError]) -> Container:
         """Find a container.
 

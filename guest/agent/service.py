@@ -249,7 +249,10 @@ class Service:
 
     def _update_ephemeral_mounts(self, request: Message, _call: Call) -> Message:
         for one in request.storages:
-            storage.resize(one)
+            if one.driver == "bind":  # Hako's own: volumes that the host mounts and unmounts meanwhile
+                self._sandbox.change_volume(one)
+            else:
+                storage.resize(one)
         return self._empty
 
     def _volume_stats(self, request: Message, _call: Call) -> Message:

@@ -91,8 +91,8 @@ def add(storage: Message) -> Callable[[], None] | None:
 
 def _make(storage: Message) -> Callable[[], None] | None:
     match storage.driver:
-        case "bind" if storage.source.startswith(binds.SHARE):
-            return binds.add(storage.source, storage.mount_point)
+        case "bind" if storage.source.startswith(f"{binds.SHARE}/"):
+            return binds.add(storage.source, storage.mount_point, storage.options)
         case "virtio-fs" | "overlayfs":
             _mount(storage, storage.source)
             return lambda: kernel.unmount(storage.mount_point, flags=kernel.MNT_DETACH)

@@ -41,7 +41,7 @@ class Pair:
 
     def in_container(self, number: int, side: str) -> str:
         """Name the directory as a container has it."""
-        return f"/{number}/{getattr(self, side)[1]}".rstrip("/")
+        return f"/{side}/{number}/{getattr(self, side)[1]}".rstrip("/")
 
 
 EMPTY_DIR = "pods/7/volumes/kubernetes.io~empty-dir"
@@ -60,6 +60,8 @@ PAIRS = {
     "a subPath first": Pair((f"{SUBPATH}/whole", ""), (f"{EMPTY_DIR}/whole", "sub")),
     "a bind of it": Pair(("bound", ""), ("elsewhere", "")),
 }
+ARRANGEMENTS = ("two", "one")
+"""Whether two containers have the sides of a pair, or one has both."""
 BINDS = {
     "elsewhere": "bound",
     f"{SUBPATH}/parent": f"{EMPTY_DIR}/parent/sub",
@@ -71,21 +73,26 @@ BINDS = {
 def place(either_stack: Stack) -> Iterator[Path]:
     """The volumes on the host, some of them mounted where the kubelet mounts a subPath."""
     path = either_stack.containerd.home / "sharing"
-    for pair in PAIRS.values():
-        for source, below in (pair.first, pair.second):
-            (path / source / below).mkdir(parents=True, exist_ok=True)
-    subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "tmpfs", path / "tmpfs"], check=True)
-    for target, source in BINDS.items():
-        subprocess.run(["/usr/bin/mount", "--bind", path / source, path / target], check=True)
+    mounted = []
+    for arrangement in ARRANGEMENTS:
+        for pair in PAIRS.values():
+            for source, below in (pair.first, pair.second):
+                (path / arrangement / source / below).mkdir(parents=True, exist_ok=True)
+        mounted.append(path / arrangement / "tmpfs")
+        subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "tmpfs", mounted[-1]], check=True)
+        for target, source in BINDS.items():
+            mounted.append(path / arrangement / target)
+            argv = ["/usr/bin/mount", "--bind", path / arrangement / source, mounted[-1]]
+            subprocess.run(argv, check=True)
     yield path
-    for mounted in ("tmpfs", *BINDS):
-        subprocess.run(["/usr/bin/umount", path / mounted], check=True)
+    for target in mounted:
+        subprocess.run(["/usr/bin/umount", target], check=True)
 
 
 def mounts(place: Path, side: str) -> list[dict[str, Any]]:
     return [
         {
-            "container_path": f"/{number}",
+            "container_path": f"/{side}/{number}",
             "host_path": str(place / getattr(pair, side)[0]),
             "readonly": pair.readonly and pair.served_by != side,
         }
@@ -93,41 +100,48 @@ def mounts(place: Path, side: str) -> list[dict[str, Any]]:
     ]
 
 
-def run(pod: Pod, side: str, place: Path) -> Container:
-    """Run a container that serves its part of the pairs."""
-    served = [
-        pair.in_container(number, side)
-        for number, pair in enumerate(PAIRS.values())
-        if pair.served_by == side
-    ]
-    container = pod.run(side, *image.SHARING_COMMAND, "serve", *served, mounts=mounts(place, side))
+def run(pod: Pod, name: str, place: Path, sides: tuple[str, ...]) -> Container:
+    """Run a container that has one side of the pairs or both, and serves what that side is to serve."""
+    pairs = enumerate(PAIRS.values())
+    served = [pair.in_container(number, pair.served_by) for number, pair in pairs if pair.served_by in sides]
+    given = [mount for side in sides for mount in mounts(place, side)]
+    container = pod.run(name, *image.SHARING_COMMAND, "serve", *served, mounts=given)
     container.wait_for_line("serving")
     return container
 
 
+def meet(container: Container, sides: tuple[str, ...]) -> dict[str, list[str]]:
+    """Return what a container sees of the other side of the pairs that are not served from these sides."""
+    met = {
+        pair.in_container(number, other): name
+        for number, (name, pair) in enumerate(PAIRS.items())
+        for other in ("first", "second")
+        if other in sides and pair.served_by != other
+    }
+    done = container.exec(*image.SHARING_COMMAND, "meet", *met)
+    assert (done.code, done.stderr) == (0, "")
+    return {met[path]: sorted(what) for path, what in json.loads(done.stdout).items()}
+
+
 @pytest.fixture(scope="module")
-def seen(either_stack: Stack, place: Path) -> Iterator[dict[str, list[str]]]:
-    """What the containers have seen of each other, by the kind of pair."""
+def seen(either_stack: Stack, place: Path) -> Iterator[dict[str, dict[str, list[str]]]]:
+    """What was seen of each other, by the arrangement and the kind of pair."""
     pods: list[Pod] = []
     with counted(either_stack):
         try:
             pods.append(run_pod(either_stack, "sharing"))
-            first, second = run(pods[0], "first", place), run(pods[0], "second", place)
-            found: dict[str, list[str]] = {}
-            for side, container in (("first", first), ("second", second)):
-                met = {
-                    pair.in_container(number, side): name
-                    for number, (name, pair) in enumerate(PAIRS.items())
-                    if pair.served_by != side
-                }
-                done = container.exec(*image.SHARING_COMMAND, "meet", *met)
-                assert (done.code, done.stderr) == (0, "")
-                found |= {met[path]: sorted(what) for path, what in json.loads(done.stdout).items()}
-            yield found
+            first = run(pods[0], "first", place / "two", ("first",))
+            second = run(pods[0], "second", place / "two", ("second",))
+            both = run(pods[0], "both", place / "one", ("first", "second"))
+            two = meet(first, ("first",)) | meet(second, ("second",))
+            yield {"two": two, "one": meet(both, ("first", "second"))}
         finally:
             remove_all(pods)
 
 
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 @pytest.mark.parametrize("pair", PAIRS)
-def test_containers_meet_in_a_directory_that_both_have(seen: dict[str, list[str]], pair: str):
-    assert seen[pair] == sorted(READ if PAIRS[pair].readonly else ALL)
+def test_processes_meet_in_a_directory_that_containers_have(
+    seen: dict[str, dict[str, list[str]]], pair: str, arrangement: str
+):
+    assert seen[arrangement][pair] == sorted(READ if PAIRS[pair].readonly else ALL)
