@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hypervisor import DiskLimits
+from shim.guest_devices import allows_everything, is_of_the_guest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -107,7 +108,7 @@ def disk_devices(linux: Mapping[str, Any]) -> list[DiskDevice]:
         return []
     found = []
     for device in linux.get("devices") or []:
-        if device.get("type") == "b":
+        if device.get("type") == "b" and not is_of_the_guest(device, linux):
             number = int(device.get("major") or 0), int(device.get("minor") or 0)
             found.append(
                 DiskDevice(
@@ -119,11 +120,6 @@ def disk_devices(linux: Mapping[str, Any]) -> list[DiskDevice]:
                 )
             )
     return found
-
-
-def allows_everything(rules: Iterable[Mapping[str, Any]]) -> bool:
-    """Tell a privileged container, which is allowed everything and lists every device, wanted or not."""
-    return any(rule.get("allow") and rule.get("major") is None for rule in rules)
 
 
 def limits_of(resources: Mapping[str, Any], number: tuple[int, int]) -> DiskLimits:

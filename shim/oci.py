@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from proto.kata import oci_pb2
 from shim import shared_memory
 from shim.agent import SHARE_DIRECTORY
-from shim.disks import DiskDevice, allows_everything, disk_devices, without_limits_of
+from shim.disks import DiskDevice, disk_devices, without_limits_of
 from shim.errors import InvalidArgument
+from shim.guest_devices import allows_everything, is_of_the_guest, offered
 from shim.guest_names import agent_id
 from shim.network.namespace import namespace_of
 from shim.oci_fields import copy
@@ -30,13 +31,6 @@ if TYPE_CHECKING:
 _GUEST_NAMESPACES = ("ipc", "uts", "mount")
 # Made by the agent in every container's /dev; naming them again is an error in Kata's agent.
 _DEFAULT_DEVICES = frozenset(f"/dev/{name}" for name in ("null", "zero", "full", "tty", "random", "urandom"))
-# Character devices that every Linux has under the same number: memory, terminals, and tun and fuse.
-_MEMORY, _TERMINAL, _MISCELLANEOUS = 1, 5, 10
-_GUEST_DEVICES = frozenset(
-    {(_MEMORY, minor) for minor in (3, 5, 7, 8, 9, 11)}
-    | {(_TERMINAL, minor) for minor in (0, 1, 2)}
-    | {(_MISCELLANEOUS, minor) for minor in (200, 229)}
-)
 _EPERM = 1
 _DEVICE_MODE = 0o666  # crun's
 # What the protocol has no field for travels as an annotation; an agent that does not know it ignores it.
@@ -193,8 +187,7 @@ def _devices(linux: dict[str, Any]) -> list[dict[str, Any]]:
         path, kind = device["path"], device.get("type") or ""
         if path in _DEFAULT_DEVICES:
             continue
-        number = (device.get("major") or 0, device.get("minor") or 0)
-        if kind == "p" or (kind in {"c", "u"} and number in _GUEST_DEVICES):
+        if is_of_the_guest(device, linux):
             kept.append(device)
         elif kind == "b" and not everything:
             kept.append(device)  # as a disk of the machine; the agent gives it its number there
@@ -203,7 +196,8 @@ def _devices(linux: dict[str, Any]) -> list[dict[str, Any]]:
                 f"spec: linux.devices: {path}: a device of the host does not exist in the guest; leave it out"
             )
     # To a stock agent no mode is the mode of what has that path in the guest, which may be nothing.
-    return [{**device, "fileMode": device.get("fileMode") or _DEVICE_MODE} for device in kept]
+    listed = [{**device, "fileMode": device.get("fileMode") or _DEVICE_MODE} for device in kept]
+    return listed + offered(linux)
 
 
 def _resources(resources: dict[str, Any], *, annotations: dict[str, str]) -> dict[str, Any]:

@@ -203,9 +203,27 @@ def test_a_device_whose_mode_nobody_gave_has_one() -> None:
 
 def test_a_privileged_container_gets_those_devices_of_its_long_list_that_the_guest_has() -> None:
     resources = {"devices": [{"allow": True, "access": "rwm"}]}
-    (device,) = translated(linux={"devices": DEVICES, "resources": resources}).spec.Linux.Devices
+    device, *offered = translated(linux={"devices": DEVICES, "resources": resources}).spec.Linux.Devices
+    paths = [other.Path for other in offered]
+    assert {"/dev/fuse", "/dev/sda"}.isdisjoint(paths)
+    assert {"/dev/loop-control", "/dev/loop0", "/dev/net/tun"} < set(paths), "as an ordinary host has them"
     assert (device.Path, device.Type, device.Major, device.Minor) == ("/dev/fuse", "c", 10, 229)
     assert (device.FileMode, device.UID, device.GID) == (0o666, 1, 2)
+
+
+def test_a_loop_device_is_the_guests_own_beside_what_makes_them_and_a_disk_of_the_host_otherwise() -> None:
+    loop = {"path": "/dev/loop0", "type": "b", "major": 7, "minor": 0}
+    control = {"path": "/dev/loop-control", "type": "c", "major": 10, "minor": 237}
+    assert translated(linux={"devices": [loop, control]}).disks == ()
+    assert [disk.major for disk in translated(linux={"devices": [loop]}).disks] == [7]
+
+
+def test_a_container_with_a_user_namespace_is_offered_no_devices() -> None:
+    linux = {
+        "namespaces": [{"type": "user"}, {"type": "network"}],
+        "resources": {"devices": [{"allow": True, "access": "rwm"}]},
+    }
+    assert not translated(linux=linux).spec.Linux.Devices
 
 
 def test_a_character_device_of_the_host_is_refused_by_name() -> None:

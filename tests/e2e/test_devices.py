@@ -1,0 +1,49 @@
+"""Device files that a container may use without the host having made them ready."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.interpreter import interpreter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.e2e.conftest import Stack
+    from tests.e2e.interpreter import Interpreter
+
+NODES = ["fuse", "loop-control", "net/tun"]
+SIZE = "16M"
+
+
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("volume")
+
+
+@pytest.fixture(scope="module")
+def box(either_stack: Stack, volume: Path) -> Iterator[Interpreter]:
+    """A privileged container."""
+    with interpreter(either_stack, binds={volume: "/volume"}, options=["--privileged"]) as opened:
+        yield opened
+
+
+def test_a_privileged_container_mounts_a_file_through_a_loop_device(box: Interpreter, volume: Path):
+    disk = volume / "disk"
+    subprocess.run(["/usr/sbin/mkfs.ext4", "-q", disk, SIZE], check=True, stderr=subprocess.DEVNULL)
+    box.execute("sh", "-c", "mkdir -p /mnt && /usr/bin/mount -o loop /volume/disk /mnt")
+    box.execute("sh", "-c", "echo kept > /mnt/file && /usr/bin/umount /mnt")
+    listing = subprocess.run(
+        ["/usr/sbin/debugfs", "-R", "cat /file", disk], check=True, capture_output=True, text=True
+    )
+    assert listing.stdout == "kept\n"
+    assert "/volume/disk" not in box.execute("/usr/sbin/losetup", "--list", "--noheadings")
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_a_privileged_container_opens_what_a_module_serves(box: Interpreter, node: str):
+    box.execute("sh", "-c", f"exec 3<> /dev/{node}")
