@@ -28,6 +28,10 @@ SHARE = "share"
 
 _HELP_TIMEOUT_S = 5.0
 
+_TRUSTED = ":map:trusted.:user.virtiofs.:"
+"""Trusted attributes have another name on the host: the daemon may not set them, and an overlay
+that a container mounts with its upper directory on a volume needs them."""
+
 _TIMEOUT_S = 0.1
 """How long the guest takes names and attributes for what they were; the daemons' own value is 1 s.
 
@@ -100,7 +104,7 @@ def daemon_argv(virtiofsd: Path, dialect: Dialect, *, fd: int, source: Path) -> 
     match dialect:
         case Dialect.C:
             options = (
-                f"source={source},cache=auto,timeout={_TIMEOUT_S},announce_submounts,xattr,posix_acl,"
+                f"source={source},cache=auto,timeout={_TIMEOUT_S},announce_submounts,xattrmap={_TRUSTED},posix_acl,"
                 "killpriv_v2,sandbox=namespace,log_level=err"
             )
             return [str(virtiofsd), f"--fd={fd}", "-o", options]
@@ -112,6 +116,7 @@ def daemon_argv(virtiofsd: Path, dialect: Dialect, *, fd: int, source: Path) -> 
                 "--cache=auto",
                 "--announce-submounts",
                 "--xattr",
+                f"--xattrmap={_TRUSTED}",
                 "--posix-acl",
                 "--killpriv-v2",
                 "--sandbox=namespace",

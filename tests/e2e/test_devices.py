@@ -1,4 +1,4 @@
-"""Device files that a container may use without the host having made them ready."""
+"""What a privileged container may mount, and device files that it need not make ready for that."""
 
 from __future__ import annotations
 
@@ -47,3 +47,37 @@ def test_a_privileged_container_mounts_a_file_through_a_loop_device(box: Interpr
 @pytest.mark.parametrize("node", NODES)
 def test_a_privileged_container_opens_what_a_module_serves(box: Interpreter, node: str):
     box.execute("sh", "-c", f"exec 3<> /dev/{node}")
+
+
+def test_a_privileged_container_mounts_an_overlay_whose_upper_directory_is_on_a_volume(box: Interpreter):
+    box.execute(
+        "sh",
+        "-ec",
+        """
+        mkdir -p /volume/lower/gone /volume/upper /volume/work /overlay
+        echo old > /volume/lower/file; echo old > /volume/lower/gone/file
+        /usr/bin/mount -t overlay overlay \\
+            -o lowerdir=/volume/lower,upperdir=/volume/upper,workdir=/volume/work /overlay
+        echo new > /overlay/file; rm -r /overlay/gone; mkdir /overlay/gone; mv /overlay/gone /overlay/moved
+        echo kept > /overlay/moved/file
+        umount /overlay
+        /usr/bin/mount -t overlay overlay -o lowerdir=/volume/upper:/volume/lower /overlay
+    """,
+    )
+    assert box.execute("sh", "-c", "cd /overlay && find . -type f | sort | xargs grep .").split() == [
+        "./file:new",
+        "./moved/file:kept",
+    ]
+    assert box.execute("cat", "/volume/lower/file", "/volume/lower/gone/file") == "old\nold\n"
+    box.execute("umount", "/overlay")
+    box.execute(
+        "rm", "-r", "/volume/lower", "/volume/upper", "/volume/work"
+    )  # the next box has this volume, too
+
+
+def test_a_privileged_container_keeps_trusted_attributes(box: Interpreter):
+    box.execute("touch", "/volume/trusted")
+    program = (
+        "import os; os.setxattr('/volume/trusted', 'trusted.x', b'1'); print(os.listxattr('/volume/trusted'))"
+    )
+    assert box.execute("/usr/bin/python3", "-c", program) == "['trusted.x']\n"
