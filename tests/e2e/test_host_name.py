@@ -31,7 +31,7 @@ def run_as(stack: Stack, place: Path, hostname: str) -> Result:
     """Have a container print its host's name."""
     name = new_id()
     config = place / f"{name}.json"
-    config.write_text(json.dumps({**specification(place, ("hostname",), []), "hostname": hostname}))
+    config.write_text(json.dumps({**specification(place, ("hostname",), [], {}), "hostname": hostname}))
     try:
         return stack.containerd.ctr("run", "--runtime", stack.containerd.runtime, "--config", config, name)
     finally:
