@@ -27,7 +27,10 @@ from shim.errors import (
     ShimError,
     Unavailable,
 )
-from shim.oci import refusing_malformed, translate, translate_process, translate_resources
+from shim.inheritance import handed_down
+from shim.oci import translate, translate_resources
+from shim.oci_fields import refusing_malformed
+from shim.oci_process import translate_exec
 from shim.process import Input, Process, State
 from shim.sizing import limits_of
 from shim.stdio import Stdio, open_streams
@@ -124,6 +127,7 @@ class Container:
                 sandbox_id=self._sandbox.id,
                 terminal=self.init.stdio.terminal,
                 seccomp=agent.supports_seccomp,
+                inheritance=handed_down(agent),
             )
             if disk is not None:
                 await self._files.plug_root(disk, vm=self._sandbox.vm)
@@ -217,12 +221,10 @@ class Container:
             self._sandbox.publish(*task_events.resumed(self.id))
 
     async def _freeze(self) -> None:
-        agent = await self._sandbox.agent()
-        await agent.pause_container(self.init.agent_id)
+        await (await self._sandbox.agent()).pause_container(self.init.agent_id)
 
     async def _thaw(self) -> None:
-        agent = await self._sandbox.agent()
-        await agent.resume_container(self.init.agent_id)
+        await (await self._sandbox.agent()).resume_container(self.init.agent_id)
 
     async def update(self, resources: dict[str, Any]) -> None:
         """Change the container's limits, and with them the machine: it is never smaller than they are.
@@ -311,7 +313,7 @@ class Container:
             request = agent_pb2.ExecProcessRequest(
                 container_id=self.init.agent_id,
                 exec_id=process.agent_id,
-                process=translate_process(process.spec, terminal=process.stdio.terminal),
+                process=translate_exec(process, of=self.spec, inheritance=handed_down(agent)),
             )
             transfer.announce(request)
             await agent.exec_process(request)
@@ -411,8 +413,6 @@ class Container:
             log.warning("delete: container %s: not removed from the guest: %s", self.id, error)
             if isinstance(error, DeadlineExceeded) and not self._sandbox.has_other_uses(self.id):
                 await self._sandbox.switch_off(f"the guest did not remove {self.init}, its last: {error}")
-
-    # -- streams and exit ---------------------------------------------------------------------------
 
     def _follow(self, process: Process, agent: Agent) -> None:
         if process.streams is None or process.transfer is None:

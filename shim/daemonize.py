@@ -46,6 +46,8 @@ def take_attributes(*, of: int) -> None:
             score = min(int(file.read()) + 1, _MAX_OOM_SCORE_ADJ)
         with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
             file.write(str(score))
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, of))
     if os.environ.get("SCHED_CORE"):
         with contextlib.suppress(OSError):
             kernel.create_core_scheduling_cookie()

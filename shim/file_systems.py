@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from shim import kernel, mounts
 from shim.errors import Internal, InvalidArgument, ShimError
-from shim.oci import refusing_malformed
+from shim.oci_fields import refusing_malformed
 from shim.oci_mount_kinds import FileSystem, Kind, describe, file_system_of, kind_of, split_layers, unescaped
 from shim.volume_source import found
 

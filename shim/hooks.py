@@ -26,8 +26,7 @@ from hypervisor import printable
 from proto.kata import oci_pb2
 from shim import kernel
 from shim.errors import Internal, InvalidArgument
-from shim.oci import refusing_malformed
-from shim.oci_fields import copy
+from shim.oci_fields import copy, refusing_malformed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from shim import host_tmpfs
 from shim.agent import MEMORY_DIRECTORY, PARTS_DIRECTORY
 from shim.errors import Internal, InvalidArgument, ShimError
-from shim.oci import refusing_malformed
+from shim.oci_fields import refusing_malformed
 from shim.oci_mount_kinds import OfTheGuest
 from shim.shared_memory import is_bind
 from shim.volume_source import found

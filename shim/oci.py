@@ -8,7 +8,6 @@ honour a wish silently dropping it would be a lie, so it is refused with the fie
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +19,13 @@ from shim.errors import InvalidArgument
 from shim.guest_devices import allows_everything, is_of_the_guest, offered
 from shim.guest_names import agent_id
 from shim.network.namespace import namespace_of
-from shim.oci_fields import copy
+from shim.oci_fields import copy, refusing_malformed
 from shim.oci_mounts import SharedMount, rewrite_mount
+from shim.oci_process import translate_process, umask_of
 from shim.passthrough import is_vfio, vfio_groups
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from shim.inheritance import Inheritance
 
 # The guest gives every container a private one or the sandbox's; the host's are meaningless in it.
 _GUEST_NAMESPACES = ("ipc", "uts", "mount")
@@ -36,6 +36,7 @@ _DEVICE_MODE = 0o666  # crun's
 # What the protocol has no field for travels as an annotation; an agent that does not know it ignores it.
 _UNIFIED = "io.hako.unified/"
 _DEFAULT_ERRNO = "io.hako.seccomp/default-errno"
+_UMASK = "io.hako.process/umask"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ def translate(
     sandbox_id: str,
     terminal: bool,
     seccomp: bool,
+    inheritance: Inheritance,
 ) -> Translation:
     """Translate a container's specification.
 
@@ -66,6 +68,7 @@ def translate(
     :param sandbox_id: the id of its sandbox on the host.
     :param terminal: the request's own flag, which wins over the specification's.
     :param seccomp: whether the guest can apply a profile; if not, the profile is left out.
+    :param inheritance: what a runtime would hand down to a process.
     :raises InvalidArgument: if the specification is malformed or asks for what a guest cannot give.
     """
     with refusing_malformed(f"config.json of {container_id}"):
@@ -76,27 +79,16 @@ def translate(
             else rewrite_mount(entry)
             for entry in spec.get("mounts") or []
         ]
-        return _translate(spec, mounts, container_id=container_id, terminal=terminal, seccomp=seccomp)
-
-
-@contextmanager
-def refusing_malformed(what: str) -> Iterator[None]:
-    """Turn what reading JSON of the wrong shape raises into a refusal.
-
-    :param what: how the message begins.
-    """
-    try:
-        yield
-    except (TypeError, AttributeError, KeyError, ValueError, OverflowError) as error:
-        raise InvalidArgument(f"{what}: malformed: {error}") from error
+        process = translate_process(spec.get("process") or {}, terminal=terminal, inheritance=inheritance)
+        return _translate(spec, mounts, process, container_id=container_id, seccomp=seccomp)
 
 
 def _translate(
     spec: dict[str, Any],
     mounts: list[tuple[dict[str, Any], SharedMount | None]],
+    process: oci_pb2.Process,
     *,
     container_id: str,
-    terminal: bool,
     seccomp: bool,
 ) -> Translation:
     namespace_of(spec)  # who asks for the host's network wants to be reached there, and would wait in vain
@@ -105,6 +97,9 @@ def _translate(
     resources = without_limits_of(linux.get("resources") or {}, [(disk.major, disk.minor) for disk in disks])
     linux = {**linux, "resources": resources}
     annotations = dict(spec.get("annotations") or {})
+    umask = umask_of(spec.get("process") or {})
+    if umask is not None:
+        annotations[_UMASK] = str(umask)
     rewritten = {
         "ociVersion": "1.0.2",
         **{key: value for key, value in spec.items() if key not in {"process", "domainname"}},
@@ -116,7 +111,7 @@ def _translate(
     if spec.get("domainname"):
         sysctl = {**(linux.get("sysctl") or {}), "kernel.domainname": spec["domainname"]}
         rewritten["linux"]["sysctl"] = sysctl
-    message = oci_pb2.Spec(Process=translate_process(spec.get("process") or {}, terminal=terminal))
+    message = oci_pb2.Spec(Process=process)
     copy(rewritten, message, path="")
     message.ClearField("Hooks")  # even an empty one keeps an agent from its own
     return Translation(
@@ -126,22 +121,6 @@ def _translate(
         tuple(() if allows_everything(resources.get("devices") or []) else vfio_groups(linux)),
         sandbox_pidns=any(n.get("type") == "pid" and n.get("path") for n in linux.get("namespaces") or []),
     )
-
-
-def translate_process(process: dict[str, Any], *, terminal: bool) -> oci_pb2.Process:
-    """Translate an OCI process, whole: of a container's init or of an exec.
-
-    :raises InvalidArgument: if it is malformed, names no program, or asks for what a guest cannot give.
-    """
-    message = oci_pb2.Process()
-    # Present even when empty: an agent reads an absent message as "as the container has".
-    message.Capabilities.SetInParent()
-    message.User.SetInParent()
-    with refusing_malformed("process"):
-        if not process.get("args"):
-            raise InvalidArgument("process: args is empty; name the program to run")
-        copy({"cwd": "/", **process, "terminal": terminal}, message, path="process")
-    return message
 
 
 def translate_resources(resources: dict[str, Any]) -> oci_pb2.LinuxResources:

@@ -9,6 +9,7 @@ https://github.com/opencontainers/runtime-spec/tree/v1.2.0
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from shim.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from google.protobuf.descriptor import FieldDescriptor
     from google.protobuf.message import Message
@@ -88,7 +89,7 @@ ROWS: tuple[Row, ...] = (
     *_sent("process", "consoleSize.height", "consoleSize.width", "args", "env", "cwd", "noNewPrivileges"),
     *_sent("process", "oomScoreAdj", "rlimits.type", "rlimits.soft", "rlimits.hard"),
     *_sent("process.user", "uid", "gid", "additionalGids"),
-    _refused("process.user.umask", _NO_WORD, harmless=(0o022,)),
+    _replaced("process.user.umask", "the message has no such field; it is sent as an annotation"),
     _dropped("process.user.username", "only Windows uses it"),
     *_sent("process.capabilities", "bounding", "effective", "permitted", "inheritable", "ambient"),
     _dropped("process.apparmorProfile", _HOST_POLICY),
@@ -237,3 +238,15 @@ def _copy_value(value: Any, message: Message, field: FieldDescriptor) -> None:
         getattr(message, field.name).extend(value)
     else:
         raise TypeError(f"{field.name}: {type(value).__name__} is not a list")
+
+
+@contextmanager
+def refusing_malformed(what: str) -> Iterator[None]:
+    """Turn what reading JSON of the wrong shape raises into a refusal.
+
+    :param what: how the message begins.
+    """
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError, ValueError, OverflowError) as error:
+        raise InvalidArgument(f"{what}: malformed: {error}") from error

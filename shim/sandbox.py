@@ -31,7 +31,7 @@ from shim.followed_volumes import FollowedVolumes
 from shim.hooks import Hooks
 from shim.machine import Machine
 from shim.memory_volumes import MemoryVolumes
-from shim.oci import refusing_malformed
+from shim.oci_fields import refusing_malformed
 from shim.pause_container import PauseContainer
 from shim.pod import check_names, check_pod, is_pause, with_files, with_sysctls, write_files
 from shim.shared_entries import SharedEntries

@@ -5,7 +5,7 @@ from __future__ import annotations
 import _thread
 import os
 
-from guest.agent import cgroup, files, hugepages, jsonout, kernel, oci, oom, runtime
+from guest.agent import cgroup, files, hugepages, jsonout, kernel, oci, oom, passwd, runtime
 from guest.agent import devices as device_nodes
 from guest.agent.console import log
 from guest.agent.errors import AgentError, NotFound, cause
@@ -75,11 +75,14 @@ class Container:
         device_nodes.add(document["linux"], nodes)
         self.shares_pid = any(one["type"] == "pid" and "path" in one for one in namespaces)
         self._capabilities = document["process"].get("capabilities")
+        self._umask = document["process"]["user"].get("umask")
         self._mount_root(spec.Root.Path)
         try:
+            passwd.give_home(document["process"], root=self._rootfs, mounts=document["mounts"])
             config = jsonout.dumps(document)
-            terminal = spec.Process.Terminal
-            self.init = Process(runtime.create(container_id, config, bundle=self._bundle, terminal=terminal))
+            self.init = Process(
+                runtime.create(container_id, config, bundle=self._bundle, process=document["process"])
+            )
         except BaseException:
             self._discard()
             raise
@@ -118,6 +121,9 @@ class Container:
         document = oci.process(message)
         if "capabilities" not in document and self._capabilities is not None:
             document["capabilities"] = self._capabilities
+        if self._umask is not None:
+            document["user"]["umask"] = self._umask
+        passwd.give_home(document, root=f"/proc/{self.init.pid}/root")
         with self._lock:
             if exec_id in self._execs or exec_id in {"", self.id}:
                 raise AgentError(f"exec: {exec_id}: the id exists already; choose another")
@@ -137,9 +143,7 @@ class Container:
         files.create(path, jsonout.dumps(document), mode=0o600)
         try:
             return Process(
-                runtime.launch(
-                    ["exec", "--detach", f"--process={path}"], self.id, terminal=document["terminal"]
-                )
+                runtime.launch(["exec", "--detach", f"--process={path}"], self.id, process=document)
             )
         finally:
             os.unlink(path)

@@ -6,7 +6,13 @@ The part in Python defines every type there is, when it is imported: a twentieth
 from __future__ import annotations
 
 import _ctypes
+import errno
 import os
+import struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 MS_RDONLY = 1
 MS_NOSUID = 2
@@ -41,6 +47,11 @@ _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
 _AT_EMPTY_PATH, _OPEN_TREE_CLONE, _ATIME = 0x1000, 1, 0x70
 _MOVE_MOUNT_F_EMPTY_PATH, _MOVE_MOUNT_T_EMPTY_PATH = 4, 0x40
 _SYSLOG_ACTION_READ_ALL, _MESSAGES_BYTES = 3, 1 << 18
+_SPAWN_SETSIGDEF, _SPAWN_SETSIGMASK, _SPAWN_SETSID = 0x04, 0x08, 0x80
+_SPAWN_STATE_BYTES = 512  # more than either of the C library's two structures has
+_EVERY_SIGNAL = b"\xff" * 128
+_ARGUMENTS_BYTES = 1 << 14
+_SYS_OPENAT2, _RESOLVE_IN_ROOT = 437, 0x10
 
 
 class _Int(_ctypes._SimpleCData):  # type: ignore[type-arg]  # noqa: SLF001  what ctypes makes c_int of
@@ -68,6 +79,16 @@ class _Status(_ctypes.Array):  # type: ignore[type-arg]  # as above
 class _Timex(_ctypes.Array):  # type: ignore[type-arg]  # as above
     _type_ = _Char
     _length_ = _TIMEX_BYTES
+
+
+class _Arguments(_ctypes.Array):  # type: ignore[type-arg]  # as above
+    _type_ = _Char
+    _length_ = _ARGUMENTS_BYTES
+
+
+class _SpawnState(_ctypes.Array):  # type: ignore[type-arg]  # as above
+    _type_ = _Char
+    _length_ = _SPAWN_STATE_BYTES
 
 
 class _Function(_ctypes.CFuncPtr):
@@ -217,6 +238,91 @@ def ask_size(path: str) -> None:
     """
     result = _statx(_AT_FDCWD, path.encode(), _AT_STATX_FORCE_SYNC, _STATX_SIZE, _Status())
     _check(result, path)
+
+
+def open_in(root: str, path: str) -> int:
+    """Open a file for reading as a process with another root would, see openat2(2).
+
+    :param root: the directory that absolute paths and links start at.
+    :param path: the file.
+    :returns: a descriptor; to open a FIFO or a device does not wait.
+    :raises OSError: if there is no such file, or it cannot be opened.
+    """
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        how = struct.pack(
+            "QQQ", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0, _RESOLVE_IN_ROOT
+        )
+        fd: int = _syscall(_Long(_SYS_OPENAT2), directory, path.encode(), how, _Long(len(how)))
+        _check(fd, path)
+        return fd
+    finally:
+        os.close(directory)
+
+
+_spawn, _spawn_init = _libc("posix_spawn"), _libc("posix_spawnattr_init")
+_spawn_flags, _spawn_defaults = _libc("posix_spawnattr_setflags"), _libc("posix_spawnattr_setsigdefault")
+_actions_init, _actions_dup2, _actions_destroy = (
+    _libc(f"posix_spawn_file_actions_{name}") for name in ("init", "adddup2", "destroy")
+)
+
+
+def spawn(path: str, argv: list[str], environment: Mapping[str, str], stdio: Iterable[int]) -> int:
+    """Start a program in a session of its own that ignores and blocks no signal, see posix_spawn(3).
+
+    ``os.posix_spawn`` cannot name signals 32 and 33, and the C library has the program ignore these unless
+    they are named.
+
+    :param path: the program.
+    :param argv: its name and arguments.
+    :param environment: its environment.
+    :param stdio: descriptors for its 0, 1 and 2.
+    :returns: its process id.
+    :raises OSError: if it cannot be started.
+    """
+    attributes, actions = _SpawnState(), _SpawnState()
+    _spawn_init(attributes)
+    _spawn_flags(attributes, _SPAWN_SETSIGDEF | _SPAWN_SETSIGMASK | _SPAWN_SETSID)
+    _spawn_defaults(attributes, _EVERY_SIGNAL)
+    variables = [f"{name}={value}" for name, value in environment.items()]
+    memory = bytearray(_ARGUMENTS_BYTES)
+    start = _ctypes.addressof(_Arguments.from_buffer(memory))
+    laid_out = _laid_out(argv, variables, start=start)
+    memory[: len(laid_out)] = laid_out
+    pid = _Int()
+    _actions_init(actions)
+    try:
+        for number, fd in enumerate(stdio):
+            _actions_dup2(actions, fd, number)
+        second = _Long(start + 8 * (len(argv) + 1))
+        failure = _spawn(
+            _Long(_ctypes.addressof(pid)), path.encode(), actions, attributes, _Long(start), second
+        )
+    finally:
+        _actions_destroy(actions)
+    if failure:
+        raise OSError(failure, os.strerror(failure), path)
+    process: int = pid.value
+    return process
+
+
+def _laid_out(*lists: list[str], start: int) -> bytes:
+    """Lay lists of strings out as C wants them: all pointers, with a null after each list, and the strings.
+
+    :param start: the address that the result will have.
+    :raises OSError: if it is too long.
+    """
+    pointers, strings = [], b""
+    first = start + 8 * sum(len(one) + 1 for one in lists)
+    for one in lists:
+        for text in one:
+            pointers.append(first + len(strings))
+            strings += os.fsencode(text) + b"\0"
+        pointers.append(0)
+    result = struct.pack(f"{len(pointers)}Q", *pointers) + strings
+    if len(result) > _ARGUMENTS_BYTES:
+        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+    return result
 
 
 def messages() -> bytes:

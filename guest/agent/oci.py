@@ -22,6 +22,7 @@ _WITH_ERRNO = frozenset({"SCMP_ACT_ERRNO", "SCMP_ACT_TRACE"})
 # The protocol has no field for these; a host that knows this agent sends them as annotations.
 _UNIFIED = "io.hako.unified/"
 _DEFAULT_ERRNO = "io.hako.seccomp/default-errno"
+_UMASK = "io.hako.process/umask"
 
 
 def process(message: Message) -> dict[str, Any]:
@@ -84,6 +85,8 @@ def spec(message: Message, *, rootfs: str, namespaces: list[dict[str, str]], cgr
         "linux": _linux(message.Linux, namespaces=namespaces, cgroup=cgroup),
     }
     _apply_annotations(document["linux"], message.Annotations)
+    if _UMASK in message.Annotations:
+        document["process"]["user"]["umask"] = int(message.Annotations[_UMASK])
     # A joined UTS namespace keeps the name that CreateSandbox gave it.
     if message.Hostname and {"type": "uts"} in namespaces:
         document["hostname"] = message.Hostname

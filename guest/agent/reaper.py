@@ -7,6 +7,8 @@ import os
 import select
 import time
 
+from guest.agent import files, kernel
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -49,7 +51,11 @@ class Exit:
         os.close(self.fd)
 
 
+_OOM_SCORE_ADJ = "/proc/self/oom_score_adj"
+
 _lock = _thread.allocate_lock()
+# A child inherits the agent's own score, which is nobody else's business meanwhile.
+_spawning = _thread.allocate_lock()
 _watched: dict[int, Exit] = {}
 _unclaimed: dict[int, int] = {}
 _launching = 0
@@ -108,23 +114,26 @@ class Launch:
             end.set(status)
         return end
 
-    def spawn(self, path: str, argv: list[str], stdio: Iterable[int]) -> tuple[int, Exit]:
+    def spawn(
+        self, path: str, argv: list[str], stdio: Iterable[int], *, oom_score_adj: int = 0
+    ) -> tuple[int, Exit]:
         """Start a program with the agent's environment and default signal handling.
 
         :param path: the program.
         :param argv: its name and arguments.
         :param stdio: descriptors for its 0, 1 and 2.
+        :param oom_score_adj: how readily the kernel kills it for memory.
         :returns: its process id and its end.
         :raises OSError: if it cannot be started.
         """
-        pid = os.posix_spawn(
-            path,
-            argv,
-            os.environ,
-            file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio)],
-            setsigmask=(),
-            setsigdef=range(1, 32),
-        )
+        with _spawning:
+            if oom_score_adj:
+                files.write(_OOM_SCORE_ADJ, str(oom_score_adj))
+            try:
+                pid = kernel.spawn(path, argv, os.environ, stdio)
+            finally:
+                if oom_score_adj:
+                    files.write(_OOM_SCORE_ADJ, "0")
         return pid, self.watch(pid)
 
 

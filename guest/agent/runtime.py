@@ -14,6 +14,8 @@ from guest.agent.errors import AgentError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from guest.agent.reaper import Exit
     from guest.agent.streams import Streams
 
@@ -87,49 +89,66 @@ def _scratch() -> str:
 
 
 def _spawn(
-    launch: reaper.Launch, arguments: list[str], *, stdio: tuple[int, int, int], log: str
+    launch: reaper.Launch,
+    arguments: list[str],
+    *,
+    stdio: tuple[int, int, int],
+    log: str,
+    oom_score_adj: int = 0,
 ) -> tuple[int, Exit]:
     argv = ["crun", f"--log={log}", "--cgroup-manager=cgroupfs", *arguments]
-    return launch.spawn(_sealed_crun(), argv, stdio)
+    return launch.spawn(_sealed_crun(), argv, stdio, oom_score_adj=oom_score_adj)
 
 
-def _await(command: str, pid: int, end: Exit, *, log: str, began_s: float) -> None:
+def _await(command: str, pid: int, end: Exit, *, log: str, began_s: float, program: str = "") -> None:
     if not end.wait(_TIMEOUT_S):
         reaper.signal(pid, end, _SIGKILL)
         raise AgentError(f"crun: {command}: no end after {_TIMEOUT_S:.0f} s; see the guest's console")
     timeline.note(f"crun {command}", began_s)
     if end.status != 0:
-        raise AgentError(_cause(command, log))
+        raise AgentError(_cause(command, log, program))
 
 
-def _run(launch: reaper.Launch, arguments: list[str], *, stdio: tuple[int, int, int], log: str) -> None:
+def _run(
+    launch: reaper.Launch,
+    arguments: list[str],
+    *,
+    stdio: tuple[int, int, int],
+    log: str,
+    process: dict[str, Any] | None = None,
+) -> None:
     began_s = time.monotonic()
-    pid, end = _spawn(launch, arguments, stdio=stdio, log=log)
-    _await(arguments[0], pid, end, log=log, began_s=began_s)
+    # crun sets the score of a container's init alone; every other process has that of the crun it comes from.
+    score, program = (process.get("oomScoreAdj", 0), process["args"][0]) if process else (0, "")
+    pid, end = _spawn(launch, arguments, stdio=stdio, log=log, oom_score_adj=score)
+    _await(arguments[0], pid, end, log=log, began_s=began_s, program=program)
 
 
-def _cause(command: str, log: str) -> str:
+def _cause(command: str, log: str, program: str) -> str:
     try:
         lines = [line.strip() for line in files.read(log).splitlines() if line.strip()]
     except OSError:
         lines = []
-    return f"crun: {command}: {in_words_of_go(lines[0]) if lines else 'failed without a message'}"
+    told = in_words_of_go(lines[0], program=program) if lines else "failed without a message"
+    return f"crun: {command}: {told}"
 
 
-def in_words_of_go(message: str) -> str:
+def in_words_of_go(message: str, *, program: str) -> str:
     """Spell a message of crun as Go programs do, by which clients tell what is wrong: Docker's exit status.
 
     :param message: as crun has it, with the C library's words for an errno at its end.
+    :param program: what is to be run; crun does not always say.
     :returns: the same with Go's words, which begin with small letters.
     """
     # Go has one word for whatever is no program, a directory among them.
     message = message.replace(
         "open executable: Operation not permitted", "open executable: Permission denied"
     )
+    message = message.replace("open executable:", f'exec: "{program}":')
     found, quote, after = message.partition("executable file `")
-    program, unquote, rest = after.partition("` not found in $PATH")
+    name, unquote, rest = after.partition("` not found in $PATH")
     if quote and unquote:
-        message = f'{found}exec: "{program}": executable file not found in $PATH{rest}'
+        message = f'{found}exec: "{name}": executable file not found in $PATH{rest}'
     told, colon, cause = message.rpartition(": ")
     return f"{told}{colon}{cause[:1].lower()}{cause[1:]}"
 
@@ -175,11 +194,12 @@ class _Ahead:
         """Whether it waits: it may have been killed for want of memory."""
         return self._end.status is None
 
-    def create(self, container_id: str, config: str) -> Started:
+    def create(self, container_id: str, config: str, *, program: str) -> Started:
         """Let it create a container without a terminal.
 
         :param container_id: the container.
         :param config: the content of its ``config.json``.
+        :param program: what its init is to run.
         :returns: its init.
         :raises AgentError: with crun's own message, if it fails.
         """
@@ -188,7 +208,8 @@ class _Ahead:
         try:
             with reaper.Launch() as begun:
                 self._configure(config)
-                _await("create", self._pid, self._end, log=f"{_AHEAD}/log", began_s=began_s)
+                log = f"{_AHEAD}/log"
+                _await("create", self._pid, self._end, log=log, began_s=began_s, program=program)
                 # All that crun knows of a container's id is the name of this directory.
                 os.rename(f"{_STATE}/{_AHEAD_ID}", f"{_STATE}/{container_id}")
                 pid = int(files.read(f"{_AHEAD}/pid"))
@@ -211,21 +232,21 @@ class _Ahead:
             os.close(self._config_fd)
 
 
-def create(container_id: str, config: str, *, bundle: str, terminal: bool) -> Started:
+def create(container_id: str, config: str, *, bundle: str, process: dict[str, Any]) -> Started:
     """Create a container up to the point where its init waits to be started.
 
     :param container_id: the container.
     :param config: the content of its ``config.json``.
     :param bundle: its directory.
-    :param terminal: whether its init gets a terminal instead of pipes.
+    :param process: the part of the configuration that describes its init.
     :returns: its init.
     :raises AgentError: with crun's own message, if it fails.
     """
-    ahead = None if terminal else _take_ahead()
+    ahead = None if process["terminal"] else _take_ahead()
     if ahead is not None:
-        return ahead.create(container_id, config)
+        return ahead.create(container_id, config, program=process["args"][0])
     files.create(f"{bundle}/config.json", config, mode=0o600)
-    return launch(["create", f"--bundle={bundle}"], container_id, terminal=terminal)
+    return launch(["create", f"--bundle={bundle}"], container_id, process=process)
 
 
 def _take_ahead() -> _Ahead | None:
@@ -274,12 +295,12 @@ def delete(container_id: str, *, path: str) -> None:
         run("delete", "--force", container_id)
 
 
-def launch(command: list[str], operand: str, *, terminal: bool) -> Started:
+def launch(command: list[str], operand: str, *, process: dict[str, Any]) -> Started:
     """Run ``crun create`` or ``crun exec --detach`` and adopt the process it leaves behind.
 
     :param command: the command with its own options.
     :param operand: the container.
-    :param terminal: whether the process gets a terminal instead of pipes.
+    :param process: the ``process`` object that describes what is run.
     :returns: the process.
     :raises AgentError: with crun's own message, if it fails.
     """
@@ -287,19 +308,19 @@ def launch(command: list[str], operand: str, *, terminal: bool) -> Started:
     try:
         with reaper.Launch() as begun:
             arguments = [*command, f"--pid-file={scratch}/pid"]
-            connect = _on_terminal if terminal else _on_pipes
-            its_streams = connect(begun, arguments, operand, scratch)
+            connect = _on_terminal if process["terminal"] else _on_pipes
+            its_streams = connect(begun, [*arguments, operand], process, scratch)
             pid = int(files.read(f"{scratch}/pid"))
             return Started(pid, begun.watch(pid), its_streams)
     finally:
         files.remove_tree(scratch)
 
 
-def _on_pipes(begun: reaper.Launch, arguments: list[str], operand: str, scratch: str) -> Streams:
+def _on_pipes(begun: reaper.Launch, arguments: list[str], process: dict[str, Any], scratch: str) -> Streams:
     pipes = streams.Pipes()
     its_streams = pipes.streams()
     try:
-        _run(begun, [*arguments, operand], stdio=pipes.child, log=f"{scratch}/log")
+        _run(begun, arguments, stdio=pipes.child, log=f"{scratch}/log", process=process)
     except BaseException:
         its_streams.close()
         raise
@@ -308,14 +329,17 @@ def _on_pipes(begun: reaper.Launch, arguments: list[str], operand: str, scratch:
     return its_streams
 
 
-def _on_terminal(begun: reaper.Launch, arguments: list[str], operand: str, scratch: str) -> Streams:
+def _on_terminal(
+    begun: reaper.Launch, arguments: list[str], process: dict[str, Any], scratch: str
+) -> Streams:
     listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     try:
         listener.bind(f"{scratch}/console")
         listener.listen(1)
-        console = f"--console-socket={scratch}/console"
-        _run(begun, [*arguments, console, operand], stdio=(null, null, null), log=f"{scratch}/log")
+        command, *rest = arguments
+        arguments = [command, f"--console-socket={scratch}/console", *rest]
+        _run(begun, arguments, stdio=(null, null, null), log=f"{scratch}/log", process=process)
         # crun has ended well, so what it sent waits in the socket.
         return streams.of_terminal(_receive_descriptor(listener))
     finally:

@@ -23,7 +23,7 @@ def specification(*, rootfs: Path, volume: Path, file: Path) -> dict[str, Any]:
             "args": ["sleep", "100000"],
             "env": ["PATH=/bin", "COLOUR=red green"],
             "cwd": "/made/for/it",
-            "user": {"uid": 1000, "gid": 1001, "additionalGids": [5, 6], "umask": 0o022},
+            "user": {"uid": 1000, "gid": 1001, "additionalGids": [5, 6], "umask": 0o027},
             "capabilities": {
                 "bounding": [*few, "CAP_SYS_ADMIN"],
                 "permitted": few,
@@ -149,7 +149,7 @@ SEEN = (
     Seen("process.user.uid", STATUS, r"Uid:\s+1000\s+1000\s+1000\s+1000\n"),
     Seen("process.user.gid", STATUS, r"Gid:\s+1001\s+1001\s+1001\s+1001\n"),
     Seen("process.user.additionalGids", STATUS, r"Groups:\s+5 6 ?\n"),
-    Seen("process.user.umask", STATUS, r"Umask:\s+0022\n"),
+    Seen("process.user.umask", STATUS, r"Umask:\s+0027\n"),
     Seen("process.capabilities.bounding", STATUS, capability("Bnd", CAP_KILL | CAP_MKNOD | CAP_SYS_ADMIN)),
     Seen("process.capabilities.permitted", STATUS, capability("Prm", CAP_KILL)),
     Seen("process.capabilities.effective", STATUS, capability("Eff", CAP_KILL)),

@@ -111,7 +111,7 @@ class ServedShim:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        spec = json.dumps({"process": {"args": ["true"]}, "root": {"path": "rootfs"}})
+        spec = json.dumps({"process": {"args": ["true"], "cwd": "/"}, "root": {"path": "rootfs"}})
         self.bundle = self.write_bundle("bundle", spec)
         self._log = directory / "log"
 
@@ -162,7 +162,7 @@ class ServedShim:
         state = task_v3_pb2.StateRequest(id=container)
         if task_v3_pb2.StateResponse.FromString(peer.call("State", state.SerializeToString())[2]).status == 1:
             assert peer.ask("Start", task_v3_pb2.StartRequest(id=container)) == 0
-        spec = json.dumps({"args": ["true"]}).encode()
+        spec = json.dumps({"args": ["true"], "cwd": "/"}).encode()
         request = task_v3_pb2.ExecProcessRequest(id=container, exec_id=exec_id)
         request.spec.value = spec
         if peer.ask("Exec", request) == 0:

@@ -193,7 +193,7 @@ CALLS = (
 )
 for _name, _request in CALLS:
     if _name == "exec":
-        _request.spec.value = json.dumps({"args": ["true"]}).encode()
+        _request.spec.value = json.dumps({"args": ["true"], "cwd": "/"}).encode()
     if _name == "update":
         _request.resources.type_url, _request.resources.value = "LinuxResources", b"{}"
 
@@ -276,7 +276,7 @@ def place(tmp_path_factory):
         pytest.skip("a container's root file system is mounted: root is required")
     directory = tmp_path_factory.mktemp("sandbox")
     (directory / "bundle" / "rootfs").mkdir(parents=True)
-    spec = {"process": {"args": ["true"]}, "root": {"path": "rootfs"}}
+    spec = {"process": {"args": ["true"], "cwd": "/"}, "root": {"path": "rootfs"}}
     (directory / "bundle" / "config.json").write_text(json.dumps(spec))
     yield directory
     kernel.detach_mounts(os.path.realpath(directory))

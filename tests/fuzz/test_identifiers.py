@@ -48,7 +48,7 @@ def test_create_refuses(shim, identifier):
 def test_exec_refuses(shim, identifier):
     shim.ensure_running()
     request = task_v3_pb2.ExecProcessRequest(id="box", exec_id=identifier)
-    request.spec.value = json.dumps({"args": ["true"]}).encode()
+    request.spec.value = json.dumps({"args": ["true"], "cwd": "/"}).encode()
     for code, message in refusals(shim, "Exec", request):
         assert_contract(code, message)
         assert code == 3, message

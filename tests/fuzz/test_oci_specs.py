@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 
 from proto.containerd import task_v3_pb2
 from shim.errors import InvalidArgument
-from shim.oci import translate, translate_process, translate_resources
+from shim.inheritance import Inheritance
+from shim.oci import translate, translate_resources
+from shim.oci_process import translate_process
 from tests.fuzz.material import LONG, PROCESS, RESOURCES, SPEC, bent_json, json_values
 
+NOTHING = Inheritance({}, oom_score_adj=0)
 CASES = settings().max_examples
 
 objects = st.dictionaries(st.sampled_from([*sorted(SPEC), "", "x"]), json_values, max_size=4)
@@ -47,6 +50,7 @@ def test_a_specification_is_translated_or_refused(spec, seccomp):
             sandbox_id="pod",
             terminal=False,
             seccomp=seccomp,
+            inheritance=NOTHING,
         )
     except InvalidArgument as error:
         assert str(error)  # noqa: PT017 - refusing is one of the two right outcomes
@@ -60,7 +64,7 @@ def test_a_specification_is_translated_or_refused(spec, seccomp):
 @given(process=processes, terminal=st.booleans())
 def test_a_process_is_translated_or_refused(process, terminal):
     try:
-        translate_process(process, terminal=terminal).SerializeToString()
+        translate_process(process, terminal=terminal, inheritance=NOTHING).SerializeToString()
     except InvalidArgument as error:
         assert str(error)  # noqa: PT017 - refusing is one of the two right outcomes
 
@@ -81,7 +85,7 @@ def as_text(values):
 @settings(max_examples=2 * CASES)
 @given(text=as_text(specs))
 @example(text=DEEP)
-@example(text='{"process":{"args":["true"]},"root":{"path":"root\\u0000fs"}}')
+@example(text='{"process":{"args":["true"],"cwd":"/"},"root":{"path":"root\\u0000fs"}}')
 @example(text=json.dumps(mounted(source="")))
 @example(text=json.dumps(mounted(source="hosts")))
 @example(text=json.dumps(mounted(source="/etc/\0")))

@@ -66,7 +66,7 @@ def test_any_stream_paths(shim, *, stdin, stdout, stderr, terminal, as_exec):
         if as_exec:
             shim.ensure_running()
             request = task_v3_pb2.ExecProcessRequest(id="box", exec_id="streams", terminal=terminal, **names)
-            request.spec.value = json.dumps({"args": ["true"]}).encode()
+            request.spec.value = json.dumps({"args": ["true"], "cwd": "/"}).encode()
             if peer.ask("Exec", request) == 0:
                 started = peer.ask("Start", task_v3_pb2.StartRequest(id="box", exec_id="streams")) == 0
                 peer.ask("Kill", task_v3_pb2.KillRequest(id="box", exec_id="streams", signal=9))

@@ -10,15 +10,30 @@ from hypervisor import DiskLimits
 from shim.agent import SHARE_DIRECTORY, SHM_DIRECTORY
 from shim.errors import InvalidArgument
 from shim.guest_names import agent_id
-from shim.oci import Translation, translate, translate_process, translate_resources
+from shim.inheritance import Inheritance
+from shim.oci import Translation, translate, translate_resources
+from shim.oci_process import translate_process
+
+NOTHING = Inheritance({}, oom_score_adj=0)
 
 
 def spec(**parts: Any) -> dict[str, Any]:
-    return {"ociVersion": "1.1.0", "process": {"args": ["true"]}, "root": {"path": "rootfs"}} | parts
+    return {
+        "ociVersion": "1.1.0",
+        "process": {"args": ["true"], "cwd": "/"},
+        "root": {"path": "rootfs"},
+    } | parts
 
 
 def translated(*, seccomp: bool = True, terminal: bool = False, **parts: Any) -> Translation:
-    return translate(spec(**parts), container_id="box", sandbox_id="pod", terminal=terminal, seccomp=seccomp)
+    return translate(
+        spec(**parts),
+        container_id="box",
+        sandbox_id="pod",
+        terminal=terminal,
+        seccomp=seccomp,
+        inheritance=NOTHING,
+    )
 
 
 def test_the_whole_process_is_sent() -> None:
@@ -58,7 +73,7 @@ def test_no_capabilities_is_not_the_same_as_inherited_ones() -> None:
 
 
 def test_the_requests_terminal_wins_over_the_specifications() -> None:
-    process = {"args": ["sh"], "terminal": True}
+    process = {"args": ["sh"], "cwd": "/", "terminal": True}
     assert not translated(process=process, terminal=False).spec.Process.Terminal
 
 
@@ -327,6 +342,12 @@ def test_a_cgroup_in_the_guest_is_the_containers_alone(wanted: str) -> None:
     assert linux.CgroupsPath == f"/{agent_id('box')}"
 
 
+def test_the_mask_of_new_files_is_sent_where_the_agent_looks_for_it() -> None:
+    process = {"args": ["true"], "cwd": "/", "user": {"uid": 1, "umask": 0}}
+    assert translated(process=process).spec.Annotations["io.hako.process/umask"] == "0"
+    assert not translated().spec.Annotations
+
+
 def test_hooks_of_the_host_are_not_run_in_the_guest() -> None:
     assert not translated(hooks={"prestart": [{"path": "/bin/true"}]}).spec.HasField("Hooks")
 
@@ -355,7 +376,7 @@ def test_a_malformed_specification_is_an_invalid_argument(broken: dict[str, Any]
 )
 def test_a_malformed_process_is_an_invalid_argument(broken: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument, match="process: "):
-        translate_process(broken, terminal=False)
+        translate_process({"cwd": "/", **broken}, terminal=False, inheritance=NOTHING)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from proto.kata import oci_pb2
 from shim.errors import InvalidArgument
+from shim.inheritance import Inheritance
 from shim.oci import translate
 from shim.oci_fields import ROWS, Fate, copy, row_of
 
@@ -115,9 +116,9 @@ def test_what_is_refused_is_refused_by_name_and_reason(path: str) -> None:
     row = row_of(path)
     assert row is not None
     value: Any = {"any": 1} if path in {"vm", "windows", "solaris", "zos", "freebsd"} else 7
-    spec = {"process": {"args": ["x"]}} | nested(path, value)
+    spec = {"process": {"args": ["x"], "cwd": "/"}} | nested(path, value)
     if path.startswith("process."):
-        spec["process"]["args"] = ["x"]
+        spec["process"] |= {"args": ["x"], "cwd": "/"}
     if path.startswith("mounts."):
         spec["mounts"] = [{"destination": "/x", "type": "tmpfs", path.partition(".")[2]: [{"size": 1}]}]
     if path.startswith("linux.seccomp."):
@@ -129,6 +130,7 @@ def test_what_is_refused_is_refused_by_name_and_reason(path: str) -> None:
             sandbox_id="pod",
             terminal=False,
             seccomp=True,
+            inheritance=Inheritance({}, oom_score_adj=0),
         )
     assert str(caught.value) == f"spec: {path}: {row.why}"
 
@@ -140,10 +142,6 @@ def test_an_empty_value_asks_for_nothing_and_is_not_refused(path: str, value: An
     message = oci_pb2.LinuxResources()
     copy(nested(name, value), message, path="linux.resources")
     assert not any(field.message_type is None for field, _ in message.ListFields())
-
-
-def test_the_usual_umask_is_what_a_process_has_anyway() -> None:
-    copy({"user": {"umask": 0o022}}, oci_pb2.Process(), path="process")
 
 
 @pytest.mark.parametrize(

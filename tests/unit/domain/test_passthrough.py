@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shim.errors import InvalidArgument
+from shim.inheritance import Inheritance
 from shim.oci import Translation, translate
 from shim.passthrough import devices_of, vfio_groups
 
@@ -14,7 +15,10 @@ def node(path: str, kind: str = "c") -> dict[str, object]:
 
 
 def specification(*devices: dict[str, object], **resources: object) -> dict[str, object]:
-    return {"process": {"args": ["sh"]}, "linux": {"devices": list(devices), "resources": resources}}
+    return {
+        "process": {"args": ["sh"], "cwd": "/"},
+        "linux": {"devices": list(devices), "resources": resources},
+    }
 
 
 def translated(spec: dict[str, object]) -> Translation:
@@ -24,6 +28,7 @@ def translated(spec: dict[str, object]) -> Translation:
         sandbox_id="pod",
         terminal=False,
         seccomp=False,
+        inheritance=Inheritance({}, oom_score_adj=0),
     )
 
 

@@ -14,12 +14,12 @@ from guest.agent.runtime import in_words_of_go
             "executable file `nope` not found in $PATH: No such file or directory",
             'exec: "nope": executable file not found in $PATH: no such file or directory',
         ),
-        ("open executable: Permission denied", "open executable: permission denied"),
-        ("open executable: Operation not permitted", "open executable: permission denied"),
+        ("open executable: Permission denied", 'exec: "/it": permission denied'),
+        ("open executable: Operation not permitted", 'exec: "/it": permission denied'),
         ("chdir to `/a: b`: Not a directory", "chdir to `/a: b`: not a directory"),
         ("invalid device", "invalid device"),
         ("executable file `half", "executable file `half"),
     ],
 )
 def test_crun_is_quoted_in_the_words_of_go(message: str, words: str) -> None:
-    assert in_words_of_go(message) == words
+    assert in_words_of_go(message, program="/it") == words
