@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hypervisor import HypervisorError
-from shim import clock, guest_names, host_limits, metrics, state_directory, task_events, template_builder
+from shim import clock, guest_names, host_limits, metrics, state_directory, template_builder
 from shim.bundle import read_spec
 from shim.container import Container
 from shim.errors import (
@@ -37,6 +37,7 @@ from shim.pod import check_names, check_pod, is_pause, with_files, with_sysctls,
 from shim.shared_entries import SharedEntries
 from shim.sizing import with_memory
 from shim.timeline_files import SandboxTimeline
+from shim.watchers import follow_network, report_ooms
 from shim.work import Work
 
 if TYPE_CHECKING:
@@ -445,8 +446,10 @@ class Sandbox:
         self._ready.set_result(agent)
         log.info("boot: sandbox %s: ready", self.id)
         watching = [
-            self.work.spawn(self._report_ooms(agent), name="out of memory"),
-            self.work.spawn(self._keep_following_network(), name="network"),
+            self.work.spawn(report_ooms(agent, self.containers, self.publish), name="out of memory"),
+            self.work.spawn(
+                follow_network(self._machine, self.containers, sandbox_id=self.id), name="network"
+            ),
             self.work.spawn(clock.keep(agent, pid=self.pid, right=self._clock_is_right), name="clock"),
         ]
         # A clone may be smaller than what is known already to be needed.
@@ -480,27 +483,6 @@ class Sandbox:
         self._ready.exception()  # marks it as seen: maybe nobody asks any more
         self.ended_at_s = time.time()
         self.ended.set()
-
-    async def _keep_following_network(self) -> None:
-        """Give the machine what comes to its network namespace later, as `docker network connect` does."""
-        while True:
-            await self._machine.network_changed()
-            if all(one.init.exited.is_set() for one in self.containers.values()):
-                continue  # what goes now goes because they went
-            try:
-                await self._machine.follow_network()
-            except ShimError as error:
-                log.warning("network: sandbox %s: %s", self.id, error)
-
-    async def _report_ooms(self, agent: Agent) -> None:
-        """Tell containerd of each container in which the guest's kernel killed for memory."""
-        try:
-            while True:
-                container_id = guest_names.container_id(await agent.next_oom())
-                if container_id in self.containers:
-                    self.publish(*task_events.out_of_memory(container_id))
-        except ShimError as error:
-            log.debug("out of memory: no more reports: %s", error)
 
 
 async def _measure(container: Container) -> agent_pb2.StatsContainerResponse | None:

@@ -11,6 +11,7 @@ import pytest
 import hypervisor
 
 ROOT = Path(__file__).resolve().parents[2]
+MOST_LINES = 500
 OURS = {"shim", "hypervisor", "guest", "proto"}
 ARROWS = {
     "shim": {"shim", "hypervisor", "proto"},
@@ -72,6 +73,12 @@ def run_time_imports(path: Path, known: set[str]) -> set[str]:
                 names.add(below if below in known else node.module)
         pending += ast.iter_child_nodes(node)
     return names & known
+
+
+def test_no_module_has_more_than_500_lines() -> None:
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
+
+    assert {name: length for name, length in lengths.items() if length > MOST_LINES} == {}
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
