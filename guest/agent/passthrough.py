@@ -36,7 +36,7 @@ def nodes(path: str) -> list[dict[str, Any]]:
     :raises AgentError: if the device does not appear in time.
     :raises InvalidArgument: if the path is none.
     """
-    directory = uevent.wait_for(lambda: uevent.pci_directory(path), what=f"PCI device: {path}")
+    directory = uevent.wait_for(lambda: _complete(path), what=f"PCI device: {path}")
     if not _is_driven(directory):
         modules.load_for(files.read(f"{directory}/modalias").strip())
         if not _comes(lambda: _is_driven(directory), DRIVER_TIMEOUT_S):
@@ -49,6 +49,12 @@ def nodes(path: str) -> list[dict[str, Any]]:
     if not _comes(lambda: any(each["type"] in wanted for each in _below(directory)), NODES_TIMEOUT_S):
         log(f"PCI device: {path}: its driver makes no node")
     return _settled(directory)
+
+
+def _complete(path: str) -> str | None:
+    """Find a device's directory in sysfs once its attributes are there: they come after it."""
+    directory = uevent.pci_directory(path)
+    return directory if directory and files.exists(f"{directory}/modalias") else None
 
 
 def _is_driven(directory: str) -> bool:
