@@ -21,27 +21,27 @@ CONTENT = "only the host's"
 def secret(duo: Duo) -> Iterator[Path]:
     """A file of the host's, beside the directory that the container is given."""
     directory = duo.pod.stack.containerd.home / "privileged"
-    (directory / "given").mkdir(parents=True)
+    for name in ("given", "fixed"):
+        (directory / name).mkdir(parents=True)
     file = directory / "secret"
     file.write_text(CONTENT, encoding="utf-8")
     yield file
     assert file.read_text(encoding="utf-8") == CONTENT
-    assert not (directory / "given" / "written").exists()
+    assert not (directory / "fixed" / "written").exists()
 
 
 @pytest.fixture(scope="module")
 def privileged(duo: Duo, secret: Path) -> Iterator[Container]:
-    """A privileged container with the same directory as a writable and as a read-only volume."""
+    """A privileged container with a writable and a read-only volume."""
     if not duo.pod.stack.is_hako:
         pytest.skip("under this runtime it is as mighty as the host")
-    given = str(secret.parent / "given")
     container = duo.pod.run(
         "privileged",
         "sleep",
         "100000",
         mounts=[
-            {"container_path": "/given", "host_path": given},
-            {"container_path": "/fixed", "host_path": given, "readonly": True},
+            {"container_path": "/given", "host_path": str(secret.parent / "given")},
+            {"container_path": "/fixed", "host_path": str(secret.parent / "fixed"), "readonly": True},
         ],
         linux=duo.pod.linux(privileged=True),
     )
