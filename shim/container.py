@@ -421,7 +421,7 @@ class Container:
             process.transfer,
             stdio=process.stdio,
             streams=process.streams,
-            name=process.agent_id,
+            name=process.agent_id if process.exec_id else self.id,
             heard=process.heard,
         )
         process.following = self._sandbox.work.spawn(
