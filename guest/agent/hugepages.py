@@ -69,10 +69,12 @@ def limits_of(messages: Iterable[Message]) -> dict[int, int]:
 def is_known(size: str) -> bool:
     """Tell whether the machine can have pages of a size.
 
-    :param size: such as ``2MB``.
-    :raises AgentError: if it is malformed.
+    :param size: such as ``2MB``; a host may have sizes that no guest has.
     """
-    return files.exists(_pool(size_of(size)))
+    try:
+        return files.exists(_pool(size_of(size)))
+    except AgentError:
+        return False
 
 
 def size_of(text: str) -> int:

@@ -68,6 +68,7 @@ def test_pages_that_no_processor_has_are_refused(pool: Pool):
     with pytest.raises(AgentError, match="none of 1048576 KiB; use another size"):
         hugepages.reserve("a", {1 << 30: 1 << 30})
     assert not hugepages.is_known("1GB")
+    assert not hugepages.is_known("1TB")
     assert hugepages.is_known("2MB")
 
 
