@@ -3,6 +3,7 @@
 from hypervisor.accelerator import Verdict, choose_accelerator
 from hypervisor.errors import (
     ChannelError,
+    GuestLateError,
     HypervisorError,
     ResizeError,
     ResizeRefusedError,
@@ -44,6 +45,7 @@ __all__ = [
     "ChannelError",
     "Disk",
     "DiskLimits",
+    "GuestLateError",
     "HostPciDevice",
     "HostProcess",
     "Hypervisor",

@@ -8,6 +8,7 @@
      │    └── TemplateError    boot without the template, and make it anew
      │         └── TemplateLateError  the same, unless the host is too busy to tell
      ├── ChannelError          the guest was not reached; the text says whether the VM still lives
+     │    └── GuestLateError   it lives, and did not answer in time
      ├── HotplugError          a device was not added, changed or removed; the virtual machine goes on
      │    └── NoSlotError      every slot is taken; unplug something first
      ├── ResizeError           the size was not reached; the virtual machine goes on
@@ -42,6 +43,10 @@ class TemplateLateError(TemplateError):
 
 class ChannelError(HypervisorError):
     """No connection to the guest's port could be made."""
+
+
+class GuestLateError(ChannelError):
+    """The guest of a virtual machine that lives did not answer in time."""
 
 
 class HotplugError(HypervisorError):

@@ -13,6 +13,7 @@ from hypervisor.cloning import clone
 from hypervisor.disks import Disks
 from hypervisor.errors import (
     ChannelError,
+    GuestLateError,
     HotplugError,
     HypervisorError,
     QmpError,
@@ -163,7 +164,7 @@ class QemuHypervisor(Hypervisor):
             tail = "".join(f"; the guest's console ends with: {line}" for line in self.console_tail(1))
             states = await self._vcpus.states() if self._vcpus is not None else ""
             doing = f"; {states}" if states else ""
-            raise ChannelError(f"{what}: no answer within {timeout_s:g} s ({last}){tail}{doing}") from None
+            raise GuestLateError(f"{what}: no answer within {timeout_s:g} s ({last}){tail}{doing}") from None
 
     async def plug_nic(self, nic: Nic) -> str:
         """Add a network interface to the running virtual machine.

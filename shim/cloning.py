@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from hypervisor import ChannelError, TemplateLateError
+from hypervisor import GuestLateError, TemplateLateError
 from shim.errors import DeadlineExceeded
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LATE = (TemplateLateError, ChannelError, DeadlineExceeded)
+LATE = (TemplateLateError, GuestLateError, DeadlineExceeded)
 """What a clone that is late fails with: its template may be to blame, or the host."""
 
 _STARVED_TIMES = 4
@@ -27,12 +27,12 @@ async def dial_clone(vm: QemuHypervisor, port: int, *, timeout_s: float) -> sock
     :param vm: the clone.
     :param port: the guest's port.
     :param timeout_s: how long it may take, in seconds, up to four times if the host leaves it no processor.
-    :raises ChannelError: if it does not answer.
+    :raises ChannelError: if it does not answer, or has ended.
     """
     for _ in range(_STARVED_TIMES - 1):
         try:
             return await vm.connect(port, timeout_s=timeout_s)
-        except ChannelError as error:
+        except GuestLateError as error:
             if not vm.is_starved:
                 raise
             log.info(

@@ -249,7 +249,7 @@ def test_a_template_of_another_image_is_not_used_and_goes_when_there_is_a_new_on
     kernel = home / new_id()
     shutil.copy("/var/lib/hako/guest/vmlinux", kernel)
     settings = node.config.read_text(encoding="utf-8")
-    node.config.write_text(f'{settings}[guest]\nkernel = "{kernel}"\n', encoding="utf-8")
+    node.config.write_text(settings.replace("[guest]", f'[guest]\nkernel = "{kernel}"'), encoding="utf-8")
     try:
         assert node.hako("build").returncode == 0
         assert len(node.templates) == 2

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from hypervisor import ChannelError, TemplateError, TemplateLateError
+from hypervisor import ChannelError, GuestLateError, TemplateError, TemplateLateError
 from shim import template_store
 from shim.cloning import blames_template
 from shim.errors import DeadlineExceeded
@@ -236,12 +236,13 @@ def test_one_that_somebody_has_emptied_is_not_listed(store):
 
 
 @pytest.mark.parametrize(
-    "late", [TemplateLateError("late"), ChannelError("silent"), DeadlineExceeded("late")]
+    "late", [TemplateLateError("late"), GuestLateError("silent"), DeadlineExceeded("late")]
 )
 def test_a_late_clone_is_its_templates_fault_unless_its_qemu_hardly_had_a_processor(late):
     assert blames_template(late, starved=False)
     assert not blames_template(late, starved=True)
 
 
-def test_a_template_that_qemu_refuses_is_to_blame_on_a_busy_host_too():
-    assert blames_template(TemplateError("refused"), starved=True)
+@pytest.mark.parametrize("error", [TemplateError("refused"), ChannelError("guest reset")])
+def test_a_template_that_qemu_refuses_or_whose_guest_dies_is_to_blame_on_a_busy_host_too(error):
+    assert blames_template(error, starved=True)
