@@ -42,7 +42,13 @@ def online_memory() -> None:
     """
     modules.load("virtio_mem")
     for name in _numbered(_MEMORY, "memory"):
-        _switch(f"{_MEMORY}/{name}/state", "online")
+        try:
+            _switch(f"{_MEMORY}/{name}/state", "online")
+        except OSError as error:
+            if error.errno not in {errno.EINVAL, errno.EBUSY}:
+                raise
+            # The driver refuses while it adds or removes the block, and then knows what is to become of it.
+            log(f"online: {name}: {error.strerror}")
     limits.follow()
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.cri import image
 from tests.cri.pods import Container, Pod, remove_all, run_pod
-from tests.cri.stack import Kind, Stack, opened_stack
+from tests.cri.stack import HOME_PREFIX, Kind, Stack, opened_stack
 from tests.e2e.conftest import COLD_RELEASE
 from tests.e2e.containerd import RELEASES
 from tests.e2e.nursery import Nursery
@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="package")
 def home(private_machine: None) -> Iterator[Path]:
     """A directory with a path short enough for the sockets below it."""
-    with tempfile.TemporaryDirectory(prefix="hako-cri-", ignore_cleanup_errors=True) as directory:
+    with tempfile.TemporaryDirectory(prefix=HOME_PREFIX, ignore_cleanup_errors=True) as directory:
         yield Path(directory)
 
 

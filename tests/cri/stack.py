@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import re
 import subprocess
 import time
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 NETWORK_PLUGINS = Path("/usr/lib/cni")
 NETWORK_RESULTS = Path("/var/lib/cni")
 GATEWAYS = ("10.88.0.1", "fd00:88::1")
+HOME_PREFIX = "hako-cri-"
 CGROUP_PARENT = f"/{NAMESPACE}"
 CLONE_NEWNET = 0x40000000
 BY_PATH = "hako-by-path"
@@ -119,11 +121,17 @@ class Stack:
 
     def census(self) -> frozenset[str]:
         """Return one line per thing on the machine that a pod may leave behind."""
-        lines = census.take(self.containerd, state_directory=self.state_directory)
+        lines = filter(self._is_own, census.take(self.containerd, state_directory=self.state_directory))
         # The devices of the machine's own network are others'.
         return frozenset(
             [*(line for line in lines if not line.startswith("network device")), *self._of_pods()]
         )
+
+    def _is_own(self, line: str) -> bool:
+        """Leave out what belongs to another daemon of the tests, which may come or go meanwhile."""
+        home = re.search(rf"\S*/{HOME_PREFIX}[^/]+/", line)
+        own = (self.containerd.home, self.state_directory, self.network)
+        return home is None or any(str(path) in line for path in own)
 
     def difference(self, before: frozenset[str]) -> list[str]:
         """Return what changed since a census, once containerd had time to settle."""

@@ -82,18 +82,20 @@ class Described:
         """
         described = {**ROOT, "args": args, **process}
         exec_id = new_id()
-        output = self.place / exec_id
-        output.touch()
-        stream = f"file://{output}"
+        # A file for each: some runtimes have both write to the beginning of one.
+        outputs = [self.place / f"{exec_id}-{name}" for name in ("out", "err")]
+        for output in outputs:
+            output.touch()
+        stdout, stderr = (f"file://{output}" for output in outputs)
         with Tasks(self.stack.containerd.address) as tasks:
             spec = {"type_url": PROCESS_TYPE, "value": json.dumps(described).encode()}
-            tasks.call("Exec", self.name, exec_id=exec_id, spec=spec, stdout=stream, stderr=stream)
+            tasks.call("Exec", self.name, exec_id=exec_id, spec=spec, stdout=stdout, stderr=stderr)
             try:
                 tasks.call("Start", self.name, exec_id=exec_id)
                 status = tasks.call("Wait", self.name, exec_id=exec_id).exit_status
             finally:
                 tasks.call("DeleteProcess", self.name, exec_id=exec_id)
-        return status, output.read_text()
+        return status, "".join(output.read_text() for output in outputs)
 
     def shell(self, script: str, **process: Any) -> str:
         """Run a script that must succeed, and return what it says."""
