@@ -1,0 +1,49 @@
+"""Memory that the kernel's driver is at work on is left to it; any other failure is told."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from guest.agent import sizing
+
+
+@pytest.fixture
+def refuse(tmp_path, monkeypatch):
+    """Have the kernel refuse to put two blocks of memory to use; return the blocks that were tried."""
+    tried = []
+
+    def make(number: int) -> list[str]:
+        def write(path: str, _text: str) -> None:
+            tried.append(Path(path).parent.name)
+            raise OSError(number, os.strerror(number), path)
+
+        monkeypatch.setattr(sizing.files, "write", write)
+        return tried
+
+    for name in ("memory32", "memory33"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state").write_text("offline\n")
+    monkeypatch.setattr(sizing, "_MEMORY", str(tmp_path))
+    monkeypatch.setattr(sizing.modules, "load", lambda _name: True)
+    monkeypatch.setattr(sizing.limits, "follow", lambda: None)
+    return make
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBUSY, errno.ENODEV, errno.ENOENT])
+def test_a_block_that_comes_or_goes_does_not_keep_others_from_use(refuse, number):
+    tried = refuse(number)
+
+    sizing.online_memory()
+
+    assert tried == ["memory32", "memory33"]
+
+
+def test_a_failure_of_the_kernel_is_told(refuse):
+    refuse(errno.EIO)
+
+    with pytest.raises(OSError, match="Input/output error"):
+        sizing.online_memory()
