@@ -38,6 +38,6 @@ def volume_in_share(number: int, label: str) -> str:
     """Name a volume in the share, as no container and none of the guest's own is named.
 
     :param number: tells the volumes apart.
-    :param label: what whoever looks at the share knows it by; it may be cut short.
+    :param label: tells a reader of the share what it is; it may be cut short.
     """
     return f"+{number}-{label.encode()[:_LABEL_BYTES].decode(errors='ignore')}"  # no id has a plus sign

@@ -85,7 +85,7 @@ def _page_bytes(path: Path) -> int:
     try:
         size = os.statvfs(path).f_bsize
         return size if size >= _LEAST_PAGE and _mounts_of(path) else 0
-    except OSError:  # whoever opens it will say so
+    except OSError:  # opening it later will say so
         return 0
 
 

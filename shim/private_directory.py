@@ -1,4 +1,4 @@
-"""Directories that only the shim's own user may write in, whatever the umask of its caller is."""
+"""Directories that only the shim's own user may write in, with any umask."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def add(source: str, target: str, options: Iterable[str]) -> Callable[[], None]:
 
     :param source: its path in the share.
     :param target: a new name among the volumes, or a path in one that is mounted already.
-    :param options: flags; and ``shared``, if what is mounted in it later is to appear wherever it is bound.
+    :param options: flags; and ``shared``, if its bind mounts are to show what is mounted in it later.
     :returns: what unmounts it.
     :raises AgentError: if there is a link in a path.
     :raises OSError: if there is no such file, or the kernel refuses.

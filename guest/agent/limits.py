@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _ROOT = "/proc/sys"
 _CONNTRACK = f"{_ROOT}/net/netfilter/nf_conntrack"
 
-# Raised by systemd and its sysctl.d on every ordinary host, whatever its memory.
+# Raised by systemd and its sysctl.d on every ordinary host, with little memory or much.
 _OF_ANY_HOST = {"kernel/pid_max": "4194304", "fs/file-max": "9223372036854775807"}
 
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30

@@ -1,4 +1,4 @@
-"""Every id that containerd allows is good for a container and for an exec, whatever else bears that name."""
+"""Every id that containerd allows is good for a container and for an exec, even if others have it, too."""
 
 from __future__ import annotations
 

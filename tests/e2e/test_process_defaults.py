@@ -35,7 +35,7 @@ UNUSUAL = {
     resource.RLIMIT_MSGQUEUE: 700_000,
     15: 1 << 40,  # time without a system call under a realtime policy
 }
-"""Soft limits: whoever lowers a hard one may not raise it again. The number of open files is not among them:
+"""Soft limits: a process cannot raise a hard one again. The number of open files is not among them:
 a program in Go hands down the one that it was started with."""
 SIGNALS = ("SigBlk", "SigIgn", "SigCgt")
 

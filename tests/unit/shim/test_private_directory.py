@@ -1,4 +1,4 @@
-"""A directory that only its maker may write in, whatever the umask is."""
+"""A directory that only its maker may write in, with any umask."""
 
 from __future__ import annotations
 
