@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shim import cli, config, oci_fields, pod
+from shim import cli, config
+from shim.agent import oci_fields
+from shim.machine import pod
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

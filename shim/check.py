@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hypervisor import Accelerator, VmStartError, detect_dialect, vhost_net_problem, weaknesses
-from shim import host
+from shim.agent.oci_namespaces import WantedNamespace
 from shim.errors import FailedPrecondition, Internal
+from shim.machine import host_choice
 from shim.network import redirect
-from shim.network.namespace import NetworkNamespace, WantedNamespace
+from shim.network.namespace import NetworkNamespace
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -101,24 +102,24 @@ async def _containerd(_: Config) -> str:
 
 
 async def _qemu(config: Config) -> str:
-    qemu = host.find_qemu(config)
+    qemu = host_choice.find_qemu(config)
     # The line reads: QEMU emulator version <version> (<package>).
     line = await asyncio.to_thread(_version_line, qemu)
     return f"{qemu}, version {line.partition(' version ')[2]}"
 
 
 async def _accelerator(config: Config) -> str:
-    verdict = await host.choose_accelerator(config)
+    verdict = await host_choice.choose_accelerator(config)
     return f"{verdict.accelerator.value}: {verdict.reason}"
 
 
 async def _channel(config: Config) -> str:
-    channel, reason = host.choose_channel(config)
+    channel, reason = host_choice.choose_channel(config)
     return f"{channel.value}: {reason}"
 
 
 async def _virtiofsd(config: Config) -> str:
-    virtiofsd = host.find_virtiofsd(config)
+    virtiofsd = host_choice.find_virtiofsd(config)
     try:
         dialect = await detect_dialect(virtiofsd)
     except OSError as error:
@@ -143,7 +144,7 @@ async def _network(_: Config) -> str:
 
 
 async def _guest(config: Config) -> str:
-    kernel, initrd = host.find_guest(config)
+    kernel, initrd = host_choice.find_guest(config)
     return f"{kernel}, {initrd}"
 
 

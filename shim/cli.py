@@ -118,7 +118,8 @@ def _check(path: str, *, as_json: bool) -> int:
 
 def _logs(chosen: argparse.Namespace) -> int:
     """Print the kept reason of a sandbox that failed, and the console of one that runs."""
-    from shim import postmortem, state_directory  # noqa: PLC0415 - the other commands do without
+    from shim.host import state_directory  # noqa: PLC0415 - the other commands do without
+    from shim.telemetry import postmortem  # noqa: PLC0415 - the other commands do without
 
     environment = {config.ENVIRONMENT_VARIABLE: chosen.config} if chosen.config else os.environ
     settings = config.parse(config.locate(environment)).shim
@@ -145,7 +146,7 @@ def _logs(chosen: argparse.Namespace) -> int:
 
 def _timeline(chosen: argparse.Namespace) -> int:
     """Print where the time went, or write it in the forms that are asked for."""
-    from shim import timeline_files, timeline_model, timeline_svg  # noqa: PLC0415 - as above
+    from shim.telemetry import timeline_files, timeline_model, timeline_svg  # noqa: PLC0415 - as above
 
     environment = {config.ENVIRONMENT_VARIABLE: chosen.config} if chosen.config else os.environ
     settings = config.parse(config.locate(environment)).shim

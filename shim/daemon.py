@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proto.containerd import sandbox_v1_pb2, task_v2_pb2, task_v3_pb2
-from shim import mounts, pod, state_directory, timeline
-from shim.bundle import read_spec
 from shim.config import ConfigText, parse
 from shim.errors import ShimError
-from shim.events import Publisher
-from shim.ledger import Ledger
-from shim.log import configure
-from shim.sandbox import Sandbox
+from shim.host import mounts, state_directory
+from shim.host.ledger import Ledger
+from shim.machine import pod
+from shim.sandbox.bundle import read_spec
+from shim.sandbox.sandbox import Sandbox
 from shim.services.sandbox import SandboxService
 from shim.services.task import TaskService
+from shim.telemetry import timeline
+from shim.telemetry.events import Publisher
+from shim.telemetry.log import configure
 from shim.transport.dispatch import Dispatch
 from shim.transport.grpc_on_demand import serve_grpc_on_demand
 from shim.transport.ttrpc_server import TtrpcServer
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from shim.config import Config
-    from shim.pod import PodSpec
-    from shim.state_directory import StartRecord
+    from shim.host.state_directory import StartRecord
+    from shim.machine.pod import PodSpec
 
 log = logging.getLogger(__name__)
 

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 from shim import config
 from shim.errors import ShimError
+from shim.machine.template_store import TemplateStore
 from shim.refusal import Refusal
-from shim.template_store import TemplateStore
 
 if TYPE_CHECKING:
     import argparse
     from typing import Any
 
     from shim.config import Config
-    from shim.template_store import Entry
+    from shim.machine.template_store import Entry
 
 _SHOWN = 12  # characters of a key: enough to tell a few templates apart
 _MIB = 1 << 20
@@ -78,7 +78,7 @@ def _settings(path: str) -> Config:
 
 
 def _build(settings: Config, store: TemplateStore, *, in_background: bool) -> int:
-    from shim import template_builder  # noqa: PLC0415 - imports the hypervisor
+    from shim.machine import template_builder  # noqa: PLC0415 - imports the hypervisor
 
     if in_background:
         template_builder.go_to_the_background(settings)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from shim import kernel
+from shim.host import kernel
 from tests.patience import patient
 
 if TYPE_CHECKING:

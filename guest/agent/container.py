@@ -5,7 +5,7 @@ from __future__ import annotations
 import _thread
 import os
 
-from guest.agent import cgroup, files, hugepages, jsonout, kernel, oci, oom, passwd, runtime
+from guest.agent import cgroup, files, huge_pages, json_out, kernel, oci, oom, passwd, runtime
 from guest.agent import devices as device_nodes
 from guest.agent.console import log
 from guest.agent.errors import AgentError, NotFound, cause
@@ -79,7 +79,7 @@ class Container:
         self._mount_root(spec.Root.Path)
         try:
             passwd.give_home(document["process"], root=self._rootfs, mounts=document["mounts"])
-            config = jsonout.dumps(document)
+            config = json_out.dumps(document)
             self.init = Process(
                 runtime.create(container_id, config, bundle=self._bundle, process=document["process"])
             )
@@ -140,7 +140,7 @@ class Container:
 
     def _launch(self, document: dict[str, Any]) -> Process:
         path = f"{self._bundle}/process.{_thread.get_ident()}.json"
-        files.create(path, jsonout.dumps(document), mode=0o600)
+        files.create(path, json_out.dumps(document), mode=0o600)
         try:
             return Process(
                 runtime.launch(["exec", "--detach", f"--process={path}"], self.id, process=document)
@@ -197,9 +197,9 @@ class Container:
         :raises AgentError: with crun's own message, if it refuses.
         """
         if resources.HugepageLimits:
-            hugepages.reserve(self.id, hugepages.limits_of(resources.HugepageLimits))
+            huge_pages.reserve(self.id, huge_pages.limits_of(resources.HugepageLimits))
         path = f"{self._bundle}/resources.{_thread.get_ident()}.json"
-        files.create(path, jsonout.dumps(oci.resources(resources)), mode=0o600)
+        files.create(path, json_out.dumps(oci.resources(resources)), mode=0o600)
         try:
             runtime.run("update", f"--resources={path}", self.id)
         finally:

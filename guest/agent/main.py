@@ -9,8 +9,8 @@ import time
 from guest.agent import (
     boot,
     files,
-    framedstreams,
-    rawstreams,
+    framed_streams,
+    raw_streams,
     reaper,
     serial,
     tables,
@@ -49,8 +49,8 @@ def main() -> None:
     vsock.listen(server)
     serial.listen(server)
     command_line = files.read("/proc/cmdline")
-    framedstreams.listen(lambda container_id: sandbox.container(container_id, NotFound))
-    rawstreams.listen(command_line)
+    framed_streams.listen(lambda container_id: sandbox.container(container_id, NotFound))
+    raw_streams.listen(command_line)
     timeline.lap("services")
     template.prepare(command_line)
     log("serving")

@@ -8,7 +8,7 @@ the agent (see sysctl): crun knows neither shared namespaces nor those that are 
 
 from __future__ import annotations
 
-from guest.agent import hugepages
+from guest.agent import huge_pages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def resources(message: Message) -> dict[str, Any]:
             {"pageSize": limit.Pagesize, "limit": limit.Limit}
             for limit in message.HugepageLimits
             # A container may be forbidden pages that no machine has.
-            if limit.Limit or hugepages.is_known(limit.Pagesize)
+            if limit.Limit or huge_pages.is_known(limit.Pagesize)
         ]
     return document
 

@@ -6,7 +6,7 @@ import _socket
 import _thread
 import os
 
-from guest.agent import devices, files, hugepages, kernel, limits, modules, namespaces, sysctl
+from guest.agent import devices, files, huge_pages, kernel, limits, modules, namespaces, sysctl
 from guest.agent.container import ROOT, Container, bundle_of
 from guest.agent.errors import AgentError
 from guest.agent.mounts import Mounts
@@ -95,7 +95,7 @@ class Sandbox:
         try:
             resources = spec.Linux.Resources
             if resources is not None and resources.HugepageLimits:
-                hugepages.reserve(container_id, hugepages.limits_of(resources.HugepageLimits))
+                huge_pages.reserve(container_id, huge_pages.limits_of(resources.HugepageLimits))
             held = self._mounts.hold(request.storages)
             numbers, nodes = devices.find(request.devices)
             chosen = self._namespaces(spec.Linux, shares_pid=request.sandbox_pidns)
@@ -179,7 +179,7 @@ class Sandbox:
 
     def _forget(self, container_id: str, storages: list[str]) -> None:
         self._mounts.release(storages)
-        hugepages.release(container_id)
+        huge_pages.release(container_id)
         files.remove_tree(bundle_of(container_id))
         with self._lock:
             self._containers.pop(container_id, None)

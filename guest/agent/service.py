@@ -10,12 +10,12 @@ import time
 from guest.agent import (
     cgroup,
     clock,
-    copyfile,
+    copy_file,
     files,
     kernel,
     limits,
     oom,
-    rawstreams,
+    raw_streams,
     sizing,
     storage,
     timeline,
@@ -122,7 +122,7 @@ class Service:
         return self._empty
 
     def _create_container(self, request: Message, _call: Call) -> Message:
-        with rawstreams.Claims(request) as claims:
+        with raw_streams.Claims(request) as claims:
             claims.attach(self._sandbox.create_container(request).init, ended=lambda: None)
         return self._empty
 
@@ -139,7 +139,7 @@ class Service:
         container = self._sandbox.container(request.container_id, AgentError)
         if request.process is None:
             raise AgentError(f"exec: {request.exec_id}: the request has no process; send it")
-        with rawstreams.Claims(request) as claims:
+        with raw_streams.Claims(request) as claims:
             process = container.execute(request.exec_id, request.process)
             claims.attach(process, ended=lambda: container.forget_if_done(request.exec_id))
         return self._empty
@@ -342,5 +342,5 @@ class Service:
         return self._empty
 
     def _copy_file(self, request: Message, _call: Call) -> Message:
-        copyfile.copy(request)
+        copy_file.copy(request)
         return self._empty

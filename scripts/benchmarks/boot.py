@@ -15,12 +15,13 @@ from hypervisor.argv import kernel_command_line
 from hypervisor.machine import for_host
 from scripts.benchmarks.harness import Samples, alternate
 from scripts.benchmarks.stage import MeasurementError
-from shim import config, mounts
-from shim.agent import Agent
-from shim.host import resolve
-from shim.machine_spec import describe
-from shim.sizing import plan
-from shim.template_store import TemplateStore
+from shim import config
+from shim.agent.client import Agent
+from shim.host import mounts
+from shim.machine.host_choice import resolve
+from shim.machine.sizing import plan
+from shim.machine.spec import describe
+from shim.machine.template_store import TemplateStore
 from tests.e2e.busybox import BUSYBOX
 from tests.patience import patient
 

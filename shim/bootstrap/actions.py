@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from shim.bootstrap.command_line import CommandLine
-    from shim.daemonize import MakeShim
+    from shim.host.daemonize import MakeShim
 
 _NAME = "io.containerd.hako.v2"
 

@@ -6,7 +6,8 @@ import contextlib
 import json
 import os
 
-from shim import private_directory, state_directory, zygote_protocol
+from shim import zygote_protocol
+from shim.host import private_directory, state_directory
 from shim.refusal import Refusal
 
 _TIMEOUT_S = 5.0

@@ -7,11 +7,12 @@ import os
 import signal
 import time
 
-from shim import config, host_process, state_directory
+from shim import config
 from shim.bootstrap import grouping, wire
-from shim.host_process import HostProcess
+from shim.host import host_process, state_directory
+from shim.host.host_process import HostProcess
+from shim.host.ledger import SHIM_PROCESS, Ledger
 from shim.identifiers import check_identifier
-from shim.ledger import SHIM_PROCESS, Ledger
 from shim.refusal import Refusal
 
 TYPE_CHECKING = False
@@ -108,9 +109,9 @@ def _run_hooks(bundle: str, container: str) -> None:
     import asyncio  # noqa: PLC0415 - with the rest a third of a second that few deletions need
     from pathlib import Path  # noqa: PLC0415
 
-    from shim.bundle import read_spec  # noqa: PLC0415
     from shim.errors import InvalidArgument  # noqa: PLC0415
-    from shim.hooks import Hooks  # noqa: PLC0415
+    from shim.sandbox.bundle import read_spec  # noqa: PLC0415
+    from shim.sandbox.hooks import Hooks  # noqa: PLC0415
 
     try:
         hooks = Hooks(container, bundle=Path(bundle), spec=read_spec(Path(bundle)))

@@ -13,7 +13,7 @@ from shim.refusal import Refusal
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.bootstrap.command_line import CommandLine
-    from shim.state_directory import StartRecord
+    from shim.host.state_directory import StartRecord
 
 #: Longest input, in bytes.
 MAX_INPUT = 10 << 20

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 
-from shim import daemonize, kernel, state_directory, timeline, zygote_protocol
+from shim import zygote_protocol
+from shim.host import daemonize, kernel, state_directory
+from shim.telemetry import timeline
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from shim.state_directory import StartRecord
+    from shim.host.state_directory import StartRecord
 
 
 def serve(state: str, *, born_at_s: float | None = None) -> None:

@@ -9,19 +9,21 @@ import select
 import socket
 import time
 
-from shim import config, daemonize, private_directory, state_directory, timeline, zygote_protocol
+from shim import config, zygote_protocol
 from shim.bootstrap import grouping
 from shim.bootstrap.dialect import MAX_INPUT, bare, check_grpc, identify_caller, reply_of, version_for
-from shim.daemonize import READY
+from shim.host import daemonize, private_directory, state_directory
+from shim.host.daemonize import READY
+from shim.host.ledger import SHIM_PROCESS, Ledger
+from shim.host.state_directory import StartRecord
 from shim.identifiers import check_identifier
-from shim.ledger import SHIM_PROCESS, Ledger
 from shim.refusal import Refusal
-from shim.state_directory import StartRecord
+from shim.telemetry import timeline
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.bootstrap.command_line import CommandLine
-    from shim.daemonize import MakeShim
+    from shim.host.daemonize import MakeShim
 
 
 DEFAULT_SOCKET_DIR = "/run/containerd/s"

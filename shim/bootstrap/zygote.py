@@ -20,10 +20,11 @@ import sys
 import time
 import traceback
 
-from shim import daemonize, state_directory, zygote_protocol
+from shim import zygote_protocol
 from shim.bootstrap import actions
 from shim.bootstrap import serve as daemon_life
-from shim.ledger import Ledger
+from shim.host import daemonize, state_directory
+from shim.host.ledger import Ledger
 from shim.record import Record
 from shim.refusal import Refusal
 
@@ -103,8 +104,9 @@ def _warm() -> None:
 
     import pyroute2  # noqa: F401, PLC0415 - a shim whose sandbox has an interface needs it
 
-    from shim import daemon, kernel  # noqa: F401, PLC0415 - as above
+    from shim import daemon  # noqa: F401, PLC0415 - as above
     from shim.bootstrap import delete, start  # noqa: F401, PLC0415 - importing them is the point
+    from shim.host import kernel  # noqa: F401, PLC0415 - as above
     from shim.transport import grpc_server  # noqa: F401, PLC0415 - as above
 
     # What is there by now is there for good: the collector need not look at it, and so not write to its
@@ -297,7 +299,7 @@ class Successor:
         listener: int | None,
         register: Callable[[int], None],
     ) -> None:
-        """Stand in for :func:`shim.daemonize.spawn`; its parameters are explained there."""
+        """Stand in for :func:`shim.host.daemonize.spawn`; its parameters are explained there."""
         if listener is None:
             become = functools.partial(self._become, directory, arguments, None, error_output)
             daemonize.fork(become, before=register)

@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shim import kernel
+from shim.host import kernel
 from shim.network.rtnetlink import Netlink, attributes
 
 if TYPE_CHECKING:

@@ -8,51 +8,21 @@ from __future__ import annotations
 import asyncio
 import os
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from shim import kernel
 from shim.errors import Internal, InvalidArgument
+from shim.host import kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from shim.agent.oci_namespaces import WantedNamespace
 
 _T = TypeVar("_T")
 
 JOB_TIMEOUT_S = 60.0  # netlink answers in milliseconds; a busy host may take long to get there
 _THREADS = "network namespace"
-
-
-@dataclass(frozen=True, slots=True)
-class WantedNamespace:
-    """The network namespace that a specification asks for.
-
-    :param path: where it is; None for a new one.
-    """
-
-    path: Path | None
-
-
-def namespace_of(spec: dict[str, Any]) -> WantedNamespace:
-    """Find the network namespace that a container's specification asks for.
-
-    :param spec: the decoded ``config.json``; one that lists no namespace at all gets a new one.
-    :raises InvalidArgument: if it asks for the host's, by leaving it out of its namespaces.
-    """
-    linux = spec.get("linux")
-    listed = linux.get("namespaces") if isinstance(linux, dict) else None
-    namespaces = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
-    for namespace in namespaces:
-        if namespace.get("type") == "network":
-            path = namespace.get("path")
-            return WantedNamespace(Path(path) if isinstance(path, str) and path else None)
-    if namespaces:
-        raise InvalidArgument(
-            "spec: linux.namespaces: without network it asks for the host's network, which a machine cannot"
-            " see; ask for a network namespace"
-        )
-    return WantedNamespace(None)
 
 
 class NetworkNamespace:

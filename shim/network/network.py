@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Self
 from hypervisor import HypervisorError, Nic
 from proto.kata import agent_pb2
 from shim.errors import Internal, ShimError, Unavailable
+from shim.host.ingress import remove_ingress
 from shim.network import localhost, messages, resolver
 from shim.network.changes import Changes
-from shim.network.ingress import remove_ingress
 from shim.network.namespace import NetworkNamespace
 from shim.network.plan import Neighbour, NetworkPlan
 from shim.network.redirect import connect
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hypervisor import Hypervisor
-    from shim.agent import Agent
-    from shim.ledger import Ledger
-    from shim.network.namespace import WantedNamespace
+    from shim.agent.client import Agent
+    from shim.agent.oci_namespaces import WantedNamespace
+    from shim.host.ledger import Ledger
     from shim.network.plan import Endpoint
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shim.errors import FailedPrecondition, Internal
+from shim.host.ingress import remove_ingress
 from shim.network import localhost
 from shim.network.decode import TAP_PREFIX
-from shim.network.ingress import remove_ingress
 from shim.network.plan import Endpoint
 from shim.network.tap import open_tap
 

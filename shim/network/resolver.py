@@ -17,7 +17,7 @@ import logging
 import socket
 from pathlib import Path
 
-from shim import kernel
+from shim.host import kernel
 from shim.network.localhost import LOCALHOST, RESOLVER
 
 log = logging.getLogger(__name__)

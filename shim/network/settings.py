@@ -14,7 +14,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from shim import kernel
+from shim.host import kernel
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 from proto.containerd import sandbox_v1_pb2 as api
 from proto.containerd import types_pb2
-from shim import pod
 from shim.errors import AlreadyExists, FailedPrecondition, NotFound
-from shim.events import pack
-from shim.metrics import host_has_cgroup_v2, to_metrics
-from shim.timestamps import to_timestamp
+from shim.machine import pod
+from shim.telemetry.events import pack
+from shim.telemetry.metrics import host_has_cgroup_v2, to_metrics
+from shim.telemetry.timestamps import to_timestamp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shim.sandbox import Sandbox
+    from shim.sandbox.sandbox import Sandbox
 
 # As Kubernetes' container runtime interface names the states: containerd takes any other for not ready.
 _READY = "SANDBOX_READY"

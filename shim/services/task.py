@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.empty_pb2 import Empty
 
 from proto.containerd import runc_options_pb2, task_types_pb2, task_v3_pb2
-from shim import timeline
 from shim.errors import InvalidArgument
-from shim.events import pack
 from shim.identifiers import check_identifier
-from shim.metrics import host_has_cgroup_v2, to_metrics
-from shim.process import Process, State
 from shim.refusal import Refusal
-from shim.stdio import Stdio
-from shim.timestamps import to_timestamp
+from shim.sandbox.host_streams import Stdio
+from shim.sandbox.process import Process, State
+from shim.telemetry import timeline
+from shim.telemetry.events import pack
+from shim.telemetry.metrics import host_has_cgroup_v2, to_metrics
+from shim.telemetry.timestamps import to_timestamp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shim.sandbox import Sandbox
+    from shim.sandbox.sandbox import Sandbox
 
 _STATUS = {
     State.CREATED: task_types_pb2.CREATED,

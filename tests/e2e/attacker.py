@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from shim.guest_names import agent_id
+from shim.agent.guest_names import agent_id
 from tests.e2e.by_hand import PROCESS, ByHand
 from tests.e2e.conftest import new_id
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from tests.e2e.conftest import Stack
 
+#: ctr stops reading from a container that ended before it had opened its streams: runc's can be as fast.
+_ATTEMPTS_OF_A_PEER = 3
 NAMESPACES = ("pid", "ipc", "uts", "mount", "network")
 
 
@@ -80,11 +82,14 @@ def run(
     name = name or new_id()
     config = _write(place, name, specification(place, script, mounts, annotations or {}))
     containerd = stack.containerd
-    try:
-        done = containerd.ctr("run", "--runtime", containerd.runtime, "--config", config, name)
-    finally:
-        containerd.remove(name)
-    assert (done.code != 0) == fails, done.stderr
+    for _ in range(1 if stack.is_hako else _ATTEMPTS_OF_A_PEER):
+        try:
+            done = containerd.ctr("run", "--runtime", containerd.runtime, "--config", config, name)
+        finally:
+            containerd.remove(name)
+        assert (done.code != 0) == fails, done.stderr
+        if done.stdout or fails:
+            break
     return done.stderr if fails else done.stdout
 
 

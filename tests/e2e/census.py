@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from shim import zygote_protocol
 from shim.config import HypervisorConfig
-from shim.turns import DIRECTORY as TURNS
+from shim.machine.turns import DIRECTORY as TURNS
 from tests.e2e.containerd import CGROUPS, NAMESPACE
 from tests.patience import patient
 

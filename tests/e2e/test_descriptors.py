@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from shim.ledger import SHIM_PROCESS, Ledger
+from shim.host.ledger import SHIM_PROCESS, Ledger
 from tests.e2e import busybox
 from tests.e2e.conftest import new_id
 

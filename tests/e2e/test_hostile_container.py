@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from shim.agent import MODULES_NAME
-from shim.guest_names import agent_id
+from shim.agent.guest_names import agent_id
+from shim.agent.guest_paths import MODULES_NAME
 from tests.e2e.attacker import GUEST, MARK, SHARE, Attacker, Sentinel, privileged
 from tests.e2e.life import until
 

@@ -17,7 +17,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from proto.containerd import cgroups_v1_pb2, cgroups_v2_pb2, sandbox_v1_pb2, task_v3_pb2
 from proto.cri.pod_pb2 import DNSConfig, PodSandboxConfig
-from shim.killing import ALONE_TIMEOUT_S
+from shim.sandbox.killing import ALONE_TIMEOUT_S
 from tests.e2e.by_hand import PROCESS, ByHand
 from tests.e2e.life import PROGRAMS, until
 

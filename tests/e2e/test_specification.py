@@ -21,7 +21,7 @@ from google.protobuf.any_pb2 import Any as Packed
 from google.protobuf.empty_pb2 import Empty
 
 from proto.containerd import task_v3_pb2
-from shim.oci_fields import ROWS, Fate
+from shim.agent.oci_fields import ROWS, Fate
 from tests.e2e import census
 from tests.e2e.busybox import IMAGE, rootfs_archive
 from tests.e2e.conftest import new_id

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from shim import cli
-from shim.timeline_model import parse
+from shim.telemetry.timeline_model import parse
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import write_config
 from tests.e2e.containerd import NAMESPACE
@@ -17,7 +17,7 @@ from tests.e2e.life import until
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from shim.timeline_model import Timeline
+    from shim.telemetry.timeline_model import Timeline
     from tests.e2e.conftest import Stack
 
 pytestmark = pytest.mark.hako

@@ -20,15 +20,15 @@ from google.protobuf.message_factory import GetMessageClass
 
 from proto.containerd import task_v2_pb2, task_v3_pb2
 from proto.kata import agent_pb2, health_pb2
-from shim import mounts
-from shim.agent import Agent
+from shim.agent.client import Agent
 from shim.config import Config
-from shim.events import Publisher
-from shim.ledger import Ledger
-from shim.log import configure
-from shim.sandbox import Sandbox
+from shim.host import mounts
+from shim.host.ledger import Ledger
+from shim.host.state_directory import StartRecord
+from shim.sandbox.sandbox import Sandbox
 from shim.services.task import TaskService
-from shim.state_directory import StartRecord
+from shim.telemetry.events import Publisher
+from shim.telemetry.log import configure
 from shim.transport.dispatch import Dispatch, snake_case
 from shim.transport.grpc_server import serve_grpc
 from shim.transport.ttrpc_server import TtrpcServer

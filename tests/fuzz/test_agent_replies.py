@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from proto import ttrpc_pb2
 from proto.containerd import events_pb2, task_v3_pb2
 from proto.kata import agent_pb2, health_pb2
-from shim import kernel
-from shim.agent import Agent
+from shim.agent.client import Agent
 from shim.config import Config
 from shim.errors import ShimError
-from shim.ledger import Ledger
+from shim.host import kernel
+from shim.host.ledger import Ledger
+from shim.host.state_directory import StartRecord
 from shim.services.task import TaskService
-from shim.state_directory import StartRecord
 from shim.transport.ttrpc_client import TtrpcClient
 from shim.transport.ttrpc_codec import Frame, FrameDecoder, FrameType, encode_frame
 from tests.fuzz.material import bent, messages

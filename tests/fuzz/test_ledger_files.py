@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shim.bootstrap import delete
 from shim.bootstrap.command_line import CommandLine
-from shim.ledger import Ledger
+from shim.host.ledger import Ledger
 from shim.refusal import Refusal
 from tests.fuzz.material import bent, json_values
 

@@ -9,10 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proto.containerd import task_v3_pb2
+from shim.agent.oci import translate, translate_resources
+from shim.agent.oci_process import translate_process
 from shim.errors import InvalidArgument
-from shim.inheritance import Inheritance
-from shim.oci import translate, translate_resources
-from shim.oci_process import translate_process
+from shim.sandbox.inheritance import Inheritance
 from tests.fuzz.material import LONG, PROCESS, RESOURCES, SPEC, bent_json, json_values
 
 NOTHING = Inheritance({}, oom_score_adj=0)

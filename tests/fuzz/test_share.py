@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from proto.containerd import task_v3_pb2
-from shim.guest_names import agent_id
+from shim.agent.guest_names import agent_id
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import ctypes, os, sys
 from pathlib import Path
-from shim import mounts
+from shim.host import mounts
 
 base, writes_to = Path(sys.argv[1]), sys.argv[4]
 read_only, recursive = sys.argv[2] == "True", sys.argv[3] == "True"

@@ -12,6 +12,14 @@ import hypervisor
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_LINES = 500
+MOST_MODULES_OUTSIDE = 16
+#: The rooms of shim/, from the top down: each may import from those after it.
+ROOMS = (
+    *("bootstrap", "services", "sandbox", "volumes", "machine", "network"),
+    *("agent", "telemetry", "transport", "host"),
+)
+#: What a sandbox's shim, an operator or containerd starts with; they may import from every room.
+DOORS = {"entry", "daemon", "cli", "check", "install", "template_command"}
 OURS = {"shim", "hypervisor", "guest", "proto"}
 ARROWS = {
     "shim": {"shim", "hypervisor", "proto"},
@@ -86,6 +94,38 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = {name: run_time_imports(path, set(found)) - {name} for name, path in found.items()}
 
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def room_of(name: str) -> str:
+    """The room, door or leaf of shim/ that a module is in."""
+    return name.split(".")[1] if "." in name else ""
+
+
+def may_import(name: str, other: str) -> bool:
+    """Whether a module of shim/ may import another: doors may, and rooms those below them."""
+    room, wanted = room_of(name), room_of(other)
+    if room in DOORS or room == wanted:
+        return True
+    if (room, wanted) == ("bootstrap", "daemon"):  # the process that containerd starts becomes the daemon
+        return True
+    if wanted in ROOMS:
+        return room in ROOMS and ROOMS.index(room) < ROOMS.index(wanted)
+    return wanted not in DOORS
+
+
+def test_an_arrow_between_the_rooms_of_shim_points_down() -> None:
+    found = {name: path for name, path in modules().items() if name.startswith("shim.")}
+    arrows = {(name, other) for name, path in found.items() for other in run_time_imports(path, set(found))}
+
+    assert {arrow for arrow in arrows if not may_import(*arrow)} == set()
+
+
+def test_shim_has_few_modules_outside_its_rooms() -> None:
+    outside = [path for path in (ROOT / "shim").iterdir() if path.suffix == ".py"]
+    rooms = {path.parent.name for path in (ROOT / "shim").glob("*/__init__.py")}
+
+    assert len(outside) <= MOST_MODULES_OUTSIDE
+    assert rooms == set(ROOMS)
 
 
 def words_of(package: str) -> set[str]:

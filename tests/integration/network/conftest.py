@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from shim.ledger import Ledger
+from shim.host.ledger import Ledger
 from tests.network_space import Space, add_cable, new_space
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hypervisor.errors import HotplugError
+from shim.agent.oci_namespaces import WantedNamespace
 from shim.errors import FailedPrecondition, Internal, InvalidArgument
-from shim.ledger import Ledger
-from shim.network.namespace import NetworkNamespace, WantedNamespace
+from shim.host.ledger import Ledger
+from shim.network.namespace import NetworkNamespace
 from shim.network.network import Network
 from shim.network.tap import open_tap
 from tests.network_space import Space, add_cable

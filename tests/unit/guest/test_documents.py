@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guest.agent import cgroup, jsonout, oci, storage, sysctl
+from guest.agent import cgroup, json_out, oci, storage, sysctl
 from guest.agent.errors import AgentError
 from guest.agent.wire import Codec, Message
 from guest.image import schema
@@ -27,12 +27,12 @@ def translated(reference: oci_pb2.Spec | oci_pb2.Process | oci_pb2.LinuxResource
 
 @given(DOCUMENTS)
 def test_json_is_read_back_as_it_was(document: object) -> None:
-    assert json.loads(jsonout.dumps(document)) == document
+    assert json.loads(json_out.dumps(document)) == document
 
 
 def test_json_refuses_what_it_cannot_say() -> None:
     with pytest.raises(TypeError, match="float"):
-        jsonout.dumps([1.5])
+        json_out.dumps([1.5])
 
 
 def test_process_carries_everything() -> None:

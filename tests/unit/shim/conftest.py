@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from shim import host_process, zygote_protocol
+from shim import zygote_protocol
 from shim.bootstrap import grouping
-from shim.host_process import HostProcess
-from shim.ledger import Ledger
+from shim.host import host_process
+from shim.host.host_process import HostProcess
+from shim.host.ledger import Ledger
 
 WITHIN_S = 15.0
 PROGRAM = Path(__file__).with_name("shim_with_stub_daemon.py")

@@ -11,8 +11,8 @@ import types
 from pathlib import Path
 
 import shim
-from shim import state_directory
 from shim.entry import main
+from shim.host import state_directory
 
 
 def run(record, listener_descriptor, ready):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from guest.image import ImageError
-from shim import cli, host
+from shim import cli
+from shim.machine import host_choice
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def able_host(tmp_path, monkeypatch):
     for name in ("kernel", "initrd"):
         (tmp_path / name).touch()
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(host, "_DAEMON_DIRECTORIES", ())
+    monkeypatch.setattr(host_choice, "_DAEMON_DIRECTORIES", ())
     monkeypatch.setattr("os.geteuid", lambda: 0)
     path = tmp_path / "config.toml"
     path.write_text(f"""

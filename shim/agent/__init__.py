@@ -1,0 +1,1 @@
+"""What is said to the guest: the agent's client, and the OCI specification as its messages."""

@@ -1,0 +1,198 @@
+"""Who mounts what a specification asks for: the guest, or the host for it.
+
+runc hands every type that is no bind to mount(2). What such a file system is made of decides who can do that
+for a virtual machine: what lives in a kernel alone is mounted in the guest's; what is on disks or in
+directories of the host, which the guest would look for among its own, is mounted on the host and shared.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+from shim.agent.shared_memory import is_bind
+from shim.errors import InvalidArgument
+from shim.host.mounts import is_flag
+
+_OF_THE_KERNEL = frozenset(
+    {
+        "binder",
+        "binfmt_misc",
+        "bpf",
+        "cgroup",
+        "cgroup2",
+        "configfs",
+        "debugfs",
+        "devpts",
+        "devtmpfs",
+        "efivarfs",
+        "fusectl",
+        "hugetlbfs",
+        "mqueue",
+        "proc",
+        "pstore",
+        "ramfs",
+        "resctrl",
+        "rpc_pipefs",
+        "securityfs",
+        "selinuxfs",
+        "smackfs",
+        "sysfs",
+        "tmpfs",
+        "tracefs",
+    }
+)
+_GIVE_AS_BIND = "mount it on the host and give it as a bind"
+_NETWORK = (
+    f"it is served over a network, and that of the container is in the guest, which cannot; {_GIVE_AS_BIND}"
+)
+_SERVED = f"it is served by a process or a device, which the container has none of here; {_GIVE_AS_BIND}"
+_REFUSED = {
+    **dict.fromkeys(("afs", "ceph", "cifs", "lustre", "nfs", "nfs4", "smb3"), _NETWORK),
+    **dict.fromkeys(("9p", "autofs", "fuse", "fuseblk", "virtiofs"), _SERVED),
+}
+_LOOP = "it is for mount(8); attach the file to a loop device and name that"
+# What a bind of a mount may have of its own.
+_OF_A_BIND = frozenset({"ro", "rw"}) | {
+    f"{no}{what}"
+    for no in ("", "no")
+    for what in ("suid", "dev", "exec", "symfollow", "atime", "diratime", "relatime", "strictatime")
+}
+_PROPAGATION = frozenset(
+    f"{recursive}{kind}" for recursive in ("", "r") for kind in ("private", "shared", "slave", "unbindable")
+)
+_RECURSIVE = {"rro": "ro", "rnosuid": "nosuid", "rnodev": "nodev", "rnoexec": "noexec"}
+# For the programs that read fstab, not for the kernel; see fstab(5) and mount(8).
+_FOR_PROGRAMS = frozenset(
+    {"_netdev", "auto", "noauto", "nofail", "user", "nouser", "users", "owner", "group"}
+)
+
+
+class OfTheGuest(dict[str, Any]):
+    """An element of a specification's ``mounts`` whose source is a path of the guest already.
+
+    :param part_of: what the guest has to mount at the source first, if that is only a part of something.
+    """
+
+    def __init__(self, entry: dict[str, Any], *, part_of: str = "") -> None:
+        super().__init__(entry)
+        self.part_of = part_of
+
+
+class Kind(enum.Enum):
+    """Who provides a mount."""
+
+    BIND = "of the host's files"
+    GUEST = "by the guest"
+    HOST = "by the host, and shared"
+
+
+@dataclass(frozen=True, slots=True)
+class FileSystem:
+    """A file system that the host mounts for a container.
+
+    :param destination: where the container has it.
+    :param fstype: its type.
+    :param source: what it is on: a path, or just a name.
+    :param flags: the options that mount(2) has flags for.
+    :param data: the file system's own options.
+    :param bind_options: what the container's bind of it has.
+    """
+
+    destination: str
+    fstype: str
+    source: str
+    flags: tuple[str, ...]
+    data: tuple[str, ...]
+    bind_options: tuple[str, ...]
+
+
+def kind_of(entry: dict[str, Any]) -> Kind:
+    """Tell who provides a mount.
+
+    :param entry: an element of the specification's ``mounts``.
+    :raises InvalidArgument: if nobody can; the message says why.
+    """
+    fstype, options = entry.get("type") or "", entry.get("options") or []
+    if isinstance(entry, OfTheGuest):
+        return Kind.GUEST
+    if is_bind(entry):
+        return Kind.BIND
+    # What is mounted again is there already, in the container.
+    if fstype in _OF_THE_KERNEL or "remount" in options:
+        return Kind.GUEST
+    if not fstype:
+        raise _refused(entry, "it has no type; name one, or make it a bind")
+    why = _REFUSED.get(fstype.partition(".")[0])
+    if why:
+        raise _refused(entry, f"{fstype}: {why}")
+    if "loop" in options:
+        raise _refused(entry, f"{fstype}: option loop: {_LOOP}")
+    return Kind.HOST
+
+
+def file_system_of(entry: dict[str, Any]) -> FileSystem:
+    """Describe a mount that the host provides.
+
+    :param entry: an element of the specification's ``mounts`` of that kind.
+    :raises KeyError: if it has no destination.
+    :raises AttributeError, TypeError: if it is malformed.
+    """
+    source = entry.get("source") or ""
+    if not isinstance(source, str):
+        raise TypeError(f"mounts: {entry['destination']!r}: source {source!r} is not a string")
+    options = [
+        _RECURSIVE.get(option, option)
+        for option in entry.get("options") or []
+        if option and option not in _FOR_PROGRAMS and not option.lower().startswith("x-")
+    ]
+    flags = tuple(option for option in options if is_flag(option))
+    propagation = tuple(option for option in options if option in _PROPAGATION)
+    return FileSystem(
+        destination=entry["destination"],
+        fstype=entry["type"],
+        source=source,
+        flags=flags,
+        data=tuple(option for option in options if option not in {*flags, *propagation}),
+        bind_options=("rbind", *(flag for flag in flags if flag in _OF_A_BIND), *propagation),
+    )
+
+
+def split_layers(value: str) -> list[tuple[str, str]]:
+    """Split overlayfs' option ``lowerdir`` at its colons.
+
+    :param value: the value, in which a backslash makes the next character an ordinary one.
+    :returns: for each layer what separates it from the one before (two colons announce a layer of data
+        alone) and its path.
+    """
+    layers: list[tuple[str, str]] = []
+    separator, path = "", ""
+    characters = iter(value)
+    for character in characters:
+        if character == "\\":
+            path += next(characters, "")
+        elif character != ":":
+            path += character
+        elif path:
+            layers.append((separator, path))
+            separator, path = ":", ""
+        else:
+            separator += ":"
+    layers.append((separator, path))
+    return layers
+
+
+def unescaped(value: str) -> str:
+    """Take the backslashes off that make characters of an option ordinary ones."""
+    characters = iter(value)
+    return "".join(next(characters, "") if one == "\\" else one for one in characters)
+
+
+def describe(entry: FileSystem) -> str:
+    """Name a mount in an error's message."""
+    return f"mounts: {entry.destination!r}: {entry.fstype} of {entry.source!r}"
+
+
+def _refused(entry: dict[str, Any], why: str) -> InvalidArgument:
+    return InvalidArgument(f"mounts: {entry.get('destination')!r}: {why}")

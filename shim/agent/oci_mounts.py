@@ -1,0 +1,77 @@
+"""A container's mounts: which files of the host must be shown to the guest, and where it finds them."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from shim.agent import shared_memory
+from shim.agent.oci_mount_kinds import OfTheGuest
+from shim.errors import InvalidArgument
+
+_BOTH_WAYS = frozenset({"shared", "rshared"})  # mount_namespaces(7): what either mounts, the other sees
+_KERNEL_FILE_SYSTEMS = ("/proc", "/sys", "/dev")
+# The volumes that the kubelet rewrites while they are in use, and never lets a container write; a share
+# carries no inotify event for that.
+_UPDATED_BY_KUBELET = re.compile(r"/kubernetes\.io~(configmap|secret|projected|downward-api)/[^/]+/?$")
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMount:
+    """A bind mount whose source the host must show to the guest.
+
+    :param source: path on the host.
+    :param destination: path in the container.
+    :param options: as the specification has them.
+    :param is_updated: whether the kubelet rewrites it while it is in use: the guest keeps a copy up to date,
+        with events for who watches it.
+    """
+
+    source: str
+    destination: str
+    options: tuple[str, ...]
+    is_updated: bool
+
+
+def rewrite_mount(entry: dict[str, Any]) -> tuple[dict[str, Any], SharedMount | None]:
+    """Give one mount the source that it has in the guest.
+
+    :param entry: an element of the specification's ``mounts``.
+    :returns: the mount to send; and what the host must share for it, which says what is sent instead.
+    :raises KeyError: if it has no destination.
+    :raises ValueError: if no file can have its source or destination.
+    :raises InvalidArgument: if what the container mounts below it is to be seen on the host.
+    """
+    destination = entry["destination"]
+    source = entry.get("source") or ""
+    options = entry.get("options") or []
+    if isinstance(entry, OfTheGuest) or not shared_memory.is_bind(entry):
+        return entry, None
+    if _is_of_a_kernel_file_system(source):
+        # The host's kernel file systems say nothing about the guest: the guest's own are bound instead.
+        return {**entry, "type": "bind", "source": posixpath.normpath(source)}, None
+    for option in options:
+        if option in _BOTH_WAYS:
+            raise InvalidArgument(
+                f"mounts: {destination}: {option} (Bidirectional): what a container mounts stays in its "
+                "machine; ask for rslave (HostToContainer)"
+            )
+    if not source or "\0" in f"{source}{destination}":
+        raise ValueError(f"mounts: {destination!r}: no file has the path {source!r}; give another source")
+    is_read = not {"ro", "rro"}.isdisjoint(options)
+    is_updated = is_read and _UPDATED_BY_KUBELET.search(source) is not None
+    return {**entry, "type": "bind"}, SharedMount(source, destination, tuple(options), is_updated)
+
+
+def _is_of_a_kernel_file_system(path: str) -> bool:
+    """Tell whether a path on the host belongs to /proc, /sys or /dev; /dev/shm is an ordinary directory."""
+    normal = posixpath.normpath(path)
+    if _is_at_or_below(normal, shared_memory.DESTINATION):
+        return False
+    return any(_is_at_or_below(normal, top) for top in _KERNEL_FILE_SYSTEMS)
+
+
+def _is_at_or_below(path: str, top: str) -> bool:
+    return path == top or path.startswith(f"{top}/")

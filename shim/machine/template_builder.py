@@ -1,0 +1,206 @@
+"""Making the template of a configuration: at the operator's word, or by a process that nobody waits for.
+
+That process belongs to no sandbox: it has no descriptor of the shim that started it, and lives in the mounts
+and the cgroup that the shim came from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hypervisor import HypervisorError, save_template, template_key
+from shim.errors import Internal
+from shim.host import daemonize
+from shim.machine.host_choice import resolve
+from shim.machine.sizing import plan
+from shim.machine.spec import describe
+from shim.refusal import Refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hypervisor import VmSpec
+    from shim.config import Config
+    from shim.machine.template_store import Building, Template, TemplateStore
+
+log = logging.getLogger(__name__)
+
+NICENESS = 19
+START_TIMEOUT_S = 10.0
+_BOOT_TIMES = 4  # by how much a nice process on a busy host may be slower than a boot is allowed to be
+_GRACE_S = 10
+_FIRST_TO_GO = 1000  # proc(5): the most that oom_score_adj can be
+_SANDBOXES_OWN = {
+    "name",
+    "directory",
+    "share_source",
+    "virtiofsd",
+    "vsock_daemon",
+    "network_namespace",
+    "template",
+}
+
+
+def build(config: Config, store: TemplateStore, *, wait: bool) -> Template:
+    """Make the template for machines of the size that the configuration gives them, unless there is one.
+
+    :param config: the operator's.
+    :param store: where it goes.
+    :param wait: until others have built theirs.
+    :returns: the template.
+    :raises BlockingIOError: if somebody else builds and ``wait`` is not set.
+    :raises ShimError: if the host lacks something, or the machine does not come up or cannot be saved.
+    :raises Refusal: if the store cannot be trusted, or machines of this configuration are not cloned.
+    :raises OSError: if the store cannot be written.
+    """
+    if config.hypervisor.huge_pages:
+        raise Refusal(
+            "template: [hypervisor] huge_pages: such machines are not cloned; switch it off, or build none"
+        )
+    with store.building(wait=wait) as building, _guarding(building):
+        return asyncio.run(_build(config, store, building.place))
+
+
+async def _build(config: Config, store: TemplateStore, place: Path) -> Template:
+    sizes = plan(config.hypervisor, {})
+    running, built = place / "machine", place / "template"
+    for directory in (running, built):
+        directory.mkdir(mode=0o700)
+    spec = describe(
+        config,
+        await resolve(config),
+        name="template",
+        directory=running,
+        share=running,
+        size=sizes.boot,
+        most=sizes.most,
+    )
+    try:
+        key = template_key(spec)
+        found = store.find(key)
+        if found is not None:
+            return found
+        try:
+            await save_template(spec, built, timeout_s=_BOOT_TIMES * config.guest.boot_timeout_s)
+        except HypervisorError as error:
+            store.fail(key, str(error))
+            raise
+    except HypervisorError as error:
+        raise Internal(f"template: {error}") from error
+    return store.publish(key, built, purpose=purpose_of(spec))
+
+
+def purpose_of(spec: VmSpec) -> dict[str, object]:
+    """Tell what was asked for, whatever the files of those names hold."""
+    settings = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    return {
+        name: value if isinstance(value, int) else " ".join(value) if isinstance(value, tuple) else str(value)
+        for name, value in ((name, getattr(value, "value", value)) for name, value in settings.items())
+        if name not in _SANDBOXES_OWN
+    }
+
+
+async def start_unless_building(
+    config_text: str, store: TemplateStore, *, mount_namespace: int | None
+) -> None:
+    """As :func:`start`, unless one is being built; what prevents it is logged, as nobody waits for it."""
+    try:
+        if store.is_building():  # for a machine that came up at the same time
+            return
+        await start(config_text, store, mount_namespace=mount_namespace)
+    except (Refusal, OSError, TimeoutError) as error:
+        log.warning("template: its builder cannot be started: %s", error)
+    else:
+        log.info("template: is built in the background")
+
+
+async def start(config_text: str, store: TemplateStore, *, mount_namespace: int | None) -> None:
+    """Have the template made in the background.
+
+    :param config_text: the text of the configuration.
+    :param store: where it goes; what goes wrong is in its log.
+    :param mount_namespace: that in which the process is to be, open; None is this process's own.
+    :raises Refusal: if the store cannot be trusted.
+    :raises OSError: if it cannot be started.
+    :raises TimeoutError: if it is not on its way in time.
+    """
+    entering = (
+        [] if mount_namespace is None else ["nsenter", f"--mount=/proc/self/fd/{mount_namespace}", "--"]
+    )
+    output = store.open_log()
+    # A file and no pipe: the builder reads it when the starter, and maybe this process, is long gone.
+    settings = os.memfd_create("config", os.MFD_CLOEXEC)
+    try:
+        os.write(settings, config_text.encode())
+        os.lseek(settings, 0, os.SEEK_SET)
+        starter = await asyncio.create_subprocess_exec(
+            *entering,
+            *("setsid", "--fork", "nice", f"--adjustment={NICENESS}"),
+            *(sys.executable, "-P", "-m", "shim.cli", "template", "build", "--background", "--config", "-"),
+            stdin=settings,
+            stdout=output,
+            stderr=output,
+            cwd="/",
+            env=daemonize.environment(),
+            pass_fds=[] if mount_namespace is None else [mount_namespace],
+        )
+    finally:
+        os.close(settings)
+        os.close(output)
+    async with asyncio.timeout(START_TIMEOUT_S):
+        await starter.wait()
+
+
+def go_to_the_background(config: Config) -> None:
+    """Make this process one that disturbs nobody and that ends, by itself or by a signal.
+
+    :param config: its deadline follows from how long a boot may take.
+    """
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.close(null)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(_FIRST_TO_GO), encoding="ascii")
+    signal.alarm(_BOOT_TIMES * config.guest.boot_timeout_s + _GRACE_S)
+
+
+@contextlib.contextmanager
+def _guarding(building: Building) -> Iterator[None]:
+    """Have the place of a build removed however this process ends.
+
+    Another process waits for that, and holds the lock until it is done. Were both killed at once, the next
+    build would remove it.
+    """
+    watched, held = os.pipe2(os.O_CLOEXEC)
+    guard = os.fork()
+    if guard == 0:
+        try:
+            _guard(building, watched)
+        finally:
+            os._exit(0)
+    os.close(watched)
+    try:
+        yield
+    finally:
+        os.close(held)
+        os.waitpid(guard, 0)
+
+
+def _guard(building: Building, watched: int) -> None:
+    os.setsid()
+    kept = sorted((watched, building.lock))
+    os.closerange(0, kept[0])
+    os.closerange(kept[0] + 1, kept[1])
+    os.closerange(kept[1] + 1, os.sysconf("SC_OPEN_MAX"))
+    os.read(watched, 1)  # nobody writes: it returns when the other end is closed
+    shutil.rmtree(building.place, ignore_errors=True)

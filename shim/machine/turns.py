@@ -1,0 +1,117 @@
+"""Taking turns: no more machines of a host are at work on a start at once than it has processors for.
+
+A start under emulation is processor time and little else. Those that share a processor take longer together
+than one after the other: whenever one goes on it has a timer interrupt to serve, and caches to fill again.
+
+The turns are FIFOs in a directory. Who has one holds the lock of its FIFO, open for writing; who waits has
+all of them open for reading, and hears when the writer of one is gone, by whatever death.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shim.host import private_directory
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+
+log = logging.getLogger(__name__)
+
+DIRECTORY = Path("/run/hako/turns")
+_PATIENCE_S = 60.0
+"""Who waits for longer goes on without a turn. The kubelet gives a pod two minutes."""
+_LONGEST_S = 10.0
+"""A turn ends after this, if what it was for has not: machines that hang must not keep the others waiting."""
+
+
+@contextlib.asynccontextmanager
+async def turn(directory: Path, *, at_once: int, given_up: asyncio.Event) -> AsyncIterator[None]:
+    """Wait for a turn, and have it for a block, or the first ten seconds of it.
+
+    Turns only save time, so the block is run in any case: without one if the wait is too long or fails.
+
+    :param directory: where the turns are; made if need be.
+    :param at_once: how many there are.
+    :param given_up: ends the wait once it is set.
+    """
+    held: int | None = None
+    try:
+        held = await _wait(directory, at_once=at_once, given_up=given_up)
+    except OSError as error:
+        log.warning("turns: %s: %s; starts without one", error.filename or directory, error.strerror)
+    if held is None:
+        yield
+        return
+    with contextlib.ExitStack() as turn_held:
+        turn_held.callback(os.close, held)
+        end = asyncio.get_running_loop().call_later(_LONGEST_S, turn_held.close)
+        try:
+            yield
+        finally:
+            end.cancel()
+
+
+async def _wait(directory: Path, *, at_once: int, given_up: asyncio.Event) -> int | None:
+    """Return the descriptor whose closing ends the turn; none if the wait was too long."""
+    paths = _make(directory, at_once)
+    held = _take_any(paths)
+    if held is not None:
+        return held
+    with contextlib.ExitStack() as stack:
+        # Open before the next look: the end of a turn is heard from here on.
+        writers = [os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) for path in paths]
+        for writer in writers:
+            stack.callback(os.close, writer)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_PATIENCE_S):
+                while not given_up.is_set() and (held := _take_any(paths)) is None:
+                    await _any_gone(writers, given_up)
+    return held
+
+
+def _make(directory: Path, count: int) -> list[str]:
+    private_directory.make(str(directory))
+    paths = [str(directory / str(number)) for number in range(count)]
+    for path in paths:
+        with contextlib.suppress(FileExistsError):
+            os.mkfifo(path, 0o600)
+    return paths
+
+
+def _take_any(paths: Iterable[str]) -> int | None:
+    for path in paths:
+        # For reading, too: a FIFO that nobody reads cannot be opened for writing without waiting.
+        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno != errno.EWOULDBLOCK:
+                raise
+        else:
+            return descriptor
+    return None
+
+
+async def _any_gone(writers: Iterable[int], given_up: asyncio.Event) -> None:
+    """Wait until a FIFO has no writer."""
+    loop = asyncio.get_running_loop()
+    gone = asyncio.Event()
+    waits = [loop.create_task(event.wait()) for event in (gone, given_up)]
+    for writer in writers:
+        loop.add_reader(writer, gone.set)
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for writer in writers:
+            loop.remove_reader(writer)
+        for wait in waits:
+            wait.cancel()

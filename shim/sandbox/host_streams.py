@@ -1,0 +1,236 @@
+"""A process' standard streams on the host: the FIFOs that containerd's client made.
+
+Rules that avoid deadlock and loss (containerd's client waits for end of file before it deletes):
+
+* an output FIFO is opened only once a reader is there, so a short-lived process loses nothing;
+* the shim keeps a reading end too, so that a client that goes away does not break the pipe;
+* both ends are closed as soon as the process' output is at its end, not at Delete;
+* stdin is opened when the process starts: a client can only tell that its input is over once Create
+  has returned, and ctr before 1.7 never says so if it has copied all of it by then;
+* stdin has a writing end kept by the shim, so that a client that goes away is no end of file;
+  CloseIO gives that end up, and the process sees end of file once the client's end is closed too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from shim.errors import DeadlineExceeded, InvalidArgument
+from shim.sandbox.log_driver import SCHEMES, LogDriver
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+OPEN_TIMEOUT_S = 30.0  # containerd's runc shim gives a client as long to open its end
+_FILE_SCHEME = "file://"
+CHUNK_BYTES = 256 * 1024  # the capacity that an input's pipe gets: the more at once, the less each byte costs
+
+
+@dataclass(frozen=True, slots=True)
+class Stdio:
+    """The stream paths of one process, exactly as the client sent them; empty means unwanted."""
+
+    stdin: str = ""
+    stdout: str = ""
+    stderr: str = ""
+    terminal: bool = False
+
+
+@dataclass(slots=True)
+class Streams:
+    """Open host ends of one process' streams; -1 means there is none."""
+
+    stdin: int = -1
+    stdout: int = -1
+    stderr: int = -1
+    driver: LogDriver | None = None
+    _stdin_over: bool = False
+    _kept: dict[str, int] = field(default_factory=dict)
+
+    def close_stdin_writer(self) -> None:
+        """Give up the shim's own writing end of stdin (CloseIO), now or as soon as it would be opened."""
+        self._stdin_over = True
+        self._close_kept("stdin")
+
+    def open_stdin(self, path: str) -> None:
+        """Open the FIFO or file that the process reads from.
+
+        :raises OSError: if it cannot be opened.
+        """
+        self.stdin = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        is_fifo = stat.S_ISFIFO(os.fstat(self.stdin).st_mode)
+        if is_fifo:
+            with contextlib.suppress(OSError):  # what there is serves, too
+                fcntl.fcntl(self.stdin, fcntl.F_SETPIPE_SZ, CHUNK_BYTES)
+        if is_fifo and not self._stdin_over:
+            self.keep("stdin", os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+
+    def close(self, name: str) -> None:
+        """Close one stream: ``stdin``, ``stdout`` or ``stderr``. Closing twice is harmless."""
+        descriptor = getattr(self, name)
+        if descriptor >= 0:
+            setattr(self, name, -1)
+            os.close(descriptor)
+        self._close_kept(name)
+
+    async def finish(self) -> None:
+        """Let a log driver, once both outputs are closed, write what it has and end."""
+        if self.driver is not None:
+            await self.driver.finish()
+            self.driver = None
+
+    def close_all(self) -> None:
+        """Close whatever is open."""
+        for name in ("stdin", "stdout", "stderr"):
+            self.close(name)
+
+    def _close_kept(self, name: str) -> None:
+        descriptor = self._kept.pop(name, -1)
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def keep(self, name: str, descriptor: int) -> None:
+        """Hold the opposite end of a FIFO until its stream is closed."""
+        self._kept[name] = descriptor
+
+
+async def open_streams(stdio: Stdio, *, container_id: str, namespace: str) -> Streams:
+    """Open the host ends of a process' outputs.
+
+    :param container_id: told to a log driver.
+    :param namespace: containerd's, told to a log driver.
+    :raises InvalidArgument: if a path has an unknown scheme or cannot be opened.
+    :raises DeadlineExceeded: if no client opens its end of an output FIFO in time.
+    """
+    streams = Streams()
+    outputs = {"stdout": stdio.stdout}
+    if not stdio.terminal:  # with a terminal stderr may name a FIFO that nobody made
+        outputs["stderr"] = stdio.stderr
+    try:
+        plain_path("stdin", stdio.stdin)
+        if stdio.stdout.startswith(SCHEMES):  # clients give both outputs the same log URI
+            outputs = {}
+            streams.driver = await LogDriver.start(
+                stdio.stdout, container_id=container_id, namespace=namespace
+            )
+            streams.stdout, streams.stderr = streams.driver.stdout, streams.driver.stderr
+            os.set_blocking(streams.stdout, False)
+            os.set_blocking(streams.stderr, False)
+        for name, path in outputs.items():
+            if path.startswith(_FILE_SCHEME):
+                _open_file(streams, name, path)
+            elif path:
+                await _open_output(streams, name, plain_path(name, path))
+    except OSError as error:
+        streams.close_all()
+        raise InvalidArgument(f"stdio: {error.filename}: {error.strerror}") from error
+    except ValueError as error:  # not a URL, or a NUL byte behind its escapes
+        streams.close_all()
+        raise InvalidArgument(f"stdio: {stdio.stdout!r}, {stdio.stderr!r}: {error}") from error
+    except (InvalidArgument, DeadlineExceeded, asyncio.CancelledError):
+        streams.close_all()
+        raise
+    return streams
+
+
+def _open_file(streams: Streams, name: str, uri: str) -> None:
+    """Append to the file of a ``file://`` log URI, as containerd's runc shim does."""
+    path = Path(unquote(urlsplit(uri).path))
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    setattr(streams, name, os.open(path, flags, 0o644))
+
+
+def plain_path(name: str, path: str) -> str:
+    """Strip the scheme of a FIFO's URI.
+
+    :raises InvalidArgument: if the scheme is another than ``fifo://``, or no file can have the path.
+    """
+    if "\0" in path:
+        raise InvalidArgument(f"stdio: {name} {path!r}: holds a NUL byte; give another path")
+    scheme, separator, rest = path.partition("://")
+    if not separator:
+        return path
+    if scheme == "fifo":
+        return rest
+    raise InvalidArgument(
+        f"stdio: {name} {path}: scheme {scheme!r} is not supported; use a FIFO, file:// or binary://"
+    )
+
+
+async def _open_output(streams: Streams, name: str, path: str) -> None:
+    if not stat.S_ISFIFO(os.stat(path).st_mode):  # noqa: PTH116 - one stat of a local tmpfs file
+        setattr(streams, name, os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC))
+        return
+    setattr(streams, name, await _open_when_read(path))
+    streams.keep(name, os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    os.set_blocking(getattr(streams, name), False)
+
+
+async def _open_when_read(path: str) -> int:
+    """Open a FIFO for writing as soon as somebody has it, or waits to have it, open for reading."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+    opening = asyncio.ensure_future(asyncio.to_thread(os.open, path, os.O_WRONLY | os.O_CLOEXEC))
+    try:
+        async with asyncio.timeout(OPEN_TIMEOUT_S):
+            return await asyncio.shield(opening)
+    except (TimeoutError, asyncio.CancelledError) as error:
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # releases the thread
+        os.close(await opening)
+        os.close(reader)
+        if isinstance(error, TimeoutError):
+            raise DeadlineExceeded(
+                f"stdio: {path}: no reader within {OPEN_TIMEOUT_S:.0f} s; the client must open its end"
+            ) from error
+        raise
+
+
+async def _ready(descriptor: int, add: Callable[..., None], remove: Callable[[int], bool]) -> None:
+    """Wait until the event loop says that ``descriptor`` can be read or written."""
+    ready = asyncio.Event()
+    add(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        remove(descriptor)
+
+
+async def read_chunk(descriptor: int) -> bytes:
+    """Read what is there, waiting for the first byte; empty means end of file."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            return os.read(descriptor, CHUNK_BYTES)
+        except BlockingIOError:
+            await _ready(descriptor, loop.add_reader, loop.remove_reader)
+
+
+async def write_all(
+    descriptor: int, data: bytes | memoryview, *, progressed: Callable[[], None] = lambda: None
+) -> None:
+    """Write all of ``data``, waiting while the pipe is full; a stalled reader stalls only its own stream.
+
+    :param progressed: called whenever some of it was taken.
+    :raises OSError: if the file behind the descriptor refuses (a full disk); FIFOs do not.
+    """
+    loop = asyncio.get_running_loop()
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(descriptor, view) :]
+            progressed()
+        except BlockingIOError:
+            await _ready(descriptor, loop.add_writer, loop.remove_writer)

@@ -1,0 +1,67 @@
+"""What a process inherits: a container's processes have it from this one, as from a runtime that starts them.
+
+The first process of a machine has the kernel's own values instead, so what this process has is sent.
+"""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shim.agent.client import Agent
+
+_OOM_SCORE_ADJ = Path("/proc/self/oom_score_adj")
+_MOST_FILES = 1 << 20  # fs.nr_open, unless somebody raises it
+_UNLIMITED = resource.RLIM_INFINITY
+_WITHOUT = (_UNLIMITED, _UNLIMITED)
+# In the kernel's order, which numbers them (include/uapi/asm-generic/resource.h).
+_TYPES = (
+    *("CPU", "FSIZE", "DATA", "STACK", "CORE", "RSS", "NPROC", "NOFILE"),
+    *("MEMLOCK", "AS", "LOCKS", "SIGPENDING", "MSGQUEUE", "NICE", "RTPRIO", "RTTIME"),
+)
+# What the first process of a machine of any size has, and so every process of the guest that is told nothing.
+_KERNELS = {
+    **dict.fromkeys(("CPU", "FSIZE", "DATA", "RSS", "AS", "LOCKS", "RTTIME"), _WITHOUT),
+    "STACK": (8 << 20, _UNLIMITED),
+    "CORE": (0, _UNLIMITED),
+    "MSGQUEUE": (819_200, 819_200),
+    "NICE": (0, 0),
+    "RTPRIO": (0, 0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Inheritance:
+    """What a process has unless its specification says otherwise.
+
+    :param rlimits: soft and hard limit by type, without those that the guest's kernel gives anyway.
+    :param oom_score_adj: how readily the kernel kills it for memory.
+    """
+
+    rlimits: dict[str, tuple[int, int]]
+    oom_score_adj: int
+
+
+def handed_down(agent: Agent) -> Inheritance:
+    """Read what this process hands down to those of a guest.
+
+    :param agent: the guest's; one that is not Hako's raises no limit of its kernel beforehand.
+    :raises OSError: if ``/proc`` is not mounted.
+    """
+    found = {name: resource.getrlimit(number) for number, name in enumerate(_TYPES)}
+    rlimits = {
+        f"RLIMIT_{name}": (_as_in_json(soft), _as_in_json(hard))
+        for name, (soft, hard) in found.items()
+        if (soft, hard) != _KERNELS.get(name)
+    }
+    if not agent.is_hako and "RLIMIT_NOFILE" in rlimits:
+        soft, hard = rlimits["RLIMIT_NOFILE"]
+        rlimits["RLIMIT_NOFILE"] = min(soft, _MOST_FILES), min(hard, _MOST_FILES)
+    return Inheritance(rlimits, oom_score_adj=int(_OOM_SCORE_ADJ.read_text(encoding="ascii")))
+
+
+def _as_in_json(limit: int) -> int:
+    return (1 << 64) - 1 if limit == _UNLIMITED else limit

@@ -1,0 +1,61 @@
+"""Killing what runs in a guest, also in one that does not obey.
+
+A guest that cannot even kill is lost, and its machine goes with it. But a busy host makes a guest slow, and a
+process that waits for the host's disk dies when the disk has answered. So a machine that others use, too, is
+given more time: for them, losing it would be worse than the wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import TYPE_CHECKING
+
+from shim.errors import DeadlineExceeded, FailedPrecondition, NotFound
+from shim.sandbox.process import State
+
+if TYPE_CHECKING:
+    from shim.sandbox.process import Process
+    from shim.sandbox.sandbox import Sandbox
+
+ALONE_TIMEOUT_S = 8.0  # for a killed process to be gone; a machine under emulation may be slow
+SHARED_TIMEOUT_S = 60.0  # as above, below the two minutes that a kubelet waits for a killed container
+
+
+async def kill(process: Process, *, container: str, number: int, everyone: bool, sandbox: Sandbox) -> None:
+    """Send a signal to one process, or to all of its container.
+
+    :param container: the container's id at the agent.
+    :param number: the signal's number.
+    :param sandbox: where the process runs.
+    :raises NotFound: if the process has ended.
+    :raises FailedPrecondition: if it is an exec that was never started.
+    :raises DeadlineExceeded: if the guest does not answer a signal other than SIGKILL.
+    """
+    if process.exited.is_set():
+        raise NotFound(f"kill: {process}: process already finished: not found")
+    if process.exec_id and process.state is State.CREATED:
+        raise FailedPrecondition(f"kill: {process}: process not started")
+    agent = await sandbox.agent()
+    # Addressed by its own id, init alone gets the signal; the empty id makes SIGKILL reach them all.
+    target = "" if everyone and not process.exec_id else process.agent_id
+    try:
+        await agent.signal_process(container, exec_id=target, signal=number)
+    except DeadlineExceeded as error:
+        if number != signal.SIGKILL:
+            raise
+        if not sandbox.has_other_uses(process.container_id):
+            await sandbox.switch_off(f"the guest did not answer SIGKILL of {process}: {error}")
+    if number == signal.SIGKILL and not process.ended.is_set():
+        sandbox.work.spawn(_see_it_end(process, sandbox), name=f"kill {process}")
+
+
+async def _see_it_end(process: Process, sandbox: Sandbox) -> None:
+    """Switch the machine off if a process outlives SIGKILL there, as one that waits for a file may."""
+    shared = sandbox.has_other_uses(process.container_id)
+    timeout_s = SHARED_TIMEOUT_S if shared else ALONE_TIMEOUT_S
+    try:
+        async with asyncio.timeout(timeout_s):
+            await process.ended.wait()
+    except TimeoutError:
+        await sandbox.switch_off(f"{process} outlived SIGKILL by {timeout_s:g} s")

@@ -1,0 +1,69 @@
+"""What is kept of a sandbox that did not end well: the reason, and the guest's last console lines.
+
+The state directory goes with the sandbox; an operator asks later. One small file per sandbox id, the
+newest hundred of them.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from shim.host import private_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+KEPT_FILES = 100
+CONSOLE_LINES = 50
+
+
+def path_of(log_dir: Path, *, namespace: str, sandbox_id: str, suffix: str = ".log") -> Path:
+    """Name the file of one sandbox; containerd's rules allow no two underscores in a row in either name."""
+    return log_dir / f"{namespace}__{sandbox_id}{suffix}"
+
+
+def write(log_dir: Path, *, namespace: str, sandbox_id: str, reason: str, console: Sequence[str]) -> None:
+    """Keep the reason of an end, over what was kept for the same id before.
+
+    :param reason: one line.
+    :param console: the guest's last console lines, oldest first.
+    :raises OSError: if the directory cannot be written to.
+    """
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    lines = [f"{when} {reason}", *(f"console: {line}" for line in console)]
+    keep(path_of(log_dir, namespace=namespace, sandbox_id=sandbox_id), "".join(f"{line}\n" for line in lines))
+
+
+def keep(path: Path, text: str) -> None:
+    """Write a file of one sandbox, whole or not at all, and remove the oldest of its kind.
+
+    :param path: what :func:`path_of` named.
+    :raises OSError: if the directory cannot be written to.
+    """
+    log_dir, suffix = path.parent, path.suffix
+    private_directory.make(str(log_dir))
+    temporary = path.with_suffix(f"{suffix}.new")
+    temporary.write_text(text, encoding="utf-8", errors="replace")
+    temporary.rename(path)
+    for old in sorted(log_dir.glob(f"*{suffix}"), key=_modified)[:-KEPT_FILES]:
+        old.unlink(missing_ok=True)
+
+
+def read(log_dir: Path, *, sandbox_id: str, namespace: str = "*") -> str:
+    """Return what was kept of a sandbox, of every namespace that has the id unless one is given.
+
+    :returns: the text; empty if nothing was kept.
+    """
+    found = sorted(
+        log_dir.glob(path_of(log_dir, namespace=namespace, sandbox_id=sandbox_id).name), key=_modified
+    )
+    return "".join(path.read_text(errors="replace") for path in found)
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # pruned by another shim meanwhile
+        return 0.0

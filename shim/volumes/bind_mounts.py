@@ -1,0 +1,274 @@
+"""A container's volumes: what the guest mounts for each of its bind mounts, as runc would on the host.
+
+An option that sets a flag replaces those that the source's own mount has; without one they are inherited.
+What is mounted below the source is mounted below the destination, each with the flags that it has there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import posixpath
+import stat
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from proto.kata import agent_pb2, oci_pb2
+from shim.agent.guest_paths import VOLUMES_DIRECTORY, WATCHABLE_DIRECTORY
+from shim.errors import Internal, InvalidArgument
+from shim.host import mounts
+from shim.host.mount_table import MountTable, inside
+from shim.host.volume_source import opened, walk_down
+from shim.volumes.followed_volumes import FLAGS, Below
+from shim.volumes.shared_entries import Source, Wish
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from shim.agent.client import Agent
+    from shim.agent.oci_mounts import SharedMount
+    from shim.host.mount_table import HostMount
+    from shim.volumes.followed_volumes import Followed, FollowedVolumes
+    from shim.volumes.shared_entries import Part, SharedEntries
+
+log = logging.getLogger(__name__)
+
+_ATIME = frozenset({"noatime", "nodiratime"})
+_SETTING = FLAGS | {"relatime", "strictatime", "sync", "dirsync", "mand"}
+_CLEARING = frozenset(
+    {"rw", "suid", "dev", "exec", "atime", "diratime", "norelatime", "nostrictatime", "async", "nomand"}
+)
+_PROPAGATION = frozenset(
+    f"{recursive}{kind}" for recursive in ("", "r") for kind in ("private", "slave", "shared", "unbindable")
+)
+_PRIVATE = frozenset({"private", "rprivate", "unbindable", "runbindable"})
+# Of mount_setattr(2), on what is mounted below, too.
+_RECURSIVE = frozenset(
+    {"rro", "rnosuid", "rnodev", "rnoexec", "rnoatime", "rnodiratime", "rrelatime", "rstrictatime"}
+    | {"rrw", "rsuid", "rdev", "rexec", "ratime", "rdiratime", "rnosymfollow", "rsymfollow"}
+)
+
+
+@dataclass(slots=True)
+class Shown:
+    """What the guest is told of a container's bind mounts.
+
+    :param mounts: for the container's specification, in their order.
+    :param storages: what the guest mounts before, each for all containers that ask for it.
+    :param is_slave: whether a mount is to see what comes to the guest's own mounts.
+    """
+
+    mounts: list[oci_pb2.Mount] = field(default_factory=list)
+    storages: list[agent_pb2.Storage] = field(default_factory=list)
+    is_slave: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """One mount of the host to be shown to a container.
+
+    :param source: what is mounted.
+    :param destination: where the container is to have it.
+    :param flags: those of the container's mount.
+    :param others: its further options.
+    :param points: where the host has mounted something below it that is shown, too.
+    """
+
+    source: Source
+    destination: str
+    flags: list[str]
+    others: list[str]
+    points: list[str]
+
+    def wish(self, *, in_parts: bool) -> Wish:
+        """Say how its source is to be had."""
+        return Wish(
+            label=posixpath.basename(self.destination.rstrip("/")) or "root",
+            write="ro" not in self.flags and "rro" not in self.others,
+            hidden=_hiding(self.source, self.points),
+            in_parts=in_parts,
+        )
+
+
+class Volumes:
+    """The volumes of one container.
+
+    :param entries: what the sandbox's guest can reach.
+    :param followed: the volumes that it keeps up with the host's mounts.
+    :param agent: the guest's.
+    :param shown: is told everything that the guest is to be told.
+    """
+
+    def __init__(
+        self, entries: SharedEntries, followed: FollowedVolumes, *, agent: Agent, shown: Shown
+    ) -> None:
+        self._entries = entries
+        self._followed = followed
+        self._agent = agent
+        self._shown = shown
+        self._parts = contextlib.ExitStack()
+        self._keeping: list[Followed] = []
+        self._table: MountTable | None = None
+
+    async def show(self, shared: SharedMount, *, bundle: Path) -> None:
+        """Show the source of a bind mount.
+
+        :param shared: the mount.
+        :param bundle: what its source may be relative to.
+        :raises ShimError: if it is nothing that can be shared, or cannot be mounted.
+        """
+        path = bundle / shared.source
+        with opened(path, self._entries.writable) as descriptor, _naming(path):
+            table = self._table = self._table or MountTable.read()  # long on a host with many pods
+            source = Source.of(descriptor, table)
+            below: list[HostMount] = []
+            if source.is_directory and "rbind" in shared.options and not shared.is_updated:
+                below = self._entries.below(source.place, table)
+            view = _View(
+                source,
+                shared.destination,
+                _flags(shared.options, source.place.mount.options),
+                _others(shared.options),
+                _points(below, source),
+            )
+            if shared.is_updated:
+                self._copy(self._hold(view, table), view)
+            elif self._agent.is_hako and source.is_directory and _PRIVATE.isdisjoint(shared.options):
+                await self._follow(view, table, shared.options)
+            else:
+                self._bind(view, table)
+                for mount in below:
+                    self._bind_inner(view, mount, below, table)
+
+    async def take_back(self) -> None:
+        """Let go of everything, when the guest has."""
+        while self._keeping:
+            await self._followed.release(self._keeping.pop(), agent=self._agent)
+        await mounts.run_to_the_end(self._parts.close)
+
+    def _hold(self, view: _View, table: MountTable) -> Part:
+        part = self._entries.hold(view.source, view.wish(in_parts=self._agent.is_hako), table)
+        self._parts.callback(self._entries.release, part)
+        return part
+
+    def _copy(self, part: Part, view: _View) -> None:
+        """Have the guest keep a copy of what the kubelet updates."""
+        source = f"{WATCHABLE_DIRECTORY}/{part.stage}"
+        self._shown.storages.append(_storage("watchable-bind", part, source))
+        self._mount(view.destination, source, ["bind", "rprivate", *view.flags, *view.others])
+
+    async def _follow(self, view: _View, table: MountTable, options: Iterable[str]) -> None:
+        part = self._hold(view, table)
+        below = Below.IGNORED
+        if "rbind" in options:
+            below = Below.READ if "rro" in options else Below.AS_THEY_ARE
+        wish = view.wish(in_parts=True)
+        followed = await self._followed.hold(view.source, wish, below, agent=self._agent)
+        self._keeping.append(followed)
+        self._shown.is_slave = True
+        self._mount(view.destination, followed.stage, ["rbind", "rslave", *view.flags, *view.others])
+        self._bind_parts(view, part, list(followed.shown))
+
+    def _bind(self, view: _View, table: MountTable) -> None:
+        part = self._hold(view, table)
+        self._bind_one(part, view.destination, view)
+        if view.source.is_directory:
+            self._bind_parts(view, part, view.points)
+
+    def _bind_inner(self, outer: _View, mount: HostMount, below: list[HostMount], table: MountTable) -> None:
+        """Show what the host has mounted below a source, with the flags that it has there."""
+        way = inside(mount.point, outer.source.place.real) or ""
+        try:
+            with walk_down(outer.source.descriptor, way) as descriptor:
+                source = Source.of(descriptor, table)
+                flags = sorted(mount.options & FLAGS)
+                destination = posixpath.join(outer.destination, way)
+                view = _View(source, destination, flags, outer.others, _points(below, source))
+                self._bind(view, table)
+        except (
+            OSError,
+            ValueError,
+            InvalidArgument,
+        ) as error:  # gone meanwhile, or not to be bound, or named
+            log.warning("mount: %s is not shown: %s", mount.point, error)
+
+    def _bind_parts(self, view: _View, part: Part, points: Iterable[str]) -> None:
+        """Show what other containers have of a source as they have it."""
+        wish = view.wish(in_parts=self._agent.is_hako)
+        parts = self._entries.hold_parts(view.source, part, wish, without=points)
+        for way, inner in sorted(parts.items()):
+            self._parts.callback(self._entries.release, inner)
+            self._bind_one(inner, posixpath.join(view.destination, way), view)
+
+    def _bind_one(self, part: Part, destination: str, view: _View) -> None:
+        source = part.path
+        if part.below or part.entry.is_directory:
+            # A container would make a file system of its own of what the guest itself has not mounted yet.
+            source = f"{VOLUMES_DIRECTORY}/{part.stage}"
+            driver = "bind" if self._agent.is_hako else "virtio-fs"
+            self._shown.storages.append(_storage(driver, part, source))
+        self._mount(destination, source, ["bind", "rprivate", *view.flags, *view.others])
+
+    def _mount(self, destination: str, source: str, options: list[str]) -> None:
+        mount = oci_pb2.Mount(destination=destination, source=source, type="bind", options=options)
+        self._shown.mounts.append(mount)
+
+
+def _points(below: Iterable[HostMount], source: Source) -> list[str]:
+    return [point for mount in below if (point := inside(mount.point, source.place.real))]
+
+
+def _storage(driver: str, part: Part, mount_point: str) -> agent_pb2.Storage:
+    return agent_pb2.Storage(
+        driver=driver, source=part.path, fstype="bind", mount_point=mount_point, options=["bind"]
+    )
+
+
+def _flags(options: Iterable[str], inherited: frozenset[str]) -> list[str]:
+    """Choose the flags of a bind mount.
+
+    :param options: of the specification.
+    :param inherited: of the mount that the source is in.
+    """
+    given = _SETTING.intersection(options)
+    if not given:
+        return sorted(inherited & FLAGS)
+    # What is read-only on the host stays so.
+    kept = inherited & (_ATIME | {"ro"})
+    return sorted(given | kept)
+
+
+def _others(options: Iterable[str]) -> list[str]:
+    known = _SETTING | _CLEARING | _PROPAGATION | {"bind", "rbind"}
+    return [option for option in options if option not in known]
+
+
+def _hiding(source: Source, points: list[str]) -> frozenset[str]:
+    """Choose the mount points in a source below which it has files that the mounts hide."""
+    if not points:
+        return frozenset()
+    with mounts.cloned(source.descriptor, what=source.place.real) as bare:
+        return frozenset(point for point in points if _is_more_than_a_mount_point(bare, point))
+
+
+def _is_more_than_a_mount_point(bare: int, point: str) -> bool:
+    try:
+        with walk_down(bare, point) as descriptor:
+            status = os.fstat(descriptor)
+            if not stat.S_ISDIR(status.st_mode):
+                return status.st_size > 0
+            with os.scandir(f"/proc/self/fd/{descriptor}") as found:
+                return next(found, None) is not None
+    except FileNotFoundError:  # it is in what is mounted above it
+        return False
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what the host's files raise while they are looked at into an error that names the volume."""
+    try:
+        yield
+    except OSError as error:
+        raise Internal(f"mount: {path}: {error.strerror or error}; look at the host") from error

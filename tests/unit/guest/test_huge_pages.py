@@ -1,0 +1,78 @@
+"""The machine has the huge pages that its containers may use, all of them or the container is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from guest.agent import huge_pages
+from guest.agent.errors import AgentError
+
+MIB = 1 << 20
+SIZE = 2 * MIB
+
+
+class Pool:
+    """The file with the number of pages of 2 MiB, in a kernel with memory for some more."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, *, room: int) -> None:
+        self._path = root / "hugepages-2048kB" / "nr_hugepages"
+        self._path.parent.mkdir()
+        self._path.write_text("0\n", encoding="ascii")
+        self.room = room
+        monkeypatch.setattr(huge_pages, "_POOLS", str(root))
+        monkeypatch.setattr(huge_pages, "_wanted", {})
+        monkeypatch.setattr(huge_pages.files, "write", self._write)
+        self.compacted = 0
+
+    @property
+    def pages(self) -> int:
+        """How many there are."""
+        return int(self._path.read_text(encoding="ascii"))
+
+    def _write(self, path: str, text: str) -> None:
+        if path == huge_pages._COMPACT:
+            self.compacted += 1
+            return
+        with Path(path).open("r+", encoding="ascii") as file:  # never makes one
+            file.truncate()
+            file.write(str(min(int(text), self.room)))
+
+
+@pytest.fixture
+def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pool:
+    """A machine with room for ten pages."""
+    return Pool(tmp_path, monkeypatch, room=10)
+
+
+def test_containers_have_their_pages_one_beside_the_other_and_give_them_back(pool: Pool):
+    huge_pages.reserve("a", {SIZE: 3 * MIB})
+    huge_pages.reserve("b", {SIZE: 8 * MIB})
+    assert pool.pages == 2 + 4
+    huge_pages.reserve("b", {SIZE: 2 * MIB})
+    assert pool.pages == 2 + 1
+    huge_pages.release("a")
+    huge_pages.release("never")
+    assert pool.pages == 1
+
+
+def test_a_container_that_the_memory_does_not_suffice_for_is_refused(pool: Pool):
+    huge_pages.reserve("a", {SIZE: 12 * MIB})
+    with pytest.raises(AgentError, match=r"there is memory for 10 of 11 pages of 2048 KiB; lower the limit"):
+        huge_pages.reserve("b", {SIZE: 10 * MIB})
+    assert (pool.pages, pool.compacted) == (6, 1)
+
+
+def test_pages_that_no_processor_has_are_refused(pool: Pool):
+    with pytest.raises(AgentError, match="none of 1048576 KiB; use another size"):
+        huge_pages.reserve("a", {1 << 30: 1 << 30})
+    assert not huge_pages.is_known("1GB")
+    assert not huge_pages.is_known("1TB")
+    assert huge_pages.is_known("2MB")
+
+
+@pytest.mark.parametrize("size", ["", "MB", "2", "2mb", "-2MB", "2.5GB"])
+def test_a_size_that_is_none_is_refused(size: str):
+    with pytest.raises(AgentError, match="write it like 2MB"):
+        huge_pages.size_of(size)

@@ -1,0 +1,56 @@
+"""Frames come apart into what they carry, however their bytes come and whoever made them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from shim.agent.frames import END, WORD, FrameError, Unframer, framed
+
+DATA = random.Random(1).randbytes(100_000)  # noqa: S311 - known, not secret
+
+
+def unframe(pieces: list[bytes]) -> tuple[bytes, bool]:
+    unframer = Unframer()
+    carried = b"".join(bytes(part) for piece in pieces for part in unframer.feed(piece))
+    return carried, unframer.ended
+
+
+@pytest.mark.parametrize("piece", [1, 3, 4, 5, 4096, 1 << 20])
+@pytest.mark.parametrize("frame", [1, 7, 1000, 65_536])
+def test_a_stream_is_the_same_in_whatever_pieces_it_comes(piece: int, frame: int):
+    stream = b"".join(framed(DATA[at : at + frame]) for at in range(0, len(DATA), frame)) + END
+    pieces = [stream[at : at + piece] for at in range(0, len(stream), piece)]
+    assert unframe(pieces) == (DATA, True)
+
+
+def test_nothing_but_the_end_is_an_empty_stream():
+    assert unframe([END]) == (b"", True)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 4, 6])
+def test_a_stream_without_its_end_has_not_ended(cut: int):
+    assert not unframe([framed(b"abc")[:cut]])[1]
+
+
+def test_of_the_largest_frame_nothing_is_kept():
+    unframer = Unframer()
+    assert b"".join(unframer.feed(WORD.pack(0xFFFFFFFF))) == b""
+    for _ in range(3):
+        assert b"".join(unframer.feed(DATA)) == DATA
+    assert not unframer.ended
+
+
+def test_a_stream_that_goes_on_after_its_end_is_refused():
+    unframer = Unframer()
+    assert list(unframer.feed(END)) == []
+    with pytest.raises(FrameError, match="3 bytes after the end"):
+        list(unframer.feed(b"abc"))
+
+
+def test_what_came_before_a_mistake_is_not_lost_with_it():
+    parts = Unframer().feed(framed(b"abc") + END + b"d")
+    assert bytes(next(parts)) == b"abc"
+    with pytest.raises(FrameError):
+        next(parts)

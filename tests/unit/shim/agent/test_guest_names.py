@@ -1,0 +1,47 @@
+"""No id of a container meets a name of the guest's own, or of another container's."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from shim.agent import guest_names
+from shim.agent.guest_paths import MODULES_NAME, WATCHABLE_NAME
+from shim.identifiers import check_identifier
+
+KATAS_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
+"""What Kata's agent takes as an id."""
+GUESTS_OWN = (
+    MODULES_NAME,
+    WATCHABLE_NAME,
+    "sandbox",
+    "shared",
+    "image",
+    "+sandbox",
+    "+ahead",
+    "cgroup.procs",
+)
+IDS = ("a", "7", "A", "a-", "a--", "a.b", "a_b", "a-0123456789abcdef-a", "x" * 76, *GUESTS_OWN[1:5])
+identifiers = pytest.mark.parametrize("identifier", IDS)
+
+
+@identifiers
+def test_containerd_may_use_the_id(identifier):
+    check_identifier(identifier, phase="create", what="id")
+
+
+@identifiers
+def test_an_agent_takes_the_name(identifier):
+    assert KATAS_ID.fullmatch(guest_names.agent_id(identifier))
+
+
+@identifiers
+def test_the_name_leads_back_to_the_container(identifier):
+    assert guest_names.container_id(guest_names.agent_id(identifier)) == identifier
+
+
+def test_no_name_in_the_share_is_given_twice():
+    volumes = [guest_names.volume_in_share(number, label) for number, label in enumerate([*IDS, *IDS])]
+    names = [*GUESTS_OWN, *map(guest_names.agent_id, IDS), *volumes]
+    assert len(names) == len(set(names))

@@ -1,0 +1,254 @@
+"""``delete`` as containerd runs it: the shim may live, hang, be dead or never have been."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from proto.containerd import task_v2_pb2
+from shim.host import host_process
+from shim.host.ledger import Ledger
+
+GROUP = "io.kubernetes.cri.sandbox-id"
+
+
+def delete(containerd, container: str = "c1") -> task_v2_pb2.DeleteResponse:
+    reply = containerd.run("delete", container)
+    assert (reply.returncode, reply.stderr) == (0, b"")
+    return task_v2_pb2.DeleteResponse.FromString(reply.stdout)
+
+
+def nothing_is_left(containerd) -> bool:
+    return not any(containerd.state_dir.iterdir()) and not containerd.socket_path("c1").exists()
+
+
+def test_the_reply_says_killed_now(containerd):
+    containerd.make_bundle("c1")
+    before = time.time()
+    response = delete(containerd)
+    assert (response.pid, response.exit_status) == (0, 137)
+    assert before - 1 <= response.exited_at.seconds + response.exited_at.nanos / 1e9 <= time.time()
+
+
+def test_a_dead_shim_leaves_nothing(containerd):
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    containerd.kill_shims()
+    delete(containerd)
+    assert nothing_is_left(containerd)
+
+
+def test_a_removed_bundle_does_not_keep_anything_from_being_undone(containerd):
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    containerd.kill_shims()
+
+    reply = containerd.delete_without_bundle("c1")
+
+    assert (reply.returncode, reply.stderr) == (0, b"")
+    assert nothing_is_left(containerd)
+
+
+def test_a_container_of_a_pod_is_found_without_its_bundle(containerd):
+    containerd.make_bundle("pod")
+    bundle = containerd.make_bundle("c1")
+    (bundle / "config.json").write_text(json.dumps({"annotations": {GROUP: "pod"}}))
+    containerd.run("start", "pod")
+    containerd.run("start", "c1")
+
+    containerd.delete_without_bundle("c1")
+
+    ledger = Ledger(str(containerd.state_of("pod")))
+    assert list(ledger.containers()) == ["pod"]
+    ledger.close()
+
+
+def hooked(containerd, text: str) -> Path:
+    """A bundle with a program that follows the container's end."""
+    bundle = containerd.make_bundle("c1")
+    hook = {"path": "/bin/sh", "args": ["sh", "-c", text]}
+    (bundle / "config.json").write_text(json.dumps({"hooks": {"poststop": [hook]}}))
+    return bundle
+
+
+def test_what_was_to_follow_the_end_of_a_deserted_container_runs_once(containerd):
+    bundle = hooked(containerd, "cat >> told")
+    containerd.run("start", "c1")
+    containerd.kill_shims()
+    delete(containerd)
+    delete(containerd)
+    told = json.loads((bundle / "told").read_text())
+    assert (told["id"], told["status"], told["bundle"]) == ("c1", "stopped", str(bundle))
+
+
+def test_what_was_to_follow_the_end_is_left_to_a_shim_that_did_it(containerd):
+    bundle = hooked(containerd, "touch ran")
+    containerd.run("start", "c1")
+    ledger = Ledger(str(containerd.state_of("c1")))
+    ledger.deleted("c1")
+    ledger.close()
+    delete(containerd)
+    assert not (bundle / "ran").exists()
+
+
+def test_what_follows_the_end_cannot_hold_it_up(containerd):
+    bundle = hooked(containerd, "echo $$ > pid; exec sleep 1000")
+    containerd.run("start", "c1")
+    containerd.kill_shims()
+    before = time.monotonic()
+    delete(containerd)
+    assert time.monotonic() - before < 5
+    assert not Path(f"/proc/{(bundle / 'pid').read_text().strip()}").exists()
+    assert nothing_is_left(containerd)
+
+
+def test_doing_it_again_is_harmless(containerd):
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    delete(containerd)
+    delete(containerd)
+    assert nothing_is_left(containerd)
+
+
+def test_an_idle_shim_ends(containerd):
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    [shim] = containerd.shims()
+    delete(containerd)
+    assert not host_process.is_running(shim)
+    assert nothing_is_left(containerd)
+
+
+def test_a_hanging_shim_is_killed(containerd):
+    containerd.make_bundle("c1")
+    containerd.environment["STUB_HANGS"] = "1"
+    containerd.run("start", "c1")
+    containerd.daemon("c1")
+    [shim] = containerd.shims()
+    delete(containerd)
+    assert not host_process.is_running(shim)
+    assert nothing_is_left(containerd)
+
+
+def test_the_children_of_a_dead_shim_are_killed(containerd):
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    with subprocess.Popen(["/bin/sleep", "600"]) as child:
+        ledger = Ledger(str(containerd.state_of("c1")))
+        ledger.process(child.pid, name="qemu")
+        ledger.close()
+        containerd.kill_shims()
+        delete(containerd)
+        assert child.wait(timeout=5) == -9
+
+
+def test_a_shim_with_other_containers_is_left_alone(containerd):
+    for container in ("pod", "member"):
+        containerd.make_bundle(container, annotations={GROUP: "pod"})
+        containerd.run("start", container)
+    ledger = Ledger(str(containerd.state_of("pod")))
+    ledger.created("pod")
+    ledger.created("member")
+    [shim] = containerd.shims()
+    delete(containerd, "member")
+    assert host_process.is_running(shim)
+    delete(containerd, "pod")
+    assert not host_process.is_running(shim)
+    assert not containerd.state_of("pod").exists()
+
+
+def test_a_member_that_has_only_been_started_is_not_deserted(containerd):
+    for container in ("pod", "member"):
+        containerd.make_bundle(container, annotations={GROUP: "pod"})
+        containerd.run("start", container)
+    [shim] = containerd.shims()
+    delete(containerd, "pod")
+    assert host_process.is_running(shim)
+    delete(containerd, "member")
+    assert not host_process.is_running(shim)
+
+
+def test_a_member_of_a_dead_group_is_enough_to_remove_the_group(containerd):
+    for container in ("pod", "member"):
+        containerd.make_bundle(container, annotations={GROUP: "pod"})
+        containerd.run("start", container)
+    Ledger(str(containerd.state_of("pod"))).created("pod")
+    containerd.kill_shims()
+    delete(containerd, "member")
+    assert not containerd.state_of("pod").exists()
+
+
+def test_a_start_that_was_killed_halfway_leaves_nothing(containerd):
+    containerd.make_bundle("c1")
+    containerd.state_of("c1").mkdir(parents=True)
+    delete(containerd)
+    assert nothing_is_left(containerd)
+
+
+def test_the_configuration_is_not_needed(containerd):
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    containerd.kill_shims()
+    containerd.configure("this is not TOML")
+    delete(containerd)
+    assert nothing_is_left(containerd)
+
+
+def test_the_spec_is_not_needed(containerd):
+    bundle = containerd.make_bundle("c1", annotations={GROUP: "pod"})
+    containerd.run("start", "c1")
+    containerd.kill_shims()
+    (bundle / "config.json").unlink()
+    delete(containerd)
+    assert not containerd.state_of("pod").exists()
+    containerd.socket_path("pod").unlink(missing_ok=True)
+
+
+def test_what_cannot_be_undone_is_one_line_and_stays_on_record(containerd):
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    containerd.kill_shims()
+    aside = containerd.directory / "aside"
+    aside.mkdir()
+    target = containerd.state_of("c1") / "share"
+    target.mkdir()
+    Ledger(str(containerd.state_of("c1"))).file(str(target / "file"))
+    target.rmdir()
+    target.symlink_to(aside)
+    (aside / "file").touch()
+    reply = containerd.run("delete", "c1")
+    assert (reply.returncode, reply.stdout) == (1, b"")
+    assert reply.stderr.decode() == (
+        f"delete: file {target}/file: a symbolic link is now part of the path; remove it by hand"
+    )
+    assert (aside / "file").exists()
+    target.unlink()
+    delete(containerd)
+    assert nothing_is_left(containerd)
+
+
+def test_everything_dead_takes_less_than_a_second(containerd):
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    containerd.kill_shims()
+    before = time.monotonic()
+    delete(containerd)
+    assert time.monotonic() - before < 1
+
+
+@pytest.mark.parametrize("action", ["start", "delete"])
+@pytest.mark.parametrize("container", ["a/b", "..", ".", "a" * 77, "-a", "a b", "ä"])
+def test_an_unsafe_id_is_one_line(containerd, action, container, tmp_path):
+    bundle = tmp_path / "cwd"
+    bundle.mkdir()
+    containerd.bundle = lambda _: bundle
+    reply = containerd.run(action, container)
+    assert (reply.returncode, reply.stdout) == (1, b"")
+    assert reply.stderr.startswith(f"{action}: id ".encode())
+    assert b"\n" not in reply.stderr
+    assert not containerd.state_dir.exists()
+    assert not any(bundle.iterdir())

@@ -1,0 +1,82 @@
+"""Nobody but root can connect to a sandbox's sockets or look into its state directory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from shim.host import state_directory
+from shim.transport.dispatch import Dispatch
+from shim.transport.grpc_server import serve_grpc
+
+NOBODY = 65534
+
+
+def error_as(uid, attempt):
+    """The error number that an attempt fails with in a process of another user; 0 if it succeeds."""
+    child = os.fork()
+    if child == 0:
+        code = 255
+        try:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+            attempt()
+            code = 0
+        except OSError as error:
+            code = error.errno
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def connecting_to(path):
+    def attempt():
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+
+    return attempt
+
+
+@pytest.fixture
+def public():
+    """A directory that everybody can reach, so that only what is in it can refuse."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    directory = Path(tempfile.mkdtemp())
+    directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory)
+
+
+def test_the_socket_that_start_makes(containerd):
+    containerd.make_bundle("c1")
+    assert containerd.run("start", "c1").returncode == 0
+    path = Path(containerd.socket_path("c1"))
+    # A second name where everybody can get to, on the same file system.
+    with tempfile.TemporaryDirectory(dir=path.parent.parent) as public:
+        Path(public).chmod(0o755)
+        (Path(public) / "socket").hardlink_to(path)
+        assert error_as(0, connecting_to(Path(public) / "socket")) == 0
+        assert error_as(NOBODY, connecting_to(Path(public) / "socket")) == errno.EACCES
+    assert error_as(NOBODY, connecting_to(path)) == errno.EACCES
+
+
+async def test_the_grpc_socket(public):
+    async with serve_grpc(Dispatch([]), public / "grpc.sock"):
+        assert error_as(0, connecting_to(public / "grpc.sock")) == 0
+        assert error_as(NOBODY, connecting_to(public / "grpc.sock")) == errno.EACCES
+
+
+def test_the_state_directory(public):
+    path = public / "state"
+    os.close(state_directory.lock(str(path)))
+    (path / "grpc.sock").touch()
+    assert error_as(NOBODY, lambda: list(path.iterdir())) == errno.EACCES
+    assert error_as(NOBODY, (path / "grpc.sock").stat) == errno.EACCES

@@ -1,0 +1,225 @@
+"""Shims forked by the zygote cannot be told from ones started anew, and nobody depends on it."""
+
+from __future__ import annotations
+
+import json
+import marshal
+import os
+import resource
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from shim import zygote_protocol
+from shim.bootstrap import zygote
+from shim.host import host_process
+from tests.unit.shim.bootstrap.test_start import fake_containerd
+from tests.unit.shim.conftest import WITHIN_S, end, identity_of, lock_holder, place, zygote_socket
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def is_shim(pid: int) -> bool:
+    """Whether a process is a sandbox's shim by its command line, or ends just now."""
+    try:
+        return "-state" in Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def only_spare(containerd) -> int:
+    """Wait until the zygote keeps one fork, and no other that has just done its work; return its pid."""
+    pid = lock_holder(zygote_socket(containerd))
+    deadline = time.monotonic() + WITHIN_S
+    while True:
+        children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        found = [child for child in children if not is_shim(child)]
+        if len(found) == 1:
+            return found[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_forked_shim_is_like_one_started_anew(warmed):
+    anew = warmed.daemon("c1")
+    warmed.make_bundle("c2")
+    assert warmed.run("start", "c2").returncode == 0
+    forked = warmed.daemon("c2")
+
+    assert parent(forked["pid"]) == lock_holder(place(warmed)) != parent(anew["pid"])
+    assert forked["session"] == forked["pid"]
+    assert forked["command"] == anew["command"]
+    assert forked["oom_score_adj"] == anew["oom_score_adj"]
+    own = dict.fromkeys(("PWD", "PYTEST_CURRENT_TEST"))
+    assert {**forked["environment"], **own} == {**anew["environment"], **own}
+    assert forked["descriptors"].keys() == anew["descriptors"].keys()
+    assert forked["descriptors"]["2"] == str(warmed.bundle("c2") / "log")
+
+
+def test_process_lists_show_the_sandbox_of_a_forked_shim(warmed):
+    warmed.make_bundle("c2")
+    warmed.run("start", "c2")
+    arguments = [each for each in warmed.daemon("c2")["arguments"] if each]
+    assert arguments[arguments.index("-id") + 1] == "c2"
+    assert "-zygote" not in arguments
+
+
+def test_the_death_of_the_zygote_hurts_no_shim_and_the_next_start_works(warmed):
+    warmed.make_bundle("c2")
+    warmed.run("start", "c2")
+    forked = warmed.daemon("c2")
+    socket_path = zygote_socket(warmed)
+    end(lock_holder(socket_path))
+    assert Path(f"/proc/{forked['pid']}").exists()
+
+    warmed.make_bundle("c3")
+    assert warmed.run("start", "c3").returncode == 0
+    assert warmed.daemon("c3")["pid"] != forked["pid"]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        deadline = time.monotonic() + WITHIN_S
+        while probe.connect_ex(str(socket_path)) != 0:  # the next one, which that start has left behind
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    end(lock_holder(socket_path))
+
+
+def test_only_one_zygote_comes_up(warmed):
+    first = lock_holder(zygote_socket(warmed))
+    zygote_socket(warmed).unlink()  # as if it were not ready yet
+    warmed.make_bundle("c2")
+    assert warmed.run("start", "c2").returncode == 0
+    assert lock_holder(place(warmed)) == first
+
+
+def test_nonsense_leaves_the_zygote_serving(warmed):
+    for message in (b"", b"{", b'{"unknown": 1}', b"[1]", b"\xff"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            client.connect(str(zygote_socket(warmed)))
+            client.send(message)
+    before = lock_holder(zygote_socket(warmed))
+    warmed.make_bundle("c2")
+    assert warmed.run("start", "c2").returncode == 0
+    assert parent(warmed.daemon("c2")["pid"]) == before
+
+
+def test_the_socket_is_for_its_owner_only(warmed):
+    assert zygote_socket(warmed).stat().st_mode & 0o777 == 0o600
+    assert zygote_socket(warmed).parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_program_that_changed_is_noticed(tmp_path, monkeypatch):
+    file = tmp_path / "module.py"
+    file.touch()
+    known = {str(file): file.stat().st_mtime_ns}
+    assert zygote._unchanged(known)
+    os.utime(file, ns=(1, 1))
+    assert not zygote._unchanged(known)
+    file.unlink()
+    assert not zygote._unchanged(known)
+
+
+def test_a_container_joins_the_shim_of_its_group(warmed):
+    warmed.make_bundle("c2", annotations={"io.kubernetes.cri.sandbox-id": "c1"})
+    reply = warmed.run("start", "c2")
+    assert (reply.returncode, reply.stderr) == (0, b"")
+    assert json.loads(reply.stdout)["address"] == warmed.bundle("c1").joinpath("address").read_text()
+    assert len(warmed.shims()) == 1
+
+
+def test_a_forked_shim_can_speak_grpc(warmed):
+    warmed.configure(f'[shim]\nstate_dir = "{warmed.state_dir}"\nprotocol = "grpc"\n')
+    warmed.make_bundle("c2")
+    binary = fake_containerd(warmed.directory, "github.com/containerd/containerd", "1.7.24")
+    reply = warmed.run("start", "c2", publish_binary=binary)
+    assert (reply.returncode, reply.stderr) == (0, b"")
+    assert json.loads(reply.stdout)["protocol"] == "grpc"
+    assert "-zygote" not in warmed.daemon("c2")["arguments"]
+
+
+def test_what_is_refused_is_said_as_without_a_zygote(warmed):
+    warmed.make_bundle("c2")
+    (warmed.bundle("c2") / "config.json").write_text("{")
+    reply = warmed.run("start", "c2")
+    assert (reply.returncode, reply.stdout) == (1, b"")
+    assert b"config.json: not JSON" in reply.stderr
+
+
+def test_a_delete_that_the_zygote_does_leaves_nothing(warmed):
+    warmed.make_bundle("c2")
+    warmed.run("start", "c2")
+    warmed.kill_shims()
+    spare = only_spare(warmed)
+    taken = host_process.identify(spare)
+    reply = warmed.run("delete", "c2")
+    assert (reply.returncode, reply.stderr) == (0, b"")
+    assert host_process.end([taken], number=None, timeout_s=WITHIN_S) == []
+    assert not warmed.state_of("c2").exists()
+    assert not warmed.socket_path("c2").exists()
+
+
+def test_a_configuration_that_wants_no_zygote_gets_a_shim_started_anew(warmed):
+    warmed.configure(f'[shim]\nzygote = false\nstate_dir = "{warmed.state_dir}"\n')
+    warmed.make_bundle("c2")
+    assert warmed.run("start", "c2").returncode == 0
+    assert parent(warmed.daemon("c2")["pid"]) != lock_holder(place(warmed))
+
+
+@pytest.mark.parametrize("what", ["limits", "umask", "identity"])
+def test_a_zygote_refuses_who_is_not_like_it(warmed, what):
+    zygote_socket(warmed)
+    arguments = ["-address", warmed.address, "start"]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.connect(str(place(warmed)))
+        umask = os.umask(0o077 if what == "umask" else 0o022)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft - (what == "limits"), hard))
+        try:
+            identity = "" if what == "identity" else identity_of(warmed)
+            client.send(marshal.dumps((identity, os.getppid(), "/", arguments, {}, b"", 0.0)))
+            assert client.recv(1) == zygote_protocol.REFUSED
+        finally:
+            os.umask(umask)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_zygote_that_hangs_is_not_waited_for(warmed):
+    spare = only_spare(warmed)
+    os.kill(spare, signal.SIGSTOP)
+    try:
+        warmed.make_bundle("c2")
+        assert warmed.run("start", "c2").returncode == 0
+        assert parent(warmed.daemon("c2")["pid"]) != lock_holder(place(warmed))
+    finally:
+        os.kill(spare, signal.SIGCONT)
+    # What it was asked for is nothing to anybody any more.
+    assert len(warmed.shims()) == 2
+
+
+def test_a_shim_ends_that_containerd_does_not_hear_of(warmed):
+    zygote_socket(warmed)
+    bundle = warmed.make_bundle("c2")
+    flags = ["-namespace", "tests", "-address", warmed.address, "-id", "c2", "start"]
+    environment = {**os.environ, **warmed.environment}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.connect(str(place(warmed)))
+        coded = {os.fsencode(name): os.fsencode(value) for name, value in environment.items()}
+        client.send(marshal.dumps((identity_of(warmed), os.getppid(), str(bundle), flags, coded, b"", 0.0)))
+        assert client.recv(1) == zygote_protocol.ACCEPTED
+        assert client.recv(zygote_protocol.MAX_ANSWER).startswith(b"\0{")
+        assert warmed.state_of("c2").exists()
+    deadline = time.monotonic() + WITHIN_S
+    while warmed.state_of("c2").exists() or warmed.socket_path("c2").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_spare_dies_with_its_zygote(warmed):
+    spare = only_spare(warmed)
+    identity = host_process.identify(spare)
+    end(lock_holder(place(warmed)))
+    assert host_process.end([identity], number=None, timeout_s=WITHIN_S) == []

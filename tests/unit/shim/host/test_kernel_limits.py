@@ -1,0 +1,33 @@
+"""Limits that the host's administrator has raised are told to the guest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shim.host import kernel_limits
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_only_what_was_raised_is_told(tmp_path: Path):
+    for name, value in {
+        "vm/max_map_count": "262144",
+        "fs/nr_open": "1048576",
+        "fs/aio-max-nr": "9",
+        "fs/inotify/max_user_watches": "999999999",
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{value}\n", encoding="ascii")
+    assert kernel_limits.raised(tmp_path) == {
+        "vm.max_map_count": 262144,
+        "fs.inotify.max_user_watches": 999999999,
+    }
+
+
+def test_a_specification_cannot_speak_for_the_host():
+    spec = {"annotations": {"a": "b", "io.hako.at-least/kernel.panic": "1"}}
+    assert kernel_limits.announce(spec, {"vm.max_map_count": 262144}) == {
+        "annotations": {"a": "b", "io.hako.at-least/vm.max_map_count": "262144"}
+    }

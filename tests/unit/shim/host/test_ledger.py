@@ -1,0 +1,230 @@
+"""The ledger: what is on record is undone, and nothing else is touched."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from shim.host import host_process
+from shim.host.host_process import HostProcess
+from shim.host.ledger import Ledger
+
+
+@pytest.fixture
+def state(tmp_path):
+    directory = tmp_path / "state"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def ledger(state):
+    ledger = Ledger(str(state), create=True)
+    yield ledger
+    ledger.close()
+
+
+def undo(ledger: Ledger) -> list[str]:
+    return ledger.undo_all(deadline_s=5)
+
+
+def test_undoing_removes_files_directories_and_the_state_directory(ledger, state, tmp_path):
+    directory, file = tmp_path / "directory", tmp_path / "file"
+    ledger.directory(str(directory))
+    ledger.file(str(file))
+    (directory / "deep" / "deeper").mkdir(parents=True)
+    (directory / "deep" / "file").touch()
+    (directory / "link").symlink_to("/")
+    file.touch()
+    assert undo(ledger) == []
+    assert not any(path.exists() for path in (directory, file, state))
+
+
+def test_undoing_twice_is_harmless(ledger, tmp_path):
+    ledger.directory(str(tmp_path / "never made"))
+    ledger.file(str(tmp_path / "never made either"))
+    assert undo(ledger) == []
+    assert undo(ledger) == []
+
+
+def test_a_ledger_stays_short_however_many_containers_come_and_go(ledger, state, tmp_path):
+    ledger.file(str(tmp_path / "kept"))
+    ledger.created("stays")
+    other = Ledger(str(state))
+    for number in range(2000):
+        ledger.created(f"container-{number:064}")
+        ledger.deleted(f"container-{number:064}")
+    other.created("joins")
+    other.close()
+    assert sum(file.stat().st_size for file in state.iterdir()) < 1 << 17
+    again = Ledger(str(state))
+    assert again.containers() == ledger.containers() == {"stays", "joins"}
+    assert [entry.name for entry in again.entries()] == [str(tmp_path / "kept")]
+    again.close()
+
+
+def test_what_its_maker_undid_is_forgotten(ledger, tmp_path):
+    kept, undone = tmp_path / "kept", tmp_path / "undone"
+    ledger.undone(ledger.file(str(undone)))
+    ledger.file(str(kept))
+    assert [entry.name for entry in ledger.entries()] == [str(kept)]
+
+
+def test_another_process_reads_what_was_written(ledger, state, tmp_path):
+    ledger.file(str(tmp_path / "file"))
+    other = Ledger(str(state))
+    assert other.entries() == ledger.entries()
+    other.close()
+
+
+def test_numbers_go_on_where_another_process_stopped(ledger, state, tmp_path):
+    first = ledger.file(str(tmp_path / "first"))
+    other = Ledger(str(state))
+    other.undone(other.file(str(tmp_path / "second")))
+    other.close()
+    assert [entry.number for entry in ledger.entries()] == [first]
+
+
+@pytest.mark.parametrize("cut", [2, 10, 40])
+def test_a_torn_last_line_costs_only_itself(ledger, state, tmp_path, cut):
+    ledger.file(str(tmp_path / "whole"))
+    ledger.file(str(tmp_path / "torn"))
+    os.truncate(state / "ledger", (state / "ledger").stat().st_size - cut)
+    other = Ledger(str(state))
+    other.file(str(tmp_path / "after"))
+    names = [entry.name for entry in other.entries()]
+    other.close()
+    assert names == [str(tmp_path / name) for name in ("whole", "after")]
+
+
+def test_a_ledger_is_only_made_when_asked(state):
+    with pytest.raises(FileNotFoundError):
+        Ledger(str(state))
+
+
+def test_a_recorded_process_is_killed(ledger):
+    with subprocess.Popen(["/bin/sleep", "600"]) as child:
+        ledger.process(child.pid, name="qemu")
+        assert undo(ledger) == []
+        assert child.wait(timeout=5) == -9
+
+
+def test_a_recycled_pid_is_left_alone(ledger, monkeypatch):
+    with subprocess.Popen(["/bin/sleep", "600"]) as child:
+        real = host_process.identify
+        monkeypatch.setattr(
+            host_process, "identify", lambda pid: HostProcess(pid=pid, start_time=real(pid).start_time - 1)
+        )
+        ledger.process(child.pid, name="qemu")
+        monkeypatch.undo()
+        assert undo(ledger) == []
+        assert child.poll() is None
+        child.kill()
+
+
+def test_the_caller_survives(ledger):
+    ledger.process(os.getpid(), name="shim")
+    assert undo(ledger) == []
+
+
+def test_a_process_that_ended_before_it_was_recorded_is_an_error(ledger):
+    with subprocess.Popen(["/bin/true"]) as child:
+        child.wait()
+    with pytest.raises(ProcessLookupError):
+        ledger.process(child.pid, name="qemu")
+
+
+def test_nothing_is_removed_while_a_process_lives(ledger, state, tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    ledger.file(str(file))
+    with subprocess.Popen(["/bin/sleep", "600"]) as child:
+        ledger.process(child.pid, name="virtiofsd")
+        monkeypatch.setattr(host_process.signal, "pidfd_send_signal", lambda *_: None)
+        [failure] = ledger.undo_all(deadline_s=0.01)
+        child.kill()
+    assert failure.startswith(f"process {child.pid} (virtiofsd): it outlived SIGKILL by 0.01 s;")
+    assert file.exists()
+    assert state.exists()
+
+
+def test_a_link_that_took_the_place_of_a_parent_leads_nowhere(ledger, state, tmp_path):
+    elsewhere, shared = tmp_path / "elsewhere", tmp_path / "shared"
+    (elsewhere / "container").mkdir(parents=True)
+    shared.mkdir()
+    ledger.directory(str(shared / "container"))
+    shared.rmdir()
+    shared.symlink_to(elsewhere)
+    [failure] = undo(ledger)
+    assert "a symbolic link is now part of the path" in failure
+    assert (elsewhere / "container").exists()
+    assert state.exists()
+
+
+def test_a_link_in_the_place_of_a_directory_is_removed_and_not_followed(ledger, tmp_path):
+    elsewhere, directory = tmp_path / "elsewhere", tmp_path / "directory"
+    ledger.directory(str(directory))
+    elsewhere.mkdir()
+    (elsewhere / "file").touch()
+    directory.symlink_to(elsewhere)
+    assert undo(ledger) == []
+    assert not directory.is_symlink()
+    assert (elsewhere / "file").exists()
+
+
+def test_mounts_below_a_directory_are_detached_before_it_is_removed(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    script = f"""
+import pathlib, subprocess
+from shim.host.ledger import Ledger
+root = pathlib.Path({str(tmp_path)!r})
+precious = root / "precious"; precious.mkdir(); (precious / "file").touch()
+state = root / "state"; state.mkdir()
+ledger = Ledger(str(state), create=True)
+for name in ("with space", "with\\\\backslash"):
+    target = state / name
+    target.mkdir()
+    subprocess.run(["mount", "--bind", precious, target], check=True)
+aside = root / "aside"; aside.mkdir()
+ledger.mount(str(aside))
+for _ in range(2):
+    subprocess.run(["mount", "--bind", precious, aside], check=True)
+assert ledger.undo_all(deadline_s=1) == []
+assert not state.exists()
+assert not any(aside.iterdir())
+assert (precious / "file").exists()
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(
+        ["/usr/bin/unshare", "--mount", sys.executable, "-c", script], check=True, env=environment, timeout=20
+    )
+
+
+def test_containers_come_and_go(ledger):
+    for container in ("a", "b"):
+        ledger.created(container)
+    ledger.deleted("a")
+    ledger.deleted("never there")
+    assert ledger.containers() == {"b"}
+
+
+def test_a_cgroup_that_is_busy_for_a_moment_is_removed_all_the_same(ledger, tmp_path, monkeypatch):
+    cgroup = tmp_path / "cgroup"
+    cgroup.mkdir()
+    ledger.cgroup(str(cgroup))
+    refusals = iter([errno.EBUSY, errno.EBUSY])
+    rmdir = os.rmdir
+
+    def busy_at_first(path, **given):
+        if str(path) == str(cgroup) and (number := next(refusals, 0)):
+            raise OSError(number, os.strerror(number), path)
+        rmdir(path, **given)
+
+    monkeypatch.setattr(os, "rmdir", busy_at_first)
+    assert ledger.undo_all(deadline_s=1) == []
+    assert not cgroup.exists()

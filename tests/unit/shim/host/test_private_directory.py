@@ -1,0 +1,80 @@
+"""A directory that only its maker may write in, with any umask."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+
+from shim.host import private_directory
+
+
+def mode(path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o777])
+def test_every_directory_that_was_missing_is_closed_to_others(tmp_path, umask):
+    previous = os.umask(umask)
+    try:
+        private_directory.make(str(tmp_path / "above" / "below"))
+    finally:
+        os.umask(previous)
+
+    assert [mode(tmp_path / "above"), mode(tmp_path / "above" / "below")] == [0o700, 0o700]
+
+
+def test_a_directory_that_is_there_is_left_as_it_is(tmp_path):
+    tmp_path.chmod(0o755)
+
+    private_directory.make(str(tmp_path))
+
+    assert mode(tmp_path) == 0o755
+
+
+@pytest.mark.parametrize("bits", [0o720, 0o702, 0o777])
+def test_a_directory_that_others_may_write_in_is_refused(tmp_path, bits):
+    tmp_path.chmod(bits)
+
+    with pytest.raises(PermissionError, match="chmod it to 0700"):
+        private_directory.make(str(tmp_path))
+
+
+def test_a_link_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+
+    with pytest.raises(NotADirectoryError):
+        private_directory.make(str(tmp_path / "link"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_another_users_directory_is_refused(tmp_path):
+    os.chown(tmp_path, 65534, 65534)
+
+    with pytest.raises(PermissionError, match="chown it to root"):
+        private_directory.make(str(tmp_path))
+
+
+def test_a_directory_that_another_process_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    path = tmp_path / "box"
+    chmod = os.chmod
+
+    def removed_once(*arguments):
+        monkeypatch.setattr(os, "chmod", chmod)
+        path.rmdir()
+        chmod(*arguments)
+
+    monkeypatch.setattr(os, "chmod", removed_once)
+
+    private_directory.make(str(path))
+
+    assert path.is_dir()
+    assert os.chmod is chmod
+
+
+def test_a_directory_below_a_link_that_leads_nowhere_is_an_error(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "missing")
+
+    with pytest.raises(FileNotFoundError):
+        private_directory.make(str(tmp_path / "link" / "below"))

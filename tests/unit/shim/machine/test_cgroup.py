@@ -1,0 +1,47 @@
+"""Where a sandbox is counted on the host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shim.machine.cgroup import counting_roots, normal_path
+
+HYBRID = """\
+31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
+32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct
+34 31 0:31 / /sys/fs/cgroup/cpuset rw - cgroup cgroup rw,cpuset
+35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory
+40 31 0:37 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,name=systemd
+41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw
+"""
+UNIFIED = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "path"),
+    [
+        ("/default/c1", "default/c1"),
+        ("default/c1", "default/c1"),
+        ("/a/../../../b", "b"),
+        ("", ""),
+        ("/", ""),
+        ("system.slice:cri-containerd:c1", "system.slice/cri-containerd-c1.scope"),
+        (
+            "kubepods-burstable-pod1.slice:cri-containerd:c1",
+            "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-c1.scope",
+        ),
+        ("-.slice::c1", "c1.scope"),
+    ],
+)
+def test_a_path_or_a_slice_names_the_cgroup(wanted, path):
+    assert normal_path(wanted) == path
+
+
+def test_version_1_counts_where_it_has_controllers():
+    assert counting_roots(HYBRID) == [Path("/sys/fs/cgroup/cpu,cpuacct"), Path("/sys/fs/cgroup/memory")]
+
+
+def test_version_2_counts_where_it_is_alone():
+    assert counting_roots(UNIFIED) == [Path("/sys/fs/cgroup")]

@@ -1,0 +1,138 @@
+"""When a machine is cloned, from what, and when a template is to be built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hypervisor import Accelerator, Channel, VmStartError
+from shim.config import Config, HypervisorConfig
+from shim.machine import machine as machine_module
+from shim.machine import pod
+from shim.machine.host_choice import HostChoice
+from shim.machine.machine import Machine
+from shim.machine.sizing import plan
+from shim.machine.spec import describe
+
+MIB = 1 << 20
+LARGE = {
+    "linux": {"resources": {"memory": {"limit": 256 * MIB}, "cpu": {"quota": 100_000, "period": 100_000}}}
+}
+LARGE_POD = {"annotations": {"io.kubernetes.cri.sandbox-memory": str(256 * MIB)}}
+HOST = HostChoice(
+    accelerator=Accelerator.TCG,
+    accelerator_reason="",
+    channel=Channel.VIRTIO_SERIAL,
+    channel_reason="",
+    virtiofsd=Path("/virtiofsd"),
+    vsock_daemon=None,
+)
+
+
+def key_of(spec):
+    """Stand in for the digest of a specification: of its sizes."""
+    sizes = (spec.vcpus, spec.max_vcpus, spec.memory_bytes // MIB, spec.max_memory_bytes // MIB)
+    return "a" * 16 + "".join(f"{size:08x}" for size in sizes)
+
+
+@pytest.fixture
+def choose(tmp_path, monkeypatch):
+    """Make a machine and have it look for its template; returns both."""
+    monkeypatch.setattr(machine_module, "template_key", key_of)
+
+    def make(oci, **settings):
+        settings = {"max_vcpus": 4, "max_memory_mib": 4096, "template": "auto", **settings}
+        config = Config(hypervisor=HypervisorConfig(template_dir=str(tmp_path / "templates"), **settings))
+        machine = Machine("sandbox", directory=tmp_path, config=config, ledger=None)
+        sizes = plan(config.hypervisor, oci)
+        spec = describe(
+            config, HOST, name="s", directory=tmp_path, share=tmp_path, size=sizes.boot, most=sizes.most
+        )
+        template = machine._find_template(spec, sizes, pod.from_oci(oci))
+        return machine, machine._clone_of(spec, sizes, template)
+
+    return make
+
+
+def build(machine, spec):
+    with machine.templates.building(wait=False) as building:
+        built = building.place / "template"
+        built.mkdir()
+        machine.templates.publish(key_of(spec), built, purpose={})
+
+
+def test_without_a_template_one_is_missed(choose):
+    machine, clone = choose({})
+    assert machine.lacks_template
+    assert clone.template is None
+
+
+@pytest.mark.parametrize("oci", [{}, LARGE, LARGE_POD])
+def test_one_template_serves_machines_of_all_sizes(choose, oci):
+    build(*choose({}))
+    machine, clone = choose(oci)
+    assert clone.template is not None
+    assert (clone.vcpus, clone.memory_bytes) == (1, 512 * MIB)
+    assert not machine.lacks_template
+
+
+def test_machines_of_a_fixed_size_are_cloned_from_their_like_alone(choose):
+    build(*choose({}, static_sizing=True))
+    assert choose({}, static_sizing=True)[1].template is not None
+    machine, clone = choose(LARGE, static_sizing=True)
+    assert clone.template is None
+    assert (clone.vcpus, clone.memory_bytes) == (2, 768 * MIB)
+    assert not machine.lacks_template, "nobody builds one of each size"
+
+    build(machine, clone)
+    assert choose(LARGE, static_sizing=True)[1].template is not None
+
+
+def test_templates_are_switched_off(choose):
+    build(*choose({}))
+    machine, clone = choose({}, template="off")
+    assert clone.template is None
+    assert not machine.lacks_template
+
+
+def test_a_machine_of_huge_pages_is_not_cloned(choose):
+    build(*choose({}))
+    machine, clone = choose({}, huge_pages=True)
+    assert clone.template is None
+    assert not machine.lacks_template
+
+
+def test_a_pod_refuses_its_template(choose):
+    build(*choose({}))
+    machine, clone = choose({"annotations": {pod.TEMPLATE_ANNOTATION: "off"}})
+    assert clone.template is None
+    assert not machine.lacks_template
+
+
+def test_nobody_else_builds_what_is_being_built(choose):
+    machine, _ = choose({})
+    with machine.templates.building(wait=False):
+        assert not choose({})[0].lacks_template
+
+
+def test_what_could_not_be_built_is_not_tried_again_at_once(choose, caplog):
+    machine, clone = choose({})
+    build(machine, clone)
+    machine.templates.remove("")
+    machine.templates.fail(key_of(clone), "no space")
+    with caplog.at_level("INFO"):
+        assert not choose({})[0].lacks_template
+    assert "no space; boots cold" in caplog.text
+
+
+def test_a_host_that_cannot_tell_boots_cold(choose, monkeypatch, caplog):
+    def fail(_spec):
+        raise VmStartError("template: /qemu: no such file")
+
+    machine, _ = choose({})
+    monkeypatch.setattr(machine_module, "template_key", fail)
+    machine, clone = choose({})
+    assert clone.template is None
+    assert not machine.lacks_template
+    assert "/qemu: no such file; boots cold" in caplog.text

@@ -1,0 +1,133 @@
+"""A guest's clock is compared with the host's, moved if it is surely wrong, and compared again later."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+
+from shim.errors import DeadlineExceeded, Unavailable
+from shim.machine import clock
+from shim.machine.clock import Reading, correction, reading, together
+
+MS = 1_000_000
+
+
+def test_a_guest_is_taken_to_answer_in_the_middle():
+    assert reading("107000000", asked_at_ns=100 * MS, answered_at_ns=104 * MS) == Reading(5 * MS, 2 * MS)
+
+
+def test_a_guest_that_knows_the_hosts_clock_is_believed():
+    assert reading("1 -3000", asked_at_ns=0, answered_at_ns=10**9) == Reading(-3000, 0)
+
+
+@pytest.mark.parametrize("answer", ["", "soon", "1 x", "9" * 5000])
+def test_another_answer_is_an_error(answer: str):
+    with pytest.raises(ValueError, match=r"."):
+        reading(answer, asked_at_ns=0, answered_at_ns=0)
+
+
+@pytest.mark.parametrize(
+    ("found", "shift"),
+    [
+        (Reading(-300 * MS, 40 * MS), 300 * MS),
+        (Reading(MS // 2, MS // 10), 0),
+        (Reading(9 * MS, 20 * MS), 0),
+    ],
+)
+def test_the_clock_is_moved_if_it_is_surely_wrong(found, shift):
+    assert correction(found) == shift
+
+
+@pytest.mark.parametrize(
+    ("readings", "found"),
+    [
+        ([Reading(9 * MS, 20 * MS), Reading(5 * MS, MS)], Reading(5 * MS, MS)),
+        ([Reading(10 * MS, 4 * MS), Reading(2 * MS, 6 * MS)], Reading(7 * MS, MS)),
+        ([Reading(10 * MS, 4 * MS), Reading(2 * MS, MS)], Reading(2 * MS, MS)),
+    ],
+)
+def test_several_readings_leave_less_doubt(readings, found):
+    assert together(readings) == found
+
+
+class Agent:
+    """An agent whose clock is behind by some milliseconds."""
+
+    def __init__(self, *, behind_ms: float, tells_time: bool = True) -> None:
+        self.tells_time = tells_time
+        self.behind_ns = int(behind_ms * MS)
+        self.asked = asyncio.Event()
+        self.refusal: Exception | None = None
+        self.set = 0
+
+    async def ask_time(self) -> str:
+        self.asked.set()
+        if self.refusal is not None:
+            raise self.refusal
+        return f"{time.time_ns() - self.behind_ns} {-self.behind_ns}"
+
+    async def move_time(self, shift_ns: int) -> None:
+        self.behind_ns -= shift_ns
+
+    async def set_time(self) -> None:
+        self.set += 1
+        self.asked.set()
+
+
+async def wait_until_asked(agent: Agent) -> None:
+    async with asyncio.timeout(10):
+        await agent.asked.wait()
+        agent.asked.clear()
+
+
+@pytest.fixture
+async def child():
+    """A child process that sleeps."""
+    process = await asyncio.create_subprocess_exec("sleep", "100")
+    yield process
+    process.kill()
+    await process.wait()
+
+
+async def keeping(agent: Agent, pid: int) -> asyncio.Task[None]:
+    right = asyncio.Event()
+    task = asyncio.create_task(clock.keep(agent, pid=pid, right=right))
+    await asyncio.wait_for(right.wait(), 10)
+    return task
+
+
+@pytest.mark.parametrize("tells_time", [True, False])
+async def test_a_clock_is_put_right_at_once_and_when_qemu_goes_on_after_a_stop(child, tells_time):
+    agent = Agent(behind_ms=300, tells_time=tells_time)
+    task = await keeping(agent, child.pid)
+    await wait_until_asked(agent)
+    assert (agent.behind_ns, agent.set) == ((0, 0) if tells_time else (300 * MS, 1))
+    os.kill(child.pid, signal.SIGSTOP)
+    await asyncio.to_thread(os.waitid, os.P_PID, child.pid, os.WSTOPPED)
+    os.kill(child.pid, signal.SIGCONT)
+    await wait_until_asked(agent)
+    task.cancel()
+
+
+async def test_a_clock_is_compared_again_after_a_while_even_if_the_guest_was_too_busy(child, monkeypatch):
+    monkeypatch.setattr(clock, "SOON_S", 0.01)
+    monkeypatch.setattr(clock, "INTERVAL_S", 0.01)
+    agent = Agent(behind_ms=300)
+    agent.refusal = DeadlineExceeded("late")
+    task = await keeping(agent, child.pid)
+    await wait_until_asked(agent)
+    agent.refusal = None
+    await wait_until_asked(agent)
+    await wait_until_asked(agent)
+    assert agent.behind_ns == 0
+    task.cancel()
+
+
+async def test_a_guest_that_is_gone_is_left_alone(child):
+    agent = Agent(behind_ms=300)
+    agent.refusal = Unavailable("gone")
+    await (await keeping(agent, child.pid))

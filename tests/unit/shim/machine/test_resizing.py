@@ -1,0 +1,167 @@
+"""In which order a machine and its guest are told of a new size, and what comes of a refusal."""
+
+from __future__ import annotations
+
+import pytest
+
+from hypervisor import ResizeError, ResizeRefusedError
+from shim.config import HypervisorConfig
+from shim.errors import ResourceExhausted
+from shim.machine.resizing import Resizer
+from shim.machine.sizing import Limits, plan
+
+MIB = 1 << 20
+CONFIG = HypervisorConfig(vcpus=1, memory_mib=256, max_vcpus=8, max_memory_mib=4096)
+SOME = Limits(quota_us=300_000, memory_bytes=256 * MIB)
+
+
+class Machine:
+    """A hypervisor and an agent that write down what they are asked, and refuse on demand."""
+
+    def __init__(self):
+        self.asked = []
+        self.refusal = None
+        self.fewest_vcpus = 1
+        self.is_hako = True
+
+    async def resize_vcpus(self, count):
+        self.asked.append(f"vcpus {count}")
+        if self.refusal is not None:
+            raise self.refusal
+        return max(count, self.fewest_vcpus)
+
+    async def resize_memory(self, size):
+        self.asked.append(f"memory {size // MIB}")
+        if self.refusal is not None:
+            raise self.refusal
+        return size
+
+    async def pin_vcpus(self, cpus):
+        self.asked.append(f"pin {sorted(cpus)}")
+        if self.refusal is not None:
+            raise self.refusal
+
+    async def use_cpus(self, count):
+        self.asked.append(f"use {count}")
+
+    async def follow_limits(self):
+        self.asked.append("follow limits")
+
+    async def online_memory(self):
+        self.asked.append("online memory")
+
+    def take(self):
+        asked, self.asked = self.asked, []
+        return asked
+
+
+@pytest.fixture
+def machine():
+    return Machine()
+
+
+@pytest.fixture
+def resizer(machine):
+    sizes = plan(CONFIG, {})
+    return Resizer(machine, sizes, size=sizes.boot)
+
+
+async def test_the_guest_is_told_before_memory_comes_and_after_and_uses_processors_once_they_are_there(
+    machine, resizer
+):
+    await resizer.grow(machine, [SOME])
+    assert machine.take() == ["vcpus 4", "use 4", "online memory", "memory 512", "online memory"]
+
+
+async def test_what_is_large_enough_is_left_alone(machine, resizer):
+    await resizer.grow(machine, [])
+    await resizer.shrink(machine, [SOME])
+    await resizer.shrink(machine, [])
+    assert machine.take() == []
+
+
+async def test_growing_takes_nothing_away_and_shrinking_adds_nothing(machine, resizer):
+    await resizer.grow(machine, [SOME])
+    machine.take()
+    await resizer.grow(machine, [])
+    await resizer.shrink(machine, [SOME, SOME])
+    assert machine.take() == []
+    await resizer.shrink(machine, [])
+    assert machine.take() == ["vcpus 1", "memory 256", "follow limits"]
+
+
+async def test_huge_pages_that_the_machine_has_no_room_for_are_refused_before_it_grows(machine, resizer):
+    with pytest.raises(ResourceExhausted, match=r"hugepageLimits: 3841 MiB of .* room for 3840 MiB"):
+        await resizer.grow(machine, [SOME, Limits(huge_bytes=3841 * MIB)])
+    assert machine.take() == []
+    await resizer.grow(machine, [Limits(huge_bytes=3840 * MIB)])
+    assert "memory 4096" in machine.take()
+
+
+async def test_another_agent_is_not_told_of_memory_that_went(machine, resizer):
+    machine.is_hako = False
+    await resizer.grow(machine, [SOME])
+    machine.take()
+    await resizer.shrink(machine, [])
+    assert machine.take() == ["vcpus 1", "memory 256"]
+
+
+async def test_processors_that_stay_in_the_machine_are_put_out_of_use(machine, resizer):
+    machine.fewest_vcpus = 4
+    await resizer.grow(machine, [SOME])
+    machine.take()
+    await resizer.shrink(machine, [])
+    assert machine.take() == ["vcpus 1", "use 1", "memory 256", "follow limits"]
+    await resizer.grow(machine, [Limits(quota_us=100_000)])
+    assert machine.take() == ["vcpus 2", "use 2"]
+
+
+@pytest.mark.parametrize("refusal", [ResizeError("no"), ResizeRefusedError("no", reached=1)])
+async def test_a_machine_that_cannot_grow_is_an_error(machine, resizer, refusal):
+    machine.refusal = refusal
+    with pytest.raises(ResourceExhausted, match=r"^no$"):
+        await resizer.grow(machine, [SOME])
+
+
+async def test_what_the_guest_does_not_give_back_is_logged_and_asked_for_the_next_time(
+    machine, resizer, caplog
+):
+    more = Limits(memory_bytes=1024 * MIB)
+    await resizer.grow(machine, [more])
+    machine.refusal = ResizeRefusedError("the guest stopped at 512 MiB", reached=512 * MIB)
+    await resizer.shrink(machine, [])
+    assert "the guest stopped at 512 MiB" in caplog.text
+    machine.take()
+    machine.refusal = None
+    await resizer.shrink(machine, [])
+    assert machine.take() == ["memory 256", "follow limits"]
+
+
+async def test_a_machine_is_kept_to_its_containers_processors_and_let_go_again(machine, resizer):
+    await resizer.grow(machine, [Limits(cpuset=frozenset({2})), Limits(cpuset=frozenset({3}))])
+    assert machine.take() == ["pin [2, 3]"]
+    await resizer.grow(machine, [Limits(cpuset=frozenset({2, 3}))])
+    assert machine.take() == []
+    await resizer.shrink(machine, [Limits(cpuset=frozenset({2})), Limits()])
+    assert machine.take() == ["pin []"]
+
+
+async def test_a_processor_that_the_host_does_not_have_does_not_stop_a_container(machine, resizer):
+    machine.refusal = ResizeError("pin vcpus: to [99]: Invalid argument")
+    await resizer.grow(machine, [Limits(cpuset=frozenset({99}))])
+    assert machine.take() == ["pin [99]"]
+
+
+async def test_a_clone_grows_to_what_its_pod_needs_and_never_shrinks_below(machine):
+    needs = {
+        "io.kubernetes.cri.sandbox-cpu-quota": "100000",
+        "io.kubernetes.cri.sandbox-memory": f"{256 * MIB}",
+    }
+    sizes = plan(CONFIG, {"annotations": needs})
+    resizer = Resizer(machine, sizes, size=sizes.base)
+
+    await resizer.grow(machine, [])
+    assert machine.take() == ["vcpus 2", "use 2", "online memory", "memory 512", "online memory"]
+    await resizer.grow(machine, [])
+    await resizer.shrink(machine, [])
+    assert machine.take() == []

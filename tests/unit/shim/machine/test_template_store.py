@@ -1,0 +1,248 @@
+"""Templates on disk: there whole or not at all, few, and nobody else's."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+
+from hypervisor import ChannelError, GuestLateError, TemplateError, TemplateLateError
+from shim.errors import DeadlineExceeded
+from shim.machine import template_store
+from shim.machine.cloning import blames_template
+from shim.machine.template_store import KEPT, TemplateStore
+from shim.refusal import Refusal
+
+KEY, OTHER = "a" * 32, "b" * 32
+PURPOSE = {"kernel": "/k", "vcpus": 1}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return TemplateStore(tmp_path / "run" / "templates")
+
+
+def publish(store, key, *, purpose=PURPOSE, content="memory"):
+    with store.building(wait=False) as building:
+        built = building.place / "template"
+        built.mkdir()
+        (built / "memory").write_text(content)
+        return store.publish(key, built, purpose=purpose)
+
+
+def keys(store):
+    return [entry.key for entry in store.entries() if not entry.failure]
+
+
+def test_what_was_published_is_found_by_its_key_alone(store):
+    assert store.find(KEY) is None
+    template = publish(store, KEY)
+
+    assert store.find(KEY) == template
+    assert (template.path / "memory").read_text() == "memory"
+    assert store.find(OTHER) is None
+
+
+def test_nobody_else_can_look_into_the_store(store):
+    publish(store, KEY)
+    for place in (store.directory, store.directory.parent):
+        assert place.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.chmod(0o770), lambda path: os.chown(path, 1, 1)])
+def test_a_store_that_others_can_write_to_is_not_trusted(store, spoil):
+    publish(store, KEY)
+    spoil(store.directory)
+
+    with pytest.raises(Refusal, match="nobody else can write to; correct that"):
+        store.find(KEY)
+    with pytest.raises(Refusal), store.building(wait=False):
+        pass
+
+
+def test_a_link_is_no_store(store, tmp_path):
+    publish(store, KEY)
+    link = TemplateStore(tmp_path / "link")
+    link.directory.symlink_to(store.directory)
+
+    with pytest.raises(Refusal):
+        link.find(KEY)
+
+
+def test_a_build_that_fails_leaves_nothing(store):
+    def build():
+        with store.building(wait=False) as building:
+            (building.place / "memory").write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        build()
+
+    assert [path.name for path in store.directory.iterdir()] == ["lock"]
+
+
+def test_what_a_killed_build_left_goes_with_the_next(store):
+    publish(store, KEY)
+    for name in (".building", ".removed-1-1"):
+        (store.directory / name).mkdir()
+        (store.directory / name / "memory").touch()
+
+    with store.building(wait=False) as building:
+        assert list(building.place.iterdir()) == []
+    assert sorted(path.name for path in store.directory.iterdir()) == [KEY, "lock"]
+
+
+def test_one_builds_at_a_time(store):
+    assert not store.is_building()
+    with store.building(wait=False):
+        assert store.is_building()
+        with pytest.raises(BlockingIOError), store.building(wait=False):
+            pass
+    assert not store.is_building()
+
+
+def test_who_waits_builds_after_the_other(store):
+    order = []
+
+    def second():
+        with store.building(wait=True):
+            order.append("second")
+
+    with store.building(wait=False):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+
+
+def test_a_new_one_for_the_same_purpose_replaces_the_old(store):
+    publish(store, KEY)
+    publish(store, OTHER)
+    assert keys(store) == [OTHER]
+
+
+def test_those_not_used_for_longest_go_when_there_are_too_many(store, monkeypatch):
+    numbers = range(KEPT + 2)
+    for number in numbers:
+        template = publish(store, f"{number:032}", purpose={"vcpus": number})
+        os.utime(template.path, (number, number))
+        if number == KEPT - 1:
+            store.find(f"{0:032}")
+
+    assert sorted(keys(store)) == [f"{number:032}" for number in (0, *numbers[-KEPT + 1 :])]
+
+
+def test_a_useless_one_is_discarded_but_not_what_took_its_place(store):
+    broken = publish(store, KEY)
+    store.discard(broken, reason="truncated")
+    assert store.find(KEY) is None
+
+    better = publish(store, KEY)
+    store.discard(broken, reason="truncated")
+    assert store.find(KEY) == better
+    assert store.failure(KEY) == ""
+
+
+def test_the_second_useless_one_in_short_order_is_a_failure(store):
+    for _ in range(2):
+        store.discard(publish(store, KEY), reason="QEMU refuses")
+    assert store.failure(KEY) == "QEMU refuses"
+
+
+@pytest.mark.parametrize(("discards", "held_s"), [(2, 600), (3, 3600), (4, 21_600), (5, 86_400), (9, 86_400)])
+def test_each_further_one_in_a_day_is_a_failure_for_longer(store, discards, held_s):
+    for _ in range(discards):
+        store.discard(publish(store, KEY), reason="QEMU refuses")
+    failure = store.directory / f"{KEY}.failed"
+    for age_s, said in ((held_s - 60, "QEMU refuses"), (held_s + 60, "")):
+        os.utime(failure, times=(time.time() - age_s,) * 2)
+        assert store.failure(KEY) == said
+
+
+def test_a_clone_that_answers_makes_up_for_what_was_discarded(store):
+    store.discard(publish(store, KEY), reason="QEMU refuses")
+    template = publish(store, KEY)
+    store.answers(template)
+    store.discard(template, reason="QEMU refuses")
+    assert store.failure(KEY) == ""
+
+
+def test_clones_may_be_late_but_not_three_in_a_row(store):
+    template = publish(store, KEY)
+    assert [store.is_late(template) for _ in range(3)] == [False, False, True]
+    store.answers(template)
+    assert not store.is_late(template)
+
+
+def test_what_was_held_against_a_template_does_not_show_among_the_templates(store):
+    template = publish(store, KEY)
+    store.is_late(template)
+    store.discard(publish(store, OTHER, purpose={}), reason="QEMU refuses")
+    assert keys(store) == [KEY]
+    assert store.remove("") == [KEY]
+
+
+def test_a_failure_is_remembered_for_a_while_or_until_it_works(store, monkeypatch):
+    publish(store, OTHER)
+    assert store.failure(KEY) == ""
+    store.fail(KEY, "no memory")
+    assert store.failure(KEY) == "no memory"
+    assert {entry.key: entry.failure for entry in store.entries()} == {KEY: "no memory", OTHER: ""}
+
+    publish(store, KEY)
+    assert store.failure(KEY) == ""
+    store.fail(KEY, "no memory")
+    monkeypatch.setattr(template_store, "RETRY_S", 0.0)
+    assert store.failure(KEY) == ""
+
+
+def test_a_list_says_what_each_is_for_and_what_it_takes(store):
+    assert store.entries() == []
+    template = publish(store, KEY, content="x" * 100_000)
+    with (template.path / "memory").open("r+b") as file:
+        file.truncate(1 << 30)
+
+    [entry] = store.entries()
+
+    assert (entry.key, entry.purpose, entry.failure) == (KEY, PURPOSE, "")
+    assert 100_000 <= entry.size_bytes < 1 << 20
+    assert entry.built_at == pytest.approx(entry.used_at, abs=5)
+
+
+def test_one_is_removed_by_the_beginning_of_its_key_and_all_by_none(store):
+    for key in (KEY, OTHER, f"ab{'0' * 30}"):
+        publish(store, key, purpose={"key": key})
+    with pytest.raises(Refusal, match="2 begin so"):
+        store.remove("a")
+    with pytest.raises(Refusal, match="there is none"):
+        store.remove("c")
+
+    assert store.remove("aa") == [KEY]
+    assert store.remove("") == [f"ab{'0' * 30}", OTHER]
+    assert store.entries() == []
+    assert store.remove("") == []
+
+
+def test_one_that_somebody_has_emptied_is_not_listed(store):
+    template = publish(store, KEY)
+    for file in template.path.iterdir():
+        file.unlink()
+    assert store.entries() == []
+    assert store.remove(KEY) == [KEY]
+
+
+@pytest.mark.parametrize(
+    "late", [TemplateLateError("late"), GuestLateError("silent"), DeadlineExceeded("late")]
+)
+def test_a_late_clone_is_its_templates_fault_unless_its_qemu_hardly_had_a_processor(late):
+    assert blames_template(late, starved=False)
+    assert not blames_template(late, starved=True)
+
+
+@pytest.mark.parametrize("error", [TemplateError("refused"), ChannelError("guest reset")])
+def test_a_template_that_qemu_refuses_or_whose_guest_dies_is_to_blame_on_a_busy_host_too(error):
+    assert blames_template(error, starved=True)

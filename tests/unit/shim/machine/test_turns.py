@@ -1,0 +1,138 @@
+"""Taking turns: as many at once as there are turns, and nobody waits for the dead."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shim.machine import turns
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import pytest
+
+AT_ONCE = 2
+HOLDER = """
+import asyncio, pathlib, sys
+from shim.machine.machine import turns
+
+async def hold() -> None:
+    async with turns.turn(pathlib.Path(sys.argv[1]), at_once=1, given_up=asyncio.Event()):
+        print("held", flush=True)
+        await asyncio.sleep(60)
+
+asyncio.run(hold())
+"""
+
+
+class Crowd:
+    """Some that want a turn: how many have one, and how many had one at the same time at most."""
+
+    def __init__(self, directory: Path, *, at_once: int) -> None:
+        self.given_up = asyncio.Event()
+        self.leave = asyncio.Event()
+        self.began = asyncio.Event()
+        self.present = 0
+        self.most = 0
+        self._directory = directory
+        self._at_once = at_once
+
+    async def visit(self) -> None:
+        async with turns.turn(self._directory, at_once=self._at_once, given_up=self.given_up):
+            self.present += 1
+            self.most = max(self.most, self.present)
+            self.began.set()
+            await self.leave.wait()
+            self.present -= 1
+
+    @contextlib.asynccontextmanager
+    async def visitors(self, count: int) -> AsyncIterator[None]:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(count):
+                group.create_task(self.visit())
+            yield
+            self.leave.set()
+
+
+def open_files() -> set[str]:
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+async def settled() -> None:
+    """Let everybody go as far as he can."""
+    await asyncio.sleep(0.05)
+
+
+async def test_no_more_than_there_are_turns_are_at_it_at_once(tmp_path: Path) -> None:
+    crowd = Crowd(tmp_path / "turns", at_once=AT_ONCE)
+    async with asyncio.timeout(10), crowd.visitors(10):
+        await settled()
+        assert crowd.present == AT_ONCE
+    assert (crowd.present, crowd.most) == (0, AT_ONCE)
+
+
+async def test_who_dies_leaves_his_turn_to_the_next(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    holder = await asyncio.create_subprocess_exec(*argv, stdout=asyncio.subprocess.PIPE)
+    assert holder.stdout is not None
+    assert await holder.stdout.readline() == b"held\n"
+    crowd = Crowd(tmp_path, at_once=1)
+    async with asyncio.timeout(10), crowd.visitors(1):
+        await settled()
+        waited = crowd.present == 0
+        holder.kill()
+        await crowd.began.wait()
+    assert waited
+    await holder.wait()
+
+
+async def test_who_gives_up_goes_on_at_once(tmp_path: Path) -> None:
+    crowd = Crowd(tmp_path, at_once=1)
+    async with asyncio.timeout(10), crowd.visitors(2):
+        await settled()
+        crowd.given_up.set()
+        await settled()
+        assert crowd.present == 2
+
+
+async def test_a_turn_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "_LONGEST_S", 0.01)
+    crowd = Crowd(tmp_path, at_once=1)
+    async with asyncio.timeout(10), crowd.visitors(2):
+        await settled()
+        assert crowd.present == 2
+
+
+async def test_nobody_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "_PATIENCE_S", 0.01)
+    crowd = Crowd(tmp_path, at_once=1)
+    async with asyncio.timeout(10), crowd.visitors(2):
+        await settled()
+        assert crowd.present == 2
+
+
+async def test_a_wait_can_be_cancelled_and_leaves_nothing_open(tmp_path: Path) -> None:
+    crowd = Crowd(tmp_path, at_once=1)
+    async with asyncio.timeout(10), crowd.visitors(1):
+        await settled()
+        before = open_files()
+        waiting = asyncio.create_task(crowd.visit())
+        await settled()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert open_files() == before
+
+
+async def test_without_a_place_for_turns_there_are_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    crowd = Crowd(tmp_path / "file", at_once=1)
+    async with asyncio.timeout(10), crowd.visitors(2):
+        await settled()
+        assert crowd.present == 2
+    assert "starts without one" in caplog.text

@@ -1,0 +1,66 @@
+"""What a container's process has from the shim, as from a runtime that starts it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from shim.sandbox.inheritance import handed_down
+
+HAKO, OTHER = SimpleNamespace(is_hako=True), SimpleNamespace(is_hako=False)
+SHOW = (
+    "import resource, sys; from types import SimpleNamespace; "
+    "from shim.sandbox.inheritance import handed_down; "
+    "resource.setrlimit(getattr(resource, sys.argv[1]), (int(sys.argv[2]), int(sys.argv[3]))); "
+    "print(handed_down(SimpleNamespace(is_hako=True)).rlimits.get(sys.argv[1]))"
+)
+
+
+def limit_handed_down(kind: str, soft: int, hard: int) -> str:
+    argv = [sys.executable, "-c", SHOW, kind, str(soft), str(hard)]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_shim_has_the_priority_of_the_process_that_it_serves() -> None:
+    take = "import os, sys; from shim.host import daemonize; daemonize.take_attributes(of=int(sys.argv[1]))"
+    with subprocess.Popen(["/usr/bin/sleep", "1000"]) as served:
+        os.setpriority(os.PRIO_PROCESS, served.pid, 7)
+        argv = [sys.executable, "-c", f"{take}; print(os.nice(0))", str(served.pid)]
+        said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+        served.kill()
+    assert said == "7\n"
+
+
+def test_limits_are_those_of_this_process() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert handed_down(HAKO).rlimits["RLIMIT_NOFILE"] == (soft, hard)
+
+
+@pytest.mark.parametrize(
+    ("kind", "soft", "hard", "expected"),
+    [
+        ("RLIMIT_CORE", 0, -1, "None"),  # as the guest's kernel has it
+        ("RLIMIT_CORE", 5, 7, "(5, 7)"),
+        ("RLIMIT_FSIZE", 1 << 40, -1, f"({1 << 40}, {(1 << 64) - 1})"),
+        ("RLIMIT_STACK", -1, -1, f"({(1 << 64) - 1}, {(1 << 64) - 1})"),
+    ],
+)
+def test_a_limit_is_told_that_a_guest_would_not_have(kind: str, soft: int, hard: int, expected: str) -> None:
+    assert limit_handed_down(kind, soft, hard) == expected
+
+
+def test_files_stay_below_the_limit_of_a_kernel_that_nobody_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 1 << 30))
+    assert handed_down(OTHER).rlimits["RLIMIT_NOFILE"] == (100, 1 << 20)
+    assert handed_down(HAKO).rlimits["RLIMIT_NOFILE"] == (100, 1 << 30)
+
+
+def test_the_oom_score_is_that_of_this_process() -> None:
+    own = Path("/proc/self/oom_score_adj").read_text(encoding="ascii")
+    assert handed_down(OTHER).oom_score_adj == int(own)

@@ -1,0 +1,151 @@
+"""A stream that gets long goes on over a connection, and loses nothing whatever the agent makes of that."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hypervisor import ChannelError
+from shim.agent.frames import END, framed
+from shim.agent.guest_streams import LONG_BYTES, LongStreams
+from shim.errors import Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+LONG, REST = b"l" * LONG_BYTES, b"and the rest"
+NAME = framed(b"stdout\0box\0exec")
+
+
+class Agent:
+    """An agent whose requests answer from a list, and note what is written."""
+
+    def __init__(self, outputs: list[bytes]) -> None:
+        self._outputs = outputs
+        self.written = b""
+        self.ended = False
+
+    async def read_stdout(self, _container_id: str, **_: Any) -> bytes:
+        return self._outputs.pop(0)
+
+    async def write_stdin(self, _container_id: str, *, data: bytes, **_: Any) -> None:
+        self.written += data
+
+    async def close_stdin(self, _container_id: str, **_: Any) -> None:
+        self.ended = True
+
+
+class Machine:
+    """A machine that takes one connection, or none, and shows its other end."""
+
+    def __init__(self) -> None:
+        ours, self.guest = socket.socketpair()
+        ours.setblocking(False)
+        self.guest.settimeout(5.0)
+        self.offered: list[socket.socket] = [ours]
+
+    async def connect(self, port: int, **_: Any) -> socket.socket:
+        if not self.offered:
+            raise ChannelError(f"connect guest: port {port}: refused")
+        return self.offered.pop()
+
+
+@pytest.fixture
+async def machine() -> AsyncIterator[Machine]:
+    opened = Machine()
+    yield opened
+    for end in (opened.guest, *opened.offered):
+        end.close()
+
+
+def streams(agent: Agent, machine: Machine) -> LongStreams:
+    return LongStreams(agent, vm=machine, container_id="box", exec_id="exec")  # type: ignore[arg-type]  # of the two only what is played here is used
+
+
+async def read_all(transfer: LongStreams) -> bytes:
+    data = b""
+    async with asyncio.timeout(5.0):
+        while part := await transfer.read("stdout"):
+            data += part
+    return data
+
+
+async def test_short_output_needs_no_connection(machine: Machine):
+    assert await read_all(streams(Agent([REST, b""]), machine)) == REST
+    assert machine.offered
+
+
+async def test_long_output_goes_on_over_a_connection_that_names_it(machine: Machine):
+    machine.guest.sendall(END + framed(REST) + END)
+    assert await read_all(streams(Agent([LONG]), machine)) == LONG + REST
+    assert machine.guest.recv(1000) == NAME
+    assert machine.guest.recv(1) == b"", "who has read the end closes first"
+
+
+async def test_output_goes_on_in_requests_if_the_agent_does_not_listen(machine: Machine):
+    machine.offered.pop().close()
+    assert await read_all(streams(Agent([LONG, REST, b""]), machine)) == LONG + REST
+
+
+async def test_output_goes_on_in_requests_if_the_agent_refuses_the_connection(machine: Machine):
+    machine.guest.shutdown(socket.SHUT_WR)
+    assert await read_all(streams(Agent([LONG, REST, b""]), machine)) == LONG + REST
+
+
+@pytest.mark.parametrize("answer", [END, END + framed(REST), END + framed(REST)[:9], END + END + b"more"])
+async def test_output_that_breaks_off_or_goes_on_after_its_end_is_a_failure(machine: Machine, answer: bytes):
+    machine.guest.sendall(answer)
+    machine.guest.shutdown(socket.SHUT_WR)
+    transfer = streams(Agent([LONG]), machine)
+    with pytest.raises(Unavailable, match="stdio"):
+        await read_all(transfer)
+    transfer.close()
+
+
+async def test_what_comes_with_bytes_after_the_end_is_read_before_the_failure(machine: Machine):
+    machine.guest.sendall(END + framed(REST) + framed(REST) + END + b"more")
+    transfer = streams(Agent([LONG]), machine)
+    assert [await transfer.read("stdout") for _ in range(3)] == [LONG, REST, REST]
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="4 bytes after the end"):
+            await transfer.read("stdout")
+    transfer.close()
+
+
+async def test_of_output_without_an_end_only_what_is_read_is_taken(machine: Machine):
+    machine.guest.sendall(END + b"\xff\xff\xff\xff")
+    transfer = streams(Agent([LONG]), machine)
+    assert await transfer.read("stdout") == LONG
+    machine.guest.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        machine.guest.sendall(LONG * 100)
+    assert set(await transfer.read("stdout")) == set(LONG)
+    transfer.close()
+
+
+async def test_long_input_goes_on_over_a_connection_and_its_end_waits_for_the_agent(machine: Machine):
+    agent = Agent([])
+    transfer = streams(agent, machine)
+    await transfer.write(LONG)
+    machine.guest.sendall(END)
+    await transfer.write(REST)
+    ending = asyncio.create_task(transfer.end_input())
+    await asyncio.sleep(0.05)
+    assert not ending.done()
+    assert machine.guest.recv(1000) == framed(b"stdin\0box\0exec") + framed(REST) + END
+    machine.guest.shutdown(socket.SHUT_WR)
+    async with asyncio.timeout(5.0):
+        await ending
+    assert (agent.written, agent.ended) == (LONG, False)
+
+
+async def test_short_input_needs_no_connection(machine: Machine):
+    agent = Agent([])
+    transfer = streams(agent, machine)
+    await transfer.write(REST)
+    await transfer.end_input()
+    assert (agent.written, agent.ended) == (REST, True)
+    assert machine.offered

@@ -1,0 +1,107 @@
+"""The last output of a process is waited for: long for a guest, less long for a client that does not read."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from shim.sandbox import stream_copying
+from shim.sandbox.host_streams import Stdio, Streams
+from shim.sandbox.stream_copying import Carrier
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from proto.kata import agent_pb2
+
+UNREAD = b"x" * (1 << 20)  # more than a pipe holds
+
+
+class Guest:
+    """A transfer whose guest says one thing when it is told to go on, and ends."""
+
+    def __init__(self, said: bytes) -> None:
+        self.goes_on = asyncio.Event()
+        self._left = [said]
+
+    def announce(self, request: agent_pb2.CreateContainerRequest | agent_pb2.ExecProcessRequest) -> None:
+        """Do nothing."""
+
+    async def read(self, name: str) -> bytes | memoryview:  # noqa: ARG002 - it has one output
+        """Wait for the guest."""
+        await self.goes_on.wait()
+        return self._left.pop() if self._left else b""
+
+    async def write(self, data: bytes) -> None:
+        """Do nothing."""
+
+    async def end_input(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    yield reader, writer
+    os.close(reader)
+
+
+def carrier_from(guest: Guest, writer: int) -> Carrier:
+    return Carrier(
+        guest,
+        stdio=Stdio(stdout="/out", terminal=True),
+        streams=Streams(stdout=writer),
+        name="box",
+        heard=asyncio.Event(),
+    )
+
+
+async def test_a_guest_that_stands_still_is_waited_for_longer_than_a_client(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_copying, "DRAIN_TIMEOUT_S", 0.01)
+    guest = Guest(b"last words")
+    carrier = carrier_from(guest, pipe[1])
+    async with asyncio.TaskGroup() as group:
+        outputs = carrier.outputs(group)
+        carrier.process_ended()
+        draining = group.create_task(carrier.drained(outputs))
+        await asyncio.wait({draining}, timeout=0.1)
+        assert not draining.done()
+        guest.goes_on.set()
+    assert draining.result()
+    assert os.read(pipe[0], 100) == b"last words"
+
+
+async def test_a_client_that_does_not_read_is_given_up(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_copying, "DRAIN_TIMEOUT_S", 0.01)
+    guest = Guest(UNREAD)
+    guest.goes_on.set()
+    carrier = carrier_from(guest, pipe[1])
+    async with asyncio.TaskGroup() as group:
+        (output,) = carrier.outputs(group)
+        carrier.process_ended()
+        assert not await carrier.drained([output])
+        output.cancel()
+
+
+async def test_a_guest_that_never_goes_on_is_given_up(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_copying, "DRAIN_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(stream_copying, "GUEST_TIMEOUT_S", 0.05)
+    carrier = carrier_from(Guest(b""), pipe[1])
+    async with asyncio.TaskGroup() as group:
+        (output,) = carrier.outputs(group)
+        carrier.process_ended()
+        assert not await carrier.drained([output])
+        output.cancel()

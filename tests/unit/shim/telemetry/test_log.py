@@ -1,0 +1,126 @@
+"""The daemon's log: lines whole, and never a reason to wait."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+
+import pytest
+
+from shim.host import daemonize
+from shim.telemetry import log
+
+
+@pytest.fixture
+def root():
+    """Logging as it was, afterwards."""
+    logger = logging.getLogger()
+    level, handlers = logger.level, list(logger.handlers)
+    # basicConfig(force=True) closes what it replaces; pytest's handlers must survive.
+    logger.handlers[:] = []
+    yield logger
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    os.mkfifo(tmp_path / "log")
+    return tmp_path
+
+
+@pytest.fixture
+def fifo(bundle):
+    descriptor = daemonize.open_log(str(bundle))
+    yield descriptor
+    os.close(descriptor)
+
+
+def drain(descriptor: int) -> bytes:
+    data = b""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            data += os.read(descriptor, 65536)
+    return data
+
+
+def test_a_record_is_one_logfmt_line(root, fifo):
+    log.configure("info", descriptor=fifo)
+    logging.getLogger("shim.x").error('two\n"lines" \\ %d', 1)
+    line = os.read(fifo, 4096).decode()
+    assert line.startswith('time="')
+    assert line.endswith('level=error msg="two\\n\\"lines\\" \\\\ 1" logger=shim.x\n')
+    assert line.count("\n") == 1
+
+
+def test_what_a_guest_says_moves_no_cursor(root, fifo):
+    log.configure("info", descriptor=fifo)
+    logging.getLogger().error("guest: %s", "\x1b[2J\r\x85gone")
+    assert b'msg="guest: \\x1b[2J\\r\\x85gone"' in os.read(fifo, 4096)
+
+
+def test_an_exception_is_one_line(root, fifo):
+    log.configure("info", descriptor=fifo)
+    try:
+        raise ValueError("why")
+    except ValueError:
+        logging.getLogger().exception("what")
+    line = os.read(fifo, 4096).decode()
+    assert line.count("\n") == 1
+    assert 'msg="what: Traceback' in line
+    assert "ValueError: why" in line
+
+
+def test_the_level_is_kept(root, fifo):
+    log.configure("warning", descriptor=fifo)
+    logging.getLogger().info("no")
+    logging.getLogger().warning("yes")
+    assert os.read(fifo, 4096).count(b"\n") == 1
+
+
+@pytest.mark.parametrize(("level", "lines"), [("debug", 3), ("warning", 1)])
+def test_libraries_do_not_tell_each_of_their_steps(root, fifo, level, lines):
+    log.configure(level, descriptor=fifo)
+    for name in ("shim.x", "pyroute2.netlink"):
+        logging.getLogger(name).debug("a step")
+    logging.getLogger("pyroute2.netlink").info("a fact")
+    logging.getLogger("pyroute2.netlink").warning("a worry")
+    assert os.read(fifo, 4096).count(b"\n") == lines
+
+
+def test_a_long_line_is_cut_to_what_a_pipe_takes_whole(root, fifo):
+    log.configure("info", descriptor=fifo)
+    logging.getLogger().error("x" * 10_000)
+    logging.getLogger().error("next")
+    first, second = os.read(fifo, 65536).splitlines(keepends=True)
+    assert len(first) == 4096
+    assert b"next" in second
+
+
+def test_what_nobody_reads_is_dropped_and_counted(root, fifo):
+    log.configure("info", descriptor=fifo)
+    for _ in range(40):
+        logging.getLogger().error("x" * 4096)
+    kept = drain(fifo).count(b"\n")
+    assert kept < 40
+    logging.getLogger().error("after")
+    line = drain(fifo)
+    assert b"after" in line
+    assert int(line.rpartition(b"dropped=")[2]) == 40 - kept
+
+
+def test_a_reader_that_goes_away_does_no_harm(root, bundle, fifo):
+    log.configure("info", descriptor=fifo)
+    reader = os.open(bundle / "log", os.O_RDONLY | os.O_NONBLOCK)
+    os.close(reader)
+    logging.getLogger().error("kept for the next reader")
+    reader = os.open(bundle / "log", os.O_RDONLY | os.O_NONBLOCK)
+    assert b"kept for the next reader" in os.read(reader, 4096)
+    os.close(reader)
+
+
+def test_a_bundle_without_a_log_is_no_reason_to_fail(tmp_path):
+    descriptor = daemonize.open_log(str(tmp_path))
+    assert os.write(descriptor, b"nowhere") == 7
+    os.close(descriptor)

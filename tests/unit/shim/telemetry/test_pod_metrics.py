@@ -1,0 +1,46 @@
+"""What the containers of a pod use together."""
+
+from __future__ import annotations
+
+import pytest
+
+from proto.kata import agent_pb2
+from shim.telemetry.metrics import to_metrics, total
+
+
+def measured(cpu_ns: int, memory: int, processes: int, read: int) -> agent_pb2.StatsContainerResponse:
+    """Return what an agent says of one container."""
+    stats = agent_pb2.StatsContainerResponse()
+    cgroup = stats.cgroup_stats
+    cgroup.cpu_stats.cpu_usage.total_usage = cpu_ns
+    cgroup.memory_stats.usage.usage = memory
+    cgroup.memory_stats.usage.limit = 2**63 - 1
+    cgroup.memory_stats.stats["inactive_file"] = memory // 2
+    cgroup.pids_stats.current = processes
+    cgroup.blkio_stats.io_service_bytes_recursive.add(major=8, minor=0, op="read", value=read)
+    stats.network_stats.add(name="eth0", rx_bytes=100)
+    return stats
+
+
+def test_containers_are_added_up_and_the_shared_network_is_counted_once():
+    metrics = to_metrics(total([measured(3000, 100, 1, 5), measured(4000, 200, 2, 6)]), unified=True)
+    assert metrics.cpu.usage_usec == 7
+    assert metrics.memory.usage == 300
+    assert metrics.memory.inactive_file == 150
+    assert metrics.memory.usage_limit == 2**64 - 1
+    assert metrics.pids.current == 3
+    assert [(entry.major, entry.rbytes) for entry in metrics.io.usage] == [(8, 11)]
+    assert [(link.name, link.rx_bytes) for link in metrics.network] == [("eth0", 100)]
+
+
+def test_no_container_uses_nothing():
+    assert to_metrics(total([]), unified=False).memory.usage.usage == 0
+
+
+@pytest.mark.parametrize("limit", [0, 2**64 - 1])
+def test_memory_without_a_limit_has_the_one_that_the_hosts_kernel_says_for_that(limit: int):
+    stats = agent_pb2.StatsContainerResponse()
+    stats.cgroup_stats.memory_stats.usage.limit = limit
+    one, two = (to_metrics(stats, unified=unified).memory for unified in (False, True))
+    assert (one.usage.limit, one.hierarchical_memory_limit) == (2**63 - 4096, 2**63 - 4096)
+    assert two.usage_limit == 2**64 - 1

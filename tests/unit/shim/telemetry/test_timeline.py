@@ -1,0 +1,204 @@
+"""What becomes of phases that were noted: the file, the model, the picture, the trace."""
+
+from __future__ import annotations
+
+import json
+import time
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from shim import cli
+from shim.telemetry import timeline, timeline_files
+from shim.telemetry.timeline_model import Phase, guest_phases, parse, table, trace
+from shim.telemetry.timeline_svg import draw
+
+LINES = [
+    ["machine", "QEMU", 10.2, 10.5],
+    ["containerd", "start", 10.0, 10.1],
+    ["container box", "first byte", 11.0, 11.0],
+    ["containerd", "Create", 10.1, 10.9],
+    ["machine", "boot", 10.4, 10.8],
+]
+TEXT = "".join(json.dumps(line) + "\n" for line in LINES)
+
+
+@pytest.fixture(autouse=True)
+def nothing_noted(monkeypatch):
+    monkeypatch.setattr(timeline, "_noted", [])
+    monkeypatch.setattr(timeline, "_written", 0)
+
+
+def read(path):
+    return [json.loads(line) for line in (path / timeline.NAME).read_text().splitlines()]
+
+
+def test_a_phase_is_noted_whether_it_succeeds_or_not(tmp_path):
+    with timeline.phase("good", lane=timeline.SHIM):
+        pass
+    with pytest.raises(ValueError, match="no"), timeline.phase("bad", lane=timeline.SHIM):
+        raise ValueError("no")
+    timeline.write(str(tmp_path))
+    good, bad = read(tmp_path)
+    assert [good[:2], bad[:2]] == [["shim", "good"], ["shim", "bad"]]
+    assert good[2] <= good[3] <= bad[2] <= bad[3]
+
+
+def test_each_phase_is_written_once(tmp_path):
+    timeline.mark("first", lane=timeline.SHIM)
+    timeline.write(str(tmp_path))
+    timeline.mark("second", lane=timeline.SHIM)
+    timeline.write(str(tmp_path))
+    assert [line[1] for line in read(tmp_path)] == ["first", "second"]
+
+
+def test_no_more_is_noted_than_a_start_has(tmp_path):
+    for _ in range(3):
+        for _ in range(300):
+            timeline.mark("again", lane=timeline.SHIM)
+        timeline.write(str(tmp_path))
+    assert len(read(tmp_path)) == 500
+
+
+def test_a_process_knows_when_it_was_born():
+    assert time.monotonic() - 3600 < timeline.born_at_s() < time.monotonic()
+
+
+def test_a_timeline_begins_with_its_first_phase_and_is_in_the_order_of_time():
+    found = parse(TEXT, title="box")
+    assert [phase.name for phase in found.phases] == ["start", "Create", "QEMU", "boot", "first byte"]
+    assert found.phases[0].began_s == 0
+    assert found.length_s == pytest.approx(1.0)
+
+
+def test_lanes_go_from_containerd_to_the_containers_and_overlaps_below_each_other():
+    lanes = parse(TEXT, title="box").lanes()
+    assert [lane.name for lane in lanes] == ["containerd", "machine", "container box"]
+    assert [[phase.name for phase in row] for row in lanes[1].rows] == [["QEMU"], ["boot"]]
+    assert [[phase.name for phase in row] for row in lanes[0].rows] == [["start", "Create"]]
+
+
+@pytest.mark.parametrize(
+    "torn", ['["shim", "x", 1', "{}", "[1, 2, 3, 4]", "[]", '["shim", "x", "1", 2]', "["]
+)
+def test_a_torn_line_is_left_out(torn):
+    assert parse(f"{torn}\n{TEXT}", title="box") == parse(TEXT, title="box")
+
+
+def test_the_table_has_a_line_for_each_phase():
+    first, start, *others = table(parse(TEXT, title="box")).splitlines()
+    assert first == "box: 1000 ms"
+    assert start.split() == ["0.0", "100.0", "ms", "containerd", "start"]
+    assert len(others) == 4
+
+
+def test_the_trace_has_a_process_for_each_lane_and_complete_events():
+    document = trace(parse(TEXT, title="box"))
+    names = {e["args"]["name"]: e["pid"] for e in document["traceEvents"] if e["name"] == "process_name"}
+    assert list(names) == ["containerd", "machine", "container box"]
+    events = {event["name"]: event for event in document["traceEvents"] if event["ph"] != "M"}
+    assert events["boot"]["pid"] == names["machine"]
+    assert (events["QEMU"]["tid"], events["boot"]["tid"]) == (1, 2)
+    assert events["boot"]["ts"] == pytest.approx(400_000)
+    assert events["boot"]["dur"] == pytest.approx(400_000)
+    assert events["first byte"]["ph"] == "i"
+    json.dumps(document)
+
+
+def drawn(text, *, title="box"):
+    return ET.fromstring(draw(parse(text, title=title)))  # noqa: S314 - made by the line itself
+
+
+def test_the_picture_has_a_bar_for_each_phase_and_escapes_what_it_names():
+    line = json.dumps(["shim", "<script>&", 10.0, 10.3])
+    root = drawn(f"{TEXT}{line}\n", title='"box" <1>')
+    space = "{http://www.w3.org/2000/svg}"
+    bars = root.findall(f"{space}g")
+    titles = [bar.findtext(f"{space}title") for bar in bars]
+    assert len(bars) == 6
+    assert "at 0.0 ms, 300.0 ms: shim: <script>&" in titles
+    widths = {bar.findtext(f"{space}title"): float(bar.find(f"{space}rect").get("width")) for bar in bars[:3]}
+    assert widths["at 0.0 ms, 100.0 ms: containerd: start"] == pytest.approx(110.6)
+    assert widths["at 100.0 ms, 800.0 ms: containerd: Create"] == pytest.approx(884.8)
+
+
+def test_nothing_at_all_can_be_drawn():
+    assert drawn("").get("width") == "1280"
+    assert trace(parse("", title="box"))["traceEvents"] == []
+
+
+def guest(*lines, since_s=100.0):
+    return guest_phases("\n".join(["5.0", *lines]), asked_s=109.9, answered_s=110.1, since_s=since_s)
+
+
+def test_the_guests_clock_is_that_of_the_middle_of_question_and_answer():
+    assert guest("1.0 2.5 agent mounts and more") == [
+        Phase(lane="agent", name="mounts and more", began_s=106.0, ended_s=107.5)
+    ]
+
+
+def test_what_a_clones_original_did_is_left_out():
+    names = [phase.name for phase in guest("0 1 kernel boot", "4 4.5 agent Check", since_s=108.5)]
+    assert names == ["Check"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param("2 1 agent backwards", id="backwards"),
+        pytest.param("1 99 agent later", id="in-the-future"),
+        pytest.param("nan nan agent never", id="not-a-number"),
+        pytest.param("1 2 containerd lie", id="in-anothers-lane"),
+        pytest.param("1 2 agent", id="nameless"),
+        pytest.param("x y agent z", id="no-times"),
+    ],
+)
+def test_what_a_guest_cannot_have_done_is_left_out(line):
+    assert guest(line) == []
+
+
+def test_a_guest_that_says_nothing_did_nothing():
+    assert guest_phases("", asked_s=1, answered_s=2, since_s=0) == []
+
+
+def test_a_guests_words_are_made_printable_and_short():
+    (phase,) = guest(f"1 2 agent \x1b[2J{'x' * 1000}")
+    assert phase.name == "?[2J" + 56 * "x"
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """The timeline of a sandbox that has ended, and of none that runs."""
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / timeline.NAME).write_text(TEXT)
+    log_dir = tmp_path / "log"
+    timeline_files.keep(state, log_dir=log_dir, namespace="ns", sandbox_id="box", drawn=True)
+    (tmp_path / "config.toml").write_text(f'[shim]\nstate_dir = "{tmp_path}/none"\nlog_dir = "{log_dir}"\n')
+    return tmp_path
+
+
+def test_what_is_kept_is_drawn_if_that_was_wanted(kept):
+    log_dir = kept / "log"
+    assert (log_dir / "ns__box.timeline").read_text() == TEXT
+    assert (log_dir / "ns__box.svg").read_text() == draw(parse(TEXT, title="box"))
+    assert json.loads((log_dir / "ns__box.json").read_text()) == trace(parse(TEXT, title="box"))
+
+
+def test_the_command_shows_a_sandbox_that_has_ended(kept, capsys):
+    assert cli.main(["timeline", "box", "--config", f"{kept}/config.toml"]) == 0
+    assert capsys.readouterr().out == table(parse(TEXT, title="box"))
+
+
+def test_the_command_draws(kept, capsys):
+    files = [kept / "a.svg", kept / "a.json"]
+    flags = ["--svg", str(files[0]), "--trace", str(files[1])]
+    assert cli.main(["timeline", "box", "--config", f"{kept}/config.toml", *flags]) == 0
+    assert [path.read_text()[:5] for path in files] == ["<svg ", '{"dis']
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("words", [["other"], ["box", "--namespace", "other"]])
+def test_an_unknown_sandbox_is_one_line(kept, capsys, words):
+    assert cli.main(["timeline", *words, "--config", f"{kept}/config.toml"]) == 1
+    assert f"timeline: {words[0]}: nothing is kept" in capsys.readouterr().err

@@ -1,0 +1,46 @@
+"""The gRPC server that is not there until somebody wants it."""
+
+from __future__ import annotations
+
+import threading
+
+import grpc
+
+from proto.containerd import task_v3_pb2
+from shim.transport.grpc_on_demand import serve_grpc_on_demand
+from tests.unit.shim.transport.conftest import TASK
+
+CALL_TIMEOUT_S = 10.0
+
+
+async def create(channel: grpc.aio.Channel, name: str) -> int:
+    call = channel.unary_unary(
+        f"/{TASK}/Create",
+        request_serializer=task_v3_pb2.CreateTaskRequest.SerializeToString,
+        response_deserializer=task_v3_pb2.CreateTaskResponse.FromString,
+    )
+    answer = await call(task_v3_pb2.CreateTaskRequest(id=name, bundle="/b"), timeout=CALL_TIMEOUT_S)
+    return answer.pid
+
+
+async def test_the_first_connections_are_served_as_the_later_ones_are(dispatch, tmp_path):
+    path = tmp_path / "grpc"
+    options = [("grpc.use_local_subchannel_pool", 1)]  # a connection each
+    async with serve_grpc_on_demand(dispatch, path):
+        first = path.stat().st_ino
+        async with (
+            grpc.aio.insecure_channel(f"unix:{path}", options=options) as one,
+            grpc.aio.insecure_channel(f"unix:{path}", options=options) as two,
+        ):
+            assert await create(one, "a") == 1
+            assert path.stat().st_ino != first
+            assert await create(two, "b") == 2
+            assert await create(one, "c") == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_nothing_runs_for_it_until_somebody_connects(dispatch, tmp_path):
+    threads = set(threading.enumerate())
+    async with serve_grpc_on_demand(dispatch, tmp_path / "grpc"):
+        assert set(threading.enumerate()) == threads
+    assert list(tmp_path.iterdir()) == []
