@@ -6,7 +6,6 @@ A table stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
 from __future__ import annotations
 
 import argparse
-import inspect
 import os
 import re
 import sys
@@ -28,40 +27,17 @@ _HELP_COLUMNS = "100"
 def configuration() -> str:
     """Return a table of every key of the configuration."""
     lines = ["| key | default | values | meaning |", "|---|---|---|---|"]
-    for section in config.Config.fields():
-        kind = type(getattr(config.Config(), section))
-        meanings = _comments(kind)
-        for key, default in kind().as_dict().items():
-            name = f"`[{section}] {key}`"
-            lines.append(f"| {name} | {_value(default)} | {_values_of(key, default)} | {meanings[key]} |")
+    for section, kind in config.SECTIONS.items():
+        for name, key in kind.KEYS.items():
+            cells = (f"`[{section}] {name}`", _value(key.default), _values_of(key), key.help)
+            lines.append(f"| {' | '.join(cells).replace('``', '`')} |")
     return "\n".join(lines)
 
 
-def _comments(kind: type) -> dict[str, str]:
-    """Find the comment above each field of a record."""
-    found: dict[str, str] = {}
-    comment: list[str] = []
-    for line in inspect.getsource(kind).splitlines():
-        text = line.strip()
-        if text.startswith("#:"):
-            comment.append(text.removeprefix("#:").strip())
-        elif field := re.match(r"(\w+): \w+ =", text):
-            found[field[1]] = " ".join(comment).replace("``", "`")
-            comment = []
-    return found
-
-
-def _values_of(key: str, default: object) -> str:
-    if key in config.CHOICES:
-        return ", ".join(f"`{choice}`" for choice in config.CHOICES[key])
-    if key in config.RANGES:
-        least, most = config.RANGES[key]
-        return f"{least} to {most}"
-    if isinstance(default, bool):
-        return "`true`, `false`"
-    if key in config.PATHS:
-        return "a path"
-    return "a number" if isinstance(default, int) else "text"
+def _values_of(key: config.Key) -> str:
+    if key.choices or isinstance(key.default, bool):
+        return ", ".join(f"`{choice}`" for choice in key.values().split(", "))
+    return f"{key.values()} {key.unit}".rstrip()
 
 
 def _value(value: object) -> str:

@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shim import config, template_command
+from shim import config
+from shim.commands import configuration, template
 from shim.refusal import Refusal
 from shim.version import version
 
@@ -42,13 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "timeline":
                 status = _timeline(chosen)
             case "install":
-                from shim import install  # noqa: PLC0415 - the other commands do without
+                from shim.commands import install  # noqa: PLC0415 - the other commands do without
 
                 print(install.drop_in(install.found_version(chosen.containerd)), end="")
+            case "config":
+                status = configuration.run(chosen)
             case "image":
                 status = _build_image(chosen)
             case "template":
-                status = template_command.run(chosen)
+                status = template.run(chosen)
             case _:
                 print(version())
     except Refusal as refusal:
@@ -92,13 +95,14 @@ def parser() -> argparse.ArgumentParser:
         build.add_argument(option, type=Path, default=default, metavar="DIR", help=f"{text} ({default})")
     build.add_argument("--kernel", type=Path, metavar="FILE", help="a kernel of your own")
     build.add_argument("--modules", type=Path, metavar="DIR", help="its lib/modules/RELEASE")
-    template_command.add_to(commands)
+    configuration.add_to(commands)
+    template.add_to(commands)
     commands.add_parser("version", help="print the version")
     return hako
 
 
 def _check(path: str, *, as_json: bool) -> int:
-    from shim import check  # noqa: PLC0415 - imports the hypervisor, which the other commands do without
+    from shim.commands import check  # noqa: PLC0415 - imports the hypervisor, which the other commands do without
 
     environment = {config.ENVIRONMENT_VARIABLE: path} if path else os.environ
     findings = asyncio.run(check.examine(config.parse(config.locate(environment))))

@@ -1,83 +1,220 @@
-"""The operator's configuration: a TOML file in which every key may be left out.
+"""The operator's configuration: TOML files in which every key may be left out.
+
+Each key is declared once, with all that is known of it: its default, what it means, its unit, and the values
+that it takes. Reading, refusal, ``hako config`` and the documentation work from these declarations.
 
 This module is on the start path: ``tomllib`` and ``difflib`` are imported only when there is a file.
 """
 
 from __future__ import annotations
 
+import os
+
 from shim.record import Record
 from shim.refusal import Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any
+    from collections.abc import Iterator, Mapping
+    from typing import Any, ClassVar, TypeVar
+
+    _K = TypeVar("_K")
+    _T = TypeVar("_T", str, int, bool)
 
 DEFAULT_PATH = "/etc/hako/config.toml"
 ENVIRONMENT_VARIABLE = "HAKO_CONFIG"
+DEFAULTS = "default"
+"""The source of a value that no file gives."""
+
+_DROP_INS = "config.d"  # beside the default file
+_AUTO = "auto"
 
 
-class HypervisorConfig(Record):
+class Key(Record):
+    """What may be written for one key, and what it means."""
+
+    default: str | int | bool
+    help: str
+    #: Of a number; empty if it counts something that ``help`` names.
+    unit: str = ""
+    #: The values that are offered; none if it is not a choice.
+    choices: tuple[str, ...] = ()
+    #: The least and the most that can be meant.
+    least: int | None = None
+    most: int | None = None
+    #: Whether it is an absolute path.
+    is_path: bool = False
+
+    def values(self) -> str:
+        """Return the values that the key takes, for people."""
+        if self.choices:
+            return ", ".join(self.choices)
+        if isinstance(self.default, bool):
+            return "true, false"
+        if self.is_path:
+            return f"a path, or {_AUTO}" if self.default == _AUTO else "a path"
+        if isinstance(self.default, str):
+            return "text"
+        return "a number" if self.most is None else f"{self.least} to {self.most}"
+
+    def check(self, value: Any, where: str) -> None:
+        """Check a value that a file gives.
+
+        :param value: the value as TOML has it.
+        :param where: the file and the key, for the message.
+        :raises Refusal: if it is of the wrong type, not offered or out of range.
+        """
+        expected = type(self.default)
+        # In Python a bool is an int; in TOML it is not.
+        if type(value) is not expected:
+            raise Refusal(f"config: {where}: {value!r} has the wrong type; give {_WANTED[expected]}")
+        if isinstance(value, str):
+            self._check_text(value, where)
+        else:
+            self._check_number(value, where)
+
+    def _check_text(self, value: str, where: str) -> None:
+        if "\0" in value:
+            raise Refusal(f"config: {where}: {value!r} holds a NUL character; no argument can, leave it out")
+        if self.choices and value not in self.choices:
+            raise Refusal(f"config: {where}: {value!r} is not offered; give one of {self.values()}")
+        if self.is_path and not (value.startswith("/") or value == self.default):
+            raise Refusal(f"config: {where}: {value!r} is not an absolute path; begin it with /")
+
+    def _check_number(self, value: int, where: str) -> None:
+        if self.least is not None and value < self.least:
+            raise Refusal(f"config: {where}: {value} is too small; give at least {self.least}")
+        if self.most is not None and value > self.most:
+            raise Refusal(f"config: {where}: it is too large; give at most {self.most}")
+
+
+_WANTED: dict[type, str] = {str: "a string in quotes", int: "a whole number", bool: "true or false"}
+_declared: list[Key] = []
+
+
+def _key(
+    default: _T,
+    meaning: str,
+    *,
+    unit: str = "",
+    choices: tuple[str, ...] = (),
+    least: int | None = None,
+    most: int | None = None,
+    is_path: bool = False,
+) -> _T:
+    """Declare the key of the class that is being made; return its default."""
+    _declared.append(
+        Key(
+            default=default,
+            help=meaning,
+            unit=unit,
+            choices=choices,
+            least=least,
+            most=most,
+            is_path=is_path,
+        )
+    )
+    return default
+
+
+class Section(Record):
+    """A table of the configuration; each of its fields is a key."""
+
+    KEYS: ClassVar[dict[str, Key]]
+
+    def __init_subclass__(cls) -> None:
+        """Give the section what was declared in its body, in the same order."""
+        cls.KEYS = dict(zip(cls.fields(), _declared, strict=True))
+        _declared.clear()
+
+
+class HypervisorConfig(Section):
     """How virtual machines are made."""
 
-    #: QEMU's system emulator.
-    qemu: str = "/usr/bin/qemu-system-x86_64"
-    #: Appended to QEMU's ``-machine``, for example ``usb=off``.
-    machine_options: str = ""
-    #: How guest instructions run; ``auto`` takes KVM if it really runs guest code at speed.
-    accelerator: str = "auto"
-    #: How the agent is reached; ``auto`` takes the first of these that works.
-    channel: str = "auto"
-    #: What a machine has for itself; the limits of its containers come on top.
-    vcpus: int = 1
-    #: As ``vcpus``.
-    memory_mib: int = 512
-    #: What a machine can grow to; 0 is what the host has. Each vCPU that may come costs the guest half a MiB.
-    max_vcpus: int = 0
-    #: As ``max_vcpus``.
-    max_memory_mib: int = 0
-    #: Whether a machine keeps the size it starts with.
-    static_sizing: bool = False
-    #: How many PCI devices of the host (VFIO) a machine can be given; each costs 30 ms of boot under TCG.
-    root_ports: int = 0
-    #: Whether guests' memory is of the huge pages that the host has reserved; such machines boot cold.
-    huge_pages: bool = False
-    #: Path of the daemon, or ``auto`` to search for it.
-    virtiofsd: str = "auto"
-    #: Path of the daemon that serves ``vhost-user-vsock``, or ``auto`` to search for it.
-    vsock_daemon: str = "auto"
-    #: ``auto`` clones machines from one that was booted before, ``off`` boots each.
-    template: str = "auto"
-    #: Where templates are kept; only root may be able to enter it.
-    template_dir: str = "/run/hako/templates"
+    qemu: str = _key("/usr/bin/qemu-system-x86_64", "QEMU's system emulator.", is_path=True)
+    machine_options: str = _key("", "Appended to QEMU's ``-machine``, for example ``usb=off``.")
+    accelerator: str = _key(
+        _AUTO,
+        "How guest instructions run; ``auto`` takes KVM if it really runs guest code at speed.",
+        choices=(_AUTO, "kvm", "tcg"),
+    )
+    channel: str = _key(
+        _AUTO,
+        "How the agent is reached; ``auto`` takes the first of these that works.",
+        choices=(_AUTO, "vhost-vsock", "vhost-user-vsock", "virtio-serial"),
+    )
+    # 255 is as many as q35 numbers without an IOMMU; 16 TiB is more than it maps.
+    vcpus: int = _key(
+        1, "What a machine has for itself; the limits of its containers come on top.", least=1, most=255
+    )
+    memory_mib: int = _key(512, "As ``vcpus``.", unit="MiB", least=128, most=1 << 24)
+    max_vcpus: int = _key(
+        0,
+        "What a machine can grow to; 0 is what the host has. "
+        "Each vCPU that may come costs the guest half a MiB.",
+        least=0,
+        most=255,
+    )
+    max_memory_mib: int = _key(0, "As ``max_vcpus``.", unit="MiB", least=0, most=1 << 24)
+    static_sizing: bool = _key(default=False, meaning="Whether a machine keeps the size it starts with.")
+    root_ports: int = _key(
+        0,
+        "How many PCI devices of the host (VFIO) a machine can be given; each costs 30 ms of boot under TCG.",
+        least=0,
+        most=16,
+    )
+    huge_pages: bool = _key(
+        default=False,
+        meaning="Whether guests' memory is of the huge pages that the host has reserved; "
+        "such machines boot cold.",
+    )
+    virtiofsd: str = _key(_AUTO, "Path of the daemon, or ``auto`` to search for it.", is_path=True)
+    vsock_daemon: str = _key(
+        _AUTO,
+        "Path of the daemon that serves ``vhost-user-vsock``, or ``auto`` to search for it.",
+        is_path=True,
+    )
+    template: str = _key(
+        _AUTO,
+        "``auto`` clones machines from one that was booted before, ``off`` boots each.",
+        choices=(_AUTO, "off"),
+    )
+    template_dir: str = _key(
+        "/run/hako/templates", "Where templates are kept; only root may be able to enter it.", is_path=True
+    )
 
 
-class GuestConfig(Record):
+class GuestConfig(Section):
     """What runs in a virtual machine."""
 
-    #: What ``hako image build`` makes.
-    kernel: str = "/var/lib/hako/guest/vmlinux"
-    #: As ``kernel``.
-    initrd: str = "/var/lib/hako/guest/initrd"
-    #: Appended to the kernel's command line.
-    kernel_parameters: str = ""
-    #: How long a machine may take until its agent answers.
-    boot_timeout_s: int = 60
+    kernel: str = _key("/var/lib/hako/guest/vmlinux", "What ``hako image build`` makes.", is_path=True)
+    initrd: str = _key("/var/lib/hako/guest/initrd", "As ``kernel``.", is_path=True)
+    kernel_parameters: str = _key("", "Appended to the kernel's command line.")
+    boot_timeout_s: int = _key(
+        60, "How long a machine may take until its agent answers.", unit="s", least=1, most=3600
+    )
 
 
-class ShimConfig(Record):
+class ShimConfig(Section):
     """How the shim itself behaves."""
 
-    #: How containerd drives the shim; only 1.7 can use ``grpc``.
-    protocol: str = "ttrpc"
-    #: Of the lines that go to containerd's own log.
-    log_level: str = "info"
-    #: Whether shims are forked from a process that has imported everything already.
-    zygote: bool = True
-    #: Sockets, ledgers and shares of running sandboxes.
-    state_dir: str = "/run/hako"
-    #: Where the reason and the last console lines of a failed sandbox are kept for ``hako logs``.
-    log_dir: str = "/var/log/hako"
+    protocol: str = _key(
+        "ttrpc", "How containerd drives the shim; only 1.7 can use ``grpc``.", choices=("ttrpc", "grpc")
+    )
+    log_level: str = _key(
+        "info",
+        "Of the lines that go to containerd's own log.",
+        choices=("debug", "info", "warning", "error"),
+    )
+    zygote: bool = _key(
+        default=True, meaning="Whether shims are forked from a process that has imported everything already."
+    )
+    state_dir: str = _key("/run/hako", "Sockets, ledgers and shares of running sandboxes.", is_path=True)
+    log_dir: str = _key(
+        "/var/log/hako",
+        "Where the reason and the last console lines of a failed sandbox are kept for ``hako logs``.",
+        is_path=True,
+    )
 
 
 class Config(Record):
@@ -88,32 +225,21 @@ class Config(Record):
     shim: ShimConfig = ShimConfig()
 
 
-CHOICES = {
-    "accelerator": ("auto", "kvm", "tcg"),
-    "channel": ("auto", "vhost-vsock", "vhost-user-vsock", "virtio-serial"),
-    "template": ("auto", "off"),
-    "protocol": ("ttrpc", "grpc"),
-    "log_level": ("debug", "info", "warning", "error"),
+SECTIONS: dict[str, type[Section]] = {
+    "hypervisor": HypervisorConfig,
+    "guest": GuestConfig,
+    "shim": ShimConfig,
 }
-PATHS = ("qemu", "virtiofsd", "vsock_daemon", "template_dir", "kernel", "initrd", "state_dir", "log_dir")
-#: Least and most that can be meant: 255 is as many as q35 numbers without an IOMMU, 16 TiB more than it maps.
-RANGES = {
-    "vcpus": (1, 255),
-    "memory_mib": (128, 1 << 24),
-    "max_vcpus": (0, 255),
-    "max_memory_mib": (0, 1 << 24),
-    "boot_timeout_s": (1, 3600),
-}
-
-
-_WANTED = {str: "a string in quotes", int: "a whole number", bool: "true or false"}
 
 
 class ConfigText(Record):
-    """A configuration as it was found: ``source`` names it in messages."""
+    """A configuration as it was found."""
 
     text: str
+    #: What names it in messages: its path.
     source: str
+    #: Files beside it, which say more; what a later one gives replaces what an earlier one gave.
+    drop_ins: tuple[ConfigText, ...] = ()
 
 
 def locate(
@@ -125,7 +251,8 @@ def locate(
 ) -> ConfigText:
     """Read the configuration that applies: the runtime options', ``HAKO_CONFIG``, the default file, nothing.
 
-    What is said for one container or runtime class wins over what holds for all of containerd.
+    A configuration for one container or runtime class replaces the one for all of containerd. Only the
+    default file has others beside it: ``config.d/*.toml``, in the order of their names.
 
     :param environment: where ``HAKO_CONFIG`` may be set.
     :param options_path: the path in containerd's runtime options.
@@ -137,19 +264,65 @@ def locate(
     if options_body and not options_path:
         return ConfigText(text=options_body, source="runtime options")
     path = options_path or environment.get(ENVIRONMENT_VARIABLE)
+    if path:
+        text = _read(path)
+        if text is None:
+            raise Refusal(f"config: {path}: no such file; correct the path or create the file")
+        return ConfigText(text=text, source=path)
+    text = _read(default)
+    return ConfigText(
+        text=text or "",
+        source=DEFAULTS if text is None else default,
+        drop_ins=tuple(_drop_ins(os.path.join(os.path.dirname(default), _DROP_INS))),
+    )
+
+
+def located_at(path: str) -> ConfigText:
+    """Read a configuration from a file, or from standard input if it is ``-``.
+
+    :raises Refusal: if it cannot be read, or is not UTF-8.
+    """
+    if path == "-":
+        import sys  # noqa: PLC0415 - only a command needs it
+
+        return ConfigText(text=sys.stdin.read(), source="standard input")
+    return locate({ENVIRONMENT_VARIABLE: path})
+
+
+def _drop_ins(directory: str) -> Iterator[ConfigText]:
     try:
-        with open(path or default, encoding="utf-8") as file:
-            return ConfigText(text=file.read(), source=path or default)
-    except FileNotFoundError as error:
-        if path:
-            raise Refusal(f"config: {path}: no such file; correct the path or create the file") from error
-        return ConfigText(text="", source="defaults")
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return
     except OSError as error:
-        raise Refusal(f"config: {path or default}: {error.strerror}; make it readable") from error
+        raise Refusal(f"config: {directory}: {error.strerror}; make it readable") from error
+    for name in names:
+        if name.endswith(".toml") and not name.startswith("."):
+            path = os.path.join(directory, name)
+            text = _read(path)
+            if text is not None:  # otherwise it was removed meanwhile
+                yield ConfigText(text=text, source=path)
+
+
+def _read(path: str) -> str | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Refusal(f"config: {path}: {error.strerror}; make it readable") from error
     except UnicodeDecodeError as error:
-        raise Refusal(f"config: {path or default}: not UTF-8; save it as UTF-8") from error
+        raise Refusal(f"config: {path}: not UTF-8; save it as UTF-8") from error
     except ValueError as error:
         raise Refusal(f"config: {path!r}: {error}; correct the path") from error
+
+
+class Value(Record):
+    """A value of the configuration, and the file that gives it."""
+
+    value: str | int | bool
+    source: str = DEFAULTS
 
 
 def parse(found: ConfigText) -> Config:
@@ -159,53 +332,72 @@ def parse(found: ConfigText) -> Config:
     :returns: the configuration.
     :raises Refusal: if it is not TOML, has an unknown key, or a value of the wrong type or out of range.
     """
-    if not found.text:
-        return Config()
+    given = values_of(found)
+    sections: dict[str, Any] = {
+        name: SECTIONS[name](**{key: each.value for key, each in values.items()})
+        for name, values in given.items()
+    }
+    return Config(**sections)
+
+
+def values_of(found: ConfigText) -> dict[str, dict[str, Value]]:
+    """Check a configuration, and return what its files give, by section and key.
+
+    :param found: what ``locate`` returned.
+    :raises Refusal: as :func:`parse`.
+    """
+    given: dict[str, dict[str, Value]] = {}
+    for file in (found, *found.drop_ins):
+        for name, table in _tables(file).items():
+            where = f"{file.source}: {name}"
+            keys = _known(SECTIONS, name, file.source, "table").KEYS
+            if not isinstance(table, dict):
+                raise Refusal(f"config: {where}: not a table; write [{name}]")
+            for key, value in table.items():
+                _known(keys, key, where, "key").check(value, f"{where}.{key}")
+                given.setdefault(name, {})[key] = Value(value=value, source=file.source)
+    return given
+
+
+def _tables(file: ConfigText) -> dict[str, Any]:
+    if not file.text:
+        return {}
     import tomllib  # noqa: PLC0415 - 10 ms, paid only by who has a configuration
 
     try:
-        tables = tomllib.loads(found.text)
+        return tomllib.loads(file.text)
     except (ValueError, RecursionError) as error:  # beyond syntax: numbers too long, arrays too deep
-        raise Refusal(f"config: {found.source}: not TOML: {error}; correct that line") from error
-    sections = {"hypervisor": HypervisorConfig, "guest": GuestConfig, "shim": ShimConfig}
-    checked = {
-        name: _section(_known(sections, name, found.source, "table"), table, f"{found.source}: {name}")
-        for name, table in tables.items()
-    }
-    return Config(**checked)  # type: ignore[arg-type]  # each section was made by the class of its name
+        raise Refusal(f"config: {file.source}: not TOML: {error}; correct that line") from error
 
 
-def _section(kind: type[Record], table: Any, where: str) -> Record:
-    if not isinstance(table, dict):
-        raise Refusal(f"config: {where}: not a table; write [{where.rpartition(' ')[2]}]")
-    types = {name: type(getattr(kind, name)) for name in kind.fields()}
-    for key, value in table.items():
-        expected = _known(types, key, where, "key")
-        # In Python a bool is an int; in TOML it is not.
-        if type(value) is not expected:
-            wanted = _WANTED[expected]
-            raise Refusal(f"config: {where}.{key}: {value!r} has the wrong type; give {wanted}")
-        _check_value(key, value, f"{where}.{key}")
-    return kind(**table)
+def render(config: Config) -> str:
+    """Write a configuration as TOML, with only what differs from the defaults.
+
+    :param config: the configuration.
+    :returns: the text, which is empty for the defaults; :func:`parse` makes the same configuration of it.
+    """
+    lines = []
+    for name, section in SECTIONS.items():
+        values = getattr(config, name).as_dict()
+        changed = {key: value for key, value in values.items() if value != section.KEYS[key].default}
+        if changed:
+            lines += [f"[{name}]\n", *(f"{key} = {toml(value)}\n" for key, value in changed.items())]
+    return "".join(lines)
 
 
-def _check_value(key: str, value: Any, where: str) -> None:
-    if isinstance(value, str) and "\0" in value:
-        raise Refusal(f"config: {where}: {value!r} holds a NUL character; no argument can, leave it out")
-    choices = CHOICES.get(key)
-    if choices is not None and value not in choices:
-        raise Refusal(f"config: {where}: {value!r} is not offered; give one of {', '.join(choices)}")
-    if key in PATHS and not (value.startswith("/") or value == getattr(HypervisorConfig, key, None)):
-        raise Refusal(f"config: {where}: {value!r} is not an absolute path; begin it with /")
-    if key in RANGES:
-        least, most = RANGES[key]
-        if value < least:
-            raise Refusal(f"config: {where}: {value} is too small; give at least {least}")
-        if value > most:
-            raise Refusal(f"config: {where}: it is too large; give at most {most}")
+def toml(value: object) -> str:
+    """Write a value as TOML: a string, a whole number, true or false."""
+    if isinstance(value, str):
+        # A basic string: what would end it, and control characters, are escaped.
+        marks = (
+            f"\\u{ord(mark):04X}" if mark in '"\\\x7f' or mark < " " else mark  # TOML 1.0, "String"
+            for mark in value
+        )
+        return f'"{"".join(marks)}"'
+    return str(value).lower()
 
 
-def _known(offered: dict[str, type[Any]], name: str, where: str, what: str) -> type[Any]:
+def _known(offered: Mapping[str, _K], name: str, where: str, what: str) -> _K:
     if name in offered:
         return offered[name]
     import difflib  # noqa: PLC0415 - only a mistake needs it

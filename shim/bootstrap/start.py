@@ -80,7 +80,7 @@ def start(
         grpc_address=bare(caller.params.grpc_address),
         ttrpc_address=bare(caller.params.ttrpc_address),
         publish_binary=caller.params.binary,
-        config_text=found.text,
+        config_text=config.render(settings),
         config_source=found.source,
         protocol=settings.shim.protocol,
         version=version_for(caller, bundle, line.publish_binary),

@@ -26,7 +26,7 @@ class StartRecord(Record):
     ttrpc_address: str
     #: The containerd executable.
     publish_binary: str
-    #: The text of the configuration as ``start`` found it, and where that was.
+    #: The configuration that ``start`` found, without what is as by default, and where that was.
     config_text: str
     config_source: str
     #: ``ttrpc`` or ``grpc``: what containerd speaks on ``socket_path``.

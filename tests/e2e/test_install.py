@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from shim import install
+from shim.commands import install
 from tests.e2e.containerd import RELEASES
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shim.config import Config, ConfigText, GuestConfig, HypervisorConfig, ShimConfig, locate, parse
+from shim.config import Config, ConfigText, GuestConfig, HypervisorConfig, ShimConfig, locate, parse, render
 from shim.refusal import Refusal
 from tests.fuzz.material import bent, texts
 
@@ -70,6 +70,7 @@ def test_any_configuration(text):
     except Refusal as refusal:
         assert str(refusal).startswith("config: test")  # noqa: PT017 - refusing is one of two right outcomes
         return
+    assert parse(ConfigText(text=render(config), source="test")) == config
     for section in (config.hypervisor, config.guest, config.shim):
         for value in section.as_dict().values():
             assert not isinstance(value, str) or "\0" not in value

@@ -15,11 +15,11 @@ MOST_LINES = 500
 MOST_MODULES_OUTSIDE = 16
 #: The rooms of shim/, from the top down: each may import from those after it.
 ROOMS = (
-    *("bootstrap", "services", "sandbox", "volumes", "machine", "network"),
+    *("commands", "bootstrap", "services", "sandbox", "volumes", "machine", "network"),
     *("agent", "telemetry", "transport", "host"),
 )
 #: What a sandbox's shim, an operator or containerd starts with; they may import from every room.
-DOORS = {"entry", "daemon", "cli", "check", "install", "template_command"}
+DOORS = {"entry", "daemon", "cli"}
 OURS = {"shim", "hypervisor", "guest", "proto"}
 ARROWS = {
     "shim": {"shim", "hypervisor", "proto"},

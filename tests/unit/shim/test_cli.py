@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from guest.image import ImageError
-from shim import cli
+from shim import cli, config
 from shim.machine import host_choice
 
 
@@ -66,7 +66,9 @@ def test_an_able_host_gets_a_line_for_each_thing(able_host, capsys):
 def test_a_host_is_able_in_spite_of_a_warning_that_is_shown(
     able_host, capsys, monkeypatch, accelerator, warned
 ):
-    monkeypatch.setattr("shim.check.weaknesses", lambda: ["KVM is nested", "KVM has no nested paging"])
+    monkeypatch.setattr(
+        "shim.commands.check.weaknesses", lambda: ["KVM is nested", "KVM has no nested paging"]
+    )
     able_host.write_text(able_host.read_text().replace('"tcg"', f'"{accelerator}"'))
     assert cli.main(["check", "--config", str(able_host)]) == 0
     shown = "warning: KVM is nested; KVM has no nested paging" in capsys.readouterr().out
@@ -205,3 +207,57 @@ def test_progress_on_a_terminal_stays_on_one_line():
     progress.step("two")
     progress.end()
     assert terminal.getvalue() == "\r\x1b[Kone\r\x1b[Ktwo\n"
+
+
+def config_with(tmp_path, text):
+    path = tmp_path / "given.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_every_key_is_explained(capsys):
+    assert cli.main(["config", "explain"]) == 0
+
+    text = capsys.readouterr().out
+    for section, kind in config.SECTIONS.items():
+        for key in kind.KEYS:
+            assert f"{section}.{key} = " in text
+
+
+@pytest.mark.parametrize("name", ["memory_mib", "hypervisor.memory_mib"])
+def test_a_key_is_explained_by_its_name(capsys, name):
+    assert cli.main(["config", "explain", name]) == 0
+    assert capsys.readouterr().out.startswith("hypervisor.memory_mib = 512\n  takes 128 to 16777216 MiB\n")
+
+
+def test_an_unknown_key_is_not_explained(capsys):
+    assert cli.main(["config", "explain", "memory"]) == 1
+    assert "no key 'memory'; `hako config explain` lists all" in capsys.readouterr().err
+
+
+def test_a_right_file_is_said_to_be_valid(capsys, tmp_path):
+    path = config_with(tmp_path, "[hypervisor]\nvcpus = 2\n")
+    assert cli.main(["config", "check", path]) == 0
+    assert capsys.readouterr().out == f"{path}: valid\n"
+
+
+def test_a_wrong_file_is_refused_with_its_mistake(capsys, tmp_path):
+    path = config_with(tmp_path, "[hypervisor]\nvcpu = 2\n")
+    assert cli.main(["config", "check", path]) == 1
+    assert "the nearest valid key is 'vcpus'" in capsys.readouterr().err
+
+
+def test_what_is_in_effect_is_shown_with_its_source(capsys, tmp_path):
+    path = config_with(tmp_path, "[hypervisor]\nvcpus = 2\n")
+    assert cli.main(["config", "show", "--config", path, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["hypervisor.vcpus"] == {"value": 2, "source": path}
+    assert shown["hypervisor.memory_mib"] == {"value": 512, "source": "default"}
+
+
+def test_what_is_in_effect_is_shown_in_columns(capsys, tmp_path):
+    path = config_with(tmp_path, "[hypervisor]\nvcpus = 2\n")
+    assert cli.main(["config", "show", "--config", path]) == 0
+    heading, *lines = capsys.readouterr().out.splitlines()
+    column = heading.index("FROM")
+    assert {line[column:] for line in lines} == {path, "default"}

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from shim.config import Config, ConfigText, GuestConfig, HypervisorConfig, ShimConfig, locate, parse
+from shim.config import (
+    Config,
+    ConfigText,
+    GuestConfig,
+    HypervisorConfig,
+    ShimConfig,
+    Value,
+    locate,
+    parse,
+    render,
+    values_of,
+)
 from shim.refusal import Refusal
 
 
@@ -93,7 +104,7 @@ def test_the_options_come_before_the_environment_and_this_before_the_default(tmp
 
 
 def test_the_default_file_need_not_exist(tmp_path):
-    assert locate({}, default=str(tmp_path / "none")) == ConfigText(text="", source="defaults")
+    assert locate({}, default=str(tmp_path / "none")) == ConfigText(text="", source="default")
 
 
 @pytest.mark.parametrize("given", [{"environment": "HAKO_CONFIG"}, {"options": "path"}])
@@ -113,6 +124,72 @@ def test_a_file_that_is_not_utf_8_is_refused(tmp_path):
     (tmp_path / "latin").write_bytes(b"# \xe4")
     with pytest.raises(Refusal, match="not UTF-8; save it as UTF-8"):
         locate({"HAKO_CONFIG": str(tmp_path / "latin")})
+
+
+def test_files_beside_the_default_one_say_more_in_the_order_of_their_names(tmp_path):
+    default = tmp_path / "config.toml"
+    default.write_text("[hypervisor]\nvcpus = 2\nmemory_mib = 256\n")
+    (tmp_path / "config.d").mkdir()
+    (tmp_path / "config.d" / "20-size.toml").write_text("[hypervisor]\nvcpus = 4\n")
+    (tmp_path / "config.d" / "10-size.toml").write_text("[hypervisor]\nvcpus = 3\n")
+    (tmp_path / "config.d" / "30-log.toml").write_text('[shim]\nlog_level = "debug"\n')
+    (tmp_path / "config.d" / "40.toml.orig").write_text("no TOML")
+    (tmp_path / "config.d" / ".50.toml").write_text("no TOML")
+
+    config = parse(locate({}, default=str(default)))
+
+    assert config.hypervisor == HypervisorConfig(vcpus=4, memory_mib=256)
+    assert config.shim == ShimConfig(log_level="debug")
+
+
+def test_a_mistake_in_a_file_beside_the_default_one_names_that_file(tmp_path):
+    (tmp_path / "config.d").mkdir()
+    (tmp_path / "config.d" / "a.toml").write_text("[hypervisor]\nvcpus = 0\n")
+
+    with pytest.raises(Refusal, match=r"config\.d/a\.toml: hypervisor\.vcpus: 0 is too small"):
+        parse(locate({}, default=str(tmp_path / "config.toml")))
+
+
+def test_a_file_that_was_asked_for_has_no_others_beside_it(tmp_path):
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / "config.d").mkdir()
+    (tmp_path / "config.d" / "a.toml").write_text("[hypervisor]\nvcpus = 2\n")
+
+    assert parse(locate({"HAKO_CONFIG": str(tmp_path / "config.toml")})) == Config()
+
+
+def test_what_is_in_effect_names_the_file_that_gives_it(tmp_path):
+    default = tmp_path / "config.toml"
+    default.write_text("[hypervisor]\nvcpus = 2\nmemory_mib = 256\n")
+    (tmp_path / "config.d").mkdir()
+    (tmp_path / "config.d" / "a.toml").write_text("[hypervisor]\nvcpus = 4\n")
+
+    given = values_of(locate({}, default=str(default)))
+
+    assert given == {
+        "hypervisor": {
+            "vcpus": Value(value=4, source=str(tmp_path / "config.d" / "a.toml")),
+            "memory_mib": Value(value=256, source=str(default)),
+        }
+    }
+
+
+def test_the_defaults_are_written_as_nothing():
+    assert render(Config()) == ""
+
+
+def test_only_what_differs_from_the_defaults_is_written():
+    config = Config(hypervisor=HypervisorConfig(vcpus=2, huge_pages=True), guest=GuestConfig(kernel='/a"b'))
+
+    assert render(config) == '[hypervisor]\nvcpus = 2\nhuge_pages = true\n[guest]\nkernel = "/a\\u0022b"\n'
+
+
+@pytest.mark.parametrize("section", [HypervisorConfig, GuestConfig, ShimConfig])
+def test_every_key_says_what_it_means_and_takes_its_default(section):
+    for name, key in section.KEYS.items():
+        assert key.help.endswith(".")
+        assert getattr(section(), name) == key.default
+        key.check(key.default, name)
 
 
 def test_a_configuration_cannot_be_changed():

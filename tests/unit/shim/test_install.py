@@ -6,7 +6,8 @@ import tomllib
 
 import pytest
 
-from shim import cli, install
+from shim import cli
+from shim.commands import install
 from shim.refusal import Refusal
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shim import config
+from shim.commands.columns import aligned
 from shim.errors import ShimError
 from shim.machine.template_store import TemplateStore
 from shim.refusal import Refusal
@@ -72,9 +73,7 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def _settings(path: str) -> Config:
-    if path == "-":
-        return config.parse(config.ConfigText(text=sys.stdin.read(), source="standard input"))
-    return config.parse(config.locate({config.ENVIRONMENT_VARIABLE: path} if path else os.environ))
+    return config.parse(config.located_at(path) if path else config.locate(os.environ))
 
 
 def _build(settings: Config, store: TemplateStore, *, in_background: bool) -> int:
@@ -100,9 +99,8 @@ def _print(entries: list[Entry]) -> None:
         used = "-" if entry.failure else _age(now - entry.used_at)
         size = "-" if entry.failure else f"{entry.size_bytes / _MIB:.0f} MiB"
         rows.append((entry.key[:_SHOWN], size, _age(now - entry.built_at), used, _what_for(entry)))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for *cells, last in rows:
-        print(*(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), last, sep="  ")
+    for line in aligned(rows):
+        print(line)
 
 
 def _age(seconds: float) -> str:
