@@ -18,6 +18,7 @@ from shim.host import mounts, state_directory
 from shim.host.ledger import Ledger
 from shim.machine import pod
 from shim.sandbox.bundle import read_spec
+from shim.sandbox.containers import Containers
 from shim.sandbox.sandbox import Sandbox
 from shim.services.sandbox import SandboxService
 from shim.services.task import TaskService
@@ -84,15 +85,15 @@ async def _serve(
                 publisher=publisher,
                 ledger=ledger,
                 group=group,
-                leave=over.set,
                 host_mounts=host_mounts,
             )
+            containers = Containers(sandbox, record=record, ledger=ledger, leave=over.set)
             found = _pod_of(Path(record.bundle), record.id)
             if found is not None:  # otherwise CreateSandbox tells
                 sandbox.start(found)
-            dispatch = _dispatch(sandbox, shut_down=over.set)
+            dispatch = _dispatch(sandbox, containers)
             await _serve_until(over, dispatch, record, listener=listener, ready=ready)
-            await sandbox.stop()
+            await containers.stop()
             await publisher.drain(timeout_s=EVENTS_TIMEOUT_S)
             publishing.cancel()
     finally:
@@ -109,15 +110,15 @@ def _pod_of(bundle: Path, sandbox_id: str) -> PodSpec | None:
         return pod.from_oci({})
 
 
-def _dispatch(sandbox: Sandbox, *, shut_down: Callable[[], None]) -> Dispatch:
-    task = TaskService(sandbox, shut_down=shut_down)
+def _dispatch(sandbox: Sandbox, containers: Containers) -> Dispatch:
+    task = TaskService(sandbox, containers)
     return Dispatch(
         [
             (task_v3_pb2.DESCRIPTOR.services_by_name["Task"], task),
             (task_v2_pb2.DESCRIPTOR.services_by_name["Task"], task),
             (
                 sandbox_v1_pb2.DESCRIPTOR.services_by_name["Sandbox"],
-                SandboxService(sandbox, shut_down=shut_down),
+                SandboxService(sandbox, containers),
             ),
         ]
     )

@@ -15,6 +15,8 @@ from shim.errors import DeadlineExceeded, FailedPrecondition, NotFound
 from shim.sandbox.process import State
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from shim.sandbox.process import Process
     from shim.sandbox.sandbox import Sandbox
 
@@ -22,12 +24,21 @@ ALONE_TIMEOUT_S = 8.0  # for a killed process to be gone; a machine under emulat
 SHARED_TIMEOUT_S = 60.0  # as above, below the two minutes that a kubelet waits for a killed container
 
 
-async def kill(process: Process, *, container: str, number: int, everyone: bool, sandbox: Sandbox) -> None:
+async def kill(
+    process: Process,
+    *,
+    container: str,
+    number: int,
+    everyone: bool,
+    sandbox: Sandbox,
+    is_shared: Callable[[], bool],
+) -> None:
     """Send a signal to one process, or to all of its container.
 
     :param container: the container's id at the agent.
     :param number: the signal's number.
     :param sandbox: where the process runs.
+    :param is_shared: tells whether the machine serves others too.
     :raises NotFound: if the process has ended.
     :raises FailedPrecondition: if it is an exec that was never started.
     :raises DeadlineExceeded: if the guest does not answer a signal other than SIGKILL.
@@ -44,16 +55,15 @@ async def kill(process: Process, *, container: str, number: int, everyone: bool,
     except DeadlineExceeded as error:
         if number != signal.SIGKILL:
             raise
-        if not sandbox.has_other_uses(process.container_id):
+        if not is_shared():
             await sandbox.switch_off(f"the guest did not answer SIGKILL of {process}: {error}")
     if number == signal.SIGKILL and not process.ended.is_set():
-        sandbox.work.spawn(_see_it_end(process, sandbox), name=f"kill {process}")
+        sandbox.work.spawn(_see_it_end(process, sandbox, is_shared=is_shared()), name=f"kill {process}")
 
 
-async def _see_it_end(process: Process, sandbox: Sandbox) -> None:
+async def _see_it_end(process: Process, sandbox: Sandbox, *, is_shared: bool) -> None:
     """Switch the machine off if a process outlives SIGKILL there, as one that waits for a file may."""
-    shared = sandbox.has_other_uses(process.container_id)
-    timeout_s = SHARED_TIMEOUT_S if shared else ALONE_TIMEOUT_S
+    timeout_s = SHARED_TIMEOUT_S if is_shared else ALONE_TIMEOUT_S
     try:
         async with asyncio.timeout(timeout_s):
             await process.ended.wait()

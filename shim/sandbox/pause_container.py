@@ -1,7 +1,7 @@
 """The container that stands for a pod: it runs nothing, because the machine is what holds the pod together.
 
-To containerd it is a task like any other. What it would run, Kubernetes' pause program, does nothing but
-wait and end with status 0 on SIGTERM and SIGINT, and so does this.
+To containerd it is a task like any other. What it would run, Kubernetes' pause program, only waits and ends
+with status 0 on SIGTERM and SIGINT; so does this.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 from shim.errors import NotFound, Unimplemented
-from shim.sandbox.container import STATUS_MACHINE_GONE, Container
+from shim.sandbox.container import Container
+from shim.sandbox.guest_container import STATUS_MACHINE_GONE
 from shim.sandbox.host_streams import open_streams
 from shim.sandbox.process import State
 
@@ -23,17 +24,65 @@ if TYPE_CHECKING:
     from shim.sandbox.host_streams import Stdio
     from shim.sandbox.process import Process
 
-# Whatever else it is sent, the first process of a PID namespace ignores what it has no handler for.
+# The first process of a PID namespace ignores every other signal that it has no handler for.
 _DEADLY = {signal.SIGTERM: 0, signal.SIGINT: 0, signal.SIGKILL: 128 + signal.SIGKILL}
 
 
 class PauseContainer(Container):
-    """A container without a process, which ends when it is told to or with the machine."""
+    """A container without a process; a signal or the end of the machine ends it."""
 
     _watching: asyncio.Task[None] | None = None
 
-    async def _bring_up(self, rootfs: Iterable[Mount]) -> None:  # noqa: ARG002 - nobody looks into it
-        # A pod that is there has a machine that is up: otherwise its creation fails, and says why.
+    async def update(self, resources: dict[str, Any]) -> None:
+        """Ignore limits: each container of the pod has its own."""
+
+    async def stats(self) -> agent_pb2.StatsContainerResponse:
+        """Measure all containers of the pod.
+
+        :raises NotFound: if it has ended.
+        """
+        self._require_alive_for("stats")
+        return await self._siblings.stats()
+
+    async def exec_ids_of_processes(self) -> list[str]:
+        """List no process but the init that it pretends to have.
+
+        :raises NotFound: if it has ended.
+        """
+        self._require_alive_for("pids")
+        return []
+
+    def add_exec(self, exec_id: str, *, spec: dict[str, Any], stdio: Stdio) -> None:  # noqa: ARG002 - as of every container
+        """Refuse: there is nothing to run in.
+
+        :raises Unimplemented: always.
+        """
+        raise Unimplemented(
+            f"exec {exec_id} of {self.id}: it stands for its pod and runs nothing; use a container of the pod"
+        )
+
+    async def start_exec(self, exec_id: str) -> None:
+        """Refuse: it has no exec.
+
+        :raises NotFound: always.
+        """
+        raise NotFound(f"exec {exec_id} of {self.id}: not found")
+
+    async def resize(self, process: Process, width: int, height: int) -> None:
+        """Ignore the size of a terminal that is never written to."""
+
+    async def kill(self, process: Process, *, number: int, everyone: bool) -> None:  # noqa: ARG002 - it is alone
+        """Send a signal.
+
+        :raises NotFound: if it has ended.
+        """
+        if process.exited.is_set():
+            raise NotFound(f"kill: {process}: process already finished: not found")
+        if number in _DEADLY:
+            await self._end(_DEADLY[signal.Signals(number)])
+
+    async def _bring_up(self, rootfs: Iterable[Mount]) -> None:  # noqa: ARG002 - nothing reads its files
+        # A pod exists only if its machine is up: otherwise its creation fails and says why.
         await self._sandbox.agent()
         self.init.streams = await open_streams(
             self.init.stdio, container_id=self.id, namespace=self._sandbox.namespace
@@ -54,52 +103,12 @@ class PauseContainer(Container):
     async def _thaw(self) -> None:
         return
 
-    async def update(self, resources: dict[str, Any]) -> None:
-        """Take note of nothing: limits are the containers' own."""
-
-    async def stats(self) -> agent_pb2.StatsContainerResponse:
-        """Measure all containers of the pod.
-
-        :raises NotFound: if it has ended.
-        """
-        if self.init.exited.is_set():
-            raise NotFound(f"stats: container {self.id}: not running")
-        return await self._sandbox.stats()
-
-    async def exec_ids_of_processes(self) -> list[str]:
-        """List no process but the one that it pretends to have.
-
-        :raises NotFound: if it has ended.
-        """
-        if self.init.exited.is_set():
-            raise NotFound(f"pids: container {self.id}: not running")
-        return []
-
-    def add_exec(self, exec_id: str, *, spec: dict[str, Any], stdio: Stdio) -> None:  # noqa: ARG002 - as of every container
-        """Refuse: there is nothing to run in.
-
-        :raises Unimplemented: always.
-        """
-        raise Unimplemented(
-            f"exec {exec_id} of {self.id}: it stands for its pod and runs nothing; use a container of the pod"
-        )
-
-    async def resize(self, process: Process, width: int, height: int) -> None:
-        """Ignore the size of a terminal that nobody writes to."""
-
-    async def kill(self, process: Process, *, number: int, everyone: bool) -> None:  # noqa: ARG002 - it is alone
-        """Send a signal.
-
-        :raises NotFound: if it has ended.
-        """
-        if process.exited.is_set():
-            raise NotFound(f"kill: {process}: process already finished: not found")
-        if number in _DEADLY:
-            await self._end(_DEADLY[signal.Signals(number)])
-
-    async def _remove_from_guest(self) -> None:
+    async def _remove(self) -> None:
         if self.init.state is State.CREATED:
             await self._end(STATUS_MACHINE_GONE)
+
+    async def _take_back(self) -> None:
+        return
 
     async def _end_with_machine(self) -> None:
         await self._sandbox.ended.wait()

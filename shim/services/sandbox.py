@@ -15,8 +15,7 @@ from shim.telemetry.metrics import host_has_cgroup_v2, to_metrics
 from shim.telemetry.timestamps import to_timestamp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from shim.sandbox.containers import Containers
     from shim.sandbox.sandbox import Sandbox
 
 # As Kubernetes' container runtime interface names the states: containerd takes any other for not ready.
@@ -28,12 +27,12 @@ class SandboxService:
     """Translates requests to the sandbox and its answers to replies.
 
     :param sandbox: the machine of this shim.
-    :param shut_down: called when containerd is done with it.
+    :param containers: what is in it.
     """
 
-    def __init__(self, sandbox: Sandbox, *, shut_down: Callable[[], None]) -> None:
+    def __init__(self, sandbox: Sandbox, containers: Containers) -> None:
         self._sandbox = sandbox
-        self._shut_down = shut_down
+        self._containers = containers
 
     async def create_sandbox(self, request: api.CreateSandboxRequest) -> api.CreateSandboxResponse:
         """Begin to boot the machine; one that was started in a bundle with a specification does already."""
@@ -64,7 +63,7 @@ class SandboxService:
     async def stop_sandbox(self, request: api.StopSandboxRequest) -> api.StopSandboxResponse:
         """Switch the machine off, which takes less than any time that may be allowed; again is harmless."""
         self._require(request.sandbox_id, what="stop")
-        await self._sandbox.end()
+        await self._containers.end()
         return api.StopSandboxResponse()
 
     async def wait_sandbox(self, request: api.WaitSandboxRequest) -> api.WaitSandboxResponse:
@@ -89,7 +88,7 @@ class SandboxService:
         if request.verbose:
             details = {
                 "pid": sandbox.pid,
-                "stateDirectory": str(sandbox.entries.share.parent),
+                "stateDirectory": str(sandbox.directory),
                 "reason": sandbox.reason_of_end,
             }
             response.info["info"] = json.dumps(details)
@@ -102,17 +101,15 @@ class SandboxService:
         return api.PingResponse()
 
     async def shutdown_sandbox(self, request: api.ShutdownSandboxRequest) -> api.ShutdownSandboxResponse:
-        """Switch the machine off and end the shim, whatever containers are left; the reply goes first."""
+        """Switch the machine off and end the shim, also if containers are left; the reply goes first."""
         self._require(request.sandbox_id, what="shutdown")
-        await self._sandbox.end()
-        self._sandbox.held = False
-        self._shut_down()
+        await self._containers.dismiss()
         return api.ShutdownSandboxResponse()
 
     async def sandbox_metrics(self, request: api.SandboxMetricsRequest) -> api.SandboxMetricsResponse:
         """Measure all containers together, in the message of the host's cgroup version."""
         self._require(request.sandbox_id, what="metrics")
-        stats = await self._sandbox.stats()
+        stats = await self._containers.stats()
         return api.SandboxMetricsResponse(
             metrics=types_pb2.Metric(
                 timestamp=to_timestamp(time.time()),

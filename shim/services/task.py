@@ -21,8 +21,7 @@ from shim.telemetry.metrics import host_has_cgroup_v2, to_metrics
 from shim.telemetry.timestamps import to_timestamp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from shim.sandbox.containers import Containers
     from shim.sandbox.sandbox import Sandbox
 
 _STATUS = {
@@ -35,16 +34,15 @@ _STATUS = {
 
 
 class TaskService:
-    """Translates requests to the sandbox and its answers to replies.
+    """Translates requests to the containers, and their answers to replies.
 
     :param sandbox: the machine of this shim.
-    :param shut_down: called when containerd wants the shim to end and nothing is left in it.
+    :param containers: what is in it.
     """
 
-    def __init__(self, sandbox: Sandbox, *, shut_down: Callable[[], None]) -> None:
+    def __init__(self, sandbox: Sandbox, containers: Containers) -> None:
         self._sandbox = sandbox
-        self._shut_down = shut_down
-        self._was_told_to_end = False
+        self._containers = containers
 
     async def create(self, request: task_v3_pb2.CreateTaskRequest) -> task_v3_pb2.CreateTaskResponse:
         """Create a container."""
@@ -55,14 +53,14 @@ class TaskService:
             stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal
         )
         with timeline.phase("Create", lane=timeline.CONTAINERD):
-            await self._sandbox.create(
+            await self._containers.create(
                 request.id, bundle=Path(request.bundle), rootfs=list(request.rootfs), stdio=stdio
             )
         return task_v3_pb2.CreateTaskResponse(pid=self._sandbox.pid)
 
     async def start(self, request: task_v3_pb2.StartRequest) -> task_v3_pb2.StartResponse:
         """Start a container's init, or an exec."""
-        container = self._sandbox.container(request.id)
+        container = self._containers.get(request.id)
         if request.exec_id:
             await container.start_exec(request.exec_id)
         else:
@@ -72,7 +70,7 @@ class TaskService:
 
     async def state(self, request: task_v3_pb2.StateRequest) -> task_v3_pb2.StateResponse:
         """Tell the state from what the shim knows; the guest is never asked."""
-        container = self._sandbox.container(request.id)
+        container = self._containers.get(request.id)
         process = container.process(request.exec_id)
         return task_v3_pb2.StateResponse(
             id=request.id,
@@ -90,7 +88,7 @@ class TaskService:
 
     async def wait(self, request: task_v3_pb2.WaitRequest) -> task_v3_pb2.WaitResponse:
         """Block until a process has ended."""
-        process = self._sandbox.container(request.id).process(request.exec_id)
+        process = self._containers.get(request.id).process(request.exec_id)
         await process.exited.wait()
         return task_v3_pb2.WaitResponse(
             exit_status=process.exit_status, exited_at=to_timestamp(process.exited_at_s)
@@ -98,28 +96,24 @@ class TaskService:
 
     async def kill(self, request: task_v3_pb2.KillRequest) -> Empty:
         """Send a signal."""
-        container = self._sandbox.container(request.id)
+        container = self._containers.get(request.id)
         process = container.process(request.exec_id)
         await container.kill(process, number=request.signal, everyone=request.all)
         return Empty()
 
     async def delete(self, request: task_v3_pb2.DeleteRequest) -> task_v3_pb2.DeleteResponse:
         """Forget a stopped process, and with init the whole container."""
-        container = self._sandbox.container(request.id)
+        container = self._containers.get(request.id)
         process = container.process(request.exec_id)
         pid = self._pid_of(process)
-        if request.exec_id:
-            await self._sandbox.work.finish(container.delete_exec(request.exec_id))
-        else:
-            await self._sandbox.work.finish(container.delete())
-            self._shut_down_if_forgotten()
+        await self._containers.delete(request.id, exec_id=request.exec_id)
         return task_v3_pb2.DeleteResponse(
             pid=pid, exit_status=process.exit_status, exited_at=to_timestamp(process.exited_at_s)
         )
 
     async def pids(self, request: task_v3_pb2.PidsRequest) -> task_v3_pb2.PidsResponse:
         """List the processes that live; every one stands behind the machine's own process on the host."""
-        exec_ids = await self._sandbox.container(request.id).exec_ids_of_processes()
+        exec_ids = await self._containers.get(request.id).exec_ids_of_processes()
         pid = self._sandbox.pid
         processes = [task_types_pb2.ProcessInfo(pid=pid)]
         for exec_id in exec_ids:
@@ -129,17 +123,17 @@ class TaskService:
 
     async def pause(self, request: task_v3_pb2.PauseRequest) -> Empty:
         """Freeze a container."""
-        await self._sandbox.container(request.id).pause()
+        await self._containers.get(request.id).pause()
         return Empty()
 
     async def resume(self, request: task_v3_pb2.ResumeRequest) -> Empty:
         """Let a frozen container go on."""
-        await self._sandbox.container(request.id).resume()
+        await self._containers.get(request.id).resume()
         return Empty()
 
     async def update(self, request: task_v3_pb2.UpdateTaskRequest) -> Empty:
         """Change a container's limits."""
-        container = self._sandbox.container(request.id)
+        container = self._containers.get(request.id)
         kind = request.resources.type_url.rpartition("/")[2]
         if kind != "LinuxResources":
             raise InvalidArgument(
@@ -151,12 +145,12 @@ class TaskService:
 
     async def stats(self, request: task_v3_pb2.StatsRequest) -> task_v3_pb2.StatsResponse:
         """Measure a container, in the message of the host's cgroup version."""
-        stats = await self._sandbox.container(request.id).stats()
+        stats = await self._containers.get(request.id).stats()
         return task_v3_pb2.StatsResponse(stats=pack(to_metrics(stats, unified=host_has_cgroup_v2())))
 
     async def exec(self, request: task_v3_pb2.ExecProcessRequest) -> Empty:
         """Register an exec; Start runs it."""
-        container = self._sandbox.container(request.id)
+        container = self._containers.get(request.id)
         _check_identifier(request.exec_id, phase="exec", what="exec id")
         container.add_exec(
             request.exec_id,
@@ -169,38 +163,26 @@ class TaskService:
 
     async def resize_pty(self, request: task_v3_pb2.ResizePtyRequest) -> Empty:
         """Set the size of a terminal."""
-        container = self._sandbox.container(request.id)
+        container = self._containers.get(request.id)
         await container.resize(container.process(request.exec_id), request.width, request.height)
         return Empty()
 
     async def close_io(self, request: task_v3_pb2.CloseIORequest) -> Empty:
         """Let a process' stdin end once the client has closed its side."""
-        process = self._sandbox.container(request.id).process(request.exec_id)
+        process = self._containers.get(request.id).process(request.exec_id)
         if request.stdin and process.streams is not None:
             process.streams.close_stdin_writer()
         return Empty()
 
     async def connect(self, request: task_v3_pb2.ConnectRequest) -> task_v3_pb2.ConnectResponse:
         """Tell the pids; never fails, whether the container is known or not."""
-        container = self._sandbox.containers.get(request.id)
-        pid = self._pid_of(container.init) if container is not None else 0
+        pid = self._sandbox.pid if self._containers.has(request.id) else 0
         return task_v3_pb2.ConnectResponse(shim_pid=os.getpid(), task_pid=pid)
 
     async def shutdown(self, request: task_v3_pb2.ShutdownRequest) -> Empty:  # noqa: ARG002 - the id says nothing: one shim, one sandbox
         """End the shim, unless containers are left or containerd's sandbox service holds it."""
-        self._was_told_to_end = True
-        if not self._sandbox.is_needed:
-            self._shut_down()
+        self._containers.shut_down()
         return Empty()
-
-    def _shut_down_if_forgotten(self) -> None:
-        """End the shim with the last container of a pod whose own task went before it.
-
-        containerd asks to shut down after the pod's task only, where containers joined without a ``start``.
-        """
-        sandbox = self._sandbox
-        if self._was_told_to_end and sandbox.is_joined_without_start and not sandbox.is_needed:
-            self._shut_down()
 
     def _pid_of(self, process: Process) -> int:
         # An exec has no pid before it runs; clients take a non-zero one for "it was started".

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 
-from shim.sandbox.sandbox import DESERTED_S
+from shim.sandbox.containers import DESERTED_S
 from tests.e2e.busybox import IMAGE
 from tests.e2e.by_hand import ByHand
 from tests.e2e.conftest import new_id

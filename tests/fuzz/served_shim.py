@@ -25,6 +25,7 @@ from shim.config import Config
 from shim.host import mounts
 from shim.host.ledger import Ledger
 from shim.host.state_directory import StartRecord
+from shim.sandbox.containers import Containers
 from shim.sandbox.sandbox import Sandbox
 from shim.services.task import TaskService
 from shim.telemetry.events import Publisher
@@ -95,7 +96,7 @@ class MachinelessSandbox(Sandbox):
     vm = None  # nothing is plugged
 
     async def admit(self, agent):
-        self.entries.share.mkdir()
+        self.machine.share.mkdir()
         self._ready.set_result(agent)
 
 
@@ -134,16 +135,17 @@ async def serve(directory):
         connection.setblocking(False)
         agent = await Agent.over(connection, timeout_s=5)
         await agent.create_sandbox(sandbox_id="box", hostname="", dns=[])
+        ledger = Ledger(str(state), create=True)
         sandbox = MachinelessSandbox(
             record,
             config=Config(),
             publisher=Publisher("", namespace="fuzz"),
-            ledger=Ledger(str(state), create=True),
+            ledger=ledger,
             group=group,
-            leave=lambda: None,
         )
+        containers = Containers(sandbox, record=record, ledger=ledger, leave=lambda: None)
         await sandbox.admit(agent)
-        task = TaskService(sandbox, shut_down=lambda: None)
+        task = TaskService(sandbox, containers)
         dispatch = Dispatch(
             [
                 (task_v3_pb2.DESCRIPTOR.services_by_name["Task"], task),

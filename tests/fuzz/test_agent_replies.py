@@ -25,6 +25,7 @@ from shim.errors import ShimError
 from shim.host import kernel
 from shim.host.ledger import Ledger
 from shim.host.state_directory import StartRecord
+from shim.sandbox.containers import Containers
 from shim.services.task import TaskService
 from shim.transport.ttrpc_client import TtrpcClient
 from shim.transport.ttrpc_codec import Frame, FrameDecoder, FrameType, encode_frame
@@ -216,8 +217,8 @@ async def life(directory, script, begin):
                 publisher=events,
                 ledger=ledger,
                 group=group,
-                leave=lambda: None,
             )
+            containers = Containers(sandbox, record=record(directory), ledger=ledger, leave=lambda: None)
             agent = await Agent.over(ours, timeout_s=5)
             try:
                 hostile.hostile = begin == 0
@@ -225,11 +226,11 @@ async def life(directory, script, begin):
                     async with asyncio.timeout(CALL_TIMEOUT_S):
                         await agent.create_sandbox(sandbox_id="box", hostname="", dns=[])
                 await sandbox.admit(agent)
-                await go_through(TaskService(sandbox, shut_down=lambda: None), hostile, begin, directory)
+                await go_through(TaskService(sandbox, containers), hostile, begin, directory)
             finally:
                 theirs.shutdown(socket.SHUT_RDWR)
                 await agent.aclose()
-                for container in list(sandbox.containers.values()):
+                for container in list(containers._all.values()):
                     await container.init.exited.wait()
                     async with container.lock:  # a delete that its client gave up goes on
                         await container._files.take_back()

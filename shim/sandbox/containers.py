@@ -1,0 +1,284 @@
+"""The containers of one sandbox: what they share, what they need together, and when the shim may end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+from shim.agent import guest_names
+from shim.errors import AlreadyExists, FailedPrecondition, Internal, NotFound, ShimError
+from shim.host import state_directory
+from shim.machine.pod import check_names, check_pod, is_pause
+from shim.machine.sizing import with_memory
+from shim.sandbox import task_events
+from shim.sandbox.bundle import read_spec
+from shim.sandbox.guest_container import GuestContainer
+from shim.sandbox.pause_container import PauseContainer
+from shim.sandbox.shared_volumes import SharedVolumes
+from shim.telemetry import metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from proto.containerd.types_pb2 import Mount
+    from proto.kata import agent_pb2
+    from shim.agent.client import Agent
+    from shim.host.ledger import Ledger
+    from shim.host.state_directory import StartRecord
+    from shim.machine.sizing import Limits
+    from shim.sandbox.container import Container
+    from shim.sandbox.host_streams import Stdio
+    from shim.sandbox.sandbox import Sandbox
+
+log = logging.getLogger(__name__)
+
+DESERTED_S = 5.0  # containerd ends a shim milliseconds after its last container, if it lives to do so
+LAST_OUTPUTS_TIMEOUT_S = 2.0  # for clients that read; the others lose what is left
+
+
+class Containers:
+    """The containers of one sandbox.
+
+    :param sandbox: the machine that they are in.
+    :param record: how the shim was started.
+    :param ledger: where everything that must be undone is written down.
+    :param leave: ends the shim.
+    """
+
+    def __init__(
+        self, sandbox: Sandbox, *, record: StartRecord, ledger: Ledger, leave: Callable[[], None]
+    ) -> None:
+        self._sandbox = sandbox
+        self._record = record
+        self._ledger = ledger
+        self._leave = leave
+        self._all: dict[str, Container] = {}
+        self._volumes = SharedVolumes.of(sandbox.machine, work=sandbox.work)
+        #: Version 3 of the shim protocol: containerd creates further containers without a ``start``.
+        self._is_joined_without_start = record.version >= 3
+        self._was_told_to_end = False
+        sandbox.while_running(self._report_ooms, name="out of memory")
+        sandbox.while_running(self._follow_network, name="network")
+        sandbox.while_running(self._grow_at_first, name="grow")
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether containerd has a container in the sandbox, or holds it by its sandbox service."""
+        return bool(self._all) or self._sandbox.held
+
+    def has_other_uses(self, container_id: str) -> bool:
+        """Tell whether the machine serves another container, or containerd's sandbox service."""
+        return self._sandbox.held or any(other != container_id for other in self._all)
+
+    async def create(
+        self, container_id: str, *, bundle: Path, rootfs: Iterable[Mount], stdio: Stdio
+    ) -> Container:
+        """Create a container in the machine.
+
+        :raises AlreadyExists: if the id is taken.
+        :raises ShimError: if a step fails; the id is free again.
+        """
+        if not self._sandbox.is_started:
+            raise FailedPrecondition(f"create: container {container_id}: its sandbox is not created yet")
+        if container_id in self._all:
+            raise AlreadyExists(f"create: container {container_id}: already exists")
+        container = self._new(container_id, bundle=bundle, stdio=stdio)
+        self._all[container_id] = container
+        self._ledger.created(container_id)
+        try:
+            if self._is_joined_without_start:
+                self._point_to_state(bundle)
+            await container.create(rootfs)
+        except BaseException:
+            self.forget(container_id)
+            raise
+        return container
+
+    def _new(self, container_id: str, *, bundle: Path, stdio: Stdio) -> Container:
+        spec = read_spec(bundle)
+        check_names(spec)
+        check_pod(spec, sandbox_id=self._sandbox.id)
+        if is_pause(spec):
+            return PauseContainer(
+                container_id, bundle=bundle, spec=spec, stdio=stdio, sandbox=self._sandbox, siblings=self
+            )
+        return GuestContainer(
+            container_id,
+            bundle=bundle,
+            spec=spec,
+            stdio=stdio,
+            sandbox=self._sandbox,
+            siblings=self,
+            volumes=self._volumes,
+        )
+
+    def _point_to_state(self, bundle: Path) -> None:
+        """Leave in the bundle what ``start`` would have, had it been run for this container."""
+        try:
+            state_directory.point_to(self._record.state_directory, bundle=str(bundle))
+        except OSError as error:
+            raise Internal(f"create: {bundle}: {error.strerror}; look at the host") from error
+
+    def get(self, container_id: str) -> Container:
+        """Find a container that has been created.
+
+        :raises NotFound: if there is none.
+        """
+        try:
+            return self._all[container_id]
+        except KeyError:
+            raise NotFound(f"container {container_id}: not found") from None
+
+    def has(self, container_id: str) -> bool:
+        """Tell whether a container has been created, or is being created."""
+        return container_id in self._all
+
+    async def delete(self, container_id: str, *, exec_id: str = "") -> None:
+        """Remove a container that has ended or one of its execs, also if the caller goes away meanwhile.
+
+        Where containers join without a ``start``, containerd asks the shim to shut down only after the pod's
+        own task. If that went first, the shim ends with the last container.
+
+        :param exec_id: the exec; empty for the container.
+        :raises NotFound: if there is none.
+        :raises FailedPrecondition: if it is running.
+        """
+        container = self.get(container_id)
+        if exec_id:
+            await self._sandbox.work.finish(container.delete_exec(exec_id))
+            return
+        await self._sandbox.work.finish(container.delete())
+        if self._was_told_to_end and self._is_joined_without_start:
+            self._leave_unless_needed()
+
+    def forget(self, container_id: str) -> None:
+        """Let go of a container: nothing of it is left, or its creation failed."""
+        self._all.pop(container_id, None)
+        self._ledger.deleted(container_id)
+        if self._all:  # the machine of the last one goes as a whole
+            self._sandbox.work.spawn(self._shrink_if_alive(), name="shrink")
+        else:
+            asyncio.get_running_loop().call_later(DESERTED_S, self._leave_if_deserted)
+
+    def shut_down(self) -> None:
+        """End the shim, unless containers are left or containerd's sandbox service holds it."""
+        self._was_told_to_end = True
+        self._leave_unless_needed()
+
+    async def end(self) -> None:
+        """Switch the machine off because containerd is done with it; return when it is off.
+
+        :raises DeadlineExceeded: if it does not go.
+        """
+        self._sandbox.expect_end()
+        await self._deliver_last_outputs()
+        await self._sandbox.end()
+
+    async def dismiss(self) -> None:
+        """Switch the machine off and end the shim, also if containers are left.
+
+        :raises DeadlineExceeded: if the machine does not go; the shim stays then.
+        """
+        await self.end()
+        self._sandbox.release()
+        self._leave()
+
+    async def stop(self) -> None:
+        """End everything and wait until nothing of the machine is left; stopping twice is harmless."""
+        self._volumes.followed.stop()
+        await self._sandbox.stop()
+
+    async def grow(self) -> None:
+        """Make the machine large enough for its containers.
+
+        :raises ResourceExhausted: if that is impossible.
+        """
+        await self._sandbox.machine.grow(await self._sandbox.agent(), self._live_limits())
+
+    async def shrink(self) -> None:
+        """Take from the machine what no container needs."""
+        await self._sandbox.machine.shrink(await self._sandbox.agent(), self._live_limits())
+
+    async def stats(self) -> agent_pb2.StatsContainerResponse:
+        """Measure all containers together.
+
+        :raises ShimError: if the machine is not up.
+        """
+        await self._sandbox.agent()
+        measured = await asyncio.gather(*(_measure(one) for one in self._guests()))
+        return metrics.total(one for one in measured if one is not None)
+
+    def _leave_unless_needed(self) -> None:
+        if not self.is_needed:
+            self._leave()
+
+    def _leave_if_deserted(self) -> None:
+        """End a shim that a containerd which died at the wrong moment has forgotten."""
+        if not self.is_needed:
+            log.info("sandbox %s: without a container for %g s; its shim ends", self._sandbox.id, DESERTED_S)
+            self._leave()
+
+    def _guests(self) -> list[GuestContainer]:
+        return [one for one in self._all.values() if isinstance(one, GuestContainer)]
+
+    def _live_limits(self) -> list[Limits]:
+        live = {one.id: one.limits for one in self._guests() if not one.init.exited.is_set()}
+        return with_memory(live.values(), self._volumes.memory.needed_bytes(live))
+
+    async def _grow_at_first(self, _agent: Agent) -> None:
+        """Give a clone, which may be smaller, the size that its containers are known to need."""
+        try:
+            await self.grow()
+        except ShimError as error:  # the next container tries again, and fails if need be
+            log.warning("grow: sandbox %s: %s", self._sandbox.id, error)
+
+    async def _shrink_if_alive(self) -> None:
+        try:
+            await self.shrink()
+        except ShimError as error:
+            log.debug("shrink: sandbox %s: %s", self._sandbox.id, error)
+
+    async def _report_ooms(self, agent: Agent) -> None:
+        """Tell containerd of each container in which the guest's kernel killed for memory."""
+        try:
+            while True:
+                container_id = guest_names.container_id(await agent.next_oom())
+                if container_id in self._all:
+                    self._sandbox.publish(*task_events.out_of_memory(container_id))
+        except ShimError as error:
+            log.debug("out of memory: no more reports: %s", error)
+
+    async def _follow_network(self, _agent: Agent) -> None:
+        """Give the machine what comes to its network namespace later, as ``docker network connect`` does.
+
+        Once all containers have ended, what goes from the namespace goes because of that.
+        """
+        machine = self._sandbox.machine
+        while True:
+            await machine.network_changed()
+            if all(one.init.exited.is_set() for one in self._all.values()):
+                continue
+            try:
+                await machine.follow_network()
+            except ShimError as error:
+                log.warning("network: sandbox %s: %s", self._sandbox.id, error)
+
+    async def _deliver_last_outputs(self) -> None:
+        """Give the clients what ended processes wrote: it is lost with the machine."""
+        processes = [each for one in self._all.values() for each in (one.init, *one.execs.values())]
+        exits = [each.exited.wait() for each in processes if each.ended.is_set() and not each.exited.is_set()]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_OUTPUTS_TIMEOUT_S):
+                await asyncio.gather(*exits)
+
+
+async def _measure(container: GuestContainer) -> agent_pb2.StatsContainerResponse | None:
+    """Measure one container of many; one that ends meanwhile counts for nothing."""
+    try:
+        return await container.stats()
+    except ShimError as error:
+        log.debug("stats: container %s: %s", container.id, error)
+        return None

@@ -1,0 +1,379 @@
+"""A container that runs in the guest: its files are shown there, its processes live there.
+
+Its streams and its exit are followed by a task per process, which ends after both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+from proto.kata import agent_pb2
+from shim.agent.client import CALL_TIMEOUT_S, REMOVE_TIMEOUT_S
+from shim.agent.oci import translate, translate_resources
+from shim.agent.oci_disks import root_disk
+from shim.agent.oci_fields import refusing_malformed
+from shim.agent.oci_process import translate_exec
+from shim.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    ShimError,
+    Unavailable,
+)
+from shim.machine.sizing import limits_of
+from shim.sandbox import killing, task_events
+from shim.sandbox.container import Container
+from shim.sandbox.files import ContainerFiles
+from shim.sandbox.host_streams import open_streams
+from shim.sandbox.inheritance import handed_down
+from shim.sandbox.process import Input, Process, State
+from shim.sandbox.stream_copying import Carrier
+from shim.telemetry import timeline
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from proto.containerd.types_pb2 import Mount
+    from shim.agent.client import Agent
+    from shim.agent.guest_streams import Transfer
+    from shim.sandbox.container import Siblings
+    from shim.sandbox.host_streams import Stdio
+    from shim.sandbox.sandbox import Sandbox
+    from shim.sandbox.shared_volumes import SharedVolumes
+
+log = logging.getLogger(__name__)
+
+STATUS_MACHINE_GONE = 128 + signal.SIGKILL  # as a process whose machine was switched off under it
+SETTLED_S = 1.0  # a process that is silent for so long may never write anything
+_DRAWN = f"{timeline.ENVIRONMENT_VARIABLE}=1"
+STATUS_UNKNOWN = 255  # containerd's own value for an exit status that is not known
+EXECS_GONE_TIMEOUT_S = 5.0  # the kernel ends them with their pid namespace; only the report takes time
+
+
+class GuestContainer(Container):
+    """A container with processes in the guest.
+
+    :param container_id: containerd's id.
+    :param bundle: the bundle directory.
+    :param spec: the decoded ``config.json``.
+    :param stdio: init's stream paths.
+    :param sandbox: the machine it runs in.
+    :param siblings: all containers of the sandbox.
+    :param volumes: what they share of the host's files.
+    """
+
+    def __init__(
+        self,
+        container_id: str,
+        *,
+        bundle: Path,
+        spec: dict[str, Any],
+        stdio: Stdio,
+        sandbox: Sandbox,
+        siblings: Siblings,
+        volumes: SharedVolumes,
+    ) -> None:
+        super().__init__(
+            container_id, bundle=bundle, spec=spec, stdio=stdio, sandbox=sandbox, siblings=siblings
+        )
+        self.limits = limits_of(spec)
+        self._volumes = volumes
+        self._files = ContainerFiles(
+            container_id, bundle=bundle, entries=volumes.entries, followed=volumes.followed
+        )
+        self._ending = False
+
+    async def _bring_up(self, rootfs: Iterable[Mount]) -> None:
+        """Show the file systems, create the container in the guest and follow its init."""
+        lane = timeline.container_lane(self.id)
+        try:
+            disk = root_disk(rootfs)
+            with timeline.phase("mounts", lane=lane):
+                if disk is None:
+                    self._files.show_root(self.spec, rootfs)
+            with timeline.phase("wait for the machine", lane=lane):
+                agent = await self._sandbox.agent()
+            began_s = time.monotonic()
+            spec = await self._volumes.memory.serve(self._sandbox.complete(self.spec), user=self, agent=agent)
+            translation = translate(
+                await self._files.mount(spec),
+                container_id=self.id,
+                sandbox_id=self._sandbox.id,
+                terminal=self.init.stdio.terminal,
+                seccomp=agent.supports_seccomp,
+                inheritance=handed_down(agent),
+            )
+            if disk is not None:
+                await self._files.plug_root(disk, vm=self._sandbox.vm)
+            for device in translation.disks:
+                await self._files.plug(device, vm=self._sandbox.vm)
+            for group in translation.vfio_groups:
+                await self._files.plug_group(group, vm=self._sandbox.vm)
+            await self._files.show_volumes(translation, agent=agent)
+            timeline.note("volumes, devices", lane=lane, began_s=began_s, ended_s=time.monotonic())
+            with timeline.phase("streams", lane=lane):
+                transfer = await self._open_streams(self.init)
+            request = agent_pb2.CreateContainerRequest(
+                container_id=self.init.agent_id,
+                exec_id=self.init.agent_id,
+                OCI=translation.spec,
+                sandbox_pidns=translation.sandbox_pidns,
+            )
+            transfer.announce(request)
+            self._files.announce(request)
+            with timeline.phase("grow", lane=lane):
+                await self._siblings.grow()
+            async with self._sandbox.turn(lane=lane):
+                with timeline.phase("CreateContainer", lane=lane):
+                    await agent.create_container(request)
+            with timeline.phase("hooks", lane=lane):
+                await self._run_hooks()
+        except BaseException:
+            self.init.close_streams()
+            await self._files.take_back()
+            raise
+        self._follow(self.init, agent)
+
+    async def _run_hooks(self) -> None:
+        """Run the hooks that may prevent the container; if one does, it is no more."""
+        try:
+            await self._hooks.created(pid=self._sandbox.pid)
+        except BaseException:
+            await self._remove()
+            raise
+
+    async def _run(self) -> None:
+        agent = await self._sandbox.agent()
+        lane = timeline.container_lane(self.id)
+        with timeline.phase("network", lane=lane):
+            await self._sandbox.make_ready()
+        with timeline.phase("StartContainer", lane=lane):
+            await agent.start_container(self.init.agent_id)
+        self._sandbox.work.spawn(self._conclude_start(), name=f"timeline of {self.id}")
+
+    async def _conclude_start(self) -> None:
+        """Keep where the time went, once there is output or will be none: nobody is to wait for this."""
+        self._sandbox.timeline.write()
+        ends = [asyncio.ensure_future(event.wait()) for event in (self.init.heard, self.init.ended)]
+        await asyncio.wait(ends, timeout=SETTLED_S, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        await self._sandbox.keep_timeline(drawn=_DRAWN in self.spec.get("process", {}).get("env", ()))
+
+    async def _freeze(self) -> None:
+        await (await self._sandbox.agent()).pause_container(self.init.agent_id)
+
+    async def _thaw(self) -> None:
+        await (await self._sandbox.agent()).resume_container(self.init.agent_id)
+
+    async def update(self, resources: dict[str, Any]) -> None:
+        """Change the container's limits, and with them the machine: it is never smaller than they are.
+
+        :param resources: as ``linux.resources`` of an OCI specification; what it does not mention stays.
+        :raises InvalidArgument: if they are malformed, or one of them is refused.
+        :raises ResourceExhausted: if the machine cannot be made large enough.
+        :raises FailedPrecondition: if it has ended.
+        """
+        if self.init.exited.is_set():
+            raise FailedPrecondition(f"update: container {self.id}: it is {self.init.state.value}")
+        agent = await self._sandbox.agent()
+        with refusing_malformed("resources"):
+            request = translate_resources(self._files.without_disk_limits(resources))
+            await self._files.limit_disks(resources)
+        await self._files.follow_sizes(agent)
+        limits = self.limits
+        try:
+            self.limits = limits.or_more(limits.updated(resources))
+            await self._siblings.grow()
+            await agent.update_container(self.init.agent_id, request, unified=resources.get("unified") or {})
+            limits = limits.updated(resources)
+        finally:
+            self.limits = limits
+        await self._siblings.shrink()
+
+    async def stats(self) -> agent_pb2.StatsContainerResponse:
+        """Measure the container.
+
+        :raises NotFound: if it has ended.
+        """
+        self._require_alive_for("stats")
+        agent = await self._sandbox.agent()
+        return await agent.stats_container(self.init.agent_id)
+
+    async def exec_ids_of_processes(self) -> list[str]:
+        """List every process but init by the id of its exec; a child of another process has an empty one.
+
+        :raises NotFound: if the container has ended.
+        """
+        self._require_alive_for("pids")
+        running = {p.agent_id: p.exec_id for p in self.execs.values() if p.state is State.RUNNING}
+        try:
+            agent = await self._sandbox.agent()
+            _init, *others = await agent.exec_ids_of_processes(self.init.agent_id)
+        except (ShimError, ValueError) as error:  # a stock agent, a hung guest, or none left
+            log.debug("pids: container %s: asking the guest: %s", self.id, error)
+            return list(running.values())
+        return [running.get(agent_id, "") for agent_id in others]
+
+    def add_exec(self, exec_id: str, *, spec: dict[str, Any], stdio: Stdio) -> None:
+        """Register an exec; it runs on :meth:`start_exec`.
+
+        :raises AlreadyExists: if the id is taken.
+        :raises FailedPrecondition: if init has ended.
+        """
+        self._require_alive(exec_id)
+        if exec_id in self.execs:
+            raise AlreadyExists(f"exec {exec_id} of {self.id}: already exists")
+        process = self.execs[exec_id] = Process(self.id, exec_id=exec_id, stdio=stdio, spec=spec)
+        self._sandbox.publish(*task_events.exec_added(process))
+
+    async def start_exec(self, exec_id: str) -> None:
+        """Run a registered exec; if the guest refuses, it stays created and can be deleted.
+
+        :raises NotFound: if there is no such exec.
+        :raises FailedPrecondition: if it ran already, or init has ended.
+        """
+        process = self.process(exec_id)
+        self._require_alive(exec_id)
+        process.require(Input.START)
+        if process.starting:
+            raise FailedPrecondition(f"start: {process}: it is being started")
+        process.starting = True
+        try:
+            await self._start_exec(process)
+        finally:
+            process.starting = False
+
+    async def _start_exec(self, process: Process) -> None:
+        agent = await self._sandbox.agent()
+        try:
+            transfer = await self._open_streams(process)
+            request = agent_pb2.ExecProcessRequest(
+                container_id=self.init.agent_id,
+                exec_id=process.agent_id,
+                process=translate_exec(process, of=self.spec, inheritance=handed_down(agent)),
+            )
+            transfer.announce(request)
+            await agent.exec_process(request)
+            process.apply(Input.START)
+        except BaseException:
+            process.close_streams()
+            raise
+        self._sandbox.publish(*task_events.exec_started(process, pid=self._sandbox.pid))
+        self._follow(process, agent)
+        if process.terminal_size is not None:
+            await self.resize(process, *process.terminal_size)
+
+    async def resize(self, process: Process, width: int, height: int) -> None:
+        """Set a terminal's size; remembered if the process is not there yet, ignored without a terminal."""
+        if not process.stdio.terminal or process.exited.is_set():
+            return
+        process.terminal_size = (width, height)
+        if process.exec_id and process.state is State.CREATED:
+            return
+        agent = await self._sandbox.agent()
+        await agent.resize_terminal(self.init.agent_id, exec_id=process.agent_id, rows=height, columns=width)
+
+    async def kill(self, process: Process, *, number: int, everyone: bool) -> None:
+        """Send a signal to one process, or to all of the container; see :func:`shim.sandbox.killing.kill`."""
+        await killing.kill(
+            process,
+            container=self.init.agent_id,
+            number=number,
+            everyone=everyone,
+            sandbox=self._sandbox,
+            is_shared=lambda: self._siblings.has_other_uses(self.id),
+        )
+
+    def _require_alive(self, exec_id: str) -> None:
+        if self._ending or self.init.state is not State.RUNNING:
+            raise FailedPrecondition(
+                f"exec {exec_id} of {self.id}: the container is {self.init.state.value}, not running"
+            )
+
+    async def _open_streams(self, process: Process) -> Transfer:
+        """Open both ends of a process' streams."""
+        process.streams = await open_streams(
+            process.stdio, container_id=self.id, namespace=self._sandbox.namespace
+        )
+        process.transfer = await self._sandbox.transfer(process)
+        return process.transfer
+
+    async def _remove(self) -> None:
+        """Remove the container in the guest; a machine that is gone has none, a hung one is going."""
+        try:
+            agent = await self._sandbox.agent()
+            timeout_s = CALL_TIMEOUT_S if self._files.has_disks else REMOVE_TIMEOUT_S
+            await agent.remove_container(self.init.agent_id, timeout_s=timeout_s)
+        except (Unavailable, DeadlineExceeded) as error:
+            log.warning("delete: container %s: not removed from the guest: %s", self.id, error)
+            if isinstance(error, DeadlineExceeded) and not self._siblings.has_other_uses(self.id):
+                await self._sandbox.switch_off(f"the guest did not remove {self.init}, its last: {error}")
+
+    async def _take_back(self) -> None:
+        await self._files.take_back()
+
+    def _follow(self, process: Process, agent: Agent) -> None:
+        if process.streams is None or process.transfer is None:
+            raise Internal(f"stdio: {process}: followed before its streams were opened")
+        process.carrier = Carrier(
+            process.transfer,
+            stdio=process.stdio,
+            streams=process.streams,
+            name=process.agent_id if process.exec_id else self.id,
+            heard=process.heard,
+        )
+        process.following = self._sandbox.work.spawn(
+            self._follow_until_over(process, agent, process.carrier), name=f"follow {process}"
+        )
+
+    async def _follow_until_over(self, process: Process, agent: Agent, carrier: Carrier) -> None:
+        """Carry a process' streams and learn of its exit, until both are over."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                outputs = carrier.outputs(group)
+                stdin = group.create_task(carrier.carry_input(process.started))
+                if not agent.keeps_streams:
+                    await asyncio.wait(outputs)
+                status = await self._await_exit(process, agent)
+                carrier.process_ended()
+                if process is self.init:
+                    await self._await_execs()
+                    # A client may stop reading once it has learnt of the exit of a task.
+                    await carrier.drained(outputs)
+                async with self.lock:
+                    self._report_exit(process, status)
+                stdin.cancel()
+            if process.streams is not None:
+                await process.streams.finish()
+        finally:
+            process.close_streams()
+            # Whatever went wrong above, nobody may wait for this process for ever.
+            self._report_exit(process, STATUS_UNKNOWN)
+
+    async def _await_exit(self, process: Process, agent: Agent) -> int:
+        try:
+            return await agent.wait_process(self.init.agent_id, exec_id=process.agent_id)
+        except Unavailable as error:
+            log.warning("wait: %s: %s; its status is %d", process, error, STATUS_MACHINE_GONE)
+            return STATUS_MACHINE_GONE
+        except ShimError as error:
+            log.error("wait: %s: %s; its status is %d", process, error, STATUS_UNKNOWN)  # noqa: TRY400 - one line, no traceback
+            return STATUS_UNKNOWN
+        finally:
+            process.ended.set()
+
+    async def _await_execs(self) -> None:
+        """Let the execs' exits be reported first: init's must be the last of its container."""
+        self._ending = True
+        running = [p.exited.wait() for p in self.execs.values() if p.state is State.RUNNING]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(EXECS_GONE_TIMEOUT_S):
+                await asyncio.gather(*running)

@@ -1,0 +1,38 @@
+"""What the containers of one sandbox share of the host's files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shim.volumes.followed_volumes import FollowedVolumes
+from shim.volumes.memory_volumes import MemoryVolumes
+from shim.volumes.shared_entries import SharedEntries
+
+if TYPE_CHECKING:
+    from shim.machine.machine import Machine
+    from shim.sandbox.work import Work
+
+
+@dataclass(frozen=True, slots=True)
+class SharedVolumes:
+    """The volumes of one sandbox.
+
+    :param entries: what the guest can reach of the host's files.
+    :param followed: those of them that keep up with the host's mounts.
+    :param memory: volumes in memory, which the guest holds.
+    """
+
+    entries: SharedEntries
+    followed: FollowedVolumes
+    memory: MemoryVolumes
+
+    @classmethod
+    def of(cls, machine: Machine, *, work: Work) -> SharedVolumes:
+        """Make them for a machine, which need not be up yet.
+
+        :param machine: whose share they go through.
+        :param work: runs what follows the host's mounts.
+        """
+        entries = SharedEntries(machine.share, daemons=machine.share_daemons)
+        return cls(entries, FollowedVolumes(entries, work=work), MemoryVolumes(entries.writable))
