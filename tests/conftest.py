@@ -16,7 +16,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.e2e import private
 from tests.e2e.conftest import DEFAULT_BOOT_S
-from tests.e2e.containerd import SHIM_DIRECTORY
+from tests.e2e.containerd import RELEASES, SHIM_DIRECTORY
 from tests.patience import patient
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFileAndSta
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the marks of all directories, and join the other lanes if this process is one."""
     config.addinivalue_line("markers", "inherent(ID): a row of docs/limits.md: runc passes and Hako cannot")
+    config.addinivalue_line("markers", "each_release: runs beside runc on each containerd by day, too")
     config.addinivalue_line(
         "markers", "alone: measures how long something takes, or needs every processor; the other lanes wait"
     )
@@ -90,9 +91,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[TURNS] = Turns(Path(config.option.basetemp).parent)
 
 
+@pytest.hookimpl(tryfirst=True)  # before nightly tests are deselected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Expect Hako to fail where only runc can pass, and to say so when it passes."""
+    """Expect Hako to fail where only runc can pass; compare the two on one containerd by day."""
     for item in items:
+        if _is_for_the_night(item):
+            item.add_marker(pytest.mark.nightly)
         limit = item.get_closest_marker("inherent")
         if limit and isinstance(item, pytest.Function) and "-hako" in item.callspec.id:
             reason = f"docs/limits.md: {limit.args[0]}"
@@ -141,3 +145,13 @@ def private_machine() -> None:
 
 def _alone(item: pytest.Item) -> bool:
     return item.get_closest_marker("alone") is not None
+
+
+def _is_for_the_night(item: pytest.Item) -> bool:
+    """Tell whether a test compares Hako with runc on another containerd than the newest."""
+    if not isinstance(item, pytest.Function) or item.get_closest_marker("each_release"):
+        return False
+    if "either_stack" not in item.fixturenames:
+        return False
+    stack = STACK.search(item.name)
+    return stack is not None and not stack[1].startswith(f"{RELEASES[-1].name}-")

@@ -12,6 +12,7 @@ from shim import zygote_protocol
 from shim.config import HypervisorConfig
 from shim.machine.turns import DIRECTORY as TURNS
 from tests.e2e.containerd import CGROUPS, NAMESPACE
+from tests.e2e.tasks import Tasks
 from tests.patience import patient
 
 if TYPE_CHECKING:
@@ -44,8 +45,7 @@ def take(daemon: Containerd, *, state_directory: Path) -> frozenset[str]:
             *(f"network device {device.name}" for device in Path("/sys/class/net").iterdir()),
             *(f"network namespace {path.name}" for path in Path("/run/netns").glob("*")),
             *_loop_devices(daemon),
-            *(f"container {name}" for name in daemon.containers()),
-            *(f"snapshot {name}" for name in daemon.active_snapshots()),
+            *_objects(daemon),
         ]
     )
 
@@ -65,6 +65,12 @@ def _processes(daemon: Containerd) -> Iterator[str]:
     for process in daemon.nursery.descendants():
         if process.pid != daemon.pid:
             yield f"process {process.pid} {process.command[:160]}"
+
+
+def _objects(daemon: Containerd) -> Iterator[str]:
+    with Tasks(daemon.address, namespace=daemon.namespace) as client:
+        yield from (f"container {name}" for name in client.containers())
+        yield from (f"snapshot {name}" for name in client.active_snapshots())
 
 
 def _mounts() -> Iterator[str]:

@@ -254,11 +254,6 @@ class Containerd:
         """Return the id of every container of the namespace."""
         return self.ctr("container", "ls", "-q").stdout.split()
 
-    def active_snapshots(self) -> list[str]:
-        """Return the key of every snapshot that belongs to a container and not to an image."""
-        table = [line.split() for line in self.ctr("snapshot", "ls").stdout.splitlines()[1:]]
-        return [row[0] for row in table if row[-1] == "Active"]
-
     def wait_for_state(self, container: str, state: str, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Wait until a task has a state.
 

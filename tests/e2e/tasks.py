@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 CALL_TIMEOUT_S = patient(60.0)
 _PROTO = Path(__file__).with_name("containerd_services.proto")
-_SERVICES = {"Tasks": "tasks", "Snapshots": "snapshots", "Events": "events"}
+_SERVICES = {"Tasks": "tasks", "Containers": "containers", "Snapshots": "snapshots", "Events": "events"}
+_SNAPSHOTTER = "overlayfs"
 
 
 @functools.cache
@@ -77,9 +78,11 @@ class Tasks:
     """A connection to a containerd.
 
     :param address: the path of its gRPC socket.
+    :param namespace: whose containers and tasks are meant.
     """
 
-    def __init__(self, address: Path) -> None:
+    def __init__(self, address: Path, *, namespace: str = NAMESPACE) -> None:
+        self._namespace = namespace
         self._channel = grpc.insecure_channel(f"unix://{address}")
         grpc.channel_ready_future(self._channel).result(CALL_TIMEOUT_S)
 
@@ -104,7 +107,7 @@ class Tasks:
 
     def begin_create(self, container: str, **streams: str) -> Any:
         """Begin to create the task of a container that ``ctr`` has created."""
-        snapshot = {"snapshotter": "overlayfs", "key": container}
+        snapshot = {"snapshotter": _SNAPSHOTTER, "key": container}
         mounts = self._call("Snapshots", "Mounts", snapshot, timeout_s=CALL_TIMEOUT_S).result().mounts
         rootfs = [
             {"type": mount.type, "source": mount.source, "options": list(mount.options)} for mount in mounts
@@ -132,6 +135,17 @@ class Tasks:
         status = process.DESCRIPTOR.fields_by_name["status"].enum_type.values_by_number[process.status]
         return (status.name, process.exit_status)
 
+    def containers(self) -> list[str]:
+        """Return the id of every container."""
+        listed = self._call("Containers", "List", {}, timeout_s=CALL_TIMEOUT_S).result()
+        return [container.id for container in listed.containers]
+
+    def active_snapshots(self) -> list[str]:
+        """Return the key of every snapshot that belongs to a container and not to an image."""
+        parts = self._call("Snapshots", "List", {"snapshotter": _SNAPSHOTTER}, timeout_s=CALL_TIMEOUT_S)
+        active = _service("Snapshots").file.enum_types_by_name["Kind"].values_by_name["ACTIVE"].number
+        return [snapshot.name for part in parts for snapshot in part.info if snapshot.kind == active]
+
     def subscribe(self, exits: Exits) -> None:
         """Collect the exits that containerd reports while this connection is open."""
         stream = self._call("Events", "Subscribe", {"filters": ['topic=="/tasks/exit"']}, timeout_s=None)
@@ -147,7 +161,7 @@ class Tasks:
             request_serializer=request.SerializeToString,
             response_deserializer=GetMessageClass(method.output_type).FromString,
         )
-        metadata = [("containerd-namespace", NAMESPACE)]
+        metadata = (("containerd-namespace", self._namespace),)
         begin = callee if method.server_streaming else callee.future
         return begin(request(**fields), timeout=timeout_s, metadata=metadata)
 

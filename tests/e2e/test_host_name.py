@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tests.e2e.conftest import Stack
     from tests.e2e.containerd import Result
 
+pytestmark = pytest.mark.each_release
 LONGEST = "a" * 64
 
 

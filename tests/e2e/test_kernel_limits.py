@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.busybox import IMAGE, PYTHON, PYTHON_OPTIONS
 from tests.e2e.by_hand import ByHand
-from tests.e2e.conftest import EITHER, new_id
+from tests.e2e.conftest import new_id
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +68,6 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("either_stack", EITHER[-2:], indirect=True)  # nothing of it depends on containerd
 def test_a_program_may_have_as_much_as_on_a_host_of_the_machines_size(either_stack: Stack):
     options = ["--rm", "--memory-limit", str(5 * GIB // 2), *PYTHON_OPTIONS, *IN_MEMORY]
     result = either_stack.containerd.run(

@@ -18,6 +18,8 @@ from tests.e2e.test_refusals import configured
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from _pytest.mark.structures import ParameterSet
+
     from tests.e2e.conftest import Stack
 
 pytestmark = [pytest.mark.hako, pytest.mark.mostly_on("1.7-ttrpc")]
@@ -42,6 +44,16 @@ IMPOSSIBLE = {("guest", "during start")}
 MATRIX = [
     pair for pair in itertools.product(VICTIMS, PHASES) if pair not in IMPOSSIBLE and pair[0] != "containerd"
 ]
+BOOTED_BY_DAY = (*BEFORE_THE_TASK_EXISTS, "running")
+"""The phases in which a machine that boots is killed by day; clones die in the others."""
+
+
+def by_day(*phases: str) -> list[ParameterSet]:
+    """Return the matrix; what dies in other phases is for the night."""
+    return [
+        pytest.param(victim, phase, marks=() if phase in phases else pytest.mark.nightly)
+        for victim, phase in MATRIX
+    ]
 
 
 def bring_to(life: Life, phase: str) -> list[Any]:
@@ -78,7 +90,7 @@ def further_to(life: Life, phase: str) -> list[Any]:
     return []
 
 
-@pytest.mark.parametrize(("victim", "phase"), MATRIX)
+@pytest.mark.parametrize(("victim", "phase"), by_day(*BOOTED_BY_DAY))
 def test_a_death_ends_the_task_once_and_leaves_nothing(stack: Stack, home: Path, victim: str, phase: str):
     with configured(stack, hypervisor='template = "off"'):  # of clones is test_kill_matrix_of_clones.py
         see_a_death(stack, home, victim, phase, lasting={"STOPPED", "GONE"})

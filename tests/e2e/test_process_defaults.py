@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from tests.e2e.conftest import Stack
 
+pytestmark = pytest.mark.each_release
 UNUSUAL = {
     resource.RLIMIT_CPU: 100_000,
     resource.RLIMIT_FSIZE: 1 << 40,

@@ -214,12 +214,10 @@ def take_memory_away(template: Path) -> None:
 @pytest.mark.parametrize(
     "spoil",
     [
-        flip_a_bit_of_memory,
         garble_memory,
-        spoil_state,
-        *(
+        *(  # tests/integration/hypervisor/test_template.py finds these out by day
             pytest.param(one, marks=pytest.mark.nightly)
-            for one in (spoil_memory, spoil_description, take_memory_away)
+            for one in (flip_a_bit_of_memory, spoil_memory, spoil_state, spoil_description, take_memory_away)
         ),
     ],
 )
@@ -297,12 +295,16 @@ MOMENTS = {
     "while it writes": lambda node, _: any((node.store / ".building").glob("template/*")),
     "when it has published": lambda node, _: node.templates,
 }
+BY_DAY = ("while its machine boots", "when it has published")
 
 
 @pytest.mark.parametrize(
     ("number", "moment"),
     [
-        *((signal.SIGKILL, moment) for moment in MOMENTS),
+        *(
+            pytest.param(signal.SIGKILL, moment, marks=() if moment in BY_DAY else pytest.mark.nightly)
+            for moment in MOMENTS
+        ),
         pytest.param(signal.SIGTERM, "while its machine boots", marks=pytest.mark.nightly),
     ],
 )

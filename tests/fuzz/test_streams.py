@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proto.containerd import task_v3_pb2
 from tests.fuzz.material import LONG, texts
-
-CASES = settings().max_examples
 
 # Relative to the fixture's directory, so that hostile paths stay in it; and nothing that has no reader.
 PATHS = [
@@ -46,7 +44,6 @@ PATHS = [
 paths = st.one_of(st.sampled_from(PATHS), texts.map(lambda text: f"DIR/{text}"))
 
 
-@settings(max_examples=2 * CASES)
 @given(stdin=paths, stdout=paths, stderr=paths, terminal=st.booleans(), as_exec=st.booleans())
 @example(stdin="DIR/a\0b", stdout="", stderr="", terminal=False, as_exec=False)
 @example(stdin="", stdout="DIR/a\0b", stderr="", terminal=False, as_exec=False)

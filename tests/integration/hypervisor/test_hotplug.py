@@ -174,7 +174,7 @@ async def test_failures_of_a_disk_reach_the_guest_and_the_log(start, loop_device
 
 
 @pytest.mark.parametrize(
-    "rounds", [pytest.param(20, marks=[pytest.mark.nightly, pytest.mark.timeout(1200)]), 2]
+    "rounds", [pytest.param(20, marks=[pytest.mark.nightly, pytest.mark.timeout(1200)]), 1]
 )
 async def test_no_slot_is_lost_over_rounds_of_thirty_disks(start, tmp_path, rounds):
     vm, shell = await start()
