@@ -18,24 +18,24 @@ README_LINES = 150
 LINK = re.compile(r"\]\(([^)#\s]+)")
 
 
-def test_generated_tables_are_what_the_code_says():
+def test_generated_tables_are_what_the_code_says() -> None:
     stale = [str(page.relative_to(ROOT)) for page in document.stale(pages())]
 
     assert stale == [], "run: .venv/bin/python -m scripts.document"
 
 
 @pytest.mark.parametrize("example", examples(), ids=lambda example: f"{example.page}: {example.commands[0]}")
-def test_an_example_is_run_or_says_why_not(example: Example):
+def test_an_example_is_run_or_says_why_not(example: Example) -> None:
     assert example.mark
     assert example.commands
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_to_files(page: Path):
+def test_links_lead_to_files(page: Path) -> None:
     links = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]
 
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-def test_the_readme_is_short():
+def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= README_LINES

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from google.protobuf import any_pb2, descriptor_pool, timestamp_pb2
 
@@ -15,6 +17,10 @@ from proto.containerd import (
     task_v3_pb2,
 )
 from proto.kata import agent_pb2, health_pb2, oci_pb2
+
+if TYPE_CHECKING:
+    from typing import Any
+
 
 FILES = (agent_pb2, health_pb2, task_v2_pb2, task_v3_pb2, sandbox_v1_pb2, events_ttrpc_pb2)
 
@@ -149,7 +155,7 @@ ENUMS = {
 
 
 @pytest.mark.parametrize(("full_name", "table"), SERVICES.items(), ids=SERVICES)
-def test_a_service_has_the_methods_of_the_contract(full_name, table):
+def test_a_service_has_the_methods_of_the_contract(full_name: str, table: str) -> None:
     service = descriptor_pool.Default().FindServiceByName(full_name)
 
     def short(name: str) -> str:
@@ -163,14 +169,14 @@ def test_a_service_has_the_methods_of_the_contract(full_name, table):
     assert not any(method.client_streaming or method.server_streaming for method in service.methods)
 
 
-def test_no_file_has_a_further_service():
+def test_no_file_has_a_further_service() -> None:
     assert {
         service.full_name for file in FILES for service in file.DESCRIPTOR.services_by_name.values()
     } == set(SERVICES)
 
 
 @pytest.mark.parametrize(("full_name", "values"), ENUMS.items(), ids=ENUMS)
-def test_an_enum_has_the_values_of_the_contract(full_name, values):
+def test_an_enum_has_the_values_of_the_contract(full_name: str, values: dict[str, int]) -> None:
     enum = descriptor_pool.Default().FindEnumTypeByName(full_name)
     assert {value.name: value.number for value in enum.values} == values
 
@@ -222,12 +228,12 @@ def test_an_enum_has_the_values_of_the_contract(full_name, values):
         ),
     ],
 )
-def test_a_message_has_the_bytes_of_the_contract(message, encoded):
+def test_a_message_has_the_bytes_of_the_contract(message: Any, encoded: bytes) -> None:
     assert message.SerializeToString() == encoded
     assert type(message).FromString(encoded) == message
 
 
-def test_bootstrap_parameters_and_a_bare_any_cannot_be_told_apart_by_parsing():
+def test_bootstrap_parameters_and_a_bare_any_cannot_be_told_apart_by_parsing() -> None:
     options = any_pb2.Any(type_url="runtimeoptions.v1.Options", value=b"v")
     misread = bootstrap_v1_pb2.BootstrapParams.FromString(options.SerializeToString())
     assert misread.instance_id == options.type_url

@@ -330,18 +330,18 @@ TABLES = sections(MESSAGES)
 
 
 @pytest.mark.parametrize(("module", "package"), PACKAGES.items())
-def test_a_file_has_the_package_and_syntax_of_the_wire(module, package):
+def test_a_file_has_the_package_and_syntax_of_the_wire(module: str, package: str) -> None:
     file = descriptor_pb2.FileDescriptorProto()
     importlib.import_module(module).DESCRIPTOR.CopyToProto(file)
     assert (file.package, file.syntax) == (package, "proto3")
 
 
 @pytest.mark.parametrize(("full_name", "table"), TABLES.items(), ids=TABLES)
-def test_a_message_has_the_fields_of_the_contract(full_name, table):
+def test_a_message_has_the_fields_of_the_contract(full_name: str, table: str) -> None:
     assert actual_fields(full_name) == expected_fields(table)
 
 
-def test_task_v3_has_the_messages_of_task_v2():
+def test_task_v3_has_the_messages_of_task_v2() -> None:
     names = set(task_v2_pb2.DESCRIPTOR.message_types_by_name)
     assert set(task_v3_pb2.DESCRIPTOR.message_types_by_name) == names
     for name in names:

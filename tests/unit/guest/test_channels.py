@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from typing import TYPE_CHECKING
 
 import pytest
 
 from guest.agent import channels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
 
 GET, SET = 0x3C, 0x3D
 
@@ -15,11 +21,11 @@ GET, SET = 0x3C, 0x3D
 class Driver:
     """Cards by name: the most pairs of queues, and how many are used."""
 
-    def __init__(self, **cards):
+    def __init__(self, **cards: tuple[int, int] | None) -> None:
         self.cards = cards
         self.commands = []
 
-    def ioctl(self, _fd, _code, request):
+    def ioctl(self, _fd: int, _code: int, request: bytes) -> None:
         name, pointer = struct.unpack("@16sP16x", request)
         name = name.rstrip(b"\0").decode()
         words = (ctypes.c_uint32 * 9).from_address(pointer)
@@ -33,8 +39,8 @@ class Driver:
 
 
 @pytest.fixture
-def drive(tmp_path, monkeypatch):
-    def use(processors, **cards):
+def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Driver]:
+    def use(processors: int, **cards: tuple[int, int] | None) -> Driver:
         driver = Driver(**cards)
         for name in cards:
             (tmp_path / name / "device").mkdir(parents=True)
@@ -51,13 +57,15 @@ def drive(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("processors", "before", "after"), [(2, (4, 1), (4, 2)), (8, (4, 1), (4, 4)), (1, (4, 3), (4, 1))]
 )
-def test_a_card_uses_a_pair_for_each_processor_up_to_its_most(drive, processors, before, after):
+def test_a_card_uses_a_pair_for_each_processor_up_to_its_most(
+    drive: Callable[..., Driver], processors: int, before: tuple[int, int], after: tuple[int, int]
+) -> None:
     assert drive(processors, eth0=before).cards == {"eth0": after}
 
 
-def test_a_card_that_uses_as_many_already_is_left_alone(drive):
+def test_a_card_that_uses_as_many_already_is_left_alone(drive: Callable[..., Driver]) -> None:
     assert drive(2, eth0=(4, 2), eth1=(1, 1)).commands.count(("eth0", SET)) == 0
 
 
-def test_a_card_that_refuses_does_not_keep_the_others_from_theirs(drive):
+def test_a_card_that_refuses_does_not_keep_the_others_from_theirs(drive: Callable[..., Driver]) -> None:
     assert drive(2, eth0=None, eth1=(2, 1)).cards["eth1"] == (2, 2)

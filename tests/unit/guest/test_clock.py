@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import struct
 import threading
+from typing import TYPE_CHECKING
 
 import pytest
 
 from guest.agent import clock
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+
 STEP, RATE = 0x2100, 0x4000
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the kernel is asked for: modes, seconds, nanoseconds, tick."""
     requests: list[tuple[int, ...]] = []
 
@@ -33,18 +39,22 @@ def asked(monkeypatch):
         (-5_000_000_000, False, (-5, 0)),
     ],
 )
-def test_the_clock_is_set_forward_or_by_much_or_before_anything_runs(asked, shift_ns, at_once, step):
+def test_the_clock_is_set_forward_or_by_much_or_before_anything_runs(
+    asked: list[Any], shift_ns: int, at_once: bool, step: tuple[int, int]
+) -> None:
     clock.move(shift_ns, at_once=at_once)
     assert asked == [(STEP, *step, 0)]
 
 
-def test_a_clock_that_is_a_little_ahead_is_slowed_down_and_goes_on_at_its_rate(asked, monkeypatch):
+def test_a_clock_that_is_a_little_ahead_is_slowed_down_and_goes_on_at_its_rate(
+    asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ended, slept = threading.Event(), []
     monkeypatch.setattr(clock.time, "sleep", slept.append)
     times = iter([100.0, 100.0, 101.0, 110.0])
     monkeypatch.setattr(clock.time, "monotonic", lambda: next(times))
 
-    def start(function, arguments):
+    def start(function: Callable[..., Any], arguments: tuple[object, ...]) -> None:
         function(*arguments)
         ended.set()
 
@@ -55,7 +65,7 @@ def test_a_clock_that_is_a_little_ahead_is_slowed_down_and_goes_on_at_its_rate(a
     assert asked == [(RATE, 0, 0, 9_800), (RATE, 0, 0, 10_000)]
 
 
-def test_the_quickest_comparison_with_the_hosts_clock_counts():
+def test_the_quickest_comparison_with_the_hosts_clock_counts() -> None:
     def at(nanoseconds: int) -> bytes:
         return struct.pack("qII", *divmod(nanoseconds, 10**9), 0)
 
@@ -68,7 +78,7 @@ def test_the_quickest_comparison_with_the_hosts_clock_counts():
     assert clock.ahead_by(answer.ljust(832, b"\0")) == 950 - 450
 
 
-def test_a_machine_without_the_hosts_clock_tells_only_its_time(monkeypatch):
+def test_a_machine_without_the_hosts_clock_tells_only_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "_ptp", None)
     monkeypatch.setattr(clock.files, "read", lambda _path: "hpet acpi_pm \n")
     assert clock.report().isdigit()

@@ -15,5 +15,5 @@ from guest.agent.errors import cause
         (OSError("plain"), "plain"),
     ],
 )
-def test_a_refusal_is_told_without_its_number(error: OSError, words: str):
+def test_a_refusal_is_told_without_its_number(error: OSError, words: str) -> None:
     assert cause(error) == words

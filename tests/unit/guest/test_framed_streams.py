@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,6 +17,10 @@ from guest.agent.process import Process
 from guest.agent.reaper import Exit
 from guest.agent.runtime import Started
 from guest.agent.streams import Pipes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 
 TIMEOUT_S = 5.0
 MUCH = os.urandom(3 << 20)
@@ -72,7 +77,7 @@ class Guest:
 
 
 @pytest.fixture
-def guest():
+def guest() -> Iterator[Guest]:
     opened = Guest()
     yield opened
     opened.close()
@@ -83,7 +88,7 @@ def frame(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_an_output_arrives_whole_and_the_host_closes_first(guest, name):
+def test_an_output_arrives_whole_and_the_host_closes_first(guest: Guest, name: str) -> None:
     guest.name(f"{name}\0box\0exec".encode())
     assert guest.answers()
     written_to, other = guest.pipes.child[1:] if name == "stdout" else guest.pipes.child[:0:-1]
@@ -108,7 +113,7 @@ def test_an_output_arrives_whole_and_the_host_closes_first(guest, name):
     assert guest.host.recv(1) == b""
 
 
-def test_an_input_arrives_in_whatever_pieces_it_comes_and_the_agent_closes_first(guest):
+def test_an_input_arrives_in_whatever_pieces_it_comes_and_the_agent_closes_first(guest: Guest) -> None:
     guest.name(b"stdin\0box\0")
     assert guest.answers()
     for byte in frame(b"one ") + frame(b"two") + frame(b""):
@@ -118,7 +123,7 @@ def test_an_input_arrives_in_whatever_pieces_it_comes_and_the_agent_closes_first
     assert guest.host.recv(1) == b""
 
 
-def test_an_input_that_breaks_off_amid_a_frame_ends_with_what_came(guest):
+def test_an_input_that_breaks_off_amid_a_frame_ends_with_what_came(guest: Guest) -> None:
     guest.name(b"stdin\0box\0")
     assert guest.answers()
     guest.host.sendall(frame(b"all of it")[:7])
@@ -127,7 +132,7 @@ def test_an_input_that_breaks_off_amid_a_frame_ends_with_what_came(guest):
         assert read_end.read() == b"all"
 
 
-def test_an_input_longer_than_the_process_lives_is_for_nobody(guest):
+def test_an_input_longer_than_the_process_lives_is_for_nobody(guest: Guest) -> None:
     guest.name(b"stdin\0box\0")
     assert guest.answers()
     guest.process.end.set(0)
@@ -148,13 +153,13 @@ def test_an_input_longer_than_the_process_lives_is_for_nobody(guest):
         b"\0\0",
     ],
 )
-def test_a_connection_that_names_no_stream_is_closed(guest, said):
+def test_a_connection_that_names_no_stream_is_closed(guest: Guest, said: bytes) -> None:
     guest.host.sendall(said)
     guest.host.shutdown(socket.SHUT_WR)
     assert guest.host.recv(4) == b""
 
 
-def test_a_connection_that_says_nothing_is_closed(monkeypatch):
+def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(framed_streams, "_NAME_TIMEOUT_MS", 0)
     guest = Guest()
     assert guest.host.recv(1) == b""

@@ -46,7 +46,7 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pool:
     return Pool(tmp_path, monkeypatch, room=10)
 
 
-def test_containers_have_their_pages_one_beside_the_other_and_give_them_back(pool: Pool):
+def test_containers_have_their_pages_one_beside_the_other_and_give_them_back(pool: Pool) -> None:
     huge_pages.reserve("a", {SIZE: 3 * MIB})
     huge_pages.reserve("b", {SIZE: 8 * MIB})
     assert pool.pages == 2 + 4
@@ -57,14 +57,14 @@ def test_containers_have_their_pages_one_beside_the_other_and_give_them_back(poo
     assert pool.pages == 1
 
 
-def test_a_container_that_the_memory_does_not_suffice_for_is_refused(pool: Pool):
+def test_a_container_that_the_memory_does_not_suffice_for_is_refused(pool: Pool) -> None:
     huge_pages.reserve("a", {SIZE: 12 * MIB})
     with pytest.raises(AgentError, match=r"there is memory for 10 of 11 pages of 2048 KiB; lower the limit"):
         huge_pages.reserve("b", {SIZE: 10 * MIB})
     assert (pool.pages, pool.compacted) == (6, 1)
 
 
-def test_pages_that_no_processor_has_are_refused(pool: Pool):
+def test_pages_that_no_processor_has_are_refused(pool: Pool) -> None:
     with pytest.raises(AgentError, match="none of 1048576 KiB; use another size"):
         huge_pages.reserve("a", {1 << 30: 1 << 30})
     assert not huge_pages.is_known("1GB")
@@ -73,6 +73,6 @@ def test_pages_that_no_processor_has_are_refused(pool: Pool):
 
 
 @pytest.mark.parametrize("size", ["", "MB", "2", "2mb", "-2MB", "2.5GB"])
-def test_a_size_that_is_none_is_refused(size: str):
+def test_a_size_that_is_none_is_refused(size: str) -> None:
     with pytest.raises(AgentError, match="write it like 2MB"):
         huge_pages.size_of(size)

@@ -76,17 +76,17 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
 
 @pytest.mark.parametrize("name", BOOTED)
-def test_a_limit_is_the_kernels_own_for_so_much_memory(name: str):
+def test_a_limit_is_the_kernels_own_for_so_much_memory(name: str) -> None:
     for ours, its in zip(limits.derived(LARGE)[name], BOOTED[name], strict=True):
         assert its <= ours <= 1.07 * its
 
 
-def test_what_every_host_has_raised_is_raised_at_boot(kernel: Kernel):
+def test_what_every_host_has_raised_is_raised_at_boot(kernel: Kernel) -> None:
     assert kernel["kernel/pid_max"] == (4194304,)
     assert kernel["kernel/threads-max"] == (3581,)
 
 
-def test_limits_follow_growth(kernel: Kernel):
+def test_limits_follow_growth(kernel: Kernel) -> None:
     kernel.has_memory(LARGE)
     assert kernel["kernel/threads-max"] == limits.derived(LARGE)["kernel/threads-max"]
     assert kernel["net/ipv4/tcp_rmem"] == (4096, 131072, 6 * MIB)
@@ -96,13 +96,13 @@ def test_limits_follow_growth(kernel: Kernel):
 
 def test_a_machine_of_the_size_it_booted_with_keeps_what_the_kernel_chose_or_gets_a_little_more(
     kernel: Kernel,
-):
+) -> None:
     kernel.has_memory(SMALL)
     for name, value in BOOTED_LESS.items():
         assert all(b <= a <= 1.07 * b for a, b in zip(kernel[name], value, strict=True)), name
 
 
-def test_only_the_thresholds_of_memory_go_down_again(kernel: Kernel):
+def test_only_the_thresholds_of_memory_go_down_again(kernel: Kernel) -> None:
     kernel.has_memory(LARGE)
     kernel.has_memory(SMALL)
     assert kernel["fs/inotify/max_user_watches"] == limits.derived(LARGE)["fs/inotify/max_user_watches"]
@@ -110,7 +110,7 @@ def test_only_the_thresholds_of_memory_go_down_again(kernel: Kernel):
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_what_somebody_has_set_by_hand_is_left_alone(kernel: Kernel, before: bool):
+def test_what_somebody_has_set_by_hand_is_left_alone(kernel: Kernel, before: bool) -> None:
     if before:
         kernel.has_memory(GIB)
     kernel["kernel/threads-max"] = (5000,)
@@ -119,7 +119,7 @@ def test_what_somebody_has_set_by_hand_is_left_alone(kernel: Kernel, before: boo
     assert kernel["fs/epoll/max_user_watches"] > (102043,)
 
 
-def test_what_a_specification_has_set_is_left_alone_even_if_it_is_the_same(kernel: Kernel):
+def test_what_a_specification_has_set_is_left_alone_even_if_it_is_the_same(kernel: Kernel) -> None:
     sysctl.apply({"fs.inotify.max_user_watches": "8192"}, namespaces=())
     kernel.has_memory(LARGE)
     assert kernel["fs/inotify/max_user_watches"] == (8192,)
@@ -128,11 +128,11 @@ def test_what_a_specification_has_set_is_left_alone_even_if_it_is_the_same(kerne
 @pytest.mark.parametrize(
     ("memory", "connections"), [(SMALL, 3749), (2 * GIB, 1 << 16), (8 * GIB, 1 << 18), (GIB // 64, 1024)]
 )
-def test_netfilter_follows_as_many_connections_as_one_loaded_now(memory: int, connections: int):
+def test_netfilter_follows_as_many_connections_as_one_loaded_now(memory: int, connections: int) -> None:
     assert limits.tracked_connections(memory) == connections
 
 
-def test_a_number_of_connections_that_somebody_chose_stays(kernel: Kernel):
+def test_a_number_of_connections_that_somebody_chose_stays(kernel: Kernel) -> None:
     most, buckets = "net/netfilter/nf_conntrack_max", "net/netfilter/nf_conntrack_buckets"
     kernel[most], kernel[buckets] = (4096,), (4096,)
     kernel.has_memory(2 * GIB)
@@ -142,7 +142,7 @@ def test_a_number_of_connections_that_somebody_chose_stays(kernel: Kernel):
     assert (kernel[most], kernel[buckets]) == ((70000,), (65536,))
 
 
-def test_a_limit_that_the_host_has_raised_is_raised_and_goes_on_to_follow(kernel: Kernel):
+def test_a_limit_that_the_host_has_raised_is_raised_and_goes_on_to_follow(kernel: Kernel) -> None:
     limits.accept({"io.hako.at-least/fs.inotify.max_user_watches": "9000", "other": "x"})
     assert kernel["fs/inotify/max_user_watches"] == (9000,)
     kernel.has_memory(LARGE)
@@ -151,7 +151,7 @@ def test_a_limit_that_the_host_has_raised_is_raised_and_goes_on_to_follow(kernel
     assert kernel["fs/inotify/max_user_watches"] > (9000,)
 
 
-def test_a_host_that_has_raised_a_limit_gives_way_to_a_specification(kernel: Kernel):
+def test_a_host_that_has_raised_a_limit_gives_way_to_a_specification(kernel: Kernel) -> None:
     sysctl.apply({"fs.inotify.max_user_watches": "8192"}, namespaces=())
     limits.accept({"io.hako.at-least/fs.inotify.max_user_watches": "9000"})
     assert kernel["fs/inotify/max_user_watches"] == (8192,)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from guest.agent import sizing
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 @pytest.fixture
-def refuse(tmp_path, monkeypatch):
+def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
     """Have the kernel refuse to put two blocks of memory to use; return the blocks that were tried."""
     tried = []
 
@@ -34,7 +38,9 @@ def refuse(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EBUSY, errno.ENODEV, errno.ENOENT])
-def test_a_block_that_comes_or_goes_does_not_keep_others_from_use(refuse, number):
+def test_a_block_that_comes_or_goes_does_not_keep_others_from_use(
+    refuse: Callable[[int], list[str]], number: int
+) -> None:
     tried = refuse(number)
 
     sizing.online_memory()
@@ -42,7 +48,7 @@ def test_a_block_that_comes_or_goes_does_not_keep_others_from_use(refuse, number
     assert tried == ["memory32", "memory33"]
 
 
-def test_a_failure_of_the_kernel_is_told(refuse):
+def test_a_failure_of_the_kernel_is_told(refuse: Callable[[int], list[str]]) -> None:
     refuse(errno.EIO)
 
     with pytest.raises(OSError, match="Input/output error"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,12 +16,16 @@ from guest.agent.reaper import Exit
 from guest.agent.runtime import Started
 from guest.agent.streams import Pipes
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
 TIMEOUT_S = 5.0
 MUCH = os.urandom(3 << 20)
 
 
 @pytest.fixture
-def pipes():
+def pipes() -> Iterator[Pipes]:
     """The streams of a process that this test plays itself."""
     opened = Pipes()
     yield opened
@@ -32,12 +37,12 @@ def pipes():
 
 
 @pytest.fixture
-def process(pipes):
+def process(pipes: Pipes) -> Process:
     return Process(Started(1, Exit(), pipes.streams()))
 
 
 @pytest.fixture
-def host():
+def host() -> Iterator[Callable[[int], socket.socket]]:
     """Make a connection from a port and return the host's end."""
     ends = []
 
@@ -61,7 +66,9 @@ def read_all(stream: socket.socket) -> bytes:
     return b"".join(iter(lambda: stream.recv(1 << 16), b""))
 
 
-def test_outputs_arrive_whole_and_apart(host, process, pipes):
+def test_outputs_arrive_whole_and_apart(
+    host: Callable[[int], socket.socket], process: Process, pipes: Pipes
+) -> None:
     stdout, stderr = host(7001), host(7002)
     with raw_streams.Claims(request(stdout=7001, stderr=7002)) as claims:
         claims.attach(process, ended=lambda: None)
@@ -77,7 +84,9 @@ def test_outputs_arrive_whole_and_apart(host, process, pipes):
     assert read_all(stderr) == b"apart"
 
 
-def test_the_end_of_input_reaches_the_process_after_all_of_it(host, process, pipes):
+def test_the_end_of_input_reaches_the_process_after_all_of_it(
+    host: Callable[[int], socket.socket], process: Process, pipes: Pipes
+) -> None:
     stdin = host(7003)
     with raw_streams.Claims(request(stdin=7003)) as claims:
         claims.attach(process, ended=lambda: None)
@@ -88,7 +97,9 @@ def test_the_end_of_input_reaches_the_process_after_all_of_it(host, process, pip
         assert read_end.read() == b"a line\n"
 
 
-def test_output_of_a_process_that_has_ended_is_told_as_over_once(host, process, pipes):
+def test_output_of_a_process_that_has_ended_is_told_as_over_once(
+    host: Callable[[int], socket.socket], process: Process, pipes: Pipes
+) -> None:
     stdout, over = host(7004), []
     with raw_streams.Claims(request(stdout=7004)) as claims:
         claims.attach(process, ended=lambda: over.append(True))
@@ -99,14 +110,16 @@ def test_output_of_a_process_that_has_ended_is_told_as_over_once(host, process, 
     assert over == [True]
 
 
-def test_a_port_that_nobody_connected_from_is_refused_and_the_others_are_closed(host):
+def test_a_port_that_nobody_connected_from_is_refused_and_the_others_are_closed(
+    host: Callable[[int], socket.socket],
+) -> None:
     stdout = host(7005)
     with pytest.raises(AgentError, match="port 7006"):
         raw_streams.Claims(request(stdout=7005, stderr=7006))
     assert stdout.recv(1) == b""
 
 
-def test_connections_are_closed_if_the_process_cannot_be_made(host):
+def test_connections_are_closed_if_the_process_cannot_be_made(host: Callable[[int], socket.socket]) -> None:
     stdout = host(7007)
     with pytest.raises(ZeroDivisionError), raw_streams.Claims(request(stdout=7007)):
         raise ZeroDivisionError

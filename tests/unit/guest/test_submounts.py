@@ -22,7 +22,7 @@ def built(code: bytes, *, name: bytes = b"fuse_get_tree_submount") -> bytes:
     return relocatable({".text": before + code + ACTIVE, ".symtab": symbols, ".strtab": NAME})
 
 
-def test_the_flag_is_set_in_that_function_alone():
+def test_the_flag_is_set_in_that_function_alone() -> None:
     given = built(b"\x90" + ACTIVE + b"\xc3")
 
     changed = check_lists(given)
@@ -41,6 +41,6 @@ def test_the_flag_is_set_in_that_function_alone():
         pytest.param(built(ACTIVE, name=b"other"), id="another function"),
     ],
 )
-def test_a_module_of_an_unknown_build_is_left_as_it_is(given: bytes):
+def test_a_module_of_an_unknown_build_is_left_as_it_is(given: bytes) -> None:
     assert check_lists(given) == given
     assert not are_lists_checked(given)

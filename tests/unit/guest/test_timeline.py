@@ -20,7 +20,7 @@ PLUGS = b"""<6>[    6.500000] pci 0000:01:01.0: [1af4:1053] type 00 class 0x0780
 
 
 @pytest.fixture(autouse=True)
-def clock(monkeypatch):
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     times = [1.5, 1.75, 9.0, 9.5, 10.0, 11.0]
     monkeypatch.setattr(timeline, "_noted", [])
     monkeypatch.setattr(timeline, "_lap_s", 0.0)
@@ -42,7 +42,9 @@ def clock(monkeypatch):
     ],
     ids=["booted", "cloned"],
 )
-def test_the_first_report_goes_back_to_the_kernels_start(monkeypatch, log, kernels):
+def test_the_first_report_goes_back_to_the_kernels_start(
+    monkeypatch: pytest.MonkeyPatch, log: bytes, kernels: list[str]
+) -> None:
     monkeypatch.setattr(kernel, "messages", lambda: log)
     timeline.lap("interpreter")
     timeline.lap("mounts")
@@ -58,7 +60,7 @@ def test_the_first_report_goes_back_to_the_kernels_start(monkeypatch, log, kerne
     assert timeline.report() == "10.000000"
 
 
-def test_what_waits_for_the_world_is_left_out():
+def test_what_waits_for_the_world_is_left_out() -> None:
     timeline.note("WaitProcess", 1.0)
 
     assert timeline.report() == "1.500000"

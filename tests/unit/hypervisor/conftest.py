@@ -8,16 +8,19 @@ import json
 import socket
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from hypervisor import Accelerator, Channel, VmSpec
 from hypervisor.qmp import QmpSession
 
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
 
 @pytest.fixture
-def make_spec(tmp_path):
+def make_spec(tmp_path: Path) -> Callable[..., VmSpec]:
     def make(**changes: Any) -> VmSpec:
         values: dict[str, Any] = {
             "name": "sandbox-1",
@@ -57,11 +60,11 @@ class Peer:
         self._stream.settimeout(0)
         self._received = bytearray()
 
-    async def send(self, message):
+    async def send(self, message: bytes | dict[str, Any]) -> None:
         data = message if isinstance(message, bytes) else json.dumps(message).encode() + b"\r\n"
         await asyncio.get_running_loop().sock_sendall(self._stream, data)
 
-    async def receive(self):
+    async def receive(self) -> dict[str, Any]:
         # The library sends no line ends: a command is over when its JSON is.
         while True:
             with contextlib.suppress(ValueError):
@@ -72,7 +75,7 @@ class Peer:
             assert chunk, "the session hung up"
             self._received += chunk
 
-    async def receive_fds(self):
+    async def receive_fds(self) -> tuple[dict[str, Any], list[int]]:
         """Receive a command and the descriptors that came just before it."""
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
@@ -83,7 +86,7 @@ class Peer:
         assert (blank, len(fds)) == (b" ", 1)
         return await self.receive(), fds
 
-    async def serve(self, *answers):
+    async def serve(self, *answers: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         """Answer commands one after the other; return them."""
         commands = []
         for answer in answers:
@@ -92,17 +95,17 @@ class Peer:
             await self.send({**answer, "id": query["id"]})
         return commands
 
-    async def negotiate(self):
+    async def negotiate(self) -> None:
         await self.send(GREETING)
         assert (await self.receive())["execute"] == "qmp_capabilities"
         await self.send({"return": {}})
 
-    def hang_up(self):
+    def hang_up(self) -> None:
         self._stream.close()
 
 
 @pytest.fixture
-async def ends():
+async def ends() -> AsyncIterator[tuple[QmpSession, Peer]]:
     with ExitStack() as handover:
         session = QmpSession("test", handover=handover)
         peer = Peer(session.qemu_fd)
@@ -112,7 +115,7 @@ async def ends():
 
 
 @pytest.fixture
-async def connected(ends):
+async def connected(ends: tuple[QmpSession, Peer]) -> tuple[QmpSession, Peer]:
     session, peer = ends
     async with asyncio.TaskGroup() as group:
         group.create_task(peer.negotiate())

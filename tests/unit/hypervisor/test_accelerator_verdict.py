@@ -7,11 +7,19 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from hypervisor import Accelerator, Verdict, accelerator
 from hypervisor.accelerator import _Run, race
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from hypervisor import interface
+    from hypervisor.machine import Machine
+
 
 QEMU = Path("/usr/bin/qemu")
 
@@ -20,6 +28,10 @@ KVM, TCG = Accelerator.KVM, Accelerator.TCG
 HEAD_START_S, DEADLINE_S = 0.02, 0.2
 NEVER_S = 10.0
 FAILED = "QEMU killed by signal 6"
+
+
+def names_in(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir()]
 
 
 @pytest.mark.parametrize(
@@ -35,11 +47,17 @@ FAILED = "QEMU killed by signal 6"
     ],
     ids=["at once", "faster", "no TCG", "slower", "crashes", "crashes later", "hangs, and no TCG"],
 )
-async def test_the_race_is_won_by_what_runs_the_payload_first(monkeypatch, kvm, tcg, chosen, reason):
+async def test_the_race_is_won_by_what_runs_the_payload_first(
+    monkeypatch: pytest.MonkeyPatch,
+    kvm: tuple[float, str | None],
+    tcg: tuple[float, str | None],
+    chosen: interface.Accelerator,
+    reason: str,
+) -> None:
     monkeypatch.setattr(accelerator, "_HEAD_START_S", HEAD_START_S)
     monkeypatch.setattr(accelerator, "_DEADLINE_S", DEADLINE_S)
 
-    async def run(which):
+    async def run(which: interface.Accelerator) -> _Run:
         elapsed_s, failure = kvm if which is KVM else tcg
         await asyncio.sleep(elapsed_s)
         return _Run(elapsed_s=elapsed_s, failure=failure)
@@ -49,10 +67,10 @@ async def test_the_race_is_won_by_what_runs_the_payload_first(monkeypatch, kvm, 
     assert reason in verdict.reason
 
 
-async def test_a_good_kvm_has_nothing_else_run_beside_it():
+async def test_a_good_kvm_has_nothing_else_run_beside_it() -> None:
     asked = []
 
-    async def run(which):
+    async def run(which: interface.Accelerator) -> _Run:
         asked.append(which)
         return _Run(elapsed_s=0.1, failure=None)
 
@@ -60,12 +78,12 @@ async def test_a_good_kvm_has_nothing_else_run_beside_it():
     assert asked == [KVM]
 
 
-async def test_a_race_that_nobody_wins_proves_nothing(monkeypatch):
+async def test_a_race_that_nobody_wins_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "_HEAD_START_S", HEAD_START_S)
     monkeypatch.setattr(accelerator, "_DEADLINE_S", DEADLINE_S)
     over = []
 
-    async def run(which):
+    async def run(which: interface.Accelerator) -> None:
         try:
             await asyncio.sleep(NEVER_S)
         finally:
@@ -78,11 +96,11 @@ async def test_a_race_that_nobody_wins_proves_nothing(monkeypatch):
 
 
 @pytest.fixture
-def measurements(monkeypatch, tmp_path):
+def measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """A host whose KVM opens; counts how often it is measured."""
     count = []
 
-    async def measure(qemu, machine):
+    async def measure(qemu: Path, machine: Machine) -> accelerator.Verdict:
         count.append(qemu)
         return Verdict(accelerator=Accelerator.KVM, reason=f"measurement {len(count)}")
 
@@ -91,7 +109,7 @@ def measurements(monkeypatch, tmp_path):
     return count
 
 
-async def test_a_verdict_is_kept(measurements, tmp_path):
+async def test_a_verdict_is_kept(measurements: list[Any], tmp_path: Path) -> None:
     first = await accelerator.choose_accelerator(QEMU, cache=tmp_path / "verdict.json")
     second = await accelerator.choose_accelerator(QEMU, cache=tmp_path / "verdict.json")
     assert first == second
@@ -109,10 +127,16 @@ async def test_a_verdict_is_kept(measurements, tmp_path):
     ],
     ids=["KVM won", "KVM lost lately", "KVM lost a while ago", "the clock was set back", "nobody won"],
 )
-async def test_a_failed_kvm_is_asked_again(monkeypatch, tmp_path, verdict, age_s, measured_anew):
+async def test_a_failed_kvm_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    verdict: accelerator.Verdict,
+    age_s: float,
+    measured_anew: bool,
+) -> None:
     asked = []
 
-    async def measure(*_):
+    async def measure(*_: Machine | Path) -> accelerator.Verdict:
         asked.append(verdict)
         return verdict
 
@@ -126,7 +150,9 @@ async def test_a_failed_kvm_is_asked_again(monkeypatch, tmp_path, verdict, age_s
     assert len(asked) == (2 if measured_anew else 1)
 
 
-async def test_another_qemu_or_another_boot_is_measured_anew(measurements, tmp_path, monkeypatch):
+async def test_another_qemu_or_another_boot_is_measured_anew(
+    measurements: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = tmp_path / "verdict.json"
     await accelerator.choose_accelerator(QEMU, cache=cache)
     await accelerator.choose_accelerator(Path("/opt/qemu"), cache=cache)
@@ -138,7 +164,9 @@ async def test_another_qemu_or_another_boot_is_measured_anew(measurements, tmp_p
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", json.dumps({"key": 1}).encode()])
-async def test_a_damaged_cache_is_measured_anew(measurements, tmp_path, content):
+async def test_a_damaged_cache_is_measured_anew(
+    measurements: list[Any], tmp_path: Path, content: bytes
+) -> None:
     cache = tmp_path / "verdict.json"
     cache.write_bytes(content)
     verdict = await accelerator.choose_accelerator(QEMU, cache=cache)
@@ -146,15 +174,17 @@ async def test_a_damaged_cache_is_measured_anew(measurements, tmp_path, content)
     assert json.loads(cache.read_text())["accelerator"] == "kvm"
 
 
-async def test_without_the_device_the_reason_names_it_and_nothing_is_kept(tmp_path, monkeypatch):
+async def test_without_the_device_the_reason_names_it_and_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(accelerator, "KVM_DEVICE", tmp_path / "kvm")
     verdict = await accelerator.choose_accelerator(QEMU, cache=tmp_path / "verdict.json")
     assert verdict.accelerator is Accelerator.TCG
     assert str(tmp_path / "kvm") in verdict.reason
-    assert list(tmp_path.iterdir()) == []
+    assert names_in(tmp_path) == []
 
 
-async def test_another_user_cannot_hold_up_a_start_by_a_lock(tmp_path):
+async def test_another_user_cannot_hold_up_a_start_by_a_lock(tmp_path: Path) -> None:
     lock = tmp_path / "verdict.lock"
     lock.touch(mode=0o644)
 
@@ -162,7 +192,9 @@ async def test_another_user_cannot_hold_up_a_start_by_a_lock(tmp_path):
         assert lock.stat().st_mode & 0o777 == 0o600
 
 
-async def test_a_lock_that_is_never_given_back_is_waited_for_only_so_long(tmp_path, monkeypatch):
+async def test_a_lock_that_is_never_given_back_is_waited_for_only_so_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(accelerator, "_LOCK_S", 0.01)
     entered = False
     async with accelerator._locked(tmp_path / "lock"), accelerator._locked(tmp_path / "lock"):

@@ -17,25 +17,25 @@ DONE, FAILED, BUSY, UNDER_WAY = 0x0, 0x1, 0x82, 0x84
 class Events:
     """Events that came, and no more."""
 
-    def __init__(self, *events):
+    def __init__(self, *events: Event) -> None:
         self._events = list(events)
 
-    async def next(self):
+    async def next(self) -> Event:
         if not self._events:
             await asyncio.get_running_loop().create_future()
         return self._events.pop(0)
 
 
-def ost(source, status, *, slot="3", kind="CPU"):
+def ost(source: int, status: int, *, slot: str = "3", kind: str = "CPU") -> Event:
     info = {"source": source, "status": status, "slot": slot, "slot-type": kind}
     return Event("ACPI_DEVICE_OST", {"info": info})
 
 
-def deleted(device):
+def deleted(device: str) -> Event:
     return Event("DEVICE_DELETED", {"device": device, "path": f"/machine/peripheral/{device}"})
 
 
-async def answer(*events, leaving):
+async def answer(*events: Event, leaving: bool) -> str:
     return await acpi.answer(SLOT, Events(*events), leaving=leaving, timeout_s=0.01)
 
 
@@ -54,7 +54,9 @@ SILENCE = "no answer within 0.01 s"
         ([], SILENCE),
     ],
 )
-async def test_an_addition_is_done_when_the_guest_says_so_of_that_slot(events, problem):
+async def test_an_addition_is_done_when_the_guest_says_so_of_that_slot(
+    events: list[Event], problem: str
+) -> None:
     assert await answer(*events, leaving=False) == problem
 
 
@@ -72,5 +74,5 @@ async def test_an_addition_is_done_when_the_guest_says_so_of_that_slot(events, p
         ([ost(EJECT, UNDER_WAY)], SILENCE),
     ],
 )
-async def test_a_removal_is_done_when_the_guest_or_qemu_says_so(events, problem):
+async def test_a_removal_is_done_when_the_guest_or_qemu_says_so(events: list[Event], problem: str) -> None:
     assert await answer(*events, leaving=True) == problem

@@ -17,7 +17,7 @@ from hypervisor.printable import printable
 from hypervisor.process import LINE_LIMIT, Process, waits_more_than_it_runs
 
 
-def shell(script: str, **kwargs) -> Process:
+def shell(script: str, **kwargs: bool | list[int]) -> Process:
     return Process.spawn("test", ["/bin/sh", "-c", script], **kwargs)
 
 
@@ -42,34 +42,34 @@ def gone(pid: int) -> bool:
         ("kill -9 $$", ExitStatus(signal=9), "killed by signal 9"),
     ],
 )
-async def test_the_end_is_reported_exactly(script, status, text):
+async def test_the_end_is_reported_exactly(script: str, status: ExitStatus, text: str) -> None:
     process = shell(script)
     assert await process.exited == status
     assert str(status) == text
     assert gone(process.pid)
 
 
-async def test_kill_ends_a_process_and_is_harmless_afterwards():
+async def test_kill_ends_a_process_and_is_harmless_afterwards() -> None:
     process = shell("exec sleep 60")
     process.kill()
     assert (await process.exited).signal == signal.SIGKILL
     process.kill()
 
 
-async def test_the_last_lines_of_both_outputs_are_the_obituary():
+async def test_the_last_lines_of_both_outputs_are_the_obituary() -> None:
     process = shell("for i in 1 2 3; do echo out $i; echo; done; echo err >&2; exit 3")
     await process.exited
     assert process.obituary() == "test exited with status 3: out 2; out 3; err"
 
 
-async def test_output_is_bounded_and_keeps_the_end():
+async def test_output_is_bounded_and_keeps_the_end() -> None:
     process = shell("head -c 1000000 /dev/zero | tr '\\0' x; echo; echo the end")
     await process.exited
     assert len(process.output()) <= 64 * 1024
     assert process.last_words().endswith("the end")
 
 
-async def test_only_listed_descriptors_are_inherited():
+async def test_only_listed_descriptors_are_inherited() -> None:
     listed, other = os.open(os.devnull, os.O_RDONLY), os.open(os.devnull, os.O_RDONLY)
     os.set_inheritable(other, False)
     process = shell(f"test -e /dev/fd/{listed} && test ! -e /dev/fd/{other}", inherit=[listed])
@@ -80,20 +80,20 @@ async def test_only_listed_descriptors_are_inherited():
         os.close(other)
 
 
-async def test_a_program_that_cannot_be_executed_ends_at_once_and_says_so():
+async def test_a_program_that_cannot_be_executed_ends_at_once_and_says_so() -> None:
     process = Process.spawn("test", ["/nonexistent/program"])
     assert (await process.exited).code == 127
     assert "/nonexistent/program" in process.last_words()
 
 
-async def test_no_descriptor_is_left():
+async def test_no_descriptor_is_left() -> None:
     before = descriptors()
     for _ in range(20):
         await shell("echo x").exited
     assert descriptors() == before
 
 
-async def test_destroying_a_process_ends_the_workers_it_forked():
+async def test_destroying_a_process_ends_the_workers_it_forked() -> None:
     parent = shell("sleep 60 & echo forked; wait")
     async with asyncio.timeout(10):
         await wait_for_output(parent, "forked")
@@ -106,7 +106,7 @@ async def test_destroying_a_process_ends_the_workers_it_forked():
     assert gone(worker.pid)
 
 
-def test_a_child_dies_with_its_parent():
+def test_a_child_dies_with_its_parent() -> None:
     script = (
         "import asyncio, os\n"
         "from hypervisor.process import Process\n"
@@ -136,7 +136,7 @@ def test_a_child_dies_with_its_parent():
     [("plain", "plain"), ("a\x1b[31mb\r", "a [31mb"), ("x" * 1000, "x" * 400)],
     ids=["plain", "control characters", "long"],
 )
-def test_lines_from_outside_are_made_printable(line, shown):
+def test_lines_from_outside_are_made_printable(line: str, shown: str) -> None:
     assert printable(line, limit=LINE_LIMIT) == shown
 
 
@@ -144,7 +144,9 @@ _PAGES = "grep THP_enabled /proc/self/status"
 
 
 @pytest.mark.parametrize(("huge_pages", "enabled"), [(True, "1"), (False, "0")])
-async def test_a_program_may_have_to_do_without_huge_pages_and_no_other_has(huge_pages, enabled):
+async def test_a_program_may_have_to_do_without_huge_pages_and_no_other_has(
+    huge_pages: bool, enabled: str
+) -> None:
     said = []
     for process in (shell(_PAGES, huge_pages=huge_pages), shell(_PAGES)):
         await process.exited
@@ -161,11 +163,13 @@ async def test_a_program_may_have_to_do_without_huge_pages_and_no_other_has(huge
         ([], False),
     ],
 )
-def test_who_waits_for_a_processor_longer_than_he_has_one_is_starved(threads, starved):
+def test_who_waits_for_a_processor_longer_than_he_has_one_is_starved(
+    threads: list[str], starved: bool
+) -> None:
     assert waits_more_than_it_runs(threads) is starved
 
 
-async def test_of_many_on_one_processor_each_is_starved():
+async def test_of_many_on_one_processor_each_is_starved() -> None:
     busy = ["taskset", "-c", "0", "sh", "-c", "while :; do :; done"]
     rivals = [Process.spawn("rival", busy) for _ in range(4)]
     try:

@@ -7,12 +7,17 @@ import os
 import re
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from hypervisor import TemplateLateError, cloning
 from hypervisor.template import Template
 from hypervisor.vcpus import thread_state
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 
 MIB = 1 << 20
 SAVED = Template(
@@ -28,13 +33,15 @@ SAVED = Template(
 
 
 @pytest.fixture
-def memory():
+def memory() -> Iterator[int]:
     fd = os.memfd_create("memory")
     yield fd
     os.close(fd)
 
 
-async def test_a_copy_may_take_any_time_as_long_as_it_goes_on(memory, monkeypatch):
+async def test_a_copy_may_take_any_time_as_long_as_it_goes_on(
+    memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cloning, "_COPY_STALL_S", 0.05)
     watching = asyncio.create_task(cloning._watch_copy(Path("/t"), memory, SAVED))
     for number in range(4):
@@ -45,14 +52,14 @@ async def test_a_copy_may_take_any_time_as_long_as_it_goes_on(memory, monkeypatc
         await watching
 
 
-async def test_a_step_of_qemus_that_hangs_is_named(monkeypatch):
+async def test_a_step_of_qemus_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cloning, "_STEP_S", 0.01)
     with pytest.raises(TemplateLateError, match=r"/t: its state was not loaded within 0\.01 s"):
         async with cloning._limited(Path("/t"), "its state was not loaded"):
             await asyncio.sleep(5)
 
 
-def test_a_virtual_cpus_thread_is_described():
+def test_a_virtual_cpus_thread_is_described() -> None:
     times = r"\(ran for \d+\.\d s, waited \d+\.\d s for a processor\)"
     assert re.fullmatch(f"runs {times}", thread_state(threading.get_native_id()))
     with pytest.raises(OSError, match="No such file"):

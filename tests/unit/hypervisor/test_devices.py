@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,6 +14,14 @@ from hypervisor.argv import KernelVsock, UserVsock
 from hypervisor.devices import Command, Description, Devices
 from hypervisor.disks import Disks, Names
 from hypervisor.errors import HotplugError, QmpError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from typing import Any
+
+    from hypervisor.qmp import QmpSession
+    from tests.unit.hypervisor.conftest import Peer
+
 
 TIMESTAMP = {"seconds": 1, "microseconds": 0}
 OK = {"return": {}}
@@ -39,7 +48,7 @@ ASKED = ("device_del", {"id": "d"})
 UNDONE = ("unmake", {"id": "b"})
 
 
-def test_a_network_interface_is_described():
+def test_a_network_interface_is_described() -> None:
     description = nics.describe(Nic(id="n", mac="02:00:00:00:00:01", tap_fds=(3,)), fd_names=["fd0"])
     assert description == Description(
         id="n",
@@ -50,7 +59,7 @@ def test_a_network_interface_is_described():
     )
 
 
-def socket_chardev(name):
+def socket_chardev(name: str) -> Command:
     return Command(
         "chardev-add",
         {
@@ -63,7 +72,7 @@ def socket_chardev(name):
     )
 
 
-def test_the_share_is_described():
+def test_the_share_is_described() -> None:
     assert virtiofsd.describe("fd0") == Description(
         id="share",
         driver="vhost-user-fs-pci",
@@ -100,11 +109,11 @@ def test_the_share_is_described():
         ),
     ],
 )
-def test_the_agents_channel_is_described(device, description):
+def test_the_agents_channel_is_described(device: KernelVsock | UserVsock, description: Description) -> None:
     assert vsock.describe(device, "fd0") == description
 
 
-def test_a_network_interface_with_several_queues_has_vectors_for_all():
+def test_a_network_interface_with_several_queues_has_vectors_for_all() -> None:
     description = nics.describe(Nic(id="n", mac="02:00:00:00:00:01", tap_fds=(3, 4)), fd_names=["fd0", "fd1"])
     assert description.backend[0].arguments["fds"] == "fd0:fd1"
     assert (description.properties["mq"], description.properties["vectors"]) == (True, 6)
@@ -120,7 +129,7 @@ DISK = Disk(
 )
 
 
-def test_a_disk_is_described():
+def test_a_disk_is_described() -> None:
     description = disks.describe(DISK, Names(4), block_device=True, aio="io_uring")
     access = {"read-only": True, "discard": "ignore"}
     assert description == Description(
@@ -174,7 +183,7 @@ def test_a_disk_is_described():
 
 
 @pytest.fixture
-async def plugging(connected):
+async def plugging(connected: tuple[QmpSession, Peer]) -> AsyncIterator[tuple[Devices, Peer]]:
     """Devices of a session, followed as a virtual machine follows them."""
     session, peer = connected
     devices = Devices(session, buses=["bus1"], ports=["port1"])
@@ -185,22 +194,24 @@ async def plugging(connected):
     await asyncio.wait([watching])
 
 
-async def plugged(devices, peer):
+async def plugged(devices: Devices, peer: Peer) -> list[tuple[str, dict[str, Any]]]:
     answering = asyncio.create_task(peer.serve(OK, OK, *PATH))
     assert await devices.plug(DEVICE) == "05/07"
     return await answering
 
 
-async def forgotten(devices):
+async def forgotten(devices: Devices) -> None:
     while devices._plugged:  # noqa: ASYNC110  (nobody waits for it, so nothing tells)
         await asyncio.sleep(0)
 
 
-async def report(peer, event, **data):
+async def report(peer: Peer, event: str, **data: str) -> None:
     await peer.send({"event": event, "data": data, "timestamp": TIMESTAMP})
 
 
-async def test_a_device_is_added_after_its_backend_and_found_by_its_place(plugging):
+async def test_a_device_is_added_after_its_backend_and_found_by_its_place(
+    plugging: tuple[Devices, Peer],
+) -> None:
     devices, peer = plugging
     commands = await plugged(devices, peer)
     assert commands[:2] == ADDED
@@ -209,7 +220,9 @@ async def test_a_device_is_added_after_its_backend_and_found_by_its_place(pluggi
 
 
 @pytest.mark.parametrize("answers", [[NO], [OK, NO]], ids=["backend", "device"])
-async def test_what_is_refused_leaves_nothing(plugging, answers):
+async def test_what_is_refused_leaves_nothing(
+    plugging: tuple[Devices, Peer], answers: list[dict[str, dict[str, Any]]]
+) -> None:
     devices, peer = plugging
     answering = asyncio.create_task(peer.serve(*answers, NOT_FOUND, OK))
     with pytest.raises(HotplugError, match=r"plug: d: .*not today"):
@@ -218,7 +231,7 @@ async def test_what_is_refused_leaves_nothing(plugging, answers):
     await plugged(devices, peer)  # in the same slot
 
 
-async def test_a_device_is_gone_when_qemu_says_so_and_not_before(plugging):
+async def test_a_device_is_gone_when_qemu_says_so_and_not_before(plugging: tuple[Devices, Peer]) -> None:
     devices, peer = plugging
     await plugged(devices, peer)
     leaving = asyncio.create_task(devices.unplug("d", timeout_s=10))
@@ -232,7 +245,9 @@ async def test_a_device_is_gone_when_qemu_says_so_and_not_before(plugging):
     await plugged(devices, peer)
 
 
-async def test_a_guest_that_refuses_is_an_error_and_may_be_asked_again(plugging):
+async def test_a_guest_that_refuses_is_an_error_and_may_be_asked_again(
+    plugging: tuple[Devices, Peer],
+) -> None:
     devices, peer = plugging
     await plugged(devices, peer)
     leaving = asyncio.create_task(devices.unplug("d", timeout_s=10))
@@ -247,7 +262,9 @@ async def test_a_guest_that_refuses_is_an_error_and_may_be_asked_again(plugging)
     await leaving
 
 
-async def test_a_silent_guest_is_an_error_and_the_slot_is_free_if_it_answers_later(plugging):
+async def test_a_silent_guest_is_an_error_and_the_slot_is_free_if_it_answers_later(
+    plugging: tuple[Devices, Peer],
+) -> None:
     devices, peer = plugging
     await plugged(devices, peer)
     answering = asyncio.create_task(peer.serve(OK))
@@ -260,7 +277,7 @@ async def test_a_silent_guest_is_an_error_and_the_slot_is_free_if_it_answers_lat
     await plugged(devices, peer)
 
 
-async def test_a_device_already_asked_to_leave_is_still_waited_for(plugging):
+async def test_a_device_already_asked_to_leave_is_still_waited_for(plugging: tuple[Devices, Peer]) -> None:
     devices, peer = plugging
     await plugged(devices, peer)
     leaving = asyncio.create_task(devices.unplug("d", timeout_s=10))
@@ -271,7 +288,7 @@ async def test_a_device_already_asked_to_leave_is_still_waited_for(plugging):
     await leaving
 
 
-async def test_a_device_that_the_guest_ejected_by_itself_is_forgotten(plugging):
+async def test_a_device_that_the_guest_ejected_by_itself_is_forgotten(plugging: tuple[Devices, Peer]) -> None:
     devices, peer = plugging
     await plugged(devices, peer)
     answering = asyncio.create_task(peer.serve(NOT_FOUND, OK))
@@ -279,7 +296,9 @@ async def test_a_device_that_the_guest_ejected_by_itself_is_forgotten(plugging):
     assert await answering == [ASKED, UNDONE]
 
 
-async def test_a_plug_that_is_given_up_is_undone_when_the_guest_lets_go(plugging):
+async def test_a_plug_that_is_given_up_is_undone_when_the_guest_lets_go(
+    plugging: tuple[Devices, Peer],
+) -> None:
     devices, peer = plugging
     giving_up = asyncio.create_task(devices.plug(DEVICE))
     await peer.serve(OK)
@@ -298,7 +317,7 @@ async def test_a_plug_that_is_given_up_is_undone_when_the_guest_lets_go(plugging
     await plugged(devices, peer)
 
 
-async def test_the_end_of_the_session_ends_a_plug(plugging):
+async def test_the_end_of_the_session_ends_a_plug(plugging: tuple[Devices, Peer]) -> None:
     devices, peer = plugging
     plug = asyncio.create_task(devices.plug(DEVICE))
     await peer.receive()
@@ -307,7 +326,9 @@ async def test_the_end_of_the_session_ends_a_plug(plugging):
         await plug
 
 
-async def test_a_failure_of_a_disk_is_in_the_log_once_and_under_the_disks_own_name(plugging, caplog):
+async def test_a_failure_of_a_disk_is_in_the_log_once_and_under_the_disks_own_name(
+    plugging: tuple[Devices, Peer], caplog: pytest.LogCaptureFixture
+) -> None:
     devices, peer = plugging
     disk = disks.describe(DISK, Names(4), block_device=False, aio="threads")
     answering = asyncio.create_task(peer.serve(OK, OK, OK, OK, *PATH))
@@ -322,7 +343,9 @@ async def test_a_failure_of_a_disk_is_in_the_log_once_and_under_the_disks_own_na
     assert caplog.messages == ["disk d: read: Input/output error; the guest was given an I/O error"]
 
 
-async def test_what_stays_behind_is_in_the_log(plugging, caplog):
+async def test_what_stays_behind_is_in_the_log(
+    plugging: tuple[Devices, Peer], caplog: pytest.LogCaptureFixture
+) -> None:
     devices, peer = plugging
     await plugged(devices, peer)
     leaving = asyncio.create_task(devices.unplug("d", timeout_s=10))
@@ -334,7 +357,9 @@ async def test_what_stays_behind_is_in_the_log(plugging, caplog):
     assert "unplug: d: something stays behind: qmp: unmake: not today" in caplog.text
 
 
-async def test_a_qemu_without_io_uring_uses_threads_from_then_on(plugging, tmp_path):
+async def test_a_qemu_without_io_uring_uses_threads_from_then_on(
+    plugging: tuple[Devices, Peer], tmp_path: Path
+) -> None:
     devices, peer = plugging
     path = tmp_path / "image"
     path.touch()

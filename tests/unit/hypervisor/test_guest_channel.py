@@ -7,6 +7,7 @@ import os
 import socket
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest.mock import Mock
 
 import pytest
@@ -14,12 +15,18 @@ import pytest
 from hypervisor import AGENT_PORT, Channel, ChannelError, VmStartError, channel_problem
 from hypervisor.vsock import NotListeningError, SerialChannel, UserVsockChannel, make_channel
 
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from typing import Any
 
-def no_spawn(name, argv, *, inherit=()):
+    from hypervisor import VmSpec, interface
+
+
+def no_spawn(name: str, argv: Any, *, inherit: Any = ()) -> None:
     raise AssertionError("nothing is to be started")
 
 
-async def test_virtio_serial_carries_one_connection_to_the_agents_port():
+async def test_virtio_serial_carries_one_connection_to_the_agents_port() -> None:
     channel = SerialChannel()
     with ExitStack() as handover:
         await channel.open(handover)
@@ -31,19 +38,19 @@ async def test_virtio_serial_carries_one_connection_to_the_agents_port():
             await channel.dial(AGENT_PORT)
 
 
-def test_a_vsock_daemon_that_was_not_given_is_named(make_spec):
+def test_a_vsock_daemon_that_was_not_given_is_named(make_spec: Callable[..., VmSpec]) -> None:
     spec = make_spec(channel=Channel.VHOST_USER_VSOCK, vsock_daemon=None)
     with pytest.raises(VmStartError, match="install vhost-device-vsock"):
         make_channel(spec, spawn=no_spawn)
 
 
 @pytest.fixture
-async def daemon(tmp_path):
+async def daemon(tmp_path: Path) -> AsyncIterator[tuple[UserVsockChannel, list[Any], dict[str, bytes]]]:
     """The ports socket of a vsock daemon whose answers a test chooses."""
     received: list[bytes] = []
     answer = {"bytes": b""}
 
-    async def serve(reader, writer):
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         received.append(await reader.readline())
         writer.write(answer["bytes"])
         await writer.drain()
@@ -57,7 +64,9 @@ async def daemon(tmp_path):
     channel.close()
 
 
-async def test_dialling_the_daemon_leaves_what_follows_its_answer_unread(daemon):
+async def test_dialling_the_daemon_leaves_what_follows_its_answer_unread(
+    daemon: tuple[UserVsockChannel, list[Any], dict[str, bytes]],
+) -> None:
     channel, received, answer = daemon
     answer["bytes"] = b"OK 1073741824\nhello"
     with await channel.dial(1024) as stream:
@@ -68,14 +77,18 @@ async def test_dialling_the_daemon_leaves_what_follows_its_answer_unread(daemon)
 @pytest.mark.parametrize(
     "refusal", [b"", b"OK", b"no\n"], ids=["hangs up", "half an answer", "another answer"]
 )
-async def test_a_refusal_may_be_dialled_again(daemon, refusal):
+async def test_a_refusal_may_be_dialled_again(
+    daemon: tuple[UserVsockChannel, list[Any], dict[str, bytes]], refusal: bytes
+) -> None:
     channel, _, answer = daemon
     answer["bytes"] = refusal
     with pytest.raises(NotListeningError):
         await channel.dial(1024)
 
 
-async def test_a_daemon_is_told_all_when_it_has_read_all(daemon, tmp_path):
+async def test_a_daemon_is_told_all_when_it_has_read_all(
+    daemon: tuple[UserVsockChannel, list[Any], dict[str, bytes]], tmp_path: Path
+) -> None:
     channel, _, answer = daemon
     answer["bytes"] = b"OK 1073741824\n"
     with socket.socket(socket.AF_UNIX) as listener:
@@ -108,11 +121,15 @@ async def test_a_daemon_is_told_all_when_it_has_read_all(daemon, tmp_path):
         (Channel.VHOST_USER_VSOCK, Path("/nonexistent/daemon"), "/nonexistent/daemon: no such program"),
     ],
 )
-def test_what_a_channel_lacks_on_this_host(channel, daemon_path, problem):
+def test_what_a_channel_lacks_on_this_host(
+    channel: interface.Channel, daemon_path: Path | None, problem: str | None
+) -> None:
     found = channel_problem(channel, vsock_daemon=daemon_path)
     assert found is None if problem is None else problem in found
 
 
-def test_a_host_without_vhost_vsock_is_told_what_to_load(monkeypatch, tmp_path):
+def test_a_host_without_vhost_vsock_is_told_what_to_load(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("hypervisor.vsock.VHOST_VSOCK", tmp_path / "vhost-vsock")
     assert "load the kernel module vhost_vsock" in channel_problem(Channel.VHOST_VSOCK, vsock_daemon=None)

@@ -6,14 +6,19 @@ import asyncio
 import os
 import socket
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import pytest
 
 from hypervisor.console import Console
 
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
 
 @pytest.fixture
-async def console_and_guest(tmp_path):
+async def console_and_guest(tmp_path: Path) -> AsyncIterator[tuple[Console, socket.socket]]:
     with ExitStack() as handover:
         console = Console(tmp_path / "console.log", handover=handover)
         guest = socket.socket(fileno=os.dup(console.qemu_fd))
@@ -22,7 +27,7 @@ async def console_and_guest(tmp_path):
     console.close()
 
 
-async def write(console, guest, data):
+async def write(console: Console, guest: socket.socket, data: bytes) -> None:
     guest.settimeout(0)
     console.grew.clear()
     await asyncio.get_running_loop().sock_sendall(guest, data)
@@ -30,14 +35,18 @@ async def write(console, guest, data):
         await console.grew.wait()
 
 
-async def test_the_tail_is_the_last_lines_made_printable(console_and_guest):
+async def test_the_tail_is_the_last_lines_made_printable(
+    console_and_guest: tuple[Console, socket.socket],
+) -> None:
     console, guest = console_and_guest
     await write(console, guest, b"one\r\ntwo\r\n\x1b[1mthree\r\nfo")
     assert console.tail(2) == [" [1mthree", "fo"]
     assert console.tail(0) == []
 
 
-async def test_what_was_written_just_before_the_end_is_still_read(console_and_guest, tmp_path):
+async def test_what_was_written_just_before_the_end_is_still_read(
+    console_and_guest: tuple[Console, socket.socket], tmp_path: Path
+) -> None:
     console, guest = console_and_guest
     guest.sendall(b"last words\n")
     guest.close()
@@ -46,7 +55,9 @@ async def test_what_was_written_just_before_the_end_is_still_read(console_and_gu
     assert (tmp_path / "console.log").read_bytes() == b"last words\n"
 
 
-async def test_a_flood_is_bounded_in_memory_and_on_disk_and_keeps_the_newest(console_and_guest, tmp_path):
+async def test_a_flood_is_bounded_in_memory_and_on_disk_and_keeps_the_newest(
+    console_and_guest: tuple[Console, socket.socket], tmp_path: Path
+) -> None:
     console, guest = console_and_guest
     for _ in range(48):
         await write(console, guest, b"x" * 65535 + b"\n")

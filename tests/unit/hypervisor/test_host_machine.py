@@ -10,12 +10,12 @@ from hypervisor.errors import UnsupportedHostError
 from hypervisor.machine import X86_64, for_host
 
 
-def test_an_x86_64_host_gets_its_machine(monkeypatch):
+def test_an_x86_64_host_gets_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     assert for_host() is X86_64
 
 
-def test_another_architecture_is_refused_by_name(monkeypatch):
+def test_another_architecture_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     with pytest.raises(UnsupportedHostError, match=r"riscv64 is not supported; use x86_64$"):
         for_host()

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from hypervisor.kvm_host import weaknesses
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
 
 CPU = "processor\t: 0\nmodel name\t: A\nflags\t\t: fpu vme {more}\nbogomips\t: 1\n\nprocessor\t: 1\n"
 
 
 @pytest.fixture
-def host(tmp_path):
+def host(tmp_path: Path) -> Callable[..., list[str]]:
     """Describe a host; returns what there is to say against its KVM."""
 
-    def make(*, flags="", module="kvm_intel", parameter="ept", value="Y"):
+    def make(
+        *, flags: str = "", module: str = "kvm_intel", parameter: str = "ept", value: str = "Y"
+    ) -> list[str]:
         cpuinfo = tmp_path / "cpuinfo"
         cpuinfo.write_text(CPU.format(more=flags))
         (tmp_path / module / "parameters").mkdir(parents=True)
@@ -24,11 +33,13 @@ def host(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["Y", "1"])
-def test_there_is_nothing_against_bare_metal_with_nested_paging(host, value):
+def test_there_is_nothing_against_bare_metal_with_nested_paging(
+    host: Callable[..., list[str]], value: str
+) -> None:
     assert host(flags="vmx", value=value) == []
 
 
-def test_a_nested_kvm_is_named(host):
+def test_a_nested_kvm_is_named(host: Callable[..., list[str]]) -> None:
     [warning] = host(flags="vmx hypervisor")
     assert "KVM is nested" in warning
     assert "; use bare metal" in warning
@@ -37,10 +48,12 @@ def test_a_nested_kvm_is_named(host):
 @pytest.mark.parametrize(
     ("module", "parameter", "value"), [("kvm_intel", "ept", "N"), ("kvm_amd", "npt", "0")]
 )
-def test_a_kvm_without_nested_paging_is_named_with_the_remedy(host, module, parameter, value):
+def test_a_kvm_without_nested_paging_is_named_with_the_remedy(
+    host: Callable[..., list[str]], module: str, parameter: str, value: str
+) -> None:
     [warning] = host(module=module, parameter=parameter, value=value)
     assert f"load {module} with {parameter}=1" in warning
 
 
-def test_a_host_that_tells_nothing_has_nothing_against_it(tmp_path):
+def test_a_host_that_tells_nothing_has_nothing_against_it(tmp_path: Path) -> None:
     assert weaknesses(cpuinfo=tmp_path / "cpuinfo", modules=tmp_path) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,6 +13,10 @@ from hypervisor.argv import MEMORY_MODULES
 from hypervisor.memory import Memory
 from hypervisor.qmp import CommandRefusedError, Event
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
 MIB = 1 << 20
 BOOT, MOST = 256 * MIB, 8192 * MIB
 
@@ -19,7 +24,7 @@ BOOT, MOST = 256 * MIB, 8192 * MIB
 class OldQemu:
     """A session whose QEMU knows no virtio-mem, and whose guest does all at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.asked = []
         self.refuses = ()
         self.sizes = {}
@@ -27,13 +32,19 @@ class OldQemu:
         self._answers = asyncio.Queue()
 
     @contextmanager
-    def events(self, *_names):
+    def events(self, *_names: str) -> Iterator[OldQemu]:
         yield self
 
-    async def next(self):
+    async def next(self) -> Event:
         return await self._answers.get()
 
-    async def ask(self, _kind, command, arguments=None, **_limits):
+    async def ask(
+        self,
+        _kind: type[object],
+        command: str,
+        arguments: dict[str, int | str] | None = None,
+        **_limits: float,
+    ) -> dict[str, int]:
         if command in self.refuses or command == "device-list-properties":
             raise CommandRefusedError(f"qmp: {command}: no", kind="GenericError")
         match command:
@@ -50,28 +61,30 @@ class OldQemu:
         self.asked.append(" ".join((command, arguments["id"])))
         return {}
 
-    def _answer(self, device, *, source):
+    def _answer(self, device: str, *, source: int) -> None:
         slot = device.removeprefix("memory-module")
         info = {"source": source, "status": 0, "slot": slot, "slot-type": "DIMM"}
         self._answers.put_nowait(Event("ACPI_DEVICE_OST", {"info": info}))
 
 
 @pytest.fixture
-async def qemu():
+async def qemu() -> OldQemu:
     return OldQemu()
 
 
 @pytest.fixture
-def memory(qemu):
+def memory(qemu: OldQemu) -> Memory:
     return Memory(qemu, None, boot_bytes=BOOT, most_bytes=MOST)
 
 
-async def test_a_module_has_its_backend_before_it_and_is_a_multiple_of_128_mib(qemu, memory):
+async def test_a_module_has_its_backend_before_it_and_is_a_multiple_of_128_mib(
+    qemu: OldQemu, memory: Memory
+) -> None:
     assert await memory.resize(BOOT + 130 * MIB) == BOOT + 256 * MIB
     assert qemu.asked == ["object-add memory-module0-ram", "device_add memory-module0"]
 
 
-async def test_only_modules_that_are_not_needed_go_the_newest_first(qemu, memory):
+async def test_only_modules_that_are_not_needed_go_the_newest_first(qemu: OldQemu, memory: Memory) -> None:
     for more in (128, 384):
         await memory.resize(BOOT + more * MIB)
     assert await memory.resize(BOOT + 256 * MIB) == BOOT + 384 * MIB
@@ -83,7 +96,7 @@ async def test_only_modules_that_are_not_needed_go_the_newest_first(qemu, memory
     ]
 
 
-async def test_of_a_module_that_qemu_refuses_nothing_is_left(qemu, memory):
+async def test_of_a_module_that_qemu_refuses_nothing_is_left(qemu: OldQemu, memory: Memory) -> None:
     qemu.refuses = ("device_add",)
     with pytest.raises(ResizeError, match=r"^resize memory: 384 MiB: qmp: device_add: no$"):
         await memory.resize(BOOT + 128 * MIB)
@@ -92,7 +105,7 @@ async def test_of_a_module_that_qemu_refuses_nothing_is_left(qemu, memory):
     assert await memory.resize(BOOT + 128 * MIB) == BOOT + 128 * MIB
 
 
-async def test_there_are_only_so_many_modules(memory):
+async def test_there_are_only_so_many_modules(memory: Memory) -> None:
     for number in range(1, MEMORY_MODULES + 1):
         await memory.resize(BOOT + number * 128 * MIB)
     with pytest.raises(ResizeError, match=r"all 16 modules are there; shrink it first"):

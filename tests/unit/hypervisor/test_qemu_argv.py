@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -10,6 +11,12 @@ from hypervisor import Accelerator, Channel
 from hypervisor.argv import Inherited, KernelVsock, SerialPort, UserVsock, boot_argv, kernel_command_line
 from hypervisor.machine import X86_64
 from hypervisor.seclusion import OWN_MOUNTS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hypervisor import VmSpec, interface
+
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -20,44 +27,48 @@ DEVICES = {
 }
 
 
-def argv(spec):
+def argv(spec: VmSpec) -> list[str]:
     inherited = Inherited(qmp=10, console=11, share=12, channel=DEVICES[spec.channel])
     return boot_argv(spec, inherited, machine=X86_64)
 
 
-def value_of(option, words):
+def value_of(option: str, words: list[str]) -> str:
     return words[words.index(option) + 1]
 
 
 @pytest.mark.parametrize("channel", Channel, ids=lambda channel: channel.value)
 @pytest.mark.parametrize("accelerator", Accelerator, ids=lambda accelerator: accelerator.value)
-def test_the_command_line_is_the_golden_one(make_spec, accelerator, channel):
+def test_the_command_line_is_the_golden_one(
+    make_spec: Callable[..., VmSpec], accelerator: interface.Accelerator, channel: interface.Channel
+) -> None:
     words = argv(make_spec(accelerator=accelerator, channel=channel, vcpus=2))
     golden = GOLDEN / f"{accelerator.value}-{channel.value}.txt"
     assert words == golden.read_text().splitlines()
 
 
-def test_the_operators_machine_options_come_last(make_spec):
+def test_the_operators_machine_options_come_last(make_spec: Callable[..., VmSpec]) -> None:
     words = argv(make_spec(machine_options="hpet=off,i8042=off"))
     assert value_of("-machine", words).endswith(",memory-backend=memory,hpet=off,i8042=off")
 
 
-def test_the_operators_kernel_parameters_come_last(make_spec):
+def test_the_operators_kernel_parameters_come_last(make_spec: Callable[..., VmSpec]) -> None:
     line = kernel_command_line(make_spec(kernel_parameters=("loglevel=7", "panic=5")), machine=X86_64)
     assert line.endswith(" loglevel=7 panic=5")
 
 
-def test_a_comma_in_the_name_stays_part_of_the_name(make_spec):
+def test_a_comma_in_the_name_stays_part_of_the_name(make_spec: Callable[..., VmSpec]) -> None:
     assert value_of("-name", argv(make_spec(name="a,process=init"))) == "a,,process=init,debug-threads=on"
 
 
-def test_machine_and_memory_backend_agree_on_the_size(make_spec):
+def test_machine_and_memory_backend_agree_on_the_size(make_spec: Callable[..., VmSpec]) -> None:
     words = argv(make_spec(memory_bytes=768 << 20))
     assert value_of("-m", words).startswith("size=768M,")
     assert "memory-backend-memfd,id=memory,size=768M,share=on" in words
 
 
-def test_each_root_port_has_a_chassis_of_its_own_and_room_for_large_memory(make_spec):
+def test_each_root_port_has_a_chassis_of_its_own_and_room_for_large_memory(
+    make_spec: Callable[..., VmSpec],
+) -> None:
     words = argv(make_spec(root_ports=2))
     room = "mem-reserve=32M,pref64-reserve=32G"
     first = words.index(f"pcie-root-port,id=port1,chassis=3,{room}") - 1
@@ -69,16 +80,18 @@ def test_each_root_port_has_a_chassis_of_its_own_and_room_for_large_memory(make_
     ]
 
 
-def test_the_network_namespace_is_entered_before_anything_is_opened(make_spec):
+def test_the_network_namespace_is_entered_before_anything_is_opened(make_spec: Callable[..., VmSpec]) -> None:
     spec = make_spec(network_namespace=Path("/run/netns/pod"))
     words = argv(spec)
     assert words[: words.index(str(spec.qemu))] == [*OWN_MOUNTS, "nsenter", "--net=/run/netns/pod", "--"]
 
 
-def test_a_machine_that_may_get_devices_of_the_host_keeps_seeing_them(make_spec):
+def test_a_machine_that_may_get_devices_of_the_host_keeps_seeing_them(
+    make_spec: Callable[..., VmSpec],
+) -> None:
     assert argv(make_spec(root_ports=1))[0] == str(make_spec().qemu)
 
 
-def test_memory_is_of_huge_pages_where_they_are_wanted(make_spec):
+def test_memory_is_of_huge_pages_where_they_are_wanted(make_spec: Callable[..., VmSpec]) -> None:
     [backend] = [word for word in argv(make_spec(huge_pages=True)) if word.startswith("memory-backend")]
     assert backend == "memory-backend-memfd,id=memory,size=512M,share=on,hugetlb=on"

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 
 from hypervisor import qmp
 from hypervisor.errors import QmpError
 from hypervisor.exits import Shutdown
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from tests.unit.hypervisor.conftest import Peer
+
 
 TIMESTAMP = {"seconds": 1, "microseconds": 0}
 
@@ -25,7 +32,9 @@ TIMESTAMP = {"seconds": 1, "microseconds": 0}
     ],
     ids=["no driver", "driver being set up", "driver runs", "nonsense", "a QEMU that cannot tell"],
 )
-async def test_a_driver_runs_once_qemu_says_so(connected, answer, runs):
+async def test_a_driver_runs_once_qemu_says_so(
+    connected: tuple[qmp.QmpSession, Peer], answer: dict[str, dict[str, Any]], runs: bool
+) -> None:
     session, peer = connected
     asking = asyncio.create_task(session.driver_runs("vsock"))
     query = await peer.receive()
@@ -35,7 +44,7 @@ async def test_a_driver_runs_once_qemu_says_so(connected, answer, runs):
     assert await asking is runs
 
 
-async def test_the_run_state_is_what_qemu_says(connected):
+async def test_the_run_state_is_what_qemu_says(connected: tuple[qmp.QmpSession, Peer]) -> None:
     session, peer = connected
     asking = asyncio.create_task(session.run_state())
     query = await peer.receive()
@@ -46,7 +55,7 @@ async def test_the_run_state_is_what_qemu_says(connected):
     assert await asking == "running"
 
 
-async def test_an_end_before_the_greeting_is_an_error_at_once(ends):
+async def test_an_end_before_the_greeting_is_an_error_at_once(ends: tuple[qmp.QmpSession, Peer]) -> None:
     session, peer = ends
     peer.hang_up()
     with pytest.raises(QmpError, match="connect"):
@@ -56,14 +65,16 @@ async def test_an_end_before_the_greeting_is_an_error_at_once(ends):
 @pytest.mark.parametrize(
     "noise", [b"not json\r\n", b'{"QMP": 1}\r\n', b"[]\r\n"], ids=["text", "shape", "list"]
 )
-async def test_a_peer_that_does_not_speak_qmp_is_an_error(ends, noise):
+async def test_a_peer_that_does_not_speak_qmp_is_an_error(
+    ends: tuple[qmp.QmpSession, Peer], noise: bytes
+) -> None:
     session, peer = ends
     await peer.send(noise)
     with pytest.raises(QmpError, match="connect"):
         await session.connect()
 
 
-async def test_a_refused_command_carries_qemus_words(connected):
+async def test_a_refused_command_carries_qemus_words(connected: tuple[qmp.QmpSession, Peer]) -> None:
     session, peer = connected
     asking = asyncio.create_task(session.run_state())
     query = await peer.receive()
@@ -72,7 +83,7 @@ async def test_a_refused_command_carries_qemus_words(connected):
         await asking
 
 
-async def test_a_reply_of_the_wrong_shape_is_an_error(connected):
+async def test_a_reply_of_the_wrong_shape_is_an_error(connected: tuple[qmp.QmpSession, Peer]) -> None:
     session, peer = connected
     asking = asyncio.create_task(session.run_state())
     query = await peer.receive()
@@ -81,7 +92,7 @@ async def test_a_reply_of_the_wrong_shape_is_an_error(connected):
         await asking
 
 
-async def test_an_end_before_the_reply_is_an_error(connected):
+async def test_an_end_before_the_reply_is_an_error(connected: tuple[qmp.QmpSession, Peer]) -> None:
     session, peer = connected
     asking = asyncio.create_task(session.run_state())
     await peer.receive()
@@ -90,7 +101,9 @@ async def test_an_end_before_the_reply_is_an_error(connected):
         await asking
 
 
-async def test_a_shutdown_event_sent_just_before_the_end_is_not_lost(connected):
+async def test_a_shutdown_event_sent_just_before_the_end_is_not_lost(
+    connected: tuple[qmp.QmpSession, Peer],
+) -> None:
     session, peer = connected
     assert session.shutdown is None
     event = {"event": "SHUTDOWN", "data": {"guest": True, "reason": "guest-reset"}, "timestamp": TIMESTAMP}
@@ -100,7 +113,7 @@ async def test_a_shutdown_event_sent_just_before_the_end_is_not_lost(connected):
     assert session.shutdown == Shutdown(by_guest=True, cause="guest-reset")
 
 
-async def test_a_stop_counts_only_if_the_guest_is_broken(connected):
+async def test_a_stop_counts_only_if_the_guest_is_broken(connected: tuple[qmp.QmpSession, Peer]) -> None:
     session, peer = connected
     broken = asyncio.create_task(session.broken())
     for state in ("paused", "internal-error"):
@@ -114,7 +127,9 @@ async def test_a_stop_counts_only_if_the_guest_is_broken(connected):
         assert await broken == "internal-error"
 
 
-async def test_events_are_heard_from_the_moment_somebody_listens(connected):
+async def test_events_are_heard_from_the_moment_somebody_listens(
+    connected: tuple[qmp.QmpSession, Peer],
+) -> None:
     session, peer = connected
     with session.events("DEVICE_DELETED", "BLOCK_IO_ERROR") as events:
         for name in ("DEVICE_DELETED", "RESUME", "BLOCK_IO_ERROR"):
@@ -126,7 +141,7 @@ async def test_events_are_heard_from_the_moment_somebody_listens(connected):
     ]
 
 
-async def test_waiting_for_an_event_ends_with_the_session(connected):
+async def test_waiting_for_an_event_ends_with_the_session(connected: tuple[qmp.QmpSession, Peer]) -> None:
     session, peer = connected
     with session.events("DEVICE_DELETED") as events:
         await peer.send({"event": "DEVICE_DELETED", "timestamp": TIMESTAMP})
@@ -136,7 +151,7 @@ async def test_waiting_for_an_event_ends_with_the_session(connected):
             await events.next()
 
 
-async def test_a_descriptor_goes_with_its_name(connected):
+async def test_a_descriptor_goes_with_its_name(connected: tuple[qmp.QmpSession, Peer]) -> None:
     session, peer = connected
     reading, writing = os.pipe()
     sending = asyncio.create_task(session.send_fd(writing))
@@ -150,7 +165,7 @@ async def test_a_descriptor_goes_with_its_name(connected):
         os.close(fd)
 
 
-async def test_a_flood_of_events_is_not_kept(connected):
+async def test_a_flood_of_events_is_not_kept(connected: tuple[qmp.QmpSession, Peer]) -> None:
     session, peer = connected
     for number in range(200):
         await peer.send({"event": "RTC_CHANGE", "data": {"offset": number}, "timestamp": TIMESTAMP})
@@ -160,7 +175,9 @@ async def test_a_flood_of_events_is_not_kept(connected):
     assert session._lifecycle.history == ()
 
 
-async def test_a_command_has_the_time_of_a_longer_one_before_it(connected, monkeypatch):
+async def test_a_command_has_the_time_of_a_longer_one_before_it(
+    connected: tuple[qmp.QmpSession, Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """QEMU does one after the other: it answers nothing while it pins a guest's memory."""
     session, peer = connected
     monkeypatch.setattr(qmp, "_COMMAND_TIMEOUT_S", 0.05)

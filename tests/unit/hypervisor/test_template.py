@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -23,15 +24,24 @@ from hypervisor.template import (
 )
 from hypervisor.virtiofsd import Dialect
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any, BinaryIO
+
+    import hypervisor
+    from hypervisor import interface
+    from hypervisor.interface import VmSpec
+
+
 GOLDEN = Path(__file__).parent / "golden"
 PAGE = 4096
 
 
 @pytest.fixture
-def spec(make_spec, tmp_path):
+def spec(make_spec: Callable[..., hypervisor.VmSpec], tmp_path: Path) -> Callable[..., VmSpec]:
     """A machine whose files exist."""
 
-    def make(**changes):
+    def make(**changes: Any) -> VmSpec:
         files = {name: tmp_path / name for name in ("qemu", "kernel", "initrd")}
         for name, path in files.items():
             if not path.exists():
@@ -54,7 +64,9 @@ def spec(make_spec, tmp_path):
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_what_is_a_sandbox_own_is_not_in_the_key(spec, changes):
+def test_what_is_a_sandbox_own_is_not_in_the_key(
+    spec: Callable[..., VmSpec], changes: dict[str, Path | str]
+) -> None:
     assert template_key(spec(**changes)) == template_key(spec())
 
 
@@ -73,12 +85,12 @@ def test_what_is_a_sandbox_own_is_not_in_the_key(spec, changes):
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_what_shapes_the_machine_is_in_the_key(spec, changes):
+def test_what_shapes_the_machine_is_in_the_key(spec: Callable[..., VmSpec], changes: dict[str, Any]) -> None:
     assert template_key(spec(**changes)) != template_key(spec())
 
 
 @pytest.mark.parametrize("name", ["qemu", "kernel", "initrd"])
-def test_a_file_that_changed_is_another_one(spec, tmp_path, name):
+def test_a_file_that_changed_is_another_one(spec: Callable[..., VmSpec], tmp_path: Path, name: str) -> None:
     before = template_key(spec())
     (tmp_path / name).write_text("changed")
     changed = template_key(spec())
@@ -88,7 +100,9 @@ def test_a_file_that_changed_is_another_one(spec, tmp_path, name):
     assert template_key(spec()) != changed, "though it says the same"
 
 
-def test_under_kvm_the_processor_is_in_the_key(spec, monkeypatch, tmp_path):
+def test_under_kvm_the_processor_is_in_the_key(
+    spec: Callable[..., VmSpec], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     monkeypatch.setattr("hypervisor.template._CPUINFO", cpuinfo)
     keys = []
@@ -102,7 +116,7 @@ def test_under_kvm_the_processor_is_in_the_key(spec, monkeypatch, tmp_path):
     assert keys[0] == keys[2] != keys[1]
 
 
-def test_a_missing_file_is_named(spec):
+def test_a_missing_file_is_named(spec: Callable[..., VmSpec]) -> None:
     with pytest.raises(VmStartError, match="/nonexistent/kernel: No such file"):
         template_key(spec(kernel=Path("/nonexistent/kernel")))
 
@@ -110,7 +124,9 @@ def test_a_missing_file_is_named(spec):
 @pytest.mark.parametrize(
     "channel", [Channel.VIRTIO_SERIAL, Channel.VHOST_USER_VSOCK], ids=lambda each: each.value
 )
-def test_the_command_line_of_a_clone_is_the_golden_one(make_spec, channel):
+def test_the_command_line_of_a_clone_is_the_golden_one(
+    make_spec: Callable[..., hypervisor.VmSpec], channel: interface.Channel
+) -> None:
     port = 13 if channel is Channel.VIRTIO_SERIAL else None
     inherited = bare_descriptors(qmp=10, console=11, memory=12, agent=port)
     words = clone_argv(make_spec(channel=channel, vcpus=2), inherited, machine=X86_64)
@@ -118,7 +134,7 @@ def test_the_command_line_of_a_clone_is_the_golden_one(make_spec, channel):
 
 
 @pytest.fixture
-def saved(tmp_path):
+def saved(tmp_path: Path) -> Template:
     """A template's description, with files that fit."""
     (tmp_path / "daemon").touch()
     (tmp_path / "state").write_bytes(b"state")
@@ -138,38 +154,38 @@ def saved(tmp_path):
     return description
 
 
-def test_a_description_is_read_as_it_was_written(saved, tmp_path):
+def test_a_description_is_read_as_it_was_written(saved: Template, tmp_path: Path) -> None:
     assert read_description(tmp_path) == saved
     os.close(open_memory(tmp_path, saved))
 
 
-def test_the_dialect_of_a_daemon_is_known_while_it_is_the_same(saved, tmp_path):
+def test_the_dialect_of_a_daemon_is_known_while_it_is_the_same(saved: Template, tmp_path: Path) -> None:
     assert saved.dialect_of(tmp_path / "daemon") is Dialect.RUST
     (tmp_path / "daemon").write_text("changed")
     assert saved.dialect_of(tmp_path / "daemon") is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '"format"', '{"format": 1}', '{"format": 2, "else": 1}'])
-def test_what_is_no_description_is_refused(tmp_path, text):
+def test_what_is_no_description_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "template.json").write_text(text)
     with pytest.raises(TemplateError, match=r"template\.json: "):
         read_description(tmp_path)
 
 
-def test_a_value_of_another_type_is_refused(saved, tmp_path):
+def test_a_value_of_another_type_is_refused(saved: Template, tmp_path: Path) -> None:
     path = tmp_path / "template.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "memory_bytes": "4096"}))
     with pytest.raises(TemplateError, match="wrong type"):
         read_description(tmp_path)
 
 
-def test_a_state_of_another_content_is_refused(saved, tmp_path):
+def test_a_state_of_another_content_is_refused(saved: Template, tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(b"statf")
     with pytest.raises(TemplateError, match="checksum"):
         read_state(tmp_path, saved)
 
 
-def test_a_memory_that_was_written_to_is_refused(saved, tmp_path):
+def test_a_memory_that_was_written_to_is_refused(saved: Template, tmp_path: Path) -> None:
     with (tmp_path / "memory").open("r+b") as memory:
         memory.write(b"1")
     with pytest.raises(TemplateError, match="memory: changed since it was saved"):
@@ -177,7 +193,7 @@ def test_a_memory_that_was_written_to_is_refused(saved, tmp_path):
 
 
 @pytest.fixture
-def sparse(tmp_path):
+def sparse(tmp_path: Path) -> Iterator[tuple[BinaryIO, BinaryIO, Path]]:
     """A file with data in two places of many, and an empty one of its length."""
     content = {0: b"first" * 1000, 700 * PAGE: b"second"}
     size = 1000 * PAGE
@@ -189,7 +205,7 @@ def sparse(tmp_path):
         yield source, target, tmp_path
 
 
-def test_only_data_is_copied(sparse):
+def test_only_data_is_copied(sparse: tuple[BinaryIO, BinaryIO, Path]) -> None:
     source, target, directory = sparse
     copied = memory_copy.copy(source.fileno(), target.fileno())
     assert 3 * PAGE <= copied < 100 * PAGE
@@ -198,7 +214,9 @@ def test_only_data_is_copied(sparse):
 
 
 @pytest.mark.parametrize(("wanted", "complaint"), [(3 * PAGE, ""), (1 << 30, "bytes of data instead of")])
-def test_the_copier_says_if_there_is_less_than_there_was(sparse, wanted, complaint):
+def test_the_copier_says_if_there_is_less_than_there_was(
+    sparse: tuple[BinaryIO, BinaryIO, Path], wanted: int, complaint: str
+) -> None:
     source, target, _directory = sparse
     done = subprocess.run(
         [

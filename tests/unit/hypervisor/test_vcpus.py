@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+from typing import TYPE_CHECKING
 
 import pytest
 
 from hypervisor import ResizeError
 from hypervisor.vcpus import Vcpus
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class Qemu:
@@ -27,13 +31,13 @@ def vcpus(thread: object) -> Vcpus:
 
 
 @pytest.fixture
-def stranger():
+def stranger() -> Iterator[int]:
     with subprocess.Popen(["/bin/sleep", "1000"]) as process:
         yield process.pid
         process.kill()
 
 
-async def test_a_thread_of_another_process_is_not_moved(stranger):
+async def test_a_thread_of_another_process_is_not_moved(stranger: int) -> None:
     before = os.sched_getaffinity(stranger)
 
     with pytest.raises(ResizeError, match=f"thread {stranger} is not one of QEMU's"):
@@ -43,11 +47,11 @@ async def test_a_thread_of_another_process_is_not_moved(stranger):
 
 
 @pytest.mark.parametrize("thread", ["..", -1, None, "1/../.."])
-async def test_what_is_no_thread_is_refused(thread):
+async def test_what_is_no_thread_is_refused(thread: int | str | None) -> None:
     with pytest.raises(ResizeError, match="is not one of QEMU's"):
         await vcpus(thread).pin(frozenset({0}))
 
 
-async def test_the_state_of_another_process_is_not_told(stranger):
+async def test_the_state_of_another_process_is_not_told(stranger: int) -> None:
     assert await vcpus(stranger).states() == ""
     assert "vCPU 0" in await vcpus(os.getpid()).states()

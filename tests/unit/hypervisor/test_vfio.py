@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from hypervisor import HostPciDevice, vfio
 from hypervisor.devices import Command, Description, Devices
 from hypervisor.errors import HotplugError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hypervisor.qmp import QmpSession
+    from tests.unit.hypervisor.conftest import Peer
+
 
 ADDRESS = "0000:3b:00.0"
 DEVICE = HostPciDevice(id="gpu", address=ADDRESS)
@@ -14,7 +23,7 @@ MEMORY = 512 << 20
 
 
 @pytest.fixture
-def sysfs(tmp_path):
+def sysfs(tmp_path: Path) -> Path:
     """A host that can give its device away."""
     (tmp_path / "kernel/iommu_groups/12").mkdir(parents=True)
     place = tmp_path / "bus/pci/devices" / ADDRESS
@@ -23,29 +32,29 @@ def sysfs(tmp_path):
     return tmp_path
 
 
-def test_a_device_bound_to_vfio_can_be_given_away(sysfs):
+def test_a_device_bound_to_vfio_can_be_given_away(sysfs: Path) -> None:
     vfio.check(DEVICE, sysfs=sysfs)
 
 
-def test_a_host_without_an_iommu_is_told_how_to_get_one(sysfs):
+def test_a_host_without_an_iommu_is_told_how_to_get_one(sysfs: Path) -> None:
     (sysfs / "kernel/iommu_groups/12").rmdir()
     with pytest.raises(HotplugError, match=r"the host has no IOMMU .*; switch it on .* intel_iommu=on"):
         vfio.check(DEVICE, sysfs=sysfs)
 
 
-def test_a_device_that_is_not_there_is_an_error(sysfs):
+def test_a_device_that_is_not_there_is_an_error(sysfs: Path) -> None:
     with pytest.raises(HotplugError, match="has no such device"):
         vfio.check(HostPciDevice(id="gpu", address="0000:3b:00.1"), sysfs=sysfs)
 
 
 @pytest.mark.parametrize("address", ["", "3b:00.0", "../../../etc", "0000:3b:00.0,x=y"])
-def test_an_address_is_a_whole_address(sysfs, address):
+def test_an_address_is_a_whole_address(sysfs: Path, address: str) -> None:
     with pytest.raises(HotplugError, match="not an address"):
         vfio.check(HostPciDevice(id="gpu", address=address), sysfs=sysfs)
 
 
 @pytest.mark.parametrize("driver", ["nvme", "none"])
-def test_a_device_that_another_driver_has_is_not_taken_from_it(sysfs, driver):
+def test_a_device_that_another_driver_has_is_not_taken_from_it(sysfs: Path, driver: str) -> None:
     link = sysfs / "bus/pci/devices" / ADDRESS / "driver"
     link.unlink()
     if driver != "none":
@@ -54,7 +63,7 @@ def test_a_device_that_another_driver_has_is_not_taken_from_it(sysfs, driver):
         vfio.check(DEVICE, sysfs=sysfs)
 
 
-def test_a_device_is_described_for_a_port_of_its_own():
+def test_a_device_is_described_for_a_port_of_its_own() -> None:
     assert vfio.describe(DEVICE, iommufd=False, memory_bytes=MEMORY) == Description(
         id="gpu",
         driver="vfio-pci",
@@ -66,7 +75,7 @@ def test_a_device_is_described_for_a_port_of_its_own():
     )
 
 
-def test_a_device_is_described_with_iommufd():
+def test_a_device_is_described_with_iommufd() -> None:
     assert vfio.describe(DEVICE, iommufd=True, memory_bytes=MEMORY) == Description(
         id="gpu",
         driver="vfio-pci",
@@ -78,7 +87,7 @@ def test_a_device_is_described_with_iommufd():
     )
 
 
-async def test_a_machine_without_ports_says_what_to_configure(connected):
+async def test_a_machine_without_ports_says_what_to_configure(connected: tuple[QmpSession, Peer]) -> None:
     session, _peer = connected
     devices = Devices(session, buses=["bus1"], ports=[])
     with pytest.raises(HotplugError, match=r"all 0 PCIe root ports .*; raise root_ports"):
@@ -86,5 +95,5 @@ async def test_a_machine_without_ports_says_what_to_configure(connected):
 
 
 @pytest.mark.parametrize(("gib", "limit_s"), [(0, 10), (1, 50), (16, 650), (1024, 1200)])
-def test_more_memory_may_take_longer_to_pin_up_to_a_limit(gib, limit_s):
+def test_more_memory_may_take_longer_to_pin_up_to_a_limit(gib: int, limit_s: int) -> None:
     assert vfio.pinning_timeout_s(gib << 30) == limit_s

@@ -5,12 +5,22 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from hypervisor import Nic, nics
 from hypervisor.devices import Devices
 from hypervisor.errors import HotplugError
+
+if TYPE_CHECKING:
+    from asyncio.tasks import _GatheringFuture
+    from collections.abc import Iterator
+    from typing import Any
+
+    from hypervisor.qmp import QmpSession
+    from tests.unit.hypervisor.conftest import Peer
+
 
 OK = {"return": {}}
 NO = {"error": {"class": "GenericError", "desc": "vhost-net requested but could not be initialized"}}
@@ -25,12 +35,12 @@ PATH = [
 BACKEND = {"type": "tap", "id": "n-tap"}
 
 
-def descriptors():
+def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.fixture
-def taps():
+def taps() -> Iterator[tuple[int, int]]:
     opened = tuple(os.open("/dev/null", os.O_RDWR) for _ in range(2))
     yield opened
     for fd in opened:
@@ -38,11 +48,13 @@ def taps():
 
 
 @pytest.fixture
-def vhost_net(monkeypatch):
+def vhost_net(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nics, "_VHOST_NET", Path("/dev/zero"))
 
 
-async def plugged(connected, taps, *answers):
+async def plugged(
+    connected: tuple[QmpSession, Peer], taps: tuple[int, int], *answers: dict[str, Any]
+) -> _GatheringFuture | tuple[HotplugError | str, list[dict[str, Any]]]:
     """Plug a card with two pairs of queues; return the outcome, and what QEMU was told of its backend."""
     session, peer = connected
     devices = Devices(session, buses=["bus1"], ports=[])
@@ -53,20 +65,29 @@ async def plugged(connected, taps, *answers):
     return outcome, [arguments for name, arguments in commands if name == "netdev_add"]
 
 
-async def test_the_kernel_moves_the_packets_with_one_descriptor_for_each_pair(connected, taps, vhost_net):
+async def test_the_kernel_moves_the_packets_with_one_descriptor_for_each_pair(
+    connected: tuple[QmpSession, Peer], taps: tuple[int, int], vhost_net: None
+) -> None:
     outcome, backends = await plugged(connected, taps, *[OK] * 6, *PATH)
     assert outcome == "05/07"
     assert backends == [{**BACKEND, "fds": "fd0:fd1", "vhost": True, "vhostfds": "fd2:fd3"}]
 
 
-async def test_qemu_moves_the_packets_on_a_host_without_vhost_net(connected, taps, monkeypatch, tmp_path):
+async def test_qemu_moves_the_packets_on_a_host_without_vhost_net(
+    connected: tuple[QmpSession, Peer], taps: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(nics, "_VHOST_NET", tmp_path / "vhost-net")
     outcome, backends = await plugged(connected, taps, *[OK] * 4, *PATH)
     assert outcome == "05/07"
     assert backends == [{**BACKEND, "fds": "fd0:fd1"}]
 
 
-async def test_qemu_moves_the_packets_if_the_kernel_refuses(connected, taps, vhost_net, caplog):
+async def test_qemu_moves_the_packets_if_the_kernel_refuses(
+    connected: tuple[QmpSession, Peer],
+    taps: tuple[int, int],
+    vhost_net: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     # Sent, refused, taken back (the device, its backend, four descriptors), and all again without vhost-net.
     first = [*[OK] * 4, NO, NOT_FOUND, NOT_FOUND, *[OK] * 4]
     outcome, backends = await plugged(connected, taps, *first, *[OK] * 4, *PATH)
@@ -75,7 +96,9 @@ async def test_qemu_moves_the_packets_if_the_kernel_refuses(connected, taps, vho
     assert "QEMU moves its packets, not the kernel" in caplog.text
 
 
-async def test_another_refusal_is_not_tried_again(connected, taps, vhost_net):
+async def test_another_refusal_is_not_tried_again(
+    connected: tuple[QmpSession, Peer], taps: tuple[int, int], vhost_net: None
+) -> None:
     outcome, backends = await plugged(connected, taps, *[OK] * 4, FULL, NOT_FOUND, NOT_FOUND, *[OK] * 4)
     assert isinstance(outcome, HotplugError)
     assert len(backends) == 1

@@ -30,12 +30,12 @@ RUST_HELP = """\
         pytest.param("usage: true [ignored]", None, id="neither"),
     ],
 )
-def test_the_dialect_is_told_by_how_the_directory_is_named(help_text, dialect):
+def test_the_dialect_is_told_by_how_the_directory_is_named(help_text: str, dialect: Dialect | None) -> None:
     assert dialect_of(help_text) is dialect
 
 
 @pytest.mark.parametrize("dialect", Dialect, ids=lambda dialect: dialect.value)
-def test_either_daemon_gets_socket_directory_and_sandbox(dialect):
+def test_either_daemon_gets_socket_directory_and_sandbox(dialect: Dialect) -> None:
     line = " ".join(daemon_argv(Path("/d/virtiofsd"), dialect, fd=7, source=Path("/srv")))
     assert line.startswith("/d/virtiofsd --fd=7 ")
     for expected in ("/srv", "cache=auto", "sandbox=namespace", "xattr", "acl", "killpriv", "submounts"):
@@ -50,13 +50,13 @@ def test_either_daemon_gets_socket_directory_and_sandbox(dialect):
         ("/nonexistent/virtiofsd", "No such file"),
     ],
 )
-async def test_a_program_of_neither_kind_is_refused_by_name(program, cause):
+async def test_a_program_of_neither_kind_is_refused_by_name(program: str, cause: str) -> None:
     with pytest.raises(VmStartError, match=cause) as caught:
         await detect_dialect(Path(program))
     assert program in str(caught.value)
 
 
-def test_the_connection_to_the_daemon_leaves_no_name_and_takes_long_paths(tmp_path):
+def test_the_connection_to_the_daemon_leaves_no_name_and_takes_long_paths(tmp_path: Path) -> None:
     deep = tmp_path.joinpath(*["d" * 60] * 3)
     deep.mkdir(parents=True)
     listener, client = connected_pair(deep)

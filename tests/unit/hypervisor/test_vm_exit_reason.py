@@ -85,7 +85,9 @@ PANIC = "[    1.0] Kernel panic - not syncing: no init found"
         ),
     ],
 )
-def test_the_reason(status, shutdown, console, stderr, reason):
+def test_the_reason(
+    status: ExitStatus, shutdown: Shutdown | None, console: list[str], stderr: str, reason: str
+) -> None:
     assert vm_exit_reason(status, shutdown=shutdown, console=console, stderr=stderr) == reason
 
 
@@ -100,20 +102,20 @@ FAILURE = "qemu-system-x86_64: cannot set up guest memory 'memory': Cannot alloc
 
 
 @pytest.mark.parametrize("warning", [MANY_CPUS, HUGE_PAGES, OF_A_DEVICE, OF_RUST])
-def test_a_warning_is_no_cause_beside_a_failure(warning):
+def test_a_warning_is_no_cause_beside_a_failure(warning: str) -> None:
     assert last_words(f"{warning}\n{FAILURE}\n{warning}\n", ExitStatus(code=1)) == [FAILURE]
 
 
 @pytest.mark.parametrize("status", [ExitStatus(signal=9), ExitStatus(code=0), ExitStatus(), None])
-def test_a_warning_alone_is_no_cause_of_an_end_that_is_no_failure(status):
+def test_a_warning_alone_is_no_cause_of_an_end_that_is_no_failure(status: ExitStatus | None) -> None:
     assert last_words(f"{MANY_CPUS}\n{HUGE_PAGES}\n", status) == []
 
 
-def test_a_program_that_failed_with_a_warning_alone_may_have_meant_it():
+def test_a_program_that_failed_with_a_warning_alone_may_have_meant_it() -> None:
     assert last_words(f"{HUGE_PAGES}\n", ExitStatus(code=1)) == [HUGE_PAGES]
 
 
-def test_what_only_speaks_of_warnings_is_kept():
+def test_what_only_speaks_of_warnings_is_kept() -> None:
     assert last_words("error: warnings are errors here\n", ExitStatus(code=1)) == [
         "error: warnings are errors here"
     ]

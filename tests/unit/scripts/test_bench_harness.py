@@ -9,7 +9,7 @@ import pytest
 from scripts.benchmarks.harness import Middle, Samples, alternate, document, line, middle, summarize
 
 
-def test_two_things_are_measured_in_turns_and_each_is_first_in_every_other_round():
+def test_two_things_are_measured_in_turns_and_each_is_first_in_every_other_round() -> None:
     order = []
 
     def measure(name: str, result: float) -> float:
@@ -30,22 +30,22 @@ def test_two_things_are_measured_in_turns_and_each_is_first_in_every_other_round
         pytest.param((1.0, 2.0, 3.0, 4.0, 1000.0), Middle(low=2.0, median=3.0, high=4.0), id="an-outlier"),
     ],
 )
-def test_the_spread_is_that_of_the_middle_half(samples: tuple[float, ...], found: Middle):
+def test_the_spread_is_that_of_the_middle_half(samples: tuple[float, ...], found: Middle) -> None:
     assert middle(samples) == found
 
 
-def test_a_ratio_is_that_of_the_medians():
+def test_a_ratio_is_that_of_the_medians() -> None:
     summary = summarize(Samples(value=(1.0, 3.0, 2.0), baseline=(8.0, 4.0, 4.0)), unit="s")
 
     assert summary.ratio == 0.5
 
 
 @pytest.mark.parametrize("baseline", [(), (0.0,)], ids=["no-baseline", "nothing"])
-def test_there_is_no_ratio_to_nothing(baseline: tuple[float, ...]):
+def test_there_is_no_ratio_to_nothing(baseline: tuple[float, ...]) -> None:
     assert summarize(Samples(value=(1.0,), baseline=baseline), unit="s").ratio is None
 
 
-def test_the_document_has_the_medians_by_name():
+def test_the_document_has_the_medians_by_name() -> None:
     summaries = {
         "with": summarize(Samples(value=(1.0, 2.0, 3.0), baseline=(4.0,)), unit="ms"),
         "without": summarize(Samples(value=(7.0,)), unit="%"),
@@ -59,7 +59,7 @@ def test_the_document_has_the_medians_by_name():
     }
 
 
-def test_a_line_shows_the_median_and_its_spread():
+def test_a_line_shows_the_median_and_its_spread() -> None:
     summary = summarize(Samples(value=(1.0, 2.0, 3.0), baseline=(4.0,)), unit="ms")
 
     assert line("name", summary).split() == (

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+from typing import TYPE_CHECKING
 
 import pytest
 
 from scripts.benchmarks import __main__ as command
 from scripts.benchmarks.catalog import Metric
 from scripts.benchmarks.harness import Samples
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from typing import Any
+
+    from _pytest.capture import CaptureResult
+
 
 ISSUE = [
     *("clone_over_cold", "run_template_over_cold", "cold_over_bare", "start_over_runc", "delete_ms"),
@@ -21,29 +30,31 @@ ISSUE = [
 class Stage:
     """A stage that counts how often it is cleared."""
 
-    def __init__(self, *, obstinate: bool = False):
+    def __init__(self, *, obstinate: bool = False) -> None:
         self.cleared = 0
         self._obstinate = obstinate
 
-    def kill_everything(self):
+    def kill_everything(self) -> None:
         self.cleared += 1
         if self._obstinate:
             raise TimeoutError("QEMU stays")
 
 
-def good_ms(stage):
+def good_ms(stage: Stage) -> Samples:
     """Measure."""
     return Samples(value=(1.0, 2.0, 3.0), baseline=(4.0,))
 
 
-def bad_ms(stage):
+def bad_ms(stage: Stage) -> None:
     """Fail."""
     raise ValueError("the guest is silent")
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    def run(*arguments, stage):
+def run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, dict[str, dict[str, Any]], CaptureResult]]:
+    def run(*arguments: str, stage: Stage) -> tuple[int, dict[str, dict[str, Any]], CaptureResult]:
         monkeypatch.setattr(
             command, "METRICS", {m.name: m for m in (Metric(bad_ms, "ms", ""), Metric(good_ms, "ms", ""))}
         )
@@ -55,12 +66,14 @@ def run(monkeypatch, tmp_path, capsys):
     return run
 
 
-def test_every_number_that_was_promised_has_a_metric():
+def test_every_number_that_was_promised_has_a_metric() -> None:
     assert list(command.METRICS) == ISSUE
 
 
 @pytest.mark.parametrize("obstinate", [False, True], ids=["cleared", "not-even-cleared"])
-def test_a_metric_that_fails_says_so_and_the_others_are_measured(run, obstinate):
+def test_a_metric_that_fails_says_so_and_the_others_are_measured(
+    run: Callable[..., tuple[int, dict[str, dict[str, Any]], CaptureResult]], obstinate: bool
+) -> None:
     stage = Stage(obstinate=obstinate)
     status, results, output = run(stage=stage)
 
@@ -72,13 +85,18 @@ def test_a_metric_that_fails_says_so_and_the_others_are_measured(run, obstinate)
     }
 
 
-def test_only_what_was_asked_for_is_measured(run):
+def test_only_what_was_asked_for_is_measured(
+    run: Callable[..., tuple[int, dict[str, dict[str, Any]], CaptureResult]],
+) -> None:
     status, results, _ = run("good_ms", "good_ms", stage=Stage())
 
     assert (status, list(results["metrics"])) == (0, ["good_ms"])
 
 
-def test_an_unknown_name_is_refused(run, capsys):
+def test_an_unknown_name_is_refused(
+    run: Callable[..., tuple[int, dict[str, dict[str, Any]], CaptureResult]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit):
         run("better_ms", stage=Stage())
     assert "better_ms: no such metric; there are bad_ms, good_ms" in capsys.readouterr().err

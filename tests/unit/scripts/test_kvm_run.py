@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from scripts import kvm, outer
 from tests import patience
 
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any
+
 
 @pytest.fixture
-def started(monkeypatch, tmp_path):
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """Stand in for the outer machine; returns what it is given."""
     calls = []
 
-    def run(command, **given):
+    def run(command: list[str], **given: dict[str, str] | float | Path) -> int:
         calls.append((command, given))
         return 3
 
@@ -22,7 +28,7 @@ def started(monkeypatch, tmp_path):
     return calls
 
 
-def files(command):
+def files(command: list[str]) -> list[str]:
     return [word for word in command if word.startswith("tests/")]
 
 
@@ -37,7 +43,9 @@ def files(command):
     ],
     ids=["all", "an option", "the short part", "named", "named, in a short time"],
 )
-def test_the_tests_that_are_named_run_or_else_those_that_are_listed(started, arguments, expected):
+def test_the_tests_that_are_named_run_or_else_those_that_are_listed(
+    started: list[Any], arguments: list[str], expected: list[str]
+) -> None:
     assert kvm.main(arguments) == 3
     [(command, _)] = started
     assert files(command) == expected
@@ -45,11 +53,11 @@ def test_the_tests_that_are_named_run_or_else_those_that_are_listed(started, arg
     assert all(argument in command for argument in arguments[1:] if argument != "--short")
 
 
-def test_what_is_listed_is_there():
+def test_what_is_listed_is_there() -> None:
     assert all((outer.TREE / path).is_file() for path in kvm.ALL)
 
 
-def test_tests_there_have_more_time_and_leave_a_report(started):
+def test_tests_there_have_more_time_and_leave_a_report(started: list[Any]) -> None:
     kvm.main(["test"])
     [(command, given)] = started
     assert float(given["environment"][patience.VARIABLE]) == kvm.PATIENCE > 1
@@ -57,7 +65,7 @@ def test_tests_there_have_more_time_and_leave_a_report(started):
     assert given["results"].is_dir()
 
 
-def test_benchmarks_leave_their_results(started):
+def test_benchmarks_leave_their_results(started: list[Any]) -> None:
     kvm.main(["bench", "clone_over_cold"])
     [(command, _)] = started
     assert command[1:] == [

@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,6 +19,10 @@ from shim.bootstrap import grouping
 from shim.host import host_process
 from shim.host.host_process import HostProcess
 from shim.host.ledger import Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 
 WITHIN_S = 15.0
 PROGRAM = Path(__file__).with_name("shim_with_stub_daemon.py")
@@ -129,7 +133,7 @@ class Containerd:
 
 
 @pytest.fixture
-def containerd(tmp_path):
+def containerd(tmp_path: Path) -> Iterator[Containerd]:
     if os.geteuid() != 0:
         pytest.skip("start refuses to run without root")
     peer = Containerd(tmp_path, {"MAX_SHIM_VERSION": "2", "HAKO_CONFIG": str(tmp_path / "config.toml")})
@@ -138,17 +142,17 @@ def containerd(tmp_path):
     peer.end_all()
 
 
-def place(containerd) -> Path:
+def place(containerd: Containerd) -> Path:
     """Where the socket of its zygote is."""
     return Path(zygote_protocol.socket_path(identity_of(containerd)))
 
 
-def identity_of(containerd) -> str:
+def identity_of(containerd: Containerd) -> str:
     """What tells its zygote from others."""
     return f"{sys.executable}\n{PROGRAM}\n{zygote_protocol.__file__}\n{containerd.address}"
 
 
-def zygote_socket(containerd) -> Path:
+def zygote_socket(containerd: Containerd) -> Path:
     """Wait until a zygote serves."""
     path = place(containerd)
     deadline = time.monotonic() + WITHIN_S
@@ -175,7 +179,7 @@ def end(pid: int) -> None:
 
 
 @pytest.fixture
-def warmed(containerd):
+def warmed(containerd: Containerd) -> Iterator[Containerd]:
     """A containerd whose next shims a zygote forks; ``c1`` was started anew and made it come up."""
     containerd.configure(f'[shim]\nzygote = true\nstate_dir = "{containerd.state_dir}"\n')
     containerd.make_bundle("c1")
@@ -189,6 +193,6 @@ def warmed(containerd):
 
 
 @pytest.fixture(params=["anew", "forked"])
-def either(request):
+def either(request: pytest.FixtureRequest) -> Containerd:
     """A containerd whose shims are started anew, and one whose shims a zygote forks."""
     return request.getfixturevalue("containerd" if request.param == "anew" else "warmed")

@@ -9,13 +9,17 @@ import socket
 import sys
 import types
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import shim
 from shim.entry import main
 from shim.host import state_directory
 
+if TYPE_CHECKING:
+    from typing import Any
 
-def run(record, listener_descriptor, ready):
+
+def run(record: Any, listener_descriptor: Any, ready: Any) -> None:
     if os.environ.get("STUB_DIES"):
         # As the real daemon does at its end: it must not wait for a start that waits for it.
         assert state_directory.lock_existing(record.state_directory, wait=False) is None

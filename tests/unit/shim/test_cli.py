@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,9 +13,13 @@ from guest.image import ImageError
 from shim import cli, config
 from shim.machine import host_choice
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
 
 @pytest.fixture
-def able_host(tmp_path, monkeypatch):
+def able_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A host that has everything; returns its configuration file."""
     programs = {
         "containerd": "echo containerd github.com/containerd/containerd 1.7.24~ds1 abc",
@@ -43,7 +48,7 @@ initrd = "{tmp_path}/initrd"
     return path
 
 
-def test_an_able_host_gets_a_line_for_each_thing(able_host, capsys):
+def test_an_able_host_gets_a_line_for_each_thing(able_host: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", "--config", str(able_host)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("ok ") for line in lines[:-1])
@@ -64,8 +69,12 @@ def test_an_able_host_gets_a_line_for_each_thing(able_host, capsys):
 
 @pytest.mark.parametrize(("accelerator", "warned"), [("kvm", True), ("tcg", False)])
 def test_a_host_is_able_in_spite_of_a_warning_that_is_shown(
-    able_host, capsys, monkeypatch, accelerator, warned
-):
+    able_host: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    accelerator: str,
+    warned: bool,
+) -> None:
     monkeypatch.setattr(
         "shim.commands.check.weaknesses", lambda: ["KVM is nested", "KVM has no nested paging"]
     )
@@ -82,13 +91,19 @@ def test_a_host_is_able_in_spite_of_a_warning_that_is_shown(
         ("/dev/nope", "by QEMU (/dev/nope: No such file or directory; "),
     ],
 )
-def test_who_moves_packets_is_shown(able_host, capsys, monkeypatch, node, moved):
+def test_who_moves_packets_is_shown(
+    able_host: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    node: str,
+    moved: str,
+) -> None:
     monkeypatch.setattr("hypervisor.nics._VHOST_NET", Path(node))
     assert cli.main(["check", "--config", str(able_host)]) == 0
     assert f"packets are moved {moved}" in capsys.readouterr().out
 
 
-def test_versions_and_choices_are_shown(able_host, capsys):
+def test_versions_and_choices_are_shown(able_host: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["check", "--json", "--config", str(able_host)])
     report = json.loads(capsys.readouterr().out)
     assert report["able"] is True
@@ -110,7 +125,9 @@ def test_versions_and_choices_are_shown(able_host, capsys):
         ("initrd", "guest", "run `hako image build` or set [guest] initrd"),
     ],
 )
-def test_one_missing_thing_makes_the_host_unable(able_host, capsys, missing, name, remedy):
+def test_one_missing_thing_makes_the_host_unable(
+    able_host: Path, capsys: pytest.CaptureFixture[str], missing: str, name: str, remedy: str
+) -> None:
     (able_host.parent / missing).unlink()
     assert cli.main(["check", "--json", "--config", str(able_host)]) == 1
     report = json.loads(capsys.readouterr().out)
@@ -120,7 +137,9 @@ def test_one_missing_thing_makes_the_host_unable(able_host, capsys, missing, nam
     assert finding["detail"]
 
 
-def test_a_missing_thing_is_one_line_with_its_remedy(able_host, capsys):
+def test_a_missing_thing_is_one_line_with_its_remedy(
+    able_host: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (able_host.parent / "kernel").unlink()
     assert cli.main(["check", "--config", str(able_host)]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -130,26 +149,32 @@ def test_a_missing_thing_is_one_line_with_its_remedy(able_host, capsys):
     assert lines[-1] == "This host cannot run sandboxes."
 
 
-def test_a_missing_containerd_makes_the_host_unable(able_host, capsys, monkeypatch):
+def test_a_missing_containerd_makes_the_host_unable(
+    able_host: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (able_host.parent / "containerd").unlink()
     monkeypatch.setenv("PATH", str(able_host.parent))
     assert cli.main(["check", "--config", str(able_host)]) == 1
     assert "containerd: not found in PATH; install containerd 1.6 or later" in capsys.readouterr().out
 
 
-def test_a_containerd_that_cannot_run_makes_the_host_unable(able_host, capsys):
+def test_a_containerd_that_cannot_run_makes_the_host_unable(
+    able_host: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (able_host.parent / "containerd").write_text("#!/bin/sh\nexit 3\n")
     assert cli.main(["check", "--config", str(able_host)]) == 1
     assert "containerd --version: exit status 3; reinstall it" in capsys.readouterr().out
 
 
-def test_a_user_other_than_root_is_told_so(able_host, capsys, monkeypatch):
+def test_a_user_other_than_root_is_told_so(
+    able_host: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     assert cli.main(["check", "--config", str(able_host)]) == 1
     assert "runs as uid 1000; run containerd and this as root" in capsys.readouterr().out
 
 
-def test_a_bad_configuration_is_one_line(able_host, capsys):
+def test_a_bad_configuration_is_one_line(able_host: Path, capsys: pytest.CaptureFixture[str]) -> None:
     able_host.write_text("[shim]\nstate = '/x'\n")
     assert cli.main(["check", "--config", str(able_host)]) == 1
     output = capsys.readouterr()
@@ -158,23 +183,27 @@ def test_a_bad_configuration_is_one_line(able_host, capsys):
     assert "unknown key 'state'; the nearest valid key is 'state_dir'" in output.err
 
 
-def test_the_version_is_printed(capsys):
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["version"]) == 0
     assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["image"]])
-def test_a_wrong_command_line_has_status_2(arguments, capsys):
+def test_a_wrong_command_line_has_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2
     assert "usage: hako" in capsys.readouterr().err
 
 
-def test_building_an_image_passes_on_what_was_asked_for(tmp_path, monkeypatch, capsys):
+def test_building_an_image_passes_on_what_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = {}
 
-    def build(output, cache, *, kernel, modules, progress):
+    def build(
+        output: Path, cache: Path, *, kernel: Path, modules: Path, progress: Callable[..., Any]
+    ) -> None:
         asked.update(output=output, cache=cache, kernel=kernel, modules=modules)
         progress("packing")
 
@@ -187,8 +216,10 @@ def test_building_an_image_passes_on_what_was_asked_for(tmp_path, monkeypatch, c
     assert (output.out, output.err) == (f"{tmp_path}/output\n", "packing\n")
 
 
-def test_an_image_that_cannot_be_built_is_one_line(tmp_path, monkeypatch, capsys):
-    def build(*_, progress, **__):
+def test_an_image_that_cannot_be_built_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(*_: Path, progress: Callable[..., Any], **__: None) -> None:
         raise ImageError("image: kernel: unreadable; choose another")
 
     monkeypatch.setattr("guest.image.build", build)
@@ -196,9 +227,9 @@ def test_an_image_that_cannot_be_built_is_one_line(tmp_path, monkeypatch, capsys
     assert capsys.readouterr().err == "image: kernel: unreadable; choose another\n"
 
 
-def test_progress_on_a_terminal_stays_on_one_line():
+def test_progress_on_a_terminal_stays_on_one_line() -> None:
     class Terminal(io.StringIO):
-        def isatty(self):
+        def isatty(self) -> bool:
             return True
 
     terminal = Terminal()
@@ -209,13 +240,13 @@ def test_progress_on_a_terminal_stays_on_one_line():
     assert terminal.getvalue() == "\r\x1b[Kone\r\x1b[Ktwo\n"
 
 
-def config_with(tmp_path, text):
+def config_with(tmp_path: Path, text: int | str) -> Any:
     path = tmp_path / "given.toml"
     path.write_text(text)
     return str(path)
 
 
-def test_every_key_is_explained(capsys):
+def test_every_key_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "explain"]) == 0
 
     text = capsys.readouterr().out
@@ -225,29 +256,31 @@ def test_every_key_is_explained(capsys):
 
 
 @pytest.mark.parametrize("name", ["memory_mib", "hypervisor.memory_mib"])
-def test_a_key_is_explained_by_its_name(capsys, name):
+def test_a_key_is_explained_by_its_name(capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert cli.main(["config", "explain", name]) == 0
     assert capsys.readouterr().out.startswith("hypervisor.memory_mib = 512\n  takes 128 to 16777216 MiB\n")
 
 
-def test_an_unknown_key_is_not_explained(capsys):
+def test_an_unknown_key_is_not_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "explain", "memory"]) == 1
     assert "no key 'memory'; `hako config explain` lists all" in capsys.readouterr().err
 
 
-def test_a_right_file_is_said_to_be_valid(capsys, tmp_path):
+def test_a_right_file_is_said_to_be_valid(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = config_with(tmp_path, "[hypervisor]\nvcpus = 2\n")
     assert cli.main(["config", "check", path]) == 0
     assert capsys.readouterr().out == f"{path}: valid\n"
 
 
-def test_a_wrong_file_is_refused_with_its_mistake(capsys, tmp_path):
+def test_a_wrong_file_is_refused_with_its_mistake(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = config_with(tmp_path, "[hypervisor]\nvcpu = 2\n")
     assert cli.main(["config", "check", path]) == 1
     assert "the nearest valid key is 'vcpus'" in capsys.readouterr().err
 
 
-def test_what_is_in_effect_is_shown_with_its_source(capsys, tmp_path):
+def test_what_is_in_effect_is_shown_with_its_source(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     path = config_with(tmp_path, "[hypervisor]\nvcpus = 2\n")
     assert cli.main(["config", "show", "--config", path, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -255,7 +288,7 @@ def test_what_is_in_effect_is_shown_with_its_source(capsys, tmp_path):
     assert shown["hypervisor.memory_mib"] == {"value": 512, "source": "default"}
 
 
-def test_what_is_in_effect_is_shown_in_columns(capsys, tmp_path):
+def test_what_is_in_effect_is_shown_in_columns(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = config_with(tmp_path, "[hypervisor]\nvcpus = 2\n")
     assert cli.main(["config", "show", "--config", path]) == 0
     heading, *lines = capsys.readouterr().out.splitlines()

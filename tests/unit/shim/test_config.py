@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -21,6 +22,9 @@ from shim.config import (
 )
 from shim.refusal import Refusal
 
+if TYPE_CHECKING:
+    from typing import Any
+
 
 def parsed(text: str) -> Config:
     return parse(ConfigText(text=text, source="config.toml"))
@@ -36,13 +40,13 @@ def message(text: str) -> str:
     return line
 
 
-def test_nothing_means_the_defaults():
+def test_nothing_means_the_defaults() -> None:
     assert parsed("") == Config()
     assert Config().hypervisor.memory_mib == 512
     assert Config().guest.kernel == "/var/lib/hako/guest/vmlinux"
 
 
-def test_what_is_given_replaces_only_itself():
+def test_what_is_given_replaces_only_itself() -> None:
     given = parsed('[hypervisor]\nvcpus = 2\n[guest]\ninitrd = "/i"\n[shim]\nlog_level = "debug"\n')
     assert given.hypervisor == HypervisorConfig(vcpus=2)
     assert given.guest == GuestConfig(initrd="/i")
@@ -76,17 +80,17 @@ def test_what_is_given_replaces_only_itself():
         ("[guest]\nkernel = '/a'\nkernel = '/b'\n", "not TOML: "),
     ],
 )
-def test_a_mistake_is_named_with_its_remedy(text, expected):
+def test_a_mistake_is_named_with_its_remedy(text: str, expected: str) -> None:
     assert expected in message(text)
 
 
 @pytest.mark.parametrize("key", ["virtiofsd", "vsock_daemon"])
-def test_a_daemon_is_searched_for_or_given(key):
+def test_a_daemon_is_searched_for_or_given(key: str) -> None:
     assert getattr(parsed(f'[hypervisor]\n{key} = "auto"\n').hypervisor, key) == "auto"
     assert getattr(parsed(f'[hypervisor]\n{key} = "/d"\n').hypervisor, key) == "/d"
 
 
-def test_the_options_come_before_the_environment_and_this_before_the_default(tmp_path):
+def test_the_options_come_before_the_environment_and_this_before_the_default(tmp_path: Path) -> None:
     paths = {}
     for name in ("environment", "options", "default"):
         paths[name] = str(tmp_path / name)
@@ -94,7 +98,7 @@ def test_the_options_come_before_the_environment_and_this_before_the_default(tmp
     environment = {"HAKO_CONFIG": paths["environment"]}
     body = "# body"
 
-    def found(environment, **given):
+    def found(environment: dict[str, str], **given: str) -> str:
         return locate(environment, default=paths["default"], **given).text
 
     assert found(environment, options_path=paths["options"], options_body=body) == "# options"
@@ -103,30 +107,30 @@ def test_the_options_come_before_the_environment_and_this_before_the_default(tmp
     assert found({}) == "# default"
 
 
-def test_the_default_file_need_not_exist(tmp_path):
+def test_the_default_file_need_not_exist(tmp_path: Path) -> None:
     assert locate({}, default=str(tmp_path / "none")) == ConfigText(text="", source="default")
 
 
 @pytest.mark.parametrize("given", [{"environment": "HAKO_CONFIG"}, {"options": "path"}])
-def test_a_file_that_was_asked_for_must_exist(tmp_path, given):
+def test_a_file_that_was_asked_for_must_exist(tmp_path: Path, given: dict[str, str]) -> None:
     path = str(tmp_path / "none")
     environment = {"HAKO_CONFIG": path} if "environment" in given else {}
     with pytest.raises(Refusal, match="no such file; correct the path"):
         locate(environment, options_path=path if "options" in given else "")
 
 
-def test_a_directory_is_no_configuration(tmp_path):
+def test_a_directory_is_no_configuration(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="Is a directory"):
         locate({"HAKO_CONFIG": str(tmp_path)})
 
 
-def test_a_file_that_is_not_utf_8_is_refused(tmp_path):
+def test_a_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"# \xe4")
     with pytest.raises(Refusal, match="not UTF-8; save it as UTF-8"):
         locate({"HAKO_CONFIG": str(tmp_path / "latin")})
 
 
-def test_files_beside_the_default_one_say_more_in_the_order_of_their_names(tmp_path):
+def test_files_beside_the_default_one_say_more_in_the_order_of_their_names(tmp_path: Path) -> None:
     default = tmp_path / "config.toml"
     default.write_text("[hypervisor]\nvcpus = 2\nmemory_mib = 256\n")
     (tmp_path / "config.d").mkdir()
@@ -142,7 +146,7 @@ def test_files_beside_the_default_one_say_more_in_the_order_of_their_names(tmp_p
     assert config.shim == ShimConfig(log_level="debug")
 
 
-def test_a_mistake_in_a_file_beside_the_default_one_names_that_file(tmp_path):
+def test_a_mistake_in_a_file_beside_the_default_one_names_that_file(tmp_path: Path) -> None:
     (tmp_path / "config.d").mkdir()
     (tmp_path / "config.d" / "a.toml").write_text("[hypervisor]\nvcpus = 0\n")
 
@@ -150,7 +154,7 @@ def test_a_mistake_in_a_file_beside_the_default_one_names_that_file(tmp_path):
         parse(locate({}, default=str(tmp_path / "config.toml")))
 
 
-def test_a_file_that_was_asked_for_has_no_others_beside_it(tmp_path):
+def test_a_file_that_was_asked_for_has_no_others_beside_it(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("")
     (tmp_path / "config.d").mkdir()
     (tmp_path / "config.d" / "a.toml").write_text("[hypervisor]\nvcpus = 2\n")
@@ -158,7 +162,7 @@ def test_a_file_that_was_asked_for_has_no_others_beside_it(tmp_path):
     assert parse(locate({"HAKO_CONFIG": str(tmp_path / "config.toml")})) == Config()
 
 
-def test_what_is_in_effect_names_the_file_that_gives_it(tmp_path):
+def test_what_is_in_effect_names_the_file_that_gives_it(tmp_path: Path) -> None:
     default = tmp_path / "config.toml"
     default.write_text("[hypervisor]\nvcpus = 2\nmemory_mib = 256\n")
     (tmp_path / "config.d").mkdir()
@@ -174,30 +178,30 @@ def test_what_is_in_effect_names_the_file_that_gives_it(tmp_path):
     }
 
 
-def test_the_defaults_are_written_as_nothing():
+def test_the_defaults_are_written_as_nothing() -> None:
     assert render(Config()) == ""
 
 
-def test_only_what_differs_from_the_defaults_is_written():
+def test_only_what_differs_from_the_defaults_is_written() -> None:
     config = Config(hypervisor=HypervisorConfig(vcpus=2, huge_pages=True), guest=GuestConfig(kernel='/a"b'))
 
     assert render(config) == '[hypervisor]\nvcpus = 2\nhuge_pages = true\n[guest]\nkernel = "/a\\u0022b"\n'
 
 
 @pytest.mark.parametrize("section", [HypervisorConfig, GuestConfig, ShimConfig])
-def test_every_key_says_what_it_means_and_takes_its_default(section):
+def test_every_key_says_what_it_means_and_takes_its_default(section: Any) -> None:
     for name, key in section.KEYS.items():
         assert key.help.endswith(".")
         assert getattr(section(), name) == key.default
         key.check(key.default, name)
 
 
-def test_a_configuration_cannot_be_changed():
+def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(AttributeError, match="frozen"):
         Config().hypervisor.vcpus = 4
 
 
-def test_every_key_is_read_by_something():
+def test_every_key_is_read_by_something() -> None:
     root = Path(__file__).parents[3] / "shim"
     sources = "".join(path.read_text() for path in root.rglob("*.py") if path.name != "config.py")
     keys = {key for section in (HypervisorConfig, GuestConfig, ShimConfig) for key in section.fields()}

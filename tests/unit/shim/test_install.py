@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import tomllib
+from typing import TYPE_CHECKING
 
 import pytest
 
 from shim import cli
 from shim.commands import install
 from shim.refusal import Refusal
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize(
@@ -20,7 +24,7 @@ from shim.refusal import Refusal
         ("3.0.0", 3, "io.containerd.cri.v1.runtime"),
     ],
 )
-def test_each_containerd_has_its_own_configuration(version, number, plugin):
+def test_each_containerd_has_its_own_configuration(version: str, number: int, plugin: str) -> None:
     text = install.drop_in(version)
     assert version in text
     document = tomllib.loads(text)
@@ -30,12 +34,14 @@ def test_each_containerd_has_its_own_configuration(version, number, plugin):
 
 
 @pytest.mark.parametrize("version", ["1.5.9", "of unknown version", "", "2"])
-def test_what_is_too_old_or_unknown_is_refused(version):
+def test_what_is_too_old_or_unknown_is_refused(version: str) -> None:
     with pytest.raises(Refusal, match=r"install containerd 1\.6 or later"):
         install.drop_in(version)
 
 
-def test_the_command_asks_the_containerd_that_is_named(tmp_path, capsys):
+def test_the_command_asks_the_containerd_that_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     program = tmp_path / "containerd"
     program.write_text("#!/bin/sh\necho containerd github.com/containerd/containerd/v2 v2.1.9 abc\n")
     program.chmod(0o700)
@@ -43,7 +49,7 @@ def test_the_command_asks_the_containerd_that_is_named(tmp_path, capsys):
     assert "# containerd 2.1.9: put this into" in capsys.readouterr().out
 
 
-def test_a_containerd_that_is_not_there_is_one_line(capsys):
+def test_a_containerd_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["install", "--print", "--containerd", "/nonexistent/containerd"]) == 1
     assert capsys.readouterr().err == (
         "install: /nonexistent/containerd: not found; install containerd, or name its program\n"

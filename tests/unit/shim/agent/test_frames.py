@@ -19,22 +19,22 @@ def unframe(pieces: list[bytes]) -> tuple[bytes, bool]:
 
 @pytest.mark.parametrize("piece", [1, 3, 4, 5, 4096, 1 << 20])
 @pytest.mark.parametrize("frame", [1, 7, 1000, 65_536])
-def test_a_stream_is_the_same_in_whatever_pieces_it_comes(piece: int, frame: int):
+def test_a_stream_is_the_same_in_whatever_pieces_it_comes(piece: int, frame: int) -> None:
     stream = b"".join(framed(DATA[at : at + frame]) for at in range(0, len(DATA), frame)) + END
     pieces = [stream[at : at + piece] for at in range(0, len(stream), piece)]
     assert unframe(pieces) == (DATA, True)
 
 
-def test_nothing_but_the_end_is_an_empty_stream():
+def test_nothing_but_the_end_is_an_empty_stream() -> None:
     assert unframe([END]) == (b"", True)
 
 
 @pytest.mark.parametrize("cut", [1, 3, 4, 6])
-def test_a_stream_without_its_end_has_not_ended(cut: int):
+def test_a_stream_without_its_end_has_not_ended(cut: int) -> None:
     assert not unframe([framed(b"abc")[:cut]])[1]
 
 
-def test_of_the_largest_frame_nothing_is_kept():
+def test_of_the_largest_frame_nothing_is_kept() -> None:
     unframer = Unframer()
     assert b"".join(unframer.feed(WORD.pack(0xFFFFFFFF))) == b""
     for _ in range(3):
@@ -42,14 +42,14 @@ def test_of_the_largest_frame_nothing_is_kept():
     assert not unframer.ended
 
 
-def test_a_stream_that_goes_on_after_its_end_is_refused():
+def test_a_stream_that_goes_on_after_its_end_is_refused() -> None:
     unframer = Unframer()
     assert list(unframer.feed(END)) == []
     with pytest.raises(FrameError, match="3 bytes after the end"):
         list(unframer.feed(b"abc"))
 
 
-def test_what_came_before_a_mistake_is_not_lost_with_it():
+def test_what_came_before_a_mistake_is_not_lost_with_it() -> None:
     parts = Unframer().feed(framed(b"abc") + END + b"d")
     assert bytes(next(parts)) == b"abc"
     with pytest.raises(FrameError):

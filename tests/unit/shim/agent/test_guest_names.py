@@ -27,21 +27,21 @@ identifiers = pytest.mark.parametrize("identifier", IDS)
 
 
 @identifiers
-def test_containerd_may_use_the_id(identifier):
+def test_containerd_may_use_the_id(identifier: str) -> None:
     check_identifier(identifier, phase="create", what="id")
 
 
 @identifiers
-def test_an_agent_takes_the_name(identifier):
+def test_an_agent_takes_the_name(identifier: str) -> None:
     assert KATAS_ID.fullmatch(guest_names.agent_id(identifier))
 
 
 @identifiers
-def test_the_name_leads_back_to_the_container(identifier):
+def test_the_name_leads_back_to_the_container(identifier: str) -> None:
     assert guest_names.container_id(guest_names.agent_id(identifier)) == identifier
 
 
-def test_no_name_in_the_share_is_given_twice():
+def test_no_name_in_the_share_is_given_twice() -> None:
     volumes = [guest_names.volume_in_share(number, label) for number, label in enumerate([*IDS, *IDS])]
     names = [*GUESTS_OWN, *map(guest_names.agent_id, IDS), *volumes]
     assert len(names) == len(set(names))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from shim.agent.oci import Translation, translate
 from shim.agent.oci_vfio import devices_of, vfio_groups
 from shim.errors import InvalidArgument
 from shim.sandbox.inheritance import Inheritance
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def node(path: str, kind: str = "c") -> dict[str, object]:
@@ -54,7 +59,7 @@ def test_another_way_to_vfio_is_refused() -> None:
         translated(specification(node("/dev/vfio/devices/vfio0")))
 
 
-def test_a_group_is_all_its_devices_but_bridges(tmp_path) -> None:
+def test_a_group_is_all_its_devices_but_bridges(tmp_path: Path) -> None:
     for address, kind in {
         "0000:3b:00.1": "0x040300",
         "0000:3b:00.0": "0x030000",
@@ -66,7 +71,7 @@ def test_a_group_is_all_its_devices_but_bridges(tmp_path) -> None:
     assert devices_of(12, sysfs=tmp_path) == ["0000:3b:00.0", "0000:3b:00.1"]
 
 
-def test_a_group_that_the_host_lacks_is_refused_with_a_remedy(tmp_path) -> None:
+def test_a_group_that_the_host_lacks_is_refused_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(
         InvalidArgument, match=r"/dev/vfio/12: the host has no such IOMMU group; .*intel_iommu=on"
     ):

@@ -7,11 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from proto.containerd import types_pb2
 from shim.bootstrap.wire import FEATURES_TYPE
+
+if TYPE_CHECKING:
+    from tests.unit.shim.conftest import Containerd
+
 
 ROOT = Path(__file__).parents[4]
 #: Each would cost every start and delete several milliseconds.
@@ -38,7 +43,9 @@ HEAVY = {
 }
 
 
-def run(*arguments: str, program: tuple[str, ...] = ("-m", "shim.bootstrap"), **options: object):
+def run(
+    *arguments: str, program: tuple[str, ...] = ("-m", "shim.bootstrap"), **options: object
+) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *program, *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -50,7 +57,7 @@ def run(*arguments: str, program: tuple[str, ...] = ("-m", "shim.bootstrap"), **
     )
 
 
-def test_info_is_containerds_runtime_info():
+def test_info_is_containerds_runtime_info() -> None:
     reply = run("-info")
     assert (reply.returncode, reply.stderr) == (0, b"")
     information = types_pb2.RuntimeInfo.FromString(reply.stdout)
@@ -63,21 +70,21 @@ def test_info_is_containerds_runtime_info():
 
 
 @pytest.mark.parametrize("flag", ["-v", "-version"])
-def test_the_version_is_for_people(flag):
+def test_the_version_is_for_people(flag: str) -> None:
     reply = run(flag)
     assert (reply.returncode, reply.stderr) == (0, b"")
     assert reply.stdout.startswith(b"containerd-shim-hako-v2:\n  Version: ")
 
 
 @pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["-unknown"], ["-id"]])
-def test_a_wrong_command_line_is_one_line(arguments):
+def test_a_wrong_command_line_is_one_line(arguments: list[str]) -> None:
     reply = run(*arguments)
     assert (reply.returncode, reply.stdout) == (1, b"")
     assert reply.stderr.startswith(b"command line: ")
     assert b"\n" not in reply.stderr
 
 
-def test_a_failure_of_the_host_is_one_line(tmp_path):
+def test_a_failure_of_the_host_is_one_line(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     bundle.mkdir()
     (bundle / "config.json").mkdir()
@@ -105,7 +112,7 @@ sys.exit(main())
         ({"machine": "riscv64"}, "its architecture is riscv64; only x86_64 is supported"),
     ],
 )
-def test_a_host_that_cannot_run_it_is_told_so(host, line):
+def test_a_host_that_cannot_run_it_is_told_so(host: dict[str, int | str], line: str) -> None:
     reply = run("-namespace", "n", "-id", "c", "start", program=pretending(**host))
     assert (reply.returncode, reply.stdout) == (1, b"")
     assert reply.stderr.decode() == f"start: host: {line}"
@@ -122,7 +129,7 @@ else:
 """
 
 
-def test_nothing_heavy_is_imported(containerd, tmp_path):
+def test_nothing_heavy_is_imported(containerd: Containerd, tmp_path: Path) -> None:
     listing = tmp_path / "modules"
     (tmp_path / "sitecustomize.py").write_text(SITE.format(listing=str(listing)))
     containerd.make_bundle("c1")

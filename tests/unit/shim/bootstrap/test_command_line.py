@@ -9,11 +9,11 @@ from shim.refusal import Refusal
 
 
 @pytest.mark.parametrize("flags", [["-id", "c1"], ["--id", "c1"], ["-id=c1"], ["--id=c1"]])
-def test_every_spelling_of_a_flag_is_the_same(flags):
+def test_every_spelling_of_a_flag_is_the_same(flags: list[str]) -> None:
     assert parse([*flags, "start"]) == CommandLine(id="c1", action="start")
 
 
-def test_containerds_start_is_understood():
+def test_containerds_start_is_understood() -> None:
     arguments = (
         "-namespace k8s.io -address /run/c.sock -publish-binary /usr/bin/containerd -id c1 -debug start"
     )
@@ -27,7 +27,7 @@ def test_containerds_start_is_understood():
     )
 
 
-def test_containerds_delete_is_understood():
+def test_containerds_delete_is_understood() -> None:
     arguments = "-namespace n -address /a -publish-binary /b -id c1 -bundle /run/bundle delete"
     line = parse(arguments.split())
     assert (line.action, line.bundle, line.debug) == ("delete", "/run/bundle", False)
@@ -36,26 +36,26 @@ def test_containerds_delete_is_understood():
 @pytest.mark.parametrize(
     ("spelling", "value"), [("-debug=true", True), ("-debug=0", False), ("--debug", True)]
 )
-def test_booleans_take_a_value_only_with_an_equals_sign(spelling, value):
+def test_booleans_take_a_value_only_with_an_equals_sign(spelling: str, value: bool) -> None:
     assert parse([spelling, "start"]).debug is value
 
 
 @pytest.mark.parametrize(
     ("arguments", "field"), [(["-info"], "info"), (["-v"], "version"), (["-version"], "version")]
 )
-def test_questions_need_no_action(arguments, field):
+def test_questions_need_no_action(arguments: list[str], field: str) -> None:
     assert parse(arguments) == CommandLine(**{field: True})
 
 
-def test_a_value_may_begin_with_a_dash_or_hold_an_equals_sign():
+def test_a_value_may_begin_with_a_dash_or_hold_an_equals_sign() -> None:
     assert parse(["-id", "-x", "-bundle=/a=b"]) == CommandLine(id="-x", bundle="/a=b")
 
 
-def test_two_dashes_end_the_flags():
+def test_two_dashes_end_the_flags() -> None:
     assert parse(["-id", "c1", "--", "-odd"]).action == "-odd"
 
 
-def test_what_follows_the_action_is_ignored():
+def test_what_follows_the_action_is_ignored() -> None:
     assert parse(["start", "-id", "c1"]) == CommandLine(action="start")
 
 
@@ -67,7 +67,7 @@ def test_what_follows_the_action_is_ignored():
         (["-debug=maybe"], "-debug: 'maybe' is not true or false"),
     ],
 )
-def test_a_mistake_is_named(arguments, cause):
+def test_a_mistake_is_named(arguments: list[str], cause: str) -> None:
     with pytest.raises(Refusal) as caught:
         parse(arguments)
     assert cause in str(caught.value)

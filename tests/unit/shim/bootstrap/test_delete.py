@@ -6,6 +6,7 @@ import json
 import subprocess
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,20 +14,24 @@ from proto.containerd import task_v2_pb2
 from shim.host import host_process
 from shim.host.ledger import Ledger
 
+if TYPE_CHECKING:
+    from tests.unit.shim.conftest import Containerd
+
+
 GROUP = "io.kubernetes.cri.sandbox-id"
 
 
-def delete(containerd, container: str = "c1") -> task_v2_pb2.DeleteResponse:
+def delete(containerd: Containerd, container: str = "c1") -> task_v2_pb2.DeleteResponse:
     reply = containerd.run("delete", container)
     assert (reply.returncode, reply.stderr) == (0, b"")
     return task_v2_pb2.DeleteResponse.FromString(reply.stdout)
 
 
-def nothing_is_left(containerd) -> bool:
+def nothing_is_left(containerd: Containerd) -> bool:
     return not any(containerd.state_dir.iterdir()) and not containerd.socket_path("c1").exists()
 
 
-def test_the_reply_says_killed_now(containerd):
+def test_the_reply_says_killed_now(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     before = time.time()
     response = delete(containerd)
@@ -34,7 +39,7 @@ def test_the_reply_says_killed_now(containerd):
     assert before - 1 <= response.exited_at.seconds + response.exited_at.nanos / 1e9 <= time.time()
 
 
-def test_a_dead_shim_leaves_nothing(containerd):
+def test_a_dead_shim_leaves_nothing(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     containerd.kill_shims()
@@ -42,7 +47,7 @@ def test_a_dead_shim_leaves_nothing(containerd):
     assert nothing_is_left(containerd)
 
 
-def test_a_removed_bundle_does_not_keep_anything_from_being_undone(containerd):
+def test_a_removed_bundle_does_not_keep_anything_from_being_undone(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     containerd.kill_shims()
@@ -53,7 +58,7 @@ def test_a_removed_bundle_does_not_keep_anything_from_being_undone(containerd):
     assert nothing_is_left(containerd)
 
 
-def test_a_container_of_a_pod_is_found_without_its_bundle(containerd):
+def test_a_container_of_a_pod_is_found_without_its_bundle(containerd: Containerd) -> None:
     containerd.make_bundle("pod")
     bundle = containerd.make_bundle("c1")
     (bundle / "config.json").write_text(json.dumps({"annotations": {GROUP: "pod"}}))
@@ -67,7 +72,7 @@ def test_a_container_of_a_pod_is_found_without_its_bundle(containerd):
     ledger.close()
 
 
-def hooked(containerd, text: str) -> Path:
+def hooked(containerd: Containerd, text: str) -> Path:
     """A bundle with a program that follows the container's end."""
     bundle = containerd.make_bundle("c1")
     hook = {"path": "/bin/sh", "args": ["sh", "-c", text]}
@@ -75,7 +80,7 @@ def hooked(containerd, text: str) -> Path:
     return bundle
 
 
-def test_what_was_to_follow_the_end_of_a_deserted_container_runs_once(containerd):
+def test_what_was_to_follow_the_end_of_a_deserted_container_runs_once(containerd: Containerd) -> None:
     bundle = hooked(containerd, "cat >> told")
     containerd.run("start", "c1")
     containerd.kill_shims()
@@ -85,7 +90,7 @@ def test_what_was_to_follow_the_end_of_a_deserted_container_runs_once(containerd
     assert (told["id"], told["status"], told["bundle"]) == ("c1", "stopped", str(bundle))
 
 
-def test_what_was_to_follow_the_end_is_left_to_a_shim_that_did_it(containerd):
+def test_what_was_to_follow_the_end_is_left_to_a_shim_that_did_it(containerd: Containerd) -> None:
     bundle = hooked(containerd, "touch ran")
     containerd.run("start", "c1")
     ledger = Ledger(str(containerd.state_of("c1")))
@@ -95,7 +100,7 @@ def test_what_was_to_follow_the_end_is_left_to_a_shim_that_did_it(containerd):
     assert not (bundle / "ran").exists()
 
 
-def test_what_follows_the_end_cannot_hold_it_up(containerd):
+def test_what_follows_the_end_cannot_hold_it_up(containerd: Containerd) -> None:
     bundle = hooked(containerd, "echo $$ > pid; exec sleep 1000")
     containerd.run("start", "c1")
     containerd.kill_shims()
@@ -106,7 +111,7 @@ def test_what_follows_the_end_cannot_hold_it_up(containerd):
     assert nothing_is_left(containerd)
 
 
-def test_doing_it_again_is_harmless(containerd):
+def test_doing_it_again_is_harmless(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     delete(containerd)
@@ -114,7 +119,7 @@ def test_doing_it_again_is_harmless(containerd):
     assert nothing_is_left(containerd)
 
 
-def test_an_idle_shim_ends(containerd):
+def test_an_idle_shim_ends(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     [shim] = containerd.shims()
@@ -123,7 +128,7 @@ def test_an_idle_shim_ends(containerd):
     assert nothing_is_left(containerd)
 
 
-def test_a_hanging_shim_is_killed(containerd):
+def test_a_hanging_shim_is_killed(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.environment["STUB_HANGS"] = "1"
     containerd.run("start", "c1")
@@ -134,7 +139,7 @@ def test_a_hanging_shim_is_killed(containerd):
     assert nothing_is_left(containerd)
 
 
-def test_the_children_of_a_dead_shim_are_killed(containerd):
+def test_the_children_of_a_dead_shim_are_killed(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     with subprocess.Popen(["/bin/sleep", "600"]) as child:
@@ -146,7 +151,7 @@ def test_the_children_of_a_dead_shim_are_killed(containerd):
         assert child.wait(timeout=5) == -9
 
 
-def test_a_shim_with_other_containers_is_left_alone(containerd):
+def test_a_shim_with_other_containers_is_left_alone(containerd: Containerd) -> None:
     for container in ("pod", "member"):
         containerd.make_bundle(container, annotations={GROUP: "pod"})
         containerd.run("start", container)
@@ -161,7 +166,7 @@ def test_a_shim_with_other_containers_is_left_alone(containerd):
     assert not containerd.state_of("pod").exists()
 
 
-def test_a_member_that_has_only_been_started_is_not_deserted(containerd):
+def test_a_member_that_has_only_been_started_is_not_deserted(containerd: Containerd) -> None:
     for container in ("pod", "member"):
         containerd.make_bundle(container, annotations={GROUP: "pod"})
         containerd.run("start", container)
@@ -172,7 +177,7 @@ def test_a_member_that_has_only_been_started_is_not_deserted(containerd):
     assert not host_process.is_running(shim)
 
 
-def test_a_member_of_a_dead_group_is_enough_to_remove_the_group(containerd):
+def test_a_member_of_a_dead_group_is_enough_to_remove_the_group(containerd: Containerd) -> None:
     for container in ("pod", "member"):
         containerd.make_bundle(container, annotations={GROUP: "pod"})
         containerd.run("start", container)
@@ -182,14 +187,14 @@ def test_a_member_of_a_dead_group_is_enough_to_remove_the_group(containerd):
     assert not containerd.state_of("pod").exists()
 
 
-def test_a_start_that_was_killed_halfway_leaves_nothing(containerd):
+def test_a_start_that_was_killed_halfway_leaves_nothing(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.state_of("c1").mkdir(parents=True)
     delete(containerd)
     assert nothing_is_left(containerd)
 
 
-def test_the_configuration_is_not_needed(containerd):
+def test_the_configuration_is_not_needed(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     containerd.kill_shims()
@@ -198,7 +203,7 @@ def test_the_configuration_is_not_needed(containerd):
     assert nothing_is_left(containerd)
 
 
-def test_the_spec_is_not_needed(containerd):
+def test_the_spec_is_not_needed(containerd: Containerd) -> None:
     bundle = containerd.make_bundle("c1", annotations={GROUP: "pod"})
     containerd.run("start", "c1")
     containerd.kill_shims()
@@ -208,7 +213,7 @@ def test_the_spec_is_not_needed(containerd):
     containerd.socket_path("pod").unlink(missing_ok=True)
 
 
-def test_what_cannot_be_undone_is_one_line_and_stays_on_record(containerd):
+def test_what_cannot_be_undone_is_one_line_and_stays_on_record(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     containerd.kill_shims()
@@ -231,7 +236,7 @@ def test_what_cannot_be_undone_is_one_line_and_stays_on_record(containerd):
     assert nothing_is_left(containerd)
 
 
-def test_everything_dead_takes_less_than_a_second(containerd):
+def test_everything_dead_takes_less_than_a_second(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     containerd.kill_shims()
@@ -242,7 +247,9 @@ def test_everything_dead_takes_less_than_a_second(containerd):
 
 @pytest.mark.parametrize("action", ["start", "delete"])
 @pytest.mark.parametrize("container", ["a/b", "..", ".", "a" * 77, "-a", "a b", "ä"])
-def test_an_unsafe_id_is_one_line(containerd, action, container, tmp_path):
+def test_an_unsafe_id_is_one_line(
+    containerd: Containerd, action: str, container: str, tmp_path: Path
+) -> None:
     bundle = tmp_path / "cwd"
     bundle.mkdir()
     containerd.bundle = lambda _: bundle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -11,11 +12,16 @@ from shim import identifiers
 from shim.bootstrap import grouping
 from shim.refusal import Refusal
 
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any
+
+
 POD = {"io.kubernetes.cri.sandbox-id": "pod"}
 
 
 @pytest.mark.parametrize("kind", ["sandbox", "container"])
-def test_a_pod_cannot_choose_another_pods_machine_by_an_annotation(tmp_path, kind):
+def test_a_pod_cannot_choose_another_pods_machine_by_an_annotation(tmp_path: Path, kind: str) -> None:
     annotations = {**POD, "io.kubernetes.cri.container-type": kind, "io.containerd.runc.v2.group": "victim"}
     (tmp_path / "config.json").write_text(json.dumps({"annotations": annotations}))
 
@@ -37,12 +43,12 @@ def test_a_pod_cannot_choose_another_pods_machine_by_an_annotation(tmp_path, kin
         ([], "c1"),
     ],
 )
-def test_annotations_name_the_group(tmp_path, spec, group):
+def test_annotations_name_the_group(tmp_path: Path, spec: dict[str, Any] | list[Any], group: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(spec))
     assert grouping.group_of(str(tmp_path), "c1") == group
 
 
-def test_without_a_spec_a_container_is_alone(tmp_path):
+def test_without_a_spec_a_container_is_alone(tmp_path: Path) -> None:
     assert grouping.group_of(str(tmp_path), "c1") == "c1"
 
 
@@ -56,18 +62,18 @@ def test_without_a_spec_a_container_is_alone(tmp_path):
     ],
     ids=["plain", "doubled slashes", "scheme", "empty"],
 )
-def test_the_socket_is_named_as_containerds_tools_name_it(address, joined):
+def test_the_socket_is_named_as_containerds_tools_name_it(address: str, joined: str) -> None:
     name = grouping.socket_name(address=address, namespace="ns", group="c1")
     assert name == hashlib.sha256(joined.encode()).hexdigest()
 
 
 @pytest.mark.parametrize("identifier", ["a", "0", "A-b_c.d", "x" * 76])
-def test_containerds_identifiers_are_accepted(identifier):
+def test_containerds_identifiers_are_accepted(identifier: str) -> None:
     identifiers.check_identifier(identifier, phase="start", what="id")
 
 
 @pytest.mark.parametrize("length", [106, 107])
-def test_a_socket_path_has_106_bytes_at_most(length):
+def test_a_socket_path_has_106_bytes_at_most(length: int) -> None:
     directory = "/" + "d" * (length - 66)
     name = "n" * 64
     if length == 106:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
 
 from shim.bootstrap import launcher
 from shim.refusal import Refusal
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 @pytest.fixture
-def program(tmp_path):
+def program(tmp_path: Path) -> Path:
     path = tmp_path / "bin" / launcher.NAME
     path.parent.mkdir()
     path.write_text("what pip put there")
@@ -21,37 +25,37 @@ def program(tmp_path):
     return path
 
 
-def said(program, *arguments: str) -> tuple[int, bytes, bytes]:
+def said(program: Path, *arguments: str) -> tuple[int, bytes, bytes]:
     done = subprocess.run(
         [str(program), *arguments], cwd="/", env={}, capture_output=True, timeout=20, check=False
     )
     return done.returncode, done.stdout, done.stderr
 
 
-def test_it_answers_as_pips_program_does(program):
+def test_it_answers_as_pips_program_does(program: Path) -> None:
     expected = subprocess.run(
         [sys.executable, "-m", "shim.bootstrap", "-v"], capture_output=True, timeout=20, check=True
     )
     assert said(program, "-v") == (0, expected.stdout, b"")
 
 
-def test_it_can_be_linked_to(program, tmp_path):
+def test_it_can_be_linked_to(program: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(program)
     assert said(link, "-v") == said(program, "-v")
 
 
-def test_what_goes_wrong_is_one_line(program):
+def test_what_goes_wrong_is_one_line(program: Path) -> None:
     status, output, errors = said(program, "-address", "/nowhere", "delete")
     assert (status, output) == (1, b"")
     assert errors.startswith(b"delete: id: ")
 
 
-def test_it_replaces_the_other_in_one_step(program):
+def test_it_replaces_the_other_in_one_step(program: Path) -> None:
     assert list(program.parent.iterdir()) == [program]
     assert os.access(program, os.X_OK)
 
 
-def test_an_interpreter_with_a_long_path_is_refused():
+def test_an_interpreter_with_a_long_path_is_refused() -> None:
     with pytest.raises(Refusal, match="its path is too long for a script; use pip's program"):
         launcher.text("/" + "x" * 130)

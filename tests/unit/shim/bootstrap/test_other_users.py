@@ -8,6 +8,7 @@ import shutil
 import socket
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,10 +16,17 @@ from shim.host import state_directory
 from shim.transport.dispatch import Dispatch
 from shim.transport.grpc_server import serve_grpc
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+    from tests.unit.shim.conftest import Containerd
+
+
 NOBODY = 65534
 
 
-def error_as(uid, attempt):
+def error_as(uid: int, attempt: Callable[..., Any]) -> int:
     """The error number that an attempt fails with in a process of another user; 0 if it succeeds."""
     child = os.fork()
     if child == 0:
@@ -36,8 +44,8 @@ def error_as(uid, attempt):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def connecting_to(path):
-    def attempt():
+def connecting_to(path: Path) -> Callable[[], None]:
+    def attempt() -> None:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
 
@@ -45,7 +53,7 @@ def connecting_to(path):
 
 
 @pytest.fixture
-def public():
+def public() -> Iterator[Path]:
     """A directory that everybody can reach, so that only what is in it can refuse."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
@@ -55,7 +63,7 @@ def public():
     shutil.rmtree(directory)
 
 
-def test_the_socket_that_start_makes(containerd):
+def test_the_socket_that_start_makes(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     assert containerd.run("start", "c1").returncode == 0
     path = Path(containerd.socket_path("c1"))
@@ -68,13 +76,13 @@ def test_the_socket_that_start_makes(containerd):
     assert error_as(NOBODY, connecting_to(path)) == errno.EACCES
 
 
-async def test_the_grpc_socket(public):
+async def test_the_grpc_socket(public: Path) -> None:
     async with serve_grpc(Dispatch([]), public / "grpc.sock"):
         assert error_as(0, connecting_to(public / "grpc.sock")) == 0
         assert error_as(NOBODY, connecting_to(public / "grpc.sock")) == errno.EACCES
 
 
-def test_the_state_directory(public):
+def test_the_state_directory(public: Path) -> None:
     path = public / "state"
     os.close(state_directory.lock(str(path)))
     (path / "grpc.sock").touch()

@@ -8,10 +8,17 @@ import stat
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from proto.containerd import bootstrap_v1_pb2, runtime_options_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.unit.shim.conftest import Containerd
+
 
 GROUPS = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"]
 
@@ -20,7 +27,7 @@ def params(container: str, **fields: object) -> bootstrap_v1_pb2.BootstrapParams
     return bootstrap_v1_pb2.BootstrapParams(instance_id=container, namespace="tests", **fields)
 
 
-def test_containerd_1_6_gets_a_plain_address(either):
+def test_containerd_1_6_gets_a_plain_address(either: Containerd) -> None:
     either.make_bundle("c2")
     del either.environment["MAX_SHIM_VERSION"]
     reply = either.run("start", "c2")
@@ -28,7 +35,7 @@ def test_containerd_1_6_gets_a_plain_address(either):
     assert reply.stdout.decode() == f"unix://{either.socket_path('c2')}"
 
 
-def test_containerd_1_7_to_2_2_get_json(either):
+def test_containerd_1_7_to_2_2_get_json(either: Containerd) -> None:
     either.make_bundle("c2")
     reply = either.run("start", "c2")
     assert (reply.returncode, reply.stderr) == (0, b"")
@@ -40,13 +47,13 @@ def test_containerd_1_7_to_2_2_get_json(either):
 
 
 @pytest.fixture
-def sockets():
+def sockets() -> Iterator[Path]:
     # The path of a unix socket is short; pytest's own directories are not.
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:
         yield Path(directory) / "s"
 
 
-def test_containerd_2_3_gets_a_bootstrap_result(either, sockets):
+def test_containerd_2_3_gets_a_bootstrap_result(either: Containerd, sockets: Path) -> None:
     bundle = either.make_bundle("c2")
     sent = params("c2", socket_dir=str(sockets), containerd_ttrpc_address="unix:///run/t.sock", log_level=-4)
     reply = either.run("start", "c2", stdin=sent.SerializeToString())
@@ -60,19 +67,19 @@ def test_containerd_2_3_gets_a_bootstrap_result(either, sockets):
     assert (record["ttrpc_address"], record["debug"], record["dialect"]) == ("/run/t.sock", True, "2.3")
 
 
-def test_the_address_file_holds_the_plain_address(containerd):
+def test_the_address_file_holds_the_plain_address(containerd: Containerd) -> None:
     bundle = containerd.make_bundle("c1")
     containerd.run("start", "c1")
     assert (bundle / "address").read_text() == f"unix://{containerd.socket_path('c1')}"
 
 
-def test_the_socket_is_for_its_owner_only(containerd):
+def test_the_socket_is_for_its_owner_only(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     assert stat.S_IMODE(containerd.socket_path("c1").stat().st_mode) == 0o600
 
 
-def test_the_socket_takes_connections_when_start_returns(containerd):
+def test_the_socket_takes_connections_when_start_returns(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     with socket.socket(socket.AF_UNIX) as client:
@@ -80,7 +87,7 @@ def test_the_socket_takes_connections_when_start_returns(containerd):
         assert client.getpeername() == str(containerd.socket_path("c1"))
 
 
-def test_the_daemon_holds_only_its_socket_and_the_log(containerd):
+def test_the_daemon_holds_only_its_socket_and_the_log(containerd: Containerd) -> None:
     bundle = containerd.make_bundle("c1")
     containerd.run("start", "c1")
     descriptors = containerd.daemon("c1")["descriptors"]
@@ -89,14 +96,14 @@ def test_the_daemon_holds_only_its_socket_and_the_log(containerd):
     assert listener.startswith("socket:")
 
 
-def test_the_daemon_leads_its_own_session(containerd):
+def test_the_daemon_leads_its_own_session(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     seen = containerd.daemon("c1")
     assert seen["session"] == seen["pid"]
 
 
-def test_the_daemon_can_be_told_in_process_lists(containerd):
+def test_the_daemon_can_be_told_in_process_lists(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     seen = containerd.daemon("c1")
@@ -104,32 +111,32 @@ def test_the_daemon_can_be_told_in_process_lists(containerd):
     assert seen["arguments"][4:6] == ["-id", "c1"]
 
 
-def test_the_daemon_does_not_answer_to_systemd(containerd):
+def test_the_daemon_does_not_answer_to_systemd(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.environment["NOTIFY_SOCKET"] = "/run/systemd/notify"
     containerd.run("start", "c1")
     assert "NOTIFY_SOCKET" not in containerd.daemon("c1")["environment"]
 
 
-def test_the_daemon_dies_of_memory_pressure_before_containerd(containerd):
+def test_the_daemon_dies_of_memory_pressure_before_containerd(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     own = int(Path("/proc/self/oom_score_adj").read_text())
     assert containerd.daemon("c1")["oom_score_adj"] == min(own + 1, 1000)
 
 
-def test_core_scheduling_is_done_without_where_the_kernel_lacks_it(containerd):
+def test_core_scheduling_is_done_without_where_the_kernel_lacks_it(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.environment["SCHED_CORE"] = "1"
     assert containerd.run("start", "c1").returncode == 0
 
 
-def test_a_bundle_without_a_log_is_served_too(containerd):
+def test_a_bundle_without_a_log_is_served_too(containerd: Containerd) -> None:
     (containerd.make_bundle("c1") / "log").unlink()
     assert containerd.run("start", "c1").returncode == 0
 
 
-def test_the_record_has_what_the_daemon_needs(containerd):
+def test_the_record_has_what_the_daemon_needs(containerd: Containerd) -> None:
     bundle = containerd.make_bundle("c1")
     containerd.environment["TTRPC_ADDRESS"] = "/run/t.sock"
     containerd.run("start", "c1", flags=("-debug",))
@@ -153,14 +160,14 @@ def test_the_record_has_what_the_daemon_needs(containerd):
     }
 
 
-def test_the_state_directory_is_for_its_owner_only(containerd):
+def test_the_state_directory_is_for_its_owner_only(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     assert stat.S_IMODE(containerd.state_of("c1").stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize("annotation", GROUPS)
-def test_containers_of_a_group_share_one_shim(containerd, annotation):
+def test_containers_of_a_group_share_one_shim(containerd: Containerd, annotation: str) -> None:
     containerd.make_bundle("pod", annotations={annotation: "pod"})
     member = containerd.make_bundle("member", annotations={annotation: "pod"})
     first = containerd.run("start", "pod")
@@ -170,14 +177,14 @@ def test_containers_of_a_group_share_one_shim(containerd, annotation):
     assert len(list(containerd.state_dir.iterdir())) == 1
 
 
-def test_each_caller_is_answered_in_its_own_dialect(containerd):
+def test_each_caller_is_answered_in_its_own_dialect(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     del containerd.environment["MAX_SHIM_VERSION"]
     assert containerd.run("start", "c1").stdout.decode() == f"unix://{containerd.socket_path('c1')}"
 
 
-def test_a_dead_socket_is_replaced(containerd):
+def test_a_dead_socket_is_replaced(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     path = containerd.socket_path("c1")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +195,7 @@ def test_a_dead_socket_is_replaced(containerd):
         client.connect(str(path))
 
 
-def test_what_a_dead_shim_of_the_same_name_left_is_removed_first(containerd):
+def test_what_a_dead_shim_of_the_same_name_left_is_removed_first(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     killed = containerd.daemon("c1")["pid"]
@@ -200,7 +207,7 @@ def test_what_a_dead_shim_of_the_same_name_left_is_removed_first(containerd):
     assert containerd.daemon("c1")["pid"] != killed
 
 
-def test_the_configuration_comes_from_the_runtime_options(containerd):
+def test_the_configuration_comes_from_the_runtime_options(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     del containerd.environment["HAKO_CONFIG"]
     options = runtime_options_pb2.Options(config_path=str(containerd.directory / "config.toml"))
@@ -211,7 +218,7 @@ def test_the_configuration_comes_from_the_runtime_options(containerd):
     assert containerd.state_of("c1").is_dir()
 
 
-def test_the_configuration_comes_from_an_extension(containerd):
+def test_the_configuration_comes_from_an_extension(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     del containerd.environment["HAKO_CONFIG"]
     body = f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\n'.encode()
@@ -223,7 +230,7 @@ def test_the_configuration_comes_from_an_extension(containerd):
     assert containerd.state_of("c1").is_dir()
 
 
-def test_options_of_other_runtimes_are_none_of_its_business(containerd):
+def test_options_of_other_runtimes_are_none_of_its_business(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     sent = bootstrap_v1_pb2.Extension()
     sent.value.type_url = "containerd.runc.v1.Options"
@@ -231,7 +238,7 @@ def test_options_of_other_runtimes_are_none_of_its_business(containerd):
     assert containerd.run("start", "c1", stdin=sent.value.SerializeToString()).returncode == 0
 
 
-def refusal(containerd, container: str = "c1", **arguments: object) -> str:
+def refusal(containerd: Containerd, container: str = "c1", **arguments: object) -> str:
     """Run a ``start`` that must fail, and return its line; nothing may be left behind."""
     before = set(containerd.directory.rglob("*"))
     reply = containerd.run("start", container, **arguments)
@@ -244,53 +251,53 @@ def refusal(containerd, container: str = "c1", **arguments: object) -> str:
     return line
 
 
-def test_a_bad_configuration_is_one_line(containerd):
+def test_a_bad_configuration_is_one_line(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.configure("[hypervisor]\nvcpu = 2\n")
     assert "unknown key 'vcpu'; the nearest valid key is 'vcpus'" in refusal(containerd)
 
 
-def test_a_missing_configuration_is_one_line(containerd):
+def test_a_missing_configuration_is_one_line(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.environment["HAKO_CONFIG"] = "/nonexistent/config.toml"
     assert refusal(containerd).startswith("config: /nonexistent/config.toml: no such file;")
 
 
-def test_a_spec_that_is_not_json_is_one_line(containerd):
+def test_a_spec_that_is_not_json_is_one_line(containerd: Containerd) -> None:
     (containerd.make_bundle("c1") / "config.json").write_text("{")
     assert "config.json: not JSON" in refusal(containerd)
 
 
-def test_input_that_is_no_message_is_one_line(containerd):
+def test_input_that_is_no_message_is_one_line(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     assert refusal(containerd, stdin=b"\xff" * 20).startswith("start: standard input: ")
 
 
-def test_endless_input_is_one_line(containerd):
+def test_endless_input_is_one_line(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     assert "more than 10485760 bytes" in refusal(containerd, stdin=b"\0" * (10 << 20 | 1))
 
 
-def test_a_socket_directory_too_long_for_a_socket_is_one_line(containerd):
+def test_a_socket_directory_too_long_for_a_socket_is_one_line(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     sent = params("c1", socket_dir="/run/" + "s" * 60)
     assert "too long for a unix socket" in refusal(containerd, stdin=sent.SerializeToString())
 
 
-def test_an_unsafe_group_is_one_line(containerd):
+def test_an_unsafe_group_is_one_line(containerd: Containerd) -> None:
     containerd.make_bundle("c1", annotations={GROUPS[0]: "../c2"})
     assert refusal(containerd).startswith("start: group '../c2': ")
 
 
 @pytest.mark.parametrize("flag", ["-id", "-namespace"])
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../../etc", "a\nb", "-x", "x" * 77])
-def test_an_unsafe_name_is_one_line(containerd, flag, name):
+def test_an_unsafe_name_is_one_line(containerd: Containerd, flag: str, name: str) -> None:
     containerd.make_bundle("c1")
     assert refusal(containerd, flags=(flag, name)).startswith(f"start: {flag[1:]}")
 
 
 @pytest.mark.parametrize("version", ["1.6", "2.3"])
-def test_grpc_is_refused_where_containerd_cannot_drive_it(containerd, version):
+def test_grpc_is_refused_where_containerd_cannot_drive_it(containerd: Containerd, version: str) -> None:
     containerd.make_bundle("c1")
     containerd.configure(f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
     stdin = b""
@@ -308,7 +315,7 @@ def fake_containerd(directory: Path, module: str, version: str) -> str:
     return str(path)
 
 
-def test_grpc_is_refused_on_containerd_2_1(containerd):
+def test_grpc_is_refused_on_containerd_2_1(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.configure(f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
     binary = fake_containerd(containerd.directory, "github.com/containerd/containerd/v2", "2.1.9")
@@ -330,21 +337,21 @@ POD = {"io.kubernetes.cri.container-type": "sandbox"}
     ],
 )
 def test_only_containerd_2_adds_containers_to_a_pod_without_a_start(
-    containerd, containerd_version, annotations, version
-):
+    containerd: Containerd, containerd_version: str, annotations: dict[str, str], version: int
+) -> None:
     containerd.make_bundle("c1", annotations=annotations)
     binary = fake_containerd(containerd.directory, "module", containerd_version)
     reply = containerd.run("start", "c1", publish_binary=binary)
     assert json.loads(reply.stdout)["version"] == version
 
 
-def test_a_sandbox_without_a_spec_is_a_pod(containerd):
+def test_a_sandbox_without_a_spec_is_a_pod(containerd: Containerd) -> None:
     (containerd.make_bundle("c1") / "config.json").unlink()
     reply = containerd.run("start", "c1", stdin=params("c1").SerializeToString())
     assert bootstrap_v1_pb2.BootstrapResult.FromString(reply.stdout).version == 3
 
 
-def test_a_container_that_joins_a_pod_hears_the_pods_version(containerd):
+def test_a_container_that_joins_a_pod_hears_the_pods_version(containerd: Containerd) -> None:
     containerd.make_bundle("pod", annotations={**POD, GROUPS[1]: "pod"})
     containerd.make_bundle("member", annotations={GROUPS[1]: "pod"})
     binary = fake_containerd(containerd.directory, "module", "2.1.9")
@@ -352,7 +359,7 @@ def test_a_container_that_joins_a_pod_hears_the_pods_version(containerd):
     assert replies[0] == replies[1]
 
 
-def test_containerd_1_7_is_told_the_grpc_socket_once_it_listens(containerd):
+def test_containerd_1_7_is_told_the_grpc_socket_once_it_listens(containerd: Containerd) -> None:
     bundle = containerd.make_bundle("c1")
     containerd.configure(f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
     binary = fake_containerd(containerd.directory, "github.com/containerd/containerd", "1.7.24~ds1")
@@ -365,7 +372,7 @@ def test_containerd_1_7_is_told_the_grpc_socket_once_it_listens(containerd):
         client.connect(path)
 
 
-def test_a_daemon_that_dies_before_it_listens_is_one_line_with_its_last_words(containerd):
+def test_a_daemon_that_dies_before_it_listens_is_one_line_with_its_last_words(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.configure(f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
     containerd.environment["STUB_DIES"] = "listen: no room on this host"
@@ -375,7 +382,7 @@ def test_a_daemon_that_dies_before_it_listens_is_one_line_with_its_last_words(co
 
 
 @pytest.mark.parametrize("protocol", ["ttrpc", "grpc"])
-def test_a_group_that_starts_all_at_once_shares_one_shim(containerd, protocol):
+def test_a_group_that_starts_all_at_once_shares_one_shim(containerd: Containerd, protocol: str) -> None:
     containerd.configure(
         f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\nprotocol = "{protocol}"\n'
     )

@@ -24,7 +24,7 @@ RENAMED = {
 
 
 @given(st.fixed_dictionaries({**TEXTS, **dict.fromkeys(RENAMED, st.text()), "log_level": LEVELS}), st.text())
-def test_parameters_are_read_as_protobuf_reads_them(fields, version):
+def test_parameters_are_read_as_protobuf_reads_them(fields: dict[str, int | str], version: str) -> None:
     sent = bootstrap_v1_pb2.BootstrapParams(
         containerd_version=version, **{RENAMED.get(name, name): value for name, value in fields.items()}
     )
@@ -32,7 +32,7 @@ def test_parameters_are_read_as_protobuf_reads_them(fields, version):
 
 
 @given(st.text(), st.text())
-def test_options_are_found_among_the_extensions(path, body):
+def test_options_are_found_among_the_extensions(path: str, body: str) -> None:
     sent = bootstrap_v1_pb2.BootstrapParams()
     other = sent.extensions.add().value
     other.type_url = "containerd.runc.v1.Options"
@@ -48,14 +48,14 @@ def test_options_are_found_among_the_extensions(path, body):
 
 
 @given(st.binary())
-def test_any_bytes_are_read_or_refused(data):
+def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     with contextlib.suppress(NotProtobufError):
         assert isinstance(bootstrap_wire.decode_params(data), BootstrapParams)
     with contextlib.suppress(NotProtobufError):
         assert isinstance(bootstrap_wire.decode_options(data), RuntimeOptions | None)
 
 
-def test_options_of_another_runtime_may_hold_any_bytes():
+def test_options_of_another_runtime_may_hold_any_bytes() -> None:
     url = b"containerd.runc.v1.Options"
     value = b"\x28\xff\xff\x03"  # a number that is not UTF-8
     data = bytes([10, len(url)]) + url + bytes([18, len(value)]) + value
@@ -77,31 +77,31 @@ def test_options_of_another_runtime_may_hold_any_bytes():
     ],
     ids=["no length", "short", "no number", "long number", "field 0", "group", "not UTF-8", "short fixed"],
 )
-def test_a_broken_message_is_refused(data):
+def test_a_broken_message_is_refused(data: bytes) -> None:
     with pytest.raises(NotProtobufError):
         bootstrap_wire.decode_params(data)
 
 
-def test_fields_of_later_versions_are_skipped():
+def test_fields_of_later_versions_are_skipped() -> None:
     later = b"\xa0\x06\x01" + b"\xa9\x06" + b"x" * 8 + b"\xb2\x06\x01x" + b"\xbd\x06" + b"x" * 4
     assert bootstrap_wire.decode_params(later + b"\x0a\x01a").instance_id == "a"
 
 
-def test_a_result_is_what_protobuf_reads():
+def test_a_result_is_what_protobuf_reads() -> None:
     encoded = bootstrap_wire.encode_result(version=2, address="unix:///" + "a" * 200, protocol="ttrpc")
     assert bootstrap_v1_pb2.BootstrapResult.FromString(encoded) == bootstrap_v1_pb2.BootstrapResult(
         version=2, address="unix:///" + "a" * 200, protocol="ttrpc"
     )
 
 
-def test_a_delete_response_is_what_protobuf_reads():
+def test_a_delete_response_is_what_protobuf_reads() -> None:
     encoded = bootstrap_wire.encode_delete_response(exit_status=137, exited_at=1_700_000_000.25)
     response = task_v2_pb2.DeleteResponse.FromString(encoded)
     assert (response.pid, response.exit_status) == (0, 137)
     assert (response.exited_at.seconds, response.exited_at.nanos) == (1_700_000_000, 250_000_000)
 
 
-def test_runtime_information_is_what_protobuf_reads():
+def test_runtime_information_is_what_protobuf_reads() -> None:
     features = json.dumps({"ociVersionMin": "1.0.0"})
     encoded = bootstrap_wire.encode_runtime_info(name="n", version="1", features=features)
     information = types_pb2.RuntimeInfo.FromString(encoded)

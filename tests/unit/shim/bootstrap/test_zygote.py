@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,6 +19,9 @@ from shim.bootstrap import zygote
 from shim.host import host_process
 from tests.unit.shim.bootstrap.test_start import fake_containerd
 from tests.unit.shim.conftest import WITHIN_S, end, identity_of, lock_holder, place, zygote_socket
+
+if TYPE_CHECKING:
+    from tests.unit.shim.conftest import Containerd
 
 
 def parent(pid: int) -> int:
@@ -32,7 +36,7 @@ def is_shim(pid: int) -> bool:
         return True
 
 
-def only_spare(containerd) -> int:
+def only_spare(containerd: Containerd) -> int:
     """Wait until the zygote keeps one fork, and no other that has just done its work; return its pid."""
     pid = lock_holder(zygote_socket(containerd))
     deadline = time.monotonic() + WITHIN_S
@@ -45,7 +49,7 @@ def only_spare(containerd) -> int:
         time.sleep(0.02)
 
 
-def test_a_forked_shim_is_like_one_started_anew(warmed):
+def test_a_forked_shim_is_like_one_started_anew(warmed: Containerd) -> None:
     anew = warmed.daemon("c1")
     warmed.make_bundle("c2")
     assert warmed.run("start", "c2").returncode == 0
@@ -61,7 +65,7 @@ def test_a_forked_shim_is_like_one_started_anew(warmed):
     assert forked["descriptors"]["2"] == str(warmed.bundle("c2") / "log")
 
 
-def test_process_lists_show_the_sandbox_of_a_forked_shim(warmed):
+def test_process_lists_show_the_sandbox_of_a_forked_shim(warmed: Containerd) -> None:
     warmed.make_bundle("c2")
     warmed.run("start", "c2")
     arguments = [each for each in warmed.daemon("c2")["arguments"] if each]
@@ -69,7 +73,7 @@ def test_process_lists_show_the_sandbox_of_a_forked_shim(warmed):
     assert "-zygote" not in arguments
 
 
-def test_the_death_of_the_zygote_hurts_no_shim_and_the_next_start_works(warmed):
+def test_the_death_of_the_zygote_hurts_no_shim_and_the_next_start_works(warmed: Containerd) -> None:
     warmed.make_bundle("c2")
     warmed.run("start", "c2")
     forked = warmed.daemon("c2")
@@ -88,7 +92,7 @@ def test_the_death_of_the_zygote_hurts_no_shim_and_the_next_start_works(warmed):
     end(lock_holder(socket_path))
 
 
-def test_only_one_zygote_comes_up(warmed):
+def test_only_one_zygote_comes_up(warmed: Containerd) -> None:
     first = lock_holder(zygote_socket(warmed))
     zygote_socket(warmed).unlink()  # as if it were not ready yet
     warmed.make_bundle("c2")
@@ -96,7 +100,7 @@ def test_only_one_zygote_comes_up(warmed):
     assert lock_holder(place(warmed)) == first
 
 
-def test_nonsense_leaves_the_zygote_serving(warmed):
+def test_nonsense_leaves_the_zygote_serving(warmed: Containerd) -> None:
     for message in (b"", b"{", b'{"unknown": 1}', b"[1]", b"\xff"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
             client.connect(str(zygote_socket(warmed)))
@@ -107,12 +111,12 @@ def test_nonsense_leaves_the_zygote_serving(warmed):
     assert parent(warmed.daemon("c2")["pid"]) == before
 
 
-def test_the_socket_is_for_its_owner_only(warmed):
+def test_the_socket_is_for_its_owner_only(warmed: Containerd) -> None:
     assert zygote_socket(warmed).stat().st_mode & 0o777 == 0o600
     assert zygote_socket(warmed).parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_program_that_changed_is_noticed(tmp_path, monkeypatch):
+def test_a_program_that_changed_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "module.py"
     file.touch()
     known = {str(file): file.stat().st_mtime_ns}
@@ -123,7 +127,7 @@ def test_a_program_that_changed_is_noticed(tmp_path, monkeypatch):
     assert not zygote._unchanged(known)
 
 
-def test_a_container_joins_the_shim_of_its_group(warmed):
+def test_a_container_joins_the_shim_of_its_group(warmed: Containerd) -> None:
     warmed.make_bundle("c2", annotations={"io.kubernetes.cri.sandbox-id": "c1"})
     reply = warmed.run("start", "c2")
     assert (reply.returncode, reply.stderr) == (0, b"")
@@ -131,7 +135,7 @@ def test_a_container_joins_the_shim_of_its_group(warmed):
     assert len(warmed.shims()) == 1
 
 
-def test_a_forked_shim_can_speak_grpc(warmed):
+def test_a_forked_shim_can_speak_grpc(warmed: Containerd) -> None:
     warmed.configure(f'[shim]\nstate_dir = "{warmed.state_dir}"\nprotocol = "grpc"\n')
     warmed.make_bundle("c2")
     binary = fake_containerd(warmed.directory, "github.com/containerd/containerd", "1.7.24")
@@ -141,7 +145,7 @@ def test_a_forked_shim_can_speak_grpc(warmed):
     assert "-zygote" not in warmed.daemon("c2")["arguments"]
 
 
-def test_what_is_refused_is_said_as_without_a_zygote(warmed):
+def test_what_is_refused_is_said_as_without_a_zygote(warmed: Containerd) -> None:
     warmed.make_bundle("c2")
     (warmed.bundle("c2") / "config.json").write_text("{")
     reply = warmed.run("start", "c2")
@@ -149,7 +153,7 @@ def test_what_is_refused_is_said_as_without_a_zygote(warmed):
     assert b"config.json: not JSON" in reply.stderr
 
 
-def test_a_delete_that_the_zygote_does_leaves_nothing(warmed):
+def test_a_delete_that_the_zygote_does_leaves_nothing(warmed: Containerd) -> None:
     warmed.make_bundle("c2")
     warmed.run("start", "c2")
     warmed.kill_shims()
@@ -162,7 +166,7 @@ def test_a_delete_that_the_zygote_does_leaves_nothing(warmed):
     assert not warmed.socket_path("c2").exists()
 
 
-def test_a_configuration_that_wants_no_zygote_gets_a_shim_started_anew(warmed):
+def test_a_configuration_that_wants_no_zygote_gets_a_shim_started_anew(warmed: Containerd) -> None:
     warmed.configure(f'[shim]\nzygote = false\nstate_dir = "{warmed.state_dir}"\n')
     warmed.make_bundle("c2")
     assert warmed.run("start", "c2").returncode == 0
@@ -170,7 +174,7 @@ def test_a_configuration_that_wants_no_zygote_gets_a_shim_started_anew(warmed):
 
 
 @pytest.mark.parametrize("what", ["limits", "umask", "identity"])
-def test_a_zygote_refuses_who_is_not_like_it(warmed, what):
+def test_a_zygote_refuses_who_is_not_like_it(warmed: Containerd, what: str) -> None:
     zygote_socket(warmed)
     arguments = ["-address", warmed.address, "start"]
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
@@ -187,7 +191,7 @@ def test_a_zygote_refuses_who_is_not_like_it(warmed, what):
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_zygote_that_hangs_is_not_waited_for(warmed):
+def test_a_zygote_that_hangs_is_not_waited_for(warmed: Containerd) -> None:
     spare = only_spare(warmed)
     os.kill(spare, signal.SIGSTOP)
     try:
@@ -200,7 +204,7 @@ def test_a_zygote_that_hangs_is_not_waited_for(warmed):
     assert len(warmed.shims()) == 2
 
 
-def test_a_shim_ends_that_containerd_does_not_hear_of(warmed):
+def test_a_shim_ends_that_containerd_does_not_hear_of(warmed: Containerd) -> None:
     zygote_socket(warmed)
     bundle = warmed.make_bundle("c2")
     flags = ["-namespace", "tests", "-address", warmed.address, "-id", "c2", "start"]
@@ -218,7 +222,7 @@ def test_a_shim_ends_that_containerd_does_not_hear_of(warmed):
         time.sleep(0.02)
 
 
-def test_a_spare_dies_with_its_zygote(warmed):
+def test_a_spare_dies_with_its_zygote(warmed: Containerd) -> None:
     spare = only_spare(warmed)
     identity = host_process.identify(spare)
     end(lock_holder(place(warmed)))

@@ -40,15 +40,15 @@ def said(tmp_path: Path, register: str) -> tuple[int, bytes]:
         return int(parent.stdout), file.read()
 
 
-def test_a_recorded_daemon_runs(tmp_path):
+def test_a_recorded_daemon_runs(tmp_path: Path) -> None:
     pid, output = said(tmp_path, "pass")
     assert pid > 0
     assert output == b"runs"
 
 
-def test_a_daemon_does_not_run_if_it_cannot_be_recorded(tmp_path):
+def test_a_daemon_does_not_run_if_it_cannot_be_recorded(tmp_path: Path) -> None:
     assert said(tmp_path, "raise OSError")[1] == b""
 
 
-def test_a_daemon_does_not_run_if_start_is_killed_before_it_is_recorded(tmp_path):
+def test_a_daemon_does_not_run_if_start_is_killed_before_it_is_recorded(tmp_path: Path) -> None:
     assert said(tmp_path, "os.kill(os.getpid(), 9)")[1] == b""

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_only_what_was_raised_is_told(tmp_path: Path):
+def test_only_what_was_raised_is_told(tmp_path: Path) -> None:
     for name, value in {
         "vm/max_map_count": "262144",
         "fs/nr_open": "1048576",
@@ -26,7 +26,7 @@ def test_only_what_was_raised_is_told(tmp_path: Path):
     }
 
 
-def test_a_specification_cannot_speak_for_the_host():
+def test_a_specification_cannot_speak_for_the_host() -> None:
     spec = {"annotations": {"a": "b", "io.hako.at-least/kernel.panic": "1"}}
     assert kernel_limits.announce(spec, {"vm.max_map_count": 262144}) == {
         "annotations": {"a": "b", "io.hako.at-least/vm.max_map_count": "262144"}

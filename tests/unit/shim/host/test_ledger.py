@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,16 +14,21 @@ from shim.host import host_process
 from shim.host.host_process import HostProcess
 from shim.host.ledger import Ledger
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from typing import Any
+
 
 @pytest.fixture
-def state(tmp_path):
+def state(tmp_path: Path) -> Path:
     directory = tmp_path / "state"
     directory.mkdir()
     return directory
 
 
 @pytest.fixture
-def ledger(state):
+def ledger(state: Path) -> Iterator[Ledger]:
     ledger = Ledger(str(state), create=True)
     yield ledger
     ledger.close()
@@ -32,7 +38,9 @@ def undo(ledger: Ledger) -> list[str]:
     return ledger.undo_all(deadline_s=5)
 
 
-def test_undoing_removes_files_directories_and_the_state_directory(ledger, state, tmp_path):
+def test_undoing_removes_files_directories_and_the_state_directory(
+    ledger: Ledger, state: Path, tmp_path: Path
+) -> None:
     directory, file = tmp_path / "directory", tmp_path / "file"
     ledger.directory(str(directory))
     ledger.file(str(file))
@@ -44,14 +52,16 @@ def test_undoing_removes_files_directories_and_the_state_directory(ledger, state
     assert not any(path.exists() for path in (directory, file, state))
 
 
-def test_undoing_twice_is_harmless(ledger, tmp_path):
+def test_undoing_twice_is_harmless(ledger: Ledger, tmp_path: Path) -> None:
     ledger.directory(str(tmp_path / "never made"))
     ledger.file(str(tmp_path / "never made either"))
     assert undo(ledger) == []
     assert undo(ledger) == []
 
 
-def test_a_ledger_stays_short_however_many_containers_come_and_go(ledger, state, tmp_path):
+def test_a_ledger_stays_short_however_many_containers_come_and_go(
+    ledger: Ledger, state: Path, tmp_path: Path
+) -> None:
     ledger.file(str(tmp_path / "kept"))
     ledger.created("stays")
     other = Ledger(str(state))
@@ -67,21 +77,21 @@ def test_a_ledger_stays_short_however_many_containers_come_and_go(ledger, state,
     again.close()
 
 
-def test_what_its_maker_undid_is_forgotten(ledger, tmp_path):
+def test_what_its_maker_undid_is_forgotten(ledger: Ledger, tmp_path: Path) -> None:
     kept, undone = tmp_path / "kept", tmp_path / "undone"
     ledger.undone(ledger.file(str(undone)))
     ledger.file(str(kept))
     assert [entry.name for entry in ledger.entries()] == [str(kept)]
 
 
-def test_another_process_reads_what_was_written(ledger, state, tmp_path):
+def test_another_process_reads_what_was_written(ledger: Ledger, state: Path, tmp_path: Path) -> None:
     ledger.file(str(tmp_path / "file"))
     other = Ledger(str(state))
     assert other.entries() == ledger.entries()
     other.close()
 
 
-def test_numbers_go_on_where_another_process_stopped(ledger, state, tmp_path):
+def test_numbers_go_on_where_another_process_stopped(ledger: Ledger, state: Path, tmp_path: Path) -> None:
     first = ledger.file(str(tmp_path / "first"))
     other = Ledger(str(state))
     other.undone(other.file(str(tmp_path / "second")))
@@ -90,7 +100,7 @@ def test_numbers_go_on_where_another_process_stopped(ledger, state, tmp_path):
 
 
 @pytest.mark.parametrize("cut", [2, 10, 40])
-def test_a_torn_last_line_costs_only_itself(ledger, state, tmp_path, cut):
+def test_a_torn_last_line_costs_only_itself(ledger: Ledger, state: Path, tmp_path: Path, cut: int) -> None:
     ledger.file(str(tmp_path / "whole"))
     ledger.file(str(tmp_path / "torn"))
     os.truncate(state / "ledger", (state / "ledger").stat().st_size - cut)
@@ -101,19 +111,19 @@ def test_a_torn_last_line_costs_only_itself(ledger, state, tmp_path, cut):
     assert names == [str(tmp_path / name) for name in ("whole", "after")]
 
 
-def test_a_ledger_is_only_made_when_asked(state):
+def test_a_ledger_is_only_made_when_asked(state: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Ledger(str(state))
 
 
-def test_a_recorded_process_is_killed(ledger):
+def test_a_recorded_process_is_killed(ledger: Ledger) -> None:
     with subprocess.Popen(["/bin/sleep", "600"]) as child:
         ledger.process(child.pid, name="qemu")
         assert undo(ledger) == []
         assert child.wait(timeout=5) == -9
 
 
-def test_a_recycled_pid_is_left_alone(ledger, monkeypatch):
+def test_a_recycled_pid_is_left_alone(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     with subprocess.Popen(["/bin/sleep", "600"]) as child:
         real = host_process.identify
         monkeypatch.setattr(
@@ -126,19 +136,21 @@ def test_a_recycled_pid_is_left_alone(ledger, monkeypatch):
         child.kill()
 
 
-def test_the_caller_survives(ledger):
+def test_the_caller_survives(ledger: Ledger) -> None:
     ledger.process(os.getpid(), name="shim")
     assert undo(ledger) == []
 
 
-def test_a_process_that_ended_before_it_was_recorded_is_an_error(ledger):
+def test_a_process_that_ended_before_it_was_recorded_is_an_error(ledger: Ledger) -> None:
     with subprocess.Popen(["/bin/true"]) as child:
         child.wait()
     with pytest.raises(ProcessLookupError):
         ledger.process(child.pid, name="qemu")
 
 
-def test_nothing_is_removed_while_a_process_lives(ledger, state, tmp_path, monkeypatch):
+def test_nothing_is_removed_while_a_process_lives(
+    ledger: Ledger, state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "file"
     file.touch()
     ledger.file(str(file))
@@ -152,7 +164,9 @@ def test_nothing_is_removed_while_a_process_lives(ledger, state, tmp_path, monke
     assert state.exists()
 
 
-def test_a_link_that_took_the_place_of_a_parent_leads_nowhere(ledger, state, tmp_path):
+def test_a_link_that_took_the_place_of_a_parent_leads_nowhere(
+    ledger: Ledger, state: Path, tmp_path: Path
+) -> None:
     elsewhere, shared = tmp_path / "elsewhere", tmp_path / "shared"
     (elsewhere / "container").mkdir(parents=True)
     shared.mkdir()
@@ -165,7 +179,9 @@ def test_a_link_that_took_the_place_of_a_parent_leads_nowhere(ledger, state, tmp
     assert state.exists()
 
 
-def test_a_link_in_the_place_of_a_directory_is_removed_and_not_followed(ledger, tmp_path):
+def test_a_link_in_the_place_of_a_directory_is_removed_and_not_followed(
+    ledger: Ledger, tmp_path: Path
+) -> None:
     elsewhere, directory = tmp_path / "elsewhere", tmp_path / "directory"
     ledger.directory(str(directory))
     elsewhere.mkdir()
@@ -176,7 +192,7 @@ def test_a_link_in_the_place_of_a_directory_is_removed_and_not_followed(ledger, 
     assert (elsewhere / "file").exists()
 
 
-def test_mounts_below_a_directory_are_detached_before_it_is_removed(tmp_path):
+def test_mounts_below_a_directory_are_detached_before_it_is_removed(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
     script = f"""
@@ -205,7 +221,7 @@ assert (precious / "file").exists()
     )
 
 
-def test_containers_come_and_go(ledger):
+def test_containers_come_and_go(ledger: Ledger) -> None:
     for container in ("a", "b"):
         ledger.created(container)
     ledger.deleted("a")
@@ -213,14 +229,16 @@ def test_containers_come_and_go(ledger):
     assert ledger.containers() == {"b"}
 
 
-def test_a_cgroup_that_is_busy_for_a_moment_is_removed_all_the_same(ledger, tmp_path, monkeypatch):
+def test_a_cgroup_that_is_busy_for_a_moment_is_removed_all_the_same(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cgroup = tmp_path / "cgroup"
     cgroup.mkdir()
     ledger.cgroup(str(cgroup))
     refusals = iter([errno.EBUSY, errno.EBUSY])
     rmdir = os.rmdir
 
-    def busy_at_first(path, **given):
+    def busy_at_first(path: str, **given: Any) -> None:
         if str(path) == str(cgroup) and (number := next(refusals, 0)):
             raise OSError(number, os.strerror(number), path)
         rmdir(path, **given)

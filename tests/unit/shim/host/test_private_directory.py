@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import stat
+from typing import TYPE_CHECKING
 
 import pytest
 
 from shim.host import private_directory
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-def mode(path) -> int:
+
+def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
 @pytest.mark.parametrize("umask", [0, 0o022, 0o777])
-def test_every_directory_that_was_missing_is_closed_to_others(tmp_path, umask):
+def test_every_directory_that_was_missing_is_closed_to_others(tmp_path: Path, umask: int) -> None:
     previous = os.umask(umask)
     try:
         private_directory.make(str(tmp_path / "above" / "below"))
@@ -25,7 +29,7 @@ def test_every_directory_that_was_missing_is_closed_to_others(tmp_path, umask):
     assert [mode(tmp_path / "above"), mode(tmp_path / "above" / "below")] == [0o700, 0o700]
 
 
-def test_a_directory_that_is_there_is_left_as_it_is(tmp_path):
+def test_a_directory_that_is_there_is_left_as_it_is(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
 
     private_directory.make(str(tmp_path))
@@ -34,14 +38,14 @@ def test_a_directory_that_is_there_is_left_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [0o720, 0o702, 0o777])
-def test_a_directory_that_others_may_write_in_is_refused(tmp_path, bits):
+def test_a_directory_that_others_may_write_in_is_refused(tmp_path: Path, bits: int) -> None:
     tmp_path.chmod(bits)
 
     with pytest.raises(PermissionError, match="chmod it to 0700"):
         private_directory.make(str(tmp_path))
 
 
-def test_a_link_is_refused(tmp_path):
+def test_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
 
     with pytest.raises(NotADirectoryError):
@@ -49,18 +53,20 @@ def test_a_link_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
-def test_another_users_directory_is_refused(tmp_path):
+def test_another_users_directory_is_refused(tmp_path: Path) -> None:
     os.chown(tmp_path, 65534, 65534)
 
     with pytest.raises(PermissionError, match="chown it to root"):
         private_directory.make(str(tmp_path))
 
 
-def test_a_directory_that_another_process_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+def test_a_directory_that_another_process_removes_meanwhile_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "box"
     chmod = os.chmod
 
-    def removed_once(*arguments):
+    def removed_once(*arguments: int | str) -> None:
         monkeypatch.setattr(os, "chmod", chmod)
         path.rmdir()
         chmod(*arguments)
@@ -73,7 +79,7 @@ def test_a_directory_that_another_process_removes_meanwhile_is_made_again(tmp_pa
     assert os.chmod is chmod
 
 
-def test_a_directory_below_a_link_that_leads_nowhere_is_an_error(tmp_path):
+def test_a_directory_below_a_link_that_leads_nowhere_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "missing")
 
     with pytest.raises(FileNotFoundError):

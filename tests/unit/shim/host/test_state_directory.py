@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import stat
 import threading
+from typing import TYPE_CHECKING
 
 from shim.host import state_directory
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-def test_the_lock_makes_its_directory(tmp_path):
+
+def test_the_lock_makes_its_directory(tmp_path: Path) -> None:
     os.close(state_directory.lock(str(tmp_path / "state" / "box")))
     assert stat.S_IMODE((tmp_path / "state" / "box").stat().st_mode) == 0o700
 
 
-def test_there_is_no_lock_without_a_directory(tmp_path):
+def test_there_is_no_lock_without_a_directory(tmp_path: Path) -> None:
     assert state_directory.lock_existing(str(tmp_path / "none")) is None
 
 
-def test_a_held_lock_is_not_waited_for_if_not_asked(tmp_path):
+def test_a_held_lock_is_not_waited_for_if_not_asked(tmp_path: Path) -> None:
     held = state_directory.lock(str(tmp_path))
     assert state_directory.lock_existing(str(tmp_path), wait=False) is None
     os.close(held)
@@ -27,7 +31,7 @@ def test_a_held_lock_is_not_waited_for_if_not_asked(tmp_path):
     os.close(again)
 
 
-def test_who_waited_while_the_directory_was_replaced_locks_the_new_one(tmp_path):
+def test_who_waited_while_the_directory_was_replaced_locks_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "box"
     held = state_directory.lock(str(path))
     taken: list[int] = []
@@ -40,7 +44,7 @@ def test_who_waited_while_the_directory_was_replaced_locks_the_new_one(tmp_path)
     os.close(taken[0])
 
 
-def test_a_file_is_written_whole_and_for_its_owner_only(tmp_path):
+def test_a_file_is_written_whole_and_for_its_owner_only(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     state_directory.write_atomically(str(path), "new")
@@ -49,7 +53,7 @@ def test_a_file_is_written_whole_and_for_its_owner_only(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_bundle_points_to_its_sandbox(tmp_path):
+def test_a_bundle_points_to_its_sandbox(tmp_path: Path) -> None:
     assert state_directory.pointed_to(str(tmp_path)) is None
     for target in ("/run/hako/a", "/run/hako/b"):
         state_directory.point_to(target, bundle=str(tmp_path))

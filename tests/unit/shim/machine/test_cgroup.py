@@ -35,13 +35,13 @@ UNIFIED = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,n
         ("-.slice::c1", "c1.scope"),
     ],
 )
-def test_a_path_or_a_slice_names_the_cgroup(wanted, path):
+def test_a_path_or_a_slice_names_the_cgroup(wanted: str, path: str) -> None:
     assert normal_path(wanted) == path
 
 
-def test_version_1_counts_where_it_has_controllers():
+def test_version_1_counts_where_it_has_controllers() -> None:
     assert counting_roots(HYBRID) == [Path("/sys/fs/cgroup/cpu,cpuacct"), Path("/sys/fs/cgroup/memory")]
 
 
-def test_version_2_counts_where_it_is_alone():
+def test_version_2_counts_where_it_is_alone() -> None:
     assert counting_roots(UNIFIED) == [Path("/sys/fs/cgroup")]

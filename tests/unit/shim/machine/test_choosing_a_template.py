@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,6 +15,13 @@ from shim.machine.host_choice import HostChoice
 from shim.machine.machine import Machine
 from shim.machine.sizing import plan
 from shim.machine.spec import describe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from hypervisor.interface import VmSpec
+
 
 MIB = 1 << 20
 LARGE = {
@@ -30,18 +38,18 @@ HOST = HostChoice(
 )
 
 
-def key_of(spec):
+def key_of(spec: VmSpec) -> str:
     """Stand in for the digest of a specification: of its sizes."""
     sizes = (spec.vcpus, spec.max_vcpus, spec.memory_bytes // MIB, spec.max_memory_bytes // MIB)
     return "a" * 16 + "".join(f"{size:08x}" for size in sizes)
 
 
 @pytest.fixture
-def choose(tmp_path, monkeypatch):
+def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Machine, VmSpec]]:
     """Make a machine and have it look for its template; returns both."""
     monkeypatch.setattr(machine_module, "template_key", key_of)
 
-    def make(oci, **settings):
+    def make(oci: dict[str, dict[str, Any]], **settings: bool | str) -> tuple[Machine, VmSpec]:
         settings = {"max_vcpus": 4, "max_memory_mib": 4096, "template": "auto", **settings}
         config = Config(hypervisor=HypervisorConfig(template_dir=str(tmp_path / "templates"), **settings))
         machine = Machine("sandbox", directory=tmp_path, config=config, ledger=None)
@@ -55,21 +63,23 @@ def choose(tmp_path, monkeypatch):
     return make
 
 
-def build(machine, spec):
+def build(machine: Machine, spec: VmSpec) -> None:
     with machine.templates.building(wait=False) as building:
         built = building.place / "template"
         built.mkdir()
         machine.templates.publish(key_of(spec), built, purpose={})
 
 
-def test_without_a_template_one_is_missed(choose):
+def test_without_a_template_one_is_missed(choose: Callable[..., tuple[Machine, VmSpec]]) -> None:
     machine, clone = choose({})
     assert machine.lacks_template
     assert clone.template is None
 
 
 @pytest.mark.parametrize("oci", [{}, LARGE, LARGE_POD])
-def test_one_template_serves_machines_of_all_sizes(choose, oci):
+def test_one_template_serves_machines_of_all_sizes(
+    choose: Callable[..., tuple[Machine, VmSpec]], oci: dict[str, dict[str, Any]]
+) -> None:
     build(*choose({}))
     machine, clone = choose(oci)
     assert clone.template is not None
@@ -77,7 +87,9 @@ def test_one_template_serves_machines_of_all_sizes(choose, oci):
     assert not machine.lacks_template
 
 
-def test_machines_of_a_fixed_size_are_cloned_from_their_like_alone(choose):
+def test_machines_of_a_fixed_size_are_cloned_from_their_like_alone(
+    choose: Callable[..., tuple[Machine, VmSpec]],
+) -> None:
     build(*choose({}, static_sizing=True))
     assert choose({}, static_sizing=True)[1].template is not None
     machine, clone = choose(LARGE, static_sizing=True)
@@ -89,34 +101,36 @@ def test_machines_of_a_fixed_size_are_cloned_from_their_like_alone(choose):
     assert choose(LARGE, static_sizing=True)[1].template is not None
 
 
-def test_templates_are_switched_off(choose):
+def test_templates_are_switched_off(choose: Callable[..., tuple[Machine, VmSpec]]) -> None:
     build(*choose({}))
     machine, clone = choose({}, template="off")
     assert clone.template is None
     assert not machine.lacks_template
 
 
-def test_a_machine_of_huge_pages_is_not_cloned(choose):
+def test_a_machine_of_huge_pages_is_not_cloned(choose: Callable[..., tuple[Machine, VmSpec]]) -> None:
     build(*choose({}))
     machine, clone = choose({}, huge_pages=True)
     assert clone.template is None
     assert not machine.lacks_template
 
 
-def test_a_pod_refuses_its_template(choose):
+def test_a_pod_refuses_its_template(choose: Callable[..., tuple[Machine, VmSpec]]) -> None:
     build(*choose({}))
     machine, clone = choose({"annotations": {pod.TEMPLATE_ANNOTATION: "off"}})
     assert clone.template is None
     assert not machine.lacks_template
 
 
-def test_nobody_else_builds_what_is_being_built(choose):
+def test_nobody_else_builds_what_is_being_built(choose: Callable[..., tuple[Machine, VmSpec]]) -> None:
     machine, _ = choose({})
     with machine.templates.building(wait=False):
         assert not choose({})[0].lacks_template
 
 
-def test_what_could_not_be_built_is_not_tried_again_at_once(choose, caplog):
+def test_what_could_not_be_built_is_not_tried_again_at_once(
+    choose: Callable[..., tuple[Machine, VmSpec]], caplog: pytest.LogCaptureFixture
+) -> None:
     machine, clone = choose({})
     build(machine, clone)
     machine.templates.remove("")
@@ -126,8 +140,12 @@ def test_what_could_not_be_built_is_not_tried_again_at_once(choose, caplog):
     assert "no space; boots cold" in caplog.text
 
 
-def test_a_host_that_cannot_tell_boots_cold(choose, monkeypatch, caplog):
-    def fail(_spec):
+def test_a_host_that_cannot_tell_boots_cold(
+    choose: Callable[..., tuple[Machine, VmSpec]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(_spec: VmSpec) -> None:
         raise VmStartError("template: /qemu: no such file")
 
     machine, _ = choose({})

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,19 +14,24 @@ from shim.errors import DeadlineExceeded, Unavailable
 from shim.machine import clock
 from shim.machine.clock import Reading, correction, reading, together
 
+if TYPE_CHECKING:
+    from asyncio.subprocess import Process
+    from collections.abc import AsyncIterator
+
+
 MS = 1_000_000
 
 
-def test_a_guest_is_taken_to_answer_in_the_middle():
+def test_a_guest_is_taken_to_answer_in_the_middle() -> None:
     assert reading("107000000", asked_at_ns=100 * MS, answered_at_ns=104 * MS) == Reading(5 * MS, 2 * MS)
 
 
-def test_a_guest_that_knows_the_hosts_clock_is_believed():
+def test_a_guest_that_knows_the_hosts_clock_is_believed() -> None:
     assert reading("1 -3000", asked_at_ns=0, answered_at_ns=10**9) == Reading(-3000, 0)
 
 
 @pytest.mark.parametrize("answer", ["", "soon", "1 x", "9" * 5000])
-def test_another_answer_is_an_error(answer: str):
+def test_another_answer_is_an_error(answer: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         reading(answer, asked_at_ns=0, answered_at_ns=0)
 
@@ -38,7 +44,7 @@ def test_another_answer_is_an_error(answer: str):
         (Reading(9 * MS, 20 * MS), 0),
     ],
 )
-def test_the_clock_is_moved_if_it_is_surely_wrong(found, shift):
+def test_the_clock_is_moved_if_it_is_surely_wrong(found: Reading, shift: int) -> None:
     assert correction(found) == shift
 
 
@@ -50,7 +56,7 @@ def test_the_clock_is_moved_if_it_is_surely_wrong(found, shift):
         ([Reading(10 * MS, 4 * MS), Reading(2 * MS, MS)], Reading(2 * MS, MS)),
     ],
 )
-def test_several_readings_leave_less_doubt(readings, found):
+def test_several_readings_leave_less_doubt(readings: list[Reading], found: Reading) -> None:
     assert together(readings) == found
 
 
@@ -85,7 +91,7 @@ async def wait_until_asked(agent: Agent) -> None:
 
 
 @pytest.fixture
-async def child():
+async def child() -> AsyncIterator[Process]:
     """A child process that sleeps."""
     process = await asyncio.create_subprocess_exec("sleep", "100")
     yield process
@@ -101,7 +107,9 @@ async def keeping(agent: Agent, pid: int) -> asyncio.Task[None]:
 
 
 @pytest.mark.parametrize("tells_time", [True, False])
-async def test_a_clock_is_put_right_at_once_and_when_qemu_goes_on_after_a_stop(child, tells_time):
+async def test_a_clock_is_put_right_at_once_and_when_qemu_goes_on_after_a_stop(
+    child: Process, tells_time: bool
+) -> None:
     agent = Agent(behind_ms=300, tells_time=tells_time)
     task = await keeping(agent, child.pid)
     await wait_until_asked(agent)
@@ -113,7 +121,9 @@ async def test_a_clock_is_put_right_at_once_and_when_qemu_goes_on_after_a_stop(c
     task.cancel()
 
 
-async def test_a_clock_is_compared_again_after_a_while_even_if_the_guest_was_too_busy(child, monkeypatch):
+async def test_a_clock_is_compared_again_after_a_while_even_if_the_guest_was_too_busy(
+    child: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(clock, "SOON_S", 0.01)
     monkeypatch.setattr(clock, "INTERVAL_S", 0.01)
     agent = Agent(behind_ms=300)
@@ -127,7 +137,7 @@ async def test_a_clock_is_compared_again_after_a_while_even_if_the_guest_was_too
     task.cancel()
 
 
-async def test_a_guest_that_is_gone_is_left_alone(child):
+async def test_a_guest_that_is_gone_is_left_alone(child: Process) -> None:
     agent = Agent(behind_ms=300)
     agent.refusal = Unavailable("gone")
     await (await keeping(agent, child.pid))

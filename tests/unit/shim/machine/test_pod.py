@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -10,6 +11,11 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from proto.cri.pod_pb2 import DNSConfig, LinuxContainerResources, LinuxPodSandboxConfig, PodSandboxConfig
 from shim.errors import InvalidArgument
 from shim.machine import pod
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any
+
 
 PAUSE = {"annotations": {"io.kubernetes.cri.container-type": "sandbox"}}
 
@@ -29,7 +35,7 @@ def options(config: PodSandboxConfig, kind: str = "runtime.v1.PodSandboxConfig")
         ({}, False),
     ],
 )
-def test_an_annotation_tells_a_pause_container(spec, pause):
+def test_an_annotation_tells_a_pause_container(spec: dict[str, Any], pause: bool) -> None:
     assert pod.is_pause(spec) is pause
 
 
@@ -44,22 +50,22 @@ def test_an_annotation_tells_a_pause_container(spec, pause):
         ("off", False),
     ],
 )
-def test_an_annotation_refuses_templates(annotations, refuses):
+def test_an_annotation_refuses_templates(annotations: dict[str, Any] | str | None, refuses: bool) -> None:
     assert pod.refuses_template({"annotations": annotations}) is refuses
 
 
-def test_a_pod_without_a_pause_container_refuses_templates_too():
+def test_a_pod_without_a_pause_container_refuses_templates_too() -> None:
     config = PodSandboxConfig(annotations={pod.TEMPLATE_ANNOTATION: "off"})
     found = pod.from_request(options(config), sandbox_id="s", network_namespace="")
     assert pod.refuses_template(found.oci)
 
 
 @pytest.mark.parametrize("hostname", [None, 5, ["x"]])
-def test_a_hostname_that_is_none_is_none(hostname):
+def test_a_hostname_that_is_none_is_none(hostname: int | list[str] | None) -> None:
     assert pod.from_oci({"hostname": hostname}).hostname == ""
 
 
-def test_the_machine_gets_the_resolvers_of_its_first_container(tmp_path):
+def test_the_machine_gets_the_resolvers_of_its_first_container(tmp_path: Path) -> None:
     (tmp_path / "resolv.conf").write_text("nameserver 192.0.2.1\n\nsearch a b\n")
     mounts = [
         {"destination": "/etc/hosts", "source": "/etc/hosts"},
@@ -71,23 +77,23 @@ def test_the_machine_gets_the_resolvers_of_its_first_container(tmp_path):
 @pytest.mark.parametrize(
     "mounts", [None, "text", [5], [{"destination": "/etc/resolv.conf", "source": "a\0b"}]]
 )
-def test_resolvers_that_cannot_be_read_are_none(mounts):
+def test_resolvers_that_cannot_be_read_are_none(mounts: list[dict[str, str] | int] | str | None) -> None:
     assert pod.from_oci({"mounts": mounts}).dns == ()
 
 
-def test_resolvers_in_a_fifo_are_none_and_nobody_waits_for_a_writer(tmp_path):
+def test_resolvers_in_a_fifo_are_none_and_nobody_waits_for_a_writer(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     mounts = [{"destination": "/etc/resolv.conf", "source": str(tmp_path / "fifo")}]
     assert pod.from_oci({"mounts": mounts}).dns == ()
 
 
-def test_only_a_pause_container_speaks_for_the_kernel_parameters_of_the_pod():
+def test_only_a_pause_container_speaks_for_the_kernel_parameters_of_the_pod() -> None:
     linux = {"linux": {"sysctl": {"net.core.somaxconn": "7"}}}
     assert pod.from_oci({**PAUSE, **linux}).sysctls == {"net.core.somaxconn": "7"}
     assert pod.from_oci(linux).sysctls == {}
 
 
-def test_a_description_of_kubernetes_becomes_a_specification():
+def test_a_description_of_kubernetes_becomes_a_specification() -> None:
     config = PodSandboxConfig(
         hostname="web-0",
         dns_config=DNSConfig(servers=["192.0.2.1", "2001:db8::1"], searches=["a", "b"], options=["ndots:5"]),
@@ -111,19 +117,19 @@ def test_a_description_of_kubernetes_becomes_a_specification():
     assert {"type": "network", "path": "/run/netns/x"} in made.oci["linux"]["namespaces"]
 
 
-def test_without_a_network_namespace_it_is_the_hosts_that_is_wanted():
+def test_without_a_network_namespace_it_is_the_hosts_that_is_wanted() -> None:
     made = pod.from_request(AnyMessage(), sandbox_id="s1", network_namespace="")
     assert "network" not in {one["type"] for one in made.oci["linux"]["namespaces"]}
 
 
-def test_options_of_another_type_say_nothing():
+def test_options_of_another_type_say_nothing() -> None:
     made = pod.from_request(
         options(PodSandboxConfig(hostname="x"), "other.Type"), sandbox_id="s1", network_namespace=""
     )
     assert (made.hostname, made.dns, made.sysctls) == ("", (), {})
 
 
-def test_a_description_that_is_no_message_is_refused():
+def test_a_description_that_is_no_message_is_refused() -> None:
     with pytest.raises(InvalidArgument, match=r"sandbox: options: not a valid runtime.v1.PodSandboxConfig"):
         pod.from_request(
             AnyMessage(type_url="runtime.v1.PodSandboxConfig", value=b"\xff"),
@@ -132,7 +138,7 @@ def test_a_description_that_is_no_message_is_refused():
         )
 
 
-def test_a_container_gets_the_files_of_its_pod_unless_it_brings_its_own(tmp_path):
+def test_a_container_gets_the_files_of_its_pod_unless_it_brings_its_own(tmp_path: Path) -> None:
     made = pod.from_request(
         options(PodSandboxConfig(hostname="web-0", dns_config=DNSConfig(servers=["192.0.2.1"]))),
         sandbox_id="s1",
@@ -152,7 +158,7 @@ def test_a_container_gets_the_files_of_its_pod_unless_it_brings_its_own(tmp_path
 
 
 @pytest.mark.parametrize(("path", "kind"), [("/proc/7/ns/ipc", "bind"), ("", "tmpfs")])
-def test_shared_memory_is_the_pods_for_who_shares_its_ipc(tmp_path, path, kind):
+def test_shared_memory_is_the_pods_for_who_shares_its_ipc(tmp_path: Path, path: str, kind: str) -> None:
     spec = {
         "mounts": [{"destination": "/dev/shm", "type": "tmpfs", "source": "shm"}],
         "linux": {"namespaces": [{"type": "ipc", "path": path}]},
@@ -160,13 +166,13 @@ def test_shared_memory_is_the_pods_for_who_shares_its_ipc(tmp_path, path, kind):
     assert pod.with_files(spec, tmp_path, sandbox_id="s1")["mounts"][0]["type"] == kind
 
 
-def test_a_volume_at_dev_shm_is_not_the_pods_shared_memory(tmp_path):
+def test_a_volume_at_dev_shm_is_not_the_pods_shared_memory(tmp_path: Path) -> None:
     volume = {"destination": "/dev/shm", "type": "bind", "source": "/srv/memory", "options": ["rbind"]}
     spec = {"mounts": [volume], "linux": {"namespaces": [{"type": "ipc", "path": "/proc/7/ns/ipc"}]}}
     assert pod.with_files(spec, tmp_path, sandbox_id="s1")["mounts"][0] == volume
 
 
-def test_a_containers_own_kernel_parameters_win():
+def test_a_containers_own_kernel_parameters_win() -> None:
     spec = {"linux": {"sysctl": {"a": "own"}, "seccomp": {}}}
     assert pod.with_sysctls(spec, {"a": "pod", "b": "pod"}) == {
         "linux": {"sysctl": {"a": "own", "b": "pod"}, "seccomp": {}}
@@ -177,10 +183,10 @@ def test_a_containers_own_kernel_parameters_win():
 @pytest.mark.parametrize(
     ("name", "why"), [("a" * 65, "65 bytes"), ("ä" * 33, "66 bytes"), ("a\0b", "NUL byte")]
 )
-def test_a_name_that_no_kernel_takes_is_refused(field: str, name: str, why: str):
+def test_a_name_that_no_kernel_takes_is_refused(field: str, name: str, why: str) -> None:
     with pytest.raises(InvalidArgument, match=rf"^spec: {field}: .*{why}; choose "):
         pod.check_names({field: name})
 
 
-def test_a_name_of_64_bytes_is_taken():
+def test_a_name_of_64_bytes_is_taken() -> None:
     pod.check_names({"hostname": "a" * 64, "domainname": "ä" * 32})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,6 +13,10 @@ from shim.config import Config
 from shim.machine.host_choice import HostChoice
 from shim.machine.sizing import Size
 from shim.machine.spec import describe, queue_pairs
+
+if TYPE_CHECKING:
+    from hypervisor import interface
+
 
 CHOICE = HostChoice(
     accelerator=Accelerator.KVM,
@@ -34,7 +39,9 @@ CHOICE = HostChoice(
     ],
     ids=["can grow", "can grow far", "large", "emulated", "emulated, larger"],
 )
-def test_a_card_has_pairs_for_the_processors_that_there_can_be(accelerator, vcpus, most, pairs):
+def test_a_card_has_pairs_for_the_processors_that_there_can_be(
+    accelerator: interface.Accelerator, vcpus: int, most: int, pairs: int
+) -> None:
     spec = describe(
         Config(),
         replace(CHOICE, accelerator=accelerator),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from hypervisor import ResizeError, ResizeRefusedError
@@ -9,6 +11,10 @@ from shim.config import HypervisorConfig
 from shim.errors import ResourceExhausted
 from shim.machine.resizing import Resizer
 from shim.machine.sizing import Limits, plan
+
+if TYPE_CHECKING:
+    from hypervisor import errors
+
 
 MIB = 1 << 20
 CONFIG = HypervisorConfig(vcpus=1, memory_mib=256, max_vcpus=8, max_memory_mib=4096)
@@ -18,69 +24,71 @@ SOME = Limits(quota_us=300_000, memory_bytes=256 * MIB)
 class Machine:
     """A hypervisor and an agent that write down what they are asked, and refuse on demand."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.asked = []
         self.refusal = None
         self.fewest_vcpus = 1
         self.is_hako = True
 
-    async def resize_vcpus(self, count):
+    async def resize_vcpus(self, count: int) -> int:
         self.asked.append(f"vcpus {count}")
         if self.refusal is not None:
             raise self.refusal
         return max(count, self.fewest_vcpus)
 
-    async def resize_memory(self, size):
+    async def resize_memory(self, size: int) -> int:
         self.asked.append(f"memory {size // MIB}")
         if self.refusal is not None:
             raise self.refusal
         return size
 
-    async def pin_vcpus(self, cpus):
+    async def pin_vcpus(self, cpus: frozenset[int]) -> None:
         self.asked.append(f"pin {sorted(cpus)}")
         if self.refusal is not None:
             raise self.refusal
 
-    async def use_cpus(self, count):
+    async def use_cpus(self, count: int) -> None:
         self.asked.append(f"use {count}")
 
-    async def follow_limits(self):
+    async def follow_limits(self) -> None:
         self.asked.append("follow limits")
 
-    async def online_memory(self):
+    async def online_memory(self) -> None:
         self.asked.append("online memory")
 
-    def take(self):
+    def take(self) -> list[str]:
         asked, self.asked = self.asked, []
         return asked
 
 
 @pytest.fixture
-def machine():
+def machine() -> Machine:
     return Machine()
 
 
 @pytest.fixture
-def resizer(machine):
+def resizer(machine: Machine) -> Resizer:
     sizes = plan(CONFIG, {})
     return Resizer(machine, sizes, size=sizes.boot)
 
 
 async def test_the_guest_is_told_before_memory_comes_and_after_and_uses_processors_once_they_are_there(
-    machine, resizer
-):
+    machine: Machine, resizer: Resizer
+) -> None:
     await resizer.grow(machine, [SOME])
     assert machine.take() == ["vcpus 4", "use 4", "online memory", "memory 512", "online memory"]
 
 
-async def test_what_is_large_enough_is_left_alone(machine, resizer):
+async def test_what_is_large_enough_is_left_alone(machine: Machine, resizer: Resizer) -> None:
     await resizer.grow(machine, [])
     await resizer.shrink(machine, [SOME])
     await resizer.shrink(machine, [])
     assert machine.take() == []
 
 
-async def test_growing_takes_nothing_away_and_shrinking_adds_nothing(machine, resizer):
+async def test_growing_takes_nothing_away_and_shrinking_adds_nothing(
+    machine: Machine, resizer: Resizer
+) -> None:
     await resizer.grow(machine, [SOME])
     machine.take()
     await resizer.grow(machine, [])
@@ -90,7 +98,9 @@ async def test_growing_takes_nothing_away_and_shrinking_adds_nothing(machine, re
     assert machine.take() == ["vcpus 1", "memory 256", "follow limits"]
 
 
-async def test_huge_pages_that_the_machine_has_no_room_for_are_refused_before_it_grows(machine, resizer):
+async def test_huge_pages_that_the_machine_has_no_room_for_are_refused_before_it_grows(
+    machine: Machine, resizer: Resizer
+) -> None:
     with pytest.raises(ResourceExhausted, match=r"hugepageLimits: 3841 MiB of .* room for 3840 MiB"):
         await resizer.grow(machine, [SOME, Limits(huge_bytes=3841 * MIB)])
     assert machine.take() == []
@@ -98,7 +108,7 @@ async def test_huge_pages_that_the_machine_has_no_room_for_are_refused_before_it
     assert "memory 4096" in machine.take()
 
 
-async def test_another_agent_is_not_told_of_memory_that_went(machine, resizer):
+async def test_another_agent_is_not_told_of_memory_that_went(machine: Machine, resizer: Resizer) -> None:
     machine.is_hako = False
     await resizer.grow(machine, [SOME])
     machine.take()
@@ -106,7 +116,9 @@ async def test_another_agent_is_not_told_of_memory_that_went(machine, resizer):
     assert machine.take() == ["vcpus 1", "memory 256"]
 
 
-async def test_processors_that_stay_in_the_machine_are_put_out_of_use(machine, resizer):
+async def test_processors_that_stay_in_the_machine_are_put_out_of_use(
+    machine: Machine, resizer: Resizer
+) -> None:
     machine.fewest_vcpus = 4
     await resizer.grow(machine, [SOME])
     machine.take()
@@ -117,15 +129,17 @@ async def test_processors_that_stay_in_the_machine_are_put_out_of_use(machine, r
 
 
 @pytest.mark.parametrize("refusal", [ResizeError("no"), ResizeRefusedError("no", reached=1)])
-async def test_a_machine_that_cannot_grow_is_an_error(machine, resizer, refusal):
+async def test_a_machine_that_cannot_grow_is_an_error(
+    machine: Machine, resizer: Resizer, refusal: errors.ResizeError | errors.ResizeRefusedError
+) -> None:
     machine.refusal = refusal
     with pytest.raises(ResourceExhausted, match=r"^no$"):
         await resizer.grow(machine, [SOME])
 
 
 async def test_what_the_guest_does_not_give_back_is_logged_and_asked_for_the_next_time(
-    machine, resizer, caplog
-):
+    machine: Machine, resizer: Resizer, caplog: pytest.LogCaptureFixture
+) -> None:
     more = Limits(memory_bytes=1024 * MIB)
     await resizer.grow(machine, [more])
     machine.refusal = ResizeRefusedError("the guest stopped at 512 MiB", reached=512 * MIB)
@@ -137,7 +151,9 @@ async def test_what_the_guest_does_not_give_back_is_logged_and_asked_for_the_nex
     assert machine.take() == ["memory 256", "follow limits"]
 
 
-async def test_a_machine_is_kept_to_its_containers_processors_and_let_go_again(machine, resizer):
+async def test_a_machine_is_kept_to_its_containers_processors_and_let_go_again(
+    machine: Machine, resizer: Resizer
+) -> None:
     await resizer.grow(machine, [Limits(cpuset=frozenset({2})), Limits(cpuset=frozenset({3}))])
     assert machine.take() == ["pin [2, 3]"]
     await resizer.grow(machine, [Limits(cpuset=frozenset({2, 3}))])
@@ -146,13 +162,15 @@ async def test_a_machine_is_kept_to_its_containers_processors_and_let_go_again(m
     assert machine.take() == ["pin []"]
 
 
-async def test_a_processor_that_the_host_does_not_have_does_not_stop_a_container(machine, resizer):
+async def test_a_processor_that_the_host_does_not_have_does_not_stop_a_container(
+    machine: Machine, resizer: Resizer
+) -> None:
     machine.refusal = ResizeError("pin vcpus: to [99]: Invalid argument")
     await resizer.grow(machine, [Limits(cpuset=frozenset({99}))])
     assert machine.take() == ["pin [99]"]
 
 
-async def test_a_clone_grows_to_what_its_pod_needs_and_never_shrinks_below(machine):
+async def test_a_clone_grows_to_what_its_pod_needs_and_never_shrinks_below(machine: Machine) -> None:
     needs = {
         "io.kubernetes.cri.sandbox-cpu-quota": "100000",
         "io.kubernetes.cri.sandbox-memory": f"{256 * MIB}",

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from shim.config import HypervisorConfig
 from shim.machine.sizing import Limits, Size, limits_of, limits_of_pod, plan
+
+if TYPE_CHECKING:
+    from typing import Any
+
 
 MIB = 1 << 20
 CONFIG = HypervisorConfig(vcpus=1, memory_mib=256, max_vcpus=8, max_memory_mib=4096)
@@ -28,22 +34,22 @@ def pod(**sizes: int) -> dict:
     return {"annotations": {**PAUSE, **names}}
 
 
-def test_a_machine_without_containers_has_what_the_configuration_says():
+def test_a_machine_without_containers_has_what_the_configuration_says() -> None:
     assert plan(CONFIG, {}).wanted([]) == size(1, 256)
 
 
-def test_limits_come_on_top_and_their_fractions_are_rounded_up_once():
+def test_limits_come_on_top_and_their_fractions_are_rounded_up_once() -> None:
     half = Limits(quota_us=50_000, memory_bytes=100 * MIB)
     assert plan(CONFIG, {}).wanted([half]) == size(2, 356)
     assert plan(CONFIG, {}).wanted([half, half]) == size(2, 456)
     assert plan(CONFIG, {}).wanted([half, half, half]) == size(3, 556)
 
 
-def test_memory_is_rounded_up_to_a_mebibyte():
+def test_memory_is_rounded_up_to_a_mebibyte() -> None:
     assert plan(CONFIG, {}).wanted([Limits(memory_bytes=1), Limits(memory_bytes=1)]) == size(1, 257)
 
 
-def test_huge_pages_come_on_top_of_memory_and_an_update_may_leave_them_alone():
+def test_huge_pages_come_on_top_of_memory_and_an_update_may_leave_them_alone() -> None:
     limits = [{"pageSize": "2MB", "limit": 64 * MIB}, {"pageSize": "1GB", "limit": 1024 * MIB}]
     first = Limits(memory_bytes=100 * MIB).updated({"hugepageLimits": limits})
     assert plan(CONFIG, {}).wanted([first]) == size(1, 256 + 100 + 64 + 1024)
@@ -52,24 +58,26 @@ def test_huge_pages_come_on_top_of_memory_and_an_update_may_leave_them_alone():
 
 
 @pytest.mark.parametrize("limits", [None, 7, [None], [{"limit": "x"}], [{"limit": -1}]])
-def test_malformed_limits_on_huge_pages_add_nothing(limits):
+def test_malformed_limits_on_huge_pages_add_nothing(
+    limits: int | list[dict[str, int | str] | None] | None,
+) -> None:
     assert Limits().updated({"hugepageLimits": limits}).huge_bytes == 0
 
 
-def test_a_container_without_limits_adds_nothing():
+def test_a_container_without_limits_adds_nothing() -> None:
     assert plan(CONFIG, {}).wanted([Limits()]) == size(1, 256)
 
 
-def test_a_machine_never_exceeds_its_maximum():
+def test_a_machine_never_exceeds_its_maximum() -> None:
     assert plan(CONFIG, {}).wanted([Limits(quota_us=10**9, memory_bytes=1 << 50)]) == size(8, 4096)
 
 
-def test_a_maximum_below_the_start_is_no_maximum():
+def test_a_maximum_below_the_start_is_no_maximum() -> None:
     small = HypervisorConfig(vcpus=2, memory_mib=1024, max_vcpus=1, max_memory_mib=512)
     assert plan(small, {}).most == size(2, 1024)
 
 
-def test_without_a_maximum_the_host_is_it():
+def test_without_a_maximum_the_host_is_it() -> None:
     assert plan(HypervisorConfig(), {}).most.memory_bytes > 512 * MIB
 
 
@@ -91,11 +99,11 @@ def test_without_a_maximum_the_host_is_it():
         ({}, Limits()),
     ],
 )
-def test_limits_are_read_from_a_specification(given, expected):
+def test_limits_are_read_from_a_specification(given: dict[str, Any], expected: Limits) -> None:
     assert limits_of(given) == expected
 
 
-def test_an_update_changes_what_it_mentions():
+def test_an_update_changes_what_it_mentions() -> None:
     before = Limits(quota_us=100_000, memory_bytes=64 * MIB)
     assert before.updated({"memory": {"limit": 128 * MIB}}) == Limits(
         quota_us=100_000, memory_bytes=128 * MIB
@@ -104,7 +112,7 @@ def test_an_update_changes_what_it_mentions():
     assert before.updated({}) == before
 
 
-def test_while_limits_change_the_larger_of_each_counts():
+def test_while_limits_change_the_larger_of_each_counts() -> None:
     before = Limits(quota_us=200_000, memory_bytes=64 * MIB)
     after = Limits(quota_us=15_000, period_us=10_000, memory_bytes=128 * MIB)
     assert before.or_more(after) == Limits(quota_us=200_000, memory_bytes=128 * MIB)
@@ -122,12 +130,14 @@ def test_while_limits_change_the_larger_of_each_counts():
         ({"annotations": {"io.kubernetes.cri.sandbox-cpu-quota": "-1"}}, 0, 0),
     ],
 )
-def test_a_pods_limits_are_read_from_its_annotations(annotations, cpus, memory):
+def test_a_pods_limits_are_read_from_its_annotations(
+    annotations: dict[str, dict[str, str]], cpus: float, memory: int
+) -> None:
     limits = limits_of_pod(annotations["annotations"])
     assert (limits.cpus, limits.memory_bytes) == (cpus, memory)
 
 
-def test_a_pod_starts_with_room_for_the_containers_it_will_have():
+def test_a_pod_starts_with_room_for_the_containers_it_will_have() -> None:
     sizes = plan(CONFIG, pod(cpu_quota=200_000, cpu_period=100_000, memory=512 * MIB))
     assert sizes.boot == size(3, 768)
     whole = Limits(quota_us=200_000, memory_bytes=512 * MIB)
@@ -136,19 +146,19 @@ def test_a_pod_starts_with_room_for_the_containers_it_will_have():
     assert sizes.wanted([]) == size(3, 768)
 
 
-def test_a_container_that_is_alone_is_made_room_for_when_it_comes():
+def test_a_container_that_is_alone_is_made_room_for_when_it_comes() -> None:
     sizes = plan(CONFIG, spec(quota=200_000, memory=512 * MIB))
     assert sizes.boot == size(1, 256)
     assert sizes.wanted([limits_of(spec(quota=200_000, memory=512 * MIB))]) == size(3, 768)
 
 
-def test_static_sizing_keeps_the_size_of_the_start():
+def test_static_sizing_keeps_the_size_of_the_start() -> None:
     sizes = plan(STATIC, spec(quota=200_000, memory=512 * MIB))
     assert sizes.boot == sizes.most == size(3, 768)
     assert sizes.wanted([Limits(memory_bytes=1 << 40)]) == size(3, 768)
 
 
-def test_static_sizing_takes_nothing_from_a_pause_container():
+def test_static_sizing_takes_nothing_from_a_pause_container() -> None:
     paused = {**spec(quota=200_000), "annotations": PAUSE}
     assert plan(STATIC, paused).boot == size(1, 256)
 
@@ -157,5 +167,5 @@ def test_static_sizing_takes_nothing_from_a_pause_container():
     ("text", "processors"),
     [("0-2,5", {0, 1, 2, 5}), ("3", {3}), ("", set()), ("2-1", set()), ("x", set()), (7, set())],
 )
-def test_processors_are_read_as_the_kernel_writes_them(text: object, processors: set[int]):
+def test_processors_are_read_as_the_kernel_writes_them(text: object, processors: set[int]) -> None:
     assert limits_of({"linux": {"resources": {"cpu": {"cpus": text}}}}).cpuset == processors

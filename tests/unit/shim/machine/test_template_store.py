@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,16 +16,26 @@ from shim.machine.cloning import blames_template
 from shim.machine.template_store import KEPT, TemplateStore
 from shim.refusal import Refusal
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from typing import Any
+
+    from hypervisor import errors
+
+
 KEY, OTHER = "a" * 32, "b" * 32
 PURPOSE = {"kernel": "/k", "vcpus": 1}
 
 
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path: Path) -> TemplateStore:
     return TemplateStore(tmp_path / "run" / "templates")
 
 
-def publish(store, key, *, purpose=PURPOSE, content="memory"):
+def publish(
+    store: TemplateStore, key: str, *, purpose: dict[str, int | str] = PURPOSE, content: str = "memory"
+) -> template_store.Template:
     with store.building(wait=False) as building:
         built = building.place / "template"
         built.mkdir()
@@ -32,11 +43,11 @@ def publish(store, key, *, purpose=PURPOSE, content="memory"):
         return store.publish(key, built, purpose=purpose)
 
 
-def keys(store):
+def keys(store: TemplateStore) -> list[str]:
     return [entry.key for entry in store.entries() if not entry.failure]
 
 
-def test_what_was_published_is_found_by_its_key_alone(store):
+def test_what_was_published_is_found_by_its_key_alone(store: TemplateStore) -> None:
     assert store.find(KEY) is None
     template = publish(store, KEY)
 
@@ -45,14 +56,16 @@ def test_what_was_published_is_found_by_its_key_alone(store):
     assert store.find(OTHER) is None
 
 
-def test_nobody_else_can_look_into_the_store(store):
+def test_nobody_else_can_look_into_the_store(store: TemplateStore) -> None:
     publish(store, KEY)
     for place in (store.directory, store.directory.parent):
         assert place.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("spoil", [lambda path: path.chmod(0o770), lambda path: os.chown(path, 1, 1)])
-def test_a_store_that_others_can_write_to_is_not_trusted(store, spoil):
+def test_a_store_that_others_can_write_to_is_not_trusted(
+    store: TemplateStore, spoil: Callable[..., Any]
+) -> None:
     publish(store, KEY)
     spoil(store.directory)
 
@@ -62,7 +75,7 @@ def test_a_store_that_others_can_write_to_is_not_trusted(store, spoil):
         pass
 
 
-def test_a_link_is_no_store(store, tmp_path):
+def test_a_link_is_no_store(store: TemplateStore, tmp_path: Path) -> None:
     publish(store, KEY)
     link = TemplateStore(tmp_path / "link")
     link.directory.symlink_to(store.directory)
@@ -71,8 +84,8 @@ def test_a_link_is_no_store(store, tmp_path):
         link.find(KEY)
 
 
-def test_a_build_that_fails_leaves_nothing(store):
-    def build():
+def test_a_build_that_fails_leaves_nothing(store: TemplateStore) -> None:
+    def build() -> None:
         with store.building(wait=False) as building:
             (building.place / "memory").write_text("half")
             raise ZeroDivisionError
@@ -83,7 +96,7 @@ def test_a_build_that_fails_leaves_nothing(store):
     assert [path.name for path in store.directory.iterdir()] == ["lock"]
 
 
-def test_what_a_killed_build_left_goes_with_the_next(store):
+def test_what_a_killed_build_left_goes_with_the_next(store: TemplateStore) -> None:
     publish(store, KEY)
     for name in (".building", ".removed-1-1"):
         (store.directory / name).mkdir()
@@ -94,7 +107,7 @@ def test_what_a_killed_build_left_goes_with_the_next(store):
     assert sorted(path.name for path in store.directory.iterdir()) == [KEY, "lock"]
 
 
-def test_one_builds_at_a_time(store):
+def test_one_builds_at_a_time(store: TemplateStore) -> None:
     assert not store.is_building()
     with store.building(wait=False):
         assert store.is_building()
@@ -103,10 +116,10 @@ def test_one_builds_at_a_time(store):
     assert not store.is_building()
 
 
-def test_who_waits_builds_after_the_other(store):
+def test_who_waits_builds_after_the_other(store: TemplateStore) -> None:
     order = []
 
-    def second():
+    def second() -> None:
         with store.building(wait=True):
             order.append("second")
 
@@ -119,13 +132,15 @@ def test_who_waits_builds_after_the_other(store):
     assert order == ["first", "second"]
 
 
-def test_a_new_one_for_the_same_purpose_replaces_the_old(store):
+def test_a_new_one_for_the_same_purpose_replaces_the_old(store: TemplateStore) -> None:
     publish(store, KEY)
     publish(store, OTHER)
     assert keys(store) == [OTHER]
 
 
-def test_those_not_used_for_longest_go_when_there_are_too_many(store, monkeypatch):
+def test_those_not_used_for_longest_go_when_there_are_too_many(
+    store: TemplateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     numbers = range(KEPT + 2)
     for number in numbers:
         template = publish(store, f"{number:032}", purpose={"vcpus": number})
@@ -136,7 +151,7 @@ def test_those_not_used_for_longest_go_when_there_are_too_many(store, monkeypatc
     assert sorted(keys(store)) == [f"{number:032}" for number in (0, *numbers[-KEPT + 1 :])]
 
 
-def test_a_useless_one_is_discarded_but_not_what_took_its_place(store):
+def test_a_useless_one_is_discarded_but_not_what_took_its_place(store: TemplateStore) -> None:
     broken = publish(store, KEY)
     store.discard(broken, reason="truncated")
     assert store.find(KEY) is None
@@ -147,14 +162,16 @@ def test_a_useless_one_is_discarded_but_not_what_took_its_place(store):
     assert store.failure(KEY) == ""
 
 
-def test_the_second_useless_one_in_short_order_is_a_failure(store):
+def test_the_second_useless_one_in_short_order_is_a_failure(store: TemplateStore) -> None:
     for _ in range(2):
         store.discard(publish(store, KEY), reason="QEMU refuses")
     assert store.failure(KEY) == "QEMU refuses"
 
 
 @pytest.mark.parametrize(("discards", "held_s"), [(2, 600), (3, 3600), (4, 21_600), (5, 86_400), (9, 86_400)])
-def test_each_further_one_in_a_day_is_a_failure_for_longer(store, discards, held_s):
+def test_each_further_one_in_a_day_is_a_failure_for_longer(
+    store: TemplateStore, discards: int, held_s: int
+) -> None:
     for _ in range(discards):
         store.discard(publish(store, KEY), reason="QEMU refuses")
     failure = store.directory / f"{KEY}.failed"
@@ -163,7 +180,7 @@ def test_each_further_one_in_a_day_is_a_failure_for_longer(store, discards, held
         assert store.failure(KEY) == said
 
 
-def test_a_clone_that_answers_makes_up_for_what_was_discarded(store):
+def test_a_clone_that_answers_makes_up_for_what_was_discarded(store: TemplateStore) -> None:
     store.discard(publish(store, KEY), reason="QEMU refuses")
     template = publish(store, KEY)
     store.answers(template)
@@ -171,14 +188,14 @@ def test_a_clone_that_answers_makes_up_for_what_was_discarded(store):
     assert store.failure(KEY) == ""
 
 
-def test_clones_may_be_late_but_not_three_in_a_row(store):
+def test_clones_may_be_late_but_not_three_in_a_row(store: TemplateStore) -> None:
     template = publish(store, KEY)
     assert [store.is_late(template) for _ in range(3)] == [False, False, True]
     store.answers(template)
     assert not store.is_late(template)
 
 
-def test_what_was_held_against_a_template_does_not_show_among_the_templates(store):
+def test_what_was_held_against_a_template_does_not_show_among_the_templates(store: TemplateStore) -> None:
     template = publish(store, KEY)
     store.is_late(template)
     store.discard(publish(store, OTHER, purpose={}), reason="QEMU refuses")
@@ -186,7 +203,9 @@ def test_what_was_held_against_a_template_does_not_show_among_the_templates(stor
     assert store.remove("") == [KEY]
 
 
-def test_a_failure_is_remembered_for_a_while_or_until_it_works(store, monkeypatch):
+def test_a_failure_is_remembered_for_a_while_or_until_it_works(
+    store: TemplateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish(store, OTHER)
     assert store.failure(KEY) == ""
     store.fail(KEY, "no memory")
@@ -200,7 +219,7 @@ def test_a_failure_is_remembered_for_a_while_or_until_it_works(store, monkeypatc
     assert store.failure(KEY) == ""
 
 
-def test_a_list_says_what_each_is_for_and_what_it_takes(store):
+def test_a_list_says_what_each_is_for_and_what_it_takes(store: TemplateStore) -> None:
     assert store.entries() == []
     template = publish(store, KEY, content="x" * 100_000)
     with (template.path / "memory").open("r+b") as file:
@@ -213,7 +232,7 @@ def test_a_list_says_what_each_is_for_and_what_it_takes(store):
     assert entry.built_at == pytest.approx(entry.used_at, abs=5)
 
 
-def test_one_is_removed_by_the_beginning_of_its_key_and_all_by_none(store):
+def test_one_is_removed_by_the_beginning_of_its_key_and_all_by_none(store: TemplateStore) -> None:
     for key in (KEY, OTHER, f"ab{'0' * 30}"):
         publish(store, key, purpose={"key": key})
     with pytest.raises(Refusal, match="2 begin so"):
@@ -227,7 +246,7 @@ def test_one_is_removed_by_the_beginning_of_its_key_and_all_by_none(store):
     assert store.remove("") == []
 
 
-def test_one_that_somebody_has_emptied_is_not_listed(store):
+def test_one_that_somebody_has_emptied_is_not_listed(store: TemplateStore) -> None:
     template = publish(store, KEY)
     for file in template.path.iterdir():
         file.unlink()
@@ -238,11 +257,15 @@ def test_one_that_somebody_has_emptied_is_not_listed(store):
 @pytest.mark.parametrize(
     "late", [TemplateLateError("late"), GuestLateError("silent"), DeadlineExceeded("late")]
 )
-def test_a_late_clone_is_its_templates_fault_unless_its_qemu_hardly_had_a_processor(late):
+def test_a_late_clone_is_its_templates_fault_unless_its_qemu_hardly_had_a_processor(
+    late: errors.GuestLateError | errors.TemplateLateError | DeadlineExceeded,
+) -> None:
     assert blames_template(late, starved=False)
     assert not blames_template(late, starved=True)
 
 
 @pytest.mark.parametrize("error", [TemplateError("refused"), ChannelError("guest reset")])
-def test_a_template_that_qemu_refuses_or_whose_guest_dies_is_to_blame_on_a_busy_host_too(error):
+def test_a_template_that_qemu_refuses_or_whose_guest_dies_is_to_blame_on_a_busy_host_too(
+    error: errors.ChannelError | errors.TemplateError,
+) -> None:
     assert blames_template(error, starved=True)

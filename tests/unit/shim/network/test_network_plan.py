@@ -39,7 +39,7 @@ def link(
     flags: int = UP,
     ether: bool = True,
     mtu: int = 1400,
-):
+) -> dict[str, Any]:
     information = {"attrs": attributes(IFLA_INFO_KIND=kind)} if kind else None
     return {
         "index": index,
@@ -62,7 +62,7 @@ def address(
     flags: int = 0x80,
     scope: int = 0,
     **more: Any,
-):
+) -> dict[str, Any]:
     interface = ip_interface(text)
     own = str(interface.ip)
     return {
@@ -105,7 +105,9 @@ def way(gateway: str, *, index: int = 2, extra_weight: int = 0, flags: int = 0) 
     }
 
 
-def neighbour(ip: str, *, index: int = 2, state: int = 0x80, flags: int = 0, mac: str | None = MAC):
+def neighbour(
+    ip: str, *, index: int = 2, state: int = 0x80, flags: int = 0, mac: str | None = MAC
+) -> dict[str, Any]:
     return {
         "ifindex": index,
         "state": state,
@@ -118,17 +120,17 @@ def plan(*links: Any, addresses: Any = (), routes: Any = (), neighbours: Any = (
     return decode(links=links or [LO, ETH0], addresses=addresses, routes=routes, neighbours=neighbours)
 
 
-def test_an_interface_becomes_a_card_with_its_own_name_address_and_size():
+def test_an_interface_becomes_a_card_with_its_own_name_address_and_size() -> None:
     [endpoint] = plan().endpoints
 
     assert endpoint == Endpoint(index=2, name="eth0", kind="veth", mac=MAC, mtu=1400, arp=True, addresses=())
 
 
-def test_a_namespace_without_an_interface_is_an_empty_network():
+def test_a_namespace_without_an_interface_is_an_empty_network() -> None:
     assert plan(LO) == NetworkPlan()
 
 
-def test_cards_come_veth_first_then_macvlan_macvtap_and_tap():
+def test_cards_come_veth_first_then_macvlan_macvtap_and_tap() -> None:
     links = [
         link(2, "tap0", kind="tun"),
         link(3, "b", kind="macvtap"),
@@ -146,11 +148,11 @@ def test_cards_come_veth_first_then_macvlan_macvtap_and_tap():
     ]
 
 
-def test_an_interface_that_is_down_carries_nothing_and_is_left_alone():
+def test_an_interface_that_is_down_carries_nothing_and_is_left_alone() -> None:
     assert plan(link(2, "tunl0", kind="ipip", flags=0), link(3, "eth0", flags=0)).endpoints == ()
 
 
-def test_our_own_taps_are_not_the_pods():
+def test_our_own_taps_are_not_the_pods() -> None:
     assert plan(ETH0, link(3, "hako2", kind="tun")).endpoints == plan().endpoints
 
 
@@ -165,18 +167,18 @@ def test_our_own_taps_are_not_the_pods():
 )
 def test_an_interface_that_a_machine_cannot_have_is_refused_by_name(
     kind: str | None, ether: bool, named: str
-):
+) -> None:
     with pytest.raises(InvalidArgument, match=rf"^network: net1: {named} cannot .*; use veth, .* or tap$"):
         plan(ETH0, link(3, "net1", kind=kind, ether=ether))
 
 
-def test_an_interface_without_neighbour_discovery_stays_without():
+def test_an_interface_without_neighbour_discovery_stays_without() -> None:
     [endpoint] = plan(link(2, "eth0", flags=UP | NOARP)).endpoints
 
     assert not endpoint.arp
 
 
-def test_addresses_keep_their_prefix():
+def test_addresses_keep_their_prefix() -> None:
     texts = ["10.1.0.2/24", "10.1.0.3/24", "fd00::2/64", "192.0.2.1/32", "fd01::1/128"]
     routes = [
         route("10.1.0.0/24", proto=KERNEL),
@@ -191,7 +193,7 @@ def test_addresses_keep_their_prefix():
     assert found.routes == ()
 
 
-def test_of_ipv6_the_kernel_lists_the_latest_address_first_and_the_guest_gets_it_last():
+def test_of_ipv6_the_kernel_lists_the_latest_address_first_and_the_guest_gets_it_last() -> None:
     given = [address(text) for text in ("10.1.0.2/24", "10.1.0.3/24", "fd00::3/64", "fd00::2/64")]
 
     assert [str(each) for each in plan(addresses=given).endpoints[0].addresses] == [
@@ -202,7 +204,7 @@ def test_of_ipv6_the_kernel_lists_the_latest_address_first_and_the_guest_gets_it
     ]
 
 
-def test_an_address_whose_link_route_was_taken_away_gets_none_in_the_guest_either():
+def test_an_address_whose_link_route_was_taken_away_gets_none_in_the_guest_either() -> None:
     # The ptp plugin replaces it by a route through the gateway, for nobody else is on that link.
     routes = [
         route("10.1.0.1/32", scope=253, RTA_PREFSRC="10.1.0.2"),
@@ -226,7 +228,7 @@ def test_an_address_whose_link_route_was_taken_away_gets_none_in_the_guest_eithe
         ("fd02::2/128", "fd02::1", ["fd02::1/128", "fd02::2/128"]),
     ],
 )
-def test_an_address_with_a_peer_has_a_route_to_the_peer(own: str, peer: str, kernels: list[str]):
+def test_an_address_with_a_peer_has_a_route_to_the_peer(own: str, peer: str, kernels: list[str]) -> None:
     found = plan(
         addresses=[address(own, peer=peer)],
         routes=[route(destination, proto=KERNEL) for destination in kernels],
@@ -249,7 +251,7 @@ def test_an_address_with_a_peer_has_a_route_to_the_peer(own: str, peer: str, ker
 )
 def test_only_addresses_that_somebody_gave_to_the_interface_are_the_guests(
     given: dict[str, Any], kept: list[str]
-):
+) -> None:
     found = plan(
         addresses=[given], routes=[route("fe80::/64", proto=KERNEL), route("fd00::/64", proto=KERNEL)]
     )
@@ -257,7 +259,7 @@ def test_only_addresses_that_somebody_gave_to_the_interface_are_the_guests(
     assert [str(each) for each in found.endpoints[0].addresses] == kept
 
 
-def test_an_address_keeps_what_somebody_said_of_it():
+def test_an_address_keeps_what_somebody_said_of_it() -> None:
     given = address(
         "10.1.0.2/24",
         flags=0x80 | 0x20 | 0x200,
@@ -281,7 +283,7 @@ def test_an_address_keeps_what_somebody_said_of_it():
     )
 
 
-def test_the_loopback_keeps_the_addresses_that_the_kernel_has_not_given_it():
+def test_the_loopback_keeps_the_addresses_that_the_kernel_has_not_given_it() -> None:
     given = [address(text, index=1) for text in ("127.0.0.1/8", "::1/128", "10.9.9.9/32", "fd09::9/128")]
 
     assert [str(each) for each in plan(addresses=given).loopback] == ["10.9.9.9/32", "fd09::9/128"]
@@ -296,7 +298,7 @@ def test_the_loopback_keeps_the_addresses_that_the_kernel_has_not_given_it():
     ],
     ids=["encapsulated", "one of its ways is encapsulated", "an object that is not explained"],
 )
-def test_a_route_that_the_guest_cannot_have_is_named_and_leads_nowhere(ways: dict[str, Any]):
+def test_a_route_that_the_guest_cannot_have_is_named_and_leads_nowhere(ways: dict[str, Any]) -> None:
     found = plan(routes=[route("10.5.0.0/16", table=100, **ways)])
 
     assert found.routes == (Route(destination=ip_network("10.5.0.0/16"), type=7, table=100),)
@@ -305,7 +307,7 @@ def test_a_route_that_the_guest_cannot_have_is_named_and_leads_nowhere(ways: dic
     assert line.endswith("the guest has an unreachable route instead")
 
 
-def test_the_loopback_keeps_the_size_that_somebody_gave_it():
+def test_the_loopback_keeps_the_size_that_somebody_gave_it() -> None:
     small = link(1, "lo", kind=None, flags=UP | LOOPBACK, mtu=1500)
 
     assert (plan(small).loopback_mtu, plan(LO).loopback_mtu) == (1500, 0)
@@ -421,7 +423,7 @@ def single(**parts: Any) -> Route:
         ),
     ],
 )
-def test_a_route_is_taken_over_as_it_is(message: dict[str, Any], expected: Route):
+def test_a_route_is_taken_over_as_it_is(message: dict[str, Any], expected: Route) -> None:
     assert plan(routes=[message]).routes == (expected,)
 
 
@@ -448,15 +450,15 @@ def test_a_route_is_taken_over_as_it_is(message: dict[str, Any], expected: Route
         "learned by redirect",
     ],
 )
-def test_a_route_that_the_guest_makes_itself_or_cannot_have_is_left_out(message: dict[str, Any]):
+def test_a_route_that_the_guest_makes_itself_or_cannot_have_is_left_out(message: dict[str, Any]) -> None:
     assert plan(routes=[message]).routes == ()
 
 
-def test_a_large_table_number_is_read_from_its_attribute():
+def test_a_large_table_number_is_read_from_its_attribute() -> None:
     assert len(plan(routes=[route("10.5.0.0/16", table=252, RTA_TABLE=254)]).routes) == 1
 
 
-def test_only_neighbours_that_somebody_fixed_are_taken_over():
+def test_only_neighbours_that_somebody_fixed_are_taken_over() -> None:
     found = plan(
         neighbours=[
             neighbour("10.1.0.1"),
@@ -500,11 +502,11 @@ FIRST_RULES = [
 ]
 
 
-def test_rules_that_every_namespace_has_need_not_be_told():
+def test_rules_that_every_namespace_has_need_not_be_told() -> None:
     assert decode_rules(FIRST_RULES) == (None, ())
 
 
-def test_rules_are_handed_over_as_the_kernel_has_them_and_in_their_order():
+def test_rules_are_handed_over_as_the_kernel_has_them_and_in_their_order() -> None:
     # The kernel notes in the flags that the interface does not exist.
     own = rule(V4, flags=2 | 8, iif=b"eth0\0", mark=number(1), mask=number(255), priority=number(10))
 
@@ -519,14 +521,14 @@ def test_rules_are_handed_over_as_the_kernel_has_them_and_in_their_order():
     assert unserved == ()
 
 
-def test_a_usual_rule_that_somebody_removed_is_missing_in_the_guest_too():
+def test_a_usual_rule_that_somebody_removed_is_missing_in_the_guest_too() -> None:
     taken, _ = decode_rules(FIRST_RULES[1:])
 
     assert taken == USUAL[1:]
 
 
 @pytest.mark.parametrize("attrs", [{"dscp": b"\1"}, {"l3mdev": b"\1"}], ids=str)
-def test_a_rule_that_the_guests_kernel_would_misunderstand_is_named(attrs: dict[str, bytes]):
+def test_a_rule_that_the_guests_kernel_would_misunderstand_is_named(attrs: dict[str, bytes]) -> None:
     taken, [line] = decode_rules([*FIRST_RULES, rule(V4, priority=number(10), **attrs)])
 
     assert taken is None

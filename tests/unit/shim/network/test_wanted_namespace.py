@@ -21,15 +21,15 @@ from shim.errors import InvalidArgument
         (None, None),
     ],
 )
-def test_a_namespace_is_the_one_at_the_path_or_a_new_one(namespaces: Any, path: Path | None):
+def test_a_namespace_is_the_one_at_the_path_or_a_new_one(namespaces: Any, path: Path | None) -> None:
     assert namespace_of({"linux": {"namespaces": namespaces}}).path == path
 
 
-def test_a_specification_without_linux_gets_a_new_one():
+def test_a_specification_without_linux_gets_a_new_one() -> None:
     assert namespace_of({}).path is None
 
 
-def test_who_leaves_the_network_out_asks_for_the_hosts_and_is_refused():
+def test_who_leaves_the_network_out_asks_for_the_hosts_and_is_refused() -> None:
     with pytest.raises(
         InvalidArgument, match=r"^spec: linux.namespaces: without network .* the host's network"
     ):

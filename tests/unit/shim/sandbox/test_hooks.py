@@ -16,13 +16,14 @@ from shim.host.ledger import Ledger
 from shim.sandbox.hooks import DEFAULT_TIMEOUT_S, Hooks, parse
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 PID = 4711
 
 
 @pytest.fixture
-def script(tmp_path: Path):
+def script(tmp_path: Path) -> Callable[[str, str], str]:
     """Make a program of the shell's."""
 
     def make(name: str, text: str) -> str:
@@ -42,7 +43,7 @@ def bundle(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ledger(tmp_path: Path):
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
     opened = Ledger(str(tmp_path), create=True)
     yield opened
     assert opened.entries() == []
@@ -50,7 +51,7 @@ def ledger(tmp_path: Path):
 
 
 @pytest.fixture
-def hooks_of(bundle: Path, ledger: Ledger):
+def hooks_of(bundle: Path, ledger: Ledger) -> Callable[..., Hooks]:
     def make(annotations: dict[str, str] | None = None, **hooks: Any) -> Hooks:
         spec = {"hooks": hooks, "annotations": annotations}
         return Hooks("box", bundle=bundle, spec=spec, ledger=ledger)
@@ -69,7 +70,9 @@ def has_ended(pid: int, *, timeout_s: float = 5.0) -> bool:
         os.close(pidfd)
 
 
-async def test_each_kind_is_told_the_state_of_its_moment(script, hooks_of, bundle: Path) -> None:
+async def test_each_kind_is_told_the_state_of_its_moment(
+    script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
+) -> None:
     keep = script("keep", 'cat >> states; echo >> states; echo "$1" >> order')
     kinds = ("poststop", "createRuntime", "poststart", "prestart")
     hooks = hooks_of({"key": "value"}, **{kind: [{"path": keep, "args": ["keep", kind]}] for kind in kinds})
@@ -92,7 +95,7 @@ async def test_each_kind_is_told_the_state_of_its_moment(script, hooks_of, bundl
 
 
 async def test_a_hook_has_the_arguments_and_the_environment_that_it_names_and_no_others(
-    hooks_of, bundle: Path
+    hooks_of: Callable[..., Hooks], bundle: Path
 ) -> None:
     script = 'echo "$0 $*" > seen; env | grep -v -e ^PWD= -e ^SHLVL= -e ^_= >> seen'
     hook = {"path": "/bin/sh", "args": ["another name", "-c", script, "zero", "one"], "env": ["A=b=c", "D="]}
@@ -100,14 +103,16 @@ async def test_a_hook_has_the_arguments_and_the_environment_that_it_names_and_no
     assert sorted((bundle / "seen").read_text().splitlines()) == ["A=b=c", "D=", "zero one"]
 
 
-async def test_without_arguments_a_hook_has_its_path_as_its_name(script, hooks_of, bundle: Path) -> None:
+async def test_without_arguments_a_hook_has_its_path_as_its_name(
+    script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
+) -> None:
     path = script("named", "tr '\\0' '\\n' < /proc/$$/cmdline > seen")
     await hooks_of(prestart=[{"path": path}]).created(pid=PID)
     assert (bundle / "seen").read_text().splitlines() == ["/bin/sh", path]
 
 
 async def test_a_hook_that_fails_keeps_the_next_from_running_and_says_why(
-    script, hooks_of, bundle: Path
+    script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
 ) -> None:
     bad = script("bad", "echo first; echo 'no such\tnetwork' >&2; exit 3")
     hooks = hooks_of(createRuntime=[{"path": bad}, {"path": script("next", "touch ran")}])
@@ -120,17 +125,23 @@ async def test_a_hook_that_fails_keeps_the_next_from_running_and_says_why(
 
 
 @pytest.mark.parametrize(("path", "reason"), [("/no/such", "No such file"), ("/etc", "Permission denied")])
-async def test_a_program_that_cannot_be_executed_fails_the_hook(hooks_of, path: str, reason: str) -> None:
+async def test_a_program_that_cannot_be_executed_fails_the_hook(
+    hooks_of: Callable[..., Hooks], path: str, reason: str
+) -> None:
     with pytest.raises(Internal, match=rf"hooks.prestart\[0\] {path}: .*{reason}"):
         await hooks_of(prestart=[{"path": path}]).created(pid=PID)
 
 
-async def test_a_hook_that_a_signal_ends_has_failed(script, hooks_of) -> None:
+async def test_a_hook_that_a_signal_ends_has_failed(
+    script: Callable[[str, str], str], hooks_of: Callable[..., Hooks]
+) -> None:
     with pytest.raises(Internal, match=r"killed by signal 15$"):
         await hooks_of(prestart=[{"path": script("dies", "kill -TERM $$")}]).created(pid=PID)
 
 
-async def test_a_hook_is_killed_with_its_children_when_its_time_is_up(script, hooks_of, bundle: Path) -> None:
+async def test_a_hook_is_killed_with_its_children_when_its_time_is_up(
+    script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
+) -> None:
     slow = script("slow", "sleep 1000 & echo $$ $! > pids; echo waiting; wait")
     before = time.monotonic()
     with pytest.raises(Internal, match=r"not finished within 1 s and killed: waiting$"):
@@ -140,7 +151,9 @@ async def test_a_hook_is_killed_with_its_children_when_its_time_is_up(script, ho
     assert all(has_ended(pid) for pid in pids)
 
 
-async def test_a_hook_is_killed_when_nobody_waits_for_it_any_more(script, hooks_of, bundle: Path) -> None:
+async def test_a_hook_is_killed_when_nobody_waits_for_it_any_more(
+    script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
+) -> None:
     os.mkfifo(bundle / "started")
     slow = script("slow", "echo $$ > started; exec sleep 1000")
     creating = asyncio.create_task(hooks_of(prestart=[{"path": slow}]).created(pid=PID))
@@ -152,7 +165,9 @@ async def test_a_hook_is_killed_when_nobody_waits_for_it_any_more(script, hooks_
     assert has_ended(pid)
 
 
-async def test_what_a_hook_leaves_running_is_not_waited_for(script, hooks_of, bundle: Path) -> None:
+async def test_what_a_hook_leaves_running_is_not_waited_for(
+    script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
+) -> None:
     leaves = script("leaves", "sleep 1000 & echo $! > pid")
     async with asyncio.timeout(10):
         await hooks_of(prestart=[{"path": leaves}]).created(pid=PID)
@@ -161,7 +176,9 @@ async def test_what_a_hook_leaves_running_is_not_waited_for(script, hooks_of, bu
     os.kill(pid, 9)
 
 
-async def test_a_hook_may_say_more_than_anybody_keeps_and_read_less_than_it_is_told(script, hooks_of) -> None:
+async def test_a_hook_may_say_more_than_anybody_keeps_and_read_less_than_it_is_told(
+    script: Callable[[str, str], str], hooks_of: Callable[..., Hooks]
+) -> None:
     loud = script("loud", "head -c 1000000 /dev/zero | tr '\\0' x; echo; echo last; exit 1")
     with pytest.raises(Internal, match=r"exit status 1: x*; last$") as caught:
         await hooks_of({"long": "x" * 1_000_000}, prestart=[{"path": loud}]).created(pid=PID)
@@ -170,7 +187,11 @@ async def test_a_hook_may_say_more_than_anybody_keeps_and_read_less_than_it_is_t
 
 @pytest.mark.parametrize("kind", ["poststart", "poststop"])
 async def test_a_hook_that_fails_too_late_is_logged_and_the_next_is_run(
-    script, hooks_of, bundle: Path, kind: str, caplog: pytest.LogCaptureFixture
+    script: Callable[[str, str], str],
+    hooks_of: Callable[..., Hooks],
+    bundle: Path,
+    kind: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     hooks = hooks_of(**{kind: [{"path": script("bad", "exit 4")}, {"path": script("next", "touch ran")}]})
     await hooks.created(pid=PID)
@@ -183,7 +204,7 @@ async def test_a_hook_that_fails_too_late_is_logged_and_the_next_is_run(
 
 
 async def test_what_follows_the_end_runs_once_and_only_if_something_came_before(
-    script, hooks_of, bundle: Path
+    script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
 ) -> None:
     hooks = hooks_of(poststop=[{"path": script("count", "echo x >> count")}])
     await hooks.deleted()
@@ -194,7 +215,9 @@ async def test_what_follows_the_end_runs_once_and_only_if_something_came_before(
     assert (bundle / "count").read_text() == "x\n"
 
 
-async def test_a_hook_is_on_record_while_it_runs(script, bundle: Path, tmp_path: Path) -> None:
+async def test_a_hook_is_on_record_while_it_runs(
+    script: Callable[[str, str], str], bundle: Path, tmp_path: Path
+) -> None:
     ledger = Ledger(str(tmp_path), create=True)
     os.mkfifo(bundle / "gate")
     slow = script("slow", "read line < gate")

@@ -73,30 +73,32 @@ async def read_all(transfer: LongStreams) -> bytes:
     return data
 
 
-async def test_short_output_needs_no_connection(machine: Machine):
+async def test_short_output_needs_no_connection(machine: Machine) -> None:
     assert await read_all(streams(Agent([REST, b""]), machine)) == REST
     assert machine.offered
 
 
-async def test_long_output_goes_on_over_a_connection_that_names_it(machine: Machine):
+async def test_long_output_goes_on_over_a_connection_that_names_it(machine: Machine) -> None:
     machine.guest.sendall(END + framed(REST) + END)
     assert await read_all(streams(Agent([LONG]), machine)) == LONG + REST
     assert machine.guest.recv(1000) == NAME
     assert machine.guest.recv(1) == b"", "who has read the end closes first"
 
 
-async def test_output_goes_on_in_requests_if_the_agent_does_not_listen(machine: Machine):
+async def test_output_goes_on_in_requests_if_the_agent_does_not_listen(machine: Machine) -> None:
     machine.offered.pop().close()
     assert await read_all(streams(Agent([LONG, REST, b""]), machine)) == LONG + REST
 
 
-async def test_output_goes_on_in_requests_if_the_agent_refuses_the_connection(machine: Machine):
+async def test_output_goes_on_in_requests_if_the_agent_refuses_the_connection(machine: Machine) -> None:
     machine.guest.shutdown(socket.SHUT_WR)
     assert await read_all(streams(Agent([LONG, REST, b""]), machine)) == LONG + REST
 
 
 @pytest.mark.parametrize("answer", [END, END + framed(REST), END + framed(REST)[:9], END + END + b"more"])
-async def test_output_that_breaks_off_or_goes_on_after_its_end_is_a_failure(machine: Machine, answer: bytes):
+async def test_output_that_breaks_off_or_goes_on_after_its_end_is_a_failure(
+    machine: Machine, answer: bytes
+) -> None:
     machine.guest.sendall(answer)
     machine.guest.shutdown(socket.SHUT_WR)
     transfer = streams(Agent([LONG]), machine)
@@ -105,7 +107,7 @@ async def test_output_that_breaks_off_or_goes_on_after_its_end_is_a_failure(mach
     transfer.close()
 
 
-async def test_what_comes_with_bytes_after_the_end_is_read_before_the_failure(machine: Machine):
+async def test_what_comes_with_bytes_after_the_end_is_read_before_the_failure(machine: Machine) -> None:
     machine.guest.sendall(END + framed(REST) + framed(REST) + END + b"more")
     transfer = streams(Agent([LONG]), machine)
     assert [await transfer.read("stdout") for _ in range(3)] == [LONG, REST, REST]
@@ -115,7 +117,7 @@ async def test_what_comes_with_bytes_after_the_end_is_read_before_the_failure(ma
     transfer.close()
 
 
-async def test_of_output_without_an_end_only_what_is_read_is_taken(machine: Machine):
+async def test_of_output_without_an_end_only_what_is_read_is_taken(machine: Machine) -> None:
     machine.guest.sendall(END + b"\xff\xff\xff\xff")
     transfer = streams(Agent([LONG]), machine)
     assert await transfer.read("stdout") == LONG
@@ -126,7 +128,7 @@ async def test_of_output_without_an_end_only_what_is_read_is_taken(machine: Mach
     transfer.close()
 
 
-async def test_long_input_goes_on_over_a_connection_and_its_end_waits_for_the_agent(machine: Machine):
+async def test_long_input_goes_on_over_a_connection_and_its_end_waits_for_the_agent(machine: Machine) -> None:
     agent = Agent([])
     transfer = streams(agent, machine)
     await transfer.write(LONG)
@@ -142,7 +144,7 @@ async def test_long_input_goes_on_over_a_connection_and_its_end_waits_for_the_ag
     assert (agent.written, agent.ended) == (LONG, False)
 
 
-async def test_short_input_needs_no_connection(machine: Machine):
+async def test_short_input_needs_no_connection(machine: Machine) -> None:
     agent = Agent([])
     transfer = streams(agent, machine)
     await transfer.write(REST)

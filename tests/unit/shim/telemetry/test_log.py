@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 
 from shim.host import daemonize
 from shim.telemetry import log
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
 
 @pytest.fixture
-def root():
+def root() -> Iterator[logging.RootLogger]:
     """Logging as it was, afterwards."""
     logger = logging.getLogger()
     level, handlers = logger.level, list(logger.handlers)
@@ -25,13 +30,13 @@ def root():
 
 
 @pytest.fixture
-def bundle(tmp_path):
+def bundle(tmp_path: Path) -> Path:
     os.mkfifo(tmp_path / "log")
     return tmp_path
 
 
 @pytest.fixture
-def fifo(bundle):
+def fifo(bundle: Path) -> Iterator[int]:
     descriptor = daemonize.open_log(str(bundle))
     yield descriptor
     os.close(descriptor)
@@ -45,7 +50,7 @@ def drain(descriptor: int) -> bytes:
     return data
 
 
-def test_a_record_is_one_logfmt_line(root, fifo):
+def test_a_record_is_one_logfmt_line(root: logging.RootLogger, fifo: int) -> None:
     log.configure("info", descriptor=fifo)
     logging.getLogger("shim.x").error('two\n"lines" \\ %d', 1)
     line = os.read(fifo, 4096).decode()
@@ -54,13 +59,13 @@ def test_a_record_is_one_logfmt_line(root, fifo):
     assert line.count("\n") == 1
 
 
-def test_what_a_guest_says_moves_no_cursor(root, fifo):
+def test_what_a_guest_says_moves_no_cursor(root: logging.RootLogger, fifo: int) -> None:
     log.configure("info", descriptor=fifo)
     logging.getLogger().error("guest: %s", "\x1b[2J\r\x85gone")
     assert b'msg="guest: \\x1b[2J\\r\\x85gone"' in os.read(fifo, 4096)
 
 
-def test_an_exception_is_one_line(root, fifo):
+def test_an_exception_is_one_line(root: logging.RootLogger, fifo: int) -> None:
     log.configure("info", descriptor=fifo)
     try:
         raise ValueError("why")
@@ -72,7 +77,7 @@ def test_an_exception_is_one_line(root, fifo):
     assert "ValueError: why" in line
 
 
-def test_the_level_is_kept(root, fifo):
+def test_the_level_is_kept(root: logging.RootLogger, fifo: int) -> None:
     log.configure("warning", descriptor=fifo)
     logging.getLogger().info("no")
     logging.getLogger().warning("yes")
@@ -80,7 +85,9 @@ def test_the_level_is_kept(root, fifo):
 
 
 @pytest.mark.parametrize(("level", "lines"), [("debug", 3), ("warning", 1)])
-def test_libraries_do_not_tell_each_of_their_steps(root, fifo, level, lines):
+def test_libraries_do_not_tell_each_of_their_steps(
+    root: logging.RootLogger, fifo: int, level: str, lines: int
+) -> None:
     log.configure(level, descriptor=fifo)
     for name in ("shim.x", "pyroute2.netlink"):
         logging.getLogger(name).debug("a step")
@@ -89,7 +96,7 @@ def test_libraries_do_not_tell_each_of_their_steps(root, fifo, level, lines):
     assert os.read(fifo, 4096).count(b"\n") == lines
 
 
-def test_a_long_line_is_cut_to_what_a_pipe_takes_whole(root, fifo):
+def test_a_long_line_is_cut_to_what_a_pipe_takes_whole(root: logging.RootLogger, fifo: int) -> None:
     log.configure("info", descriptor=fifo)
     logging.getLogger().error("x" * 10_000)
     logging.getLogger().error("next")
@@ -98,7 +105,7 @@ def test_a_long_line_is_cut_to_what_a_pipe_takes_whole(root, fifo):
     assert b"next" in second
 
 
-def test_what_nobody_reads_is_dropped_and_counted(root, fifo):
+def test_what_nobody_reads_is_dropped_and_counted(root: logging.RootLogger, fifo: int) -> None:
     log.configure("info", descriptor=fifo)
     for _ in range(40):
         logging.getLogger().error("x" * 4096)
@@ -110,7 +117,7 @@ def test_what_nobody_reads_is_dropped_and_counted(root, fifo):
     assert int(line.rpartition(b"dropped=")[2]) == 40 - kept
 
 
-def test_a_reader_that_goes_away_does_no_harm(root, bundle, fifo):
+def test_a_reader_that_goes_away_does_no_harm(root: logging.RootLogger, bundle: Path, fifo: int) -> None:
     log.configure("info", descriptor=fifo)
     reader = os.open(bundle / "log", os.O_RDONLY | os.O_NONBLOCK)
     os.close(reader)
@@ -120,7 +127,7 @@ def test_a_reader_that_goes_away_does_no_harm(root, bundle, fifo):
     os.close(reader)
 
 
-def test_a_bundle_without_a_log_is_no_reason_to_fail(tmp_path):
+def test_a_bundle_without_a_log_is_no_reason_to_fail(tmp_path: Path) -> None:
     descriptor = daemonize.open_log(str(tmp_path))
     assert os.write(descriptor, b"nowhere") == 7
     os.close(descriptor)

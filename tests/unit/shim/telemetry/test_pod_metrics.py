@@ -22,7 +22,7 @@ def measured(cpu_ns: int, memory: int, processes: int, read: int) -> agent_pb2.S
     return stats
 
 
-def test_containers_are_added_up_and_the_shared_network_is_counted_once():
+def test_containers_are_added_up_and_the_shared_network_is_counted_once() -> None:
     metrics = to_metrics(total([measured(3000, 100, 1, 5), measured(4000, 200, 2, 6)]), unified=True)
     assert metrics.cpu.usage_usec == 7
     assert metrics.memory.usage == 300
@@ -33,12 +33,12 @@ def test_containers_are_added_up_and_the_shared_network_is_counted_once():
     assert [(link.name, link.rx_bytes) for link in metrics.network] == [("eth0", 100)]
 
 
-def test_no_container_uses_nothing():
+def test_no_container_uses_nothing() -> None:
     assert to_metrics(total([]), unified=False).memory.usage.usage == 0
 
 
 @pytest.mark.parametrize("limit", [0, 2**64 - 1])
-def test_memory_without_a_limit_has_the_one_that_the_hosts_kernel_says_for_that(limit: int):
+def test_memory_without_a_limit_has_the_one_that_the_hosts_kernel_says_for_that(limit: int) -> None:
     stats = agent_pb2.StatsContainerResponse()
     stats.cgroup_stats.memory_stats.usage.limit = limit
     one, two = (to_metrics(stats, unified=unified).memory for unified in (False, True))

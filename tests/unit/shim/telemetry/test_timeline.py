@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -12,6 +13,10 @@ from shim import cli
 from shim.telemetry import timeline, timeline_files
 from shim.telemetry.timeline_model import Phase, guest_phases, parse, table, trace
 from shim.telemetry.timeline_svg import draw
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 LINES = [
     ["machine", "QEMU", 10.2, 10.5],
@@ -24,16 +29,16 @@ TEXT = "".join(json.dumps(line) + "\n" for line in LINES)
 
 
 @pytest.fixture(autouse=True)
-def nothing_noted(monkeypatch):
+def nothing_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timeline, "_noted", [])
     monkeypatch.setattr(timeline, "_written", 0)
 
 
-def read(path):
+def read(path: Path) -> list[list[float | str]]:
     return [json.loads(line) for line in (path / timeline.NAME).read_text().splitlines()]
 
 
-def test_a_phase_is_noted_whether_it_succeeds_or_not(tmp_path):
+def test_a_phase_is_noted_whether_it_succeeds_or_not(tmp_path: Path) -> None:
     with timeline.phase("good", lane=timeline.SHIM):
         pass
     with pytest.raises(ValueError, match="no"), timeline.phase("bad", lane=timeline.SHIM):
@@ -44,7 +49,7 @@ def test_a_phase_is_noted_whether_it_succeeds_or_not(tmp_path):
     assert good[2] <= good[3] <= bad[2] <= bad[3]
 
 
-def test_each_phase_is_written_once(tmp_path):
+def test_each_phase_is_written_once(tmp_path: Path) -> None:
     timeline.mark("first", lane=timeline.SHIM)
     timeline.write(str(tmp_path))
     timeline.mark("second", lane=timeline.SHIM)
@@ -52,7 +57,7 @@ def test_each_phase_is_written_once(tmp_path):
     assert [line[1] for line in read(tmp_path)] == ["first", "second"]
 
 
-def test_no_more_is_noted_than_a_start_has(tmp_path):
+def test_no_more_is_noted_than_a_start_has(tmp_path: Path) -> None:
     for _ in range(3):
         for _ in range(300):
             timeline.mark("again", lane=timeline.SHIM)
@@ -60,18 +65,18 @@ def test_no_more_is_noted_than_a_start_has(tmp_path):
     assert len(read(tmp_path)) == 500
 
 
-def test_a_process_knows_when_it_was_born():
+def test_a_process_knows_when_it_was_born() -> None:
     assert time.monotonic() - 3600 < timeline.born_at_s() < time.monotonic()
 
 
-def test_a_timeline_begins_with_its_first_phase_and_is_in_the_order_of_time():
+def test_a_timeline_begins_with_its_first_phase_and_is_in_the_order_of_time() -> None:
     found = parse(TEXT, title="box")
     assert [phase.name for phase in found.phases] == ["start", "Create", "QEMU", "boot", "first byte"]
     assert found.phases[0].began_s == 0
     assert found.length_s == pytest.approx(1.0)
 
 
-def test_lanes_go_from_containerd_to_the_containers_and_overlaps_below_each_other():
+def test_lanes_go_from_containerd_to_the_containers_and_overlaps_below_each_other() -> None:
     lanes = parse(TEXT, title="box").lanes()
     assert [lane.name for lane in lanes] == ["containerd", "machine", "container box"]
     assert [[phase.name for phase in row] for row in lanes[1].rows] == [["QEMU"], ["boot"]]
@@ -81,18 +86,18 @@ def test_lanes_go_from_containerd_to_the_containers_and_overlaps_below_each_othe
 @pytest.mark.parametrize(
     "torn", ['["shim", "x", 1', "{}", "[1, 2, 3, 4]", "[]", '["shim", "x", "1", 2]', "["]
 )
-def test_a_torn_line_is_left_out(torn):
+def test_a_torn_line_is_left_out(torn: str) -> None:
     assert parse(f"{torn}\n{TEXT}", title="box") == parse(TEXT, title="box")
 
 
-def test_the_table_has_a_line_for_each_phase():
+def test_the_table_has_a_line_for_each_phase() -> None:
     first, start, *others = table(parse(TEXT, title="box")).splitlines()
     assert first == "box: 1000 ms"
     assert start.split() == ["0.0", "100.0", "ms", "containerd", "start"]
     assert len(others) == 4
 
 
-def test_the_trace_has_a_process_for_each_lane_and_complete_events():
+def test_the_trace_has_a_process_for_each_lane_and_complete_events() -> None:
     document = trace(parse(TEXT, title="box"))
     names = {e["args"]["name"]: e["pid"] for e in document["traceEvents"] if e["name"] == "process_name"}
     assert list(names) == ["containerd", "machine", "container box"]
@@ -105,11 +110,11 @@ def test_the_trace_has_a_process_for_each_lane_and_complete_events():
     json.dumps(document)
 
 
-def drawn(text, *, title="box"):
+def drawn(text: str, *, title: str = "box") -> ET.Element:
     return ET.fromstring(draw(parse(text, title=title)))  # noqa: S314 - made by the line itself
 
 
-def test_the_picture_has_a_bar_for_each_phase_and_escapes_what_it_names():
+def test_the_picture_has_a_bar_for_each_phase_and_escapes_what_it_names() -> None:
     line = json.dumps(["shim", "<script>&", 10.0, 10.3])
     root = drawn(f"{TEXT}{line}\n", title='"box" <1>')
     space = "{http://www.w3.org/2000/svg}"
@@ -122,22 +127,22 @@ def test_the_picture_has_a_bar_for_each_phase_and_escapes_what_it_names():
     assert widths["at 100.0 ms, 800.0 ms: containerd: Create"] == pytest.approx(884.8)
 
 
-def test_nothing_at_all_can_be_drawn():
+def test_nothing_at_all_can_be_drawn() -> None:
     assert drawn("").get("width") == "1280"
     assert trace(parse("", title="box"))["traceEvents"] == []
 
 
-def guest(*lines, since_s=100.0):
+def guest(*lines: str, since_s: float = 100.0) -> list[Phase]:
     return guest_phases("\n".join(["5.0", *lines]), asked_s=109.9, answered_s=110.1, since_s=since_s)
 
 
-def test_the_guests_clock_is_that_of_the_middle_of_question_and_answer():
+def test_the_guests_clock_is_that_of_the_middle_of_question_and_answer() -> None:
     assert guest("1.0 2.5 agent mounts and more") == [
         Phase(lane="agent", name="mounts and more", began_s=106.0, ended_s=107.5)
     ]
 
 
-def test_what_a_clones_original_did_is_left_out():
+def test_what_a_clones_original_did_is_left_out() -> None:
     names = [phase.name for phase in guest("0 1 kernel boot", "4 4.5 agent Check", since_s=108.5)]
     assert names == ["Check"]
 
@@ -153,21 +158,21 @@ def test_what_a_clones_original_did_is_left_out():
         pytest.param("x y agent z", id="no-times"),
     ],
 )
-def test_what_a_guest_cannot_have_done_is_left_out(line):
+def test_what_a_guest_cannot_have_done_is_left_out(line: str) -> None:
     assert guest(line) == []
 
 
-def test_a_guest_that_says_nothing_did_nothing():
+def test_a_guest_that_says_nothing_did_nothing() -> None:
     assert guest_phases("", asked_s=1, answered_s=2, since_s=0) == []
 
 
-def test_a_guests_words_are_made_printable_and_short():
+def test_a_guests_words_are_made_printable_and_short() -> None:
     (phase,) = guest(f"1 2 agent \x1b[2J{'x' * 1000}")
     assert phase.name == "?[2J" + 56 * "x"
 
 
 @pytest.fixture
-def kept(tmp_path):
+def kept(tmp_path: Path) -> Path:
     """The timeline of a sandbox that has ended, and of none that runs."""
     state = tmp_path / "state"
     state.mkdir()
@@ -178,19 +183,19 @@ def kept(tmp_path):
     return tmp_path
 
 
-def test_what_is_kept_is_drawn_if_that_was_wanted(kept):
+def test_what_is_kept_is_drawn_if_that_was_wanted(kept: Path) -> None:
     log_dir = kept / "log"
     assert (log_dir / "ns__box.timeline").read_text() == TEXT
     assert (log_dir / "ns__box.svg").read_text() == draw(parse(TEXT, title="box"))
     assert json.loads((log_dir / "ns__box.json").read_text()) == trace(parse(TEXT, title="box"))
 
 
-def test_the_command_shows_a_sandbox_that_has_ended(kept, capsys):
+def test_the_command_shows_a_sandbox_that_has_ended(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["timeline", "box", "--config", f"{kept}/config.toml"]) == 0
     assert capsys.readouterr().out == table(parse(TEXT, title="box"))
 
 
-def test_the_command_draws(kept, capsys):
+def test_the_command_draws(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [kept / "a.svg", kept / "a.json"]
     flags = ["--svg", str(files[0]), "--trace", str(files[1])]
     assert cli.main(["timeline", "box", "--config", f"{kept}/config.toml", *flags]) == 0
@@ -199,6 +204,8 @@ def test_the_command_draws(kept, capsys):
 
 
 @pytest.mark.parametrize("words", [["other"], ["box", "--namespace", "other"]])
-def test_an_unknown_sandbox_is_one_line(kept, capsys, words):
+def test_an_unknown_sandbox_is_one_line(
+    kept: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
     assert cli.main(["timeline", *words, "--config", f"{kept}/config.toml"]) == 1
     assert f"timeline: {words[0]}: nothing is kept" in capsys.readouterr().err

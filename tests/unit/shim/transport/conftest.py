@@ -19,8 +19,9 @@ from shim.transport.ttrpc_client import TtrpcClient
 from shim.transport.ttrpc_server import TtrpcServer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
+    from typing import Any
 
 TASK = "containerd.task.v3.Task"
 
@@ -28,7 +29,7 @@ TASK = "containerd.task.v3.Task"
 class MemoryTasks:
     """Tasks that exist only here; what Pause, Resume and the rest would do is left out on purpose."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.bundles = {}
         self.exits = {}
         self.state_calls = 0
@@ -37,7 +38,7 @@ class MemoryTasks:
         self.stats_bytes = 0
         self.delete_error = ""
 
-    async def create(self, request):
+    async def create(self, request: task_v3_pb2.CreateTaskRequest) -> task_v3_pb2.CreateTaskResponse:
         assert type(request) is task_v3_pb2.CreateTaskRequest
         if request.id in self.bundles:
             raise AlreadyExists(f"create: {request.id}: the id is taken; choose another")
@@ -45,13 +46,13 @@ class MemoryTasks:
         self.exits[request.id] = asyncio.get_running_loop().create_future()
         return task_v3_pb2.CreateTaskResponse(pid=len(self.bundles))
 
-    async def state(self, request):
+    async def state(self, request: task_v3_pb2.StateRequest) -> task_v3_pb2.StateResponse:
         self.state_calls += 1
         if request.id not in self.bundles:
             raise NotFound(f"state: {request.id}: no such task")
         return task_v3_pb2.StateResponse(id=request.id, bundle=self.bundles[request.id])
 
-    async def wait(self, request):
+    async def wait(self, request: task_v3_pb2.WaitRequest) -> task_v3_pb2.WaitResponse:
         self.waits_begun.release()
         try:
             status = await asyncio.shield(self.exits[request.id])
@@ -60,30 +61,30 @@ class MemoryTasks:
             raise
         return task_v3_pb2.WaitResponse(exit_status=status)
 
-    async def kill(self, request):
+    async def kill(self, request: task_v3_pb2.KillRequest) -> empty_pb2.Empty:
         self.exits[request.id].set_result(128 + request.signal)
         return empty_pb2.Empty()
 
-    async def delete(self, _request):
+    async def delete(self, _request: task_v3_pb2.DeleteRequest) -> None:
         raise FailedPrecondition(self.delete_error)
 
-    async def pids(self, _request):
+    async def pids(self, _request: task_v3_pb2.PidsRequest) -> None:
         raise ZeroDivisionError("first line\nsecond line")
 
-    async def close_io(self, _request):
+    async def close_io(self, _request: task_v3_pb2.CloseIORequest) -> None:
         return None
 
-    async def stats(self, _request):
+    async def stats(self, _request: task_v3_pb2.StatsRequest) -> task_v3_pb2.StatsResponse:
         return task_v3_pb2.StatsResponse(stats=any_pb2.Any(value=bytes(self.stats_bytes)))
 
 
 @pytest.fixture
-async def tasks():
+async def tasks() -> MemoryTasks:
     return MemoryTasks()
 
 
 @pytest.fixture
-def dispatch(tasks):
+def dispatch(tasks: MemoryTasks) -> Dispatch:
     return Dispatch(
         [
             (task_v3_pb2.DESCRIPTOR.services_by_name["Task"], tasks),
@@ -93,7 +94,7 @@ def dispatch(tasks):
 
 
 @pytest.fixture
-async def ttrpc_server(dispatch, tmp_path):
+async def ttrpc_server(dispatch: Dispatch, tmp_path: Path) -> AsyncIterator[TtrpcServer]:
     """A running server whose socket is ``tmp_path / "ttrpc"``."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "ttrpc"))
@@ -107,14 +108,14 @@ async def ttrpc_server(dispatch, tmp_path):
 
 
 @pytest.fixture
-async def grpc_socket(dispatch, tmp_path):
+async def grpc_socket(dispatch: Dispatch, tmp_path: Path) -> AsyncIterator[Path]:
     path = tmp_path / "grpc"
     async with serve_grpc(dispatch, path):
         yield path
 
 
 class OverTtrpc:
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
 
     @contextlib.asynccontextmanager
@@ -129,7 +130,7 @@ class OverTtrpc:
 
 
 class OverGrpc:
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
 
     @contextlib.asynccontextmanager
@@ -138,7 +139,9 @@ class OverGrpc:
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
         async with grpc.aio.insecure_channel(f"unix:{self.path}", options=options) as channel:
 
-            async def call(service, method, request, response_type, *, timeout_s):
+            async def call(
+                service: str, method: str, request: Any, response_type: type[Any], *, timeout_s: float | None
+            ) -> Any:
                 stub = channel.unary_unary(
                     f"/{service}/{method}",
                     request_serializer=type(request).SerializeToString,
@@ -155,28 +158,32 @@ class OverGrpc:
 class Client:
     """The same calls over either transport; errors are those of ``shim.errors``."""
 
-    def __init__(self, call):
+    def __init__(self, call: Callable[..., Any]) -> None:
         self.call = call
 
-    async def create(self, task_id, *, bundle="/bundle"):
+    async def create(
+        self, task_id: str, *, bundle: str = "/bundle"
+    ) -> asyncio.Task[Any] | task_v3_pb2.CreateTaskResponse:
         request = task_v3_pb2.CreateTaskRequest(id=task_id, bundle=bundle)
         return await self.call(TASK, "Create", request, task_v3_pb2.CreateTaskResponse, timeout_s=10)
 
-    async def state(self, task_id):
+    async def state(self, task_id: str) -> asyncio.Task[Any] | task_v3_pb2.StateResponse:
         request = task_v3_pb2.StateRequest(id=task_id)
         return await self.call(TASK, "State", request, task_v3_pb2.StateResponse, timeout_s=60)
 
-    async def wait(self, task_id, *, timeout_s=None):
+    async def wait(
+        self, task_id: str, *, timeout_s: float | None = None
+    ) -> asyncio.Task[Any] | task_v3_pb2.WaitResponse:
         request = task_v3_pb2.WaitRequest(id=task_id)
         return await self.call(TASK, "Wait", request, task_v3_pb2.WaitResponse, timeout_s=timeout_s)
 
-    async def kill(self, task_id, *, signal):
+    async def kill(self, task_id: str, *, signal: int) -> asyncio.Task[Any] | empty_pb2.Empty:
         request = task_v3_pb2.KillRequest(id=task_id, signal=signal)
         return await self.call(TASK, "Kill", request, empty_pb2.Empty, timeout_s=10)
 
 
 @pytest.fixture(params=["ttrpc", "grpc"])
-def transport(request):
+def transport(request: pytest.FixtureRequest) -> OverGrpc | OverTtrpc:
     """Each test that asks for this runs over both."""
     if request.param == "ttrpc":
         server = request.getfixturevalue("ttrpc_server")
@@ -186,12 +193,12 @@ def transport(request):
 
 
 @pytest.fixture
-async def grpc_client(grpc_socket):
+async def grpc_client(grpc_socket: Path) -> AsyncIterator[Client]:
     async with OverGrpc(grpc_socket).connect() as connected:
         yield connected
 
 
 @pytest.fixture
-async def client(transport):
+async def client(transport: OverGrpc | OverTtrpc) -> AsyncIterator[TtrpcClient | Client]:
     async with transport.connect() as connected:
         yield connected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -10,6 +11,11 @@ from proto.containerd import task_v2_pb2, task_v3_pb2
 from proto.kata import agent_pb2
 from shim.errors import DeadlineExceeded, Internal, Unimplemented
 from shim.transport.dispatch import Dispatch, snake_case
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
 
 TASK_V2 = task_v2_pb2.DESCRIPTOR.services_by_name["Task"]
 TASK_V3 = task_v3_pb2.DESCRIPTOR.services_by_name["Task"]
@@ -26,11 +32,11 @@ TASK_V3 = task_v3_pb2.DESCRIPTOR.services_by_name["Task"]
         ("TtyWinResize", "tty_win_resize"),
     ],
 )
-def test_python_methods_are_named_after_rpcs(name, expected):
+def test_python_methods_are_named_after_rpcs(name: str, expected: str) -> None:
     assert snake_case(name) == expected
 
 
-def test_every_rpc_of_the_contracts_has_a_python_name_of_its_own():
+def test_every_rpc_of_the_contracts_has_a_python_name_of_its_own() -> None:
     for service in (TASK_V3, agent_pb2.DESCRIPTOR.services_by_name["AgentService"]):
         names = {snake_case(method.name) for method in service.methods}
         assert len(names) == len(service.methods)
@@ -40,15 +46,17 @@ def test_every_rpc_of_the_contracts_has_a_python_name_of_its_own():
 class Recorder:
     """Keeps what it was asked."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.request = None
 
-    async def state(self, request):
+    async def state(
+        self, request: task_v2_pb2.StateRequest | task_v3_pb2.StateRequest
+    ) -> task_v3_pb2.StateResponse:
         self.request = request
         return task_v3_pb2.StateResponse(id=request.id, pid=7)
 
 
-async def test_requests_of_both_versions_are_of_the_class_listed_first():
+async def test_requests_of_both_versions_are_of_the_class_listed_first() -> None:
     recorder = Recorder()
     dispatch = Dispatch([(TASK_V3, recorder), (TASK_V2, recorder)])
     payload = task_v2_pb2.StateRequest(id="one").SerializeToString()
@@ -57,7 +65,7 @@ async def test_requests_of_both_versions_are_of_the_class_listed_first():
     assert task_v2_pb2.StateResponse.FromString(answer).pid == 7
 
 
-async def test_two_implementations_each_get_their_own_classes():
+async def test_two_implementations_each_get_their_own_classes() -> None:
     first, second = Recorder(), Recorder()
     dispatch = Dispatch([(TASK_V3, first), (TASK_V2, second)])
     await dispatch.find("containerd.task.v2.Task", "State").answer(b"", timeout_s=None)
@@ -65,7 +73,7 @@ async def test_two_implementations_each_get_their_own_classes():
     assert first.request is None
 
 
-def test_services_are_listed_in_the_order_given():
+def test_services_are_listed_in_the_order_given() -> None:
     assert Dispatch([(TASK_V3, Recorder()), (TASK_V2, Recorder())]).service_names == [
         "containerd.task.v3.Task",
         "containerd.task.v2.Task",
@@ -82,49 +90,55 @@ def test_services_are_listed_in_the_order_given():
         ("containerd.task.v3.Task", "__init__", "method __init__"),
     ],
 )
-def test_what_is_not_offered_is_unimplemented(service, method, text):
+def test_what_is_not_offered_is_unimplemented(service: str, method: str, text: str) -> None:
     with pytest.raises(Unimplemented) as raised:
         Dispatch([(TASK_V3, Recorder())]).find(service, method)
     assert str(raised.value) == text
 
 
 class Misbehaving:
-    async def state(self, _request):
+    async def state(self, _request: task_v3_pb2.StateRequest) -> None:
         stray = asyncio.get_running_loop().create_future()
         stray.cancel()
         await stray
 
-    async def wait(self, _request):
+    async def wait(self, _request: task_v3_pb2.WaitRequest) -> None:
         raise TimeoutError("of its own")
 
-    async def kill(self, _request):
+    async def kill(self, _request: task_v3_pb2.KillRequest) -> None:
         await asyncio.Event().wait()
 
 
 @pytest.fixture
-def misbehaving():
+def misbehaving() -> Callable[..., Any]:
     dispatch = Dispatch([(TASK_V3, Misbehaving())])
     return lambda method: dispatch.find("containerd.task.v3.Task", method)
 
 
-async def test_a_cancellation_inside_the_handler_is_an_answer_and_not_silence(misbehaving, caplog):
+async def test_a_cancellation_inside_the_handler_is_an_answer_and_not_silence(
+    misbehaving: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(Internal, match="cancelled"):
         await misbehaving("State").answer(b"", timeout_s=None)
     assert "cancelled from inside" in caplog.text
 
 
-async def test_a_timeout_of_the_handler_is_not_mistaken_for_the_client_deadline(misbehaving):
+async def test_a_timeout_of_the_handler_is_not_mistaken_for_the_client_deadline(
+    misbehaving: Callable[..., Any],
+) -> None:
     with pytest.raises(Internal, match="TimeoutError: of its own"):
         await misbehaving("Wait").answer(b"", timeout_s=60)
 
 
-async def test_a_handler_that_outlives_the_deadline_is_given_up(misbehaving):
+async def test_a_handler_that_outlives_the_deadline_is_given_up(misbehaving: Callable[..., Any]) -> None:
     with pytest.raises(DeadlineExceeded, match=r"containerd\.task\.v3\.Task/Kill: .* 0\.01 s"):
         await misbehaving("Kill").answer(b"", timeout_s=0.01)
 
 
 @pytest.mark.parametrize("timeout_s", [None, 60])
-async def test_cancelling_the_call_cancels_the_handler_without_an_answer(misbehaving, timeout_s):
+async def test_cancelling_the_call_cancels_the_handler_without_an_answer(
+    misbehaving: Callable[..., Any], timeout_s: int | None
+) -> None:
     call = asyncio.create_task(misbehaving("Kill").answer(b"", timeout_s=timeout_s))
     await asyncio.sleep(0)
     call.cancel()

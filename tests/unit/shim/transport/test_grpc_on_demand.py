@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -10,7 +11,17 @@ from proto.containerd import task_v3_pb2
 from shim.transport.grpc_on_demand import serve_grpc_on_demand
 from tests.unit.shim.transport.conftest import TASK
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from shim.transport.dispatch import Dispatch
+
+
 CALL_TIMEOUT_S = 10.0
+
+
+def names_in(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir()]
 
 
 async def create(channel: grpc.aio.Channel, name: str) -> int:
@@ -23,7 +34,9 @@ async def create(channel: grpc.aio.Channel, name: str) -> int:
     return answer.pid
 
 
-async def test_the_first_connections_are_served_as_the_later_ones_are(dispatch, tmp_path):
+async def test_the_first_connections_are_served_as_the_later_ones_are(
+    dispatch: Dispatch, tmp_path: Path
+) -> None:
     path = tmp_path / "grpc"
     options = [("grpc.use_local_subchannel_pool", 1)]  # a connection each
     async with serve_grpc_on_demand(dispatch, path):
@@ -36,11 +49,11 @@ async def test_the_first_connections_are_served_as_the_later_ones_are(dispatch, 
             assert path.stat().st_ino != first
             assert await create(two, "b") == 2
             assert await create(one, "c") == 3
-    assert list(tmp_path.iterdir()) == []
+    assert names_in(tmp_path) == []
 
 
-async def test_nothing_runs_for_it_until_somebody_connects(dispatch, tmp_path):
+async def test_nothing_runs_for_it_until_somebody_connects(dispatch: Dispatch, tmp_path: Path) -> None:
     threads = set(threading.enumerate())
     async with serve_grpc_on_demand(dispatch, tmp_path / "grpc"):
         assert set(threading.enumerate()) == threads
-    assert list(tmp_path.iterdir()) == []
+    assert names_in(tmp_path) == []

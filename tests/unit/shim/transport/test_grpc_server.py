@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest
@@ -22,16 +23,25 @@ from shim.transport.grpc_on_demand import serve_grpc_on_demand
 from shim.transport.grpc_server import serve_grpc
 from tests.unit.shim.transport.conftest import OverGrpc
 
+if TYPE_CHECKING:
+    from asyncio.tasks import _GatheringFuture
+    from collections.abc import Callable
+    from typing import Any
+
+    from shim.transport.dispatch import Dispatch
+    from tests.unit.shim.transport.conftest import Client, MemoryTasks
+
+
 GRPCURL = shutil.which("grpcurl", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
 @pytest.fixture(params=[serve_grpc, serve_grpc_on_demand])
-def serve(request):
+def serve(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """At once, and from the first connection on."""
     return request.param
 
 
-async def grpcurl(path, *arguments):
+async def grpcurl(path: Path, *arguments: list[str] | str) -> _GatheringFuture | tuple[int, str, str]:
     """Run grpcurl on a unix socket.
 
     :returns: its exit status, standard output and standard error.
@@ -51,7 +61,9 @@ async def grpcurl(path, *arguments):
     return process.returncode, stdout.decode(), stderr.decode()
 
 
-async def test_the_socket_is_for_its_owner_only_and_gone_afterwards(serve, dispatch, tmp_path):
+async def test_the_socket_is_for_its_owner_only_and_gone_afterwards(
+    serve: Callable[..., Any], dispatch: Dispatch, tmp_path: Path
+) -> None:
     path = tmp_path / "grpc"
     before = os.umask(0)
     try:
@@ -64,7 +76,9 @@ async def test_the_socket_is_for_its_owner_only_and_gone_afterwards(serve, dispa
     assert not path.exists()
 
 
-async def test_a_stale_socket_is_replaced(serve, dispatch, tmp_path):
+async def test_a_stale_socket_is_replaced(
+    serve: Callable[..., Any], dispatch: Dispatch, tmp_path: Path
+) -> None:
     path = tmp_path / "grpc"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
@@ -74,7 +88,9 @@ async def test_a_stale_socket_is_replaced(serve, dispatch, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["missing/grpc", "x" * 200], ids=["no directory", "too long"])
-async def test_a_path_that_cannot_be_listened_on_is_one_clear_line(serve, dispatch, tmp_path, path):
+async def test_a_path_that_cannot_be_listened_on_is_one_clear_line(
+    serve: Callable[..., Any], dispatch: Dispatch, tmp_path: Path, path: str
+) -> None:
     with pytest.raises(Internal) as raised:
         async with serve(dispatch, tmp_path / path):
             pass
@@ -83,28 +99,32 @@ async def test_a_path_that_cannot_be_listened_on_is_one_clear_line(serve, dispat
 
 
 @pytest.mark.parametrize("service", ["", "containerd.task.v3.Task", "containerd.task.v2.Task"])
-async def test_every_service_is_healthy(grpc_socket, service):
+async def test_every_service_is_healthy(grpc_socket: Path, service: str) -> None:
     async with grpc.aio.insecure_channel(f"unix:{grpc_socket}") as channel:
         health = health_pb2_grpc.HealthStub(channel)
         response = await health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
     assert response.status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_a_connection_that_says_nothing_and_closes_is_borne(grpc_socket, grpc_client):
+async def test_a_connection_that_says_nothing_and_closes_is_borne(
+    grpc_socket: Path, grpc_client: Client
+) -> None:
     for _ in range(3):
         with socket.socket(socket.AF_UNIX) as probe:
             probe.connect(str(grpc_socket))
     await grpc_client.create("one")
 
 
-async def test_a_connection_of_garbage_is_borne(grpc_socket, grpc_client):
+async def test_a_connection_of_garbage_is_borne(grpc_socket: Path, grpc_client: Client) -> None:
     with socket.socket(socket.AF_UNIX) as noise:
         noise.connect(str(grpc_socket))
         noise.sendall(b"GET / HTTP/1.1\r\n\r\n")
         await grpc_client.create("one")
 
 
-async def test_stopping_lets_calls_in_flight_finish(serve, dispatch, tasks, tmp_path):
+async def test_stopping_lets_calls_in_flight_finish(
+    serve: Callable[..., Any], dispatch: Dispatch, tasks: MemoryTasks, tmp_path: Path
+) -> None:
     path = tmp_path / "grpc"
     async with contextlib.AsyncExitStack() as stack:
         async with serve(dispatch, path):
@@ -116,7 +136,9 @@ async def test_stopping_lets_calls_in_flight_finish(serve, dispatch, tasks, tmp_
         assert (await waiting).exit_status == 4
 
 
-async def test_stopping_cancels_calls_that_do_not_finish(serve, dispatch, tasks, tmp_path):
+async def test_stopping_cancels_calls_that_do_not_finish(
+    serve: Callable[..., Any], dispatch: Dispatch, tasks: MemoryTasks, tmp_path: Path
+) -> None:
     path = tmp_path / "grpc"
     async with contextlib.AsyncExitStack() as stack:
         async with serve(dispatch, path):
@@ -129,7 +151,7 @@ async def test_stopping_cancels_calls_that_do_not_finish(serve, dispatch, tasks,
             await waiting
 
 
-async def test_grpcurl_lists_every_service(grpc_socket):
+async def test_grpcurl_lists_every_service(grpc_socket: Path) -> None:
     status, listed, complaint = await grpcurl(grpc_socket, ["list"])
     assert (status, complaint) == (0, "")
     assert set(listed.split()) == {
@@ -140,7 +162,7 @@ async def test_grpcurl_lists_every_service(grpc_socket):
     }
 
 
-async def test_grpcurl_describes_a_service_and_a_message(grpc_socket):
+async def test_grpcurl_describes_a_service_and_a_message(grpc_socket: Path) -> None:
     status, described, complaint = await grpcurl(grpc_socket, ["describe", "containerd.task.v3.Task"])
     assert (status, complaint) == (0, "")
     assert "rpc Create ( .containerd.task.v3.CreateTaskRequest )" in described
@@ -148,7 +170,7 @@ async def test_grpcurl_describes_a_service_and_a_message(grpc_socket):
     assert "repeated .containerd.types.Mount rootfs = 3;" in described
 
 
-async def test_grpcurl_calls_a_method(grpc_socket):
+async def test_grpcurl_calls_a_method(grpc_socket: Path) -> None:
     create = ["containerd.task.v3.Task/Create"]
     state = ["containerd.task.v3.Task/State"]
     assert (await grpcurl(grpc_socket, "-d", '{"id": "one", "bundle": "/b"}', create))[0] == 0
@@ -157,7 +179,7 @@ async def test_grpcurl_calls_a_method(grpc_socket):
     assert json.loads(answered) == {"id": "one", "bundle": "/b"}
 
 
-async def test_grpcurl_shows_an_error_with_its_code(grpc_socket):
+async def test_grpcurl_shows_an_error_with_its_code(grpc_socket: Path) -> None:
     status, _, complaint = await grpcurl(grpc_socket, "-d", '{"id": "no"}', ["containerd.task.v3.Task/State"])
     assert status != 0
     assert "Code: NotFound" in complaint

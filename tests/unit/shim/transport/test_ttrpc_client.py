@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,17 +23,24 @@ from shim.transport.ttrpc_codec import (
     encode_response,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from typing import Any
+
+    from shim.sandbox.process import Input, State
+
+
 ANSWER = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING).SerializeToString()
 
 
 class ScriptedServer:
-    def __init__(self, sock):
+    def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         sock.setblocking(False)
         self.decoder = FrameDecoder()
         self.frames = []
 
-    async def receive(self):
+    async def receive(self) -> tuple[int, ttrpc_pb2.Request]:
         """Read the next request: its stream id and message."""
         while not self.frames:
             data = await asyncio.get_running_loop().sock_recv(self.sock, 1 << 16)
@@ -43,12 +51,12 @@ class ScriptedServer:
         assert frame.flags == 0
         return frame.stream_id, ttrpc_pb2.Request.FromString(frame.body)
 
-    async def send(self, data):
+    async def send(self, data: bytes) -> None:
         await asyncio.get_running_loop().sock_sendall(self.sock, data)
 
 
 @pytest.fixture
-async def pair():
+async def pair() -> AsyncIterator[tuple[State | TtrpcClient, Input | ScriptedServer]]:
     near, far = socket.socketpair()
     client = await TtrpcClient.over(near)
     server = ScriptedServer(far)
@@ -58,16 +66,22 @@ async def pair():
 
 
 @pytest.fixture
-def client(pair):
+def client(pair: tuple[State | TtrpcClient, Input | ScriptedServer]) -> TtrpcClient:
     return pair[0]
 
 
 @pytest.fixture
-def server(pair):
+def server(pair: tuple[State | TtrpcClient, Input | ScriptedServer]) -> ScriptedServer:
     return pair[1]
 
 
-def check(client, *, service="", timeout_s=None, metadata=None):
+def check(
+    client: TtrpcClient,
+    *,
+    service: str = "",
+    timeout_s: float | None = None,
+    metadata: dict[str, str] | None = None,
+) -> asyncio.Task[Any]:
     """Start one call."""
     request = health_pb2.CheckRequest(service=service)
     return asyncio.create_task(
@@ -82,7 +96,9 @@ def check(client, *, service="", timeout_s=None, metadata=None):
     )
 
 
-async def test_a_request_carries_names_payload_timeout_and_metadata(client, server):
+async def test_a_request_carries_names_payload_timeout_and_metadata(
+    client: TtrpcClient, server: ScriptedServer
+) -> None:
     call = check(client, service="agent", timeout_s=2.5, metadata={"containerd-namespace-ttrpc": "k8s.io"})
     stream_id, request = await server.receive()
     assert stream_id == 1
@@ -95,25 +111,27 @@ async def test_a_request_carries_names_payload_timeout_and_metadata(client, serv
 
 
 @pytest.mark.parametrize(("timeout_s", "nano"), [(None, 0), (1e30, (1 << 63) - 1)])
-async def test_the_timeout_sent_is_what_fits_and_0_for_none(client, server, timeout_s, nano):
+async def test_the_timeout_sent_is_what_fits_and_0_for_none(
+    client: TtrpcClient, server: ScriptedServer, timeout_s: float | None, nano: int
+) -> None:
     call = check(client, timeout_s=timeout_s)
     assert (await server.receive())[1].timeout_nano == nano
     call.cancel()
 
 
-async def test_a_timeout_already_over_is_a_deadline_exceeded(client):
+async def test_a_timeout_already_over_is_a_deadline_exceeded(client: TtrpcClient) -> None:
     with pytest.raises(DeadlineExceeded):
         await check(client, timeout_s=0)
 
 
-async def test_stream_ids_are_odd_and_rise(client, server):
+async def test_stream_ids_are_odd_and_rise(client: TtrpcClient, server: ScriptedServer) -> None:
     calls = [check(client) for _ in range(4)]
     assert [(await server.receive())[0] for _ in calls] == [1, 3, 5, 7]
     for call in calls:
         call.cancel()
 
 
-async def test_answers_find_their_calls_in_any_order(client, server):
+async def test_answers_find_their_calls_in_any_order(client: TtrpcClient, server: ScriptedServer) -> None:
     calls = [check(client) for _ in range(3)]
     for _ in calls:
         await server.receive()
@@ -126,7 +144,7 @@ async def test_answers_find_their_calls_in_any_order(client, server):
     await calls[1]
 
 
-async def test_an_explicit_status_of_zero_is_success(client, server):
+async def test_an_explicit_status_of_zero_is_success(client: TtrpcClient, server: ScriptedServer) -> None:
     call = check(client)
     await server.receive()
     body = b"\x0a\x00" + ttrpc_pb2.Response(payload=ANSWER).SerializeToString()
@@ -134,7 +152,9 @@ async def test_an_explicit_status_of_zero_is_success(client, server):
     assert (await call).status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_a_status_without_a_class_of_its_own_is_the_root_error(client, server):
+async def test_a_status_without_a_class_of_its_own_is_the_root_error(
+    client: TtrpcClient, server: ScriptedServer
+) -> None:
     call = check(client)
     await server.receive()
     await server.send(encode_error(1, code=16, message="who are you"))
@@ -143,13 +163,17 @@ async def test_a_status_without_a_class_of_its_own_is_the_root_error(client, ser
     assert type(raised.value) is ShimError
 
 
-async def test_the_timeout_is_enforced_here_even_if_the_server_is_silent(client, server):
+async def test_the_timeout_is_enforced_here_even_if_the_server_is_silent(
+    client: TtrpcClient, server: ScriptedServer
+) -> None:
     with pytest.raises(DeadlineExceeded, match=r"grpc\.Health/Check: no answer within 0\.05 s"):
         await check(client, timeout_s=0.05)
 
 
 @pytest.mark.parametrize("ending", ["cancelled", "timed out"])
-async def test_a_late_answer_is_dropped_and_the_connection_stays_usable(client, server, ending):
+async def test_a_late_answer_is_dropped_and_the_connection_stays_usable(
+    client: TtrpcClient, server: ScriptedServer, ending: str
+) -> None:
     call = check(client, timeout_s=0.05 if ending == "timed out" else None)
     await server.receive()
     if ending == "cancelled":
@@ -162,7 +186,9 @@ async def test_a_late_answer_is_dropped_and_the_connection_stays_usable(client, 
     assert (await following).status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_losing_the_connection_fails_every_pending_and_later_call(client, server):
+async def test_losing_the_connection_fails_every_pending_and_later_call(
+    client: TtrpcClient, server: ScriptedServer
+) -> None:
     calls = [check(client) for _ in range(3)]
     for _ in calls:
         await server.receive()
@@ -173,7 +199,9 @@ async def test_losing_the_connection_fails_every_pending_and_later_call(client, 
             await call
 
 
-async def test_a_call_just_cancelled_and_a_connection_just_lost_leave_no_complaint(client, server, caplog):
+async def test_a_call_just_cancelled_and_a_connection_just_lost_leave_no_complaint(
+    client: TtrpcClient, server: ScriptedServer, caplog: pytest.LogCaptureFixture
+) -> None:
     call = check(client)
     await server.receive()
     await client.aclose()
@@ -183,7 +211,7 @@ async def test_a_call_just_cancelled_and_a_connection_just_lost_leave_no_complai
     assert caplog.records == []
 
 
-async def test_closing_twice_is_closing(client):
+async def test_closing_twice_is_closing(client: TtrpcClient) -> None:
     await client.aclose()
     await client.aclose()
     with pytest.raises(Unavailable, match="closed by this side"):
@@ -195,7 +223,9 @@ async def test_closing_twice_is_closing(client):
     [b"OK 1024\nnot ttrpc at all", encode_frame(1, FrameType.DATA, b"")],
     ids=["text", "stream data"],
 )
-async def test_a_server_that_does_not_speak_ttrpc_is_unavailable(client, server, garbage):
+async def test_a_server_that_does_not_speak_ttrpc_is_unavailable(
+    client: TtrpcClient, server: ScriptedServer, garbage: bytes
+) -> None:
     call = check(client)
     await server.receive()
     await server.send(garbage)
@@ -203,7 +233,7 @@ async def test_a_server_that_does_not_speak_ttrpc_is_unavailable(client, server,
         await call
 
 
-async def test_an_oversized_answer_fails_its_call_only(client, server):
+async def test_an_oversized_answer_fails_its_call_only(client: TtrpcClient, server: ScriptedServer) -> None:
     call, other = check(client), check(client)
     await server.receive()
     await server.receive()
@@ -215,7 +245,9 @@ async def test_an_oversized_answer_fails_its_call_only(client, server):
 
 
 @pytest.mark.parametrize("body", [b"\xff\xff", b"\x12\x01\xff"], ids=["not a response", "not the message"])
-async def test_an_answer_that_cannot_be_read_is_an_internal_error(client, server, body):
+async def test_an_answer_that_cannot_be_read_is_an_internal_error(
+    client: TtrpcClient, server: ScriptedServer, body: bytes
+) -> None:
     call = check(client)
     await server.receive()
     await server.send(encode_frame(1, FrameType.RESPONSE, body))
@@ -223,7 +255,9 @@ async def test_an_answer_that_cannot_be_read_is_an_internal_error(client, server
         await call
 
 
-async def test_calls_wait_while_the_server_does_not_read_and_go_out_in_order_after(client, server):
+async def test_calls_wait_while_the_server_does_not_read_and_go_out_in_order_after(
+    client: TtrpcClient, server: ScriptedServer
+) -> None:
     calls = [check(client, service="x" * (1 << 20)) for _ in range(8)]
     await asyncio.wait(calls, timeout=0.1)
     for number in range(8):
@@ -234,14 +268,14 @@ async def test_calls_wait_while_the_server_does_not_read_and_go_out_in_order_aft
         await call
 
 
-async def test_a_call_that_waits_for_room_still_has_its_deadline(client):
+async def test_a_call_that_waits_for_room_still_has_its_deadline(client: TtrpcClient) -> None:
     filler = check(client, service="x" * (4_000_000))
     with pytest.raises(DeadlineExceeded):
         await check(client, timeout_s=0.05)
     filler.cancel()
 
 
-async def test_a_connection_without_stream_ids_left_is_given_up(client):
+async def test_a_connection_without_stream_ids_left_is_given_up(client: TtrpcClient) -> None:
     client._next_stream_id = MAX_STREAM_ID + 2
     with pytest.raises(Unavailable, match="connect anew"):
         await check(client)

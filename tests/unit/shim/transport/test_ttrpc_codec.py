@@ -33,11 +33,11 @@ FRAMES = st.builds(
 )
 
 
-def encode(frame):
+def encode(frame: Frame) -> bytes:
     return encode_frame(frame.stream_id, frame.kind, frame.body, flags=frame.flags)
 
 
-def test_a_request_is_a_big_endian_header_and_the_message():
+def test_a_request_is_a_big_endian_header_and_the_message() -> None:
     frame = encode_request(
         5, service="grpc.Health", method="Check", payload=b"\x01", timeout_nano=7, metadata={"key": "value"}
     )
@@ -51,25 +51,25 @@ def test_a_request_is_a_big_endian_header_and_the_message():
     assert frame == bytes([0, 0, 0, len(body), 0, 0, 0, 5, 1, 0]) + body
 
 
-def test_a_success_has_a_payload_and_no_status():
+def test_a_success_has_a_payload_and_no_status() -> None:
     assert encode_response(3, b"ab") == bytes([0, 0, 0, 4, 0, 0, 0, 3, 2, 0]) + b"\x12\x02ab"
 
 
-def test_a_failure_has_a_status_and_no_payload():
+def test_a_failure_has_a_status_and_no_payload() -> None:
     assert (
         encode_error(3, code=5, message="no")
         == bytes([0, 0, 0, 8, 0, 0, 0, 3, 2, 0]) + b"\x0a\x06\x08\x05\x12\x02no"
     )
 
 
-def test_the_longest_body_is_four_mebibytes():
+def test_the_longest_body_is_four_mebibytes() -> None:
     assert len(encode_frame(1, FrameType.DATA, bytes(MAX_BODY))) == 10 + (4 << 20)
     with pytest.raises(ResourceExhausted, match="4194305 bytes"):
         encode_frame(1, FrameType.DATA, bytes(MAX_BODY + 1))
 
 
 @given(frames=st.lists(FRAMES, max_size=8), cuts=st.lists(st.integers(0, 400), max_size=12))
-def test_frames_survive_any_cutting_of_the_stream(frames, cuts):
+def test_frames_survive_any_cutting_of_the_stream(frames: list[Frame], cuts: list[int]) -> None:
     stream = b"".join(map(encode, frames))
     edges = sorted({0, len(stream), *(min(cut, len(stream)) for cut in cuts)})
     decoder = FrameDecoder()
@@ -78,7 +78,7 @@ def test_frames_survive_any_cutting_of_the_stream(frames, cuts):
     assert decoder.buffered == 0
 
 
-def test_every_two_way_split_of_a_stream_gives_the_same_frames():
+def test_every_two_way_split_of_a_stream_gives_the_same_frames() -> None:
     frames = [
         Frame(1, FrameType.REQUEST, 0, b"body"),
         Frame(3, FrameType.DATA, 7, b""),
@@ -90,14 +90,14 @@ def test_every_two_way_split_of_a_stream_gives_the_same_frames():
         assert decoder.feed(stream[:cut]) + decoder.feed(stream[cut:]) == frames
 
 
-def test_a_stream_may_come_byte_by_byte():
+def test_a_stream_may_come_byte_by_byte() -> None:
     frame = Frame(9, FrameType.REQUEST, 0, b"twelve bytes")
     decoder = FrameDecoder()
     assert [seen for byte in encode(frame) for seen in decoder.feed(bytes([byte]))] == [frame]
 
 
 @pytest.mark.parametrize("chunk", [1 << 16, (4 << 20) + 7, 1 << 30], ids=["small", "odd", "whole"])
-def test_an_oversized_body_is_reported_once_skipped_and_never_kept(chunk):
+def test_an_oversized_body_is_reported_once_skipped_and_never_kept(chunk: int) -> None:
     length = MAX_BODY + 1
     after = Frame(3, FrameType.REQUEST, 0, b"next")
     stream = struct.pack(">IIBB", length, 1, 1, 0) + bytes(length) + encode(after)
@@ -110,13 +110,13 @@ def test_an_oversized_body_is_reported_once_skipped_and_never_kept(chunk):
 
 
 @pytest.mark.parametrize("type_number", [0, 4, 255])
-def test_an_unknown_message_type_is_not_ttrpc(type_number):
+def test_an_unknown_message_type_is_not_ttrpc(type_number: int) -> None:
     with pytest.raises(FrameError, match=f"type {type_number} "):
         FrameDecoder().feed(struct.pack(">IIBB", 0, 1, type_number, 0))
 
 
 @given(chunks=st.lists(st.binary(max_size=200), max_size=10))
-def test_any_bytes_are_either_frames_or_not_ttrpc(chunks):
+def test_any_bytes_are_either_frames_or_not_ttrpc(chunks: list[bytes]) -> None:
     decoder = FrameDecoder()
     fed = 0
     try:

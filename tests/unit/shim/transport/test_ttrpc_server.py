@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -20,23 +21,32 @@ from shim.errors import (
 from shim.transport.ttrpc_codec import MAX_BODY, FrameDecoder, FrameType, encode_frame, encode_request
 from shim.transport.ttrpc_server import TtrpcServer
 
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+    from typing import Any
+
+    from shim.transport.dispatch import Dispatch
+    from tests.unit.shim.transport.conftest import MemoryTasks
+
+
 TASK = "containerd.task.v3.Task"
 
 
 class RawClient:
     """Sends any bytes and reads frames."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.connect(str(path))
         self.sock.setblocking(False)
         self.decoder = FrameDecoder()
         self.frames = []
 
-    async def send(self, data):
+    async def send(self, data: bytes) -> None:
         await asyncio.get_running_loop().sock_sendall(self.sock, data)
 
-    async def receive(self):
+    async def receive(self) -> tuple[int, ttrpc_pb2.Response] | None:
         """Read the next response; None at the end of the connection."""
         while not self.frames:
             try:
@@ -49,14 +59,20 @@ class RawClient:
         frame = self.frames.pop(0)
         return frame.stream_id, ttrpc_pb2.Response.FromString(frame.body)
 
-    async def refused_as(self, error_class):
+    async def refused_as(self, error_class: type[Any]) -> str:
         _, response = await self.receive()
         assert response.status.code == error_class.code
         assert response.payload == b""
         return response.status.message
 
 
-def request_frame(stream_id, method="State", message=None, *, timeout_nano=0):
+def request_frame(
+    stream_id: int,
+    method: str = "State",
+    message: task_v3_pb2.CreateTaskRequest | task_v3_pb2.StateRequest | task_v3_pb2.WaitRequest | None = None,
+    *,
+    timeout_nano: int = 0,
+) -> bytes:
     payload = (message or task_v3_pb2.StateRequest(id="ghost")).SerializeToString()
     return encode_request(
         stream_id, service=TASK, method=method, payload=payload, timeout_nano=timeout_nano, metadata={}
@@ -64,10 +80,10 @@ def request_frame(stream_id, method="State", message=None, *, timeout_nano=0):
 
 
 @pytest.fixture
-async def raw(ttrpc_server, tmp_path):
+async def raw(ttrpc_server: TtrpcServer, tmp_path: Path) -> AsyncIterator[Callable[[], RawClient]]:
     clients = []
 
-    def connect():
+    def connect() -> RawClient:
         clients.append(RawClient(tmp_path / "ttrpc"))
         return clients[-1]
 
@@ -76,7 +92,7 @@ async def raw(ttrpc_server, tmp_path):
         client.sock.close()
 
 
-async def test_stream_ids_of_answers_are_those_of_their_requests(raw):
+async def test_stream_ids_of_answers_are_those_of_their_requests(raw: Callable[[], RawClient]) -> None:
     client = raw()
     await client.send(request_frame(7) + request_frame(9))
     assert [(await client.receive())[0], (await client.receive())[0]] == [7, 9]
@@ -87,7 +103,9 @@ async def test_stream_ids_of_answers_are_those_of_their_requests(raw):
     [(0, "odd"), (2, "odd"), (3, "exceed"), (1, "exceed")],
     ids=["zero", "even", "reused", "lower"],
 )
-async def test_a_bad_stream_id_is_refused_and_the_connection_lives(raw, stream_id, text):
+async def test_a_bad_stream_id_is_refused_and_the_connection_lives(
+    raw: Callable[[], RawClient], stream_id: int, text: str
+) -> None:
     client = raw()
     await client.send(request_frame(3))
     await client.refused_as(NotFound)
@@ -98,19 +116,21 @@ async def test_a_bad_stream_id_is_refused_and_the_connection_lives(raw, stream_i
 
 
 @pytest.mark.parametrize("flags", [1, 2], ids=["server streaming", "client streaming"])
-async def test_a_streaming_call_is_unimplemented(raw, flags):
+async def test_a_streaming_call_is_unimplemented(raw: Callable[[], RawClient], flags: int) -> None:
     client = raw()
     await client.send(encode_frame(1, FrameType.REQUEST, request_frame(1)[10:], flags=flags))
     assert "streaming" in await client.refused_as(Unimplemented)
 
 
-async def test_data_for_a_stream_that_is_not_open_is_an_invalid_argument(raw):
+async def test_data_for_a_stream_that_is_not_open_is_an_invalid_argument(
+    raw: Callable[[], RawClient],
+) -> None:
     client = raw()
     await client.send(encode_frame(1, FrameType.DATA, b"data"))
     assert "stream 1 is not open" in await client.refused_as(InvalidArgument)
 
 
-async def test_an_oversized_request_is_refused_and_its_body_skipped(raw):
+async def test_an_oversized_request_is_refused_and_its_body_skipped(raw: Callable[[], RawClient]) -> None:
     client = raw()
     header = struct.pack(">IIBB", MAX_BODY + 1, 1, FrameType.REQUEST, 0)
     sending = asyncio.create_task(client.send(header + bytes(MAX_BODY + 1) + request_frame(3)))
@@ -119,14 +139,16 @@ async def test_an_oversized_request_is_refused_and_its_body_skipped(raw):
     await sending
 
 
-async def test_a_body_that_is_no_request_is_an_invalid_argument(raw):
+async def test_a_body_that_is_no_request_is_an_invalid_argument(raw: Callable[[], RawClient]) -> None:
     client = raw()
     await client.send(encode_frame(1, FrameType.REQUEST, b"\xff\xff\xff") + request_frame(3))
     await client.refused_as(InvalidArgument)
     await client.refused_as(NotFound)
 
 
-async def test_the_timeout_of_a_request_limits_its_handler(raw, tasks):
+async def test_the_timeout_of_a_request_limits_its_handler(
+    raw: Callable[[], RawClient], tasks: MemoryTasks
+) -> None:
     client = raw()
     await client.send(request_frame(1, "Create", task_v3_pb2.CreateTaskRequest(id="one")))
     await client.receive()
@@ -140,7 +162,7 @@ async def test_the_timeout_of_a_request_limits_its_handler(raw, tasks):
     [b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, encode_frame(1, FrameType.RESPONSE, b"")],
     ids=["http", "noise", "a response"],
 )
-async def test_garbage_ends_its_connection_and_no_other(raw, garbage):
+async def test_garbage_ends_its_connection_and_no_other(raw: Callable[[], RawClient], garbage: bytes) -> None:
     good, bad = raw(), raw()
     await good.send(request_frame(1))
     await good.refused_as(NotFound)
@@ -150,7 +172,7 @@ async def test_garbage_ends_its_connection_and_no_other(raw, garbage):
     await good.refused_as(NotFound)
 
 
-async def test_half_a_frame_and_a_hang_up_harm_nobody(raw):
+async def test_half_a_frame_and_a_hang_up_harm_nobody(raw: Callable[[], RawClient]) -> None:
     good, bad = raw(), raw()
     await bad.send(request_frame(1)[:15])
     bad.sock.close()
@@ -158,7 +180,9 @@ async def test_half_a_frame_and_a_hang_up_harm_nobody(raw):
     await good.refused_as(NotFound)
 
 
-async def test_a_half_closed_connection_is_a_closed_one(raw, tasks):
+async def test_a_half_closed_connection_is_a_closed_one(
+    raw: Callable[[], RawClient], tasks: MemoryTasks
+) -> None:
     client = raw()
     await client.send(request_frame(1, "Create", task_v3_pb2.CreateTaskRequest(id="one")))
     await client.receive()
@@ -169,7 +193,9 @@ async def test_a_half_closed_connection_is_a_closed_one(raw, tasks):
     assert await client.receive() is None
 
 
-async def test_a_client_that_does_not_read_is_not_served_on_but_loses_nothing(raw, tasks):
+async def test_a_client_that_does_not_read_is_not_served_on_but_loses_nothing(
+    raw: Callable[[], RawClient], tasks: MemoryTasks
+) -> None:
     client = raw()
     tasks.bundles["big"] = "x" * 8192
     count = 20_000
@@ -183,7 +209,9 @@ async def test_a_client_that_does_not_read_is_not_served_on_but_loses_nothing(ra
     await sending
 
 
-async def test_draining_answers_what_is_in_flight_and_ends_the_server(ttrpc_server, raw, tasks):
+async def test_draining_answers_what_is_in_flight_and_ends_the_server(
+    ttrpc_server: TtrpcServer, raw: Callable[[], RawClient], tasks: MemoryTasks
+) -> None:
     client = raw()
     await client.send(request_frame(1, "Create", task_v3_pb2.CreateTaskRequest(id="one")))
     await client.receive()
@@ -200,7 +228,9 @@ async def test_draining_answers_what_is_in_flight_and_ends_the_server(ttrpc_serv
     await draining
 
 
-async def test_draining_gives_up_on_handlers_that_do_not_end(ttrpc_server, raw, tasks):
+async def test_draining_gives_up_on_handlers_that_do_not_end(
+    ttrpc_server: TtrpcServer, raw: Callable[[], RawClient], tasks: MemoryTasks
+) -> None:
     client = raw()
     await client.send(request_frame(1, "Create", task_v3_pb2.CreateTaskRequest(id="one")))
     await client.receive()
@@ -211,14 +241,16 @@ async def test_draining_gives_up_on_handlers_that_do_not_end(ttrpc_server, raw, 
     assert await client.receive() is None
 
 
-async def test_a_drained_server_accepts_nobody(ttrpc_server, tmp_path):
+async def test_a_drained_server_accepts_nobody(ttrpc_server: TtrpcServer, tmp_path: Path) -> None:
     await ttrpc_server.drain(1)
     await asyncio.sleep(0)
     with socket.socket(socket.AF_UNIX) as late, pytest.raises(ConnectionRefusedError):
         late.connect(str(tmp_path / "ttrpc"))
 
 
-async def test_cancelling_the_server_cancels_its_handlers_and_hangs_up(dispatch, tasks, tmp_path):
+async def test_cancelling_the_server_cancels_its_handlers_and_hangs_up(
+    dispatch: Dispatch, tasks: MemoryTasks, tmp_path: Path
+) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "own"))
     serving = asyncio.create_task(TtrpcServer(dispatch).serve(listener))
