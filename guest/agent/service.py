@@ -1,4 +1,7 @@
-"""The method table: each handler turns one request into a call and its result into a response."""
+"""The method table: each handler turns one request into a call and its result into a response.
+
+Requests about containers and processes have modules of their own.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,18 @@ from guest.agent import (
     kernel,
     limits,
     oom,
-    raw_streams,
     sizing,
     storage,
     timeline,
     volume,
 )
-from guest.agent.errors import AgentError, InvalidArgument
+from guest.agent.container_methods import ContainerMethods
+from guest.agent.errors import InvalidArgument
 from guest.agent.network import Network
+from guest.agent.process_methods import ProcessMethods
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from guest.agent.container import Container
-    from guest.agent.process import Process
     from guest.agent.sandbox import Sandbox
     from guest.agent.ttrpc import Call, Handler
     from guest.agent.wire import Codec, Message
@@ -36,7 +38,6 @@ VERSION = "0.1.0"
 _SERVING = 1
 _MEMORY = "/sys/devices/system/memory"
 _RNDADDTOENTCNT, _RNDRESEEDCRNG = 0x40045201, 0x5207
-_SIGKILL = 9
 _BYTES, _INODES = 1, 2
 _PROCESSES, _TIMELINE, _LIMITS = "hako.processes", "hako.timeline", "hako.limits"
 _CLOCK, _UNIFIED = "hako.clock", "hako.unified "
@@ -64,14 +65,13 @@ class Service:
         :returns: method name to handler.
         """
         return {
+            **ContainerMethods(self._sandbox, self._codec).handlers(),
+            **ProcessMethods(self._sandbox, self._codec).handlers(),
             "AddARPNeighbors": self._add_neighbours,
             "Check": self._check,
-            "CloseStdin": self._close_stdin,
             "CopyFile": self._copy_file,
-            "CreateContainer": self._create_container,
             "CreateSandbox": self._create_sandbox,
             "DestroySandbox": self._destroy_sandbox,
-            "ExecProcess": self._exec_process,
             "GetDiagnosticData": self._diagnostic_data,
             "GetGuestDetails": self._guest_details,
             "GetOOMEvent": self._next_oom,
@@ -79,26 +79,14 @@ class Service:
             "ListInterfaces": self._list_interfaces,
             "ListRoutes": self._list_routes,
             "OnlineCPUMem": self._online,
-            "PauseContainer": self._pause,
-            "ReadStderr": self._read_stderr,
-            "ReadStdout": self._read_stdout,
-            "RemoveContainer": self._remove_container,
             "RemoveStaleVirtiofsShareMounts": self._nothing,
             "ReseedRandomDev": self._reseed,
             "ResizeVolume": self._resize_volume,
-            "ResumeContainer": self._resume,
             "SetGuestDateTime": self._set_time,
-            "SignalProcess": self._signal,
-            "StartContainer": self._start_container,
-            "StatsContainer": self._stats,
-            "TtyWinResize": self._resize,
-            "UpdateContainer": self._update,
             "UpdateEphemeralMounts": self._update_ephemeral_mounts,
             "UpdateInterface": self._update_interface,
             "UpdateRoutes": self._update_routes,
             "Version": self._version,
-            "WaitProcess": self._wait,
-            "WriteStdin": self._write_stdin,
         }
 
     def _check(self, _request: Message, _call: Call) -> Message:
@@ -121,102 +109,8 @@ class Service:
         call.afterwards = kernel.power_off
         return self._empty
 
-    def _create_container(self, request: Message, _call: Call) -> Message:
-        with raw_streams.Claims(request) as claims:
-            claims.attach(self._sandbox.create_container(request).init, ended=lambda: None)
-        return self._empty
-
-    def _start_container(self, request: Message, _call: Call) -> Message:
-        self._sandbox.is_used = True
-        self._sandbox.container(request.container_id, AgentError).start()
-        return self._empty
-
-    def _remove_container(self, request: Message, _call: Call) -> Message:
-        self._sandbox.remove_container(request.container_id, timeout_s=request.timeout)
-        return self._empty
-
-    def _exec_process(self, request: Message, _call: Call) -> Message:
-        container = self._sandbox.container(request.container_id, AgentError)
-        if request.process is None:
-            raise AgentError(f"exec: {request.exec_id}: the request has no process; send it")
-        with raw_streams.Claims(request) as claims:
-            process = container.execute(request.exec_id, request.process)
-            claims.attach(process, ended=lambda: container.forget_if_done(request.exec_id))
-        return self._empty
-
-    def _process(self, request: Message) -> tuple[Container, Process]:
-        container = self._sandbox.container(request.container_id, InvalidArgument)
-        return container, container.process(request.exec_id)
-
-    def _signal(self, request: Message, _call: Call) -> Message:
-        container, process = self._process(request)
-        if not request.exec_id and request.signal == _SIGKILL:
-            container.signal_all()
-        else:
-            process.signal(request.signal)
-        return self._empty
-
-    def _wait(self, request: Message, call: Call) -> Message:
-        container, process = self._process(request)
-        status = process.wait(call)
-        oom.settle(container.id)
-        if process is container.init and container.shares_pid:
-            # In a namespace of its own they would have died with it.
-            container.signal_all()
-        container.forget_if_done(request.exec_id)
-        return self._codec.new("grpc.WaitProcessResponse", status=status)
-
     def _next_oom(self, _request: Message, call: Call) -> Message:
         return self._codec.new("grpc.OOMEvent", container_id=oom.next_kill(call))
-
-    def _read_stdout(self, request: Message, call: Call) -> Message:
-        container, process = self._process(request)
-        data = process.read(process.streams.stdout, request.len, call)
-        if not data:
-            container.forget_if_done(request.exec_id)
-        return self._codec.new("grpc.ReadStreamResponse", data=data)
-
-    def _read_stderr(self, request: Message, call: Call) -> Message:
-        container, process = self._process(request)
-        data = process.read(process.streams.stderr, request.len, call)
-        if not data:
-            container.forget_if_done(request.exec_id)
-        return self._codec.new("grpc.ReadStreamResponse", data=data)
-
-    def _write_stdin(self, request: Message, call: Call) -> Message:
-        _container, process = self._process(request)
-        if request.data:
-            process.streams.stdin.write(request.data, process.end, call)
-        else:
-            process.end_input()
-        return self._codec.new("grpc.WriteStreamResponse", len=len(request.data))
-
-    def _close_stdin(self, request: Message, _call: Call) -> Message:
-        self._process(request)[1].end_input()
-        return self._empty
-
-    def _resize(self, request: Message, _call: Call) -> Message:
-        self._process(request)[1].streams.resize(request.row, request.column)
-        return self._empty
-
-    def _pause(self, request: Message, _call: Call) -> Message:
-        self._sandbox.container(request.container_id, InvalidArgument).freeze(frozen=True)
-        return self._empty
-
-    def _resume(self, request: Message, _call: Call) -> Message:
-        self._sandbox.container(request.container_id, InvalidArgument).freeze(frozen=False)
-        return self._empty
-
-    def _update(self, request: Message, _call: Call) -> Message:
-        container = self._sandbox.container(request.container_id, InvalidArgument)
-        if request.resources is not None:  # as Kata's agent has it: nothing is to be changed
-            container.update(request.resources)
-        return self._empty
-
-    def _stats(self, request: Message, _call: Call) -> Message:
-        container = self._sandbox.container(request.container_id, InvalidArgument)
-        counted = cgroup.stats(container.cgroup, self._codec)
-        return self._codec.new("grpc.StatsContainerResponse", cgroup_stats=counted)
 
     def _update_interface(self, request: Message, _call: Call) -> Message:
         if request.interface is None:

@@ -78,16 +78,16 @@ class Requests:
 
     async def read(self, name: str) -> bytes | memoryview:
         """Block until there is output; empty at its end."""
-        read = self._agent.read_stdout if name == "stdout" else self._agent.read_stderr
+        read = self._agent.processes.read_stdout if name == "stdout" else self._agent.processes.read_stderr
         return await read(self._container_id, exec_id=self._exec_id, length=READ_BYTES)
 
     async def write(self, data: bytes) -> None:
         """Write to stdin."""
-        await self._agent.write_stdin(self._container_id, exec_id=self._exec_id, data=data)
+        await self._agent.processes.write_stdin(self._container_id, exec_id=self._exec_id, data=data)
 
     async def end_input(self) -> None:
         """End stdin."""
-        await self._agent.close_stdin(self._container_id, exec_id=self._exec_id)
+        await self._agent.processes.close_stdin(self._container_id, exec_id=self._exec_id)
 
     def close(self) -> None:
         """Nothing is held here."""

@@ -274,7 +274,7 @@ class ContainerFiles:
                 raise Internal(f"update: container {self._id}: {error}") from error
             if plugged.mount_point:
                 try:
-                    await agent.resize_volume(plugged.mount_point, size_bytes=size_bytes)
+                    await agent.files.resize_volume(plugged.mount_point, size_bytes=size_bytes)
                 except Unimplemented as error:  # a stock agent
                     log.warning("update: container %s: %s stays as it is: %s", self._id, plugged.path, error)
             plugged.size_bytes = size_bytes  # only now: what failed is tried again with the next update

@@ -13,7 +13,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from proto.kata import agent_pb2
-from shim.agent.client import CALL_TIMEOUT_S, REMOVE_TIMEOUT_S
+from shim.agent.connection import CALL_TIMEOUT_S
+from shim.agent.container_calls import REMOVE_TIMEOUT_S
 from shim.agent.oci import translate, translate_resources
 from shim.agent.oci_disks import root_disk
 from shim.agent.oci_fields import refusing_malformed
@@ -132,7 +133,7 @@ class GuestContainer(Container):
                 await self._siblings.grow()
             async with self._sandbox.turn(lane=lane):
                 with timeline.phase("CreateContainer", lane=lane):
-                    await agent.create_container(request)
+                    await agent.containers.create(request)
             with timeline.phase("hooks", lane=lane):
                 await self._run_hooks()
         except BaseException:
@@ -155,7 +156,7 @@ class GuestContainer(Container):
         with timeline.phase("network", lane=lane):
             await self._sandbox.make_ready()
         with timeline.phase("StartContainer", lane=lane):
-            await agent.start_container(self.init.agent_id)
+            await agent.containers.start(self.init.agent_id)
         self._sandbox.work.spawn(self._conclude_start(), name=f"timeline of {self.id}")
 
     async def _conclude_start(self) -> None:
@@ -168,10 +169,10 @@ class GuestContainer(Container):
         await self._sandbox.keep_timeline(drawn=_DRAWN in self.spec.get("process", {}).get("env", ()))
 
     async def _freeze(self) -> None:
-        await (await self._sandbox.agent()).pause_container(self.init.agent_id)
+        await (await self._sandbox.agent()).containers.pause(self.init.agent_id)
 
     async def _thaw(self) -> None:
-        await (await self._sandbox.agent()).resume_container(self.init.agent_id)
+        await (await self._sandbox.agent()).containers.resume(self.init.agent_id)
 
     async def update(self, resources: dict[str, Any]) -> None:
         """Change the container's limits, and with them the machine: it is never smaller than they are.
@@ -192,7 +193,7 @@ class GuestContainer(Container):
         try:
             self.limits = limits.or_more(limits.updated(resources))
             await self._siblings.grow()
-            await agent.update_container(self.init.agent_id, request, unified=resources.get("unified") or {})
+            await agent.containers.update(self.init.agent_id, request, unified=resources.get("unified") or {})
             limits = limits.updated(resources)
         finally:
             self.limits = limits
@@ -205,7 +206,7 @@ class GuestContainer(Container):
         """
         self._require_alive_for("stats")
         agent = await self._sandbox.agent()
-        return await agent.stats_container(self.init.agent_id)
+        return await agent.containers.stats(self.init.agent_id)
 
     async def exec_ids_of_processes(self) -> list[str]:
         """List every process but init by the id of its exec; a child of another process has an empty one.
@@ -216,7 +217,7 @@ class GuestContainer(Container):
         running = {p.agent_id: p.exec_id for p in self.execs.values() if p.state is State.RUNNING}
         try:
             agent = await self._sandbox.agent()
-            _init, *others = await agent.exec_ids_of_processes(self.init.agent_id)
+            _init, *others = await agent.containers.exec_ids(self.init.agent_id)
         except (ShimError, ValueError) as error:  # a stock agent, a hung guest, or none left
             log.debug("pids: container %s: asking the guest: %s", self.id, error)
             return list(running.values())
@@ -261,7 +262,7 @@ class GuestContainer(Container):
                 process=translate_exec(process, of=self.spec, inheritance=handed_down(agent)),
             )
             transfer.announce(request)
-            await agent.exec_process(request)
+            await agent.processes.execute(request)
             process.apply(Input.START)
         except BaseException:
             process.close_streams()
@@ -279,7 +280,7 @@ class GuestContainer(Container):
         if process.exec_id and process.state is State.CREATED:
             return
         agent = await self._sandbox.agent()
-        await agent.resize_terminal(self.init.agent_id, exec_id=process.agent_id, rows=height, columns=width)
+        await agent.processes.resize_terminal(self.init.agent_id, exec_id=process.agent_id, rows=height, columns=width)
 
     async def kill(self, process: Process, *, number: int, everyone: bool) -> None:
         """Send a signal to one process, or to all of the container; see :func:`shim.sandbox.killing.kill`."""
@@ -311,7 +312,7 @@ class GuestContainer(Container):
         try:
             agent = await self._sandbox.agent()
             timeout_s = CALL_TIMEOUT_S if self._files.has_disks else REMOVE_TIMEOUT_S
-            await agent.remove_container(self.init.agent_id, timeout_s=timeout_s)
+            await agent.containers.remove(self.init.agent_id, timeout_s=timeout_s)
         except (Unavailable, DeadlineExceeded) as error:
             log.warning("delete: container %s: not removed from the guest: %s", self.id, error)
             if isinstance(error, DeadlineExceeded) and not self._siblings.has_other_uses(self.id):
@@ -340,7 +341,7 @@ class GuestContainer(Container):
             async with asyncio.TaskGroup() as group:
                 outputs = carrier.outputs(group)
                 stdin = group.create_task(carrier.carry_input(process.started))
-                if not agent.keeps_streams:
+                if not agent.is_hako:
                     await asyncio.wait(outputs)
                 status = await self._await_exit(process, agent)
                 carrier.process_ended()
@@ -360,7 +361,7 @@ class GuestContainer(Container):
 
     async def _await_exit(self, process: Process, agent: Agent) -> int:
         try:
-            return await agent.wait_process(self.init.agent_id, exec_id=process.agent_id)
+            return await agent.processes.wait(self.init.agent_id, exec_id=process.agent_id)
         except Unavailable as error:
             log.warning("wait: %s: %s; its status is %d", process, error, STATUS_MACHINE_GONE)
             return STATUS_MACHINE_GONE

@@ -51,7 +51,7 @@ async def kill(
     # Addressed by its own id, init alone gets the signal; the empty id makes SIGKILL reach them all.
     target = "" if everyone and not process.exec_id else process.agent_id
     try:
-        await agent.signal_process(container, exec_id=target, signal=number)
+        await agent.processes.signal(container, exec_id=target, signal=number)
     except DeadlineExceeded as error:
         if number != signal.SIGKILL:
             raise

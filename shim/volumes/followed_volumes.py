@@ -107,7 +107,7 @@ class FollowedVolumes:
             one = Followed(source.place, part, ignored, read, stage)
             self._volumes.append(one)
             try:
-                await agent.change_volumes([_storage(part, stage, "shared")])
+                await agent.files.change_volumes([_storage(part, stage, "shared")])
                 await self._update(one, agent)
             except BaseException:
                 one.users = 0
@@ -187,7 +187,7 @@ class FollowedVolumes:
         finally:
             os.close(descriptor)
         try:
-            await agent.change_volumes([_storage(part, f"{one.stage}/{way}", *flags)])
+            await agent.files.change_volumes([_storage(part, f"{one.stage}/{way}", *flags)])
         except BaseException:
             self._entries.release(part)
             raise
@@ -206,7 +206,7 @@ class FollowedVolumes:
 async def _unmount(mount_points: list[str], agent: Agent) -> None:
     storages = [agent_pb2.Storage(driver="bind", mount_point=point) for point in mount_points]
     try:
-        await agent.change_volumes(storages)
+        await agent.files.change_volumes(storages)
     except ShimError as error:  # the machine may be gone, and everything with it
         log.debug("mounts: %s: %s", mount_points[-1], error)
 

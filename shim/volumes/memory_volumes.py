@@ -155,7 +155,7 @@ class MemoryVolumes:
             log.info("volume: %s: holds more than is copied; the host's directory is shared", path)
             return None
         volume = _Volume(f"{MEMORY_DIRECTORY}/{next(self._numbers)}", host_tmpfs.size_of(path))
-        await agent.mount_tmpfs(volume.path, options=host_tmpfs.options_of(path))
+        await agent.files.mount_tmpfs(volume.path, options=host_tmpfs.options_of(path))
         for one in content:
             await _copy(one, volume, agent)
         return volume
@@ -164,7 +164,7 @@ class MemoryVolumes:
         """Have what the kubelet has made for a subPath in the guest's volume, unless it is there."""
         try:
             for one in host_tmpfs.way_to(place):
-                if not await agent.has_file(f"{volume.path}/{one.below}"):
+                if not await agent.files.has_file(f"{volume.path}/{one.below}"):
                     await _copy(one, volume, agent)
         except OSError as error:
             raise Internal(f"volume: {place.volume / place.below}: {error.strerror}") from error
@@ -174,4 +174,4 @@ class MemoryVolumes:
 
 
 async def _copy(one: File, volume: _Volume, agent: Agent) -> None:
-    await agent.copy_file(f"{volume.path}/{one.below}", status=one.status, data=one.read())
+    await agent.files.copy_file(f"{volume.path}/{one.below}", status=one.status, data=one.read())

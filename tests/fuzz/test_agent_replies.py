@@ -310,7 +310,7 @@ async def test_an_exit_status_that_no_process_has_is_unknown(status):
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     agent = Agent(await TtrpcClient.over(ours))
-    waiting = asyncio.create_task(agent.wait_process("box", exec_id="box"))
+    waiting = asyncio.create_task(agent.processes.wait("box", exec_id="box"))
     await asyncio.get_running_loop().sock_recv(theirs, 4096)
     payload = agent_pb2.WaitProcessResponse(status=status).SerializeToString()
     await asyncio.get_running_loop().sock_sendall(

@@ -83,19 +83,19 @@ async def test_no_container_has_the_id_that_the_agent_is_told_of_the_sandbox() -
 
 
 @pytest.mark.parametrize(
-    ("features", "is_hako", "keeps", "frames"),
+    ("features", "is_hako", "frames"),
     [
-        ((), False, False, False),
-        (("seccomp", "agent-policy"), False, False, False),
-        (("hako",), True, True, False),
-        (("hako", "hako.streams"), True, True, True),
+        ((), False, False),
+        (("seccomp", "agent-policy"), False, False),
+        (("hako",), True, False),
+        (("hako", "hako.streams"), True, True),
     ],
 )
 async def test_extensions_are_used_if_the_agent_says_that_it_has_them(
-    features: tuple[str, ...], *, is_hako: bool, keeps: bool, frames: bool
+    features: tuple[str, ...], *, is_hako: bool, frames: bool
 ) -> None:
     agent = await sandbox_of(Peer(*features))
-    assert (agent.is_hako, agent.keeps_streams, agent.frames_streams) == (is_hako, keeps, frames)
+    assert (agent.is_hako, agent.frames_streams) == (is_hako, frames)
 
 
 @pytest.mark.parametrize(("feature", "asked"), [("seccomp", 1), ("hako", 0)])
@@ -106,13 +106,13 @@ async def test_terminal_is_given_the_size_that_its_process_asks_for_unless_the_a
     agent = await sandbox_of(peer)
     box = oci_pb2.Box(Height=31, Width=97)
     whole = oci_pb2.Spec(Process=oci_pb2.Process(Terminal=True, ConsoleSize=box))
-    await agent.create_container(
+    await agent.containers.create(
         agent_pb2.CreateContainerRequest(container_id="box", exec_id="box", OCI=whole)
     )
-    await agent.exec_process(
+    await agent.processes.execute(
         agent_pb2.ExecProcessRequest(container_id="box", exec_id="one", process=whole.Process)
     )
-    await agent.exec_process(agent_pb2.ExecProcessRequest(process=oci_pb2.Process(ConsoleSize=box)))
+    await agent.processes.execute(agent_pb2.ExecProcessRequest(process=oci_pb2.Process(ConsoleSize=box)))
     requests = [
         agent_pb2.TtyWinResizeRequest(container_id="box", exec_id=name, row=31, column=97)
         for name in ("box", "one")
@@ -132,8 +132,8 @@ async def test_limit_is_lifted_in_the_words_that_the_agent_understands(
     resources = oci_pb2.LinuxResources(
         Memory=oci_pb2.LinuxMemory(Limit=-1, Swap=-1), CPU=oci_pb2.LinuxCPU(Quota=-1, Period=50_000)
     )
-    await agent.update_container("box", resources)
-    await agent.update_container("box", oci_pb2.LinuxResources())
+    await agent.containers.update("box", resources)
+    await agent.containers.update("box", oci_pb2.LinuxResources())
     lifted, nothing = peer.asked("UpdateContainer")
     assert isinstance(lifted, agent_pb2.UpdateContainerRequest)
     sent = lifted.resources
@@ -147,7 +147,7 @@ async def test_a_control_file_that_another_agent_would_not_write_is_refused_by_n
     peer = Peer("seccomp")
     agent = await sandbox_of(peer)
     with pytest.raises(InvalidArgument, match=r"resources: unified: memory\.high: .*; leave it out"):
-        await agent.update_container("box", oci_pb2.LinuxResources(), unified={"memory.high": "1"})
+        await agent.containers.update("box", oci_pb2.LinuxResources(), unified={"memory.high": "1"})
     assert peer.asked("UpdateContainer") == []
 
 
@@ -164,7 +164,7 @@ async def test_only_our_agent_is_told_that_no_huge_pages_are_allowed(
         for size, limit in (("1GB", 0), ("2MB", 4 << 20))
     ]
     resources = oci_pb2.LinuxResources(HugepageLimits=limits)
-    await agent.update_container("box", resources)
+    await agent.containers.update("box", resources)
     (update,) = peer.asked("UpdateContainer")
     assert isinstance(update, agent_pb2.UpdateContainerRequest)
     assert [(one.Pagesize, one.Limit) for one in update.resources.HugepageLimits] == sent
@@ -200,6 +200,6 @@ async def test_an_error_is_one_line_and_of_the_kind_that_is_meant(
 ) -> None:
     agent = Agent(cast("TtrpcClient", Peer(error=answer)))
     with pytest.raises(type(meaning)) as caught:
-        await agent.start_container("box")
+        await agent.containers.start("box")
     assert type(caught.value) is type(meaning)
     assert str(caught.value) == str(meaning)

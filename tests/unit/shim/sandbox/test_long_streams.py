@@ -27,6 +27,7 @@ class Agent:
         self._outputs = outputs
         self.written = b""
         self.ended = False
+        self.processes = self
 
     async def read_stdout(self, _container_id: str, **_: Any) -> bytes:
         return self._outputs.pop(0)

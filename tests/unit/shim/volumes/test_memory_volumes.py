@@ -36,7 +36,11 @@ class Guest:
 
     refuses: str = ""
     mounted: list[str] = field(default_factory=list)
-    files: dict[str, bytes] = field(default_factory=dict)
+    written: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def files(self) -> Guest:
+        return self
 
     async def mount_tmpfs(self, mount_point: str, *, options: list[str]) -> None:
         if self.refuses == "mount":
@@ -45,13 +49,13 @@ class Guest:
         self.mounted.append(mount_point)
 
     async def has_file(self, path: str) -> bool:
-        return path in self.files
+        return path in self.written
 
     async def copy_file(self, target: str, *, status: os.stat_result, data: bytes) -> None:
         if self.refuses == "copy":
             raise InvalidArgument("CopyFile")
         assert status.st_mode
-        self.files[target] = data
+        self.written[target] = data
 
 
 @pytest.fixture
@@ -104,14 +108,14 @@ async def test_what_the_kubelet_has_put_there_is_copied_once(volumes: MemoryVolu
     guest = Guest()
     entry = await given(volumes, volume, guest)
     root = entry["source"]
-    assert list(guest.files.items()) == [
+    assert list(guest.written.items()) == [
         (f"{root}/directory", b""),
         (f"{root}/link", b"directory/file"),
         (f"{root}/directory/file", b"text"),
     ]
     (volume / "later").touch()
     await given(volumes, volume, guest)
-    assert f"{root}/later" not in guest.files
+    assert f"{root}/later" not in guest.written
 
 
 async def test_a_part_is_made_with_all_that_leads_to_it_unless_it_is_there(
@@ -120,12 +124,12 @@ async def test_a_part_is_made_with_all_that_leads_to_it_unless_it_is_there(
     guest = Guest()
     root = (await given(volumes, volume, guest))["source"]
     (volume / "a" / "b").mkdir(parents=True)
-    guest.files[f"{root}/a"] = b"a container's"
+    guest.written[f"{root}/a"] = b"a container's"
     part, again = await given(volumes, volume / "a" / "b", guest), await given(volumes, volume / "a/b", guest)
     assert isinstance(part, OfTheGuest)
     assert part.part_of == f"{root}/a/b"
     assert part["source"] == again["source"] != root
-    assert guest.files == {f"{root}/a": b"a container's", f"{root}/a/b": b""}
+    assert guest.written == {f"{root}/a": b"a container's", f"{root}/a/b": b""}
 
 
 async def test_other_volumes_are_left_alone(volumes: MemoryVolumes, tmp_path: Path, volume: Path) -> None:

@@ -1,0 +1,119 @@
+"""One connection to a guest's agent: Kata's agent protocol over multiplexed ttrpc.
+
+Every call has a deadline, except those that wait for the guest's own events: WaitProcess, GetOOMEvent and the
+streams. These long calls share the connection with all others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from proto.kata import agent_pb2, health_pb2
+from shim.agent.stock_errors import plain
+from shim.errors import ShimError
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+    from shim.transport.ttrpc_client import TtrpcClient
+
+SERVICE = "grpc.AgentService"
+HEALTH_SERVICE = "grpc.Health"
+
+CALL_TIMEOUT_S = 60.0  # the protocol's customary limit, Kata's create_container_timeout among them
+DIAGNOSIS_TIMEOUT_S = 1.0  # containerd asks for pids within the 5 s that a restart gives a shim
+
+_Reply = TypeVar("_Reply", bound="Message")
+
+
+@dataclass(frozen=True, slots=True)
+class AgentFeatures:
+    """What an agent has said that it can do.
+
+    :param is_hako: whether it is Hako's, which keeps a process' streams after its end; a stock agent forgets
+        them with the first answer to WaitProcess.
+    :param supports_seccomp: whether it applies seccomp profiles.
+    :param frames_streams: whether it carries a stream in frames over a connection of its own.
+    :param tells_time: whether it can be asked for the guest's time.
+    """
+
+    is_hako: bool = False
+    supports_seccomp: bool = False
+    frames_streams: bool = False
+    tells_time: bool = False
+
+
+class AgentConnection:
+    """Calls to the agent of one sandbox.
+
+    :param client: a ttrpc client over a connection to the guest's agent port.
+    """
+
+    def __init__(self, client: TtrpcClient) -> None:
+        self._client = client
+        self.features = AgentFeatures()
+
+    async def call(
+        self,
+        method: str,
+        request: Message,
+        reply: type[_Reply],
+        *,
+        timeout_s: float | None = CALL_TIMEOUT_S,
+    ) -> _Reply:
+        """Call a method of the agent's service.
+
+        :param method: its name in the protocol.
+        :param request: its request.
+        :param reply: the type of its answer.
+        :param timeout_s: how long the answer may take; None for as long as it likes.
+        :raises DeadlineExceeded: if it takes longer.
+        :raises Unavailable: if the connection breaks.
+        :raises ShimError: of the kind that the agent answers with.
+        """
+        try:
+            return await self._client.call(SERVICE, method, request, reply, timeout_s=timeout_s)
+        except ShimError as error:
+            meant = plain(error)
+            if meant is error:
+                raise
+            raise meant from error
+
+    async def diagnose(
+        self, log_type: str, *, container_id: str = "", timeout_s: float = DIAGNOSIS_TIMEOUT_S
+    ) -> str:
+        """Ask for diagnostic data, which is how Hako's agent takes calls that Kata's protocol lacks.
+
+        :param log_type: the call and its argument.
+        :param container_id: the container that it is about, by the agent's id.
+        :returns: the data.
+        :raises ShimError: of any kind, if the agent cannot tell.
+        """
+        request = agent_pb2.GetDiagnosticDataRequest(log_type=log_type, container_id=container_id)
+        answer = await self.call(
+            "GetDiagnosticData", request, agent_pb2.GetDiagnosticDataResponse, timeout_s=timeout_s
+        )
+        return answer.data
+
+    async def check(self, *, timeout_s: float) -> None:
+        """Wait for the agent's first answer.
+
+        :raises DeadlineExceeded: if it does not come in time.
+        :raises Unavailable: if the connection breaks.
+        """
+        await self._client.call(
+            HEALTH_SERVICE,
+            "Check",
+            health_pb2.CheckRequest(),
+            health_pb2.HealthCheckResponse,
+            timeout_s=timeout_s,
+        )
+
+    async def aclose(self) -> None:
+        """Close the connection; pending calls fail with Unavailable."""
+        await self._client.aclose()
+
+    async def wait_closed(self) -> None:
+        """Block until the connection is lost or closed."""
+        await self._client.wait_closed()
