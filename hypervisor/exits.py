@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hypervisor.override import override
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -26,6 +28,7 @@ class ExitStatus:
     code: int | None = None
     signal: int | None = None
 
+    @override
     def __str__(self) -> str:
         if self.signal is not None:
             return f"killed by signal {self.signal}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hypervisor.interface import Accelerator
@@ -26,6 +27,22 @@ QEMU = "QEMU"
 
 LAST_WORDS_S = 1.0
 """How long the death of one process may lag behind what it caused in another."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostParts:
+    """What every virtual machine that runs has on the host.
+
+    :param qemu: QEMU's process.
+    :param qmp: the connection that controls it.
+    :param console: what the guest writes.
+    :param channel: the way to the guest's agent.
+    """
+
+    qemu: Process
+    qmp: QmpSession
+    console: Console
+    channel: GuestChannel
 
 
 class HostSide:
@@ -53,6 +70,16 @@ class HostSide:
     def processes(self) -> list[Process]:
         """Every process that was started or found."""
         return [each for process in self._processes for each in (process, *process.workers)]
+
+    def complete(self) -> HostParts:
+        """Return the parts of a machine that has started; a start leaves none out.
+
+        :raises AssertionError: if one is missing.
+        """
+        qemu, qmp, console, channel = self.qemu, self.qmp, self.console, self.channel
+        if qemu is None or qmp is None or console is None or channel is None:
+            raise AssertionError("a virtual machine was started without one of its parts")
+        return HostParts(qemu=qemu, qmp=qmp, console=console, channel=channel)
 
     def spawn(
         self,

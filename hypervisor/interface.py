@@ -162,7 +162,7 @@ class VmExit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HostProcess:
+class VmProcess:
     """A process on the host that serves one virtual machine.
 
     :param name: what it does: ``QEMU``, ``virtio-fs daemon``, ``vhost-device-vsock``.
@@ -190,7 +190,7 @@ class Hypervisor(abc.ABC):
     async def stop(self) -> None:
         """Kill the virtual machine; return when all its processes are gone.
 
-        May be called at any time, and repeatedly.
+        May be called at any time, repeatedly and by several tasks at once.
         """
 
     @abc.abstractmethod
@@ -307,7 +307,20 @@ class Hypervisor(abc.ABC):
     @property
     @abc.abstractmethod
     def pid(self) -> int:
-        """The process id of the VMM; valid after ``start`` returned."""
+        """The process id of the VMM.
+
+        :raises HypervisorError: before ``start`` has returned.
+        """
+
+    @property
+    @abc.abstractmethod
+    def is_starved(self) -> bool:
+        """Whether the VMM lives, and has waited for a processor for longer than it has had one."""
+
+    @property
+    @abc.abstractmethod
+    def was_starved(self) -> bool:
+        """Whether the VMM was starved when ``stop`` killed it."""
 
     @abc.abstractmethod
     def console_tail(self, lines: int = 20) -> list[str]:
@@ -317,5 +330,5 @@ class Hypervisor(abc.ABC):
         """
 
     @abc.abstractmethod
-    def processes(self) -> list[HostProcess]:
+    def processes(self) -> list[VmProcess]:
         """Return every live process that serves this virtual machine."""

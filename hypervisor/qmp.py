@@ -15,6 +15,7 @@ from qemu.qmp.protocol import Runstate
 
 from hypervisor.errors import QmpError
 from hypervisor.exits import Shutdown
+from hypervisor.override import override
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -44,6 +45,7 @@ class _Lifecycle(EventListener):
         self.shut_down = asyncio.Event()
         self.stopped = asyncio.Event()
 
+    @override
     async def put(self, event: Message) -> None:
         """Note a ``SHUTDOWN`` or ``STOP`` event.
 
@@ -88,6 +90,7 @@ class Event:
 class _Queue(EventListener):
     """A listener without the library's record of all that it ever heard."""
 
+    @override
     async def put(self, event: Message) -> None:
         if self.accept(event):
             await self._queue.put(event)

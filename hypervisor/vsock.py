@@ -18,6 +18,7 @@ from hypervisor.argv import ChannelDevice, KernelVsock, SerialPort, UserVsock
 from hypervisor.devices import Command, Description, socket_chardev
 from hypervisor.errors import ChannelError, VmStartError
 from hypervisor.interface import AGENT_PORT, Channel, VmSpec
+from hypervisor.override import override
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -101,6 +102,7 @@ class KernelVsockChannel(GuestChannel):
     def __init__(self) -> None:
         self._cid = 0
 
+    @override
     async def open(self, handover: ExitStack) -> KernelVsock:
         """Claim a context id.
 
@@ -126,6 +128,7 @@ class KernelVsockChannel(GuestChannel):
             return KernelVsock(fd=fd, cid=cid)
         raise VmStartError(f"start vm: {VHOST_VSOCK}: no free CID in {_CID_ATTEMPTS} attempts")
 
+    @override
     async def dial(self, port: int) -> socket.socket:
         """Try once to connect.
 
@@ -164,6 +167,7 @@ class UserVsockChannel(GuestChannel):
         # Both sides name the sockets through this descriptor: a unix socket's address has 108 bytes at most.
         self._directory_fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
+    @override
     async def open(self, handover: ExitStack) -> UserVsock:  # noqa: ARG002  (nothing is QEMU's alone)
         """Start the daemon and connect to it.
 
@@ -188,6 +192,7 @@ class UserVsockChannel(GuestChannel):
             if process.exited.done():
                 raise VmStartError(f"start vm: {process.obituary()}")
 
+    @override
     def is_handed_over(self) -> bool:
         """Tell whether the daemon has read all messages about its queues that QEMU has written."""
         if self._device is None:  # the guest has answered before
@@ -196,6 +201,7 @@ class UserVsockChannel(GuestChannel):
         fcntl.ioctl(self._device, termios.TIOCOUTQ, unread)
         return not any(unread)
 
+    @override
     async def dial(self, port: int) -> socket.socket:
         """Try once to connect, in the protocol that Firecracker introduced for vsock over a unix socket.
 
@@ -236,6 +242,7 @@ class UserVsockChannel(GuestChannel):
             self._device.close()
             self._device = None
 
+    @override
     def close(self) -> None:
         """Close the connection and the directory."""
         self._let_go_of_device()
@@ -254,6 +261,7 @@ class SerialChannel(GuestChannel):
     def __init__(self) -> None:
         self._host_end: socket.socket | None = None
 
+    @override
     async def open(self, handover: ExitStack) -> SerialPort:
         """Make the stream.
 
@@ -263,6 +271,7 @@ class SerialChannel(GuestChannel):
         handover.enter_context(guest_end)
         return SerialPort(fd=guest_end.fileno())
 
+    @override
     async def dial(self, port: int) -> socket.socket:
         """Hand out the stream; bytes wait in it until the guest opens its port.
 
@@ -277,6 +286,7 @@ class SerialChannel(GuestChannel):
         stream.settimeout(0)
         return stream
 
+    @override
     def close(self) -> None:
         """Close the stream if it was never handed out."""
         if self._host_end is not None:

@@ -161,7 +161,7 @@ class Machine:
                             shm_bytes=pod.shm_bytes,
                         )
                     with timeline.phase("network cards", lane=timeline.MACHINE):
-                        await network.attach(machine=self.vm, agent=agent)
+                        await network.attach(vm=self.vm, agent=agent)
                 except BaseException:
                     await agent.aclose()
                     raise

@@ -88,7 +88,7 @@ class Network:
         self._plan = NetworkPlan()
         self._warned: set[str] = set()
         self._connections: dict[int, _Connection] = {}
-        self._machine: Hypervisor | None = None
+        self._vm: Hypervisor | None = None
         self._agent: Agent | None = None
         self._lock = asyncio.Lock()
         self._forwarder: resolver.Forwarder | None = None
@@ -119,13 +119,13 @@ class Network:
             await self._connect(plan.endpoints)
             self._plan = plan
 
-    async def attach(self, *, machine: Hypervisor, agent: Agent) -> None:
+    async def attach(self, *, vm: Hypervisor, agent: Agent) -> None:
         """Give the machine its cards, and the guest its addresses, routes and neighbours.
 
         :raises ShimError: if the machine or the guest refuses; nothing is connected any more then.
         """
         async with self._lock:
-            self._machine, self._agent = machine, agent
+            self._vm, self._agent = vm, agent
             if self._plan == NetworkPlan():
                 return
             try:
@@ -172,7 +172,7 @@ class Network:
     async def detach(self) -> None:
         """Leave the namespace, as it was, now that the machine is gone; for once and all."""
         async with self._lock:
-            self._machine = None
+            self._vm = None
             await self._remove(self._connections.values())
             if self._forwarder is not None:
                 self._forwarder.close()
@@ -206,9 +206,9 @@ class Network:
     async def _remove(self, connections: Iterable[_Connection]) -> None:
         """Take endpoints from the machine, if it is there, and make them what they were."""
         for connection in list(connections):
-            if connection.pci_path and self._machine is not None:
+            if connection.pci_path and self._vm is not None:
                 try:
-                    await self._machine.unplug(connection.device, timeout_s=UNPLUG_TIMEOUT_S)
+                    await self._vm.unplug(connection.device, timeout_s=UNPLUG_TIMEOUT_S)
                 except HypervisorError as error:  # its cable is cut all the same
                     log.warning("network: %s: %s", connection.endpoint.name, error)
             connection.pci_path = ""
@@ -224,12 +224,12 @@ class Network:
 
     async def _bring_up(self, endpoints: Iterable[Endpoint]) -> None:
         """Plug the cards that the machine does not have yet, and have the guest set each up."""
-        machine, agent = self._reach()
+        vm, agent = self._reach()
         for endpoint in endpoints:
             connection = self._connections[endpoint.index]
             if not connection.pci_path:
                 try:
-                    connection.pci_path = await machine.plug_nic(
+                    connection.pci_path = await vm.plug_nic(
                         Nic(id=connection.device, mac=endpoint.mac, tap_fds=connection.queues)
                     )
                 except HypervisorError as error:
@@ -290,9 +290,9 @@ class Network:
         return next((each for each in self._connections.values() if each.has_localhost), None)
 
     def _reach(self) -> tuple[Hypervisor, Agent]:
-        if self._machine is None or self._agent is None:
+        if self._vm is None or self._agent is None:
             raise Unavailable("network: the machine is not there")
-        return self._machine, self._agent
+        return self._vm, self._agent
 
 
 def _is_same_card(endpoint: Endpoint, known: Endpoint | None) -> bool:

@@ -280,7 +280,9 @@ class GuestContainer(Container):
         if process.exec_id and process.state is State.CREATED:
             return
         agent = await self._sandbox.agent()
-        await agent.processes.resize_terminal(self.init.agent_id, exec_id=process.agent_id, rows=height, columns=width)
+        await agent.processes.resize_terminal(
+            self.init.agent_id, exec_id=process.agent_id, rows=height, columns=width
+        )
 
     async def kill(self, process: Process, *, number: int, everyone: bool) -> None:
         """Send a signal to one process, or to all of the container; see :func:`shim.sandbox.killing.kill`."""

@@ -65,7 +65,7 @@ async def block_name(shell: GuestShell, pci_path: str) -> str:
 
 
 def taken(vm) -> set:
-    return vm._devices._slots._taken
+    return vm._running.devices._slots._taken
 
 
 async def leftovers(vm) -> list[str]:
@@ -282,7 +282,7 @@ async def test_a_root_port_takes_a_device_and_then_another(start, qemu):
         id="rng", driver="virtio-rng-pci", properties={}, backend=[], undo=[], needs_port=True
     )
     for _ in range(2):
-        pci_path = await vm._devices.plug(random)
+        pci_path = await vm._running.devices.plug(random)
         assert pci_path.endswith("/00")
         await shell.until(f"ls -d {sysfs(pci_path)}/virtio* >/dev/null 2>&1")
         await vm.unplug("rng", timeout_s=UNPLUG_S)

@@ -101,7 +101,7 @@ async def network_of(pod: Space, ledger: Ledger, *, queues: int = 1) -> AsyncIte
 
 async def attach(network: Network, machine: Any) -> None:
     await network.prepare()
-    await network.attach(machine=machine, agent=machine)
+    await network.attach(vm=machine, agent=machine)
 
 
 async def test_the_machine_gets_a_card_for_the_interface_and_the_guest_its_configuration(

@@ -1,0 +1,152 @@
+"""A QEMU virtual machine that runs: its parts, what can be asked of them, and why they end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from hypervisor import nics, vfio
+from hypervisor.disks import Disks
+from hypervisor.errors import QmpError
+from hypervisor.exits import vm_exit_reason
+from hypervisor.host_side import LAST_WORDS_S, cancel
+from hypervisor.interface import AGENT_READY_MARK, Accelerator
+from hypervisor.memory import Memory
+from hypervisor.vcpus import Vcpus
+from hypervisor.vsock import NotListeningError
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from hypervisor.devices import Devices
+    from hypervisor.host_side import HostSide
+    from hypervisor.interface import HostPciDevice, Nic, VmSpec
+
+_REDIAL_S = 0.05
+_CLONE_REDIAL_S = 0.01
+"""A clone says nothing, and is there in a moment."""
+_CONSOLE_LINES = 50
+
+
+class RunningVm:
+    """What exists of a virtual machine only while it runs.
+
+    :param spec: the virtual machine.
+    :param host: its side of the host, complete.
+    :param devices: the devices plugged into it.
+    :param on_end: called with the reason, in one line, once QEMU is gone.
+    """
+
+    def __init__(
+        self, spec: VmSpec, host: HostSide, devices: Devices, *, on_end: Callable[[str], None]
+    ) -> None:
+        parts = host.complete()
+        self.qemu = parts.qemu
+        self._host = host
+        self._qmp = parts.qmp
+        self._console = parts.console
+        self._channel = parts.channel
+        self._redial_s = _REDIAL_S if spec.template is None else _CLONE_REDIAL_S
+        self.devices = devices
+        self.disks = Disks(parts.qmp, devices)
+        self.vcpus = Vcpus(
+            parts.qmp,
+            pid=parts.qemu.pid,
+            boot=spec.vcpus,
+            most=spec.max_vcpus,
+            emulated=spec.accelerator is Accelerator.TCG,
+        )
+        self.memory = Memory(
+            parts.qmp,
+            devices,
+            boot_bytes=spec.memory_bytes,
+            most_bytes=spec.max_memory_bytes,
+            huge_pages=spec.huge_pages,
+        )
+        self._on_end = on_end
+        self._watching = asyncio.create_task(devices.watch())
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def settle(self) -> None:
+        """Return once the end of QEMU, which is near, has been told and nothing is watched any more."""
+        await asyncio.wait([self._supervisor])
+        await cancel(self._watching)
+
+    async def plug_nic(self, nic: Nic) -> str:
+        """Add a network interface; see ``nics.plug``."""
+        return await nics.plug(nic, session=self._qmp, devices=self.devices)
+
+    async def plug_pci(self, device: HostPciDevice) -> str:
+        """Add a PCI device of the host; see ``vfio.plug``."""
+        return await vfio.plug(device, devices=self.devices, memory_bytes=await self.memory.total())
+
+    async def dial(self, port: int) -> socket.socket:
+        """Try once to connect to a port of the guest.
+
+        :param port: the guest's port.
+        :raises NotListeningError: if the guest does not listen yet.
+        :raises ChannelError: if it never will.
+        """
+        if self._channel.needs_driver and not await self._is_settled():
+            raise NotListeningError("the guest's driver does not run yet")
+        return await self._channel.dial(port)
+
+    async def _is_settled(self) -> bool:
+        """Tell whether a device's daemon has surely got its queues.
+
+        QEMU hands them over in the guest's write of DRIVER_OK, and does not wait for the daemon to read. An
+        agent that says it listens is proof, too; one in a clone has said so before it was saved.
+        """
+        if any(AGENT_READY_MARK in line for line in self._console.tail(_CONSOLE_LINES)):
+            return True
+        try:
+            return await self._qmp.driver_runs(self._channel.needs_driver) and self._channel.is_handed_over()
+        except QmpError:  # QEMU is going: the wait for its end will say why
+            return False
+
+    async def hint(self) -> None:
+        """Wait until it makes sense to dial again: the guest said something, or a moment passed."""
+        self._console.grew.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._redial_s):
+                await self._console.grew.wait()
+
+    async def _supervise(self) -> None:
+        """Wait until QEMU or a daemon ends, end QEMU then, and tell the reason."""
+        qemu, daemons = self.qemu, self._host.daemons
+        broken = asyncio.create_task(self._qmp.broken())
+        overdue = asyncio.create_task(self._overdue())
+        ends: list[asyncio.Future[Any]] = [broken, overdue, *(each.exited for each in (qemu, *daemons))]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        await cancel(broken)
+        await cancel(overdue)
+        failed = next((each for each in daemons if each.exited.done()), None)
+        if failed is not None and failed.exited.result().code == 0:
+            # A daemon ends in good order when QEMU hangs up, and may be seen to end before QEMU is.
+            await asyncio.wait([qemu.exited], timeout=LAST_WORDS_S)
+        blamed = failed if failed and not qemu.exited.done() else None
+        qemu.kill()
+        status = await qemu.exited
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_S):
+                await self._qmp.drained()
+        self._console.close()
+        if not broken.cancelled():
+            reason = f"QEMU stopped the virtual machine ({broken.result()})"
+        elif blamed is not None:
+            reason = blamed.obituary()
+        else:
+            reason = vm_exit_reason(
+                status,
+                shutdown=self._qmp.shutdown,
+                console=self._console.tail(_CONSOLE_LINES),
+                stderr=qemu.last_words(),
+            )
+        self._on_end(reason)
+
+    async def _overdue(self) -> None:
+        """Wait until QEMU should be gone: shut down, 7.2 may yet wait for a vhost-user daemon for ever."""
+        await self._qmp.shut_down()
+        await asyncio.wait([self.qemu.exited], timeout=LAST_WORDS_S)
