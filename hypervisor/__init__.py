@@ -12,9 +12,6 @@ from hypervisor.errors import (
     VmStartError,
 )
 from hypervisor.interface import (
-    AGENT_PORT,
-    FRAMED_STREAM_PORT,
-    RAW_STREAM_PORT,
     Accelerator,
     Channel,
     Disk,
@@ -35,9 +32,6 @@ from hypervisor.virtiofsd import detect_dialect
 from hypervisor.vsock import channel_problem
 
 __all__ = [
-    "AGENT_PORT",
-    "FRAMED_STREAM_PORT",
-    "RAW_STREAM_PORT",
     "SHARE_DAEMON",
     "Accelerator",
     "Channel",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hypervisor.interface import RAW_STREAM_PORT, Accelerator, Channel, VmSpec
+from hypervisor.interface import Accelerator, Channel, VmSpec
 from hypervisor.seclusion import OWN_MOUNTS
+from proto.extensions import RAW_STREAM_PORT, RAW_STREAMS_PARAMETER, SERIAL_PORT, SHARE_TAG
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,14 +16,8 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 
-SHARE_TAG = "kataShared"
-"""The virtio-fs tag that the guest agent mounts (fixed by Kata's agent protocol)."""
-
 SHARE_QUEUE = 1024
 """How many requests may be on their way to the virtio-fs daemon."""
-
-AGENT_PORT_NAME = "hako.agent"
-"""The virtio-serial port that Hako's guest agent opens."""
 
 HOTPLUG_BUSES = ("slots1", "slots2")
 """The buses that devices are plugged into while the guest runs.
@@ -214,7 +209,7 @@ def kernel_command_line(spec: VmSpec, *, machine: Machine) -> str:
     if spec.channel is Channel.VHOST_VSOCK:
         # An agent tells the connections apart by the ports they come from, which only the kernel's vsock
         # shows to both sides.
-        parameters.append(f"agent.passfd_listener_port={RAW_STREAM_PORT}")
+        parameters.append(f"{RAW_STREAMS_PARAMETER}{RAW_STREAM_PORT}")
     return " ".join((*parameters, *spec.kernel_parameters))
 
 
@@ -313,7 +308,7 @@ def _channel(device: ChannelDevice | None) -> list[str]:
         case SerialPort(fd=fd):
             return [
                 "-chardev", f"socket,id=agent,fd={fd}",
-                "-device", f"virtserialport,chardev=agent,name={AGENT_PORT_NAME}",
+                "-device", f"virtserialport,chardev=agent,name={SERIAL_PORT}",
             ]  # fmt: skip
 
 

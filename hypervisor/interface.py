@@ -11,18 +11,6 @@ if TYPE_CHECKING:
     import socket
     from pathlib import Path
 
-AGENT_PORT = 1024
-"""The port the guest agent listens on (Kata's agent protocol fixes the number)."""
-
-RAW_STREAM_PORT = 1027
-"""The port on which a guest agent takes a process' streams, one connection each, where the channel can."""
-
-FRAMED_STREAM_PORT = 1028
-"""The port on which Hako's agent does so over any vsock."""
-
-AGENT_READY_MARK = "hako-agent: serving"
-"""What Hako's agent writes to the console once it listens: the event that makes dialling worth while."""
-
 
 class Accelerator(enum.Enum):
     """How guest instructions are run."""

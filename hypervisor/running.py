@@ -11,10 +11,11 @@ from hypervisor.disks import Disks
 from hypervisor.errors import QmpError
 from hypervisor.exits import vm_exit_reason
 from hypervisor.host_side import LAST_WORDS_S, cancel
-from hypervisor.interface import AGENT_READY_MARK, Accelerator
+from hypervisor.interface import Accelerator
 from hypervisor.memory import Memory
 from hypervisor.vcpus import Vcpus
 from hypervisor.vsock import NotListeningError
+from proto.extensions import READY_MARK
 
 if TYPE_CHECKING:
     import socket
@@ -99,7 +100,7 @@ class RunningVm:
         QEMU hands them over in the guest's write of DRIVER_OK, and does not wait for the daemon to read. An
         agent that says it listens is proof, too; one in a clone has said so before it was saved.
         """
-        if any(AGENT_READY_MARK in line for line in self._console.tail(_CONSOLE_LINES)):
+        if any(READY_MARK in line for line in self._console.tail(_CONSOLE_LINES)):
             return True
         try:
             return await self._qmp.driver_runs(self._channel.needs_driver) and self._channel.is_handed_over()

@@ -17,11 +17,12 @@ from hypervisor.console import Console
 from hypervisor.errors import QmpError, VmStartError
 from hypervisor.exits import vm_exit_reason
 from hypervisor.host_side import QEMU, HostSide
-from hypervisor.interface import AGENT_READY_MARK, Channel
+from hypervisor.interface import Channel
 from hypervisor.memory_copy import data_ranges
 from hypervisor.qmp import QmpSession
 from hypervisor.template import Template
 from hypervisor.virtiofsd import detect_dialect
+from proto.extensions import READY_MARK
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +57,7 @@ async def save_template(spec: VmSpec, directory: Path, *, timeout_s: float) -> N
         async with asyncio.timeout(timeout_s):
             await _save(template.bare_machine(spec), directory, host)
     except TimeoutError:
-        serves = any(AGENT_READY_MARK in line for line in _tail(host, _CONSOLE_LINES))
+        serves = any(READY_MARK in line for line in _tail(host, _CONSOLE_LINES))
         why = "" if serves else ": the guest's agent has not said that it serves, as Hako's does"
         tail = "".join(f"; the guest's console ends with: {line}" for line in _tail(host, 1))
         raise VmStartError(f"save template: not done within {timeout_s:g} s{why}{tail}") from None
@@ -122,7 +123,7 @@ def _tail(host: HostSide, lines: int) -> list[str]:
 async def _agent_serves(host: HostSide, qmp: QmpSession) -> None:
     assert host.qemu is not None  # noqa: S101  (it was booted)
     assert host.console is not None  # noqa: S101
-    while not any(AGENT_READY_MARK in line for line in _tail(host, _CONSOLE_LINES)):
+    while not any(READY_MARK in line for line in _tail(host, _CONSOLE_LINES)):
         host.console.grew.clear()
         grew = asyncio.create_task(host.console.grew.wait())
         try:

@@ -19,6 +19,7 @@ from hypervisor.argv import Inherited, SerialPort, boot_argv
 from hypervisor.errors import TemplateError, VmStartError
 from hypervisor.interface import Accelerator, Channel
 from hypervisor.virtiofsd import Dialect
+from proto.extensions import TEMPLATE_PARAMETER
 
 if TYPE_CHECKING:
     from hypervisor.interface import VmSpec
@@ -115,7 +116,7 @@ def bare_machine(spec: VmSpec) -> VmSpec:
     :param spec: the virtual machine.
     """
     # Told to the guest in time to load what a clone needs, and forget what it does not.
-    return dataclasses.replace(spec, kernel_parameters=("hako.template", *spec.kernel_parameters))
+    return dataclasses.replace(spec, kernel_parameters=(TEMPLATE_PARAMETER, *spec.kernel_parameters))
 
 
 def bare_descriptors(*, qmp: int, console: int, memory: int, agent: int | None) -> Inherited:

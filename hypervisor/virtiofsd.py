@@ -9,10 +9,11 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hypervisor.argv import SHARE_QUEUE, SHARE_TAG
+from hypervisor.argv import SHARE_QUEUE
 from hypervisor.devices import Command, Description, socket_chardev
 from hypervisor.errors import VmStartError
 from hypervisor.process import Process
+from proto.extensions import SHARE_TAG
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from hypervisor.argv import ChannelDevice, KernelVsock, SerialPort, UserVsock
 from hypervisor.devices import Command, Description, socket_chardev
 from hypervisor.errors import ChannelError, VmStartError
-from hypervisor.interface import AGENT_PORT, Channel, VmSpec
+from hypervisor.interface import Channel, VmSpec
 from hypervisor.override import override
+from proto.extensions import AGENT_PORT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -6,12 +6,14 @@ A table stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from proto import extensions
 from shim import cli, config
 from shim.agent import oci_fields
 from shim.machine import pod
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 _BLOCK = re.compile(r"(?<=<!-- generated: )([\w-]+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 _HELP_COLUMNS = "100"
+_OWN_NUMBER = r"10\d\d"  # of the fields that Hako adds to messages of Kata's
 
 
 def configuration() -> str:
@@ -60,6 +63,43 @@ def oci() -> str:
     return "\n".join(lines)
 
 
+def agent_words() -> str:
+    """Return a table of what both sides of the agent's protocol take from ``proto/extensions.py``."""
+    lines = ["| name | value | what it is for | with another agent |", "|---|---|---|---|"]
+    meaning = ""
+    for line in inspect.getsource(extensions).splitlines():
+        if line.startswith("#: "):
+            meaning = f"{meaning} {line.removeprefix('#: ')}".strip()
+        elif found := re.match(r"([A-Z_]+) = ", line):
+            lines.append(f"| {found[1]} | `{getattr(extensions, found[1])}` | {_purpose(meaning)} |")
+            meaning = ""
+    return "\n".join(lines)
+
+
+def agent_fields() -> str:
+    """Return a table of the fields that messages of Kata's protocol have beside its own."""
+    lines = ["| message | field | what it is for | with another agent |", "|---|---|---|---|"]
+    for path in sorted((ROOT / "proto/kata").glob("*.proto")):
+        message, meaning = "", ""
+        for line in path.read_text(encoding="utf-8").splitlines():
+            text = line.strip()
+            if found := re.match(r"message (\w+) \{", text):
+                message = found[1]
+            elif text.startswith("// "):
+                meaning = f"{meaning} {text.removeprefix('// ')}".strip()
+                continue
+            elif found := re.match(rf"[\w. ]+ (\w+) = {_OWN_NUMBER};", text):
+                lines.append(f"| `{message}` | `{found[1]}` | {_purpose(meaning)} |")
+            meaning = ""
+    return "\n".join(lines)
+
+
+def _purpose(meaning: str) -> str:
+    """Split a comment into the cells of its two parts."""
+    purpose, _, without = meaning.partition(" Without: ")
+    return f"{purpose} | {without[:1].upper()}{without[1:]}".rstrip()
+
+
 def commands() -> str:
     """Return the help of each command."""
     os.environ["COLUMNS"] = _HELP_COLUMNS
@@ -79,6 +119,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "annotations": pod_annotations,
     "oci": oci,
     "commands": commands,
+    "agent-words": agent_words,
+    "agent-fields": agent_fields,
 }
 
 

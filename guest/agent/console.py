@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from proto.extensions import CONSOLE_MARK
+
 # "quiet" on the kernel line keeps everything less severe than an error off the console.
 _LEVEL = 3
 _LONGEST = 900
@@ -21,7 +23,7 @@ def log(message: str) -> None:
     :param message: what happened.
     """
     global _fd  # noqa: PLW0603  one descriptor for the life of the machine
-    line = f"<{_LEVEL}>hako-agent: {' '.join(message.split())[:_LONGEST]}\n"
+    line = f"<{_LEVEL}>{CONSOLE_MARK}{' '.join(message.split())[:_LONGEST]}\n"
     try:
         if _fd < 0:
             _fd = os.open("/dev/kmsg", os.O_WRONLY | os.O_CLOEXEC)

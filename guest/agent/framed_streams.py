@@ -17,6 +17,7 @@ from guest.agent.console import log
 from guest.agent.errors import AgentError
 from guest.agent.ttrpc import Call
 from guest.agent.vsock import ANY_CID
+from proto.extensions import FRAMED_STREAM_PORT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from guest.agent.process import Process
     from guest.agent.streams import Output
 
-PORT = 1028
 _WORD = struct.Struct(">I")
 _EMPTY = _WORD.pack(0)
 _MAX_NAME = 1 << 12
@@ -42,7 +42,7 @@ def listen(find: Callable[[str], Container]) -> None:
     :raises OSError: if the port is taken.
     """
     listener = _socket.socket(_socket.AF_VSOCK, _socket.SOCK_STREAM)
-    listener.bind((ANY_CID, PORT))
+    listener.bind((ANY_CID, FRAMED_STREAM_PORT))
     listener.listen(16)
     _thread.start_new_thread(_accept, (listener, find))
 

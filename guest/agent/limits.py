@@ -15,6 +15,7 @@ import os
 
 from guest.agent import files
 from guest.agent.console import log
+from proto.extensions import AT_LEAST_ANNOTATION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ _FANOTIFY_MARK = 2 * _INODE
 _EPOLL_WATCH = 184
 _INET_PEER = 192
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
-_TOLD = "io.hako.at-least/"
 _SHRINKING = ("net/ipv4/tcp_mem", "net/ipv4/udp_mem")
 
 _lock = _thread.allocate_lock()
@@ -107,10 +107,10 @@ def accept(annotations: dict[str, str]) -> None:
 
     :param annotations: of a container; a host that knows this agent sends its limits among them.
     """
-    told = {key: value for key, value in annotations.items() if key.startswith(_TOLD)}
+    told = {key: value for key, value in annotations.items() if key.startswith(AT_LEAST_ANNOTATION)}
     with _lock:
         for key, value in told.items():
-            name = key.removeprefix(_TOLD).replace(".", "/")
+            name = key.removeprefix(AT_LEAST_ANNOTATION).replace(".", "/")
             path = f"{_ROOT}/{name}"
             least = _read(path)
             if path not in _kept and least is not None and value.isdigit() and least < (int(value),):

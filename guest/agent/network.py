@@ -146,8 +146,8 @@ class Network:
         """Make the given routes, rules and parameters those that the host wants, in place of its former ones.
 
         :param wanted: types.Route messages.
-        :param rules: grpc.Rules; None to leave them as they are.
-        :param settings: grpc.Settings; None to leave them as they are.
+        :param rules: hako.Rules; None to leave them as they are.
+        :param settings: hako.Settings; None to leave them as they are.
         :returns: which of the rules and parameters the kernel refuses, and why.
         :raises InvalidArgument: if a route is malformed.
         :raises AgentError: if a device does not exist, or the kernel refuses a route.
@@ -264,7 +264,7 @@ class Network:
     def _describe(self, route: Route, names: dict[int, str]) -> Message:
         hops = [
             self._codec.new(
-                "types.NextHop",
+                "hako.NextHop",
                 gateway=addresses.text_of(hop.gateway),
                 device=names.get(hop.index, ""),
                 weight=hop.weight,

@@ -9,6 +9,7 @@ the agent (see sysctl): crun knows neither shared namespaces nor those that are 
 from __future__ import annotations
 
 from guest.agent import huge_pages
+from proto.extensions import DEFAULT_ERRNO_ANNOTATION, UMASK_ANNOTATION, UNIFIED_ANNOTATION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
 VERSION = "1.0.2"
 _EPERM = 1
 _WITH_ERRNO = frozenset({"SCMP_ACT_ERRNO", "SCMP_ACT_TRACE"})
-# The protocol has no field for these; a host that knows this agent sends them as annotations.
-_UNIFIED = "io.hako.unified/"
-_DEFAULT_ERRNO = "io.hako.seccomp/default-errno"
-_UMASK = "io.hako.process/umask"
 
 
 def process(message: Message) -> dict[str, Any]:
@@ -85,8 +82,8 @@ def spec(message: Message, *, rootfs: str, namespaces: list[dict[str, str]], cgr
         "linux": _linux(message.Linux, namespaces=namespaces, cgroup=cgroup),
     }
     _apply_annotations(document["linux"], message.Annotations)
-    if _UMASK in message.Annotations:
-        document["process"]["user"]["umask"] = int(message.Annotations[_UMASK])
+    if UMASK_ANNOTATION in message.Annotations:
+        document["process"]["user"]["umask"] = int(message.Annotations[UMASK_ANNOTATION])
     # A joined UTS namespace keeps the name that CreateSandbox gave it.
     if message.Hostname and {"type": "uts"} in namespaces:
         document["hostname"] = message.Hostname
@@ -95,13 +92,16 @@ def spec(message: Message, *, rootfs: str, namespaces: list[dict[str, str]], cgr
 
 def _apply_annotations(linux: dict[str, Any], annotations: dict[str, str]) -> None:
     unified = {
-        key.removeprefix(_UNIFIED): value for key, value in annotations.items() if key.startswith(_UNIFIED)
+        key.removeprefix(UNIFIED_ANNOTATION): value
+        for key, value in annotations.items()
+        if key.startswith(UNIFIED_ANNOTATION)
     }
     if unified:
         linux.setdefault("resources", {})["unified"] = unified
     # crun takes no number with an action that has no use for it.
-    if _DEFAULT_ERRNO in annotations and linux.get("seccomp", {}).get("defaultAction") in _WITH_ERRNO:
-        linux["seccomp"]["defaultErrnoRet"] = int(annotations[_DEFAULT_ERRNO])
+    default_errno = annotations.get(DEFAULT_ERRNO_ANNOTATION)
+    if default_errno is not None and linux.get("seccomp", {}).get("defaultAction") in _WITH_ERRNO:
+        linux["seccomp"]["defaultErrnoRet"] = int(default_errno)
 
 
 def _mount(message: Message) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from guest.agent.console import log
 from guest.agent.errors import AgentError, Cancelled
 from guest.agent.ttrpc import Call
 from guest.agent.vsock import ANY_CID
+from proto.extensions import RAW_STREAMS_PARAMETER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from guest.agent.streams import Output
     from guest.agent.wire import Message
 
-_PARAMETER = "agent.passfd_listener_port="
 _CLAIM_TIMEOUT_S = 0.3
 """How much later than the request the connection may be seen; Kata's agent allows as long."""
 _READ_BYTES = 1 << 16
@@ -43,9 +43,9 @@ def listen(command_line: str) -> None:
     :raises ValueError: if the port is no number.
     """
     for parameter in command_line.split():
-        if parameter.startswith(_PARAMETER):
+        if parameter.startswith(RAW_STREAMS_PARAMETER):
             listener = _socket.socket(_socket.AF_VSOCK, _socket.SOCK_STREAM)
-            listener.bind((ANY_CID, int(parameter.removeprefix(_PARAMETER))))
+            listener.bind((ANY_CID, int(parameter.removeprefix(RAW_STREAMS_PARAMETER))))
             listener.listen(16)
             _thread.start_new_thread(_accept, (listener,))
 

@@ -36,7 +36,7 @@ class Rules:
         """Make the given rules those of the host, in place of its former ones.
 
         :param channel: to the kernel.
-        :param wanted: types.Rule messages.
+        :param wanted: hako.Rule messages.
         :returns: which the kernel refuses, and why.
         :raises OSError: if it refuses to tell of its own, or to remove one.
         """

@@ -1,4 +1,4 @@
-"""The virtio-serial port ``hako.agent``: one byte stream, one host connection after another."""
+"""The agent's virtio-serial port: one byte stream, one host connection after another."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import select
 from guest.agent import files
 from guest.agent.console import log
 from guest.agent.ttrpc import Connection
+from proto.extensions import SERIAL_PORT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from guest.agent.ttrpc import Server
 
-_PORT_NAME = "hako.agent"
 _PORT_CLASS = "/sys/class/virtio-ports"
 _NETLINK_KOBJECT_UEVENT = 15
 _KERNEL_EVENTS = 1
@@ -103,7 +103,7 @@ def _find_port() -> str | None:
         except FileNotFoundError:
             # The console's port has no name.
             continue
-        if name.strip() == _PORT_NAME:
+        if name.strip() == SERIAL_PORT:
             return port
     return None
 

@@ -27,6 +27,16 @@ from guest.agent.container_methods import ContainerMethods
 from guest.agent.errors import InvalidArgument
 from guest.agent.network import Network
 from guest.agent.process_methods import ProcessMethods
+from proto.extensions import (
+    CLOCK,
+    CLOCK_FEATURE,
+    FEATURE,
+    LIMITS,
+    PROCESSES,
+    STREAMS_FEATURE,
+    TIMELINE,
+    UNIFIED,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,11 +49,6 @@ _SERVING = 1
 _MEMORY = "/sys/devices/system/memory"
 _RNDADDTOENTCNT, _RNDRESEEDCRNG = 0x40045201, 0x5207
 _BYTES, _INODES = 1, 2
-_PROCESSES, _TIMELINE, _LIMITS = "hako.processes", "hako.timeline", "hako.limits"
-_CLOCK, _UNIFIED = "hako.clock", "hako.unified "
-"""Log types of our own, for what Kata's protocol has no call: a container's processes, times of the start,
-the kernel's limits after a loss of memory. Nanoseconds follow the fourth if the clock is to be moved, and
-lines with files of a control group and their values the last."""
 
 
 class Service:
@@ -173,25 +178,25 @@ class Service:
         return self._empty
 
     def _diagnostic_data(self, request: Message, _call: Call) -> Message:
-        if request.log_type == _TIMELINE:
+        if request.log_type == TIMELINE:
             return self._codec.new("grpc.GetDiagnosticDataResponse", data=timeline.report())
-        if request.log_type == _LIMITS:
+        if request.log_type == LIMITS:
             limits.follow()
             return self._codec.new("grpc.GetDiagnosticDataResponse")
-        if request.log_type.startswith(_CLOCK):
+        if request.log_type.startswith(CLOCK):
             return self._codec.new("grpc.GetDiagnosticDataResponse", data=self._clock(request.log_type))
         container = self._sandbox.container(request.container_id, InvalidArgument)
-        if request.log_type.startswith(_UNIFIED):
-            for line in request.log_type.removeprefix(_UNIFIED).splitlines():
+        if request.log_type.startswith(UNIFIED):
+            for line in request.log_type.removeprefix(f"{UNIFIED} ").splitlines():
                 cgroup.set_limit(container.cgroup, *line.split("=", 1))
             return self._codec.new("grpc.GetDiagnosticDataResponse")
-        if request.log_type != _PROCESSES:
-            raise InvalidArgument(f"diagnostic data: {request.log_type!r}: not kept; ask for {_PROCESSES!r}")
+        if request.log_type != PROCESSES:
+            raise InvalidArgument(f"diagnostic data: {request.log_type!r}: not kept; ask for {PROCESSES!r}")
         lines = [f"{pid} {exec_id}" for pid, exec_id in container.processes()]
         return self._codec.new("grpc.GetDiagnosticDataResponse", data="\n".join(lines))
 
     def _clock(self, log_type: str) -> str:
-        shift = log_type.removeprefix(_CLOCK)
+        shift = log_type.removeprefix(CLOCK)
         if shift:
             clock.move(int(shift), at_once=not self._sandbox.is_used)
         return clock.report()
@@ -203,7 +208,7 @@ class Service:
             init_daemon=os.getpid() == 1,
             storage_handlers=list(storage.DRIVERS),
             supports_seccomp=True,
-            extra_features=["hako", "hako.clock", "hako.streams", "seccomp"],
+            extra_features=[FEATURE, CLOCK_FEATURE, STREAMS_FEATURE, "seccomp"],
         )
         response = self._codec.new("grpc.GuestDetailsResponse", agent_details=details)
         if request.mem_block_size and files.exists(f"{_MEMORY}/block_size_bytes"):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 
 from guest.agent import files, kernel, modules, runtime, workers
-
-_PARAMETER = "hako.template"
+from proto.extensions import TEMPLATE_PARAMETER
 
 _WORKERS = 6
 """A connection, a wait for the end of a container and one for its want of memory, and its three streams."""
@@ -27,7 +26,7 @@ def prepare(command_line: str) -> None:
     :param command_line: the kernel's.
     :raises OSError: if the kernel refuses.
     """
-    if _PARAMETER not in command_line.split():
+    if TEMPLATE_PARAMETER not in command_line.split():
         return
     for name in _MODULES:
         modules.load(name)

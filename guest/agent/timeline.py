@@ -8,12 +8,13 @@ from __future__ import annotations
 import time
 
 from guest.agent import kernel
+from proto.extensions import READY_MARK
 
 _MOST = 100  # the life of a machine has no end of requests; its start has
 _BLOCKING = {"GetDiagnosticData", "GetOOMEvent", "ReadStderr", "ReadStdout", "WaitProcess", "WriteStdin"}
 _UNPACKING, _UNPACKED = b"] Trying to unpack rootfs image", b"] Freeing initrd memory"
 _BOOTED = b"] Run /init as init process"
-_SERVING, _PLUGGING, _PLUGGED = b"] hako-agent: serving", b"] pci 0000:", b": enabling device"
+_SERVING, _PLUGGING, _PLUGGED = f"] {READY_MARK}".encode(), b"] pci 0000:", b": enabling device"
 
 _noted: list[tuple[str, float, float]] = []
 _lap_s = 0.0

@@ -1,4 +1,4 @@
-"""The agent's vsock listener: port 1024, as many connections as the host likes."""
+"""The agent's vsock listener: as many connections as the host likes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import os
 
 from guest.agent import workers
 from guest.agent.ttrpc import Connection
+from proto.extensions import AGENT_PORT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from guest.agent.ttrpc import Server
 
-PORT = 1024
 ANY_CID = 0xFFFFFFFF
 
 
@@ -38,13 +38,13 @@ class _Stream:
 
 
 def listen(server: Server) -> None:
-    """Accept connections on vsock port 1024, each served by a thread.
+    """Accept connections on the agent's port, each served by a thread.
 
     :param server: the services on offer.
     :raises OSError: if the kernel has no vsock, or the port is taken.
     """
     listener = _socket.socket(_socket.AF_VSOCK, _socket.SOCK_STREAM)
-    listener.bind((ANY_CID, PORT))
+    listener.bind((ANY_CID, AGENT_PORT))
     listener.listen(16)
     _thread.start_new_thread(_accept, (listener, server))
 

@@ -117,6 +117,10 @@ def _agent_sources() -> dict[str, bytes]:
         f"guest/{path.relative_to(_PACKAGE_ROOT)}": path.read_bytes()
         for path in (_PACKAGE_ROOT / "__init__.py", *sorted((_PACKAGE_ROOT / "agent").glob("*.py")))
     }
+    sources |= {
+        f"proto/{name}": (_PACKAGE_ROOT.parent / "proto" / name).read_bytes()
+        for name in ("__init__.py", "extensions.py")
+    }
     sources["guest/agent/tables.py"] = schema.source().encode()
     return sources
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guest.image import cpio
-from hypervisor import AGENT_PORT, QemuHypervisor, VmSpec, template_key
+from hypervisor import QemuHypervisor, VmSpec, template_key
 from hypervisor.argv import kernel_command_line
 from hypervisor.machine import for_host
+from proto.extensions import AGENT_PORT
 from scripts.benchmarks.harness import Samples, alternate
 from scripts.benchmarks.stage import MeasurementError
 from shim import config

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.empty_pb2 import Empty
 
+from proto.extensions import CLOCK, CLOCK_FEATURE, FEATURE, LIMITS, SHARE_TAG, STREAMS_FEATURE, TIMELINE
 from proto.kata import agent_pb2, types_pb2
 from shim.agent.connection import CALL_TIMEOUT_S, AgentConnection, AgentFeatures
 from shim.agent.container_calls import ContainerCalls
 from shim.agent.file_calls import FileCalls
-from shim.agent.guest_paths import SHARE_DIRECTORY, SHARE_TAG, SHM_BYTES, SHM_DIRECTORY, WATCHABLE_DIRECTORY
+from shim.agent.guest_paths import SHARE_DIRECTORY, SHM_BYTES, SHM_DIRECTORY, WATCHABLE_DIRECTORY
 from shim.agent.process_calls import ProcessCalls
 from shim.transport.ttrpc_client import TtrpcClient
 
@@ -121,11 +122,11 @@ class Agent:
 
     async def ask_time(self) -> str:
         """Ask for the guest's time, see :func:`shim.machine.clock.reading`; only if it :attr:`tells_time`."""
-        return await self._connection.diagnose("hako.clock")
+        return await self._connection.diagnose(CLOCK)
 
     async def move_time(self, shift_ns: int) -> None:
         """Move the guest's clock; only if it :attr:`tells_time`."""
-        await self._connection.diagnose(f"hako.clock {shift_ns:+d}")
+        await self._connection.diagnose(f"{CLOCK} {shift_ns:+d}")
 
     async def create_sandbox(
         self, *, sandbox_id: str, hostname: str, dns: list[str], shm_bytes: int = SHM_BYTES
@@ -161,10 +162,10 @@ class Agent:
         )
         details = answer.agent_details
         self._connection.features = AgentFeatures(
-            is_hako="hako" in details.extra_features,
+            is_hako=FEATURE in details.extra_features,
             supports_seccomp=details.supports_seccomp,
-            frames_streams="hako.streams" in details.extra_features,
-            tells_time="hako.clock" in details.extra_features,
+            frames_streams=STREAMS_FEATURE in details.extra_features,
+            tells_time=CLOCK_FEATURE in details.extra_features,
         )
         if not self.is_hako:
             # A stock agent takes the options of such a storage only when it is mounted again.
@@ -204,7 +205,7 @@ class Agent:
 
     async def follow_limits(self) -> None:
         """Have the kernel's limits suit the memory that is left; only Hako's agent can."""
-        await self._connection.diagnose("hako.limits")
+        await self._connection.diagnose(LIMITS)
 
     async def timeline(self) -> str:
         """Ask what it did and when.
@@ -213,7 +214,7 @@ class Agent:
 
         :raises ShimError: of any kind, if the agent cannot tell.
         """
-        return await self._connection.diagnose("hako.timeline")
+        return await self._connection.diagnose(TIMELINE)
 
     async def next_oom(self) -> str:
         """Block until the guest kernel kills a process for memory.

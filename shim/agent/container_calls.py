@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.empty_pb2 import Empty
 
+from proto.extensions import PROCESSES, UNIFIED
 from proto.kata import agent_pb2, oci_pb2
 from shim.agent.connection import CALL_TIMEOUT_S
 from shim.errors import InvalidArgument
@@ -93,7 +94,7 @@ class ContainerCalls:
         if unified:
             lines = "\n".join(f"{name}={value}" for name, value in unified.items())
             await self._connection.diagnose(
-                f"hako.unified {lines}", container_id=container_id, timeout_s=CALL_TIMEOUT_S
+                f"{UNIFIED} {lines}", container_id=container_id, timeout_s=CALL_TIMEOUT_S
             )
 
     async def stats(self, container_id: str) -> agent_pb2.StatsContainerResponse:
@@ -110,7 +111,7 @@ class ContainerCalls:
 
         :raises ShimError: of any kind, if the agent cannot tell.
         """
-        lines = await self._connection.diagnose("hako.processes", container_id=container_id)
+        lines = await self._connection.diagnose(PROCESSES, container_id=container_id)
         return [line.partition(" ")[2] for line in lines.splitlines()]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 # Guest directories fixed by the protocol; a stock Kata agent confines itself to them.
-SHARE_TAG = "kataShared"
 SHARE_DIRECTORY = "/run/kata-containers/shared/containers"
 WATCHABLE_NAME = "watchable"
 WATCHABLE_DIRECTORY = f"{SHARE_DIRECTORY}/{WATCHABLE_NAME}"

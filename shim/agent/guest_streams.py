@@ -11,7 +11,8 @@ import logging
 from collections import deque
 from typing import TYPE_CHECKING, Protocol, Self
 
-from hypervisor import FRAMED_STREAM_PORT, RAW_STREAM_PORT, ChannelError
+from hypervisor import ChannelError
+from proto.extensions import FRAMED_STREAM_PORT, RAW_STREAM_PORT
 from shim.agent.frames import END, FrameError, Unframer, framed
 from shim.errors import Unavailable
 

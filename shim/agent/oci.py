@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from proto.extensions import DEFAULT_ERRNO_ANNOTATION, UMASK_ANNOTATION, UNIFIED_ANNOTATION
 from proto.kata import oci_pb2
 from shim.agent import shared_memory
 from shim.agent.guest_devices import allows_everything, is_of_the_guest, offered
@@ -33,10 +34,6 @@ _GUEST_NAMESPACES = ("ipc", "uts", "mount")
 _DEFAULT_DEVICES = frozenset(f"/dev/{name}" for name in ("null", "zero", "full", "tty", "random", "urandom"))
 _EPERM = 1
 _DEVICE_MODE = 0o666  # crun's
-# What the protocol has no field for travels as an annotation; an agent that does not know it ignores it.
-_UNIFIED = "io.hako.unified/"
-_DEFAULT_ERRNO = "io.hako.seccomp/default-errno"
-_UMASK = "io.hako.process/umask"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +96,7 @@ def _translate(
     annotations = dict(spec.get("annotations") or {})
     umask = umask_of(spec.get("process") or {})
     if umask is not None:
-        annotations[_UMASK] = str(umask)
+        annotations[UMASK_ANNOTATION] = str(umask)
     rewritten = {
         "ociVersion": "1.0.2",
         **{key: value for key, value in spec.items() if key not in {"process", "domainname"}},
@@ -181,7 +178,7 @@ def _devices(linux: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _resources(resources: dict[str, Any], *, annotations: dict[str, str]) -> dict[str, Any]:
     for key, value in (resources.get("unified") or {}).items():
-        annotations[f"{_UNIFIED}{key}"] = value
+        annotations[f"{UNIFIED_ANNOTATION}{key}"] = value
     return {**resources, "devices": _device_rules(resources), "unified": None}
 
 
@@ -191,7 +188,7 @@ def _device_rules(resources: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _seccomp(profile: dict[str, Any], *, annotations: dict[str, str]) -> dict[str, Any]:
     if profile.get("defaultErrnoRet") is not None:
-        annotations[_DEFAULT_ERRNO] = str(int(profile["defaultErrnoRet"]))
+        annotations[DEFAULT_ERRNO_ANNOTATION] = str(int(profile["defaultErrnoRet"]))
     # An agent reads an absent number as 0, which turns a refusal into a success.
     syscalls = [{"errnoRet": _EPERM, **rule} for rule in profile.get("syscalls") or []]
     return {**profile, "syscalls": syscalls, "defaultErrnoRet": None}

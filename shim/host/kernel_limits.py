@@ -10,8 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-#: What the agent that knows them finds them under; another ignores them.
-PREFIX = "io.hako.at-least/"
+from proto.extensions import AT_LEAST_ANNOTATION
 
 _ROOT = Path("/proc/sys")
 # With what Linux has chosen since 5.10.
@@ -55,8 +54,8 @@ def announce(spec: dict[str, Any], limits: dict[str, int]) -> dict[str, Any]:
     :raises AttributeError, TypeError: if the specification is malformed.
     """
     annotations = spec.get("annotations") or {}
-    own = {key: value for key, value in annotations.items() if not key.startswith(PREFIX)}
-    told = {f"{PREFIX}{name}": str(value) for name, value in limits.items()}
+    own = {key: value for key, value in annotations.items() if not key.startswith(AT_LEAST_ANNOTATION)}
+    told = {f"{AT_LEAST_ANNOTATION}{name}": str(value) for name, value in limits.items()}
     return {**spec, "annotations": {**own, **told}}
 
 

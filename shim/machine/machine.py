@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from hypervisor import (
-    AGENT_PORT,
     SHARE_DAEMON,
     Accelerator,
     Channel,
@@ -29,6 +28,7 @@ from hypervisor import (
     VmSpec,
     template_key,
 )
+from proto.extensions import AGENT_PORT
 from shim.agent.client import Agent
 from shim.agent.guest_paths import MODULES_NAME, WATCHABLE_NAME
 from shim.agent.guest_streams import LongStreams, RawStreams, Requests

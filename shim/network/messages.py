@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from proto import extensions_pb2
 from proto.kata import agent_pb2, types_pb2
 from shim.network.plan import NOWHERE, NextHop
 from shim.network.rules import USUAL
@@ -69,15 +70,17 @@ def routes(planned: Iterable[Route]) -> agent_pb2.Routes:
     return agent_pb2.Routes(Routes=[_route(route) for route in ordered])
 
 
-def rules(planned: Iterable[Rule] | None) -> agent_pb2.Rules:
+def rules(planned: Iterable[Rule] | None) -> extensions_pb2.Rules:
     """Describe all rules that the guest shall have; None are those that every namespace begins with."""
     chosen = USUAL if planned is None else planned
-    return agent_pb2.Rules(rules=[types_pb2.Rule(body=rule.body, text=rule.text) for rule in chosen])
+    return extensions_pb2.Rules(
+        rules=[extensions_pb2.Rule(body=rule.body, text=rule.text) for rule in chosen]
+    )
 
 
-def settings(planned: Iterable[tuple[str, str]]) -> agent_pb2.Settings:
+def settings(planned: Iterable[tuple[str, str]]) -> extensions_pb2.Settings:
     """Describe all kernel parameters that the guest shall have."""
-    return agent_pb2.Settings(values=dict(planned))
+    return extensions_pb2.Settings(values=dict(planned))
 
 
 def neighbours(planned: Iterable[Neighbour]) -> agent_pb2.ARPNeighbors:
@@ -142,7 +145,7 @@ def _address(address: Address, *, interface: str) -> types_pb2.IPAddress:
     )
     if not is_plain or address.broadcast != own_broadcast:
         whole.details.CopyFrom(
-            types_pb2.AddressDetails(
+            extensions_pb2.AddressDetails(
                 prefix=network.prefixlen,
                 peer=address.peer,
                 broadcast=address.broadcast,
@@ -169,7 +172,9 @@ def _route(route: Route) -> types_pb2.Route:
         mtu=route.mtu,
         metric=route.metric,
         next_hops=[
-            types_pb2.NextHop(gateway=hop.gateway, device=hop.interface, weight=hop.weight, flags=_flags(hop))
+            extensions_pb2.NextHop(
+                gateway=hop.gateway, device=hop.interface, weight=hop.weight, flags=_flags(hop)
+            )
             for hop in route.hops
         ]
         if len(route.hops) > 1

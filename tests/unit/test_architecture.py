@@ -32,7 +32,7 @@ MACHINES = MACHINE_CLASSES | {"vm"}
 OURS = {"shim", "hypervisor", "guest", "proto"}
 ARROWS = {
     "shim": {"shim", "hypervisor", "proto"},
-    "hypervisor": {"hypervisor"},
+    "hypervisor": {"hypervisor", "proto"},
     "guest": {"guest", "proto"},
     "proto": {"proto"},
 }

@@ -14,6 +14,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool
 from proto.containerd import task_v2_pb2, task_v3_pb2
 
 PACKAGES = {
+    "proto.extensions_pb2": "hako",
     "proto.ttrpc_pb2": "ttrpc",
     "proto.containerd.bootstrap_v1_pb2": "containerd.runtime.bootstrap.v1",
     "proto.containerd.cgroups_v1_pb2": "io.containerd.cgroups.v1",
@@ -131,20 +132,21 @@ grpc.LinuxSyscall: 1 Names []string; 2 Action string; 3 errnoret uint32 oneof Er
     []LinuxSeccompArg
 grpc.VolumeUsage: 1 available uint64; 2 total uint64; 3 used uint64; 4 unit Unit
 grpc.VersionCheckResponse: 1 grpc_version string; 2 agent_version string
-types.IPAddress: 1 family IPFamily; 2 address string; 3 mask string; 1001 details AddressDetails
-types.AddressDetails: 1 prefix uint32; 2 peer string; 3 broadcast string; 4 label string; 5 scope uint32;
+types.IPAddress: 1 family IPFamily; 2 address string; 3 mask string; 1001 details hako.AddressDetails
+hako.AddressDetails: 1 prefix uint32; 2 peer string; 3 broadcast string; 4 label string; 5 scope uint32;
   6 flags uint32; 7 metric uint32; 8 deprecated bool
-types.Rule: 1 body bytes; 2 text string
-grpc.Rules: 1 rules []types.Rule
-grpc.Settings: 1 values map<string,string>
-grpc.UpdateRoutesRequest: 1 routes Routes; 1001 rules Rules; 1002 settings Settings
+hako.Rule: 1 body bytes; 2 text string
+hako.Rules: 1 rules []Rule
+hako.Settings: 1 values map<string,string>
+grpc.UpdateRoutesRequest: 1 routes Routes; 1001 rules hako.Rules; 1002 settings hako.Settings
 grpc.AddARPNeighborsRequest: 1 neighbors ARPNeighbors; 1001 complete bool
 types.Interface: 1 device string; 2 name string; 3 IPAddresses []IPAddress; 4 mtu uint64; 5 hwAddr string; 6
     devicePath string; 7 type string; 8 raw_flags uint32
 types.Route: 1 dest string; 2 gateway string; 3 device string; 4 source string; 5 scope uint32; 6 family
-    IPFamily; 7 flags uint32; 8 mtu uint32; 1001 metric uint32; 1002 next_hops []NextHop; 1003 type uint32;
-  1004 table uint32; 1005 tos uint32; 1006 protocol uint32; 1007 senders string; 1008 attributes bytes
-types.NextHop: 1 gateway string; 2 device string; 3 weight uint32; 4 flags uint32
+    IPFamily; 7 flags uint32; 8 mtu uint32; 1001 metric uint32; 1002 next_hops []hako.NextHop; 1003 type
+    uint32; 1004 table uint32; 1005 tos uint32; 1006 protocol uint32; 1007 senders string; 1008 attributes
+    bytes
+hako.NextHop: 1 gateway string; 2 device string; 3 weight uint32; 4 flags uint32
 types.ARPNeighbor: 1 toIPAddress IPAddress; 2 device string; 3 lladdr string; 4 state int32; 5 flags int32
 containerd.task.v2.CreateTaskRequest: 1 id string; 2 bundle string; 3 rootfs []containerd.types.Mount; 4
     terminal bool; 5 stdin string; 6 stdout string; 7 stderr string; 8 checkpoint string; 9

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from proto import extensions_pb2
 from proto.kata import agent_pb2, types_pb2
 from tests.integration.guest.agent_client import StatusError
 from tests.integration.guest.conftest import IMAGE, Life
@@ -207,7 +208,7 @@ def described(routes: list[types_pb2.Route]) -> set[tuple[object, ...]]:
 
 
 def test_routes_replace_the_former_ones(network: Pod) -> None:
-    route, hop = types_pb2.Route, types_pb2.NextHop
+    route, hop = types_pb2.Route, extensions_pb2.NextHop
     v6 = types_pb2.v6
     # A gateway comes before what makes it reachable: the agent puts them in order.
     routes = network.update_routes(

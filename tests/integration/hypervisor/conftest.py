@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from hypervisor import AGENT_PORT, Accelerator, Channel, QemuHypervisor, VmSpec, channel_problem, template_key
+from hypervisor import Accelerator, Channel, QemuHypervisor, VmSpec, channel_problem, template_key
 from hypervisor.saving import save_template
+from proto.extensions import AGENT_PORT
 from tests.patience import patient
 
 from .guest_shell import PARAMETERS, GuestShell, initrd

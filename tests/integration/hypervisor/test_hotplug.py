@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from hypervisor import AGENT_PORT, Disk, DiskLimits, HostPciDevice, HypervisorError, Nic
+from hypervisor import Disk, DiskLimits, HostPciDevice, HypervisorError, Nic
 from hypervisor.devices import Description
 from hypervisor.errors import HotplugError
+from proto.extensions import AGENT_PORT
 from tests.patience import patient
 
 from .guest_shell import PARAMETERS, GuestShell

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hypervisor import AGENT_PORT, Channel, TemplateError, VmStartError
+from hypervisor import Channel, TemplateError, VmStartError
 from hypervisor.saving import save_template
+from proto.extensions import AGENT_PORT
 from tests.patience import patient
 
 from .conftest import BOOT_S, SAVE_S, START_S, VIRTIOFSDS, usable_channels

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hypervisor import AGENT_PORT, Channel, ChannelError
+from hypervisor import Channel, ChannelError
+from proto.extensions import AGENT_PORT
 from tests.patience import patient
 
 from .conftest import VIRTIOFSDS, usable_channels

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from hypervisor import AGENT_PORT, Channel, ChannelError
+from hypervisor import Channel, ChannelError
+from proto.extensions import AGENT_PORT
 from tests.patience import patient
 
 START_S = patient(20)

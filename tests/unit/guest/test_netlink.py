@@ -73,8 +73,8 @@ def test_messages_are_laid_out_as_the_kernel_has_them() -> None:
     v4 = rtnetlink.Address(index=2, packed=pack("192.0.2.2"), prefix=24)
     v6 = rtnetlink.Address(index=2, packed=pack("2001:db8::2"), prefix=64, flags=rtnetlink.IFA_F_NODAD)
     hops = [
-        CODEC.new("types.NextHop", gateway="192.0.2.3", device="eth0", weight=1),
-        CODEC.new("types.NextHop", gateway="192.0.2.4", device="eth1", weight=3),
+        CODEC.new("hako.NextHop", gateway="192.0.2.3", device="eth0", weight=1),
+        CODEC.new("hako.NextHop", gateway="192.0.2.4", device="eth1", weight=3),
     ]
     assert rtnetlink.encode_link(2, name="eth0", mac=MAC, mtu=1400, flags=1, mask=0x81) == hexed(
         "00 00 0000 02000000 01000000 81000000"

@@ -25,7 +25,7 @@ OWN = HEADER.pack(2, 0, 0, 0, 254, 0, 0, 1, 0) + attribute(6, struct.pack("=I", 
 
 
 def rule(body: bytes, text: str = "rule") -> Message:
-    return CODEC.new("types.Rule", body=body, text=text)
+    return CODEC.new("hako.Rule", body=body, text=text)
 
 
 class Kernel:

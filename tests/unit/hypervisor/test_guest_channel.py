@@ -12,8 +12,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from hypervisor import AGENT_PORT, Channel, ChannelError, VmStartError, channel_problem
+from hypervisor import Channel, ChannelError, VmStartError, channel_problem
 from hypervisor.vsock import NotListeningError, SerialChannel, UserVsockChannel, make_channel
+from proto.extensions import AGENT_PORT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
