@@ -27,7 +27,7 @@ BUILD_TIMEOUT_S = patient(100.0)
 TURNS = pytest.StashKey["Turns"]()
 
 
-class ByFileAndStack(LoadScopeScheduling):
+class ByFileAndStack(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
     """Gives a lane the tests of one file on one stack at a time, in the order in which pytest has them.
 
     So what a module shares is made once, and each lane goes from stack to stack once. The files of
@@ -132,7 +132,7 @@ def templates(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     store, config = place / "templates", place / "templates.toml"
     guest = f"[guest]\nboot_timeout_s = {patient(DEFAULT_BOOT_S):.0f}\n"
     config.write_text(f'[hypervisor]\ntemplate_dir = "{store}"\n{guest}', encoding="utf-8")
-    argv = [SHIM_DIRECTORY / "hako", "template", "build", "--config", config]
+    argv = [str(SHIM_DIRECTORY / "hako"), "template", "build", "--config", str(config)]
     subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, timeout=BUILD_TIMEOUT_S)
     return store
 

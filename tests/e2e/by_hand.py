@@ -69,7 +69,7 @@ class ByHand:
         (self._bundle / "rootfs").mkdir(parents=True)
         self._root = {"type": "bind", "source": str(self.rootfs), "options": ["rbind", "rw"]}
         if disk is not None:
-            argv = ["/usr/sbin/mkfs.ext4", "-q", "-d", self.rootfs, disk, "64M"]
+            argv = ["/usr/sbin/mkfs.ext4", "-q", "-d", str(self.rootfs), str(disk), "64M"]
             subprocess.run(argv, check=True, stderr=subprocess.DEVNULL)
             self._root = {"type": "ext4", "source": str(disk), "options": ["loop", "rw"]}
         spec = {
@@ -153,7 +153,7 @@ class ByHand:
         exec_id = f"exec-{next(self._numbers)}"
         document = json.dumps({"args": command, **self._process}).encode()
         spec = any_pb2.Any(type_url=PROCESS_TYPE, value=document)
-        paths = {name: str(path) for name, path in streams.items()}
+        paths: dict[str, Any] = {name: str(path) for name, path in streams.items()}
         self.call("Exec", exec_id=exec_id, spec=spec, **paths)
         self.call("Start", exec_id=exec_id)
         return exec_id

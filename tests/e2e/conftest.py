@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -91,7 +91,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="only Hako is meant"))
         mostly = item.get_closest_marker("mostly_on")
         if mostly and isinstance(item, pytest.Function):
-            release, protocol = item.callspec.params["stack"]
+            release, protocol = cast("tuple[Release, str]", item.callspec.params["stack"])
             if f"{release.name}-{protocol}" != mostly.args[0]:
                 item.add_marker(pytest.mark.nightly)
 
@@ -101,7 +101,7 @@ def pytest_report_header() -> list[str]:
     lines = []
     for release in RELEASES:
         with contextlib.suppress(FileNotFoundError):
-            argv = [release.programs / "containerd", "--version"]
+            argv = [str(release.programs / "containerd"), "--version"]
             version = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()[2]
             lines.append(f"containerd {release.name}: {version}")
     return lines

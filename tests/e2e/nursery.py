@@ -177,12 +177,12 @@ class Nursery:
         return reply
 
 
-def _start(request: dict[str, object]) -> dict[str, object]:
-    stdin, stdout, stderr = request["files"]  # type: ignore[misc]
+def _start(request: dict[str, Any]) -> dict[str, object]:
+    stdin, stdout, stderr = request["files"]
     with open(stdin, "rb") as source, open(stdout, "ab") as output, open(stderr, "ab") as errors:  # noqa: PTH123
         try:
             child = subprocess.Popen(
-                request["argv"],  # type: ignore[call-overload]
+                request["argv"],
                 env=request["env"],
                 cwd=request["cwd"],
                 stdin=source,

@@ -105,7 +105,7 @@ class Tasks:
         """
         return self.begin(name, container, timeout_s=timeout_s, **fields).result()
 
-    def begin_create(self, container: str, **streams: str) -> Any:
+    def begin_create(self, container: str, **streams: Any) -> Any:
         """Begin to create the task of a container that ``ctr`` has created."""
         snapshot = {"snapshotter": _SNAPSHOTTER, "key": container}
         mounts = self._call("Snapshots", "Mounts", snapshot, timeout_s=CALL_TIMEOUT_S).result().mounts
@@ -154,7 +154,8 @@ class Tasks:
     def _call(self, service: str, name: str, fields: dict[str, Any], *, timeout_s: float | None) -> Any:
         method = _service(service).methods_by_name[name]
         path = f"/containerd.services.{_SERVICES[service]}.v1.{service}/{name}"
-        make = self._channel.unary_stream if method.server_streaming else self._channel.unary_unary
+        streams = method.server_streaming
+        make: Any = self._channel.unary_stream if streams else self._channel.unary_unary
         request = GetMessageClass(method.input_type)
         callee = make(
             path,
@@ -162,7 +163,7 @@ class Tasks:
             response_deserializer=GetMessageClass(method.output_type).FromString,
         )
         metadata = (("containerd-namespace", self._namespace),)
-        begin = callee if method.server_streaming else callee.future
+        begin = callee if streams else callee.future
         return begin(request(**fields), timeout=timeout_s, metadata=metadata)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
@@ -26,7 +27,6 @@ LARGE_CLASSES = {
     "shim.machine.machine.Machine",
     "shim.sandbox.sandbox.Sandbox",
 }
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 MACHINE_CLASSES = {"Hypervisor", "QemuHypervisor"}
 MACHINES = MACHINE_CLASSES | {"vm"}
 OURS = {"shim", "hypervisor", "guest", "proto"}
@@ -137,9 +137,9 @@ def test_shim_has_few_modules_outside_its_rooms() -> None:
     assert rooms == set(ROOMS)
 
 
-def is_method(node: ast.stmt) -> bool:
+def is_method(node: ast.stmt) -> TypeGuard[ast.FunctionDef | ast.AsyncFunctionDef]:
     """Whether a part of a class is a method, public or private, other than Python's own."""
-    return isinstance(node, FUNCTIONS) and not node.name.startswith("__")
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("__")
 
 
 def test_no_class_has_more_than_25_methods() -> None:

@@ -13,6 +13,7 @@ from guest.agent import channels
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from typing import Any
 
 
 GET, SET = 0x3C, 0x3D
@@ -23,7 +24,7 @@ class Driver:
 
     def __init__(self, **cards: tuple[int, int] | None) -> None:
         self.cards = cards
-        self.commands = []
+        self.commands: list[Any] = []
 
     def ioctl(self, _fd: int, _code: int, request: bytes) -> None:
         name, pointer = struct.unpack("@16sP16x", request)
@@ -33,7 +34,9 @@ class Driver:
         if self.cards[name] is None:
             raise OSError(95, "Operation not supported")
         if words[0] == GET:
-            words[4], words[8] = self.cards[name]
+            channels = self.cards[name]
+            assert channels is not None
+            words[4], words[8] = channels
         else:
             self.cards[name] = (words[4], words[8])
 

@@ -49,7 +49,8 @@ def test_the_clock_is_set_forward_or_by_much_or_before_anything_runs(
 def test_a_clock_that_is_a_little_ahead_is_slowed_down_and_goes_on_at_its_rate(
     asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended, slept = threading.Event(), []
+    ended = threading.Event()
+    slept: list[float] = []
     monkeypatch.setattr(clock.time, "sleep", slept.append)
     times = iter([100.0, 100.0, 101.0, 110.0])
     monkeypatch.setattr(clock.time, "monotonic", lambda: next(times))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 import pytest
 from hypothesis import given
@@ -180,7 +180,7 @@ class Kernel:
 def channel_to(*datagrams: bytes) -> netlink.Channel:
     channel = netlink.Channel()
     channel._socket.close()
-    channel._socket = Kernel(*datagrams)
+    channel._socket = cast("socket.socket", Kernel(*datagrams))
     return channel
 
 

@@ -34,7 +34,7 @@ def root(tmp_path: Path) -> Path:
 def home_of(uid: int, root: Path, *env: str, **places: Any) -> list[str]:
     process = {"env": list(env), "user": {"uid": uid}}
     passwd.give_home(process, root=str(root), **places)
-    return process["env"]
+    return list(process["env"])
 
 
 @pytest.mark.parametrize(

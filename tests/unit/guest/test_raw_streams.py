@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -18,6 +18,8 @@ from guest.agent.streams import Pipes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from guest.agent.wire import Message
 
 
 TIMEOUT_S = 5.0
@@ -58,8 +60,8 @@ def host() -> Iterator[Callable[[int], socket.socket]]:
         end.close()
 
 
-def request(*, stdin: int = 0, stdout: int = 0, stderr: int = 0) -> SimpleNamespace:
-    return SimpleNamespace(stdin_port=stdin, stdout_port=stdout, stderr_port=stderr)
+def request(*, stdin: int = 0, stdout: int = 0, stderr: int = 0) -> Message:
+    return cast("Message", SimpleNamespace(stdin_port=stdin, stdout_port=stdout, stderr_port=stderr))
 
 
 def read_all(stream: socket.socket) -> bytes:

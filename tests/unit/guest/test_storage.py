@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -14,6 +14,8 @@ from proto.kata import agent_pb2, types_pb2
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from guest.agent.wire import Message
 
 ALWAYS = types_pb2.FSGroupChangePolicy.Always
 ON_MISMATCH = types_pb2.FSGroupChangePolicy.OnRootMismatch
@@ -35,7 +37,7 @@ def volume(tmp_path: Path) -> Path:
 
 def give(volume: Path, policy: types_pb2.FSGroupChangePolicy) -> None:
     group = agent_pb2.FSGroup(group_id=os.getgid(), group_change_policy=policy)
-    storage.add(agent_pb2.Storage(driver="local", mount_point=str(volume), fs_group=group))
+    storage.add(cast("Message", agent_pb2.Storage(driver="local", mount_point=str(volume), fs_group=group)))
 
 
 def mode(path: Path) -> int:
@@ -74,5 +76,5 @@ def test_a_share_is_mounted_as_soon_as_it_is_there(
     share = agent_pb2.Storage(
         driver="virtio-fs", source="kataShared", fstype="virtiofs", mount_point=f"{tmp_path}"
     )
-    storage._make(share)
+    storage._make(cast("Message", share))
     assert calls == [("kataShared", str(tmp_path), "virtiofs")] * (1 + late)

@@ -16,7 +16,6 @@ from proto import ttrpc_pb2
 from proto.kata import agent_pb2, oci_pb2
 
 if TYPE_CHECKING:
-    from google.protobuf.descriptor import FieldDescriptor
     from google.protobuf.message import Message as Reference
 
 CODEC = Codec(schema.messages())
@@ -54,11 +53,13 @@ def values_of(kind: str, inner: str) -> st.SearchStrategy[Any]:
 
 
 def contents_of(name: str) -> st.SearchStrategy[dict[str, Any]]:
-    fields = {}
+    fields: dict[str, st.SearchStrategy[Any]] = {}
     for field, kind, presence, inner in schema.messages()[name].values():
         if kind == "map":
             entry = schema.messages()[inner]
-            value = st.dictionaries(st.text(max_size=4), values_of(entry[2][1], entry[2][3]), max_size=2)
+            value: st.SearchStrategy[Any] = st.dictionaries(
+                st.text(max_size=4), values_of(entry[2][1], entry[2][3]), max_size=2
+            )
         else:
             value = values_of(kind, inner)
             if presence == "repeated":
@@ -90,7 +91,7 @@ def fill(reference: Reference, content: dict[str, Any]) -> None:
             fill(getattr(reference, name), value)
 
 
-def is_map(field: FieldDescriptor) -> bool:
+def is_map(field: Any) -> bool:
     return field.message_type is not None and field.message_type.GetOptions().map_entry
 
 

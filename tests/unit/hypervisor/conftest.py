@@ -68,7 +68,7 @@ class Peer:
         # The library sends no line ends: a command is over when its JSON is.
         while True:
             with contextlib.suppress(ValueError):
-                message = json.loads(self._received)
+                message: dict[str, Any] = json.loads(self._received)
                 self._received.clear()
                 return message
             chunk = await asyncio.get_running_loop().sock_recv(self._stream, 4096)

@@ -83,9 +83,10 @@ async def test_a_race_that_nobody_wins_proves_nothing(monkeypatch: pytest.Monkey
     monkeypatch.setattr(accelerator, "_DEADLINE_S", DEADLINE_S)
     over = []
 
-    async def run(which: interface.Accelerator) -> None:
+    async def run(which: interface.Accelerator) -> _Run:
         try:
-            await asyncio.sleep(NEVER_S)
+            never: asyncio.Future[_Run] = asyncio.get_running_loop().create_future()
+            return await never
         finally:
             over.append(which)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import cast
 
 import pytest
 
 from hypervisor import acpi
-from hypervisor.qmp import Event
+from hypervisor.qmp import Event, EventStream
 
 SLOT = acpi.Slot("CPU", 3, "vcpu3")
 CHECK, EJECT, OS_EJECT = 0x1, 0x3, 0x103
@@ -36,7 +37,7 @@ def deleted(device: str) -> Event:
 
 
 async def answer(*events: Event, leaving: bool) -> str:
-    return await acpi.answer(SLOT, Events(*events), leaving=leaving, timeout_s=0.01)
+    return await acpi.answer(SLOT, cast("EventStream", Events(*events)), leaving=leaving, timeout_s=0.01)
 
 
 SILENCE = "no answer within 0.01 s"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from hypervisor.printable import printable
 from hypervisor.process import LINE_LIMIT, Process, waits_more_than_it_runs
 
 
-def shell(script: str, **kwargs: bool | list[int]) -> Process:
+def shell(script: str, **kwargs: Any) -> Process:
     return Process.spawn("test", ["/bin/sh", "-c", script], **kwargs)
 
 

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 TIMESTAMP = {"seconds": 1, "microseconds": 0}
-OK = {"return": {}}
+OK: dict[str, Any] = {"return": {}}
 NO = {"error": {"class": "GenericError", "desc": "not today"}}
 NOT_FOUND = {"error": {"class": "DeviceNotFound", "desc": "no such device"}}
-PATH = [
+PATH: list[dict[str, Any]] = [
     {"return": 7 << 3},
     {"return": "/machine/peripheral/bus1/bus1"},
     {"return": 5 << 3},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -14,7 +15,10 @@ from hypervisor.memory import Memory
 from hypervisor.qmp import CommandRefusedError, Event
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
+
+    from hypervisor.devices import Devices
+    from hypervisor.qmp import QmpSession
 
 
 MIB = 1 << 20
@@ -25,11 +29,11 @@ class OldQemu:
     """A session whose QEMU knows no virtio-mem, and whose guest does all at once."""
 
     def __init__(self) -> None:
-        self.asked = []
-        self.refuses = ()
-        self.sizes = {}
-        self.plugged = {}
-        self._answers = asyncio.Queue()
+        self.asked: list[str] = []
+        self.refuses: tuple[str, ...] = ()
+        self.sizes: dict[str, int] = {}
+        self.plugged: dict[str, int] = {}
+        self._answers: asyncio.Queue[Event] = asyncio.Queue()
 
     @contextmanager
     def events(self, *_names: str) -> Iterator[OldQemu]:
@@ -42,7 +46,7 @@ class OldQemu:
         self,
         _kind: type[object],
         command: str,
-        arguments: dict[str, int | str] | None = None,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
         **_limits: float,
     ) -> dict[str, int]:
         if command in self.refuses or command == "device-list-properties":
@@ -74,7 +78,7 @@ async def qemu() -> OldQemu:
 
 @pytest.fixture
 def memory(qemu: OldQemu) -> Memory:
-    return Memory(qemu, None, boot_bytes=BOOT, most_bytes=MOST)
+    return Memory(cast("QmpSession", qemu), cast("Devices", None), boot_bytes=BOOT, most_bytes=MOST)
 
 
 async def test_a_module_has_its_backend_before_it_and_is_a_multiple_of_128_mib(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 GOLDEN = Path(__file__).parent / "golden"
 
-DEVICES = {
+DEVICES: dict[Channel, KernelVsock | UserVsock | SerialPort] = {
     Channel.VHOST_VSOCK: KernelVsock(fd=13, cid=4711),
     Channel.VHOST_USER_VSOCK: UserVsock(fd=13),
     Channel.VIRTIO_SERIAL: SerialPort(fd=13),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -13,6 +13,8 @@ from hypervisor.vcpus import Vcpus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from hypervisor.qmp import QmpSession
 
 
 class Qemu:
@@ -27,7 +29,7 @@ class Qemu:
 
 
 def vcpus(thread: object) -> Vcpus:
-    return Vcpus(Qemu(thread), pid=os.getpid(), boot=1, most=1, emulated=True)
+    return Vcpus(cast("QmpSession", Qemu(thread)), pid=os.getpid(), boot=1, most=1, emulated=True)
 
 
 @pytest.fixture

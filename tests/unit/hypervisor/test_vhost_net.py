@@ -14,7 +14,6 @@ from hypervisor.devices import Devices
 from hypervisor.errors import HotplugError
 
 if TYPE_CHECKING:
-    from asyncio.tasks import _GatheringFuture
     from collections.abc import Iterator
     from typing import Any
 
@@ -22,11 +21,13 @@ if TYPE_CHECKING:
     from tests.unit.hypervisor.conftest import Peer
 
 
-OK = {"return": {}}
-NO = {"error": {"class": "GenericError", "desc": "vhost-net requested but could not be initialized"}}
+OK: dict[str, Any] = {"return": {}}
+NO: dict[str, Any] = {
+    "error": {"class": "GenericError", "desc": "vhost-net requested but could not be initialized"}
+}
 FULL = {"error": {"class": "GenericError", "desc": "could not configure /dev/net/tun"}}
 NOT_FOUND = {"error": {"class": "DeviceNotFound", "desc": "no such device"}}
-PATH = [
+PATH: list[dict[str, Any]] = [
     {"return": 7 << 3},
     {"return": "/machine/peripheral/bus1/bus1"},
     {"return": 5 << 3},
@@ -41,7 +42,7 @@ def descriptors() -> int:
 
 @pytest.fixture
 def taps() -> Iterator[tuple[int, int]]:
-    opened = tuple(os.open("/dev/null", os.O_RDWR) for _ in range(2))
+    opened = os.open("/dev/null", os.O_RDWR), os.open("/dev/null", os.O_RDWR)
     yield opened
     for fd in opened:
         os.close(fd)
@@ -54,7 +55,7 @@ def vhost_net(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def plugged(
     connected: tuple[QmpSession, Peer], taps: tuple[int, int], *answers: dict[str, Any]
-) -> _GatheringFuture | tuple[HotplugError | str, list[dict[str, Any]]]:
+) -> tuple[HotplugError | str, list[dict[str, Any]]]:
     """Plug a card with two pairs of queues; return the outcome, and what QEMU was told of its backend."""
     session, peer = connected
     devices = Devices(session, buses=["bus1"], ports=[])

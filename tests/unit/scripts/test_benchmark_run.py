@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from _pytest.capture import CaptureResult
 
+    from scripts.benchmarks import stage as benchmarks
+
 
 ISSUE = [
     *("clone_over_cold", "run_template_over_cold", "cold_over_bare", "start_over_runc", "delete_ms"),
@@ -40,12 +42,12 @@ class Stage:
             raise TimeoutError("QEMU stays")
 
 
-def good_ms(stage: Stage) -> Samples:
+def good_ms(stage: benchmarks.Stage) -> Samples:
     """Measure."""
     return Samples(value=(1.0, 2.0, 3.0), baseline=(4.0,))
 
 
-def bad_ms(stage: Stage) -> None:
+def bad_ms(stage: benchmarks.Stage) -> Samples:
     """Fail."""
     raise ValueError("the guest is silent")
 
@@ -53,8 +55,8 @@ def bad_ms(stage: Stage) -> None:
 @pytest.fixture
 def run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, dict[str, dict[str, Any]], CaptureResult]]:
-    def run(*arguments: str, stage: Stage) -> tuple[int, dict[str, dict[str, Any]], CaptureResult]:
+) -> Callable[..., tuple[int, dict[str, dict[str, Any]], CaptureResult[str]]]:
+    def run(*arguments: str, stage: Stage) -> tuple[int, dict[str, dict[str, Any]], CaptureResult[str]]:
         monkeypatch.setattr(
             command, "METRICS", {m.name: m for m in (Metric(bad_ms, "ms", ""), Metric(good_ms, "ms", ""))}
         )
@@ -72,7 +74,7 @@ def test_every_number_that_was_promised_has_a_metric() -> None:
 
 @pytest.mark.parametrize("obstinate", [False, True], ids=["cleared", "not-even-cleared"])
 def test_a_metric_that_fails_says_so_and_the_others_are_measured(
-    run: Callable[..., tuple[int, dict[str, dict[str, Any]], CaptureResult]], obstinate: bool
+    run: Callable[..., tuple[int, dict[str, dict[str, Any]], CaptureResult[str]]], obstinate: bool
 ) -> None:
     stage = Stage(obstinate=obstinate)
     status, results, output = run(stage=stage)
@@ -86,7 +88,7 @@ def test_a_metric_that_fails_says_so_and_the_others_are_measured(
 
 
 def test_only_what_was_asked_for_is_measured(
-    run: Callable[..., tuple[int, dict[str, dict[str, Any]], CaptureResult]],
+    run: Callable[..., tuple[int, dict[str, dict[str, Any]], CaptureResult[str]]],
 ) -> None:
     status, results, _ = run("good_ms", "good_ms", stage=Stage())
 
@@ -94,7 +96,7 @@ def test_only_what_was_asked_for_is_measured(
 
 
 def test_an_unknown_name_is_refused(
-    run: Callable[..., tuple[int, dict[str, dict[str, Any]], CaptureResult]],
+    run: Callable[..., tuple[int, dict[str, dict[str, Any]], CaptureResult[str]]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit):

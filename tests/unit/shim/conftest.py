@@ -112,7 +112,8 @@ class Containerd:
                 said += os.read(reader, 4096)
         finally:
             os.close(reader)
-        return json.loads((self.state_of(group) / "seen.json").read_text())
+        seen: dict[str, Any] = json.loads((self.state_of(group) / "seen.json").read_text())
+        return seen
 
     def shims(self) -> list[HostProcess]:
         """Every shim process on record."""
@@ -195,4 +196,5 @@ def warmed(containerd: Containerd) -> Iterator[Containerd]:
 @pytest.fixture(params=["anew", "forked"])
 def either(request: pytest.FixtureRequest) -> Containerd:
     """A containerd whose shims are started anew, and one whose shims a zygote forks."""
-    return request.getfixturevalue("containerd" if request.param == "anew" else "warmed")
+    found: Containerd = request.getfixturevalue("containerd" if request.param == "anew" else "warmed")
+    return found

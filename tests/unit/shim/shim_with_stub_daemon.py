@@ -55,7 +55,7 @@ if os.environ.get("STUB_HANGS"):
 else:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 stub = types.ModuleType("shim.daemon")
-stub.run = run
+vars(stub)["run"] = run
 sys.modules["shim.daemon"] = stub
-shim.daemon = stub
+vars(shim)["daemon"] = stub
 sys.exit(main())

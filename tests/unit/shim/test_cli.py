@@ -199,7 +199,7 @@ def test_a_wrong_command_line_has_status_2(arguments: list[str], capsys: pytest.
 def test_building_an_image_passes_on_what_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = {}
+    asked: dict[str, Any] = {}
 
     def build(
         output: Path, cache: Path, *, kernel: Path, modules: Path, progress: Callable[..., Any]
@@ -240,7 +240,7 @@ def test_progress_on_a_terminal_stays_on_one_line() -> None:
     assert terminal.getvalue() == "\r\x1b[Kone\r\x1b[Ktwo\n"
 
 
-def config_with(tmp_path: Path, text: int | str) -> Any:
+def config_with(tmp_path: Path, text: str) -> str:
     path = tmp_path / "given.toml"
     path.write_text(text)
     return str(path)

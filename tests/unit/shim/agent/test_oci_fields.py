@@ -105,7 +105,7 @@ def test_whatever_is_not_sent_says_why(row: Any) -> None:
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.fate is Fate.SENT], ids=lambda row: row.path)
 def test_what_is_sent_has_a_field_in_the_agents_message(row: Any) -> None:
-    descriptor = oci_pb2.Spec.DESCRIPTOR
+    descriptor: Any = oci_pb2.Spec.DESCRIPTOR
     for name in row.path.split("."):
         field = next(field for field in descriptor.fields if field.name.lower() == name.lower())
         descriptor = field.message_type

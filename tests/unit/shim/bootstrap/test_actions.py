@@ -15,6 +15,8 @@ from proto.containerd import types_pb2
 from shim.bootstrap.wire import FEATURES_TYPE
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from tests.unit.shim.conftest import Containerd
 
 
@@ -44,8 +46,8 @@ HEAVY = {
 
 
 def run(
-    *arguments: str, program: tuple[str, ...] = ("-m", "shim.bootstrap"), **options: object
-) -> subprocess.CompletedProcess:
+    *arguments: str, program: tuple[str, ...] = ("-m", "shim.bootstrap"), **options: Any
+) -> subprocess.CompletedProcess[Any]:
     return subprocess.run(
         [sys.executable, *program, *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -112,7 +114,7 @@ sys.exit(main())
         ({"machine": "riscv64"}, "its architecture is riscv64; only x86_64 is supported"),
     ],
 )
-def test_a_host_that_cannot_run_it_is_told_so(host: dict[str, int | str], line: str) -> None:
+def test_a_host_that_cannot_run_it_is_told_so(host: dict[str, Any], line: str) -> None:
     reply = run("-namespace", "n", "-id", "c", "start", program=pretending(**host))
     assert (reply.returncode, reply.stdout) == (1, b"")
     assert reply.stderr.decode() == f"start: host: {line}"

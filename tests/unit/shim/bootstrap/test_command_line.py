@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from shim.bootstrap.command_line import CommandLine, parse
@@ -44,7 +46,8 @@ def test_booleans_take_a_value_only_with_an_equals_sign(spelling: str, value: bo
     ("arguments", "field"), [(["-info"], "info"), (["-v"], "version"), (["-version"], "version")]
 )
 def test_questions_need_no_action(arguments: list[str], field: str) -> None:
-    assert parse(arguments) == CommandLine(**{field: True})
+    asked: dict[str, Any] = {field: True}
+    assert parse(arguments) == CommandLine(**asked)
 
 
 def test_a_value_may_begin_with_a_dash_or_hold_an_equals_sign() -> None:

@@ -248,11 +248,11 @@ def test_everything_dead_takes_less_than_a_second(containerd: Containerd) -> Non
 @pytest.mark.parametrize("action", ["start", "delete"])
 @pytest.mark.parametrize("container", ["a/b", "..", ".", "a" * 77, "-a", "a b", "ä"])
 def test_an_unsafe_id_is_one_line(
-    containerd: Containerd, action: str, container: str, tmp_path: Path
+    containerd: Containerd, action: str, container: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = tmp_path / "cwd"
     bundle.mkdir()
-    containerd.bundle = lambda _: bundle
+    monkeypatch.setattr(containerd, "bundle", lambda _: bundle)
     reply = containerd.run(action, container)
     assert (reply.returncode, reply.stdout) == (1, b"")
     assert reply.stderr.startswith(f"{action}: id ".encode())

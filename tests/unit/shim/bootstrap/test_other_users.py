@@ -38,7 +38,7 @@ def error_as(uid: int, attempt: Callable[..., Any]) -> int:
             attempt()
             code = 0
         except OSError as error:
-            code = error.errno
+            code = error.errno or 255
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -16,6 +16,7 @@ from proto.containerd import bootstrap_v1_pb2, runtime_options_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Any
 
     from tests.unit.shim.conftest import Containerd
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 GROUPS = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"]
 
 
-def params(container: str, **fields: object) -> bootstrap_v1_pb2.BootstrapParams:
+def params(container: str, **fields: Any) -> bootstrap_v1_pb2.BootstrapParams:
     return bootstrap_v1_pb2.BootstrapParams(instance_id=container, namespace="tests", **fields)
 
 
@@ -238,7 +239,7 @@ def test_options_of_other_runtimes_are_none_of_its_business(containerd: Containe
     assert containerd.run("start", "c1", stdin=sent.value.SerializeToString()).returncode == 0
 
 
-def refusal(containerd: Containerd, container: str = "c1", **arguments: object) -> str:
+def refusal(containerd: Containerd, container: str = "c1", **arguments: Any) -> str:
     """Run a ``start`` that must fail, and return its line; nothing may be left behind."""
     before = set(containerd.directory.rglob("*"))
     reply = containerd.run("start", container, **arguments)

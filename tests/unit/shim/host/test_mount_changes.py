@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import multiprocessing
 import os
+from typing import Any
 
 import pytest
 
@@ -24,12 +25,12 @@ async def mount_and_unmount() -> None:
         waiting = asyncio.ensure_future(changes.wait())
         await asyncio.sleep(0)
         assert not waiting.done()
-        libc = ctypes.CDLL(None, use_errno=True)
-        for change in (
-            lambda: libc.mount(b"tmpfs", b"/tmp", b"tmpfs", 0, None),
-            lambda: libc.umount2(b"/tmp", 0),
+        libc: Any = ctypes.CDLL(None, use_errno=True)
+        for call, arguments in (
+            (libc.mount, (b"tmpfs", b"/tmp", b"tmpfs", 0, None)),
+            (libc.umount2, (b"/tmp", 0)),
         ):
-            assert change() == 0, os.strerror(ctypes.get_errno())
+            assert call(*arguments) == 0, os.strerror(ctypes.get_errno())
             await asyncio.wait_for(waiting, WITHIN_S)
             waiting = asyncio.ensure_future(changes.wait())
         waiting.cancel()

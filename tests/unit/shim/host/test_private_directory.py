@@ -12,6 +12,7 @@ from shim.host import private_directory
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Any
 
 
 def mode(path: Path) -> int:
@@ -66,7 +67,7 @@ def test_a_directory_that_another_process_removes_meanwhile_is_made_again(
     path = tmp_path / "box"
     chmod = os.chmod
 
-    def removed_once(*arguments: int | str) -> None:
+    def removed_once(*arguments: Any) -> None:
         monkeypatch.setattr(os, "chmod", chmod)
         path.rmdir()
         chmod(*arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from hypervisor.interface import VmSpec
+    from shim.host.ledger import Ledger
 
 
 MIB = 1 << 20
@@ -49,10 +50,10 @@ def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
     """Make a machine and have it look for its template; returns both."""
     monkeypatch.setattr(machine_module, "template_key", key_of)
 
-    def make(oci: dict[str, dict[str, Any]], **settings: bool | str) -> tuple[Machine, VmSpec]:
+    def make(oci: dict[str, dict[str, Any]], **settings: Any) -> tuple[Machine, VmSpec]:
         settings = {"max_vcpus": 4, "max_memory_mib": 4096, "template": "auto", **settings}
         config = Config(hypervisor=HypervisorConfig(template_dir=str(tmp_path / "templates"), **settings))
-        machine = Machine("sandbox", directory=tmp_path, config=config, ledger=None)
+        machine = Machine("sandbox", directory=tmp_path, config=config, ledger=cast("Ledger", None))
         sizes = plan(config.hypervisor, oci)
         spec = describe(
             config, HOST, name="s", directory=tmp_path, share=tmp_path, size=sizes.boot, most=sizes.most

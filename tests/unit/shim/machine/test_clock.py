@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -17,6 +17,8 @@ from shim.machine.clock import Reading, correction, reading, together
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
     from collections.abc import AsyncIterator
+
+    from shim.agent import client
 
 
 MS = 1_000_000
@@ -101,7 +103,7 @@ async def child() -> AsyncIterator[Process]:
 
 async def keeping(agent: Agent, pid: int) -> asyncio.Task[None]:
     right = asyncio.Event()
-    task = asyncio.create_task(clock.keep(agent, pid=pid, right=right))
+    task = asyncio.create_task(clock.keep(cast("client.Agent", agent), pid=pid, right=right))
     await asyncio.wait_for(right.wait(), 10)
     return task
 

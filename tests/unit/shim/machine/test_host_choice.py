@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def program(path: Path) -> Path:
     return path
 
 
-def configured(**values: object) -> Config:
+def configured(**values: Any) -> Config:
     return Config(hypervisor=HypervisorConfig(**values))
 
 
@@ -105,7 +106,7 @@ def test_a_missing_guest_is_an_error(tmp_path: Path, key: str) -> None:
     paths = {name: str(tmp_path / name) for name in ("kernel", "initrd")}
     for path in paths.values():
         Path(path).touch()
-    config = Config(guest=GuestConfig(**paths))
+    config = Config(guest=GuestConfig(kernel=paths["kernel"], initrd=paths["initrd"]))
     assert host_choice.find_guest(config) == (tmp_path / "kernel", tmp_path / "initrd")
     (tmp_path / key).unlink()
     with pytest.raises(

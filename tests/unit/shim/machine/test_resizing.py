@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -13,7 +13,8 @@ from shim.machine.resizing import Resizer
 from shim.machine.sizing import Limits, plan
 
 if TYPE_CHECKING:
-    from hypervisor import errors
+    from hypervisor import Hypervisor, errors
+    from shim.agent.client import Agent
 
 
 MIB = 1 << 20
@@ -25,10 +26,18 @@ class Machine:
     """A hypervisor and an agent that write down what they are asked, and refuse on demand."""
 
     def __init__(self) -> None:
-        self.asked = []
-        self.refusal = None
+        self.asked: list[str] = []
+        self.refusal: Exception | None = None
         self.fewest_vcpus = 1
         self.is_hako = True
+
+    @property
+    def hypervisor(self) -> Hypervisor:
+        return cast("Hypervisor", self)
+
+    @property
+    def agent(self) -> Agent:
+        return cast("Agent", self)
 
     async def resize_vcpus(self, count: int) -> int:
         self.asked.append(f"vcpus {count}")
@@ -69,32 +78,32 @@ def machine() -> Machine:
 @pytest.fixture
 def resizer(machine: Machine) -> Resizer:
     sizes = plan(CONFIG, {})
-    return Resizer(machine, sizes, size=sizes.boot)
+    return Resizer(machine.hypervisor, sizes, size=sizes.boot)
 
 
 async def test_the_guest_is_told_before_memory_comes_and_after_and_uses_processors_once_they_are_there(
     machine: Machine, resizer: Resizer
 ) -> None:
-    await resizer.grow(machine, [SOME])
+    await resizer.grow(machine.agent, [SOME])
     assert machine.take() == ["vcpus 4", "use 4", "online memory", "memory 512", "online memory"]
 
 
 async def test_what_is_large_enough_is_left_alone(machine: Machine, resizer: Resizer) -> None:
-    await resizer.grow(machine, [])
-    await resizer.shrink(machine, [SOME])
-    await resizer.shrink(machine, [])
+    await resizer.grow(machine.agent, [])
+    await resizer.shrink(machine.agent, [SOME])
+    await resizer.shrink(machine.agent, [])
     assert machine.take() == []
 
 
 async def test_growing_takes_nothing_away_and_shrinking_adds_nothing(
     machine: Machine, resizer: Resizer
 ) -> None:
-    await resizer.grow(machine, [SOME])
+    await resizer.grow(machine.agent, [SOME])
     machine.take()
-    await resizer.grow(machine, [])
-    await resizer.shrink(machine, [SOME, SOME])
+    await resizer.grow(machine.agent, [])
+    await resizer.shrink(machine.agent, [SOME, SOME])
     assert machine.take() == []
-    await resizer.shrink(machine, [])
+    await resizer.shrink(machine.agent, [])
     assert machine.take() == ["vcpus 1", "memory 256", "follow limits"]
 
 
@@ -102,17 +111,17 @@ async def test_huge_pages_that_the_machine_has_no_room_for_are_refused_before_it
     machine: Machine, resizer: Resizer
 ) -> None:
     with pytest.raises(ResourceExhausted, match=r"hugepageLimits: 3841 MiB of .* room for 3840 MiB"):
-        await resizer.grow(machine, [SOME, Limits(huge_bytes=3841 * MIB)])
+        await resizer.grow(machine.agent, [SOME, Limits(huge_bytes=3841 * MIB)])
     assert machine.take() == []
-    await resizer.grow(machine, [Limits(huge_bytes=3840 * MIB)])
+    await resizer.grow(machine.agent, [Limits(huge_bytes=3840 * MIB)])
     assert "memory 4096" in machine.take()
 
 
 async def test_another_agent_is_not_told_of_memory_that_went(machine: Machine, resizer: Resizer) -> None:
     machine.is_hako = False
-    await resizer.grow(machine, [SOME])
+    await resizer.grow(machine.agent, [SOME])
     machine.take()
-    await resizer.shrink(machine, [])
+    await resizer.shrink(machine.agent, [])
     assert machine.take() == ["vcpus 1", "memory 256"]
 
 
@@ -120,11 +129,11 @@ async def test_processors_that_stay_in_the_machine_are_put_out_of_use(
     machine: Machine, resizer: Resizer
 ) -> None:
     machine.fewest_vcpus = 4
-    await resizer.grow(machine, [SOME])
+    await resizer.grow(machine.agent, [SOME])
     machine.take()
-    await resizer.shrink(machine, [])
+    await resizer.shrink(machine.agent, [])
     assert machine.take() == ["vcpus 1", "use 1", "memory 256", "follow limits"]
-    await resizer.grow(machine, [Limits(quota_us=100_000)])
+    await resizer.grow(machine.agent, [Limits(quota_us=100_000)])
     assert machine.take() == ["vcpus 2", "use 2"]
 
 
@@ -134,31 +143,31 @@ async def test_a_machine_that_cannot_grow_is_an_error(
 ) -> None:
     machine.refusal = refusal
     with pytest.raises(ResourceExhausted, match=r"^no$"):
-        await resizer.grow(machine, [SOME])
+        await resizer.grow(machine.agent, [SOME])
 
 
 async def test_what_the_guest_does_not_give_back_is_logged_and_asked_for_the_next_time(
     machine: Machine, resizer: Resizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     more = Limits(memory_bytes=1024 * MIB)
-    await resizer.grow(machine, [more])
+    await resizer.grow(machine.agent, [more])
     machine.refusal = ResizeRefusedError("the guest stopped at 512 MiB", reached=512 * MIB)
-    await resizer.shrink(machine, [])
+    await resizer.shrink(machine.agent, [])
     assert "the guest stopped at 512 MiB" in caplog.text
     machine.take()
     machine.refusal = None
-    await resizer.shrink(machine, [])
+    await resizer.shrink(machine.agent, [])
     assert machine.take() == ["memory 256", "follow limits"]
 
 
 async def test_a_machine_is_kept_to_its_containers_processors_and_let_go_again(
     machine: Machine, resizer: Resizer
 ) -> None:
-    await resizer.grow(machine, [Limits(cpuset=frozenset({2})), Limits(cpuset=frozenset({3}))])
+    await resizer.grow(machine.agent, [Limits(cpuset=frozenset({2})), Limits(cpuset=frozenset({3}))])
     assert machine.take() == ["pin [2, 3]"]
-    await resizer.grow(machine, [Limits(cpuset=frozenset({2, 3}))])
+    await resizer.grow(machine.agent, [Limits(cpuset=frozenset({2, 3}))])
     assert machine.take() == []
-    await resizer.shrink(machine, [Limits(cpuset=frozenset({2})), Limits()])
+    await resizer.shrink(machine.agent, [Limits(cpuset=frozenset({2})), Limits()])
     assert machine.take() == ["pin []"]
 
 
@@ -166,7 +175,7 @@ async def test_a_processor_that_the_host_does_not_have_does_not_stop_a_container
     machine: Machine, resizer: Resizer
 ) -> None:
     machine.refusal = ResizeError("pin vcpus: to [99]: Invalid argument")
-    await resizer.grow(machine, [Limits(cpuset=frozenset({99}))])
+    await resizer.grow(machine.agent, [Limits(cpuset=frozenset({99}))])
     assert machine.take() == ["pin [99]"]
 
 
@@ -176,10 +185,10 @@ async def test_a_clone_grows_to_what_its_pod_needs_and_never_shrinks_below(machi
         "io.kubernetes.cri.sandbox-memory": f"{256 * MIB}",
     }
     sizes = plan(CONFIG, {"annotations": needs})
-    resizer = Resizer(machine, sizes, size=sizes.base)
+    resizer = Resizer(machine.hypervisor, sizes, size=sizes.base)
 
-    await resizer.grow(machine, [])
+    await resizer.grow(machine.agent, [])
     assert machine.take() == ["vcpus 2", "use 2", "online memory", "memory 512", "online memory"]
-    await resizer.grow(machine, [])
-    await resizer.shrink(machine, [])
+    await resizer.grow(machine.agent, [])
+    await resizer.shrink(machine.agent, [])
     assert machine.take() == []

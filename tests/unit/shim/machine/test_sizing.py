@@ -23,13 +23,15 @@ def size(vcpus: int, memory_mib: int) -> Size:
     return Size(vcpus=vcpus, memory_bytes=memory_mib * MIB)
 
 
-def spec(*, quota: object = None, period: object = None, memory: object = None, **annotations: str) -> dict:
+def spec(
+    *, quota: object = None, period: object = None, memory: object = None, **annotations: str
+) -> dict[str, Any]:
     cpu = {key: value for key, value in {"quota": quota, "period": period}.items() if value is not None}
     limit = {} if memory is None else {"limit": memory}
     return {"linux": {"resources": {"cpu": cpu, "memory": limit}}, "annotations": annotations}
 
 
-def pod(**sizes: int) -> dict:
+def pod(**sizes: int) -> dict[str, Any]:
     names = {f"io.kubernetes.cri.sandbox-{key.replace('_', '-')}": str(value) for key, value in sizes.items()}
     return {"annotations": {**PAUSE, **names}}
 
@@ -134,7 +136,7 @@ def test_a_pods_limits_are_read_from_its_annotations(
     annotations: dict[str, dict[str, str]], cpus: float, memory: int
 ) -> None:
     limits = limits_of_pod(annotations["annotations"])
-    assert (limits.cpus, limits.memory_bytes) == (cpus, memory)
+    assert (float(limits.cpus), limits.memory_bytes) == (cpus, memory)
 
 
 def test_a_pod_starts_with_room_for_the_containers_it_will_have() -> None:

@@ -34,7 +34,7 @@ def store(tmp_path: Path) -> TemplateStore:
 
 
 def publish(
-    store: TemplateStore, key: str, *, purpose: dict[str, int | str] = PURPOSE, content: str = "memory"
+    store: TemplateStore, key: str, *, purpose: dict[str, Any] = PURPOSE, content: str = "memory"
 ) -> template_store.Template:
     with store.building(wait=False) as building:
         built = building.place / "template"

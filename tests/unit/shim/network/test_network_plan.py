@@ -528,7 +528,7 @@ def test_a_usual_rule_that_somebody_removed_is_missing_in_the_guest_too() -> Non
 
 
 @pytest.mark.parametrize("attrs", [{"dscp": b"\1"}, {"l3mdev": b"\1"}], ids=str)
-def test_a_rule_that_the_guests_kernel_would_misunderstand_is_named(attrs: dict[str, bytes]) -> None:
+def test_a_rule_that_the_guests_kernel_would_misunderstand_is_named(attrs: dict[str, Any]) -> None:
     taken, [line] = decode_rules([*FIRST_RULES, rule(V4, priority=number(10), **attrs)])
 
     assert taken is None

@@ -8,12 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
 from shim.sandbox.inheritance import handed_down
 
-HAKO, OTHER = SimpleNamespace(is_hako=True), SimpleNamespace(is_hako=False)
+if TYPE_CHECKING:
+    from shim.agent.client import Agent
+
+
+HAKO, OTHER = cast("Agent", SimpleNamespace(is_hako=True)), cast("Agent", SimpleNamespace(is_hako=False))
 SHOW = (
     "import resource, sys; from types import SimpleNamespace; "
     "from shim.sandbox.inheritance import handed_down; "

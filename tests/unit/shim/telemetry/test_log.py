@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def root() -> Iterator[logging.RootLogger]:
+def root() -> Iterator[logging.Logger]:
     """Logging as it was, afterwards."""
     logger = logging.getLogger()
     level, handlers = logger.level, list(logger.handlers)
@@ -50,7 +50,7 @@ def drain(descriptor: int) -> bytes:
     return data
 
 
-def test_a_record_is_one_logfmt_line(root: logging.RootLogger, fifo: int) -> None:
+def test_a_record_is_one_logfmt_line(root: logging.Logger, fifo: int) -> None:
     log.configure("info", descriptor=fifo)
     logging.getLogger("shim.x").error('two\n"lines" \\ %d', 1)
     line = os.read(fifo, 4096).decode()
@@ -59,13 +59,13 @@ def test_a_record_is_one_logfmt_line(root: logging.RootLogger, fifo: int) -> Non
     assert line.count("\n") == 1
 
 
-def test_what_a_guest_says_moves_no_cursor(root: logging.RootLogger, fifo: int) -> None:
+def test_what_a_guest_says_moves_no_cursor(root: logging.Logger, fifo: int) -> None:
     log.configure("info", descriptor=fifo)
     logging.getLogger().error("guest: %s", "\x1b[2J\r\x85gone")
     assert b'msg="guest: \\x1b[2J\\r\\x85gone"' in os.read(fifo, 4096)
 
 
-def test_an_exception_is_one_line(root: logging.RootLogger, fifo: int) -> None:
+def test_an_exception_is_one_line(root: logging.Logger, fifo: int) -> None:
     log.configure("info", descriptor=fifo)
     try:
         raise ValueError("why")
@@ -77,7 +77,7 @@ def test_an_exception_is_one_line(root: logging.RootLogger, fifo: int) -> None:
     assert "ValueError: why" in line
 
 
-def test_the_level_is_kept(root: logging.RootLogger, fifo: int) -> None:
+def test_the_level_is_kept(root: logging.Logger, fifo: int) -> None:
     log.configure("warning", descriptor=fifo)
     logging.getLogger().info("no")
     logging.getLogger().warning("yes")
@@ -86,7 +86,7 @@ def test_the_level_is_kept(root: logging.RootLogger, fifo: int) -> None:
 
 @pytest.mark.parametrize(("level", "lines"), [("debug", 3), ("warning", 1)])
 def test_libraries_do_not_tell_each_of_their_steps(
-    root: logging.RootLogger, fifo: int, level: str, lines: int
+    root: logging.Logger, fifo: int, level: str, lines: int
 ) -> None:
     log.configure(level, descriptor=fifo)
     for name in ("shim.x", "pyroute2.netlink"):
@@ -96,7 +96,7 @@ def test_libraries_do_not_tell_each_of_their_steps(
     assert os.read(fifo, 4096).count(b"\n") == lines
 
 
-def test_a_long_line_is_cut_to_what_a_pipe_takes_whole(root: logging.RootLogger, fifo: int) -> None:
+def test_a_long_line_is_cut_to_what_a_pipe_takes_whole(root: logging.Logger, fifo: int) -> None:
     log.configure("info", descriptor=fifo)
     logging.getLogger().error("x" * 10_000)
     logging.getLogger().error("next")
@@ -105,7 +105,7 @@ def test_a_long_line_is_cut_to_what_a_pipe_takes_whole(root: logging.RootLogger,
     assert b"next" in second
 
 
-def test_what_nobody_reads_is_dropped_and_counted(root: logging.RootLogger, fifo: int) -> None:
+def test_what_nobody_reads_is_dropped_and_counted(root: logging.Logger, fifo: int) -> None:
     log.configure("info", descriptor=fifo)
     for _ in range(40):
         logging.getLogger().error("x" * 4096)
@@ -117,7 +117,7 @@ def test_what_nobody_reads_is_dropped_and_counted(root: logging.RootLogger, fifo
     assert int(line.rpartition(b"dropped=")[2]) == 40 - kept
 
 
-def test_a_reader_that_goes_away_does_no_harm(root: logging.RootLogger, bundle: Path, fifo: int) -> None:
+def test_a_reader_that_goes_away_does_no_harm(root: logging.Logger, bundle: Path, fifo: int) -> None:
     log.configure("info", descriptor=fifo)
     reader = os.open(bundle / "log", os.O_RDONLY | os.O_NONBLOCK)
     os.close(reader)

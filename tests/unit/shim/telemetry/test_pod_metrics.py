@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from proto.containerd import cgroups_v1_pb2, cgroups_v2_pb2
 from proto.kata import agent_pb2
 from shim.telemetry.metrics import to_metrics, total
 
@@ -24,6 +25,7 @@ def measured(cpu_ns: int, memory: int, processes: int, read: int) -> agent_pb2.S
 
 def test_containers_are_added_up_and_the_shared_network_is_counted_once() -> None:
     metrics = to_metrics(total([measured(3000, 100, 1, 5), measured(4000, 200, 2, 6)]), unified=True)
+    assert isinstance(metrics, cgroups_v2_pb2.Metrics)
     assert metrics.cpu.usage_usec == 7
     assert metrics.memory.usage == 300
     assert metrics.memory.inactive_file == 150
@@ -34,13 +36,17 @@ def test_containers_are_added_up_and_the_shared_network_is_counted_once() -> Non
 
 
 def test_no_container_uses_nothing() -> None:
-    assert to_metrics(total([]), unified=False).memory.usage.usage == 0
+    metrics = to_metrics(total([]), unified=False)
+    assert isinstance(metrics, cgroups_v1_pb2.Metrics)
+    assert metrics.memory.usage.usage == 0
 
 
 @pytest.mark.parametrize("limit", [0, 2**64 - 1])
 def test_memory_without_a_limit_has_the_one_that_the_hosts_kernel_says_for_that(limit: int) -> None:
     stats = agent_pb2.StatsContainerResponse()
     stats.cgroup_stats.memory_stats.usage.limit = limit
-    one, two = (to_metrics(stats, unified=unified).memory for unified in (False, True))
-    assert (one.usage.limit, one.hierarchical_memory_limit) == (2**63 - 4096, 2**63 - 4096)
-    assert two.usage_limit == 2**64 - 1
+    one, two = (to_metrics(stats, unified=unified) for unified in (False, True))
+    assert isinstance(one, cgroups_v1_pb2.Metrics)
+    assert isinstance(two, cgroups_v2_pb2.Metrics)
+    assert (one.memory.usage.limit, one.memory.hierarchical_memory_limit) == (2**63 - 4096, 2**63 - 4096)
+    assert two.memory.usage_limit == 2**64 - 1

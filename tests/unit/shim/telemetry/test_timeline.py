@@ -16,6 +16,7 @@ from shim.telemetry.timeline_svg import draw
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Any
 
 
 LINES = [
@@ -34,7 +35,7 @@ def nothing_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timeline, "_written", 0)
 
 
-def read(path: Path) -> list[list[float | str]]:
+def read(path: Path) -> list[list[Any]]:
     return [json.loads(line) for line in (path / timeline.NAME).read_text().splitlines()]
 
 
@@ -122,7 +123,10 @@ def test_the_picture_has_a_bar_for_each_phase_and_escapes_what_it_names() -> Non
     titles = [bar.findtext(f"{space}title") for bar in bars]
     assert len(bars) == 6
     assert "at 0.0 ms, 300.0 ms: shim: <script>&" in titles
-    widths = {bar.findtext(f"{space}title"): float(bar.find(f"{space}rect").get("width")) for bar in bars[:3]}
+    widths = {
+        bar.findtext(f"{space}title"): float(bar.findall(f"{space}rect")[0].attrib["width"])
+        for bar in bars[:3]
+    }
     assert widths["at 0.0 ms, 100.0 ms: containerd: start"] == pytest.approx(110.6)
     assert widths["at 100.0 ms, 800.0 ms: containerd: Create"] == pytest.approx(884.8)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 import pytest
@@ -23,15 +23,18 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
+    from google.protobuf.message import Message
+
 TASK = "containerd.task.v3.Task"
+Answer = TypeVar("Answer")
 
 
 class MemoryTasks:
     """Tasks that exist only here; what Pause, Resume and the rest would do is left out on purpose."""
 
     def __init__(self) -> None:
-        self.bundles = {}
-        self.exits = {}
+        self.bundles: dict[str, str] = {}
+        self.exits: dict[str, asyncio.Future[int]] = {}
         self.state_calls = 0
         self.waits_begun = asyncio.Semaphore(0)
         self.waits_cancelled = asyncio.Semaphore(0)
@@ -150,7 +153,7 @@ class OverGrpc:
                 try:
                     return await stub(request, timeout=timeout_s)
                 except grpc.aio.AioRpcError as error:
-                    raise from_code(error.code().value[0], error.details()) from error
+                    raise from_code(error.code().value[0], error.details() or "") from error
 
             yield Client(call)
 
@@ -161,25 +164,28 @@ class Client:
     def __init__(self, call: Callable[..., Any]) -> None:
         self.call = call
 
-    async def create(
-        self, task_id: str, *, bundle: str = "/bundle"
-    ) -> asyncio.Task[Any] | task_v3_pb2.CreateTaskResponse:
+    async def create(self, task_id: str, *, bundle: str = "/bundle") -> task_v3_pb2.CreateTaskResponse:
         request = task_v3_pb2.CreateTaskRequest(id=task_id, bundle=bundle)
-        return await self.call(TASK, "Create", request, task_v3_pb2.CreateTaskResponse, timeout_s=10)
+        return await self._ask("Create", request, task_v3_pb2.CreateTaskResponse, timeout_s=10)
 
-    async def state(self, task_id: str) -> asyncio.Task[Any] | task_v3_pb2.StateResponse:
+    async def state(self, task_id: str) -> task_v3_pb2.StateResponse:
         request = task_v3_pb2.StateRequest(id=task_id)
-        return await self.call(TASK, "State", request, task_v3_pb2.StateResponse, timeout_s=60)
+        return await self._ask("State", request, task_v3_pb2.StateResponse, timeout_s=60)
 
-    async def wait(
-        self, task_id: str, *, timeout_s: float | None = None
-    ) -> asyncio.Task[Any] | task_v3_pb2.WaitResponse:
+    async def wait(self, task_id: str, *, timeout_s: float | None = None) -> task_v3_pb2.WaitResponse:
         request = task_v3_pb2.WaitRequest(id=task_id)
-        return await self.call(TASK, "Wait", request, task_v3_pb2.WaitResponse, timeout_s=timeout_s)
+        return await self._ask("Wait", request, task_v3_pb2.WaitResponse, timeout_s=timeout_s)
 
-    async def kill(self, task_id: str, *, signal: int) -> asyncio.Task[Any] | empty_pb2.Empty:
+    async def kill(self, task_id: str, *, signal: int) -> empty_pb2.Empty:
         request = task_v3_pb2.KillRequest(id=task_id, signal=signal)
-        return await self.call(TASK, "Kill", request, empty_pb2.Empty, timeout_s=10)
+        return await self._ask("Kill", request, empty_pb2.Empty, timeout_s=10)
+
+    async def _ask(
+        self, method: str, request: Message, response_type: type[Answer], *, timeout_s: float | None
+    ) -> Answer:
+        response = await self.call(TASK, method, request, response_type, timeout_s=timeout_s)
+        assert type(response) is response_type
+        return response
 
 
 @pytest.fixture(params=["ttrpc", "grpc"])
@@ -199,6 +205,6 @@ async def grpc_client(grpc_socket: Path) -> AsyncIterator[Client]:
 
 
 @pytest.fixture
-async def client(transport: OverGrpc | OverTtrpc) -> AsyncIterator[TtrpcClient | Client]:
+async def client(transport: OverGrpc | OverTtrpc) -> AsyncIterator[Client]:
     async with transport.connect() as connected:
         yield connected

@@ -22,7 +22,6 @@ from shim.errors import (
 )
 
 if TYPE_CHECKING:
-    from shim.transport.ttrpc_client import TtrpcClient
     from tests.unit.shim.transport.conftest import Client, MemoryTasks, OverGrpc, OverTtrpc
 
 
@@ -31,40 +30,40 @@ FOUR_MIB = 4 << 20
 
 
 async def test_a_request_reaches_the_handler_and_its_response_comes_back(
-    client: TtrpcClient | Client,
+    client: Client,
 ) -> None:
     await client.create("one", bundle="/run/one")
     assert (await client.state("one")).bundle == "/run/one"
 
 
-async def test_an_empty_response_is_an_answer(client: TtrpcClient | Client) -> None:
+async def test_an_empty_response_is_an_answer(client: Client) -> None:
     await client.create("one")
     assert await client.kill("one", signal=9) == empty_pb2.Empty()
 
 
-async def test_the_code_and_text_of_an_error_arrive_unchanged(client: TtrpcClient | Client) -> None:
+async def test_the_code_and_text_of_an_error_arrive_unchanged(client: Client) -> None:
     with pytest.raises(NotFound, match=r"^state: ghost: no such task$"):
         await client.state("ghost")
 
 
-async def test_each_kind_of_error_keeps_its_kind(client: TtrpcClient | Client) -> None:
+async def test_each_kind_of_error_keeps_its_kind(client: Client) -> None:
     await client.create("one")
     with pytest.raises(AlreadyExists):
         await client.create("one")
 
 
-async def test_an_unknown_service_is_unimplemented(client: TtrpcClient | Client) -> None:
+async def test_an_unknown_service_is_unimplemented(client: Client) -> None:
     with pytest.raises(Unimplemented, match=r"^service no\.such\.Service$"):
         await client.call("no.such.Service", "State", empty_pb2.Empty(), empty_pb2.Empty, timeout_s=5)
 
 
 @pytest.mark.parametrize("method", ["Pause", "NoSuchMethod"], ids=["not offered", "not in the contract"])
-async def test_an_unknown_method_is_unimplemented(client: TtrpcClient | Client, method: str) -> None:
+async def test_an_unknown_method_is_unimplemented(client: Client, method: str) -> None:
     with pytest.raises(Unimplemented, match=f"^method {method}$"):
         await client.call(TASK, method, empty_pb2.Empty(), empty_pb2.Empty, timeout_s=5)
 
 
-async def test_both_versions_of_the_task_service_reach_the_same_tasks(client: TtrpcClient | Client) -> None:
+async def test_both_versions_of_the_task_service_reach_the_same_tasks(client: Client) -> None:
     request = task_v2_pb2.CreateTaskRequest(id="one", bundle="/from/v2")
     await client.call(
         "containerd.task.v2.Task", "Create", request, task_v2_pb2.CreateTaskResponse, timeout_s=5
@@ -72,7 +71,7 @@ async def test_both_versions_of_the_task_service_reach_the_same_tasks(client: Tt
     assert (await client.state("one")).bundle == "/from/v2"
 
 
-async def test_a_payload_that_is_no_request_is_an_invalid_argument(client: TtrpcClient | Client) -> None:
+async def test_a_payload_that_is_no_request_is_an_invalid_argument(client: Client) -> None:
     # Field 1 of the request is a string, and 0xff is not UTF-8; Empty keeps unknown fields as they are.
     broken = empty_pb2.Empty()
     broken.ParseFromString(b"\x0a\x01\xff")
@@ -80,9 +79,7 @@ async def test_a_payload_that_is_no_request_is_an_invalid_argument(client: Ttrpc
         await client.call(TASK, "State", broken, task_v3_pb2.StateResponse, timeout_s=5)
 
 
-async def test_a_parked_call_does_not_hold_up_others(
-    client: TtrpcClient | Client, tasks: MemoryTasks
-) -> None:
+async def test_a_parked_call_does_not_hold_up_others(client: Client, tasks: MemoryTasks) -> None:
     await client.create("one")
     parked = asyncio.create_task(client.wait("one"))
     await tasks.waits_begun.acquire()
@@ -92,7 +89,7 @@ async def test_a_parked_call_does_not_hold_up_others(
     assert (await parked).exit_status == 137
 
 
-async def test_answers_may_come_in_any_order(client: TtrpcClient | Client, tasks: MemoryTasks) -> None:
+async def test_answers_may_come_in_any_order(client: Client, tasks: MemoryTasks) -> None:
     names = [f"task-{number}" for number in range(20)]
     for name in names:
         await client.create(name)
@@ -104,7 +101,7 @@ async def test_answers_may_come_in_any_order(client: TtrpcClient | Client, tasks
         assert (await waits[name]).exit_status == 128 + signal
 
 
-async def test_thousands_of_calls_at_once_each_get_their_own_answer(client: TtrpcClient | Client) -> None:
+async def test_thousands_of_calls_at_once_each_get_their_own_answer(client: Client) -> None:
     await client.create("one")
     async with asyncio.TaskGroup() as calls:
         waits = [calls.create_task(client.wait("one")) for _ in range(1000)]
@@ -115,9 +112,7 @@ async def test_thousands_of_calls_at_once_each_get_their_own_answer(client: Ttrp
     assert {wait.result().exit_status for wait in waits} == {130}
 
 
-async def test_a_client_deadline_ends_the_call_and_its_handler(
-    client: TtrpcClient | Client, tasks: MemoryTasks
-) -> None:
+async def test_a_client_deadline_ends_the_call_and_its_handler(client: Client, tasks: MemoryTasks) -> None:
     await client.create("one")
     began = time.monotonic()
     with pytest.raises(DeadlineExceeded):
@@ -127,9 +122,7 @@ async def test_a_client_deadline_ends_the_call_and_its_handler(
     assert (await client.state("one")).id == "one"
 
 
-async def test_cancelling_a_caller_leaves_the_connection_usable(
-    client: TtrpcClient | Client, tasks: MemoryTasks
-) -> None:
+async def test_cancelling_a_caller_leaves_the_connection_usable(client: Client, tasks: MemoryTasks) -> None:
     await client.create("one")
     abandoned = asyncio.create_task(client.wait("one"))
     await tasks.waits_begun.acquire()
@@ -141,7 +134,7 @@ async def test_cancelling_a_caller_leaves_the_connection_usable(
 
 
 async def test_a_client_that_goes_away_cancels_its_own_handlers_only(
-    transport: OverGrpc | OverTtrpc, client: TtrpcClient | Client, tasks: MemoryTasks
+    transport: OverGrpc | OverTtrpc, client: Client, tasks: MemoryTasks
 ) -> None:
     await client.create("one")
     staying = asyncio.create_task(client.wait("one"))
@@ -159,7 +152,7 @@ async def test_a_client_that_goes_away_cancels_its_own_handlers_only(
 
 
 async def test_a_defect_in_a_handler_is_one_line_for_the_client_and_a_traceback_in_the_log(
-    client: TtrpcClient | Client, caplog: pytest.LogCaptureFixture
+    client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(Internal) as raised:
         await client.call(
@@ -172,20 +165,18 @@ async def test_a_defect_in_a_handler_is_one_line_for_the_client_and_a_traceback_
     assert f"{TASK}/Pids" in record.message
 
 
-async def test_a_handler_without_a_response_is_a_defect(client: TtrpcClient | Client) -> None:
+async def test_a_handler_without_a_response_is_a_defect(client: Client) -> None:
     with pytest.raises(Internal, match="CloseIO"):
         await client.call(TASK, "CloseIO", task_v3_pb2.CloseIORequest(), empty_pb2.Empty, timeout_s=5)
 
 
-async def test_a_message_just_under_the_limit_passes_both_ways(
-    client: TtrpcClient | Client, tasks: MemoryTasks
-) -> None:
+async def test_a_message_just_under_the_limit_passes_both_ways(client: Client, tasks: MemoryTasks) -> None:
     await client.create("one", bundle="x" * (FOUR_MIB - 200))
     assert len((await client.state("one")).bundle) == FOUR_MIB - 200
 
 
 async def test_a_request_over_the_limit_is_refused_and_the_connection_lives(
-    client: TtrpcClient | Client,
+    client: Client,
 ) -> None:
     with pytest.raises(ResourceExhausted):
         await client.create("one", bundle="x" * FOUR_MIB)
@@ -194,7 +185,7 @@ async def test_a_request_over_the_limit_is_refused_and_the_connection_lives(
 
 
 async def test_a_response_over_the_limit_is_refused_and_the_connection_lives(
-    client: TtrpcClient | Client, tasks: MemoryTasks
+    client: Client, tasks: MemoryTasks
 ) -> None:
     tasks.stats_bytes = FOUR_MIB
     with pytest.raises(ResourceExhausted):
@@ -208,7 +199,7 @@ async def test_a_response_over_the_limit_is_refused_and_the_connection_lives(
     ids=["long", "long and not ASCII", "undecodable file name", "two lines", "terminal control", "empty"],
 )
 async def test_any_error_text_arrives_as_the_error_it_is(
-    client: TtrpcClient | Client, tasks: MemoryTasks, text: str
+    client: Client, tasks: MemoryTasks, text: str
 ) -> None:
     tasks.delete_error = text
     with pytest.raises(FailedPrecondition) as raised:

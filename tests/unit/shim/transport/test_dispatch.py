@@ -47,7 +47,7 @@ class Recorder:
     """Keeps what it was asked."""
 
     def __init__(self) -> None:
-        self.request = None
+        self.request: task_v2_pb2.StateRequest | task_v3_pb2.StateRequest | None = None
 
     async def state(
         self, request: task_v2_pb2.StateRequest | task_v3_pb2.StateRequest

@@ -24,7 +24,6 @@ from shim.transport.grpc_server import serve_grpc
 from tests.unit.shim.transport.conftest import OverGrpc
 
 if TYPE_CHECKING:
-    from asyncio.tasks import _GatheringFuture
     from collections.abc import Callable
     from typing import Any
 
@@ -38,16 +37,17 @@ GRPCURL = shutil.which("grpcurl", path=f"{Path(sys.executable).parent}:{os.envir
 @pytest.fixture(params=[serve_grpc, serve_grpc_on_demand])
 def serve(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """At once, and from the first connection on."""
-    return request.param
+    serve: Callable[..., Any] = request.param
+    return serve
 
 
-async def grpcurl(path: Path, *arguments: list[str] | str) -> _GatheringFuture | tuple[int, str, str]:
+async def grpcurl(path: Path, *arguments: Any) -> tuple[int | None, str, str]:
     """Run grpcurl on a unix socket.
 
     :returns: its exit status, standard output and standard error.
     """
     process = await asyncio.create_subprocess_exec(
-        GRPCURL,
+        GRPCURL or "grpcurl",
         "-plaintext",
         "-unix",
         *arguments[:-1],
@@ -101,7 +101,7 @@ async def test_a_path_that_cannot_be_listened_on_is_one_clear_line(
 @pytest.mark.parametrize("service", ["", "containerd.task.v3.Task", "containerd.task.v2.Task"])
 async def test_every_service_is_healthy(grpc_socket: Path, service: str) -> None:
     async with grpc.aio.insecure_channel(f"unix:{grpc_socket}") as channel:
-        health = health_pb2_grpc.HealthStub(channel)
+        health: Any = health_pb2_grpc.HealthStub(channel)
         response = await health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
     assert response.status == health_pb2.HealthCheckResponse.SERVING
 

@@ -16,6 +16,7 @@ from shim.transport.ttrpc_client import TtrpcClient
 from shim.transport.ttrpc_codec import (
     MAX_BODY,
     MAX_STREAM_ID,
+    Frame,
     FrameDecoder,
     FrameType,
     encode_error,
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from typing import Any
 
-    from shim.sandbox.process import Input, State
-
 
 ANSWER = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING).SerializeToString()
 
@@ -38,14 +37,14 @@ class ScriptedServer:
         self.sock = sock
         sock.setblocking(False)
         self.decoder = FrameDecoder()
-        self.frames = []
+        self.frames: list[Frame] = []
 
     async def receive(self) -> tuple[int, ttrpc_pb2.Request]:
         """Read the next request: its stream id and message."""
         while not self.frames:
             data = await asyncio.get_running_loop().sock_recv(self.sock, 1 << 16)
             assert data, "the client hung up"
-            self.frames += self.decoder.feed(data)
+            self.frames += [frame for frame in self.decoder.feed(data) if isinstance(frame, Frame)]
         frame = self.frames.pop(0)
         assert frame.kind is FrameType.REQUEST
         assert frame.flags == 0
@@ -56,7 +55,7 @@ class ScriptedServer:
 
 
 @pytest.fixture
-async def pair() -> AsyncIterator[tuple[State | TtrpcClient, Input | ScriptedServer]]:
+async def pair() -> AsyncIterator[tuple[TtrpcClient, ScriptedServer]]:
     near, far = socket.socketpair()
     client = await TtrpcClient.over(near)
     server = ScriptedServer(far)
@@ -66,12 +65,12 @@ async def pair() -> AsyncIterator[tuple[State | TtrpcClient, Input | ScriptedSer
 
 
 @pytest.fixture
-def client(pair: tuple[State | TtrpcClient, Input | ScriptedServer]) -> TtrpcClient:
+def client(pair: tuple[TtrpcClient, ScriptedServer]) -> TtrpcClient:
     return pair[0]
 
 
 @pytest.fixture
-def server(pair: tuple[State | TtrpcClient, Input | ScriptedServer]) -> ScriptedServer:
+def server(pair: tuple[TtrpcClient, ScriptedServer]) -> ScriptedServer:
     return pair[1]
 
 

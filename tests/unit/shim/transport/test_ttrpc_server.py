@@ -18,7 +18,7 @@ from shim.errors import (
     ResourceExhausted,
     Unimplemented,
 )
-from shim.transport.ttrpc_codec import MAX_BODY, FrameDecoder, FrameType, encode_frame, encode_request
+from shim.transport.ttrpc_codec import MAX_BODY, Frame, FrameDecoder, FrameType, encode_frame, encode_request
 from shim.transport.ttrpc_server import TtrpcServer
 
 if TYPE_CHECKING:
@@ -41,12 +41,18 @@ class RawClient:
         self.sock.connect(str(path))
         self.sock.setblocking(False)
         self.decoder = FrameDecoder()
-        self.frames = []
+        self.frames: list[Frame] = []
 
     async def send(self, data: bytes) -> None:
         await asyncio.get_running_loop().sock_sendall(self.sock, data)
 
-    async def receive(self) -> tuple[int, ttrpc_pb2.Response] | None:
+    async def receive(self) -> tuple[int, ttrpc_pb2.Response]:
+        """Read the next response."""
+        received = await self.receive_if_any()
+        assert received is not None, "the connection has ended"
+        return received
+
+    async def receive_if_any(self) -> tuple[int, ttrpc_pb2.Response] | None:
         """Read the next response; None at the end of the connection."""
         while not self.frames:
             try:
@@ -55,7 +61,7 @@ class RawClient:
                 return None
             if not data:
                 return None
-            self.frames += self.decoder.feed(data)
+            self.frames += [frame for frame in self.decoder.feed(data) if isinstance(frame, Frame)]
         frame = self.frames.pop(0)
         return frame.stream_id, ttrpc_pb2.Response.FromString(frame.body)
 
@@ -167,7 +173,7 @@ async def test_garbage_ends_its_connection_and_no_other(raw: Callable[[], RawCli
     await good.send(request_frame(1))
     await good.refused_as(NotFound)
     await bad.send(garbage)
-    assert await bad.receive() is None
+    assert await bad.receive_if_any() is None
     await good.send(request_frame(3))
     await good.refused_as(NotFound)
 
@@ -190,7 +196,7 @@ async def test_a_half_closed_connection_is_a_closed_one(
     await tasks.waits_begun.acquire()
     client.sock.shutdown(socket.SHUT_WR)
     await tasks.waits_cancelled.acquire()
-    assert await client.receive() is None
+    assert await client.receive_if_any() is None
 
 
 async def test_a_client_that_does_not_read_is_not_served_on_but_loses_nothing(
@@ -224,7 +230,7 @@ async def test_draining_answers_what_is_in_flight_and_ends_the_server(
     stream_id, response = await client.receive()
     assert stream_id == 3
     assert task_v3_pb2.WaitResponse.FromString(response.payload).exit_status == 3
-    assert await client.receive() is None
+    assert await client.receive_if_any() is None
     await draining
 
 
@@ -238,7 +244,7 @@ async def test_draining_gives_up_on_handlers_that_do_not_end(
     await tasks.waits_begun.acquire()
     await ttrpc_server.drain(0.05)
     await tasks.waits_cancelled.acquire()
-    assert await client.receive() is None
+    assert await client.receive_if_any() is None
 
 
 async def test_a_drained_server_accepts_nobody(ttrpc_server: TtrpcServer, tmp_path: Path) -> None:
@@ -264,6 +270,6 @@ async def test_cancelling_the_server_cancels_its_handlers_and_hangs_up(
     with pytest.raises(asyncio.CancelledError):
         await serving
     await tasks.waits_cancelled.acquire()
-    assert await client.receive() is None
+    assert await client.receive_if_any() is None
     assert listener.fileno() == -1
     client.sock.close()
