@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+from tests import host_settings
 from tests.e2e import private
 from tests.e2e.conftest import DEFAULT_BOOT_S
 from tests.e2e.containerd import RELEASES, SHIM_DIRECTORY
@@ -93,10 +94,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before nightly tests are deselected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Expect Hako to fail where only runc can pass; compare the two on one containerd by day."""
+    """Expect Hako to fail where only runc can pass, leave to the night, and wait longer on a slow host."""
     for item in items:
         if _is_for_the_night(item):
             item.add_marker(pytest.mark.nightly)
+        longest = item.get_closest_marker("timeout")
+        if longest:
+            item.add_marker(pytest.mark.timeout(patient(longest.args[0])), append=False)
         limit = item.get_closest_marker("inherent")
         if limit and isinstance(item, pytest.Function) and "-hako" in item.callspec.id:
             reason = f"docs/limits.md: {limit.args[0]}"
@@ -131,7 +135,8 @@ def templates(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         place = place.parent
     store, config = place / "templates", place / "templates.toml"
     guest = f"[guest]\nboot_timeout_s = {patient(DEFAULT_BOOT_S):.0f}\n"
-    config.write_text(f'[hypervisor]\ntemplate_dir = "{store}"\n{guest}', encoding="utf-8")
+    table = host_settings.hypervisor_table(f'template_dir = "{store}"\n')
+    config.write_text(f"[hypervisor]\n{table}{guest}", encoding="utf-8")
     argv = [str(SHIM_DIRECTORY / "hako"), "template", "build", "--config", str(config)]
     subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, timeout=BUILD_TIMEOUT_S)
     return store

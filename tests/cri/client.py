@@ -13,10 +13,12 @@ from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_tools import protoc
 
+from tests.patience import patient
+
 if TYPE_CHECKING:
     from google.protobuf.descriptor import MethodDescriptor
 
-CALL_TIMEOUT_S = 100.0
+CALL_TIMEOUT_S = patient(100.0)
 MESSAGE_LIMIT = 32 << 20
 """A command may have twice 16 MiB of output."""
 _PROTO = Path(__file__).with_name("runtime.proto")

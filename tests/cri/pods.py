@@ -17,13 +17,14 @@ from tests.cri import image
 from tests.cri.client import enum_name
 from tests.cri.stack import CGROUP_PARENT
 from tests.cri.streams import Stream
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tests.cri.stack import Stack
 
-STATE_TIMEOUT_S = 30.0
+STATE_TIMEOUT_S = patient(30.0)
 POD_SCOPE, CONTAINER_SCOPE, NODE_SCOPE = 0, 1, 2
 """The modes of a namespace: the containers of a pod share it, each has its own, or it is the host's."""
 SYSCTLS = {"net.ipv4.ip_local_port_range": "30000 40000", "kernel.shm_rmid_forced": "1"}
@@ -113,8 +114,9 @@ class Container:
 
         :raises grpc.RpcError: if it takes longer than ``timeout_s``, or cannot be run.
         """
+        limit_s = int(patient(timeout_s))
         done = self.pod.stack.cri.call(
-            "ExecSync", container_id=self.id, cmd=command, timeout=timeout_s, timeout_s=timeout_s + 20
+            "ExecSync", container_id=self.id, cmd=command, timeout=limit_s, timeout_s=limit_s + patient(20)
         )
         return Output(done.exit_code, done.stdout.decode(), done.stderr.decode())
 

@@ -17,6 +17,7 @@ from tests.cri.client import Cri
 from tests.e2e import census
 from tests.e2e.conftest import write_config
 from tests.e2e.containerd import NAMESPACE, SHIM_DIRECTORY, UNNEEDED_PLUGINS, Containerd, running
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,8 +33,8 @@ CGROUP_PARENT = f"/{NAMESPACE}"
 CLONE_NEWNET = 0x40000000
 BY_PATH = "hako-by-path"
 """A handler of containerd 2 whose type is runc's, and whose path is Hako's."""
-IMAGES_TIMEOUT_S = 10.0
-BOOT_TIMEOUT_S = 240
+IMAGES_TIMEOUT_S = patient(10.0)
+BOOT_TIMEOUT_S = patient(240)
 """Ten machines that boot at once on two processors, which others need, too, take minutes."""
 
 
@@ -239,7 +240,7 @@ def opened_stack(
         state_directory=state_directory,
         protocol=kind.protocol,
         templates=templates,
-        guest=f"boot_timeout_s = {BOOT_TIMEOUT_S}",
+        guest=f"boot_timeout_s = {BOOT_TIMEOUT_S:.0f}",
     )
     environment = {"HAKO_CONFIG": str(config)}
     if kind.sandboxer == "shim":

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Self
 from urllib.parse import urlsplit
 
 from tests.cri.stack import inside
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 STDIN, STDOUT, STDERR, ENDED, TERMINAL_SIZE = range(5)
-TIMEOUT_S = 30.0
+TIMEOUT_S = patient(30.0)
 _BINARY, _CLOSE, _PING, _PONG = 2, 8, 9, 10
 SUBPROTOCOL = "v4.channel.k8s.io"
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from tests import host_settings
 from tests.e2e import busybox, census
 from tests.e2e.containerd import RELEASES, Containerd, Release, running
 from tests.e2e.nursery import Nursery
@@ -59,9 +60,10 @@ def write_config(
     :param templates: the store of what machines are cloned from; None boots them cold.
     :param tables: the body of further tables by name; those of ``shim`` and ``hypervisor`` are appended to.
     """
-    if "template" not in tables.get("hypervisor", ""):
+    tables["hypervisor"] = host_settings.hypervisor_table(tables.get("hypervisor", ""))
+    if "template" not in tables["hypervisor"]:
         cloning = f'template = "auto"\ntemplate_dir = "{templates}"' if templates else 'template = "off"'
-        tables["hypervisor"] = f"{tables.get('hypervisor', '')}\n{cloning}"
+        tables["hypervisor"] += f"\n{cloning}"
     shim = (
         f'protocol = "{protocol}"\nstate_dir = "{state_directory}"\n'
         f'log_dir = "{state_directory.parent / "log"}"\n{tables.pop("shim", "")}'

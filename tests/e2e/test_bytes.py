@@ -9,16 +9,17 @@ import random
 import termios
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.e2e.by_hand import ByHand
 from tests.e2e.test_refusals import configured
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from _pytest.mark.structures import ParameterSet
 
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.hako, pytest.mark.timeout(300)]
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-DAEMON, SERIAL = "vhost-user-vsock", "virtio-serial"
-BY_DAY = {DAEMON: 100 * MIB, SERIAL: 64 * KIB}
+DAEMON, SERIAL, KERNEL = "vhost-user-vsock", "virtio-serial", "vhost-vsock"
+CHANNELS = (DAEMON, SERIAL, *([KERNEL] if Path("/dev/vhost-vsock").exists() else []))
+BY_DAY = {DAEMON: 100 * MIB, SERIAL: 64 * KIB, KERNEL: 100 * MIB}
 
 
 def cases() -> list[ParameterSet]:
@@ -42,17 +44,17 @@ def cases() -> list[ParameterSet]:
             id=f"{channel}-{name}",
             marks=nightly if size > BY_DAY[channel] else (),
         )
-        for channel in (DAEMON, SERIAL)
+        for channel in CHANNELS
         for name, size in sizes.items()
     ]
 
 
 def by_day_on(channel: str) -> pytest.MarkDecorator:
-    """Run a test on one channel by day, and on the other by night too."""
-    [other] = {DAEMON, SERIAL} - {channel}
-    return pytest.mark.parametrize(
-        "pod", [channel, pytest.param(other, marks=pytest.mark.nightly)], indirect=True, scope="module"
-    )
+    """Run a test on one channel and the kernel's by day, and on the other by night too."""
+    channels = [
+        pytest.param(one, marks=() if one in {channel, KERNEL} else pytest.mark.nightly) for one in CHANNELS
+    ]
+    return pytest.mark.parametrize("pod", channels, indirect=True, scope="module")
 
 
 READ_BYTES = MIB
@@ -121,7 +123,7 @@ class Stalled:
 
         :raises TimeoutError: if it never is.
         """
-        deadline = time.monotonic() + 30.0
+        deadline = time.monotonic() + patient(30.0)
         waiting = bytearray(4)
         while int.from_bytes(waiting, "little") < 64 * KIB:
             if time.monotonic() > deadline:

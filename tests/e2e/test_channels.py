@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,7 +20,15 @@ pytestmark = pytest.mark.hako
 
 @pytest.mark.parametrize(
     ("channel", "device"),
-    [("vhost-user-vsock", "vhost-user-vsock-pci"), ("virtio-serial", "virtserialport")],
+    [
+        ("vhost-user-vsock", "vhost-user-vsock-pci"),
+        ("virtio-serial", "virtserialport"),
+        pytest.param(
+            "vhost-vsock",
+            "vhost-vsock-pci",
+            marks=pytest.mark.skipif(not Path("/dev/vhost-vsock").exists(), reason="not in this kernel"),
+        ),
+    ],
 )
 def test_a_container_lives_over_the_channel_that_is_configured(one_stack: Stack, channel: str, device: str):
     containerd = one_stack.containerd

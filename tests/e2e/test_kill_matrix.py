@@ -14,6 +14,7 @@ from tests.e2e.conftest import write_config
 from tests.e2e.life import Life
 from tests.e2e.tasks import outcomes
 from tests.e2e.test_refusals import configured
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.hako, pytest.mark.mostly_on("1.7-ttrpc")]
 
-CONSISTENT_S = 10.0
-CALLS_END_S = 15.0
+CONSISTENT_S = patient(10.0)
+CALLS_END_S = patient(15.0)
 
 VICTIMS = ("shim", "QEMU", "virtio-fs daemon", "vsock daemon", "guest", "containerd")
 PHASES = (

@@ -12,6 +12,7 @@ from tests.e2e.conftest import new_id
 from tests.e2e.life import until
 from tests.e2e.test_kill_matrix import BEFORE_THE_TASK_EXISTS, BOOTED_BY_DAY, PHASES, by_day, see_a_death
 from tests.e2e.test_refusals import configured
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.hako
 
 BUILDER = "shim.cli template build"
-BUILD_S = 60.0
+BUILD_S = patient(60.0)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from proto import ttrpc_pb2
 from proto.kata import agent_pb2, health_pb2
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -56,7 +57,9 @@ class AgentClient:
 
     def answer(self, stream: int, *, timeout_s: float) -> bytes:
         with self._changed:
-            arrived = self._changed.wait_for(lambda: stream in self._answers or self._lost, timeout_s)
+            arrived = self._changed.wait_for(
+                lambda: stream in self._answers or self._lost, patient(timeout_s)
+            )
             if not arrived:
                 raise TimeoutError(f"no answer on stream {stream} in {timeout_s} s")
             if stream not in self._answers:

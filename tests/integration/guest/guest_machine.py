@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from proto.kata import agent_pb2, health_pb2, oci_pb2
+from tests import host_settings
 from tests.integration.guest.agent_client import AgentClient
 from tests.patience import patient
 
@@ -22,6 +23,7 @@ KERNEL_LINE = (
     "console=hvc0 quiet panic=1 reboot=k tsc=reliable no_timer_check mitigations=off 8250.nr_uarts=0 "
     "cryptomgr.notests random.trust_cpu=on systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=all"
 )
+ACCELERATOR = host_settings.ACCELERATOR or "tcg"
 CAPABILITIES = ["CAP_CHOWN", "CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BIND_SERVICE"]
 BOOT_TIMEOUT_S = patient(60)
 MONITOR_TIMEOUT_S = patient(20)
@@ -99,8 +101,15 @@ class GuestMachine:
         self._await(share_socket, daemon)
         channel = self._vsock(directory) if self._channel == "vsock" else self._serial()
         self.qemu = self._spawn(
-            *(*self._inside, "qemu-system-x86_64", "-machine", "q35,memory-backend=ram", "-accel", "tcg"),
-            *("-cpu", "max", "-m", "512"),
+            *(
+                *self._inside,
+                "qemu-system-x86_64",
+                "-machine",
+                "q35,memory-backend=ram",
+                "-accel",
+                ACCELERATOR,
+            ),
+            *("-cpu", "host" if ACCELERATOR == "kvm" else "max", "-m", "512"),
             *["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"],
             *("-object", "memory-backend-memfd,id=ram,size=512M,share=on"),
             *("-kernel", str(image / "vmlinux"), "-initrd", str(image / "initrd"), "-append", KERNEL_LINE),

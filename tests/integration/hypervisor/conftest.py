@@ -19,6 +19,7 @@ import pytest
 from hypervisor import Accelerator, Channel, QemuHypervisor, VmSpec, channel_problem, template_key
 from hypervisor.saving import save_template
 from proto.extensions import AGENT_PORT
+from tests import host_settings
 from tests.patience import patient
 
 from .guest_shell import PARAMETERS, GuestShell, initrd
@@ -27,7 +28,7 @@ START_S = patient(20)
 BOOT_S = patient(60)
 SAVE_S = patient(90)
 
-ACCELERATOR = Accelerator(os.environ.get("HAKO_TEST_ACCELERATOR", "tcg"))
+ACCELERATOR = Accelerator(host_settings.ACCELERATOR or "tcg")
 
 GUEST = Path("/var/lib/hako/guest")
 QEMU = Path("/usr/bin/qemu-system-x86_64")

@@ -1,0 +1,26 @@
+"""What the host of the tests says of the machines in it: one that is emulated has no time for probes."""
+
+from __future__ import annotations
+
+import os
+
+from shim.config import HypervisorConfig
+
+ACCELERATOR_VARIABLE, MEMORY_VARIABLE = "HAKO_TEST_ACCELERATOR", "HAKO_TEST_MEMORY_MIB"
+
+ACCELERATOR = os.environ.get(ACCELERATOR_VARIABLE, "")
+"""The accelerator that tests are held to; empty where Hako is to find it out."""
+
+MEMORY_MIB = int(os.environ.get(MEMORY_VARIABLE, HypervisorConfig().memory_mib))
+"""The memory of a machine, without that of its containers."""
+
+
+def hypervisor_table(own: str = "") -> str:
+    """Return what Hako's configuration has in its table ``hypervisor`` on this host.
+
+    :param own: what a test wants in it, line by line, which counts for more.
+    """
+    lines = [f'accelerator = "{ACCELERATOR}"'] if ACCELERATOR and "accelerator" not in own else []
+    if MEMORY_VARIABLE in os.environ and "memory_mib" not in own:
+        lines.append(f"memory_mib = {MEMORY_MIB}")
+    return "".join(f"{line}\n" for line in lines) + own
