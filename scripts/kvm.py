@@ -1,11 +1,13 @@
 """Run tests or benchmarks under KVM, in an outer machine: ``scripts/test --kvm``, ``scripts/bench --kvm``.
 
-What they write is shown as it comes, and the exit status is theirs. The report in JUnit's format, or the
-results, and the log of the kernel stay behind in a directory that the last line names.
+What they write is shown as it comes, and the exit status is theirs. After a failure the report in JUnit's
+format and the log of the outer machine's kernel stay in a directory that the last line names.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scripts import outer
-from tests import patience
+from tests import host_settings, patience
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,44 +26,109 @@ PATIENCE = 10
 
 TEST_DEADLINE_S = 120 * PATIENCE
 SHORT = ("tests/e2e/test_kvm.py",)
+SHORT_MEMORY_MIB = 128
+"""A template takes half as long then: each page that the guest does not use is taken from it by itself."""
+
 SHORT_DEADLINE_S = 1200.0
+_HYPERVISOR, _E2E, _CRI = "tests/integration/hypervisor", "tests/e2e", "tests/cri"
+_HOTPLUG, _TEMPLATE = f"{_HYPERVISOR}/test_hotplug.py", f"{_HYPERVISOR}/test_template.py"
 ALL = (
     *SHORT,
-    "tests/e2e/test_vfio.py",
-    "tests/integration/hypervisor/test_accelerator_probe.py",
-    "tests/integration/hypervisor/test_vm_boot.py",
-    "tests/integration/hypervisor/test_vm_death.py",
-    "tests/integration/hypervisor/test_hotplug.py",
-    "tests/integration/hypervisor/test_sizing.py",
-    "tests/integration/hypervisor/test_huge_pages.py",
-    "tests/integration/hypervisor/test_template.py",
-    "tests/e2e/test_sizing.py",
-    "tests/e2e/test_templates.py",
+    f"{_E2E}/test_vfio.py",
+    f"{_HYPERVISOR}/test_accelerator_probe.py::test_this_host_gets_a_verdict_with_a_reason_and_keeps_it",
+    f"{_HYPERVISOR}/test_vm_boot.py::test_the_agent_answers",
+    f"{_HYPERVISOR}/test_vm_death.py::test_qemu_killed[9]",
+    f"{_HYPERVISOR}/test_vm_death.py::test_qemu_asked_to_terminate",
+    f"{_HYPERVISOR}/test_vm_death.py::test_the_virtio_fs_worker_killed_ends_the_machine_and_names_the_daemon",
+    f"{_HYPERVISOR}/test_vm_death.py::test_a_guest_without_init_panics_with_its_line",
+    f"{_HOTPLUG}::test_a_disk_is_what_it_was_plugged_as[distribution]",
+    f"{_HOTPLUG}::test_an_interface_comes_and_goes[distribution-5]",
+    f"{_HOTPLUG}::test_a_root_port_takes_a_device_and_then_another[distribution]",
+    f"{_HYPERVISOR}/test_sizing.py::test_processors_are_added_and_taken_away_as_the_guest_sees_it[distribution]",
+    f"{_HYPERVISOR}/test_sizing.py::test_memory_that_the_guest_frees_is_back_on_the_host[distribution]",
+    f"{_TEMPLATE}::test_the_agent_of_a_clone_answers[distribution-vhost-vsock]",
+    f"{_TEMPLATE}::test_the_agent_of_a_clone_answers[distribution-vhost-user-vsock]",
+    f"{_TEMPLATE}::test_clones_at_once_have_nothing_in_common[distribution]",
+    f"{_TEMPLATE}::test_a_clone_takes_and_gives_devices_processors_and_memory[distribution]",
+    "tests/integration/guest/test_channels.py",
+    f"{_E2E}/test_life.py::test_the_exit_code_of_the_process_is_the_exit_code_of_ctr[2.1-ttrpc-42]",
+    f"{_E2E}/test_life.py::test_a_process_killed_by_signal_9_exits_with_137[2.1-ttrpc]",
+    f"{_E2E}/test_life.py::test_stdin_reaches_the_process_and_its_end_is_seen[2.1-ttrpc]",
+    f"{_E2E}/test_exec.py::test_stdin_reaches_an_exec_and_its_end_is_seen[2.1-ttrpc]",
+    f"{_E2E}/test_exec.py::test_many_execs_run_at_once_and_none_mixes_with_another[2.1-ttrpc]",
+    f"{_E2E}/test_exec.py::test_an_exec_is_killed_without_harm_to_its_container[2.1-ttrpc]",
+    f"{_E2E}/test_terminal.py::test_a_shell_on_a_terminal_answers_what_is_typed[2.1-ttrpc]",
+    f"{_E2E}/test_bytes.py::test_an_output_arrives_whole[stdout-vhost-vsock-64KiB]",
+    f"{_E2E}/test_bytes.py::test_an_output_arrives_whole[stdout-vhost-vsock-100MiB]",
+    f"{_E2E}/test_bytes.py::test_an_input_arrives_whole[vhost-vsock-100MiB]",
+    f"{_E2E}/test_bytes.py::test_a_stalled_reader_loses_nothing_when_it_reads_on[vhost-vsock]",
+    f"{_E2E}/test_bytes.py::test_short_commands_lose_no_line[80-vhost-vsock]",
+    f"{_E2E}/test_templates.py::test_the_first_container_leaves_a_template_and_the_second_is_a_clone",
+    f"{_E2E}/test_templates.py::test_two_clones_share_neither_randomness_nor_names_and_know_the_time",
+    f"{_E2E}/test_templates.py::test_a_clone_grows_to_what_its_container_may_use",
+    f"{_E2E}/test_templates.py::test_a_broken_template_is_replaced_and_its_container_boots_cold[garble_memory]",
+    f"{_E2E}/test_kill_matrix_of_clones.py",
+    f"{_CRI}/test_pods.py::test_pods_and_containers_survive_a_restart_of_containerd[2.1-podsandbox]",
+    f"{_CRI}/test_pods.py::test_a_pod_whose_machine_dies_is_not_ready_and_can_be_removed_at_once[2.1-podsandbox]",
+    f"{_CRI}/test_streams.py::test_a_streamed_command_has_all_its_streams_and_an_exit_code[2.1-podsandbox]",
+    f"{_CRI}/test_streams.py::test_attaching_joins_the_streams_of_a_container[2.1-podsandbox]",
+    f"{_CRI}/test_streams.py::test_a_port_of_the_pod_is_forwarded[2.1-podsandbox]",
 )
-ALL_DEADLINE_S = 6 * 3600.0
+"""One or two tests of each kind, as a machine takes half a minute to start; with --nightly some have more."""
+
+DEADLINE_S = 6 * 3600.0
+ENVIRONMENT = {
+    patience.VARIABLE: f"{PATIENCE}",
+    host_settings.ACCELERATOR_VARIABLE: "kvm",
+    "HAKO_TEST_VFIO_DISK": outer.DISK,
+    "HAKO_TEST_VFIO_CARDS": " ".join(outer.CARDS),
+    "PYTHONUNBUFFERED": "1",
+    "PYTEST_ADDOPTS": os.environ.get("PYTEST_ADDOPTS", ""),  # scripts/test --nightly says so there
+}
 BENCHMARKS = ("clone_over_cold", "run_template_over_cold", "shim_pss_mib", "pod_pss_mib")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run what the command line says.
 
-    :param arguments: ``test`` or ``bench``, then what it is given.
-    :returns: its exit status.
+    :param arguments: ``test`` or ``bench``, what of it is meant (``--short``), where results are to stay
+        (``--results DIR``), and then what pytest or the benchmarks are given.
+    :returns: its exit status; 2 if this host cannot have an outer machine.
     """
+    if problem := outer.problem():
+        print(f"kvm: {problem}", file=sys.stderr)
+        return 2
     what, *given = arguments
-    if what == "bench":
-        return _run(_benchmarks(given), deadline_s=ALL_DEADLINE_S)
-    short = given[:1] == ["--short"]
-    command = _tests(given[1:], SHORT) if short else _tests(given, ALL)
-    return _run(command, deadline_s=SHORT_DEADLINE_S if short else ALL_DEADLINE_S)
+    is_short = given[:1] == ["--short"]
+    del given[: int(is_short)]
+    kept = Path(given[1]) if given[:1] == ["--results"] else None
+    del given[: 2 if kept else 0]
+    command = _benchmarks(given) if what == "bench" else _tests(given, SHORT if is_short else ALL)
+    environment = {host_settings.MEMORY_VARIABLE: f"{SHORT_MEMORY_MIB}"} if is_short else {}
+    results = kept or Path(tempfile.mkdtemp(prefix="hako-kvm-"))
+    results.mkdir(exist_ok=True)
+    began_s = time.monotonic()
+    status = outer.run(
+        command,
+        environment={**ENVIRONMENT, **environment},
+        results=results,
+        deadline_s=SHORT_DEADLINE_S if is_short else DEADLINE_S,
+    )
+    print(f"kvm: exit status {status} after {time.monotonic() - began_s:.0f} s", flush=True)
+    if status or kept:
+        print(f"kvm: the report and the outer machine's log are in {results}", flush=True)
+    else:
+        shutil.rmtree(results)
+    return status
 
 
 def _tests(given: list[str], listed: Sequence[str]) -> list[str]:
     """Build pytest's command line: for the tests that are named, or for those that are listed here."""
     named = any(argument.startswith("tests/") for argument in given)
     return [
-        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--timeout={TEST_DEADLINE_S}"),
-        *(f"--junitxml={outer.RESULTS}/report.xml", "-v", "--color=no", "--durations=0", "--durations-min=5"),
+        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"),
+        *(f"--timeout={TEST_DEADLINE_S}", f"--junitxml={outer.RESULTS}/report.xml"),
+        *("-v", "--color=no", "--durations=0", "--durations-min=5"),
         *given,
         *(() if named else listed),
     ]
@@ -70,22 +137,6 @@ def _tests(given: list[str], listed: Sequence[str]) -> list[str]:
 def _benchmarks(given: list[str]) -> list[str]:
     names = given or [*BENCHMARKS, "--rounds", "3"]
     return [sys.executable, "-m", "scripts.benchmarks", *names, "--json", f"{outer.RESULTS}/results.json"]
-
-
-def _run(command: Sequence[str], *, deadline_s: float) -> int:
-    environment = {
-        patience.VARIABLE: f"{PATIENCE}",
-        "HAKO_TEST_ACCELERATOR": "kvm",
-        "HAKO_TEST_VFIO_DISK": outer.DISK,
-        "HAKO_TEST_VFIO_CARDS": " ".join(outer.CARDS),
-        "PYTHONUNBUFFERED": "1",
-    }
-    results = Path(tempfile.mkdtemp(prefix="hako-kvm-"))
-    began_s = time.monotonic()
-    status = outer.run(command, environment=environment, results=results, deadline_s=deadline_s)
-    took_s = time.monotonic() - began_s
-    print(f"kvm: exit status {status} after {took_s:.0f} s; what it left is in {results}", flush=True)
-    return status
 
 
 if __name__ == "__main__":
