@@ -24,6 +24,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
         return 3
 
     monkeypatch.setattr(outer, "run", run)
+    monkeypatch.setattr(outer, "problem", lambda: None)
     monkeypatch.setattr(kvm.tempfile, "tempdir", str(tmp_path))
     return calls
 
@@ -53,8 +54,37 @@ def test_the_tests_that_are_named_run_or_else_those_that_are_listed(
     assert all(argument in command for argument in arguments[1:] if argument != "--short")
 
 
-def test_what_is_listed_is_there() -> None:
-    assert all((outer.TREE / path).is_file() for path in kvm.ALL)
+@pytest.mark.parametrize("listed", kvm.ALL)
+def test_what_is_listed_is_there(listed: str) -> None:
+    file, _, test = listed.partition("::")
+    assert f"def {test.partition('[')[0]}" in (outer.TREE / file).read_text(encoding="utf-8")
+
+
+def test_a_host_that_cannot_have_an_outer_machine_is_told_why(
+    started: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(outer, "problem", lambda: "outer machine: no room; make some")
+    assert kvm.main(["test", "--short"]) == 2
+    assert started == []
+    assert capsys.readouterr().err == "kvm: outer machine: no room; make some\n"
+
+
+@pytest.mark.parametrize("status", [0, 3])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_results_stay_after_a_failure_or_where_they_are_wanted(
+    monkeypatch: pytest.MonkeyPatch, started: list[Any], tmp_path: Path, *, status: int, wanted: bool
+) -> None:
+    seen: list[Path] = []
+
+    def run(_command: list[str], *, results: Path, **_: object) -> int:
+        seen.append(results)
+        return status
+
+    monkeypatch.setattr(outer, "run", run)
+    options = ["--results", str(tmp_path / "here")] if wanted else []
+    assert kvm.main(["test", "--short", *options]) == status
+    assert [place.is_dir() for place in seen] == [wanted or status != 0]
+    assert not wanted or seen == [tmp_path / "here"]
 
 
 def test_tests_there_have_more_time_and_leave_a_report(started: list[Any]) -> None:
