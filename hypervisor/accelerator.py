@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hypervisor import machine
+from hypervisor import architecture
 from hypervisor.argv import probe_argv
 from hypervisor.interface import Accelerator
 from hypervisor.process import Process
@@ -72,7 +72,7 @@ async def choose_accelerator(qemu: Path, *, cache: Path) -> Verdict:
     :raises UnsupportedHostError: if this machine's architecture is not supported.
     :raises OSError: if the cache cannot be written, or no process can be made.
     """
-    this_machine = machine.for_host()
+    host_architecture = architecture.for_host()
     try:
         os.close(os.open(KVM_DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
@@ -83,7 +83,7 @@ async def choose_accelerator(qemu: Path, *, cache: Path) -> Verdict:
     async with _locked(cache.with_suffix(".lock")):
         verdict = _load(cache, key)
         if verdict is None:
-            verdict = await _measure(qemu, this_machine)
+            verdict = await _measure(qemu, host_architecture)
             if verdict.proven:
                 _store(cache, key, verdict)
         return verdict
@@ -135,14 +135,14 @@ def judge(*, kvm: _Run | None, tcg: _Run | None) -> Verdict:
     return Verdict(accelerator=Accelerator.TCG, reason=reason, proven=False)
 
 
-async def _measure(qemu: Path, this_machine: machine.Machine) -> Verdict:
+async def _measure(qemu: Path, host_architecture: architecture.Architecture) -> Verdict:
     with tempfile.NamedTemporaryFile(prefix="hako-probe-") as kernel:
-        kernel.write(this_machine.probe_kernel)
+        kernel.write(host_architecture.probe_kernel)
         kernel.flush()
 
         async def run(accelerator: Accelerator) -> _Run:
-            argv = probe_argv(qemu, accelerator, Path(kernel.name), machine=this_machine)
-            return await _run(argv, expected=this_machine.probe_status)
+            argv = probe_argv(qemu, accelerator, Path(kernel.name), architecture=host_architecture)
+            return await _run(argv, expected=host_architecture.probe_status)
 
         return await race(run)
 

@@ -18,7 +18,7 @@ _EJECT_IN_PROGRESS = 0x84
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class AcpiSlot:
     """Where a device is as ACPI counts, and what QEMU calls it.
 
     :param kind: ``CPU`` or ``DIMM``.
@@ -31,7 +31,7 @@ class Slot:
     device: str
 
 
-async def answer(slot: Slot, events: EventStream, *, leaving: bool, timeout_s: float) -> str:
+async def answer(slot: AcpiSlot, events: EventStream, *, leaving: bool, timeout_s: float) -> str:
     """Wait for the guest's word on one device.
 
     :param slot: the device.

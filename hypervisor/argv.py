@@ -12,7 +12,7 @@ from proto.extensions import RAW_STREAM_PORT, RAW_STREAMS_PARAMETER, SERIAL_PORT
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hypervisor.machine import Machine
+    from hypervisor.architecture import Architecture
 
 MIB = 1 << 20
 
@@ -109,35 +109,35 @@ class Inherited:
     memory: int | None = None
 
 
-def boot_argv(spec: VmSpec, inherited: Inherited, *, machine: Machine) -> list[str]:
+def boot_argv(spec: VmSpec, inherited: Inherited, *, architecture: Architecture) -> list[str]:
     """Build the command line that boots a virtual machine.
 
     :param spec: the virtual machine.
     :param inherited: the descriptors QEMU will find open.
-    :param machine: the architecture's part.
+    :param architecture: the host's.
     :returns: the program and its arguments.
     """
     return [
-        *_machine_argv(spec, inherited, machine=machine),
+        *_machine_argv(spec, inherited, architecture=architecture),
         "-kernel", str(spec.kernel),
         "-initrd", str(spec.initrd),
-        "-append", kernel_command_line(spec, machine=machine),
+        "-append", kernel_command_line(spec, architecture=architecture),
     ]  # fmt: skip
 
 
-def clone_argv(spec: VmSpec, inherited: Inherited, *, machine: Machine) -> list[str]:
+def clone_argv(spec: VmSpec, inherited: Inherited, *, architecture: Architecture) -> list[str]:
     """Build the command line that starts a machine which is to be loaded, and let run afterwards.
 
     :param spec: the virtual machine.
     :param inherited: the descriptors QEMU will find open.
-    :param machine: the architecture's part.
+    :param architecture: the host's.
     :returns: the program and its arguments.
     """
     # No kernel: it is in the memory already, and QEMU would read all of it and keep it.
-    return [*_machine_argv(spec, inherited, machine=machine), "-S", "-incoming", "defer"]
+    return [*_machine_argv(spec, inherited, architecture=architecture), "-S", "-incoming", "defer"]
 
 
-def _machine_argv(spec: VmSpec, inherited: Inherited, *, machine: Machine) -> list[str]:
+def _machine_argv(spec: VmSpec, inherited: Inherited, *, architecture: Architecture) -> list[str]:
     return [
         *(() if spec.root_ports else OWN_MOUNTS),
         *_entering(spec.network_namespace),
@@ -151,15 +151,15 @@ def _machine_argv(spec: VmSpec, inherited: Inherited, *, machine: Machine) -> li
         "-no-reboot",
         # QEMU starts no process and gains no privilege once it runs, whatever the guest makes it do.
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-        "-machine", _machine(spec, machine),
+        "-machine", _machine(spec, architecture),
         "-accel", _accelerator(spec.accelerator),
-        "-cpu", machine.cpu_models[spec.accelerator],
+        "-cpu", architecture.cpu_models[spec.accelerator],
         "-smp", f"cpus={spec.vcpus},maxcpus={spec.max_vcpus}",
         "-m", _memory(spec),
         "-object", _memory_backend(spec, inherited.memory),
         "-chardev", f"socket,id=qmp,fd={inherited.qmp}",
         "-mon", "chardev=qmp,mode=control",
-        *_console(inherited.console, machine),
+        *_console(inherited.console, architecture),
         *_channel(inherited.channel),
         *_share(inherited.share),
         # Early entropy: without it the guest's first random read may wait.
@@ -174,13 +174,15 @@ def _machine_argv(spec: VmSpec, inherited: Inherited, *, machine: Machine) -> li
     ]  # fmt: skip
 
 
-def probe_argv(qemu: Path, accelerator: Accelerator, kernel: Path, *, machine: Machine) -> list[str]:
+def probe_argv(
+    qemu: Path, accelerator: Accelerator, kernel: Path, *, architecture: Architecture
+) -> list[str]:
     """Build the command line that runs the probe kernel the way a virtual machine would be run.
 
     :param qemu: the QEMU system emulator.
     :param accelerator: what to probe.
     :param kernel: a file with the machine's probe kernel.
-    :param machine: the architecture's part.
+    :param architecture: the host's.
     """
     return [
         str(qemu),
@@ -188,24 +190,24 @@ def probe_argv(qemu: Path, accelerator: Accelerator, kernel: Path, *, machine: M
         "-nodefaults",
         "-display", "none",
         "-no-reboot",
-        "-machine", machine.type,
+        "-machine", architecture.type,
         "-accel", _accelerator(accelerator),
-        "-cpu", machine.cpu_models[accelerator],
+        "-cpu", architecture.cpu_models[accelerator],
         "-m", "32M",
         "-kernel", str(kernel),
-        "-device", machine.probe_device,
+        "-device", architecture.probe_device,
     ]  # fmt: skip
 
 
-def kernel_command_line(spec: VmSpec, *, machine: Machine) -> str:
+def kernel_command_line(spec: VmSpec, *, architecture: Architecture) -> str:
     """Build the guest kernel's command line; the operator's parameters come last, so they win.
 
     :param spec: the virtual machine.
-    :param machine: the architecture's part.
+    :param architecture: the host's.
     """
-    parameters = [*_KERNEL_PARAMETERS, *machine.kernel_parameters]
+    parameters = [*_KERNEL_PARAMETERS, *architecture.kernel_parameters]
     if spec.accelerator is Accelerator.TCG:
-        parameters += machine.translated_kernel_parameters
+        parameters += architecture.translated_kernel_parameters
     if spec.channel is Channel.VHOST_VSOCK:
         # An agent tells the connections apart by the ports they come from, which only the kernel's vsock
         # shows to both sides.
@@ -241,8 +243,8 @@ def _root_ports(spec: VmSpec) -> list[str]:
     return words
 
 
-def _machine(spec: VmSpec, machine: Machine) -> str:
-    options = f"{machine.type},memory-backend=memory"
+def _machine(spec: VmSpec, architecture: Architecture) -> str:
+    options = f"{architecture.type},memory-backend=memory"
     return f"{options},{spec.machine_options}" if spec.machine_options else options
 
 
@@ -283,11 +285,11 @@ def _accelerator(accelerator: Accelerator) -> str:
             return "tcg,tb-size=128"
 
 
-def _console(fd: int, machine: Machine) -> list[str]:
+def _console(fd: int, architecture: Architecture) -> list[str]:
     # One stream for both, so that early messages and later ones stay in order.
     return [
         "-chardev", f"socket,id=console,fd={fd},mux=on",
-        "-device", f"{machine.early_console},chardev=console",
+        "-device", f"{architecture.early_console},chardev=console",
         # The console and the agent's port: the guest's driver sets up queues for every port offered.
         "-device", "virtio-serial-pci,max_ports=2",
         "-device", "virtconsole,chardev=console",

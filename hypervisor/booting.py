@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from hypervisor import machine, virtiofsd
+from hypervisor import architecture, virtiofsd
 from hypervisor.argv import HOTPLUG_BUSES, Inherited, boot_argv, root_ports
 from hypervisor.console import Console
 from hypervisor.devices import Devices
@@ -29,7 +29,7 @@ async def boot(spec: VmSpec, host: HostSide) -> Devices:
     :raises VmStartError: if anything failed.
     :raises OSError: if the host lacks something.
     """
-    this_machine = machine.for_host()
+    host_architecture = architecture.for_host()
     for file in (spec.kernel, spec.initrd):
         if not file.is_file():
             raise VmStartError(f"start vm: {file}: no such file; build the guest image")
@@ -51,7 +51,7 @@ async def boot(spec: VmSpec, host: HostSide) -> Devices:
         with host.phase("spawn QEMU"):
             host.spawn(
                 QEMU,
-                boot_argv(spec, inherited, machine=this_machine),
+                boot_argv(spec, inherited, architecture=host_architecture),
                 inherit=[inherited.qmp, inherited.console, share.fileno(), device.fd],
                 accelerator=spec.accelerator,
             )

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hypervisor import machine, memory_copy, migration, template, virtiofsd, vsock
+from hypervisor import architecture, memory_copy, migration, template, virtiofsd, vsock
 from hypervisor.argv import HOTPLUG_BUSES, clone_argv, root_ports
 from hypervisor.console import Console
 from hypervisor.devices import Devices
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hypervisor.argv import ChannelDevice
     from hypervisor.host_side import HostSide
     from hypervisor.interface import VmSpec
-    from hypervisor.template import Template
+    from hypervisor.template import TemplateDescription
     from hypervisor.vsock import GuestChannel
 
 _STEP_S = 40.0
@@ -63,7 +63,7 @@ async def clone(spec: VmSpec, host: HostSide, directory: Path) -> Devices:
         raise TemplateError(f"template: {directory}: {await host.early_cause(error)}") from error
 
 
-async def _clone(spec: VmSpec, host: HostSide, directory: Path, saved: Template) -> Devices:
+async def _clone(spec: VmSpec, host: HostSide, directory: Path, saved: TemplateDescription) -> Devices:
     with ExitStack() as stack:
         source = template.open_memory(directory, saved)
         stack.callback(os.close, source)
@@ -114,12 +114,14 @@ def _spawn_qemu(
     descriptors = template.bare_descriptors(
         qmp=qmp.qemu_fd, console=console.qemu_fd, memory=memory, agent=port
     )
-    argv = clone_argv(spec, descriptors, machine=machine.for_host())
+    argv = clone_argv(spec, descriptors, architecture=architecture.for_host())
     host.spawn(QEMU, argv, inherit=inherit, accelerator=spec.accelerator)
     return qmp
 
 
-async def _connect(qmp: QmpSession, spec: VmSpec, saved: Template, host: HostSide, directory: Path) -> None:
+async def _connect(
+    qmp: QmpSession, spec: VmSpec, saved: TemplateDescription, host: HostSide, directory: Path
+) -> None:
     with host.phase("QMP"):
         async with _limited(directory, "QEMU did not answer"):
             await qmp.connect()
@@ -129,7 +131,9 @@ async def _connect(qmp: QmpSession, spec: VmSpec, saved: Template, host: HostSid
     await host.seclude_qemu(spec)
 
 
-async def _copy_memory(host: HostSide, directory: Path, source: int, memory: int, saved: Template) -> None:
+async def _copy_memory(
+    host: HostSide, directory: Path, source: int, memory: int, saved: TemplateDescription
+) -> None:
     program = [sys.executable, "-I", "-S", str(Path(memory_copy.__file__))]
     words = [*program, str(source), str(memory), str(saved.data_bytes)]
     with host.phase("copy memory"):
@@ -144,7 +148,7 @@ async def _copy_memory(host: HostSide, directory: Path, source: int, memory: int
         raise TemplateError(f"template: {directory / template.MEMORY}: {copier.obituary()}")
 
 
-async def _watch_copy(directory: Path, memory: int, saved: Template) -> None:
+async def _watch_copy(directory: Path, memory: int, saved: TemplateDescription) -> None:
     """Raise an error once nothing has been copied for a while."""
     copied = -1
     while (now_copied := os.fstat(memory).st_blocks * _BLOCK) > copied:
@@ -165,7 +169,9 @@ async def _limited(directory: Path, failure: str) -> AsyncIterator[None]:
         raise TemplateLateError(f"template: {directory}: {failure} within {_STEP_S:g} s") from None
 
 
-async def _serve_share(spec: VmSpec, host: HostSide, stack: ExitStack, saved: Template) -> socket.socket:
+async def _serve_share(
+    spec: VmSpec, host: HostSide, stack: ExitStack, saved: TemplateDescription
+) -> socket.socket:
     listener, share = virtiofsd.connected_pair(spec.directory)
     stack.enter_context(share)
     with listener, host.phase("spawn virtio-fs daemon"):

@@ -71,7 +71,7 @@ class Memory:
         self._lock = asyncio.Lock()
         self._plugged = False
         self._by_modules = False
-        self._modules: list[tuple[acpi.Slot, int]] = []
+        self._modules: list[tuple[acpi.AcpiSlot, int]] = []
 
     async def resize(self, size: int) -> int:
         """Add or take away memory; return when the guest has done it.
@@ -186,7 +186,7 @@ class Memory:
         number = next(iter(set(range(MEMORY_MODULES)) - {slot.number for slot, _ in self._modules}), None)
         if number is None:
             raise ResizeError(f"resize memory: all {MEMORY_MODULES} modules are there; shrink it first")
-        slot = acpi.Slot("DIMM", number, f"memory-module{number}")
+        slot = acpi.AcpiSlot("DIMM", number, f"memory-module{number}")
         backend = {**self._backend, "id": f"{slot.device}-ram"}
         await self._session.ask(dict, "object-add", {**backend, "size": size})
         try:

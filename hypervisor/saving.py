@@ -11,7 +11,7 @@ import socket
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from hypervisor import machine, migration, template
+from hypervisor import architecture, migration, template
 from hypervisor.argv import boot_argv
 from hypervisor.console import Console
 from hypervisor.errors import QmpError, VmStartError
@@ -20,7 +20,7 @@ from hypervisor.host_side import QEMU, HostSide
 from hypervisor.interface import Channel
 from hypervisor.memory_copy import data_ranges
 from hypervisor.qmp import QmpSession
-from hypervisor.template import Template
+from hypervisor.template import TemplateDescription
 from hypervisor.virtiofsd import detect_dialect
 from proto.extensions import READY_MARK
 
@@ -88,7 +88,7 @@ async def _save(spec: VmSpec, directory: Path, host: HostSide) -> None:
         state = await _device_state(qmp)
         data_bytes, written_ns = await asyncio.to_thread(_copy_data, memory, directory / template.MEMORY)
         (directory / template.STATE).write_bytes(state)
-        Template(
+        TemplateDescription(
             qemu_version=qmp.version,
             memory_bytes=spec.memory_bytes,
             data_bytes=data_bytes,
@@ -109,7 +109,7 @@ async def _boot(spec: VmSpec, host: HostSide, *, memory: int, port: int | None) 
         )
         host.spawn(
             QEMU,
-            boot_argv(spec, descriptors, machine=machine.for_host()),
+            boot_argv(spec, descriptors, architecture=architecture.for_host()),
             inherit=[qmp.qemu_fd, host.console.qemu_fd, memory, *([] if port is None else [port])],
         )
     await qmp.connect()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hypervisor import machine
+from hypervisor import architecture
 from hypervisor.argv import Inherited, SerialPort, boot_argv
 from hypervisor.errors import TemplateError, VmStartError
 from hypervisor.interface import Accelerator, Channel
@@ -41,7 +41,7 @@ _STATE_LIMIT = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Template:
+class TemplateDescription:
     """A template's description.
 
     :param qemu_version: of the QEMU that saved it; no other loads it.
@@ -96,7 +96,7 @@ def template_key(spec: VmSpec) -> str:
     bare = bare_machine(dataclasses.replace(spec, name="", network_namespace=None))
     shape: list[object] = [
         _FORMAT,
-        boot_argv(bare, _placeholders(spec), machine=machine.for_host()),
+        boot_argv(bare, _placeholders(spec), architecture=architecture.for_host()),
         [identity(file) for file in (spec.qemu, spec.kernel, spec.initrd)],
     ]
     if spec.accelerator is Accelerator.KVM:
@@ -131,7 +131,7 @@ def bare_descriptors(*, qmp: int, console: int, memory: int, agent: int | None) 
     return Inherited(qmp=qmp, console=console, share=None, channel=channel, memory=memory)
 
 
-def read_description(directory: Path) -> Template:
+def read_description(directory: Path) -> TemplateDescription:
     """Read a template's description.
 
     :param directory: the template's.
@@ -142,7 +142,7 @@ def read_description(directory: Path) -> Template:
         values = json.loads(path.read_bytes())
         if values.pop("format") != _FORMAT:
             raise TemplateError(f"template: {path}: written by another version of this program")
-        found = Template(**values)
+        found = TemplateDescription(**values)
     except OSError as error:
         raise TemplateError(f"template: {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -153,7 +153,7 @@ def read_description(directory: Path) -> Template:
     return found
 
 
-def read_state(directory: Path, template: Template) -> bytes:
+def read_state(directory: Path, template: TemplateDescription) -> bytes:
     """Read the state of a template's devices.
 
     :param directory: the template's.
@@ -172,7 +172,7 @@ def read_state(directory: Path, template: Template) -> bytes:
     return state
 
 
-def open_memory(directory: Path, template: Template) -> int:
+def open_memory(directory: Path, template: TemplateDescription) -> int:
     """Open the memory of a template for reading.
 
     :param directory: the template's.

@@ -123,7 +123,7 @@ class Vcpus:
         slots = await self._slots()
         free = [number for number, slot in enumerate(slots) if "qom-path" not in slot]
         for number in free[: max(count - (len(slots) - len(free)), 0)]:
-            place = acpi.Slot("CPU", number, f"{_PREFIX}{number}")
+            place = acpi.AcpiSlot("CPU", number, f"{_PREFIX}{number}")
             arguments = {"driver": slots[number]["type"], "id": place.device, **slots[number]["props"]}
             await self._session.ask(dict, "device_add", arguments)
             if problem := await acpi.answer(place, events, leaving=False, timeout_s=_ANSWER_S):
@@ -137,7 +137,7 @@ class Vcpus:
         added = [number for number, path in enumerate(paths) if path.startswith(_PERIPHERAL)]
         excess = max(sum(map(bool, paths)) - count, 0)
         for number in added[::-1][:excess]:
-            place = acpi.Slot("CPU", number, f"{_PREFIX}{number}")
+            place = acpi.AcpiSlot("CPU", number, f"{_PREFIX}{number}")
             await self._session.ask(dict, "device_del", {"id": place.device})
             if problem := await acpi.answer(place, events, leaving=True, timeout_s=_ANSWER_S):
                 raise ResizeRefusedError(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from guest.agent.container import Container
     from guest.agent.process import Process
-    from guest.agent.streams import Output
+    from guest.agent.streams import ProcessOutput
 
 _WORD = struct.Struct(">I")
 _EMPTY = _WORD.pack(0)
@@ -110,7 +110,7 @@ def _write(fd: int, view: memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _carry_output(fd: int, output: Output, process: Process, *, ended: Callable[[], None]) -> None:
+def _carry_output(fd: int, output: ProcessOutput, process: Process, *, ended: Callable[[], None]) -> None:
     call = Call(fd, 0)  # the host sends nothing any more: readable means gone
     buffer = memoryview(bytearray(_BUFFER_BYTES))
     room = buffer[_WORD.size :]

@@ -119,7 +119,7 @@ def refusal(body: bytes, *, flags: int) -> OSError | None:
     return OSError(number, cause)
 
 
-class Channel:
+class NetlinkChannel:
     """A conversation with the kernel's routing subsystem, for one thread at a time; close it after use."""
 
     def __init__(self) -> None:

@@ -13,8 +13,8 @@ import errno
 from guest.agent import addresses, files, modules, rtnetlink, uevent
 from guest.agent.console import log
 from guest.agent.errors import AgentError, InvalidArgument
-from guest.agent.netlink import NLM_F_CREATE, NLM_F_REPLACE, Channel, await_carrier
-from guest.agent.rtnetlink import Address, Link, NextHop, Route
+from guest.agent.netlink import NLM_F_CREATE, NLM_F_REPLACE, NetlinkChannel, await_carrier
+from guest.agent.rtnetlink import KernelHop, KernelRoute, Link, LinkAddress
 from guest.agent.rules import Rules
 from guest.agent.sysctl import Settings
 
@@ -40,7 +40,7 @@ _NOWHERE = frozenset({6, 7, 8, 9})  # blackhole, unreachable, prohibit, throw
 _TYPE_LOOPBACK = "loopback"
 
 
-class Network:
+class GuestNetwork:
     """What the host has asked for so far.
 
     :param codec: makes the messages of the lists.
@@ -71,7 +71,7 @@ class Network:
             self._update_loopback(wanted, asked)
             return
         modules.load("virtio_net")
-        with Channel() as channel:
+        with NetlinkChannel() as channel:
             if wanted.devicePath:
                 uevent.interface(wanted.devicePath)
             else:
@@ -97,8 +97,8 @@ class Network:
                     stale = [one for one in stale if one.packed != addresses.link_local(mac)]
                 self._set_addresses(channel, link.index, name, asked, present=present, stale=stale)
 
-    def _update_loopback(self, wanted: Message, asked: list[Address]) -> None:
-        with self._lock, Channel() as channel:
+    def _update_loopback(self, wanted: Message, asked: list[LinkAddress]) -> None:
+        with self._lock, NetlinkChannel() as channel:
             link = next(one for one in _links(channel) if one.flags & rtnetlink.IFF_LOOPBACK)
             if link.mtu != wanted.mtu:
                 body = rtnetlink.encode_link(link.index, mtu=wanted.mtu)
@@ -112,13 +112,13 @@ class Network:
 
     def _set_addresses(
         self,
-        channel: Channel,
+        channel: NetlinkChannel,
         index: int,
         name: str,
-        asked: list[Address],
+        asked: list[LinkAddress],
         *,
-        present: list[Address],
-        stale: list[Address],
+        present: list[LinkAddress],
+        stale: list[LinkAddress],
     ) -> None:
         """Give a link addresses, and take from it those of the stale ones that are not among them."""
         if any(len(one.packed) == 16 for one in asked) and not _has_ipv6():
@@ -152,7 +152,7 @@ class Network:
         :raises InvalidArgument: if a route is malformed.
         :raises AgentError: if a device does not exist, or the kernel refuses a route.
         """
-        with self._lock, Channel() as channel:
+        with self._lock, NetlinkChannel() as channel:
             refused: list[str] = []
             if settings is not None:
                 _settle(channel, settings.values)
@@ -162,7 +162,7 @@ class Network:
                 refused += self._rules.update(channel, rules.rules)
             return refused
 
-    def _set_routes(self, channel: Channel, wanted: Sequence[Message]) -> None:
+    def _set_routes(self, channel: NetlinkChannel, wanted: Sequence[Message]) -> None:
         indexes = {link.name: link.index for link in _links(channel)}
         # A gateway must be reachable before a route leads through it.
         ordered = sorted(wanted, key=_has_gateway)
@@ -189,7 +189,7 @@ class Network:
         :raises InvalidArgument: if one is malformed.
         :raises AgentError: if a device does not exist, or the kernel refuses an entry.
         """
-        with self._lock, Channel() as channel:
+        with self._lock, NetlinkChannel() as channel:
             indexes = {link.name: link.index for link in _links(channel)}
             entered = []
             for one in wanted:
@@ -219,7 +219,7 @@ class Network:
         :returns: types.Interface messages.
         :raises OSError: if the kernel refuses.
         """
-        with Channel() as channel:
+        with NetlinkChannel() as channel:
             links, present = _links(channel), _addresses(channel)
         return [
             self._codec.new(
@@ -249,7 +249,7 @@ class Network:
         :returns: types.Route messages, IPv4 first.
         :raises OSError: if the kernel refuses.
         """
-        with Channel() as channel:
+        with NetlinkChannel() as channel:
             names = {link.index: link.name for link in _links(channel)}
             present = [
                 route
@@ -261,7 +261,7 @@ class Network:
             ]
         return [self._describe(route, names) for route in present]
 
-    def _describe(self, route: Route, names: dict[int, str]) -> Message:
+    def _describe(self, route: KernelRoute, names: dict[int, str]) -> Message:
         hops = [
             self._codec.new(
                 "hako.NextHop",
@@ -287,7 +287,7 @@ class Network:
         )
 
 
-def _settle(channel: Channel, settings: dict[str, str]) -> None:
+def _settle(channel: NetlinkChannel, settings: dict[str, str]) -> None:
     """Let links come up that are given an MTU for IPv6: the kernel would set its own once more."""
     names = [
         name.split("/")[-2]
@@ -300,11 +300,11 @@ def _settle(channel: Channel, settings: dict[str, str]) -> None:
         _links(channel)  # which takes the lock under which the kernel works on the news of a link
 
 
-def _links(channel: Channel) -> list[Link]:
+def _links(channel: NetlinkChannel) -> list[Link]:
     return channel.dump(rtnetlink.RTM_GETLINK, rtnetlink.ALL_LINKS, decode=rtnetlink.decode_link)
 
 
-def _addresses(channel: Channel) -> list[Address]:
+def _addresses(channel: NetlinkChannel) -> list[LinkAddress]:
     return [
         address
         for family in _FAMILIES
@@ -322,7 +322,7 @@ def _find(links: list[Link], wanted: Message, mac: bytes) -> Link | None:
     return next((link for link in candidates if link.mac == mac), None)
 
 
-def _set_link(channel: Channel, link: Link, wanted: Message, mac: bytes, links: list[Link]) -> None:
+def _set_link(channel: NetlinkChannel, link: Link, wanted: Message, mac: bytes, links: list[Link]) -> None:
     name = wanted.name or link.name
     other = next((one for one in links if one.name == name and one.index != link.index), None)
     if other is not None:
@@ -344,14 +344,14 @@ def _set_link(channel: Channel, link: Link, wanted: Message, mac: bytes, links: 
         _rename(channel, other, link.name)
 
 
-def _rename(channel: Channel, link: Link, name: str) -> None:
+def _rename(channel: NetlinkChannel, link: Link, name: str) -> None:
     _lower(channel, link)
     up = link.flags & rtnetlink.IFF_UP
     body = rtnetlink.encode_link(link.index, name=name, flags=up, mask=rtnetlink.IFF_UP)
     _make(channel, rtnetlink.RTM_NEWLINK, body, what=f"interface: {link.name}: new name {name}")
 
 
-def _lower(channel: Channel, link: Link) -> None:
+def _lower(channel: NetlinkChannel, link: Link) -> None:
     body = rtnetlink.encode_link(link.index, mask=rtnetlink.IFF_UP)
     _make(channel, rtnetlink.RTM_NEWLINK, body, what=f"interface: {link.name}: down")
 
@@ -368,14 +368,14 @@ def _has_ipv6() -> bool:
     return files.exists(path) and files.read(path).strip() == "0"
 
 
-def _address(message: Message) -> Address:
+def _address(message: Message) -> LinkAddress:
     packed = addresses.pack(message.address)
     flags = rtnetlink.IFA_F_NODAD if len(packed) == 16 else 0
     details = message.details
     if details is None:
         prefix = addresses.prefix_length(message.mask, packed)
-        return Address(index=0, packed=packed, prefix=prefix, flags=flags)
-    return Address(
+        return LinkAddress(index=0, packed=packed, prefix=prefix, flags=flags)
+    return LinkAddress(
         index=0,
         packed=packed,
         prefix=details.prefix,
@@ -393,7 +393,7 @@ def _has_gateway(route: Message) -> bool:
     return bool(route.gateway) or any(hop.gateway for hop in route.next_hops)
 
 
-def _route(message: Message, indexes: dict[str, int]) -> Route:
+def _route(message: Message, indexes: dict[str, int]) -> KernelRoute:
     if not 0 <= message.family < len(_FAMILIES):
         raise InvalidArgument(f"route: family {message.family}: not known; use 0 for IPv4, 1 for IPv6")
     family = _FAMILIES[message.family]
@@ -404,7 +404,7 @@ def _route(message: Message, indexes: dict[str, int]) -> Route:
         raise InvalidArgument(f"route: {message.dest}: it mixes IPv4 and IPv6; send one family")
     if source_prefix != len(source) * 8:
         raise InvalidArgument(f"route: {message.dest}: source {message.source} is no address; send one")
-    return Route(
+    return KernelRoute(
         family=family,
         dest=dest if prefix else b"",
         prefix=prefix,
@@ -429,18 +429,18 @@ def _table(dest: bytes) -> int:
     return rtnetlink.RT_TABLE_LOCAL if is_loopback else rtnetlink.RT_TABLE_MAIN
 
 
-def _next_hops(message: Message, family: int, indexes: dict[str, int]) -> list[NextHop]:
+def _next_hops(message: Message, family: int, indexes: dict[str, int]) -> list[KernelHop]:
     if message.type in _NOWHERE:
         return []
     several = [_next_hop(one, family, indexes, weight=one.weight) for one in message.next_hops]
     return several or [_next_hop(message, family, indexes, weight=1)]
 
 
-def _next_hop(message: Message, family: int, indexes: dict[str, int], *, weight: int) -> NextHop:
+def _next_hop(message: Message, family: int, indexes: dict[str, int], *, weight: int) -> KernelHop:
     gateway = addresses.pack(message.gateway) if message.gateway else b""
     if gateway and family == _socket.AF_INET6 and len(gateway) == 4:
         raise InvalidArgument(f"route: gateway {message.gateway}: IPv6 cannot go through IPv4; use IPv6")
-    return NextHop(
+    return KernelHop(
         index=_index(message.device, indexes),
         gateway=gateway,
         weight=min(max(1, weight), _HIGHEST_WEIGHT),
@@ -454,14 +454,14 @@ def _index(device: str, indexes: dict[str, int]) -> int:
     return indexes[device]
 
 
-def _make(channel: Channel, kind: int, body: bytes, *, what: str) -> None:
+def _make(channel: NetlinkChannel, kind: int, body: bytes, *, what: str) -> None:
     try:
         channel.change(kind, body, flags=0 if kind == rtnetlink.RTM_NEWLINK else _SET)
     except OSError as error:
         raise AgentError(f"{what}: {error.strerror}; see what the pod's network has there") from error
 
 
-def _remove(channel: Channel, kind: int, body: bytes, *, what: str) -> None:
+def _remove(channel: NetlinkChannel, kind: int, body: bytes, *, what: str) -> None:
     try:
         channel.change(kind, body)
     except OSError as error:

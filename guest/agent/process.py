@@ -8,7 +8,7 @@ from guest.agent.errors import AgentError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from guest.agent.runtime import Started
-    from guest.agent.streams import Output
+    from guest.agent.streams import ProcessOutput
     from guest.agent.ttrpc import Call
 
 
@@ -44,7 +44,7 @@ class Process:
         self._waited = True
         return self.end.status
 
-    def read(self, output: Output | None, size: int, call: Call) -> bytes:
+    def read(self, output: ProcessOutput | None, size: int, call: Call) -> bytes:
         """Read from an output.
 
         :param output: one of the process' streams.

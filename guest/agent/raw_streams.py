@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from guest.agent.process import Process
-    from guest.agent.streams import Output
+    from guest.agent.streams import ProcessOutput
     from guest.agent.wire import Message
 
 _CLAIM_TIMEOUT_S = 0.3
@@ -132,7 +132,7 @@ class Claims:
             _thread.start_new_thread(_carry_input, (self._fds.pop("stdin"), process))
 
 
-def _carry_output(fd: int, output: Output, process: Process, ended: Callable[[], None]) -> None:
+def _carry_output(fd: int, output: ProcessOutput, process: Process, ended: Callable[[], None]) -> None:
     call = Call(fd, 0)  # the host sends nothing here: readable means gone
     try:
         while data := process.read(output, _READ_BYTES, call):

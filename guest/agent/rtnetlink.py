@@ -98,7 +98,7 @@ def encode_link(
     return body
 
 
-class Address:
+class LinkAddress:
     """An address of a link.
 
     :param index: the link.
@@ -154,7 +154,7 @@ def all_addresses(family: int) -> bytes:
     return _ADDRESS.pack(family, 0, 0, 0, 0)
 
 
-def decode_address(body: bytes) -> Address:
+def decode_address(body: bytes) -> LinkAddress:
     """Decode an address.
 
     :param body: of an RTM_NEWADDR message.
@@ -170,10 +170,10 @@ def decode_address(body: bytes) -> Address:
     packed = found.get(_IFA_LOCAL) or far
     _family_of(packed)
     peer = far if far != packed else b""
-    return Address(index=index, packed=packed, prefix=prefix, flags=flags, scope=scope, peer=peer)
+    return LinkAddress(index=index, packed=packed, prefix=prefix, flags=flags, scope=scope, peer=peer)
 
 
-def encode_address(address: Address) -> bytes:
+def encode_address(address: LinkAddress) -> bytes:
     """Encode an address.
 
     :param address: the address.
@@ -197,7 +197,7 @@ def encode_address(address: Address) -> bytes:
     return body + (attribute(_IFA_CACHEINFO, _DEPRECATED) if address.deprecated else b"")
 
 
-class NextHop:
+class KernelHop:
     """Where a route leads.
 
     :param index: the link.
@@ -212,7 +212,7 @@ class NextHop:
         self.index, self.gateway, self.weight, self.flags = index, gateway, weight, flags
 
 
-class Route:
+class KernelRoute:
     """A route.
 
     :param family: AF_INET or AF_INET6.
@@ -256,7 +256,7 @@ class Route:
         family: int,
         dest: bytes,
         prefix: int,
-        hops: list[NextHop],
+        hops: list[KernelHop],
         source: bytes = b"",
         scope: int = 0,
         metric: int = 0,
@@ -284,7 +284,7 @@ def all_routes(family: int) -> bytes:
     return _ROUTE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
-def decode_route(body: bytes) -> Route:
+def decode_route(body: bytes) -> KernelRoute:
     """Decode a route.
 
     :param body: of an RTM_NEWROUTE message.
@@ -297,11 +297,11 @@ def decode_route(body: bytes) -> Route:
         hops = _decode_hops(found[_RTA_MULTIPATH])
     elif _RTA_OIF in found:
         index = _unpack(_U32, found[_RTA_OIF])[0]
-        hops = [NextHop(index=index, gateway=_gateway(found), flags=flags & RTNH_F_ONLINK)]
+        hops = [KernelHop(index=index, gateway=_gateway(found), flags=flags & RTNH_F_ONLINK)]
     else:
         hops = []
     metrics = attributes(found.get(_RTA_METRICS, b""))
-    return Route(
+    return KernelRoute(
         family=family,
         dest=found.get(_RTA_DST, b""),
         prefix=prefix,
@@ -317,7 +317,7 @@ def decode_route(body: bytes) -> Route:
     )
 
 
-def _decode_hops(data: bytes) -> list[NextHop]:
+def _decode_hops(data: bytes) -> list[KernelHop]:
     hops = []
     position = 0
     while position < len(data):
@@ -325,7 +325,7 @@ def _decode_hops(data: bytes) -> list[NextHop]:
         if not _NEXT_HOP.size <= size <= len(data) - position:
             raise ValueError(f"next hop of {size} bytes in the {len(data) - position} that are left")
         gateway = _gateway(attributes(data[position + _NEXT_HOP.size : position + size]))
-        hops.append(NextHop(index=index, gateway=gateway, weight=share + 1, flags=flags & RTNH_F_ONLINK))
+        hops.append(KernelHop(index=index, gateway=gateway, weight=share + 1, flags=flags & RTNH_F_ONLINK))
         position += size + -size % 4
     return hops
 
@@ -334,7 +334,7 @@ def _gateway(found: dict[int, bytes]) -> bytes:
     return found[_RTA_VIA][_FAMILY.size :] if _RTA_VIA in found else found.get(_RTA_GATEWAY, b"")
 
 
-def encode_route(route: Route) -> bytes:
+def encode_route(route: KernelRoute) -> bytes:
     """Encode a route.
 
     :param route: the route.
@@ -356,12 +356,12 @@ def encode_route(route: Route) -> bytes:
     return _encode_route_key(route, flags=flags, scope=route.scope) + body
 
 
-def _encode_hop(family: int, hop: NextHop) -> bytes:
+def _encode_hop(family: int, hop: KernelHop) -> bytes:
     gateway = _encode_gateway(family, hop)
     return _NEXT_HOP.pack(_NEXT_HOP.size + len(gateway), hop.flags, hop.weight - 1, hop.index) + gateway
 
 
-def _encode_gateway(family: int, hop: NextHop) -> bytes:
+def _encode_gateway(family: int, hop: KernelHop) -> bytes:
     if not hop.gateway:
         return b""
     own = _family_of(hop.gateway)
@@ -370,7 +370,7 @@ def _encode_gateway(family: int, hop: NextHop) -> bytes:
     return attribute(_RTA_VIA, _FAMILY.pack(own) + hop.gateway)
 
 
-def encode_route_key(route: Route) -> bytes:
+def encode_route_key(route: KernelRoute) -> bytes:
     """Encode what tells a route from the others, wherever it leads.
 
     :param route: the route.
@@ -379,7 +379,7 @@ def encode_route_key(route: Route) -> bytes:
     return _encode_route_key(route, flags=0, scope=_RT_SCOPE_NOWHERE)
 
 
-def _encode_route_key(route: Route, *, flags: int, scope: int) -> bytes:
+def _encode_route_key(route: KernelRoute, *, flags: int, scope: int) -> bytes:
     table = route.table if route.table <= 0xFF else _RT_TABLE_UNSPEC
     body = _ROUTE.pack(
         route.family,

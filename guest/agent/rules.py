@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from guest.agent.netlink import Channel
+    from guest.agent.netlink import NetlinkChannel
     from guest.agent.wire import Message
 
 _HEADER = struct.Struct("=BBBBBBBBI")
@@ -32,7 +32,7 @@ class Rules:
     def __init__(self) -> None:
         self._former: list[bytes] | None = None
 
-    def update(self, channel: Channel, wanted: Iterable[Message]) -> list[str]:
+    def update(self, channel: NetlinkChannel, wanted: Iterable[Message]) -> list[str]:
         """Make the given rules those of the host, in place of its former ones.
 
         :param channel: to the kernel.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from guest.agent.reaper import Exit
-    from guest.agent.streams import Streams
+    from guest.agent.streams import ProcessStreams
 
 _CRUN = "/usr/bin/crun"
 _STATE = "/run/crun"
@@ -45,7 +45,7 @@ class Started:
 
     __slots__ = ("end", "pid", "streams")
 
-    def __init__(self, pid: int, end: Exit, its_streams: Streams) -> None:
+    def __init__(self, pid: int, end: Exit, its_streams: ProcessStreams) -> None:
         self.pid = pid
         self.end = end
         self.streams = its_streams
@@ -316,7 +316,9 @@ def launch(command: list[str], operand: str, *, process: dict[str, Any]) -> Star
         files.remove_tree(scratch)
 
 
-def _on_pipes(begun: reaper.Launch, arguments: list[str], process: dict[str, Any], scratch: str) -> Streams:
+def _on_pipes(
+    begun: reaper.Launch, arguments: list[str], process: dict[str, Any], scratch: str
+) -> ProcessStreams:
     pipes = streams.Pipes()
     its_streams = pipes.streams()
     try:
@@ -331,7 +333,7 @@ def _on_pipes(begun: reaper.Launch, arguments: list[str], process: dict[str, Any
 
 def _on_terminal(
     begun: reaper.Launch, arguments: list[str], process: dict[str, Any], scratch: str
-) -> Streams:
+) -> ProcessStreams:
     listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     try:

@@ -25,7 +25,7 @@ from guest.agent import (
 )
 from guest.agent.container_methods import ContainerMethods
 from guest.agent.errors import InvalidArgument
-from guest.agent.network import Network
+from guest.agent.network import GuestNetwork
 from guest.agent.process_methods import ProcessMethods
 from proto.extensions import (
     CLOCK,
@@ -62,7 +62,7 @@ class Service:
         self._sandbox = sandbox
         self._codec = codec
         self._empty = codec.new("google.protobuf.Empty")
-        self._network = Network(codec)
+        self._network = GuestNetwork(codec)
 
     def handlers(self) -> dict[str, Handler]:
         """Tabulate the handlers; a method of the protocol that is not here is unimplemented.

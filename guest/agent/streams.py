@@ -29,7 +29,7 @@ _F_SETPIPE_SZ = 1031
 _TIOCSWINSZ = 0x5414
 
 
-class Output:
+class ProcessOutput:
     """Where a process' output is read.
 
     :param fd: a pipe's or terminal's descriptor, owned from now on.
@@ -111,7 +111,7 @@ class Output:
             os.close(self._fd)
 
 
-class Input:
+class ProcessInput:
     """Where a process' input is written.
 
     :param fd: a pipe's or terminal's descriptor, owned from now on.
@@ -151,7 +151,7 @@ class Input:
                 self._fd = -1
 
 
-class Streams:
+class ProcessStreams:
     """The streams of one process.
 
     :param stdin: its input.
@@ -160,7 +160,9 @@ class Streams:
     :param terminal: the terminal's descriptor, or -1; owned from now on.
     """
 
-    def __init__(self, *, stdin: Input, stdout: Output, stderr: Output | None, terminal: int = -1) -> None:
+    def __init__(
+        self, *, stdin: ProcessInput, stdout: ProcessOutput, stderr: ProcessOutput | None, terminal: int = -1
+    ) -> None:
         self.stdin = stdin
         self.stdout = stdout
         self.stderr = stderr
@@ -216,20 +218,24 @@ class Pipes:
         for fd in self.child:
             os.close(fd)
 
-    def streams(self) -> Streams:
+    def streams(self) -> ProcessStreams:
         """Hand the agent's ends over.
 
         :returns: the streams that own them.
         """
-        return Streams(
-            stdin=Input(self._stdin[1]), stdout=Output(self._stdout[0]), stderr=Output(self._stderr[0])
+        return ProcessStreams(
+            stdin=ProcessInput(self._stdin[1]),
+            stdout=ProcessOutput(self._stdout[0]),
+            stderr=ProcessOutput(self._stderr[0]),
         )
 
 
-def of_terminal(fd: int) -> Streams:
+def of_terminal(fd: int) -> ProcessStreams:
     """Make the streams of a process on a terminal.
 
     :param fd: the terminal's controlling side; owned from now on.
     :returns: the streams.
     """
-    return Streams(stdin=Input(os.dup(fd)), stdout=Output(os.dup(fd)), stderr=None, terminal=fd)
+    return ProcessStreams(
+        stdin=ProcessInput(os.dup(fd)), stdout=ProcessOutput(os.dup(fd)), stderr=None, terminal=fd
+    )

@@ -16,7 +16,7 @@ _TRAILER = "TRAILER!!!"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class ArchiveEntry:
     """One file of the archive, owned by root and dated at the epoch.
 
     :param path: absolute path in the guest.
@@ -31,17 +31,17 @@ class Entry:
     device: tuple[int, int] = (0, 0)
 
 
-def directory(path: str, *, mode: int = 0o755) -> Entry:
+def directory(path: str, *, mode: int = 0o755) -> ArchiveEntry:
     """Describe a directory.
 
     :param path: absolute path in the guest.
     :param mode: permission bits.
     :returns: the entry.
     """
-    return Entry(path=path, mode=stat.S_IFDIR | mode)
+    return ArchiveEntry(path=path, mode=stat.S_IFDIR | mode)
 
 
-def regular(path: str, data: bytes, *, mode: int = 0o644) -> Entry:
+def regular(path: str, data: bytes, *, mode: int = 0o644) -> ArchiveEntry:
     """Describe a regular file.
 
     :param path: absolute path in the guest.
@@ -49,20 +49,20 @@ def regular(path: str, data: bytes, *, mode: int = 0o644) -> Entry:
     :param mode: permission bits.
     :returns: the entry.
     """
-    return Entry(path=path, mode=stat.S_IFREG | mode, data=data)
+    return ArchiveEntry(path=path, mode=stat.S_IFREG | mode, data=data)
 
 
-def symlink(path: str, target: str) -> Entry:
+def symlink(path: str, target: str) -> ArchiveEntry:
     """Describe a symbolic link.
 
     :param path: absolute path in the guest.
     :param target: where it points.
     :returns: the entry.
     """
-    return Entry(path=path, mode=stat.S_IFLNK | 0o777, data=target.encode())
+    return ArchiveEntry(path=path, mode=stat.S_IFLNK | 0o777, data=target.encode())
 
 
-def character_device(path: str, major: int, minor: int, *, mode: int = 0o600) -> Entry:
+def character_device(path: str, major: int, minor: int, *, mode: int = 0o600) -> ArchiveEntry:
     """Describe a character device node.
 
     :param path: absolute path in the guest.
@@ -71,16 +71,16 @@ def character_device(path: str, major: int, minor: int, *, mode: int = 0o600) ->
     :param mode: permission bits.
     :returns: the entry.
     """
-    return Entry(path=path, mode=stat.S_IFCHR | mode, device=(major, minor))
+    return ArchiveEntry(path=path, mode=stat.S_IFCHR | mode, device=(major, minor))
 
 
-def archive(entries: Iterable[Entry]) -> bytes:
+def archive(entries: Iterable[ArchiveEntry]) -> bytes:
     """Write an archive: entries sorted by path, every parent directory present, inodes numbered in order.
 
     :param entries: the files; a path given twice keeps its last entry.
     :returns: the archive's bytes.
     """
-    by_path: dict[str, Entry] = {}
+    by_path: dict[str, ArchiveEntry] = {}
     for entry in entries:
         by_path[entry.path] = entry
     for path in list(by_path):
@@ -91,11 +91,11 @@ def archive(entries: Iterable[Entry]) -> bytes:
     # A parent sorts before its children because its path is their prefix.
     ordered = [by_path[path] for path in sorted(by_path)]
     parts = [_record(entry, inode) for inode, entry in enumerate(ordered, start=1)]
-    parts.append(_record(Entry(path=f"/{_TRAILER}", mode=0), 0))
+    parts.append(_record(ArchiveEntry(path=f"/{_TRAILER}", mode=0), 0))
     return b"".join(parts)
 
 
-def _record(entry: Entry, inode: int) -> bytes:
+def _record(entry: ArchiveEntry, inode: int) -> bytes:
     name = entry.path.lstrip("/").encode() + b"\0"
     links = 2 if stat.S_ISDIR(entry.mode) else 1
     fields = (inode, entry.mode, 0, 0, links, 0, len(entry.data), 0, 0, *entry.device, len(name), 0)

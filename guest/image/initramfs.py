@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from guest.image import elf, launcher
 from guest.image.bytecode import START, PythonTree
-from guest.image.cpio import Entry, character_device, directory, regular, symlink
+from guest.image.cpio import ArchiveEntry, character_device, directory, regular, symlink
 from guest.image.errors import ImageError
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ _FILES = {
 }
 
 
-def entries(staging: Path, *, python: PythonTree, modules: Iterable[Module], boot: int) -> Iterator[Entry]:
+def entries(
+    staging: Path, *, python: PythonTree, modules: Iterable[Module], boot: int
+) -> Iterator[ArchiveEntry]:
     """Collect the archive's entries.
 
     :param staging: tree of unpacked packages and compiled agent.

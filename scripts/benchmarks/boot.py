@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from guest.image import cpio
 from hypervisor import QemuHypervisor, VmSpec, template_key
+from hypervisor.architecture import for_host
 from hypervisor.argv import kernel_command_line
-from hypervisor.machine import for_host
 from proto.extensions import AGENT_PORT
 from scripts.benchmarks.harness import Samples, alternate
 from scripts.benchmarks.stage import MeasurementError
@@ -123,13 +123,18 @@ async def _boot(spec: VmSpec, directory: Path) -> float:
 
 
 def _boot_bare(spec: VmSpec, initrd: Path) -> float:
-    machine = for_host()
+    architecture = for_host()
     argv = [
         *(str(spec.qemu), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-        *("-machine", machine.type, "-accel", spec.accelerator.value),
-        *("-cpu", machine.cpu_models[spec.accelerator], "-smp", str(spec.vcpus)),
+        *("-machine", architecture.type, "-accel", spec.accelerator.value),
+        *("-cpu", architecture.cpu_models[spec.accelerator], "-smp", str(spec.vcpus)),
         *("-m", f"{spec.memory_bytes // MIB}M", "-kernel", str(spec.kernel), "-initrd", str(initrd)),
-        *("-append", f"{kernel_command_line(spec, machine=machine)} console=ttyS0", "-serial", "stdio"),
+        *(
+            "-append",
+            f"{kernel_command_line(spec, architecture=architecture)} console=ttyS0",
+            "-serial",
+            "stdio",
+        ),
     ]
     began_s = time.perf_counter()
     limited = ["/usr/bin/timeout", f"{BOOT_TIMEOUT_S:.0f}", *argv]

@@ -16,7 +16,7 @@ WORD = struct.Struct(">I")
 END = WORD.pack(0)
 
 
-class FrameError(Exception):
+class StreamFrameError(Exception):
     """The stream goes on after its end."""
 
 
@@ -32,12 +32,12 @@ class Unframer:
         """Yield what the next bytes of the stream carry, in order, without copying it.
 
         :param data: the bytes that came.
-        :raises FrameError: if some of them come after the end.
+        :raises StreamFrameError: if some of them come after the end.
         """
         rest = memoryview(data)
         while rest:
             if self.ended:
-                raise FrameError(f"{len(rest)} bytes after the end")
+                raise StreamFrameError(f"{len(rest)} bytes after the end")
             if self._left:
                 yield rest[: self._left]
                 carried = min(self._left, len(rest))

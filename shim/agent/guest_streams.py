@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from hypervisor import ChannelError
 from proto.extensions import FRAMED_STREAM_PORT, RAW_STREAM_PORT
-from shim.agent.frames import END, FrameError, Unframer, framed
+from shim.agent.frames import END, StreamFrameError, Unframer, framed
 from shim.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ LONG_CONNECT_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 1.0  # the agent serves by now: whoever does not listen never will
 
 
-class Transfer(Protocol):
+class GuestStreams(Protocol):
     """The streams of one process as the host sees them."""
 
     def announce(self, request: agent_pb2.CreateContainerRequest | agent_pb2.ExecProcessRequest) -> None:
@@ -61,7 +61,7 @@ class Transfer(Protocol):
         """Give up what is left. May be called repeatedly."""
 
 
-class Requests:
+class RequestStreams:
     """Streams carried by requests to the agent, each of them answered before the next.
 
     :param agent: the agent.
@@ -94,7 +94,7 @@ class Requests:
         """Nothing is held here."""
 
 
-class LongStreams(Requests):
+class LongStreams(RequestStreams):
     """Streams that begin as requests; one that gets long goes on over a connection of its own.
 
     :param agent: the agent.
@@ -164,7 +164,7 @@ class _Connection:
         self._loop = asyncio.get_running_loop()
         self._unframer = Unframer()
         self._received: deque[memoryview] = deque()
-        self._mistake: FrameError | None = None
+        self._mistake: StreamFrameError | None = None
 
     @classmethod
     async def open(cls, vm: Hypervisor, name: str) -> Self | None:
@@ -214,7 +214,7 @@ class _Connection:
                 raise Unavailable(f"stdio: {self._name}: the guest has broken it off")
             try:
                 self._received.extend(self._unframer.feed(data))
-            except FrameError as error:
+            except StreamFrameError as error:
                 self._mistake = error
         return self._received.popleft()
 

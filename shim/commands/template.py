@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from shim.config import Config
-    from shim.machine.template_store import Entry
+    from shim.machine.template_store import TemplateEntry
 
 _SHOWN = 12  # characters of a key: enough to tell a few templates apart
 _MIB = 1 << 20
@@ -92,7 +92,7 @@ def _build(settings: Config, store: TemplateStore, *, in_background: bool) -> in
     return 0
 
 
-def _print(entries: list[Entry]) -> None:
+def _print(entries: list[TemplateEntry]) -> None:
     rows = [("KEY", "SIZE", "BUILT", "USED", "FOR")]
     now = time.time()
     for entry in entries:
@@ -110,7 +110,7 @@ def _age(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s ago"
 
 
-def _what_for(entry: Entry) -> str:
+def _what_for(entry: TemplateEntry) -> str:
     if entry.failure:
         return f"failed: {entry.failure}"
     asked = dict(entry.purpose)

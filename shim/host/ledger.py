@@ -36,7 +36,7 @@ _PID_MAX = 1 << 22  # PID_MAX_LIMIT of the kernel, see proc(5)
 _REDIRECTION = re.compile(r"(/.*) ([0-9]{1,10}) ([0-9]{1,9})", re.DOTALL)
 
 
-class Entry(Record):
+class LedgerEntry(Record):
     """One thing that exists, or may exist, on the host."""
 
     number: int
@@ -119,12 +119,12 @@ class Ledger:
         if os.fstat(self._descriptor).st_size > _LONG_BYTES:
             self._shorten()
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[LedgerEntry]:
         """List what was made and not undone, oldest first."""
-        entries: dict[int, Entry] = {}
+        entries: dict[int, LedgerEntry] = {}
         for line in self._lines():
             if "kind" in line:
-                entries[line["number"]] = Entry(**line)
+                entries[line["number"]] = LedgerEntry(**line)
             elif "undone" in line:
                 entries.pop(line["undone"], None)
         return list(entries.values())
@@ -178,7 +178,7 @@ class Ledger:
     def _record(self, kind: str, name: str, *, pid: int = 0, start_time: int = 0) -> int:
         number = self._next
         self._next += 1
-        entry = Entry(number=number, kind=kind, name=name, pid=pid, start_time=start_time)
+        entry = LedgerEntry(number=number, kind=kind, name=name, pid=pid, start_time=start_time)
         self._append(entry.as_dict())
         return number
 
@@ -236,7 +236,7 @@ def _is_whole(line: Any) -> bool:
         return (key == "undone" and type(value) is int) or (
             key in {"created", "deleted"} and isinstance(value, str)
         )
-    if set(line) != set(Entry.fields()):
+    if set(line) != set(LedgerEntry.fields()):
         return False
     numbers = (line["number"], line["pid"], line["start_time"])
     if not all(type(number) is int and number >= 0 for number in numbers) or line["pid"] > _PID_MAX:

@@ -34,7 +34,7 @@ class HostMount:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class FilePlace:
     """Where a file is.
 
     :param mount: through which it was reached.
@@ -70,7 +70,7 @@ class MountTable:
         """Read those of this process."""
         return cls(Path("/proc/self/mountinfo").read_bytes().splitlines())
 
-    def locate(self, descriptor: int) -> Place:
+    def locate(self, descriptor: int) -> FilePlace:
         """Find an open file.
 
         :raises OSError: if its mount has gone meanwhile.
@@ -78,7 +78,7 @@ class MountTable:
         mount = self._mounts.get(mount_id(descriptor))
         if mount is None:
             raise OSError(f"descriptor {descriptor}: its mount is gone")
-        return Place(mount, path_of(descriptor))
+        return FilePlace(mount, path_of(descriptor))
 
     def below(self, real: str) -> list[HostMount]:
         """List what is mounted below a path and not hidden by another mount, the outer before the inner.
@@ -88,7 +88,7 @@ class MountTable:
         found = [mount for mount in self._mounts.values() if inside(mount.point, real)]
         return sorted(filter(_is_seen, found), key=lambda mount: len(mount.point))
 
-    def names_of(self, place: Place) -> list[str]:
+    def names_of(self, place: FilePlace) -> list[str]:
         """List the paths that lead to a place through any mount of its file system, its own first."""
         names = [place.real]
         for mount in self._mounts.values():

@@ -31,7 +31,7 @@ from hypervisor import (
 from proto.extensions import AGENT_PORT
 from shim.agent.client import Agent
 from shim.agent.guest_paths import MODULES_NAME, WATCHABLE_NAME
-from shim.agent.guest_streams import LongStreams, RawStreams, Requests
+from shim.agent.guest_streams import LongStreams, RawStreams, RequestStreams
 from shim.agent.oci_namespaces import namespace_of
 from shim.errors import DeadlineExceeded, ShimError, Unavailable
 from shim.host import mounts
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Iterable
 
     from hypervisor import Hypervisor
-    from shim.agent.guest_streams import Transfer
+    from shim.agent.guest_streams import GuestStreams
     from shim.config import Config
     from shim.host.ledger import Ledger
     from shim.machine.pod import PodSpec
@@ -228,7 +228,9 @@ class Machine:
         for share in (self._guest_share, self.share):
             await mounts.run_to_the_end(functools.partial(mounts.unmount, share))
 
-    async def transfer(self, stdio: Stdio, agent: Agent, *, container_id: str, exec_id: str) -> Transfer:
+    async def open_guest_streams(
+        self, stdio: Stdio, agent: Agent, *, container_id: str, exec_id: str
+    ) -> GuestStreams:
         """Choose how the streams of a process about to be made travel.
 
         :param stdio: the streams.
@@ -245,7 +247,7 @@ class Machine:
             self._channel = None
         if self._channel is Channel.VHOST_USER_VSOCK and agent.frames_streams:
             return LongStreams(agent, vm=self.vm, container_id=container_id, exec_id=exec_id)
-        return Requests(agent, container_id=container_id, exec_id=exec_id)
+        return RequestStreams(agent, container_id=container_id, exec_id=exec_id)
 
     async def note_guest(self, agent: Agent) -> None:
         """Note in the timeline what the guest did.

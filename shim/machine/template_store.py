@@ -58,7 +58,7 @@ class Template:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class TemplateEntry:
     """A template, or a failure to build one, for whoever lists them.
 
     :param key: what it fits.
@@ -175,7 +175,7 @@ class TemplateStore:
         for mark in (_LATE, _DISCARDED):
             self._forget(template.key, mark)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[TemplateEntry]:
         """List the templates and the failures, those used last first."""
         found = [self._entry(path) for path in self._paths()]
         return sorted((entry for entry in found if entry), key=lambda entry: entry.used_at, reverse=True)
@@ -279,11 +279,11 @@ class TemplateStore:
             return []
         return [path for path in everything if _KEY.fullmatch(path.name.removesuffix(_FAILED))]
 
-    def _entry(self, path: Path) -> Entry | None:
+    def _entry(self, path: Path) -> TemplateEntry | None:
         try:
             changed_at = path.stat().st_mtime
             if path.suffix == _FAILED:
-                return Entry(
+                return TemplateEntry(
                     key=path.stem,
                     purpose={},
                     size_bytes=0,
@@ -292,7 +292,7 @@ class TemplateStore:
                     failure=path.read_text(encoding="utf-8"),
                 )
             purpose = path / _PURPOSE
-            return Entry(
+            return TemplateEntry(
                 key=path.name,
                 purpose=json.loads(purpose.read_text(encoding="utf-8")),
                 size_bytes=sum(file.stat().st_blocks for file in path.iterdir()) * 512,  # stat(2)

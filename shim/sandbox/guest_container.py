@@ -31,10 +31,10 @@ from shim.machine.sizing import limits_of
 from shim.sandbox import killing, task_events
 from shim.sandbox.container import Container
 from shim.sandbox.files import ContainerFiles
-from shim.sandbox.host_streams import open_streams
+from shim.sandbox.host_streams import open_host_streams
 from shim.sandbox.inheritance import handed_down
 from shim.sandbox.process import Input, Process, State
-from shim.sandbox.stream_copying import Carrier
+from shim.sandbox.stream_copying import StreamCopier
 from shim.telemetry import timeline
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from proto.containerd.types_pb2 import Mount
     from shim.agent.client import Agent
-    from shim.agent.guest_streams import Transfer
+    from shim.agent.guest_streams import GuestStreams
     from shim.sandbox.container import Siblings
     from shim.sandbox.host_streams import Stdio
     from shim.sandbox.sandbox import Sandbox
@@ -120,14 +120,14 @@ class GuestContainer(Container):
             await self._files.show_volumes(translation, agent=agent)
             timeline.note("volumes, devices", lane=lane, began_s=began_s, ended_s=time.monotonic())
             with timeline.phase("streams", lane=lane):
-                transfer = await self._open_streams(self.init)
+                guest_streams = await self._open_streams(self.init)
             request = agent_pb2.CreateContainerRequest(
                 container_id=self.init.agent_id,
                 exec_id=self.init.agent_id,
                 OCI=translation.spec,
                 sandbox_pidns=translation.sandbox_pidns,
             )
-            transfer.announce(request)
+            guest_streams.announce(request)
             self._files.announce(request)
             with timeline.phase("grow", lane=lane):
                 await self._siblings.grow()
@@ -255,13 +255,13 @@ class GuestContainer(Container):
     async def _start_exec(self, process: Process) -> None:
         agent = await self._sandbox.agent()
         try:
-            transfer = await self._open_streams(process)
+            guest_streams = await self._open_streams(process)
             request = agent_pb2.ExecProcessRequest(
                 container_id=self.init.agent_id,
                 exec_id=process.agent_id,
                 process=translate_exec(process, of=self.spec, inheritance=handed_down(agent)),
             )
-            transfer.announce(request)
+            guest_streams.announce(request)
             await agent.processes.execute(request)
             process.apply(Input.START)
         except BaseException:
@@ -301,13 +301,13 @@ class GuestContainer(Container):
                 f"exec {exec_id} of {self.id}: the container is {self.init.state.value}, not running"
             )
 
-    async def _open_streams(self, process: Process) -> Transfer:
+    async def _open_streams(self, process: Process) -> GuestStreams:
         """Open both ends of a process' streams."""
-        process.streams = await open_streams(
+        process.host_streams = await open_host_streams(
             process.stdio, container_id=self.id, namespace=self._sandbox.namespace
         )
-        process.transfer = await self._sandbox.transfer(process)
-        return process.transfer
+        process.guest_streams = await self._sandbox.open_guest_streams(process)
+        return process.guest_streams
 
     async def _remove(self) -> None:
         """Remove the container in the guest; a machine that is gone has none, a hung one is going."""
@@ -324,38 +324,38 @@ class GuestContainer(Container):
         await self._files.take_back()
 
     def _follow(self, process: Process, agent: Agent) -> None:
-        if process.streams is None or process.transfer is None:
+        if process.host_streams is None or process.guest_streams is None:
             raise Internal(f"stdio: {process}: followed before its streams were opened")
-        process.carrier = Carrier(
-            process.transfer,
+        process.copier = StreamCopier(
+            process.guest_streams,
             stdio=process.stdio,
-            streams=process.streams,
+            host_streams=process.host_streams,
             name=process.agent_id if process.exec_id else self.id,
             heard=process.heard,
         )
         process.following = self._sandbox.work.spawn(
-            self._follow_until_over(process, agent, process.carrier), name=f"follow {process}"
+            self._follow_until_over(process, agent, process.copier), name=f"follow {process}"
         )
 
-    async def _follow_until_over(self, process: Process, agent: Agent, carrier: Carrier) -> None:
+    async def _follow_until_over(self, process: Process, agent: Agent, copier: StreamCopier) -> None:
         """Carry a process' streams and learn of its exit, until both are over."""
         try:
             async with asyncio.TaskGroup() as group:
-                outputs = carrier.outputs(group)
-                stdin = group.create_task(carrier.carry_input(process.started))
+                outputs = copier.outputs(group)
+                stdin = group.create_task(copier.carry_input(process.started))
                 if not agent.is_hako:
                     await asyncio.wait(outputs)
                 status = await self._await_exit(process, agent)
-                carrier.process_ended()
+                copier.process_ended()
                 if process is self.init:
                     await self._await_execs()
                     # A client may stop reading once it has learnt of the exit of a task.
-                    await carrier.drained(outputs)
+                    await copier.drained(outputs)
                 async with self.lock:
                     self._report_exit(process, status)
                 stdin.cancel()
-            if process.streams is not None:
-                await process.streams.finish()
+            if process.host_streams is not None:
+                await process.host_streams.finish()
         finally:
             process.close_streams()
             # Whatever went wrong above, nobody may wait for this process for ever.

@@ -46,7 +46,7 @@ class Stdio:
 
 
 @dataclass(slots=True)
-class Streams:
+class HostStreams:
     """Open host ends of one process' streams; -1 means there is none."""
 
     stdin: int = -1
@@ -103,7 +103,7 @@ class Streams:
         self._kept[name] = descriptor
 
 
-async def open_streams(stdio: Stdio, *, container_id: str, namespace: str) -> Streams:
+async def open_host_streams(stdio: Stdio, *, container_id: str, namespace: str) -> HostStreams:
     """Open the host ends of a process' outputs.
 
     :param container_id: told to a log driver.
@@ -111,7 +111,7 @@ async def open_streams(stdio: Stdio, *, container_id: str, namespace: str) -> St
     :raises InvalidArgument: if a path has an unknown scheme or cannot be opened.
     :raises DeadlineExceeded: if no client opens its end of an output FIFO in time.
     """
-    streams = Streams()
+    streams = HostStreams()
     outputs = {"stdout": stdio.stdout}
     if not stdio.terminal:  # with a terminal stderr may name a FIFO that nobody made
         outputs["stderr"] = stdio.stderr
@@ -142,7 +142,7 @@ async def open_streams(stdio: Stdio, *, container_id: str, namespace: str) -> St
     return streams
 
 
-def _open_file(streams: Streams, name: str, uri: str) -> None:
+def _open_file(streams: HostStreams, name: str, uri: str) -> None:
     """Append to the file of a ``file://`` log URI, as containerd's runc shim does."""
     path = Path(unquote(urlsplit(uri).path))
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def plain_path(name: str, path: str) -> str:
     )
 
 
-async def _open_output(streams: Streams, name: str, path: str) -> None:
+async def _open_output(streams: HostStreams, name: str, path: str) -> None:
     if not stat.S_ISFIFO(os.stat(path).st_mode):  # noqa: PTH116 - one stat of a local tmpfs file
         setattr(streams, name, os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC))
         return

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from shim.errors import NotFound, Unimplemented
 from shim.sandbox.container import Container
 from shim.sandbox.guest_container import STATUS_MACHINE_GONE
-from shim.sandbox.host_streams import open_streams
+from shim.sandbox.host_streams import open_host_streams
 from shim.sandbox.process import State
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class PauseContainer(Container):
     async def _bring_up(self, rootfs: Iterable[Mount]) -> None:  # noqa: ARG002 - nothing reads its files
         # A pod exists only if its machine is up: otherwise its creation fails and says why.
         await self._sandbox.agent()
-        self.init.streams = await open_streams(
+        self.init.host_streams = await open_host_streams(
             self.init.stdio, container_id=self.id, namespace=self._sandbox.namespace
         )
         try:

@@ -18,9 +18,9 @@ from shim.errors import FailedPrecondition
 from shim.sandbox.stream_copying import DRAIN_TIMEOUT_S
 
 if TYPE_CHECKING:
-    from shim.agent.guest_streams import Transfer
-    from shim.sandbox.host_streams import Stdio, Streams
-    from shim.sandbox.stream_copying import Carrier
+    from shim.agent.guest_streams import GuestStreams
+    from shim.sandbox.host_streams import HostStreams, Stdio
+    from shim.sandbox.stream_copying import StreamCopier
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +76,9 @@ class Process:
         self.spec = spec
         self.state = State.CREATED
         self.starting = False
-        self.streams: Streams | None = None
-        self.transfer: Transfer | None = None
-        self.carrier: Carrier | None = None
+        self.host_streams: HostStreams | None = None
+        self.guest_streams: GuestStreams | None = None
+        self.copier: StreamCopier | None = None
         self.following: asyncio.Task[None] | None = None
         self.terminal_size: tuple[int, int] | None = None
         self.exit_status = 0
@@ -122,17 +122,17 @@ class Process:
 
     def close_streams(self) -> None:
         """Close both ends of the streams, whatever of them is open."""
-        if self.streams is not None:
-            self.streams.close_all()
-            self.streams = None
-        if self.transfer is not None:
-            self.transfer.close()
+        if self.host_streams is not None:
+            self.host_streams.close_all()
+            self.host_streams = None
+        if self.guest_streams is not None:
+            self.guest_streams.close()
 
     async def drained(self) -> None:
         """Wait until the output has been read by the client, as long as the client does read."""
-        if self.following is None or self.carrier is None:
+        if self.following is None or self.copier is None:
             return
-        if not await self.carrier.drained({self.following}):
+        if not await self.copier.drained({self.following}):
             log.warning("delete: %s: output not read for %.0f s; dropping it", self, DRAIN_TIMEOUT_S)
             self.following.cancel()
             await asyncio.wait({self.following})

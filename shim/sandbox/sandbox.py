@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from hypervisor import Hypervisor
     from shim.agent.client import Agent
-    from shim.agent.guest_streams import Transfer
+    from shim.agent.guest_streams import GuestStreams
     from shim.config import Config
     from shim.host.ledger import Ledger
     from shim.host.state_directory import StartRecord
@@ -230,9 +230,9 @@ class Sandbox:
             ledger=self._ledger,
         )
 
-    async def transfer(self, process: Process) -> Transfer:
+    async def open_guest_streams(self, process: Process) -> GuestStreams:
         """Choose how the streams of a process about to be made travel."""
-        return await self.machine.transfer(
+        return await self.machine.open_guest_streams(
             process.stdio,
             await self.agent(),
             container_id=guest_names.agent_id(process.container_id),

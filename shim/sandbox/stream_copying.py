@@ -11,13 +11,13 @@ import logging
 from typing import TYPE_CHECKING
 
 from shim.errors import ShimError
-from shim.sandbox.host_streams import Stdio, Streams, plain_path, read_chunk, write_all
+from shim.sandbox.host_streams import HostStreams, Stdio, plain_path, read_chunk, write_all
 from shim.telemetry import timeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from shim.agent.guest_streams import Transfer
+    from shim.agent.guest_streams import GuestStreams
 
 log = logging.getLogger(__name__)
 
@@ -25,22 +25,28 @@ DRAIN_TIMEOUT_S = 10.0  # containerd's runc shim lets Delete wait as long for ou
 GUEST_TIMEOUT_S = 60.0  # for a guest to hand over what a process wrote; on a busy host it may stand still
 
 
-class Carrier:
+class StreamCopier:
     """Carries the streams of one process.
 
-    :param transfer: how they cross from and to the guest.
+    :param guest_streams: their guest ends.
     :param stdio: the stream paths.
-    :param streams: the open host ends.
+    :param host_streams: their host ends, open.
     :param name: whose they are, for the log.
     :param heard: set once the client has the first byte of output.
     """
 
     def __init__(
-        self, transfer: Transfer, *, stdio: Stdio, streams: Streams, name: str, heard: asyncio.Event
+        self,
+        guest_streams: GuestStreams,
+        *,
+        stdio: Stdio,
+        host_streams: HostStreams,
+        name: str,
+        heard: asyncio.Event,
     ) -> None:
-        self._transfer = transfer
+        self._guest_streams = guest_streams
         self._stdio = stdio
-        self._streams = streams
+        self._host_streams = host_streams
         self._name = name
         self._heard = heard
         self._moved_at_s: float | None = None
@@ -59,11 +65,11 @@ class Carrier:
         try:
             if self._stdio.stdin:
                 await started.wait()
-                self._streams.open_stdin(plain_path("stdin", self._stdio.stdin))
-                while data := await read_chunk(self._streams.stdin):
-                    await self._transfer.write(data)
+                self._host_streams.open_stdin(plain_path("stdin", self._stdio.stdin))
+                while data := await read_chunk(self._host_streams.stdin):
+                    await self._guest_streams.write(data)
             if not self._stdio.terminal:
-                await self._transfer.end_input()
+                await self._guest_streams.end_input()
         except ShimError as error:
             log.debug("stdio: stdin of %s: ended: %s", self._name, error)
         except OSError as error:
@@ -99,7 +105,7 @@ class Carrier:
     async def _carry_output(self, name: str) -> None:
         """Copy one output until its end; without a stream the bytes are read and dropped."""
         try:
-            while data := await self._transfer.read(name):
+            while data := await self._guest_streams.read(name):
                 self._moved()
                 await self._write(name, data)
                 if not self._heard.is_set():
@@ -108,10 +114,10 @@ class Carrier:
         except ShimError as error:
             log.debug("stdio: %s of %s: ended: %s", name, self._name, error)
         finally:
-            self._streams.close(name)
+            self._host_streams.close(name)
 
     async def _write(self, name: str, data: bytes | memoryview) -> None:
-        descriptor = getattr(self._streams, name)
+        descriptor = getattr(self._host_streams, name)
         if descriptor < 0:
             return
         self._unread += 1
@@ -120,6 +126,6 @@ class Carrier:
         except OSError as error:
             # Such as a full disk below a file:// log; the process must not be made to wait for ever.
             log.warning("stdio: %s of %s: %s; dropping what follows", name, self._name, error)
-            self._streams.close(name)
+            self._host_streams.close(name)
         finally:
             self._unread -= 1

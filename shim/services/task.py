@@ -170,8 +170,8 @@ class TaskService:
     async def close_io(self, request: task_v3_pb2.CloseIORequest) -> Empty:
         """Let a process' stdin end once the client has closed its side."""
         process = self._containers.get(request.id).process(request.exec_id)
-        if request.stdin and process.streams is not None:
-            process.streams.close_stdin_writer()
+        if request.stdin and process.host_streams is not None:
+            process.host_streams.close_stdin_writer()
         return Empty()
 
     async def connect(self, request: task_v3_pb2.ConnectRequest) -> task_v3_pb2.ConnectResponse:

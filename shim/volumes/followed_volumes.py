@@ -25,7 +25,7 @@ from shim.volumes.shared_entries import Source, Wish
 
 if TYPE_CHECKING:
     from shim.agent.client import Agent
-    from shim.host.mount_table import HostMount, Place
+    from shim.host.mount_table import FilePlace, HostMount
     from shim.sandbox.work import Work
     from shim.volumes.shared_entries import Part, SharedEntries
 
@@ -56,7 +56,7 @@ class Followed:
     :param users: how many containers have it.
     """
 
-    place: Place
+    place: FilePlace
     part: Part
     ignored: frozenset[int]
     read: frozenset[int]

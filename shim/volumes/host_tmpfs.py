@@ -30,7 +30,7 @@ _FLAGS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TmpfsPlace:
     """Where a file is in such a volume.
 
     :param volume: where the host has the volume.
@@ -69,7 +69,7 @@ def is_candidate(source: str) -> bool:
     return _CANDIDATE.search(source) is not None
 
 
-def find(descriptor: int) -> Place | None:
+def find(descriptor: int) -> TmpfsPlace | None:
     """Find the volume in memory that a file is in.
 
     :param descriptor: the file, open.
@@ -84,7 +84,7 @@ def find(descriptor: int) -> Place | None:
         match = _VOLUME.fullmatch(name)
         # Nothing but the volume is in a tmpfs of its own.
         if match is not None and f"/{match['below'] or ''}" == place.path:
-            return Place(Path(match["volume"]), match["below"] or "")
+            return TmpfsPlace(Path(match["volume"]), match["below"] or "")
     return None
 
 
@@ -131,7 +131,7 @@ def content_of(volume: Path) -> list[File] | None:
     return files
 
 
-def way_to(place: Place) -> list[File]:
+def way_to(place: TmpfsPlace) -> list[File]:
     """List what leads to a file in a volume, and the file.
 
     :raises OSError: if it is gone.

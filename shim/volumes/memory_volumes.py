@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from shim.agent.client import Agent
     from shim.host.volume_source import GuestWritable
     from shim.machine.sizing import Limits
-    from shim.volumes.host_tmpfs import File, Place
+    from shim.volumes.host_tmpfs import File, TmpfsPlace
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class MemoryVolumes:
                 left += volume.left_bytes
         return unlimited + min(left, self._most_bytes - now)
 
-    def _place_of(self, source: str) -> Place | None:
+    def _place_of(self, source: str) -> TmpfsPlace | None:
         if not host_tmpfs.is_candidate(source):
             return None
         try:
@@ -160,7 +160,7 @@ class MemoryVolumes:
             await _copy(one, volume, agent)
         return volume
 
-    async def _part(self, volume: _Volume, place: Place, agent: Agent) -> str:
+    async def _part(self, volume: _Volume, place: TmpfsPlace, agent: Agent) -> str:
         """Have what the kubelet has made for a subPath in the guest's volume, unless it is there."""
         try:
             for one in host_tmpfs.way_to(place):

@@ -29,7 +29,7 @@ from shim.host.volume_source import GuestWritable, identity, opened, walk_down
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from shim.host.mount_table import HostMount, MountTable, Place
+    from shim.host.mount_table import FilePlace, HostMount, MountTable
 
 # Such a volume is the pod's alone, so that any container of the pod may stand for all of them.
 _EMPTY_DIR = re.compile(r"(?P<volume>.*/pods/[^/]+/volumes/kubernetes\.io~empty-dir/[^/]+)(/(?P<below>.+))?")
@@ -46,7 +46,7 @@ class Source:
     """
 
     descriptor: int
-    place: Place
+    place: FilePlace
     inode: tuple[int, int]
     is_directory: bool
 
@@ -61,11 +61,11 @@ class Source:
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Entry:
+class SharedEntry:
     """A file or directory in the share.
 
     :param name: in the share; no container's id begins as it does.
-    :param file_system: of the host; see :attr:`shim.host.mount_table.Place.file_system`.
+    :param file_system: of the host; see :attr:`shim.host.mount_table.FilePlace.file_system`.
     :param path: in that file system.
     :param inode: its device and its number there.
     :param is_directory: what it is.
@@ -96,7 +96,7 @@ class Part:
     :param below: the path in it, empty for the whole.
     """
 
-    entry: Entry
+    entry: SharedEntry
     below: str = ""
 
     @property
@@ -138,7 +138,7 @@ class SharedEntries:
         self.writable = GuestWritable()
         self._own = {str(share.parent)}
         self._daemons = daemons
-        self._entries: list[Entry] = []
+        self._entries: list[SharedEntry] = []
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
 
@@ -146,7 +146,7 @@ class SharedEntries:
         """Leave what the shim itself has mounted at or below a path out of :meth:`below`."""
         self._own.add(str(path.resolve()))
 
-    def below(self, place: Place, table: MountTable) -> list[HostMount]:
+    def below(self, place: FilePlace, table: MountTable) -> list[HostMount]:
         """List what the host has mounted below a place, the outer before the inner."""
         return [
             mount
@@ -232,7 +232,7 @@ class SharedEntries:
                 return Part(entry)
         if not wish.in_parts:
             return None
-        around: list[tuple[str, Entry]] = []
+        around: list[tuple[str, SharedEntry]] = []
         for entry in alike:
             below = inside(place.path, entry.path) if entry.is_directory else None
             # A guest that was given a volume to read is not to write in the rest of it.
@@ -280,8 +280,8 @@ class SharedEntries:
                 return None
             return Part(self._mount(root, wish, is_pods=True), below)
 
-    def _mount(self, source: Source, wish: Wish, *, is_pods: bool) -> Entry:
-        entry = Entry(
+    def _mount(self, source: Source, wish: Wish, *, is_pods: bool) -> SharedEntry:
+        entry = SharedEntry(
             name=self.name(wish.label),
             file_system=source.place.file_system,
             path=source.place.path,
@@ -323,7 +323,7 @@ class SharedEntries:
             what=f"bind {source.place.real} on {target}",
         )
 
-    def _drop_unused(self, entry: Entry) -> None:
+    def _drop_unused(self, entry: SharedEntry) -> None:
         if entry.users:
             return
         self._entries.remove(entry)
@@ -334,7 +334,7 @@ class SharedEntries:
         else:
             target.unlink()
 
-    def _make_writable(self, entry: Entry) -> None:
+    def _make_writable(self, entry: SharedEntry) -> None:
         if entry.writable:
             return
         self._let_daemon_write(entry)
@@ -342,7 +342,7 @@ class SharedEntries:
         with walk_down(self.share, entry.name) as descriptor:
             self.writable.add(descriptor)
 
-    def _let_daemon_write(self, entry: Entry) -> None:
+    def _let_daemon_write(self, entry: SharedEntry) -> None:
         for pid in self._daemons():
             with contextlib.suppress(FileNotFoundError), Path(f"/proc/{pid}/ns/mnt").open("rb") as namespace:
                 if mounts.let_write(namespace.fileno(), f"/{entry.name}", entry.inode):

@@ -27,6 +27,19 @@ LARGE_CLASSES = {
     "shim.machine.machine.Machine",
     "shim.sandbox.sandbox.Sandbox",
 }
+#: What host and guest both have, and each side models: a container and its processes are the same ones,
+#: and an error of the guest's agent is the shim's error of the same name once it has crossed.
+SAME_ON_BOTH_SIDES = {
+    "Container": {"shim.sandbox.container", "guest.agent.container"},
+    "Process": {"shim.sandbox.process", "guest.agent.process", "hypervisor.process"},
+    "Sandbox": {"shim.sandbox.sandbox", "guest.agent.sandbox"},
+} | {
+    name: {"shim.errors", "guest.agent.errors"}
+    for name in (
+        *("InvalidArgument", "DeadlineExceeded", "NotFound", "ResourceExhausted", "Unimplemented"),
+        "Unavailable",
+    )
+}
 MACHINE_CLASSES = {"Hypervisor", "QemuHypervisor"}
 MACHINES = MACHINE_CLASSES | {"vm"}
 OURS = {"shim", "hypervisor", "guest", "proto"}
@@ -135,6 +148,16 @@ def test_shim_has_few_modules_outside_its_rooms() -> None:
 
     assert len(outside) <= MOST_MODULES_OUTSIDE
     assert rooms == set(ROOMS)
+
+
+def test_a_public_class_name_has_one_meaning() -> None:
+    places: dict[str, set[str]] = {}
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, set()).add(name)
+
+    assert {name: found for name, found in places.items() if len(found) > 1} == SAME_ON_BOTH_SIDES
 
 
 def is_method(node: ast.stmt) -> TypeGuard[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hypervisor import Accelerator, choose_accelerator, machine
+from hypervisor import Accelerator, architecture, choose_accelerator
 from hypervisor.accelerator import _run
 from hypervisor.argv import probe_argv
 
@@ -22,31 +22,31 @@ def commands():
 
 async def test_the_payload_runs_under_tcg_and_reports_through_the_exit_status(tmp_path):
     kernel = tmp_path / "kernel"
-    kernel.write_bytes(machine.X86_64.probe_kernel)
-    argv = probe_argv(QEMU, Accelerator.TCG, kernel, machine=machine.X86_64)
-    run = await _run(argv, expected=machine.X86_64.probe_status)
+    kernel.write_bytes(architecture.X86_64.probe_kernel)
+    argv = probe_argv(QEMU, Accelerator.TCG, kernel, architecture=architecture.X86_64)
+    run = await _run(argv, expected=architecture.X86_64.probe_status)
     assert run.failure is None
     assert run.elapsed_s > 0
 
 
 async def test_a_payload_that_does_not_end_is_cut_off(tmp_path):
     kernel = tmp_path / "kernel"
-    endless = machine.X86_64.probe_kernel[: -len(b"\xe6\xf4\xf4")] + b"\xeb\xfe"
-    kernel.write_bytes(endless.ljust(len(machine.X86_64.probe_kernel), b"\x90"))
-    argv = probe_argv(QEMU, Accelerator.TCG, kernel, machine=machine.X86_64)
+    endless = architecture.X86_64.probe_kernel[: -len(b"\xe6\xf4\xf4")] + b"\xeb\xfe"
+    kernel.write_bytes(endless.ljust(len(architecture.X86_64.probe_kernel), b"\x90"))
+    argv = probe_argv(QEMU, Accelerator.TCG, kernel, architecture=architecture.X86_64)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(1.5):
-            await _run(argv, expected=machine.X86_64.probe_status)
+            await _run(argv, expected=architecture.X86_64.probe_status)
     assert not any(str(kernel) in command for command in commands())
 
 
 async def test_an_accelerator_that_cannot_start_fails_with_qemus_words(tmp_path):
     kernel = tmp_path / "kernel"
-    kernel.write_bytes(machine.X86_64.probe_kernel)
+    kernel.write_bytes(architecture.X86_64.probe_kernel)
     broken = dataclasses.replace(
-        machine.X86_64, cpu_models={**machine.X86_64.cpu_models, Accelerator.TCG: "abacus"}
+        architecture.X86_64, cpu_models={**architecture.X86_64.cpu_models, Accelerator.TCG: "abacus"}
     )
-    argv = probe_argv(QEMU, Accelerator.TCG, kernel, machine=broken)
+    argv = probe_argv(QEMU, Accelerator.TCG, kernel, architecture=broken)
     run = await _run(argv, expected=broken.probe_status)
     assert "abacus" in run.failure
 

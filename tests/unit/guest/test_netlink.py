@@ -53,7 +53,7 @@ ROUTE_KEY = hexed("02 10 00 00 fe 03 ff 01 00000000 | 0800 0100 0a010000 | 0800 
 NEIGHBOUR = hexed("02 00 0000 02000000 8000 00 00 | 0800 0100 c0000209 | 0a00 0200 020000000001 0000")
 
 
-def route(**fields: object) -> rtnetlink.Route:
+def route(**fields: object) -> rtnetlink.KernelRoute:
     return network._route(CODEC.new("types.Route", **fields), INDEXES)
 
 
@@ -70,8 +70,8 @@ FULL = {
 
 def test_messages_are_laid_out_as_the_kernel_has_them() -> None:
     pack = addresses.pack
-    v4 = rtnetlink.Address(index=2, packed=pack("192.0.2.2"), prefix=24)
-    v6 = rtnetlink.Address(index=2, packed=pack("2001:db8::2"), prefix=64, flags=rtnetlink.IFA_F_NODAD)
+    v4 = rtnetlink.LinkAddress(index=2, packed=pack("192.0.2.2"), prefix=24)
+    v6 = rtnetlink.LinkAddress(index=2, packed=pack("2001:db8::2"), prefix=64, flags=rtnetlink.IFA_F_NODAD)
     hops = [
         CODEC.new("hako.NextHop", gateway="192.0.2.3", device="eth0", weight=1),
         CODEC.new("hako.NextHop", gateway="192.0.2.4", device="eth1", weight=3),
@@ -177,8 +177,8 @@ class Kernel:
         return self.datagrams.pop(0)
 
 
-def channel_to(*datagrams: bytes) -> netlink.Channel:
-    channel = netlink.Channel()
+def channel_to(*datagrams: bytes) -> netlink.NetlinkChannel:
+    channel = netlink.NetlinkChannel()
     channel._socket.close()
     channel._socket = cast("socket.socket", Kernel(*datagrams))
     return channel
@@ -287,7 +287,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder()
-    monkeypatch.setattr(network, "Channel", lambda: made)
+    monkeypatch.setattr(network, "NetlinkChannel", lambda: made)
     return made
 
 
@@ -296,7 +296,7 @@ def wanted(**fields: object) -> Message:
 
 
 def test_routes_without_gateway_come_first_and_former_ones_go_before(recorder: Recorder) -> None:
-    routes = network.Network(CODEC)
+    routes = network.GuestNetwork(CODEC)
     old, near, far = wanted(dest="10.9.0.0/16"), wanted(dest="10.8.0.1/32"), wanted(gateway="10.8.0.1")
     add, delete = rtnetlink.RTM_NEWROUTE, rtnetlink.RTM_DELROUTE
 
@@ -318,7 +318,7 @@ def test_routes_without_gateway_come_first_and_former_ones_go_before(recorder: R
 
 def test_a_set_of_routes_with_a_bad_one_changes_nothing(recorder: Recorder) -> None:
     with pytest.raises(InvalidArgument):
-        network.Network(CODEC).update_routes([wanted(dest="10.9.0.0/16"), wanted(dest="nonsense")])
+        network.GuestNetwork(CODEC).update_routes([wanted(dest="10.9.0.0/16"), wanted(dest="nonsense")])
     assert recorder.changes == []
 
 
@@ -336,5 +336,5 @@ def test_ipv6_is_left_out_where_the_guest_has_none(
         CODEC.new("types.IPAddress", address="2001:db8::2", mask="64", family=1),
     ]
     interface = CODEC.new("types.Interface", name="eth0", hwAddr=MAC.hex(":"), mtu=1500, IPAddresses=asked)
-    network.Network(CODEC).update_interface(interface)
+    network.GuestNetwork(CODEC).update_interface(interface)
     assert [body for kind, body in recorder.changes if kind == rtnetlink.RTM_NEWADDR] == kept

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from hypervisor import interface
-    from hypervisor.machine import Machine
+    from hypervisor.architecture import Architecture
 
 
 QEMU = Path("/usr/bin/qemu")
@@ -101,7 +101,7 @@ def measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """A host whose KVM opens; counts how often it is measured."""
     count = []
 
-    async def measure(qemu: Path, machine: Machine) -> accelerator.Verdict:
+    async def measure(qemu: Path, architecture: Architecture) -> accelerator.Verdict:
         count.append(qemu)
         return Verdict(accelerator=Accelerator.KVM, reason=f"measurement {len(count)}")
 
@@ -137,7 +137,7 @@ async def test_a_failed_kvm_is_asked_again(
 ) -> None:
     asked = []
 
-    async def measure(*_: Machine | Path) -> accelerator.Verdict:
+    async def measure(*_: Architecture | Path) -> accelerator.Verdict:
         asked.append(verdict)
         return verdict
 

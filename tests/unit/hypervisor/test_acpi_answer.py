@@ -10,7 +10,7 @@ import pytest
 from hypervisor import acpi
 from hypervisor.qmp import Event, EventStream
 
-SLOT = acpi.Slot("CPU", 3, "vcpu3")
+SLOT = acpi.AcpiSlot("CPU", 3, "vcpu3")
 CHECK, EJECT, OS_EJECT = 0x1, 0x3, 0x103
 DONE, FAILED, BUSY, UNDER_WAY = 0x0, 0x1, 0x82, 0x84
 

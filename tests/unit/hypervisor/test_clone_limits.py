@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hypervisor import TemplateLateError, cloning
-from hypervisor.template import Template
+from hypervisor.template import TemplateDescription
 from hypervisor.vcpus import thread_state
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 MIB = 1 << 20
-SAVED = Template(
+SAVED = TemplateDescription(
     qemu_version="",
     memory_bytes=64 * MIB,
     data_bytes=32 * MIB,

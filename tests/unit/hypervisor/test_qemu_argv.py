@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hypervisor import Accelerator, Channel
+from hypervisor.architecture import X86_64
 from hypervisor.argv import Inherited, KernelVsock, SerialPort, UserVsock, boot_argv, kernel_command_line
-from hypervisor.machine import X86_64
 from hypervisor.seclusion import OWN_MOUNTS
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ DEVICES: dict[Channel, KernelVsock | UserVsock | SerialPort] = {
 
 def argv(spec: VmSpec) -> list[str]:
     inherited = Inherited(qmp=10, console=11, share=12, channel=DEVICES[spec.channel])
-    return boot_argv(spec, inherited, machine=X86_64)
+    return boot_argv(spec, inherited, architecture=X86_64)
 
 
 def value_of(option: str, words: list[str]) -> str:
@@ -52,7 +52,7 @@ def test_the_operators_machine_options_come_last(make_spec: Callable[..., VmSpec
 
 
 def test_the_operators_kernel_parameters_come_last(make_spec: Callable[..., VmSpec]) -> None:
-    line = kernel_command_line(make_spec(kernel_parameters=("loglevel=7", "panic=5")), machine=X86_64)
+    line = kernel_command_line(make_spec(kernel_parameters=("loglevel=7", "panic=5")), architecture=X86_64)
     assert line.endswith(" loglevel=7 panic=5")
 
 

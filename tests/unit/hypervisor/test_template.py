@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hypervisor import Accelerator, Channel, TemplateError, VmStartError, memory_copy, template_key
+from hypervisor.architecture import X86_64
 from hypervisor.argv import clone_argv
-from hypervisor.machine import X86_64
 from hypervisor.template import (
-    Template,
+    TemplateDescription,
     bare_descriptors,
     identity,
     open_memory,
@@ -129,18 +129,18 @@ def test_the_command_line_of_a_clone_is_the_golden_one(
 ) -> None:
     port = 13 if channel is Channel.VIRTIO_SERIAL else None
     inherited = bare_descriptors(qmp=10, console=11, memory=12, agent=port)
-    words = clone_argv(make_spec(channel=channel, vcpus=2), inherited, machine=X86_64)
+    words = clone_argv(make_spec(channel=channel, vcpus=2), inherited, architecture=X86_64)
     assert words == (GOLDEN / f"clone-{channel.value}.txt").read_text().splitlines()
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Template:
+def saved(tmp_path: Path) -> TemplateDescription:
     """A template's description, with files that fit."""
     (tmp_path / "daemon").touch()
     (tmp_path / "state").write_bytes(b"state")
     (tmp_path / "memory").write_bytes(bytes(PAGE))
     os.utime(tmp_path / "memory", ns=(1, 1))  # a while ago: times of files have ticks
-    description = Template(
+    description = TemplateDescription(
         qemu_version="7.2.0",
         memory_bytes=PAGE,
         data_bytes=0,
@@ -154,12 +154,14 @@ def saved(tmp_path: Path) -> Template:
     return description
 
 
-def test_a_description_is_read_as_it_was_written(saved: Template, tmp_path: Path) -> None:
+def test_a_description_is_read_as_it_was_written(saved: TemplateDescription, tmp_path: Path) -> None:
     assert read_description(tmp_path) == saved
     os.close(open_memory(tmp_path, saved))
 
 
-def test_the_dialect_of_a_daemon_is_known_while_it_is_the_same(saved: Template, tmp_path: Path) -> None:
+def test_the_dialect_of_a_daemon_is_known_while_it_is_the_same(
+    saved: TemplateDescription, tmp_path: Path
+) -> None:
     assert saved.dialect_of(tmp_path / "daemon") is Dialect.RUST
     (tmp_path / "daemon").write_text("changed")
     assert saved.dialect_of(tmp_path / "daemon") is None
@@ -172,20 +174,20 @@ def test_what_is_no_description_is_refused(tmp_path: Path, text: str) -> None:
         read_description(tmp_path)
 
 
-def test_a_value_of_another_type_is_refused(saved: Template, tmp_path: Path) -> None:
+def test_a_value_of_another_type_is_refused(saved: TemplateDescription, tmp_path: Path) -> None:
     path = tmp_path / "template.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "memory_bytes": "4096"}))
     with pytest.raises(TemplateError, match="wrong type"):
         read_description(tmp_path)
 
 
-def test_a_state_of_another_content_is_refused(saved: Template, tmp_path: Path) -> None:
+def test_a_state_of_another_content_is_refused(saved: TemplateDescription, tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(b"statf")
     with pytest.raises(TemplateError, match="checksum"):
         read_state(tmp_path, saved)
 
 
-def test_a_memory_that_was_written_to_is_refused(saved: Template, tmp_path: Path) -> None:
+def test_a_memory_that_was_written_to_is_refused(saved: TemplateDescription, tmp_path: Path) -> None:
     with (tmp_path / "memory").open("r+b") as memory:
         memory.write(b"1")
     with pytest.raises(TemplateError, match="memory: changed since it was saved"):

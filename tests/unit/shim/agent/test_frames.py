@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from shim.agent.frames import END, WORD, FrameError, Unframer, framed
+from shim.agent.frames import END, WORD, StreamFrameError, Unframer, framed
 
 DATA = random.Random(1).randbytes(100_000)  # noqa: S311 - known, not secret
 
@@ -45,12 +45,12 @@ def test_of_the_largest_frame_nothing_is_kept() -> None:
 def test_a_stream_that_goes_on_after_its_end_is_refused() -> None:
     unframer = Unframer()
     assert list(unframer.feed(END)) == []
-    with pytest.raises(FrameError, match="3 bytes after the end"):
+    with pytest.raises(StreamFrameError, match="3 bytes after the end"):
         list(unframer.feed(b"abc"))
 
 
 def test_what_came_before_a_mistake_is_not_lost_with_it() -> None:
     parts = Unframer().feed(framed(b"abc") + END + b"d")
     assert bytes(next(parts)) == b"abc"
-    with pytest.raises(FrameError):
+    with pytest.raises(StreamFrameError):
         next(parts)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from shim.host.mount_table import HostMount, MountTable, Place, inside
+from shim.host.mount_table import FilePlace, HostMount, MountTable, inside
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,17 +37,17 @@ def mount(root: str, point: str, *options: str, number: int = 1) -> HostMount:
 def test_a_file_has_one_path_in_its_file_system_by_whichever_mount_it_is_reached(
     root: str, point: str, real: str, path: str
 ) -> None:
-    assert Place(mount(root, point), real).path == path
+    assert FilePlace(mount(root, point), real).path == path
 
 
 def test_a_mount_that_shows_other_owners_counts_as_another_file_system() -> None:
-    plain, mapped = Place(mount("/", "/"), "/"), Place(mount("/", "/", "idmapped", number=7), "/")
+    plain, mapped = FilePlace(mount("/", "/"), "/"), FilePlace(mount("/", "/", "idmapped", number=7), "/")
     assert plain.file_system != mapped.file_system
 
 
 def test_a_place_has_a_name_by_each_mount_that_shows_it() -> None:
     table = MountTable(LINES)
-    place = Place(mount("/", "/"), "/var/data/file")
+    place = FilePlace(mount("/", "/"), "/var/data/file")
     names = ["/var/data/file", "/var/data/file", "/srv/with space/file", "/other/var/data/file"]
     assert table.names_of(place) == names
 

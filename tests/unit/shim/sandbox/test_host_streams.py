@@ -10,7 +10,7 @@ import pytest
 
 from shim.errors import DeadlineExceeded, InvalidArgument
 from shim.sandbox import host_streams, log_driver
-from shim.sandbox.host_streams import Stdio, Streams, read_chunk, write_all
+from shim.sandbox.host_streams import HostStreams, Stdio, read_chunk, write_all
 
 
 @pytest.fixture
@@ -20,8 +20,8 @@ def fifo(tmp_path: Path) -> Path:
     return path
 
 
-async def open_streams(streams: Stdio) -> Streams:
-    return await host_streams.open_streams(streams, container_id="box", namespace="test")
+async def open_host_streams(streams: Stdio) -> HostStreams:
+    return await host_streams.open_host_streams(streams, container_id="box", namespace="test")
 
 
 def descriptors() -> set[str]:
@@ -38,7 +38,7 @@ async def read_to_end(descriptor: int) -> bytes:
 
 async def test_output_written_before_the_reader_looks_is_not_lost(fifo: Path) -> None:
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    streams = await open_streams(Stdio(stdout=str(fifo)))
+    streams = await open_host_streams(Stdio(stdout=str(fifo)))
     await write_all(streams.stdout, b"short-lived")
     streams.close("stdout")
     assert await read_to_end(reader) == b"short-lived"
@@ -46,7 +46,7 @@ async def test_output_written_before_the_reader_looks_is_not_lost(fifo: Path) ->
 
 
 async def test_opening_waits_for_a_reader_that_comes_late(fifo: Path) -> None:
-    opening = asyncio.create_task(open_streams(Stdio(stdout=str(fifo))))
+    opening = asyncio.create_task(open_host_streams(Stdio(stdout=str(fifo))))
     await asyncio.sleep(0.05)
     assert not opening.done()
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
@@ -64,13 +64,13 @@ async def test_a_reader_that_never_comes_is_a_deadline_that_leaves_no_descriptor
     await asyncio.to_thread(os.getpid)  # the loop's own descriptors exist from here on
     before = descriptors()
     with pytest.raises(DeadlineExceeded, match="no reader within"):
-        await open_streams(Stdio(stdout=str(fifo)))
+        await open_host_streams(Stdio(stdout=str(fifo)))
     assert descriptors() == before
 
 
 async def test_a_reader_that_leaves_does_not_break_the_pipe(fifo: Path) -> None:
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    streams = await open_streams(Stdio(stdout=str(fifo)))
+    streams = await open_host_streams(Stdio(stdout=str(fifo)))
     os.close(reader)
     await write_all(streams.stdout, b"kept")
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
@@ -82,7 +82,7 @@ async def test_a_reader_that_leaves_does_not_break_the_pipe(fifo: Path) -> None:
 async def test_more_than_a_pipe_holds_waits_for_the_reader(fifo: Path) -> None:
     data = os.urandom(1 << 20)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    streams = await open_streams(Stdio(stdout=str(fifo)))
+    streams = await open_host_streams(Stdio(stdout=str(fifo)))
 
     async def write() -> None:
         await write_all(streams.stdout, data)
@@ -96,7 +96,7 @@ async def test_more_than_a_pipe_holds_waits_for_the_reader(fifo: Path) -> None:
 
 
 async def test_stdin_ends_only_after_the_shim_and_the_client_let_go(fifo: Path) -> None:
-    streams = await open_streams(Stdio(stdin=str(fifo)))
+    streams = await open_host_streams(Stdio(stdin=str(fifo)))
     streams.open_stdin(str(fifo))
     writer = os.open(fifo, os.O_WRONLY)
     os.write(writer, b"first")
@@ -111,7 +111,7 @@ async def test_stdin_ends_only_after_the_shim_and_the_client_let_go(fifo: Path) 
 
 
 async def test_an_input_that_is_over_before_the_start_ends_with_its_client(fifo: Path) -> None:
-    streams = await open_streams(Stdio(stdin=str(fifo)))
+    streams = await open_host_streams(Stdio(stdin=str(fifo)))
     streams.close_stdin_writer()
     client = asyncio.create_task(asyncio.to_thread(fifo.write_bytes, b"early"))
     await asyncio.sleep(0.05)
@@ -123,7 +123,9 @@ async def test_an_input_that_is_over_before_the_start_ends_with_its_client(fifo:
 
 async def test_with_a_terminal_the_stderr_path_is_never_opened(fifo: Path, tmp_path: Path) -> None:
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    streams = await open_streams(Stdio(stdout=str(fifo), stderr=str(tmp_path / "never made"), terminal=True))
+    streams = await open_host_streams(
+        Stdio(stdout=str(fifo), stderr=str(tmp_path / "never made"), terminal=True)
+    )
     assert streams.stderr == -1
     streams.close_all()
     os.close(reader)
@@ -131,22 +133,22 @@ async def test_with_a_terminal_the_stderr_path_is_never_opened(fifo: Path, tmp_p
 
 async def test_a_missing_fifo_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="nowhere: No such file"):
-        await open_streams(Stdio(stdout=str(tmp_path / "nowhere")))
+        await open_host_streams(Stdio(stdout=str(tmp_path / "nowhere")))
 
 
 async def test_an_unknown_scheme_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="'carrier-pigeon' is not supported"):
-        await open_streams(Stdio(stdout="carrier-pigeon://coop"))
+        await open_host_streams(Stdio(stdout="carrier-pigeon://coop"))
 
 
 async def test_no_streams_open_nothing() -> None:
-    streams = await open_streams(Stdio())
+    streams = await open_host_streams(Stdio())
     assert (streams.stdin, streams.stdout, streams.stderr) == (-1, -1, -1)
 
 
 async def test_a_file_uri_appends_both_outputs_to_one_file(tmp_path: Path) -> None:
     uri = f"file://{tmp_path}/new/box%201.log"
-    streams = await open_streams(Stdio(stdout=uri, stderr=uri))
+    streams = await open_host_streams(Stdio(stdout=uri, stderr=uri))
     await write_all(streams.stdout, b"out\n")
     await write_all(streams.stderr, b"err\n")
     streams.close_all()
@@ -172,7 +174,7 @@ def driver(tmp_path: Path, *, ready: str) -> str:
 @pytest.mark.parametrize("scheme", ["binary", "binary-v2"])
 async def test_a_log_driver_reads_both_outputs(tmp_path: Path, scheme: str) -> None:
     uri = f"{scheme}://{driver(tmp_path, ready='echo >&5')}"
-    streams = await open_streams(Stdio(stdout=uri, stderr=uri))
+    streams = await open_host_streams(Stdio(stdout=uri, stderr=uri))
     await write_all(streams.stdout, b"out\n")
     await write_all(streams.stderr, b"err\n")
     pidfd = os.pidfd_open(streams.driver._pid) if streams.driver else -1
@@ -190,12 +192,12 @@ async def test_a_log_driver_reads_both_outputs(tmp_path: Path, scheme: str) -> N
 async def test_a_log_driver_that_gives_up_before_it_is_ready_is_an_error(tmp_path: Path) -> None:
     uri = f"binary-v2://{driver(tmp_path, ready='exit 1')}"
     with pytest.raises(InvalidArgument, match="gave up before it was ready"):
-        await open_streams(Stdio(stdout=uri, stderr=uri))
+        await open_host_streams(Stdio(stdout=uri, stderr=uri))
 
 
 async def test_a_log_driver_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="nobody: No such file"):
-        await open_streams(Stdio(stdout=f"binary://{tmp_path}/nobody"))
+        await open_host_streams(Stdio(stdout=f"binary://{tmp_path}/nobody"))
 
 
 async def test_a_log_driver_that_ignores_its_end_is_killed(
@@ -203,7 +205,7 @@ async def test_a_log_driver_that_ignores_its_end_is_killed(
 ) -> None:
     monkeypatch.setattr(log_driver, "TERM_TIMEOUT_S", 0.1)
     stubborn = "trap '' TERM; echo >&5; exec sleep 60"
-    streams = await open_streams(Stdio(stdout=f"binary://{driver(tmp_path, ready=stubborn)}"))
+    streams = await open_host_streams(Stdio(stdout=f"binary://{driver(tmp_path, ready=stubborn)}"))
     process = streams.driver
     assert process is not None
     streams.close_all()

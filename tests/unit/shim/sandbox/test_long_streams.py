@@ -66,10 +66,10 @@ def streams(agent: Agent, machine: Machine) -> LongStreams:
     return LongStreams(agent, vm=machine, container_id="box", exec_id="exec")  # type: ignore[arg-type]  # of the two only what is played here is used
 
 
-async def read_all(transfer: LongStreams) -> bytes:
+async def read_all(opened: LongStreams) -> bytes:
     data = b""
     async with asyncio.timeout(5.0):
-        while part := await transfer.read("stdout"):
+        while part := await opened.read("stdout"):
             data += part
     return data
 
@@ -102,40 +102,40 @@ async def test_output_that_breaks_off_or_goes_on_after_its_end_is_a_failure(
 ) -> None:
     machine.guest.sendall(answer)
     machine.guest.shutdown(socket.SHUT_WR)
-    transfer = streams(Agent([LONG]), machine)
+    opened = streams(Agent([LONG]), machine)
     with pytest.raises(Unavailable, match="stdio"):
-        await read_all(transfer)
-    transfer.close()
+        await read_all(opened)
+    opened.close()
 
 
 async def test_what_comes_with_bytes_after_the_end_is_read_before_the_failure(machine: Machine) -> None:
     machine.guest.sendall(END + framed(REST) + framed(REST) + END + b"more")
-    transfer = streams(Agent([LONG]), machine)
-    assert [await transfer.read("stdout") for _ in range(3)] == [LONG, REST, REST]
+    opened = streams(Agent([LONG]), machine)
+    assert [await opened.read("stdout") for _ in range(3)] == [LONG, REST, REST]
     for _ in range(2):
         with pytest.raises(Unavailable, match="4 bytes after the end"):
-            await transfer.read("stdout")
-    transfer.close()
+            await opened.read("stdout")
+    opened.close()
 
 
 async def test_of_output_without_an_end_only_what_is_read_is_taken(machine: Machine) -> None:
     machine.guest.sendall(END + b"\xff\xff\xff\xff")
-    transfer = streams(Agent([LONG]), machine)
-    assert await transfer.read("stdout") == LONG
+    opened = streams(Agent([LONG]), machine)
+    assert await opened.read("stdout") == LONG
     machine.guest.settimeout(0.1)
     with pytest.raises(TimeoutError):
         machine.guest.sendall(LONG * 100)
-    assert set(await transfer.read("stdout")) == set(LONG)
-    transfer.close()
+    assert set(await opened.read("stdout")) == set(LONG)
+    opened.close()
 
 
 async def test_long_input_goes_on_over_a_connection_and_its_end_waits_for_the_agent(machine: Machine) -> None:
     agent = Agent([])
-    transfer = streams(agent, machine)
-    await transfer.write(LONG)
+    opened = streams(agent, machine)
+    await opened.write(LONG)
     machine.guest.sendall(END)
-    await transfer.write(REST)
-    ending = asyncio.create_task(transfer.end_input())
+    await opened.write(REST)
+    ending = asyncio.create_task(opened.end_input())
     await asyncio.sleep(0.05)
     assert not ending.done()
     assert machine.guest.recv(1000) == framed(b"stdin\0box\0exec") + framed(REST) + END
@@ -147,8 +147,8 @@ async def test_long_input_goes_on_over_a_connection_and_its_end_waits_for_the_ag
 
 async def test_short_input_needs_no_connection(machine: Machine) -> None:
     agent = Agent([])
-    transfer = streams(agent, machine)
-    await transfer.write(REST)
-    await transfer.end_input()
+    opened = streams(agent, machine)
+    await opened.write(REST)
+    await opened.end_input()
     assert (agent.written, agent.ended) == (REST, True)
     assert machine.offered

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from shim.sandbox import stream_copying
-from shim.sandbox.host_streams import Stdio, Streams
-from shim.sandbox.stream_copying import Carrier
+from shim.sandbox.host_streams import HostStreams, Stdio
+from shim.sandbox.stream_copying import StreamCopier
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +21,7 @@ UNREAD = b"x" * (1 << 20)  # more than a pipe holds
 
 
 class Guest:
-    """A transfer whose guest says one thing when it is told to go on, and ends."""
+    """Guest ends whose guest says one thing when it is told to go on, and ends."""
 
     def __init__(self, said: bytes) -> None:
         self.goes_on = asyncio.Event()
@@ -53,11 +53,11 @@ def pipe() -> Iterator[tuple[int, int]]:
     os.close(reader)
 
 
-def carrier_from(guest: Guest, writer: int) -> Carrier:
-    return Carrier(
+def copier_from(guest: Guest, writer: int) -> StreamCopier:
+    return StreamCopier(
         guest,
         stdio=Stdio(stdout="/out", terminal=True),
-        streams=Streams(stdout=writer),
+        host_streams=HostStreams(stdout=writer),
         name="box",
         heard=asyncio.Event(),
     )
@@ -68,11 +68,11 @@ async def test_a_guest_that_stands_still_is_waited_for_longer_than_a_client(
 ) -> None:
     monkeypatch.setattr(stream_copying, "DRAIN_TIMEOUT_S", 0.01)
     guest = Guest(b"last words")
-    carrier = carrier_from(guest, pipe[1])
+    copier = copier_from(guest, pipe[1])
     async with asyncio.TaskGroup() as group:
-        outputs = carrier.outputs(group)
-        carrier.process_ended()
-        draining = group.create_task(carrier.drained(outputs))
+        outputs = copier.outputs(group)
+        copier.process_ended()
+        draining = group.create_task(copier.drained(outputs))
         await asyncio.wait({draining}, timeout=0.1)
         assert not draining.done()
         guest.goes_on.set()
@@ -86,11 +86,11 @@ async def test_a_client_that_does_not_read_is_given_up(
     monkeypatch.setattr(stream_copying, "DRAIN_TIMEOUT_S", 0.01)
     guest = Guest(UNREAD)
     guest.goes_on.set()
-    carrier = carrier_from(guest, pipe[1])
+    copier = copier_from(guest, pipe[1])
     async with asyncio.TaskGroup() as group:
-        (output,) = carrier.outputs(group)
-        carrier.process_ended()
-        assert not await carrier.drained([output])
+        (output,) = copier.outputs(group)
+        copier.process_ended()
+        assert not await copier.drained([output])
         output.cancel()
 
 
@@ -99,9 +99,9 @@ async def test_a_guest_that_never_goes_on_is_given_up(
 ) -> None:
     monkeypatch.setattr(stream_copying, "DRAIN_TIMEOUT_S", 0.01)
     monkeypatch.setattr(stream_copying, "GUEST_TIMEOUT_S", 0.05)
-    carrier = carrier_from(Guest(b""), pipe[1])
+    copier = copier_from(Guest(b""), pipe[1])
     async with asyncio.TaskGroup() as group:
-        (output,) = carrier.outputs(group)
-        carrier.process_ended()
-        assert not await carrier.drained([output])
+        (output,) = copier.outputs(group)
+        copier.process_ended()
+        assert not await copier.drained([output])
         output.cancel()

@@ -14,7 +14,7 @@ from shim.errors import InvalidArgument, Unimplemented
 from shim.host.volume_source import GuestWritable
 from shim.machine.sizing import MIB, Limits, with_memory
 from shim.volumes import host_tmpfs
-from shim.volumes.host_tmpfs import Place
+from shim.volumes.host_tmpfs import TmpfsPlace
 from shim.volumes.memory_volumes import MemoryVolumes
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ def volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "kubernetes.io~empty-dir" / "cache"
     path.mkdir(parents=True)
 
-    def find(descriptor: int) -> Place | None:
+    def find(descriptor: int) -> TmpfsPlace | None:
         below = os.path.relpath(Path(f"/proc/self/fd/{descriptor}").readlink(), path)
-        return None if below.startswith("..") else Place(path, "" if below == "." else below)
+        return None if below.startswith("..") else TmpfsPlace(path, "" if below == "." else below)
 
     monkeypatch.setattr(host_tmpfs, "find", find)
     monkeypatch.setattr(host_tmpfs, "size_of", lambda _: SIZE_MIB * MIB)

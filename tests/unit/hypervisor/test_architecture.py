@@ -6,8 +6,8 @@ import platform
 
 import pytest
 
+from hypervisor.architecture import X86_64, for_host
 from hypervisor.errors import UnsupportedHostError
-from hypervisor.machine import X86_64, for_host
 
 
 def test_an_x86_64_host_gets_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:

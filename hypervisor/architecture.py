@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class Architecture:
     """One architecture's part of a virtual machine.
 
     :param type: QEMU's machine type with the properties that are always set.
@@ -38,7 +38,7 @@ class Machine:
     probe_status: int
 
 
-X86_64 = Machine(
+X86_64 = Architecture(
     type=x86_64.MACHINE_TYPE,
     cpu_models=x86_64.CPU_MODELS,
     early_console=x86_64.EARLY_CONSOLE,
@@ -49,18 +49,18 @@ X86_64 = Machine(
     probe_status=x86_64.PROBE_STATUS,
 )
 
-_MACHINES = {"x86_64": X86_64}
+_ARCHITECTURES = {"x86_64": X86_64}
 
 
-def for_host() -> Machine:
+def for_host() -> Architecture:
     """Return the machine description for the host's architecture.
 
     :raises UnsupportedHostError: if there is none.
     """
     architecture = platform.machine()
     try:
-        return _MACHINES[architecture]
+        return _ARCHITECTURES[architecture]
     except KeyError:
         raise UnsupportedHostError(
-            f"start vm: host: architecture {architecture} is not supported; use {', '.join(_MACHINES)}"
+            f"start vm: host: architecture {architecture} is not supported; use {', '.join(_ARCHITECTURES)}"
         ) from None
