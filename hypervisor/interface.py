@@ -294,6 +294,14 @@ class Hypervisor(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def share_file_limit(self) -> int:
+        """How many files the share's server may open: it has one open for each that the guest remembers.
+
+        :raises ProcessLookupError: if the server is gone.
+        """
+
+    @property
+    @abc.abstractmethod
     def pid(self) -> int:
         """The process id of the VMM.
 

@@ -7,6 +7,7 @@ import contextlib
 import signal
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from hypervisor import virtiofsd
 from hypervisor.booting import boot
 from hypervisor.cloning import clone
 from hypervisor.errors import (
@@ -167,6 +168,11 @@ class QemuHypervisor(Hypervisor):
     @override
     def pid(self) -> int:
         return self._started("pid", HypervisorError).qemu.pid
+
+    @property
+    @override
+    def share_file_limit(self) -> int:
+        return virtiofsd.file_limit(each.pid for each in self._host.processes if each.name == virtiofsd.NAME)
 
     @override
     def console_tail(self, lines: int = 20) -> list[str]:

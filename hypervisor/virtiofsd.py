@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import os
+import resource
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,9 @@ SHARE = "share"
 """What QEMU calls the share's device and the connection behind it."""
 
 _HELP_TIMEOUT_S = 5.0
+
+_WANTED_FILES = 1_000_000
+"""How many files both daemons would like to be able to have open."""
 
 _TRUSTED = ":map:trusted.:user.virtiofs.:"
 """Trusted attributes have another name on the host: the daemon may not set them, and an overlay
@@ -147,6 +151,16 @@ def start(
         inherit=[fd],
         keeps_capabilities=True,
     )
+
+
+def file_limit(pids: Iterable[int]) -> int:
+    """Tell how many files a daemon may have open.
+
+    :param pids: its processes. It raises the limit itself, as far as the host lets it.
+    :raises ProcessLookupError: if it has ended.
+    """
+    limits = [resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] for pid in pids]
+    return min((limit for limit in limits if limit != resource.RLIM_INFINITY), default=_WANTED_FILES)
 
 
 def connected_pair(directory: Path) -> tuple[socket.socket, socket.socket]:

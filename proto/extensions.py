@@ -57,6 +57,9 @@ LIMITS = "hako.limits"
 #: Without: the clock is set with `SetGuestDateTime` at the start, after a sleep of the host and after a stop
 #: of QEMU.
 CLOCK = "hako.clock"
+#: How many files the share's server may open follows after a space; the guest remembers fewer.
+#: Without: a guest that looks at more files loses the share.
+SHARE_FILES = "hako.share-files"
 #: Limits as files of a container's cgroup; lines `FILE=VALUE` follow after a space.
 #: Without: the update is refused.
 UNIFIED = "hako.unified"

@@ -18,6 +18,7 @@ from guest.agent import (
     kernel,
     limits,
     oom,
+    share_cache,
     sizing,
     storage,
     timeline,
@@ -33,6 +34,7 @@ from proto.extensions import (
     FEATURE,
     LIMITS,
     PROCESSES,
+    SHARE_FILES,
     STREAMS_FEATURE,
     TIMELINE,
     UNIFIED,
@@ -180,6 +182,9 @@ class Service:
     def _diagnostic_data(self, request: Message, _call: Call) -> Message:
         if request.log_type == TIMELINE:
             return self._codec.new("grpc.GetDiagnosticDataResponse", data=timeline.report())
+        if request.log_type.startswith(SHARE_FILES):
+            share_cache.keep_below(int(request.log_type.removeprefix(SHARE_FILES)))
+            return self._codec.new("grpc.GetDiagnosticDataResponse")
         if request.log_type == LIMITS:
             limits.follow()
             return self._codec.new("grpc.GetDiagnosticDataResponse")

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.empty_pb2 import Empty
 
-from proto.extensions import CLOCK, CLOCK_FEATURE, FEATURE, LIMITS, SHARE_TAG, STREAMS_FEATURE, TIMELINE
+from proto.extensions import (
+    CLOCK,
+    CLOCK_FEATURE,
+    FEATURE,
+    LIMITS,
+    SHARE_FILES,
+    SHARE_TAG,
+    STREAMS_FEATURE,
+    TIMELINE,
+)
 from proto.kata import agent_pb2, types_pb2
 from shim.agent.connection import CALL_TIMEOUT_S, AgentConnection, AgentFeatures
 from shim.agent.container_calls import ContainerCalls
@@ -206,6 +215,13 @@ class Agent:
     async def follow_limits(self) -> None:
         """Have the kernel's limits suit the memory that is left; only Hako's agent can."""
         await self._connection.diagnose(LIMITS)
+
+    async def keep_share_files_below(self, limit: int) -> None:
+        """Have the guest remember fewer files of the share than its server may open; only Hako's agent can.
+
+        :param limit: how many the server may open.
+        """
+        await self._connection.diagnose(f"{SHARE_FILES} {limit}")
 
     async def timeline(self) -> str:
         """Ask what it did and when.

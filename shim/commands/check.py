@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from hypervisor import Accelerator, VmStartError, detect_dialect, vhost_net_problem, weaknesses
 from shim.agent.oci_namespaces import WantedNamespace
 from shim.errors import FailedPrecondition, Internal
+from shim.host import kernel_limits
 from shim.machine import host_choice
 from shim.network import redirect
 from shim.network.namespace import NetworkNamespace
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _VERSION_TIMEOUT_S = 10.0
 _SUPPORTED_MACHINE = "x86_64"
+_MANY_FILES = 200_000  # from so many on a guest's open files are not bounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +76,22 @@ async def examine(config: Config) -> list[Finding]:
 
 
 def _warning(name: str, detail: str) -> str:
+    if name == "accelerator":
+        is_kvm = detail.startswith(Accelerator.KVM.value)
+        return "; ".join(weaknesses()) if is_kvm else host_choice.EMULATION_IS_NO_BOUNDARY
+    if name == "virtiofsd":
+        return _few_files()
+    return ""
+
+
+def _few_files() -> str:
+    """Say what follows if the file servers of sandboxes may open few files only."""
+    limit = kernel_limits.most_open_files()
+    if limit >= _MANY_FILES:
+        return ""
     return (
-        "; ".join(weaknesses()) if name == "accelerator" and detail.startswith(Accelerator.KVM.value) else ""
+        f"it may open {limit} files: a guest that looks at more is slow, and may have {limit // 3} open; "
+        "raise the limit of containerd's service (LimitNOFILE)"
     )
 
 

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from shim.config import Config
 
 AUTO = "auto"
+#: By QEMU's security policy, docs/system/security.rst.
+EMULATION_IS_NO_BOUNDARY = (
+    "QEMU does not count emulation as a boundary that holds a hostile guest; "
+    'use a host with KVM, and [hypervisor] accelerator = "kvm" to refuse others'
+)
 _VERDICT = Path("/var/cache/hako/accelerator.json")
 #: Where ``scripts/setup`` puts programs that the distribution does not package.
 OWN_PROGRAMS = Path("/var/lib/hako/bin")

@@ -38,7 +38,7 @@ from shim.host import mounts
 from shim.machine import turns
 from shim.machine.cgroup import HostCgroup
 from shim.machine.cloning import LATE, blames_template, dial_clone
-from shim.machine.host_choice import resolve
+from shim.machine.host_choice import EMULATION_IS_NO_BOUNDARY, resolve
 from shim.machine.pod import refuses_template
 from shim.machine.resizing import Resizer
 from shim.machine.sizing import Size, plan
@@ -340,7 +340,10 @@ class Machine:
             (self.share / MODULES_NAME).mkdir()
             mounts.bind(modules, self.share / MODULES_NAME, read_only=True, recursive=False)
         choice = await resolve(config)
-        log.info("boot: accelerator %s: %s", choice.accelerator.value, choice.accelerator_reason)
+        accelerator = choice.accelerator
+        log.info("boot: accelerator %s: %s", accelerator.value, choice.accelerator_reason)
+        if accelerator is Accelerator.TCG:
+            log.warning("boot: accelerator %s: %s", accelerator.value, EMULATION_IS_NO_BOUNDARY)
         log.info("boot: channel %s: %s", choice.channel.value, choice.channel_reason)
         self._channel = choice.channel
         return describe(

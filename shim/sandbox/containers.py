@@ -63,6 +63,7 @@ class Containers:
         sandbox.while_running(self._report_ooms, name="out of memory")
         sandbox.while_running(self._follow_network, name="network")
         sandbox.while_running(self._grow_at_first, name="grow")
+        sandbox.while_running(self._volumes.bound_files, name="share")
 
     @property
     def is_needed(self) -> bool:

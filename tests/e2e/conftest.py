@@ -177,6 +177,7 @@ def one_stack(
         yield opened
 
 
+FEW_FILES = 4000
 EITHER = [
     pytest.param((release, runtime), id=f"{release.name}-{runtime.split('.')[2]}")
     for release in RELEASES[1:]
@@ -203,6 +204,27 @@ def either_stack(
         yield opened
 
 
+@pytest.fixture(scope="session", params=[RUNC, HAKO], ids=["runc", "hako"])
+def stack_of_few_files(
+    request: pytest.FixtureRequest, home: Path, nursery: Nursery, image_archive: Path
+) -> Iterator[Stack]:
+    """The newest containerd with both runtimes, where no process may have more than some files open."""
+    runtime = request.param
+    limits = ("prlimit", f"--nofile={FEW_FILES}:{FEW_FILES}")
+    with _stack(
+        home,
+        nursery,
+        image_archive,
+        release=RELEASES[-1],
+        protocol="ttrpc",
+        runtime=runtime,
+        templates=request.getfixturevalue("templates") if runtime == HAKO else None,
+        name=f"few-files-{runtime.split('.')[2]}",
+        launcher=(*limits, "setpriv", "--bounding-set=-sys_resource"),
+    ) as opened:
+        yield opened
+
+
 def _templates(request: pytest.FixtureRequest, release: Release) -> Path | None:
     """Find what a stack's machines are cloned from: those of one release boot cold."""
     if release.name == COLD_RELEASE or request.config.getoption("--runtime") != HAKO:
@@ -222,6 +244,7 @@ def _stack(
     runtime: str,
     templates: Path | None,
     name: str | None = None,
+    launcher: tuple[str, ...] = (),
 ) -> Iterator[Stack]:
     place = home / (name or f"{release.name}-{protocol}")
     state_directory = home / f"{place.name}-hako"
@@ -235,6 +258,7 @@ def _stack(
         nursery=nursery,
         environment={"HAKO_CONFIG": str(config)},
         runtime=runtime,
+        launcher=launcher,
     )
     with running(daemon):
         imported = daemon.ctr("images", "import", image_archive)
@@ -243,7 +267,7 @@ def _stack(
 
 
 def _counted(request: pytest.FixtureRequest) -> Stack | None:
-    for name in ("stack", "one_stack", "either_stack"):
+    for name in ("stack", "one_stack", "either_stack", "stack_of_few_files"):
         if name in request.fixturenames:
             found = request.getfixturevalue(name)
             assert isinstance(found, Stack)

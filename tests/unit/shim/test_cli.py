@@ -50,7 +50,8 @@ initrd = "{tmp_path}/initrd"
 
 def test_an_able_host_gets_a_line_for_each_thing(able_host: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", "--config", str(able_host)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr().out.splitlines()
+    lines = [line for line in shown if not line.strip().startswith("warning: ")]
     assert all(line.startswith("ok ") for line in lines[:-1])
     names = [line.split()[1] for line in lines[:-1]]
     assert names == [
@@ -67,21 +68,44 @@ def test_an_able_host_gets_a_line_for_each_thing(able_host: Path, capsys: pytest
     assert lines[-1] == "This host can run sandboxes."
 
 
-@pytest.mark.parametrize(("accelerator", "warned"), [("kvm", True), ("tcg", False)])
+@pytest.mark.parametrize(
+    ("accelerator", "warning"),
+    [
+        ("kvm", "warning: KVM is nested; KVM has no nested paging"),
+        (
+            "tcg",
+            "warning: QEMU does not count emulation as a boundary that holds a hostile guest; use a host",
+        ),
+    ],
+)
 def test_a_host_is_able_in_spite_of_a_warning_that_is_shown(
     able_host: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     accelerator: str,
-    warned: bool,
+    warning: str,
 ) -> None:
     monkeypatch.setattr(
         "shim.commands.check.weaknesses", lambda: ["KVM is nested", "KVM has no nested paging"]
     )
     able_host.write_text(able_host.read_text().replace('"tcg"', f'"{accelerator}"'))
     assert cli.main(["check", "--config", str(able_host)]) == 0
-    shown = "warning: KVM is nested; KVM has no nested paging" in capsys.readouterr().out
-    assert shown == warned
+    assert warning in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("limit", "warned"), [(20_000, True), (200_000, False)])
+def test_a_host_whose_file_servers_may_open_few_files_is_told_so(
+    able_host: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    limit: int,
+    warned: bool,
+) -> None:
+    monkeypatch.setattr("shim.host.kernel_limits.most_open_files", lambda: limit)
+    assert cli.main(["check", "--config", str(able_host)]) == 0
+    output = capsys.readouterr().out
+    assert (f"warning: it may open {limit} files: " in output) == warned
+    assert ("(LimitNOFILE)" in output) == warned
 
 
 @pytest.mark.parametrize(
