@@ -1,8 +1,16 @@
-"""Volumes' sources: the way to one, which does not follow the links that a guest made.
+"""The way to a volume's source on the host, which follows no symbolic link that a guest can have made.
 
-What a guest may write in, it may also put symbolic links in, and exchange at any moment: one on the way to
-another container's volume would have that lead to any file of the host. Hence a path is walked step by step,
-each step from the descriptor of the one before, and what was found is mounted by descriptor.
+The threat: a guest that may write in a directory of the host can put a symbolic link there, and can exchange
+files for links at any moment. If the host followed such a link on the way to another container's volume, that
+container would be given any file of the host.
+
+The two sets: a directory is *guest-writable* if a guest may write in it, now or earlier; a sandbox's
+:class:`GuestWritable` has these directories, not what is below them. All other directories are the *host's*:
+only the host's users write there, so links in them are as good as the path itself.
+
+The invariant: once the way has entered a guest-writable directory, it only goes down, from one real directory
+to the next; a link or ``..`` ends it with an error. So that nothing can be exchanged meanwhile, each step starts
+from the descriptor of the step before, and the descriptor that is found is what gets mounted, never its path.
 """
 
 from __future__ import annotations
@@ -30,28 +38,29 @@ _KINDS = {
 
 
 class GuestWritable:
-    """The directories of the host that a sandbox's guest may write in, once or still."""
+    """The directories of the host that a sandbox's guest may write in, now or earlier."""
 
     def __init__(self) -> None:
         self._directories: set[tuple[int, int]] = set()
 
     def add(self, descriptor: int) -> None:
-        """Count an open file or directory among them, with all below it."""
+        """Add an open file or directory; the walk takes all below it for guest-writable, too."""
         self._directories.add(identity(descriptor))
 
     def __contains__(self, descriptor: int) -> bool:
-        """Tell whether an open directory is one of them; those below one are not."""
+        """Tell whether an open directory was added itself."""
         return identity(descriptor) in self._directories
 
 
 @contextlib.contextmanager
 def opened(path: Path, writable: GuestWritable) -> Iterator[int]:
-    """Find what a guest is to have of the host.
+    """Open a file or directory of the host that a guest is given.
 
     :param path: an absolute path.
-    :param writable: where links are not followed, nor steps upwards taken.
-    :returns: a descriptor of a file or directory, as O_PATH of open(2) makes it, for as long as the context.
-    :raises InvalidArgument: if there is none, or the way to it is not followed; the message says why.
+    :param writable: the guest-writable directories.
+    :returns: a descriptor, as O_PATH of open(2) makes it; it is closed when the context ends.
+    :raises InvalidArgument: if there is no file or directory at the path, or the invariant forbids the way to
+        it; the message says which.
     """
     with found(path, writable) as descriptor:
         mode = os.fstat(descriptor).st_mode
@@ -65,12 +74,13 @@ def opened(path: Path, writable: GuestWritable) -> Iterator[int]:
 
 @contextlib.contextmanager
 def found(path: Path | str, writable: GuestWritable) -> Iterator[int]:
-    """Find a file of any kind as :func:`opened` does, for the host's own use.
+    """Open a file of any kind as :func:`opened` does, for the host's own use.
 
     :param path: an absolute path.
-    :param writable: where links are not followed, nor steps upwards taken.
-    :returns: a descriptor, as O_PATH of open(2) makes it, for as long as the context.
-    :raises InvalidArgument: if there is none, or the way to it is not followed; the message says why.
+    :param writable: the guest-writable directories.
+    :returns: a descriptor, as O_PATH of open(2) makes it; it is closed when the context ends.
+    :raises InvalidArgument: if there is no file at the path, or the invariant forbids the way to it; the
+        message says which.
     """
     try:
         descriptor = _walk(path, writable)
@@ -123,11 +133,12 @@ def _walk(path: Path | str, writable: GuestWritable) -> int:
 
 @contextlib.contextmanager
 def walk_down(directory: Path | int, below: str) -> Iterator[int]:
-    """Find a file below a directory by a path that holds no link and does not lead upwards.
+    """Open a file below a directory by a path without links and steps upwards.
 
     :param directory: its path, or a descriptor of it.
-    :returns: a descriptor, as O_PATH of open(2) makes it, for as long as the context.
-    :raises OSError: if there is no such path.
+    :param below: the file's path in it.
+    :returns: a descriptor, as O_PATH of open(2) makes it; it is closed when the context ends.
+    :raises OSError: if there is no such file, or a part of the path is a link or ``..``.
     """
     here = os.dup(directory) if isinstance(directory, int) else os.open(directory, os.O_PATH | os.O_CLOEXEC)
     try:
