@@ -15,6 +15,7 @@ from hypervisor import ChannelError
 from proto.extensions import FRAMED_STREAM_PORT, RAW_STREAM_PORT
 from shim.agent.frames import END, StreamFrameError, Unframer, framed
 from shim.errors import Unavailable
+from shim.override import override
 
 if TYPE_CHECKING:
     import socket
@@ -110,6 +111,7 @@ class LongStreams(RequestStreams):
         self._carried = dict.fromkeys(("stdin", "stdout", "stderr"), 0)
         self._connections: dict[str, _Connection] = {}
 
+    @override
     async def read(self, name: str) -> bytes | memoryview:
         """Block until there is output; empty at its end."""
         if await self._is_long(name):
@@ -118,6 +120,7 @@ class LongStreams(RequestStreams):
         self._carried[name] += len(data)
         return data
 
+    @override
     async def write(self, data: bytes) -> None:
         """Write to stdin."""
         if await self._is_long("stdin"):
@@ -126,6 +129,7 @@ class LongStreams(RequestStreams):
         await super().write(data)
         self._carried["stdin"] += len(data)
 
+    @override
     async def end_input(self) -> None:
         """End stdin; what a connection has of it has been read then."""
         if "stdin" in self._connections:
@@ -133,6 +137,7 @@ class LongStreams(RequestStreams):
         else:
             await super().end_input()
 
+    @override
     def close(self) -> None:
         """Close every connection."""
         for connection in self._connections.values():

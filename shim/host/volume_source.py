@@ -9,8 +9,8 @@ The two sets: a directory is *guest-writable* if a guest may write in it, now or
 only the host's users write there, so links in them are as good as the path itself.
 
 The invariant: once the way has entered a guest-writable directory, it only goes down, from one real directory
-to the next; a link or ``..`` ends it with an error. So that nothing can be exchanged meanwhile, each step starts
-from the descriptor of the step before, and the descriptor that is found is what gets mounted, never its path.
+to the next; a link or ``..`` ends it with an error. So that nothing can be exchanged meanwhile, each step
+starts from the descriptor of the step before, and what is found is mounted by descriptor, never by path.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from shim.override import override
+
 if TYPE_CHECKING:
     from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
 
@@ -46,6 +48,7 @@ class Address:
     metric: int = 0
     is_deprecated: bool = False
 
+    @override
     def __str__(self) -> str:
         return str(self.interface)
 
@@ -121,6 +124,7 @@ class Route:
     mtu: int = 0
     attributes: bytes = b""
 
+    @override
     def __str__(self) -> str:
         """Name it as ip-route(8) does."""
         words = ["route", str(self.destination) if self.destination.prefixlen else "default"]

@@ -28,6 +28,7 @@ from shim.errors import (
     Unavailable,
 )
 from shim.machine.sizing import limits_of
+from shim.override import override
 from shim.sandbox import killing, task_events
 from shim.sandbox.container import Container
 from shim.sandbox.files import ContainerFiles
@@ -91,6 +92,7 @@ class GuestContainer(Container):
         )
         self._ending = False
 
+    @override
     async def _bring_up(self, rootfs: Iterable[Mount]) -> None:
         """Show the file systems, create the container in the guest and follow its init."""
         lane = timeline.container_lane(self.id)
@@ -150,6 +152,7 @@ class GuestContainer(Container):
             await self._remove()
             raise
 
+    @override
     async def _run(self) -> None:
         agent = await self._sandbox.agent()
         lane = timeline.container_lane(self.id)
@@ -168,12 +171,15 @@ class GuestContainer(Container):
             end.cancel()
         await self._sandbox.keep_timeline(drawn=_DRAWN in self.spec.get("process", {}).get("env", ()))
 
+    @override
     async def _freeze(self) -> None:
         await (await self._sandbox.agent()).containers.pause(self.init.agent_id)
 
+    @override
     async def _thaw(self) -> None:
         await (await self._sandbox.agent()).containers.resume(self.init.agent_id)
 
+    @override
     async def update(self, resources: dict[str, Any]) -> None:
         """Change the container's limits, and with them the machine: it is never smaller than they are.
 
@@ -199,6 +205,7 @@ class GuestContainer(Container):
             self.limits = limits
         await self._siblings.shrink()
 
+    @override
     async def stats(self) -> agent_pb2.StatsContainerResponse:
         """Measure the container.
 
@@ -208,6 +215,7 @@ class GuestContainer(Container):
         agent = await self._sandbox.agent()
         return await agent.containers.stats(self.init.agent_id)
 
+    @override
     async def exec_ids_of_processes(self) -> list[str]:
         """List every process but init by the id of its exec; a child of another process has an empty one.
 
@@ -223,6 +231,7 @@ class GuestContainer(Container):
             return list(running.values())
         return [running.get(agent_id, "") for agent_id in others]
 
+    @override
     def add_exec(self, exec_id: str, *, spec: dict[str, Any], stdio: Stdio) -> None:
         """Register an exec; it runs on :meth:`start_exec`.
 
@@ -235,6 +244,7 @@ class GuestContainer(Container):
         process = self.execs[exec_id] = Process(self.id, exec_id=exec_id, stdio=stdio, spec=spec)
         self._sandbox.publish(*task_events.exec_added(process))
 
+    @override
     async def start_exec(self, exec_id: str) -> None:
         """Run a registered exec; if the guest refuses, it stays created and can be deleted.
 
@@ -272,6 +282,7 @@ class GuestContainer(Container):
         if process.terminal_size is not None:
             await self.resize(process, *process.terminal_size)
 
+    @override
     async def resize(self, process: Process, width: int, height: int) -> None:
         """Set a terminal's size; remembered if the process is not there yet, ignored without a terminal."""
         if not process.stdio.terminal or process.exited.is_set():
@@ -284,6 +295,7 @@ class GuestContainer(Container):
             self.init.agent_id, exec_id=process.agent_id, rows=height, columns=width
         )
 
+    @override
     async def kill(self, process: Process, *, number: int, everyone: bool) -> None:
         """Send a signal to one process, or to all of the container; see :func:`shim.sandbox.killing.kill`."""
         await killing.kill(
@@ -309,6 +321,7 @@ class GuestContainer(Container):
         process.guest_streams = await self._sandbox.open_guest_streams(process)
         return process.guest_streams
 
+    @override
     async def _remove(self) -> None:
         """Remove the container in the guest; a machine that is gone has none, a hung one is going."""
         try:
@@ -320,6 +333,7 @@ class GuestContainer(Container):
             if isinstance(error, DeadlineExceeded) and not self._siblings.has_other_uses(self.id):
                 await self._sandbox.switch_off(f"the guest did not remove {self.init}, its last: {error}")
 
+    @override
     async def _take_back(self) -> None:
         await self._files.take_back()
 

@@ -10,6 +10,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 from shim.errors import NotFound, Unimplemented
+from shim.override import override
 from shim.sandbox.container import Container
 from shim.sandbox.guest_container import STATUS_MACHINE_GONE
 from shim.sandbox.host_streams import open_host_streams
@@ -33,9 +34,11 @@ class PauseContainer(Container):
 
     _watching: asyncio.Task[None] | None = None
 
+    @override
     async def update(self, resources: dict[str, Any]) -> None:
         """Ignore limits: each container of the pod has its own."""
 
+    @override
     async def stats(self) -> agent_pb2.StatsContainerResponse:
         """Measure all containers of the pod.
 
@@ -44,6 +47,7 @@ class PauseContainer(Container):
         self._require_alive_for("stats")
         return await self._siblings.stats()
 
+    @override
     async def exec_ids_of_processes(self) -> list[str]:
         """List no process but the init that it pretends to have.
 
@@ -52,6 +56,7 @@ class PauseContainer(Container):
         self._require_alive_for("pids")
         return []
 
+    @override
     def add_exec(self, exec_id: str, *, spec: dict[str, Any], stdio: Stdio) -> None:  # noqa: ARG002 - as of every container
         """Refuse: there is nothing to run in.
 
@@ -61,6 +66,7 @@ class PauseContainer(Container):
             f"exec {exec_id} of {self.id}: it stands for its pod and runs nothing; use a container of the pod"
         )
 
+    @override
     async def start_exec(self, exec_id: str) -> None:
         """Refuse: it has no exec.
 
@@ -68,9 +74,11 @@ class PauseContainer(Container):
         """
         raise NotFound(f"exec {exec_id} of {self.id}: not found")
 
+    @override
     async def resize(self, process: Process, width: int, height: int) -> None:
         """Ignore the size of a terminal that is never written to."""
 
+    @override
     async def kill(self, process: Process, *, number: int, everyone: bool) -> None:  # noqa: ARG002 - it is alone
         """Send a signal.
 
@@ -81,6 +89,7 @@ class PauseContainer(Container):
         if number in _DEADLY:
             await self._end(_DEADLY[signal.Signals(number)])
 
+    @override
     async def _bring_up(self, rootfs: Iterable[Mount]) -> None:  # noqa: ARG002 - nothing reads its files
         # A pod exists only if its machine is up: otherwise its creation fails and says why.
         await self._sandbox.agent()
@@ -94,19 +103,24 @@ class PauseContainer(Container):
             raise
         self._watching = self._sandbox.work.spawn(self._end_with_machine(), name=f"watch {self.init}")
 
+    @override
     async def _run(self) -> None:
         await self._sandbox.agent()
 
+    @override
     async def _freeze(self) -> None:
         return
 
+    @override
     async def _thaw(self) -> None:
         return
 
+    @override
     async def _remove(self) -> None:
         if self.init.state is State.CREATED:
             await self._end(STATUS_MACHINE_GONE)
 
+    @override
     async def _take_back(self) -> None:
         return
 

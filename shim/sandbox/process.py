@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from shim.agent import guest_names
 from shim.errors import FailedPrecondition
+from shim.override import override
 from shim.sandbox.stream_copying import DRAIN_TIMEOUT_S
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class Process:
         self.ended = asyncio.Event()  # as the guest says: output may still be on its way
         self.exited = asyncio.Event()
 
+    @override
     def __str__(self) -> str:
         return (
             f"exec {self.exec_id} of {self.container_id}"

@@ -6,6 +6,8 @@ import logging
 import os
 from datetime import UTC, datetime
 
+from shim.override import override
+
 # A write of up to PIPE_BUF bytes is done whole or not at all; see pipe(7).
 _MAX_LINE = 4096
 # What they do step by step would bury what the shim does: hundreds of long lines for each interface.
@@ -23,6 +25,7 @@ class PipeHandler(logging.Handler):
         self._descriptor = descriptor
         self._dropped = 0
 
+    @override
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record, or count it."""
         dropped = f" dropped={self._dropped}" if self._dropped else ""
@@ -39,6 +42,7 @@ class PipeHandler(logging.Handler):
 class LogfmtFormatter(logging.Formatter):
     """``time=... level=... msg="..."``, as containerd and its own shims write."""
 
+    @override
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as one line."""
         message = record.getMessage()

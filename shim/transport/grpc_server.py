@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from shim.errors import Internal, ShimError
+from shim.override import override
 from shim.transport.dispatch import Dispatch, status_text
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class _TableHandler(grpc.GenericRpcHandler):
     def __init__(self, dispatch: Dispatch) -> None:
         self._dispatch = dispatch
 
+    @override
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
         service, _, method = details.method.removeprefix("/").partition("/")
         return grpc.unary_unary_rpc_method_handler(partial(self._call, service, method))

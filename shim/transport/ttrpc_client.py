@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError, Message
 
 from proto import ttrpc_pb2
 from shim.errors import DeadlineExceeded, Internal, ResourceExhausted, Unavailable, from_code
+from shim.override import override
 from shim.transport.ttrpc_codec import (
     MAX_BODY,
     MAX_STREAM_ID,
@@ -38,6 +39,7 @@ class _ServerConnection(TtrpcConnection):
         super().__init__()
         self.pending: dict[int, asyncio.Future[Frame | OversizedFrame | None]] = {}
 
+    @override
     def frame_received(self, frame: Frame | OversizedFrame) -> None:
         if frame.kind is not FrameType.RESPONSE:
             raise FrameError(f"a server sent a {frame.kind.name.lower()} frame")
@@ -46,6 +48,7 @@ class _ServerConnection(TtrpcConnection):
         if waiting is not None and not waiting.done():
             waiting.set_result(frame)
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         for waiting in self.pending.values():

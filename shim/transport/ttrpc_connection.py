@@ -7,6 +7,7 @@ import logging
 from abc import abstractmethod
 from typing import cast
 
+from shim.override import override
 from shim.transport.ttrpc_codec import Frame, FrameDecoder, FrameError, OversizedFrame
 
 logger = logging.getLogger(__name__)
@@ -32,10 +33,12 @@ class TtrpcConnection(asyncio.Protocol):
         :raises FrameError: if no peer in its right mind would send it; the connection is then dropped.
         """
 
+    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport; asyncio calls this first."""
         self.transport = cast("asyncio.Transport", transport)
 
+    @override
     def data_received(self, data: bytes) -> None:
         """Hand on the frames that are complete."""
         try:
@@ -45,18 +48,22 @@ class TtrpcConnection(asyncio.Protocol):
             logger.warning("ttrpc: connection dropped: %s", error)
             self.drop(f"dropped: {error}")
 
+    @override
     def pause_writing(self) -> None:
         """Make writers wait: the write buffer is full."""
         self._writable.clear()
 
+    @override
     def resume_writing(self) -> None:
         """Let writers go on: the write buffer has drained."""
         self._writable.set()
 
+    @override
     def eof_received(self) -> None:
         """End both directions: ttrpc has no half-closed state, and buffered answers have no reader left."""
         self.transport.abort()
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
         """Wake whoever waits for the connection."""
         if exc is not None:

@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 
 from proto import ttrpc_pb2
 from shim.errors import InvalidArgument, ResourceExhausted, ShimError, Unimplemented
+from shim.override import override
 from shim.transport.dispatch import Dispatch, status_text
 from shim.transport.ttrpc_codec import (
     MAX_BODY,
@@ -46,24 +47,29 @@ class _ClientConnection(TtrpcConnection):
         self._last_stream_id = 0
         self._draining = False
 
+    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._connections.add(self)
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._connections.discard(self)
         for handler in self._handlers:
             handler.cancel()
 
+    @override
     def pause_writing(self) -> None:
         super().pause_writing()
         self.transport.pause_reading()
 
+    @override
     def resume_writing(self) -> None:
         super().resume_writing()
         self.transport.resume_reading()
 
+    @override
     def frame_received(self, frame: Frame | OversizedFrame) -> None:
         if self._draining:
             return  # the end of the connection will tell the client
