@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from shim.telemetry.timeline_model import parse
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import new_id
+from tests.e2e.containerd import NAMESPACE
 from tests.e2e.test_network import digesting_server
 from tests.host_settings import MEMORY_MIB
 from tests.network_space import add_cable, new_space
@@ -35,6 +38,9 @@ pytestmark = [
 
 MIB = 1 << 20
 CLONES = 100
+OF_A_CLONE = ("load template", "copy memory", "clone goes on", "first answer")
+"""The phases of a clone's start, each with a limit of its own."""
+
 SENT = bytes(range(256)) * 4096
 DISK = b"on the host's disk\n".ljust(MIB, b".")
 TALK = "cat /data/bytes | nc -w 60 10.1.0.1 7000"
@@ -154,10 +160,20 @@ def test_a_clone_goes_on_and_has_the_time_of_its_host(one_stack: Stack, cloned: 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1200)
-def test_a_hundred_clones_answer(one_stack: Stack):
-    log = one_stack.containerd.log
+def test_a_hundred_clones_answer(one_stack: Stack, capsys: pytest.CaptureFixture[str]):
+    log, records = one_stack.containerd.log, one_stack.state_directory.parent / "log"
     before = log.read_text(encoding="utf-8").count(": cloned")
+    took_s: dict[str, list[float]] = {phase: [] for phase in OF_A_CLONE}
     for number in range(CLONES):
-        result = one_stack.containerd.run(IMAGE, new_id(), "echo", f"{number}")
+        name = new_id()
+        result = one_stack.containerd.run(IMAGE, name, "echo", f"{number}")
         assert (result.code, result.stdout) == (0, f"{number}\n"), result.stderr
+        timeline = parse((records / f"{NAMESPACE}__{name}.timeline").read_text(), title=name)
+        for phase in timeline.phases:
+            if phase.name in took_s:
+                took_s[phase.name].append(phase.ended_s - phase.began_s)
     assert log.read_text(encoding="utf-8").count(": cloned") - before == CLONES
+    with capsys.disabled():
+        for phase, times_s in took_s.items():
+            middle, worst = statistics.median(times_s), max(times_s)
+            print(f"\n{phase}: median {middle:.1f} s, worst {worst:.1f} s", end="")
