@@ -128,7 +128,7 @@ def _tests(given: list[str], listed: Sequence[str]) -> list[str]:
     return [
         *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"),
         *(f"--timeout={TEST_DEADLINE_S}", f"--junitxml={outer.RESULTS}/report.xml"),
-        *("-v", "--color=no", "--durations=0", "--durations-min=5"),
+        *("-p", "tests.failures_at_once", "-v", "--color=no", "--durations=0", "--durations-min=5"),
         *given,
         *(() if named else listed),
     ]
