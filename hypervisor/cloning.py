@@ -29,23 +29,24 @@ if TYPE_CHECKING:
     from hypervisor.template import TemplateDescription
     from hypervisor.vsock import GuestChannel
 
-_STEP_S = 40.0
-"""How long QEMU may take for its start, and again for the load: a hundred times what either takes, as dozens
-of machines may start at once, and each is given up only if it hangs."""
+_STEP_PART = 0.1
+"""The part of a clone's time that QEMU may take for its start, and again for the load. Usually it is 45 s, a
+hundred times what either takes: dozens of machines may start at once, and only what hangs is given up."""
 
-_COPY_STALL_S = 20.0
-"""How long the copy of the memory may make no progress; as long as it does, it may take any time."""
+_STALL_PART = 0.05
+"""The part of a clone's time for which the copy of the memory may stand still; else it may take any time."""
 
 _COPIER = "template copier"
 _BLOCK = 512  # stat(2)
 
 
-async def clone(spec: VmSpec, host: HostSide, directory: Path) -> Devices:
+async def clone(spec: VmSpec, host: HostSide, directory: Path, *, timeout_s: float) -> Devices:
     """Start a machine from a template; return when it runs.
 
     :param spec: the virtual machine.
     :param host: where each part is kept as soon as it exists; after an error, the caller ends them.
     :param directory: the template's.
+    :param timeout_s: how long all of it may take, in seconds, of which no step may take a large part.
     :returns: the devices plugged into it, the share and the agent's channel among them.
     :raises UnsupportedHostError: if this machine's architecture is not supported.
     :raises TemplateError: if the template is missing, broken or another machine's, or QEMU cannot load it.
@@ -58,12 +59,15 @@ async def clone(spec: VmSpec, host: HostSide, directory: Path) -> Devices:
     if saved.memory_bytes != spec.memory_bytes:
         raise TemplateError(f"template: {directory}: of a machine with {saved.memory_bytes} bytes of memory")
     try:
-        return await _clone(spec, host, directory, saved)
+        return await _clone(spec, host, directory, saved, timeout_s=timeout_s)
     except (QmpError, HotplugError) as error:
         raise TemplateError(f"template: {directory}: {await host.early_cause(error)}") from error
 
 
-async def _clone(spec: VmSpec, host: HostSide, directory: Path, saved: TemplateDescription) -> Devices:
+async def _clone(
+    spec: VmSpec, host: HostSide, directory: Path, saved: TemplateDescription, *, timeout_s: float
+) -> Devices:
+    step_s, stall_s = _STEP_PART * timeout_s, _STALL_PART * timeout_s
     with ExitStack() as stack:
         source = template.open_memory(directory, saved)
         stack.callback(os.close, source)
@@ -81,15 +85,15 @@ async def _clone(spec: VmSpec, host: HostSide, directory: Path, saved: TemplateD
         # What takes QEMU longest is to start: the rest happens meanwhile.
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(_connect(qmp, spec, saved, host, directory))
-                group.create_task(_copy_memory(host, directory, source, memory, saved))
+                group.create_task(_connect(qmp, spec, saved, host, directory, step_s=step_s))
+                group.create_task(_copy_memory(host, directory, source, memory, saved, stall_s=stall_s))
                 sharing = group.create_task(_serve_share(spec, host, stack, saved))
                 opening = None if in_template else group.create_task(_open(channel, host, stack))
                 state = template.read_state(directory, saved)
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors
         with host.phase("load template"):
-            async with _limited(directory, "its state was not loaded"):
+            async with _limited(directory, "its state was not loaded", step_s=step_s):
                 await _load(qmp, state)
         # While the guest stands still: it then finds all new devices at once.
         devices = Devices(qmp, buses=HOTPLUG_BUSES, ports=root_ports(spec))
@@ -120,10 +124,16 @@ def _spawn_qemu(
 
 
 async def _connect(
-    qmp: QmpSession, spec: VmSpec, saved: TemplateDescription, host: HostSide, directory: Path
+    qmp: QmpSession,
+    spec: VmSpec,
+    saved: TemplateDescription,
+    host: HostSide,
+    directory: Path,
+    *,
+    step_s: float,
 ) -> None:
     with host.phase("QMP"):
-        async with _limited(directory, "QEMU did not answer"):
+        async with _limited(directory, "QEMU did not answer", step_s=step_s):
             await qmp.connect()
     if qmp.version != saved.qemu_version:
         raise TemplateError(f"template: saved by QEMU {saved.qemu_version}, not by this one, {qmp.version}")
@@ -132,14 +142,14 @@ async def _connect(
 
 
 async def _copy_memory(
-    host: HostSide, directory: Path, source: int, memory: int, saved: TemplateDescription
+    host: HostSide, directory: Path, source: int, memory: int, saved: TemplateDescription, *, stall_s: float
 ) -> None:
     program = [sys.executable, "-I", "-S", str(Path(memory_copy.__file__))]
     words = [*program, str(source), str(memory), str(saved.data_bytes)]
     with host.phase("copy memory"):
         try:
             async with asyncio.TaskGroup() as group:
-                watching = group.create_task(_watch_copy(directory, memory, saved))
+                watching = group.create_task(_watch_copy(directory, memory, saved, stall_s=stall_s))
                 copier = await host.run(_COPIER, words, inherit=[source, memory])
                 watching.cancel()
         except ExceptionGroup as errors:
@@ -148,12 +158,12 @@ async def _copy_memory(
         raise TemplateError(f"template: {directory / template.MEMORY}: {copier.obituary()}")
 
 
-async def _watch_copy(directory: Path, memory: int, saved: TemplateDescription) -> None:
+async def _watch_copy(directory: Path, memory: int, saved: TemplateDescription, *, stall_s: float) -> None:
     """Raise an error once nothing has been copied for a while."""
     copied = -1
     while (now_copied := os.fstat(memory).st_blocks * _BLOCK) > copied:
         copied = now_copied
-        await asyncio.sleep(_COPY_STALL_S)
+        await asyncio.sleep(stall_s)
     raise TemplateLateError(
         f"template: {directory / template.MEMORY}: its copy stands still at {copied >> 20} of "
         f"{saved.data_bytes >> 20} MiB"
@@ -161,12 +171,12 @@ async def _watch_copy(directory: Path, memory: int, saved: TemplateDescription) 
 
 
 @contextlib.asynccontextmanager
-async def _limited(directory: Path, failure: str) -> AsyncIterator[None]:
+async def _limited(directory: Path, failure: str, *, step_s: float) -> AsyncIterator[None]:
     try:
-        async with asyncio.timeout(_STEP_S):
+        async with asyncio.timeout(step_s):
             yield
     except TimeoutError:
-        raise TemplateLateError(f"template: {directory}: {failure} within {_STEP_S:g} s") from None
+        raise TemplateLateError(f"template: {directory}: {failure} within {step_s:g} s") from None
 
 
 async def _serve_share(

@@ -59,7 +59,7 @@ class QemuHypervisor(Hypervisor):
     async def start(self, *, timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
-                await self._start()
+                await self._start(timeout_s)
         except TimeoutError:
             await self.stop()
             kind = VmStartError if self._spec.template is None else TemplateLateError
@@ -183,9 +183,12 @@ class QemuHypervisor(Hypervisor):
         everyone = self._host.processes
         return [VmProcess(name=each.name, pid=each.pid) for each in everyone if not each.exited.done()]
 
-    async def _start(self) -> None:
+    async def _start(self, timeout_s: float) -> None:
         spec, host = self._spec, self._host
-        devices = await (clone(spec, host, spec.template) if spec.template else boot(spec, host))
+        if spec.template:
+            devices = await clone(spec, host, spec.template, timeout_s=timeout_s)
+        else:
+            devices = await boot(spec, host)
         self._running = RunningVm(spec, host, devices, on_end=self._end)
 
     def _end(self, reason: str) -> None:

@@ -68,7 +68,7 @@ log = logging.getLogger(__name__)
 REASON_TIMEOUT_S = 2.0  # the machine usually says why it ends just after the agent's connection breaks
 
 _CLONE_PART = 0.75  # of the time for a boot: so long a clone may take to answer
-_LOAD_TIMES = 10  # by how much longer its load may take, which is given up long before if it stands still
+_LOAD_TIMES = 10  # by how much longer its load may take, each step of which is given up long before
 
 
 class Machine:

@@ -39,11 +39,8 @@ def memory() -> Iterator[int]:
     os.close(fd)
 
 
-async def test_a_copy_may_take_any_time_as_long_as_it_goes_on(
-    memory: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cloning, "_COPY_STALL_S", 0.05)
-    watching = asyncio.create_task(cloning._watch_copy(Path("/t"), memory, SAVED))
+async def test_a_copy_may_take_any_time_as_long_as_it_goes_on(memory: int) -> None:
+    watching = asyncio.create_task(cloning._watch_copy(Path("/t"), memory, SAVED, stall_s=0.05))
     for number in range(4):
         os.pwrite(memory, b"x" * MIB, number * MIB)
         await asyncio.sleep(0.04)
@@ -52,10 +49,9 @@ async def test_a_copy_may_take_any_time_as_long_as_it_goes_on(
         await watching
 
 
-async def test_a_step_of_qemus_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cloning, "_STEP_S", 0.01)
+async def test_a_step_of_qemus_that_hangs_is_named() -> None:
     with pytest.raises(TemplateLateError, match=r"/t: its state was not loaded within 0\.01 s"):
-        async with cloning._limited(Path("/t"), "its state was not loaded"):
+        async with cloning._limited(Path("/t"), "its state was not loaded", step_s=0.01):
             await asyncio.sleep(5)
 
 
