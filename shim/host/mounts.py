@@ -49,6 +49,7 @@ _AT_RECURSIVE = 0x8000
 _OPEN_TREE_CLONE = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _MOUNT_ATTR_RDONLY = 1
+_INERT = 2 | 4  # MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV
 
 # mount(8) option -> (flag, whether the option clears it). Names as in mount(2).
 _FLAGS: dict[str, tuple[int, bool]] = {
@@ -246,9 +247,11 @@ def bind_opened(
 ) -> None:
     """Bind an open file or directory, whatever is at its path by now.
 
-    A mount that is to be read-only is so before anybody sees it; see mount_setattr(2).
-    Making it read-only later would not propagate: the virtio-fs daemon, which has a mount namespace of its
-    own, would go on to see a writable one.
+    Set-id programs and device files that a guest makes are neither on the host: the guest's kernel decides
+    about them, and the file server needs only to see them.
+    A mount that is to be read-only is so before anybody sees it; see mount_setattr(2). Making it read-only
+    later would not propagate: the virtio-fs daemon, which has a mount namespace of its own, would go on to
+    see a writable one.
 
     :param source: a descriptor.
     :param read_only_below: with what is mounted below it, which is as writable as on the host otherwise.
@@ -263,6 +266,7 @@ def bind_opened(
     tree = _mount_call(_SYS_OPEN_TREE, source, b"", clone, what=what)
     try:
         for attribute, propagation, below in (
+            (_INERT, 0, all_below),
             (_MOUNT_ATTR_RDONLY if read_only else 0, 0, all_below if read_only_below else 0),
             (0, 0 if follows else MS_PRIVATE, all_below),
         ):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.e2e.bundled import bind, run, unpacked
-from tests.e2e.busybox import BUSYBOX
+from tests.e2e.busybox import BUSYBOX, IMAGE
+from tests.e2e.conftest import new_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.e2e.conftest import Stack
 
@@ -91,3 +92,29 @@ def test_a_bind_mount_has_the_flags_that_runc_gives_it(either_stack: Stack, plac
         assert flags.get(f"/{name}/in") == case.inner, name
         assert (f"{name}-runs" in lines) is ("noexec" not in case.flags), name
         assert (f"{name}-written" in lines) is ("ro" not in case.flags), name
+
+
+def test_device_files_and_set_id_programs_of_a_guest_are_neither_in_the_share(
+    one_stack: Stack, place: Path
+) -> None:
+    containerd, name = one_stack.containerd, new_id()
+    volume = f"type=bind,src={place},dst=/volume,options=rbind:rw"
+    done = containerd.ctr(
+        "run", "-d", "--runtime", containerd.runtime, "--mount", volume, IMAGE, name, "sleep", "99"
+    )
+    assert done.code == 0, done.stderr
+    try:
+        machine = containerd.tasks()[name][0]
+        shim = Path(f"/proc/{machine}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
+        table = Path(f"/proc/{shim}/mountinfo").read_text(encoding="utf-8")
+    finally:
+        containerd.remove(name)
+    shown = [
+        line.split()[4:6] for line in table.splitlines() if str(one_stack.state_directory) in line.split()[4]
+    ]
+    flags = {point: set(options.split(",")) for point, options in shown}
+    given = [
+        point for point in flags if point.endswith("/rootfs") or "/.volumes/" in point or "volume" in point
+    ]
+    assert given
+    assert all({"nosuid", "nodev"} <= flags[point] for point in given), flags
