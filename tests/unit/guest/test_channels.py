@@ -1,4 +1,4 @@
-"""How many pairs of queues a network card uses; its driver is a stand-in that the ioctl reaches."""
+"""A network card uses the right number of queue pairs; a stand-in for its driver answers the ioctl."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Driv
 @pytest.mark.parametrize(
     ("processors", "before", "after"), [(2, (4, 1), (4, 2)), (8, (4, 1), (4, 4)), (1, (4, 3), (4, 1))]
 )
-def test_a_card_uses_a_pair_for_each_processor_up_to_its_most(
+def test_a_card_uses_one_pair_for_each_processor_it_can(
     drive: Callable[..., Driver], processors: int, before: tuple[int, int], after: tuple[int, int]
 ) -> None:
     assert drive(processors, eth0=before).cards == {"eth0": after}
 
 
-def test_a_card_that_uses_as_many_already_is_left_alone(drive: Callable[..., Driver]) -> None:
+def test_a_card_with_the_right_number_of_pairs_is_left_alone(drive: Callable[..., Driver]) -> None:
     assert drive(2, eth0=(4, 2), eth1=(1, 1)).commands.count(("eth0", SET)) == 0
 
 
-def test_a_card_that_refuses_does_not_keep_the_others_from_theirs(drive: Callable[..., Driver]) -> None:
+def test_a_card_that_refuses_does_not_affect_others(drive: Callable[..., Driver]) -> None:
     assert drive(2, eth0=None, eth1=(2, 1)).cards["eth1"] == (2, 2)

@@ -1,4 +1,4 @@
-"""The guest's clock does not go back for programs, and is compared with the host's where that is offered."""
+"""Programs do not see the guest's clock go back; it is compared with the host's clock if there is one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEP, RATE = 0x2100, 0x4000
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the kernel is asked for: modes, seconds, nanoseconds, tick."""
+    """The calls to the kernel: modes, seconds, nanoseconds, tick."""
     requests: list[tuple[int, ...]] = []
 
     def adjust(request: bytes) -> None:
@@ -46,7 +46,7 @@ def test_the_clock_is_set_forward_or_by_much_or_before_anything_runs(
     assert asked == [(STEP, *step, 0)]
 
 
-def test_a_clock_that_is_a_little_ahead_is_slowed_down_and_goes_on_at_its_rate(
+def test_a_clock_slightly_ahead_is_slowed_down_until_it_is_right(
     asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = threading.Event()

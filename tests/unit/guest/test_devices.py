@@ -1,4 +1,4 @@
-"""A host's disks under the numbers that the guest has given them."""
+"""A container's disks of the host get the guest's numbers."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def test_json_is_read_back_as_it_was(document: object) -> None:
     assert json.loads(json_out.dumps(document)) == document
 
 
-def test_json_refuses_what_it_cannot_say() -> None:
+def test_json_refuses_values_it_cannot_express() -> None:
     with pytest.raises(TypeError, match="float"):
         json_out.dumps([1.5])
 
@@ -75,7 +75,7 @@ def test_process_has_the_protocols_defaults() -> None:
     assert "capabilities" not in document
 
 
-def test_limits_of_zero_are_unset_and_those_of_cgroup_v1_left_out() -> None:
+def test_zero_limits_are_unset_and_cgroup_v1_limits_left_out() -> None:
     resources = oci_pb2.LinuxResources(
         Devices=[
             oci_pb2.LinuxDeviceCgroup(Allow=False, Access="rwm"),
@@ -109,7 +109,7 @@ def test_an_update_can_lift_a_limit() -> None:
     }
 
 
-def test_what_the_protocol_has_no_field_for_comes_as_an_annotation() -> None:
+def test_values_without_a_protocol_field_come_as_annotations() -> None:
     annotations = {"io.hako.unified/memory.high": "max", "io.hako.seccomp/default-errno": "38", "a": "b"}
     spec = oci_pb2.Spec(
         Annotations=annotations,
@@ -191,5 +191,5 @@ def test_cgroup_path(wanted: str, path: str) -> None:
         (["_netdev", "nofail", "x-systemd.automount", "nouuid", "noatime"], 1024, "nouuid"),
     ],
 )
-def test_mount_options_are_parted(options: list[str], flags: int, data: str) -> None:
+def test_mount_options_are_split(options: list[str], flags: int, data: str) -> None:
     assert storage.split_options(options) == (flags, data)

@@ -1,4 +1,4 @@
-"""What the system refuses is said in words."""
+"""An error of the system is told in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A path that holds no link leads where it says."""
+"""Paths are followed only without links."""
 
 from __future__ import annotations
 

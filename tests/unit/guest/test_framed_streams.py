@@ -1,4 +1,4 @@
-"""A long stream travels over a connection that says which it is, in frames, to its end."""
+"""A long stream travels in frames over a connection that names it."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_an_output_arrives_whole_and_the_host_closes_first(guest: Guest, name: s
     assert guest.host.recv(1) == b""
 
 
-def test_an_input_arrives_in_whatever_pieces_it_comes_and_the_agent_closes_first(guest: Guest) -> None:
+def test_an_input_arrives_in_any_pieces_and_the_agent_closes_first(guest: Guest) -> None:
     guest.name(b"stdin\0box\0")
     assert guest.answers()
     for byte in frame(b"one ") + frame(b"two") + frame(b""):
@@ -123,7 +123,7 @@ def test_an_input_arrives_in_whatever_pieces_it_comes_and_the_agent_closes_first
     assert guest.host.recv(1) == b""
 
 
-def test_an_input_that_breaks_off_amid_a_frame_ends_with_what_came(guest: Guest) -> None:
+def test_an_input_that_breaks_off_inside_a_frame_ends_there(guest: Guest) -> None:
     guest.name(b"stdin\0box\0")
     assert guest.answers()
     guest.host.sendall(frame(b"all of it")[:7])
@@ -132,7 +132,7 @@ def test_an_input_that_breaks_off_amid_a_frame_ends_with_what_came(guest: Guest)
         assert read_end.read() == b"all"
 
 
-def test_an_input_longer_than_the_process_lives_is_for_nobody(guest: Guest) -> None:
+def test_input_after_the_process_end_is_dropped(guest: Guest) -> None:
     guest.name(b"stdin\0box\0")
     assert guest.answers()
     guest.process.end.set(0)

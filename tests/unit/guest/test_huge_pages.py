@@ -1,4 +1,4 @@
-"""The machine has the huge pages that its containers may use, all of them or the container is refused."""
+"""The machine reserves all huge pages that its containers may use, or refuses the container."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pool:
 
     @property
     def pages(self) -> int:
-        """How many there are."""
+        """The number of pages."""
         return int(self._path.read_text(encoding="ascii"))
 
     def _write(self, path: str, text: str) -> None:
@@ -57,14 +57,14 @@ def test_containers_have_their_pages_one_beside_the_other_and_give_them_back(poo
     assert pool.pages == 1
 
 
-def test_a_container_that_the_memory_does_not_suffice_for_is_refused(pool: Pool) -> None:
+def test_a_container_that_needs_more_pages_than_fit_is_refused(pool: Pool) -> None:
     huge_pages.reserve("a", {SIZE: 12 * MIB})
     with pytest.raises(AgentError, match=r"there is memory for 10 of 11 pages of 2048 KiB; lower the limit"):
         huge_pages.reserve("b", {SIZE: 10 * MIB})
     assert (pool.pages, pool.compacted) == (6, 1)
 
 
-def test_pages_that_no_processor_has_are_refused(pool: Pool) -> None:
+def test_a_page_size_without_hardware_support_is_refused(pool: Pool) -> None:
     with pytest.raises(AgentError, match="none of 1048576 KiB; use another size"):
         huge_pages.reserve("a", {1 << 30: 1 << 30})
     assert not huge_pages.is_known("1GB")
@@ -73,6 +73,6 @@ def test_pages_that_no_processor_has_are_refused(pool: Pool) -> None:
 
 
 @pytest.mark.parametrize("size", ["", "MB", "2", "2mb", "-2MB", "2.5GB"])
-def test_a_size_that_is_none_is_refused(size: str) -> None:
+def test_a_malformed_size_is_refused(size: str) -> None:
     with pytest.raises(AgentError, match="write it like 2MB"):
         huge_pages.size_of(size)

@@ -44,7 +44,7 @@ def by_tool(tool: str, *options: str) -> bytes:
 
 
 @pytest.mark.parametrize("method", ["xz", "gzip", "zstd", "lz4"])
-def test_kernel_is_extracted_whatever_its_compression(method: str) -> None:
+def test_a_kernel_of_any_compression_is_extracted(method: str) -> None:
     payload = {
         "xz": lambda: lzma.compress(KERNEL),
         "gzip": lambda: gzip.compress(KERNEL),
@@ -132,7 +132,7 @@ def test_archive_does_not_depend_on_the_order_of_its_entries() -> None:
 
 
 def relocatable(sections: dict[str, bytes]) -> bytes:
-    """Make an ELF file with sections, and something behind all that they are."""
+    """Make an ELF file with sections, and with bytes after them."""
     content = {**sections, ".shstrtab": b""}
     names = b"\0" + b"".join(name.encode() + b"\0" for name in content)
     content[".shstrtab"] = names
@@ -213,7 +213,7 @@ def test_tree_of_modules_has_modprobe_and_the_indexes_that_it_reads(modules: Pat
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
-def test_module_that_another_needs_and_that_is_missing_is_named() -> None:
+def test_a_missing_dependency_of_a_module_is_named() -> None:
     with pytest.raises(ImageError, match="virtio needs virtio_ring"):
         module_tree.dependency_lines({"virtio": ("virtio_ring",)})
 

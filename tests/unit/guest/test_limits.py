@@ -64,7 +64,7 @@ class Kernel:
         return tuple(map(int, (self.root / name).read_text(encoding="ascii").split()))
 
     def has_memory(self, size: int) -> None:
-        """Have the machine grow or shrink to a size, and its limits follow."""
+        """Grow or shrink the machine to a size, and let its limits follow."""
         self._patch.setattr("os.sysconf", {"SC_PHYS_PAGES": size // 4096}.__getitem__)
         limits.follow()
 
@@ -76,7 +76,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
 
 @pytest.mark.parametrize("name", BOOTED)
-def test_a_limit_is_the_kernels_own_for_so_much_memory(name: str) -> None:
+def test_a_limit_is_the_kernels_own_for_that_memory(name: str) -> None:
     for ours, its in zip(limits.derived(LARGE)[name], BOOTED[name], strict=True):
         assert its <= ours <= 1.07 * its
 
@@ -94,7 +94,7 @@ def test_limits_follow_growth(kernel: Kernel) -> None:
     assert kernel["kernel/threads-max"] == (65536,)
 
 
-def test_a_machine_of_the_size_it_booted_with_keeps_what_the_kernel_chose_or_gets_a_little_more(
+def test_limits_at_the_boot_size_are_the_kernels_or_slightly_higher(
     kernel: Kernel,
 ) -> None:
     kernel.has_memory(SMALL)
@@ -102,7 +102,7 @@ def test_a_machine_of_the_size_it_booted_with_keeps_what_the_kernel_chose_or_get
         assert all(b <= a <= 1.07 * b for a, b in zip(kernel[name], value, strict=True)), name
 
 
-def test_only_the_thresholds_of_memory_go_down_again(kernel: Kernel) -> None:
+def test_only_memory_thresholds_go_down_again(kernel: Kernel) -> None:
     kernel.has_memory(LARGE)
     kernel.has_memory(SMALL)
     assert kernel["fs/inotify/max_user_watches"] == limits.derived(LARGE)["fs/inotify/max_user_watches"]
@@ -110,7 +110,7 @@ def test_only_the_thresholds_of_memory_go_down_again(kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_what_somebody_has_set_by_hand_is_left_alone(kernel: Kernel, before: bool) -> None:
+def test_a_value_set_by_hand_is_left_alone(kernel: Kernel, before: bool) -> None:
     if before:
         kernel.has_memory(GIB)
     kernel["kernel/threads-max"] = (5000,)
@@ -119,7 +119,7 @@ def test_what_somebody_has_set_by_hand_is_left_alone(kernel: Kernel, before: boo
     assert kernel["fs/epoll/max_user_watches"] > (102043,)
 
 
-def test_what_a_specification_has_set_is_left_alone_even_if_it_is_the_same(kernel: Kernel) -> None:
+def test_a_value_set_by_a_specification_is_left_alone_even_if_equal(kernel: Kernel) -> None:
     sysctl.apply({"fs.inotify.max_user_watches": "8192"}, namespaces=())
     kernel.has_memory(LARGE)
     assert kernel["fs/inotify/max_user_watches"] == (8192,)
@@ -128,11 +128,11 @@ def test_what_a_specification_has_set_is_left_alone_even_if_it_is_the_same(kerne
 @pytest.mark.parametrize(
     ("memory", "connections"), [(SMALL, 3749), (2 * GIB, 1 << 16), (8 * GIB, 1 << 18), (GIB // 64, 1024)]
 )
-def test_netfilter_follows_as_many_connections_as_one_loaded_now(memory: int, connections: int) -> None:
+def test_netfilters_limit_is_that_of_a_module_loaded_now(memory: int, connections: int) -> None:
     assert limits.tracked_connections(memory) == connections
 
 
-def test_a_number_of_connections_that_somebody_chose_stays(kernel: Kernel) -> None:
+def test_a_chosen_number_of_connections_stays(kernel: Kernel) -> None:
     most, buckets = "net/netfilter/nf_conntrack_max", "net/netfilter/nf_conntrack_buckets"
     kernel[most], kernel[buckets] = (4096,), (4096,)
     kernel.has_memory(2 * GIB)
@@ -142,7 +142,7 @@ def test_a_number_of_connections_that_somebody_chose_stays(kernel: Kernel) -> No
     assert (kernel[most], kernel[buckets]) == ((70000,), (65536,))
 
 
-def test_a_limit_that_the_host_has_raised_is_raised_and_goes_on_to_follow(kernel: Kernel) -> None:
+def test_a_limit_raised_on_the_host_is_raised_and_still_follows_memory(kernel: Kernel) -> None:
     limits.accept({"io.hako.at-least/fs.inotify.max_user_watches": "9000", "other": "x"})
     assert kernel["fs/inotify/max_user_watches"] == (9000,)
     kernel.has_memory(LARGE)
@@ -151,7 +151,7 @@ def test_a_limit_that_the_host_has_raised_is_raised_and_goes_on_to_follow(kernel
     assert kernel["fs/inotify/max_user_watches"] > (9000,)
 
 
-def test_a_host_that_has_raised_a_limit_gives_way_to_a_specification(kernel: Kernel) -> None:
+def test_a_specification_overrides_a_limit_raised_on_the_host(kernel: Kernel) -> None:
     sysctl.apply({"fs.inotify.max_user_watches": "8192"}, namespaces=())
     limits.accept({"io.hako.at-least/fs.inotify.max_user_watches": "9000"})
     assert kernel["fs/inotify/max_user_watches"] == (8192,)

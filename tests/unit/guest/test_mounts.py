@@ -80,7 +80,7 @@ def test_a_failure_undoes_what_came_before(kernel: Recorder) -> None:
     assert kernel.calls[-1] == "+/c"
 
 
-def test_who_waits_for_a_disk_delays_only_those_who_want_it_too(kernel: Recorder) -> None:
+def test_waiting_for_a_disk_delays_only_other_users_of_it(kernel: Recorder) -> None:
     mounts = Mounts()
     kernel.go_on.clear()
     threads = [threading.Thread(target=mounts.hold, args=([at("/slow")],)) for _ in range(2)]

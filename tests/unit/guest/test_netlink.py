@@ -156,7 +156,7 @@ def test_a_length_that_leaves_the_message_is_an_error(decode: Callable[[bytes], 
 
 
 @given(st.binary(max_size=80), st.sampled_from([LINK_WITH_MAC, ADDRESS_V4, ROUTE, ROUTE_SHARED]), st.data())
-def test_no_answer_does_worse_than_be_malformed(noise: bytes, valid: bytes, data: st.DataObject) -> None:
+def test_a_random_answer_is_at_worst_malformed(noise: bytes, valid: bytes, data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(valid)))
     for decode in (rtnetlink.decode_link, rtnetlink.decode_address, rtnetlink.decode_route):
         for body in (noise, valid[:cut], valid[:cut] + noise):
@@ -248,7 +248,7 @@ def test_the_default_route_has_no_destination(dest: str, family: int) -> None:
 @pytest.mark.parametrize(
     "text", ["", "02:00", "02:00:00:00:00:0g", "02:00:00:00:00:01:02", "2:0:0:0:0:1", "0200:00"]
 )
-def test_what_is_no_hardware_address_is_refused(text: str) -> None:
+def test_a_malformed_hardware_address_is_refused(text: str) -> None:
     with pytest.raises(InvalidArgument, match="not a hardware address"):
         addresses.pack_mac(text)
 

@@ -1,4 +1,4 @@
-"""Memory that the kernel's driver is at work on is left to it; any other failure is told."""
+"""Memory blocks that the kernel's driver is busy with are left to it; other failures are reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
-    """Have the kernel refuse to put two blocks of memory to use; return the blocks that were tried."""
+    """Let the kernel refuse two blocks of memory; return the blocks that were tried."""
     tried = []
 
     def make(number: int) -> list[str]:
@@ -38,7 +38,7 @@ def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], l
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EBUSY, errno.ENODEV, errno.ENOENT])
-def test_a_block_that_comes_or_goes_does_not_keep_others_from_use(
+def test_a_busy_memory_block_does_not_keep_others_from_use(
     refuse: Callable[[int], list[str]], number: int
 ) -> None:
     tried = refuse(number)

@@ -1,4 +1,4 @@
-"""News of kills for memory: the end of a process must not come before it, nor swallow it."""
+"""The end of a process is reported after its kill for memory, and never instead of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from guest.agent.ttrpc import Call
 
 @pytest.fixture
 def kills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What the kernel has counted; as in one that somebody has just read, its file shows no change."""
+    """A kernel's count; its file shows no change, as if it had just been read."""
     counted = [0]
     monkeypatch.setattr(cgroup, "open_kills", lambda _path: os.eventfd(0, os.EFD_CLOEXEC))
     monkeypatch.setattr(cgroup, "kills", lambda _fd: counted[0])
@@ -38,7 +38,7 @@ class _Watched(Call):
         return super().wait(**what)  # type: ignore[arg-type]  # handed on as it is
 
 
-def test_kill_is_told_of_though_the_end_of_its_process_was_first_to_read_the_count(kills: list[int]) -> None:
+def test_a_kill_is_reported_even_if_the_process_end_read_the_count_first(kills: list[int]) -> None:
     oom.watch("box", "/box")
     told: list[str] = []
     call = _Watched()

@@ -1,4 +1,4 @@
-"""The nodes below a PCI device, and what becomes of them in a container's specification."""
+"""The nodes below a PCI device, and their entries in a container's specification."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def node(place: Path, number: str, *, subsystem: str, name: str) -> None:
 
 @pytest.fixture
 def device(tmp_path: Path) -> Path:
-    """A disk's controller, its disk with a partition, and a device that went while one looked."""
+    """A disk's controller, its disk with a partition, and a device that went during the search."""
     controller = tmp_path / "nvme/nvme0"
     node(controller, "242:0", subsystem="nvme", name="nvme0")
     node(controller / "nvme0n1", "259:0", subsystem="block", name="nvme0n1")
@@ -57,7 +57,7 @@ def test_a_node_comes_with_the_right_to_use_it() -> None:
     assert linux == {"devices": [BLOCK], "resources": {"devices": [DENY, allowed]}}
 
 
-def test_where_all_is_allowed_there_is_no_rule_that_would_close_the_rest() -> None:
+def test_a_container_that_may_use_everything_gets_no_rule() -> None:
     linux: dict[str, object] = {}
     devices.add(linux, [BLOCK])
     assert linux == {"devices": [BLOCK], "resources": {"devices": []}}

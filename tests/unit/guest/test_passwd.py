@@ -40,20 +40,20 @@ def home_of(uid: int, root: Path, *env: str, **places: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("uid", "home"), [(0, "/root"), (7, "/home/seven"), (8, ""), (9, ""), (10, "/"), (107, "/other")]
 )
-def test_the_first_line_of_a_user_tells(root: Path, uid: int, home: str) -> None:
+def test_the_first_line_of_a_user_counts(root: Path, uid: int, home: str) -> None:
     assert home_of(uid, root, "A=b") == ["A=b", f"HOME={home}"]
 
 
-def test_a_line_without_a_number_is_of_root(root: Path) -> None:
+def test_a_line_without_a_number_is_for_root(root: Path) -> None:
     (root / "etc/passwd").write_text("seven:x:seven:7::/odd:/bin/sh\nroot:x:0:0::/root:/bin/sh\n")
     assert home_of(0, root) == ["HOME=/odd"]
 
 
-def test_a_home_that_is_given_stays(root: Path) -> None:
+def test_a_given_home_stays(root: Path) -> None:
     assert home_of(7, root, "HOME=/own", "A=b") == ["HOME=/own", "A=b"]
 
 
-def test_an_empty_home_is_none(root: Path) -> None:
+def test_an_empty_home_counts_as_unset(root: Path) -> None:
     assert home_of(7, root, "HOME=", "A=b") == ["A=b", "HOME=/home/seven"]
 
 
@@ -77,7 +77,7 @@ def test_without_a_list_home_is_the_root(root: Path, kind: str) -> None:
     assert home_of(7, root) == ["HOME=/"]
 
 
-def test_what_will_be_mounted_over_the_list_counts(root: Path, tmp_path: Path) -> None:
+def test_a_mount_over_the_list_of_users_counts(root: Path, tmp_path: Path) -> None:
     (tmp_path / "users").write_text("seven:x:7:7::/mounted:/bin/sh\n")
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/passwd").write_text("seven:x:7:7::/below:/bin/sh\n")

@@ -68,7 +68,7 @@ def read_all(stream: socket.socket) -> bytes:
     return b"".join(iter(lambda: stream.recv(1 << 16), b""))
 
 
-def test_outputs_arrive_whole_and_apart(
+def test_outputs_arrive_whole_and_separate(
     host: Callable[[int], socket.socket], process: Process, pipes: Pipes
 ) -> None:
     stdout, stderr = host(7001), host(7002)
@@ -99,7 +99,7 @@ def test_the_end_of_input_reaches_the_process_after_all_of_it(
         assert read_end.read() == b"a line\n"
 
 
-def test_output_of_a_process_that_has_ended_is_told_as_over_once(
+def test_the_end_of_an_output_is_reported_once(
     host: Callable[[int], socket.socket], process: Process, pipes: Pipes
 ) -> None:
     stdout, over = host(7004), []
@@ -112,7 +112,7 @@ def test_output_of_a_process_that_has_ended_is_told_as_over_once(
     assert over == [True]
 
 
-def test_a_port_that_nobody_connected_from_is_refused_and_the_others_are_closed(
+def test_a_port_without_a_connection_is_refused_and_the_others_are_closed(
     host: Callable[[int], socket.socket],
 ) -> None:
     stdout = host(7005)

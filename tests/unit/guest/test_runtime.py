@@ -1,4 +1,4 @@
-"""What the agent makes of crun's messages."""
+"""The agent rephrases crun's messages."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_a_group_may_use_all_of_its_volume(volume: Path) -> None:
     assert mode(volume.parent / "outside") == 0o600
 
 
-def test_a_volume_that_is_the_group_s_already_is_left_alone(volume: Path) -> None:
+def test_a_volume_that_already_belongs_to_the_group_is_left_alone(volume: Path) -> None:
     volume.chmod(0o2770)
     give(volume, ON_MISMATCH)
     assert mode(volume / "file") == 0o400

@@ -1,4 +1,4 @@
-"""What the agent says of its own start, and of its kernel's."""
+"""The agent's report of its own start and its kernel's."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_first_report_goes_back_to_the_kernels_start(
     assert timeline.report() == "10.000000"
 
 
-def test_what_waits_for_the_world_is_left_out() -> None:
+def test_requests_that_wait_for_events_are_left_out() -> None:
     timeline.note("WaitProcess", 1.0)
 
     assert timeline.report() == "1.500000"

@@ -31,13 +31,13 @@ def test_a_path_leads_through_bridges(bus: Path) -> None:
 
 
 @pytest.mark.parametrize("absent", ["02/1e", "03", "03/00", "02.1", "02/00/00"])
-def test_a_device_that_is_not_there_is_no_error(bus: Path, absent: str) -> None:
+def test_a_missing_device_is_no_error(bus: Path, absent: str) -> None:
     assert uevent.pci_directory(absent) is None
     assert uevent.virtio_children(absent, "block") == []
 
 
 @pytest.mark.parametrize("path", ["", "20", "02/", "/02", "vda", "02.8", "02.", "+2", "../02"])
-def test_what_is_no_pci_path_is_refused(bus: Path, path: str) -> None:
+def test_a_malformed_pci_path_is_refused(bus: Path, path: str) -> None:
     assert not uevent.is_pci_path(path)
     with pytest.raises(InvalidArgument, match="not a PCI path"):
         uevent.pci_directory(path)
@@ -51,10 +51,10 @@ def test_a_driver_s_children_have_names(bus: Path) -> None:
     assert uevent.virtio_children("02/00", "net") == []
 
 
-def test_the_wait_for_what_never_comes_ends() -> None:
+def test_the_wait_for_a_device_that_never_comes_ends() -> None:
     with pytest.raises(AgentError, match=r"disk: 02/00: it did not appear in 0 s"):
         uevent.wait_for(lambda: None, what="disk: 02/00", timeout_s=0.01)
 
 
-def test_what_is_there_already_needs_no_wait() -> None:
+def test_a_device_that_is_already_there_needs_no_wait() -> None:
     assert uevent.wait_for(lambda: "/dev/vda", what="disk", timeout_s=0) == "/dev/vda"

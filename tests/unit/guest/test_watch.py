@@ -106,7 +106,7 @@ def test_nothing_happens_without_a_new_version(
         events()
 
 
-def test_many_files_are_no_reason_to_give_up(source: Path, copy: Volume) -> None:
+def test_a_volume_of_many_files_is_copied(source: Path, copy: Volume) -> None:
     files = {f"key{number:03}": "x" * 4096 for number in range(500)}
     publish(source, "..v2", files)
     copy.refresh()

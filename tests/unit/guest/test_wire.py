@@ -145,7 +145,7 @@ def test_any_bytes_are_refused_or_decode_to_what_encodes_again(data: bytes) -> N
 
 
 @pytest.mark.parametrize("payload", [b"", b"x", b"x" * 127, b"x" * 128, b"x" * 70_000])
-def test_a_message_encoded_up_to_its_last_field_is_whole_once_that_follows(payload: bytes) -> None:
+def test_a_message_encoded_without_its_last_field_is_whole_with_it(payload: bytes) -> None:
     status = CODEC.new("ttrpc.Status", code=5, message="gone")
     response = CODEC.new("ttrpc.Response", status=status)
     encoded = CODEC.encode_up_to("ttrpc.Response", response, len(payload)) + payload
@@ -163,7 +163,7 @@ def test_unknown_fields_are_skipped(unknown: bytes) -> None:
     assert vars(message) == {"container_id": "c"}
 
 
-def test_unpacked_numbers_are_read_as_packed_ones_are() -> None:
+def test_unpacked_numbers_are_read_like_packed_ones() -> None:
     packed = CODEC.decode("grpc.User", b"\x1a\x02\x05\x06")
     unpacked = CODEC.decode("grpc.User", b"\x18\x05\x18\x06")
     assert packed.AdditionalGids == unpacked.AdditionalGids == [5, 6]
@@ -174,7 +174,7 @@ def test_a_known_field_of_another_wire_type_counts_as_unknown() -> None:
     assert CODEC.decode("grpc.StartContainerRequest", b"\x09" + bytes(8)).container_id == ""
 
 
-def test_an_empty_message_that_is_present_stays_present() -> None:
+def test_a_present_empty_message_stays_present() -> None:
     present = CODEC.new("grpc.Linux", Resources=CODEC.new("grpc.LinuxResources"))
     assert CODEC.encode("grpc.Linux", present) == b"\x22\x00"
     assert CODEC.decode("grpc.Linux", b"\x22\x00").Resources is not None

@@ -47,7 +47,7 @@ def names_in(directory: Path) -> list[str]:
     ],
     ids=["at once", "faster", "no TCG", "slower", "crashes", "crashes later", "hangs, and no TCG"],
 )
-async def test_the_race_is_won_by_what_runs_the_payload_first(
+async def test_the_first_to_run_the_payload_wins(
     monkeypatch: pytest.MonkeyPatch,
     kvm: tuple[float, str | None],
     tcg: tuple[float, str | None],
@@ -67,7 +67,7 @@ async def test_the_race_is_won_by_what_runs_the_payload_first(
     assert reason in verdict.reason
 
 
-async def test_a_good_kvm_has_nothing_else_run_beside_it() -> None:
+async def test_tcg_is_not_run_if_kvm_is_good() -> None:
     asked = []
 
     async def run(which: interface.Accelerator) -> _Run:
@@ -78,7 +78,7 @@ async def test_a_good_kvm_has_nothing_else_run_beside_it() -> None:
     assert asked == [KVM]
 
 
-async def test_a_race_that_nobody_wins_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_race_without_a_winner_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "_HEAD_START_S", HEAD_START_S)
     monkeypatch.setattr(accelerator, "_DEADLINE_S", DEADLINE_S)
     over = []
@@ -185,7 +185,7 @@ async def test_without_the_device_the_reason_names_it_and_nothing_is_kept(
     assert names_in(tmp_path) == []
 
 
-async def test_another_user_cannot_hold_up_a_start_by_a_lock(tmp_path: Path) -> None:
+async def test_another_user_cannot_delay_a_start_with_a_lock(tmp_path: Path) -> None:
     lock = tmp_path / "verdict.lock"
     lock.touch(mode=0o644)
 
@@ -193,9 +193,7 @@ async def test_another_user_cannot_hold_up_a_start_by_a_lock(tmp_path: Path) -> 
         assert lock.stat().st_mode & 0o777 == 0o600
 
 
-async def test_a_lock_that_is_never_given_back_is_waited_for_only_so_long(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_wait_for_a_lock_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "_LOCK_S", 0.01)
     entered = False
     async with accelerator._locked(tmp_path / "lock"), accelerator._locked(tmp_path / "lock"):

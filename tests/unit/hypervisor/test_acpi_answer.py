@@ -1,4 +1,4 @@
-"""What a guest says of a processor or a memory module, taken from QEMU's events."""
+"""A guest's answers about processors and memory modules, read from QEMU's events."""
 
 from __future__ import annotations
 

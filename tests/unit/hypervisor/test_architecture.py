@@ -1,4 +1,4 @@
-"""A host of an architecture nobody described is refused in one line."""
+"""A host of an unknown architecture is refused in one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypervisor.architecture import X86_64, for_host
 from hypervisor.errors import UnsupportedHostError
 
 
-def test_an_x86_64_host_gets_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_x86_64_host_gets_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     assert for_host() is X86_64
 

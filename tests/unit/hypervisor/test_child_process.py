@@ -164,13 +164,13 @@ async def test_a_program_may_have_to_do_without_huge_pages_and_no_other_has(
         ([], False),
     ],
 )
-def test_who_waits_for_a_processor_longer_than_he_has_one_is_starved(
+def test_a_process_that_waits_for_processors_longer_than_it_runs_is_starved(
     threads: list[str], starved: bool
 ) -> None:
     assert waits_more_than_it_runs(threads) is starved
 
 
-async def test_of_many_on_one_processor_each_is_starved() -> None:
+async def test_each_of_many_processes_on_one_processor_is_starved() -> None:
     busy = ["taskset", "-c", "0", "sh", "-c", "while :; do :; done"]
     rivals = [Process.spawn("rival", busy) for _ in range(4)]
     try:

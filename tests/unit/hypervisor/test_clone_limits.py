@@ -1,4 +1,4 @@
-"""What takes its time on a busy host is waited for, and what stands still is not."""
+"""On a busy host, a clone waits for a slow step, but not for one that stands still."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def memory() -> Iterator[int]:
     os.close(fd)
 
 
-async def test_a_copy_may_take_any_time_as_long_as_it_goes_on(memory: int) -> None:
+async def test_a_copy_that_progresses_may_take_any_time(memory: int) -> None:
     watching = asyncio.create_task(cloning._watch_copy(Path("/t"), memory, SAVED, stall_s=0.05))
     for number in range(4):
         os.pwrite(memory, b"x" * MIB, number * MIB)
@@ -49,7 +49,7 @@ async def test_a_copy_may_take_any_time_as_long_as_it_goes_on(memory: int) -> No
         await watching
 
 
-async def test_a_step_of_qemus_that_hangs_is_named() -> None:
+async def test_a_step_in_which_qemu_hangs_is_named() -> None:
     with pytest.raises(TemplateLateError, match=r"/t: its state was not loaded within 0\.01 s"):
         async with cloning._limited(Path("/t"), "its state was not loaded", step_s=0.01):
             await asyncio.sleep(5)

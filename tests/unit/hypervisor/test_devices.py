@@ -1,4 +1,4 @@
-"""How devices are described to QEMU, and what becomes of them by what it answers and reports."""
+"""Devices are described to QEMU, and follow its answers and reports."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ async def test_a_device_is_added_after_its_backend_and_found_by_its_place(
 
 
 @pytest.mark.parametrize("answers", [[NO], [OK, NO]], ids=["backend", "device"])
-async def test_what_is_refused_leaves_nothing(
+async def test_a_refused_device_leaves_nothing_behind(
     plugging: tuple[Devices, Peer], answers: list[dict[str, dict[str, Any]]]
 ) -> None:
     devices, peer = plugging
@@ -277,7 +277,7 @@ async def test_a_silent_guest_is_an_error_and_the_slot_is_free_if_it_answers_lat
     await plugged(devices, peer)
 
 
-async def test_a_device_already_asked_to_leave_is_still_waited_for(plugging: tuple[Devices, Peer]) -> None:
+async def test_a_repeated_unplug_still_waits_for_the_device(plugging: tuple[Devices, Peer]) -> None:
     devices, peer = plugging
     await plugged(devices, peer)
     leaving = asyncio.create_task(devices.unplug("d", timeout_s=10))
@@ -296,7 +296,7 @@ async def test_a_device_that_the_guest_ejected_by_itself_is_forgotten(plugging: 
     assert await answering == [ASKED, UNDONE]
 
 
-async def test_a_plug_that_is_given_up_is_undone_when_the_guest_lets_go(
+async def test_a_cancelled_plug_is_undone_once_the_guest_releases_the_device(
     plugging: tuple[Devices, Peer],
 ) -> None:
     devices, peer = plugging
@@ -343,7 +343,7 @@ async def test_a_failure_of_a_disk_is_in_the_log_once_and_under_the_disks_own_na
     assert caplog.messages == ["disk d: read: Input/output error; the guest was given an I/O error"]
 
 
-async def test_what_stays_behind_is_in_the_log(
+async def test_a_failed_cleanup_is_logged(
     plugging: tuple[Devices, Peer], caplog: pytest.LogCaptureFixture
 ) -> None:
     devices, peer = plugging

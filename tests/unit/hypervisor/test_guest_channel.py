@@ -1,4 +1,4 @@
-"""What each channel does before any guest is involved."""
+"""The channels, without a guest."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def test_a_refusal_may_be_dialled_again(
         await channel.dial(1024)
 
 
-async def test_a_daemon_is_told_all_when_it_has_read_all(
+async def test_a_daemon_knows_its_queues_once_it_has_read_everything(
     daemon: tuple[UserVsockChannel, list[Any], dict[str, bytes]], tmp_path: Path
 ) -> None:
     channel, _, answer = daemon

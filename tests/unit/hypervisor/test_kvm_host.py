@@ -1,4 +1,4 @@
-"""What ``hako check`` warns of on a host that has KVM."""
+"""The warnings of ``hako check`` on a host with KVM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = "processor\t: 0\nmodel name\t: A\nflags\t\t: fpu vme {more}\nbogomips\t: 1
 
 @pytest.fixture
 def host(tmp_path: Path) -> Callable[..., list[str]]:
-    """Describe a host; returns what there is to say against its KVM."""
+    """Describe a host; return its KVM's weaknesses."""
 
     def make(
         *, flags: str = "", module: str = "kvm_intel", parameter: str = "ept", value: str = "Y"
@@ -33,9 +33,7 @@ def host(tmp_path: Path) -> Callable[..., list[str]]:
 
 
 @pytest.mark.parametrize("value", ["Y", "1"])
-def test_there_is_nothing_against_bare_metal_with_nested_paging(
-    host: Callable[..., list[str]], value: str
-) -> None:
+def test_bare_metal_with_nested_paging_has_no_weakness(host: Callable[..., list[str]], value: str) -> None:
     assert host(flags="vmx", value=value) == []
 
 
@@ -55,5 +53,5 @@ def test_a_kvm_without_nested_paging_is_named_with_the_remedy(
     assert f"load {module} with {parameter}=1" in warning
 
 
-def test_a_host_that_tells_nothing_has_nothing_against_it(tmp_path: Path) -> None:
+def test_a_host_without_kvm_parameters_has_no_weakness(tmp_path: Path) -> None:
     assert weaknesses(cpuinfo=tmp_path / "cpuinfo", modules=tmp_path) == []

@@ -1,4 +1,4 @@
-"""Memory by modules, for a QEMU without virtio-mem: what it is asked, in which order."""
+"""Memory modules for a QEMU without virtio-mem: the commands, in their order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BOOT, MOST = 256 * MIB, 8192 * MIB
 
 
 class OldQemu:
-    """A session whose QEMU knows no virtio-mem, and whose guest does all at once."""
+    """A session whose QEMU has no virtio-mem, and whose guest obeys at once."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -88,7 +88,7 @@ async def test_a_module_has_its_backend_before_it_and_is_a_multiple_of_128_mib(
     assert qemu.asked == ["object-add memory-module0-ram", "device_add memory-module0"]
 
 
-async def test_only_modules_that_are_not_needed_go_the_newest_first(qemu: OldQemu, memory: Memory) -> None:
+async def test_only_unneeded_modules_are_removed_newest_first(qemu: OldQemu, memory: Memory) -> None:
     for more in (128, 384):
         await memory.resize(BOOT + more * MIB)
     assert await memory.resize(BOOT + 256 * MIB) == BOOT + 384 * MIB
@@ -100,7 +100,7 @@ async def test_only_modules_that_are_not_needed_go_the_newest_first(qemu: OldQem
     ]
 
 
-async def test_of_a_module_that_qemu_refuses_nothing_is_left(qemu: OldQemu, memory: Memory) -> None:
+async def test_a_module_that_qemu_refuses_leaves_nothing_behind(qemu: OldQemu, memory: Memory) -> None:
     qemu.refuses = ("device_add",)
     with pytest.raises(ResizeError, match=r"^resize memory: 384 MiB: qmp: device_add: no$"):
         await memory.resize(BOOT + 128 * MIB)
@@ -109,7 +109,7 @@ async def test_of_a_module_that_qemu_refuses_nothing_is_left(qemu: OldQemu, memo
     assert await memory.resize(BOOT + 128 * MIB) == BOOT + 128 * MIB
 
 
-async def test_there_are_only_so_many_modules(memory: Memory) -> None:
+async def test_the_number_of_modules_is_limited(memory: Memory) -> None:
     for number in range(1, MEMORY_MODULES + 1):
         await memory.resize(BOOT + number * 128 * MIB)
     with pytest.raises(ResizeError, match=r"all 16 modules are there; shrink it first"):

@@ -86,7 +86,7 @@ def test_the_network_namespace_is_entered_before_anything_is_opened(make_spec: C
     assert words[: words.index(str(spec.qemu))] == [*OWN_MOUNTS, "nsenter", "--net=/run/netns/pod", "--"]
 
 
-def test_a_machine_that_may_get_devices_of_the_host_keeps_seeing_them(
+def test_a_machine_with_root_ports_keeps_the_hosts_device_files(
     make_spec: Callable[..., VmSpec],
 ) -> None:
     assert argv(make_spec(root_ports=1))[0] == str(make_spec().qemu)

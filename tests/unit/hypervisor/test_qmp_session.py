@@ -127,7 +127,7 @@ async def test_a_stop_counts_only_if_the_guest_is_broken(connected: tuple[qmp.Qm
         assert await broken == "internal-error"
 
 
-async def test_events_are_heard_from_the_moment_somebody_listens(
+async def test_a_listener_gets_all_events_from_its_start_on(
     connected: tuple[qmp.QmpSession, Peer],
 ) -> None:
     session, peer = connected
@@ -175,7 +175,7 @@ async def test_a_flood_of_events_is_not_kept(connected: tuple[qmp.QmpSession, Pe
     assert session._lifecycle.history == ()
 
 
-async def test_a_command_has_the_time_of_a_longer_one_before_it(
+async def test_a_command_may_take_as_long_as_a_longer_one_before_it(
     connected: tuple[qmp.QmpSession, Peer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """QEMU does one after the other: it answers nothing while it pins a guest's memory."""

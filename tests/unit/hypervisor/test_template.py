@@ -64,7 +64,7 @@ def spec(make_spec: Callable[..., hypervisor.VmSpec], tmp_path: Path) -> Callabl
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_what_is_a_sandbox_own_is_not_in_the_key(
+def test_a_sandboxs_own_values_are_not_in_the_key(
     spec: Callable[..., VmSpec], changes: dict[str, Path | str]
 ) -> None:
     assert template_key(spec(**changes)) == template_key(spec())
@@ -90,7 +90,7 @@ def test_what_shapes_the_machine_is_in_the_key(spec: Callable[..., VmSpec], chan
 
 
 @pytest.mark.parametrize("name", ["qemu", "kernel", "initrd"])
-def test_a_file_that_changed_is_another_one(spec: Callable[..., VmSpec], tmp_path: Path, name: str) -> None:
+def test_a_changed_file_changes_the_key(spec: Callable[..., VmSpec], tmp_path: Path, name: str) -> None:
     before = template_key(spec())
     (tmp_path / name).write_text("changed")
     changed = template_key(spec())
@@ -159,7 +159,7 @@ def test_a_description_is_read_as_it_was_written(saved: TemplateDescription, tmp
     os.close(open_memory(tmp_path, saved))
 
 
-def test_the_dialect_of_a_daemon_is_known_while_it_is_the_same(
+def test_a_daemons_dialect_is_known_until_the_daemon_changes(
     saved: TemplateDescription, tmp_path: Path
 ) -> None:
     assert saved.dialect_of(tmp_path / "daemon") is Dialect.RUST
@@ -168,7 +168,7 @@ def test_the_dialect_of_a_daemon_is_known_while_it_is_the_same(
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '"format"', '{"format": 1}', '{"format": 2, "else": 1}'])
-def test_what_is_no_description_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_malformed_description_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "template.json").write_text(text)
     with pytest.raises(TemplateError, match=r"template\.json: "):
         read_description(tmp_path)
@@ -216,7 +216,7 @@ def test_only_data_is_copied(sparse: tuple[BinaryIO, BinaryIO, Path]) -> None:
 
 
 @pytest.mark.parametrize(("wanted", "complaint"), [(3 * PAGE, ""), (1 << 30, "bytes of data instead of")])
-def test_the_copier_says_if_there_is_less_than_there_was(
+def test_the_copier_reports_missing_data(
     sparse: tuple[BinaryIO, BinaryIO, Path], wanted: int, complaint: str
 ) -> None:
     source, target, _directory = sparse

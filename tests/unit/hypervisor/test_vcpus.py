@@ -1,4 +1,4 @@
-"""What QEMU says of its virtual CPUs is not believed where it could harm another process."""
+"""QEMU's thread ids are checked, so that it cannot harm another process."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ async def test_a_thread_of_another_process_is_not_moved(stranger: int) -> None:
 
 
 @pytest.mark.parametrize("thread", ["..", -1, None, "1/../.."])
-async def test_what_is_no_thread_is_refused(thread: int | str | None) -> None:
+async def test_a_malformed_thread_id_is_refused(thread: int | str | None) -> None:
     with pytest.raises(ResizeError, match="is not one of QEMU's"):
         await vcpus(thread).pin(frozenset({0}))
 
 
-async def test_the_state_of_another_process_is_not_told(stranger: int) -> None:
+async def test_the_state_of_another_process_is_not_shown(stranger: int) -> None:
     assert await vcpus(stranger).states() == ""
     assert "vCPU 0" in await vcpus(os.getpid()).states()

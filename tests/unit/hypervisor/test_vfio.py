@@ -1,4 +1,4 @@
-"""Which devices of a host can be given away, and how that is said to QEMU."""
+"""Devices that a host can give away, and their description for QEMU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_host_without_an_iommu_is_told_how_to_get_one(sysfs: Path) -> None:
         vfio.check(DEVICE, sysfs=sysfs)
 
 
-def test_a_device_that_is_not_there_is_an_error(sysfs: Path) -> None:
+def test_a_missing_device_is_an_error(sysfs: Path) -> None:
     with pytest.raises(HotplugError, match="has no such device"):
         vfio.check(HostPciDevice(id="gpu", address="0000:3b:00.1"), sysfs=sysfs)
 
@@ -54,7 +54,7 @@ def test_an_address_is_a_whole_address(sysfs: Path, address: str) -> None:
 
 
 @pytest.mark.parametrize("driver", ["nvme", "none"])
-def test_a_device_that_another_driver_has_is_not_taken_from_it(sysfs: Path, driver: str) -> None:
+def test_a_device_of_another_driver_is_left_to_it(sysfs: Path, driver: str) -> None:
     link = sysfs / "bus/pci/devices" / ADDRESS / "driver"
     link.unlink()
     if driver != "none":

@@ -1,4 +1,4 @@
-"""Two programs are called virtiofsd; each is spoken to in its own words."""
+"""Two programs are called virtiofsd; each gets its own options."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RUST_HELP = """\
         pytest.param("usage: true [ignored]", None, id="neither"),
     ],
 )
-def test_the_dialect_is_told_by_how_the_directory_is_named(help_text: str, dialect: Dialect | None) -> None:
+def test_the_dialect_shows_in_the_directorys_option(help_text: str, dialect: Dialect | None) -> None:
     assert dialect_of(help_text) is dialect
 
 

@@ -102,20 +102,20 @@ FAILURE = "qemu-system-x86_64: cannot set up guest memory 'memory': Cannot alloc
 
 
 @pytest.mark.parametrize("warning", [MANY_CPUS, HUGE_PAGES, OF_A_DEVICE, OF_RUST])
-def test_a_warning_is_no_cause_beside_a_failure(warning: str) -> None:
+def test_a_warning_beside_a_failure_is_not_the_cause(warning: str) -> None:
     assert last_words(f"{warning}\n{FAILURE}\n{warning}\n", ExitStatus(code=1)) == [FAILURE]
 
 
 @pytest.mark.parametrize("status", [ExitStatus(signal=9), ExitStatus(code=0), ExitStatus(), None])
-def test_a_warning_alone_is_no_cause_of_an_end_that_is_no_failure(status: ExitStatus | None) -> None:
+def test_a_warning_alone_does_not_explain_a_successful_exit(status: ExitStatus | None) -> None:
     assert last_words(f"{MANY_CPUS}\n{HUGE_PAGES}\n", status) == []
 
 
-def test_a_program_that_failed_with_a_warning_alone_may_have_meant_it() -> None:
+def test_a_warning_alone_may_explain_a_failed_exit() -> None:
     assert last_words(f"{HUGE_PAGES}\n", ExitStatus(code=1)) == [HUGE_PAGES]
 
 
-def test_what_only_speaks_of_warnings_is_kept() -> None:
+def test_a_line_that_merely_mentions_warnings_is_kept() -> None:
     assert last_words("error: warnings are errors here\n", ExitStatus(code=1)) == [
         "error: warnings are errors here"
     ]

@@ -1,4 +1,4 @@
-"""Frames come apart into what they carry, however their bytes come and whoever made them."""
+"""Frames decode to what they carry, in any pieces and from either side."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def unframe(pieces: list[bytes]) -> tuple[bytes, bool]:
 
 @pytest.mark.parametrize("piece", [1, 3, 4, 5, 4096, 1 << 20])
 @pytest.mark.parametrize("frame", [1, 7, 1000, 65_536])
-def test_a_stream_is_the_same_in_whatever_pieces_it_comes(piece: int, frame: int) -> None:
+def test_a_stream_may_arrive_in_any_pieces(piece: int, frame: int) -> None:
     stream = b"".join(framed(DATA[at : at + frame]) for at in range(0, len(DATA), frame)) + END
     pieces = [stream[at : at + piece] for at in range(0, len(stream), piece)]
     assert unframe(pieces) == (DATA, True)
@@ -34,7 +34,7 @@ def test_a_stream_without_its_end_has_not_ended(cut: int) -> None:
     assert not unframe([framed(b"abc")[:cut]])[1]
 
 
-def test_of_the_largest_frame_nothing_is_kept() -> None:
+def test_nothing_of_the_largest_frame_is_kept() -> None:
     unframer = Unframer()
     assert b"".join(unframer.feed(WORD.pack(0xFFFFFFFF))) == b""
     for _ in range(3):
@@ -49,7 +49,7 @@ def test_a_stream_that_goes_on_after_its_end_is_refused() -> None:
         list(unframer.feed(b"abc"))
 
 
-def test_what_came_before_a_mistake_is_not_lost_with_it() -> None:
+def test_bytes_before_a_framing_error_are_not_lost() -> None:
     parts = Unframer().feed(framed(b"abc") + END + b"d")
     assert bytes(next(parts)) == b"abc"
     with pytest.raises(StreamFrameError):

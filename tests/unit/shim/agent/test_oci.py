@@ -100,7 +100,7 @@ def test_host_namespaces_are_not_taken_literally() -> None:
 
 
 @pytest.mark.parametrize(("path", "shared"), [("", False), ("/proc/7/ns/pid", True)])
-def test_a_pid_namespace_with_a_path_is_the_sandboxes(path: str, *, shared: bool) -> None:
+def test_a_pid_namespace_with_a_path_is_the_sandboxs(path: str, *, shared: bool) -> None:
     namespaces = [{"type": "network"}, {"type": "ipc"}, {"type": "pid", "path": path}]
     assert translated(linux={"namespaces": namespaces}).sandbox_pidns is shared
 
@@ -149,7 +149,7 @@ def test_the_shared_memory_of_the_pod_is_that_of_the_guest() -> None:
 
 
 @pytest.mark.parametrize(("option", "is_copied"), [("ro", True), ("rw", False)])
-def test_only_what_a_container_cannot_write_is_a_copy(option: str, *, is_copied: bool) -> None:
+def test_only_volumes_that_a_container_cannot_write_are_copied(option: str, *, is_copied: bool) -> None:
     source = "/pods/1/volumes/kubernetes.io~configmap/settings"
     mount = {"destination": "/x", "type": "bind", "source": source, "options": ["rbind", option]}
     (shared,) = translated(mounts=[mount]).shared_mounts
@@ -208,7 +208,7 @@ DEVICES = [
 ]
 
 
-def test_a_device_whose_mode_nobody_gave_has_one() -> None:
+def test_a_device_without_a_mode_gets_one() -> None:
     device = {"path": "/dev/data", "type": "b", "major": 7, "minor": 0}
     [sent] = translated(linux={"devices": [device]}).spec.Linux.Devices
     assert sent.FileMode == 0o666, "a stock agent looks for one at that path in the guest"
@@ -216,7 +216,7 @@ def test_a_device_whose_mode_nobody_gave_has_one() -> None:
     assert sent.FileMode == 0o600
 
 
-def test_a_privileged_container_gets_those_devices_of_its_long_list_that_the_guest_has() -> None:
+def test_a_privileged_container_gets_the_listed_devices_that_the_guest_has() -> None:
     resources = {"devices": [{"allow": True, "access": "rwm"}]}
     device, *offered = translated(linux={"devices": DEVICES, "resources": resources}).spec.Linux.Devices
     paths = [other.Path for other in offered]
@@ -226,7 +226,7 @@ def test_a_privileged_container_gets_those_devices_of_its_long_list_that_the_gue
     assert (device.FileMode, device.UID, device.GID) == (0o666, 1, 2)
 
 
-def test_a_loop_device_is_the_guests_own_beside_what_makes_them_and_a_disk_of_the_host_otherwise() -> None:
+def test_a_loop_device_is_the_guests_only_with_loop_control() -> None:
     loop = {"path": "/dev/loop0", "type": "b", "major": 7, "minor": 0}
     control = {"path": "/dev/loop-control", "type": "c", "major": 10, "minor": 237}
     assert translated(linux={"devices": [loop, control]}).disks == ()
@@ -267,7 +267,7 @@ def test_a_rate_for_a_disk_that_the_machine_does_not_have_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["configmap", "secret", "projected", "downward-api"])
-def test_what_the_kubelet_updates_is_copied_in_the_guest_which_can_watch_it(kind: str) -> None:
+def test_volumes_that_the_kubelet_updates_are_copied_in_the_guest(kind: str) -> None:
     source = f"/var/lib/kubelet/pods/1/volumes/kubernetes.io~{kind}/config"
     result = translated(mounts=[{"destination": "/c", "type": "bind", "source": source, "options": ["ro"]}])
     (shared,) = result.shared_mounts
@@ -275,7 +275,7 @@ def test_what_the_kubelet_updates_is_copied_in_the_guest_which_can_watch_it(kind
     assert shared.is_updated
 
 
-def test_a_part_of_what_the_kubelet_updates_is_shared_as_it_is() -> None:
+def test_a_part_of_an_updated_volume_is_shared_as_it_is() -> None:
     source = "/var/lib/kubelet/pods/1/volumes/kubernetes.io~configmap/config/key"
     (shared,) = translated(
         mounts=[{"destination": "/c", "type": "bind", "source": source, "options": ["ro"]}]
@@ -296,7 +296,7 @@ def test_the_hosts_processes_and_ipc_are_a_containers_usual_ones() -> None:
     assert not result.sandbox_pidns
 
 
-def test_what_the_protocol_has_no_field_for_is_an_annotation() -> None:
+def test_values_without_a_protocol_field_are_annotations() -> None:
     message = translated(
         annotations={"a": "b"},
         linux={
@@ -319,7 +319,7 @@ def test_the_domain_name_is_a_sysctl() -> None:
     }
 
 
-def test_limits_on_huge_pages_are_sent_those_that_allow_none_too() -> None:
+def test_all_huge_page_limits_are_sent_even_those_of_zero() -> None:
     limits = [{"pageSize": "1GB", "limit": 0}, {"pageSize": "2MB", "limit": 4 << 20}]
     sent = translated(linux={"resources": {"hugepageLimits": limits}}).spec.Linux.Resources.HugepageLimits
     assert [(one.Pagesize, one.Limit) for one in sent] == [("1GB", 0), ("2MB", 4 << 20)]
@@ -342,7 +342,7 @@ def test_a_cgroup_in_the_guest_is_the_containers_alone(wanted: str) -> None:
     assert linux.CgroupsPath == f"/{agent_id('box')}"
 
 
-def test_the_mask_of_new_files_is_sent_where_the_agent_looks_for_it() -> None:
+def test_the_umask_is_sent_where_the_agent_looks_for_it() -> None:
     process = {"args": ["true"], "cwd": "/", "user": {"uid": 1, "umask": 0}}
     assert translated(process=process).spec.Annotations["io.hako.process/umask"] == "0"
     assert not translated().spec.Annotations

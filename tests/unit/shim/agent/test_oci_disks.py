@@ -1,4 +1,4 @@
-"""Which root file systems a guest mounts from a disk of its own."""
+"""Root file systems that a guest mounts from a disk."""
 
 from __future__ import annotations
 

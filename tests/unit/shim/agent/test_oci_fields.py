@@ -99,12 +99,12 @@ def test_no_field_has_two_rows() -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.fate is not Fate.SENT], ids=lambda row: row.path)
-def test_whatever_is_not_sent_says_why(row: Any) -> None:
+def test_every_row_that_is_not_sent_has_a_reason(row: Any) -> None:
     assert row.why
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.fate is Fate.SENT], ids=lambda row: row.path)
-def test_what_is_sent_has_a_field_in_the_agents_message(row: Any) -> None:
+def test_every_sent_row_has_a_field_in_the_agents_message(row: Any) -> None:
     descriptor: Any = oci_pb2.Spec.DESCRIPTOR
     for name in row.path.split("."):
         field = next(field for field in descriptor.fields if field.name.lower() == name.lower())
@@ -112,7 +112,7 @@ def test_what_is_sent_has_a_field_in_the_agents_message(row: Any) -> None:
 
 
 @pytest.mark.parametrize("path", REFUSED)
-def test_what_is_refused_is_refused_by_name_and_reason(path: str) -> None:
+def test_a_refusal_names_the_field_and_the_reason(path: str) -> None:
     row = row_of(path)
     assert row is not None
     value: Any = {"any": 1} if path in {"vm", "windows", "solaris", "zos", "freebsd"} else 7
@@ -156,7 +156,7 @@ def test_an_empty_value_asks_for_nothing_and_is_not_refused(path: str, value: An
         ("hooks.createRuntime", [{"path": "/usr/bin/true"}]),
     ],
 )
-def test_what_is_dropped_or_done_by_the_host_leaves_no_trace(path: str, value: Any) -> None:
+def test_dropped_fields_and_those_of_the_host_are_not_sent(path: str, value: Any) -> None:
     message = oci_pb2.Spec()
     copy(nested(path, value), message, path="")
     assert str(value) not in str(message)

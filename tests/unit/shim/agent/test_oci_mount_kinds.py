@@ -1,4 +1,4 @@
-"""Who mounts what a specification asks for, and from what."""
+"""Which side mounts a file system of a specification, and from where."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def entry(fstype: str, *options: str, source: Any = "none") -> dict[str, Any]:
         (entry("unheard-of"), Kind.HOST),
     ],
 )
-def test_the_type_and_the_options_tell_who_mounts(mount: dict[str, Any], kind: Kind) -> None:
+def test_type_and_options_decide_which_side_mounts(mount: dict[str, Any], kind: Kind) -> None:
     assert kind_of(mount) is kind
 
 
@@ -47,7 +47,7 @@ def test_the_type_and_the_options_tell_who_mounts(mount: dict[str, Any], kind: K
         (entry(""), "it has no type"),
     ],
 )
-def test_what_nobody_can_mount_is_refused_by_name(mount: dict[str, Any], why: str) -> None:
+def test_an_impossible_mount_is_refused_by_name(mount: dict[str, Any], why: str) -> None:
     with pytest.raises(InvalidArgument, match=f"mounts: '/x': {why}"):
         kind_of(mount)
 
@@ -108,7 +108,7 @@ async def test_a_directory_that_an_overlay_cannot_have_is_named(
 
 
 @pytest.mark.parametrize("key", ["lowerdir", "upperdir", "workdir"])
-async def test_no_link_that_a_guest_made_leads_an_overlay_astray(tmp_path: Path, key: str) -> None:
+async def test_a_guests_link_does_not_lead_an_overlay_astray(tmp_path: Path, key: str) -> None:
     (tmp_path / "volume").mkdir()
     (tmp_path / "volume" / "link").symlink_to("/etc")
     writable = GuestWritable()

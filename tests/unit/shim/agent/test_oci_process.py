@@ -29,31 +29,31 @@ def rlimits_of(message: Any) -> dict[str, tuple[int, int]]:
     return {limit.Type: (limit.Soft, limit.Hard) for limit in message.Rlimits}
 
 
-def test_what_is_not_asked_for_is_handed_down() -> None:
+def test_unset_values_are_inherited() -> None:
     message = init()
     assert rlimits_of(message) == INHERITANCE.rlimits
     assert message.OOMScoreAdj == -7
 
 
-def test_what_is_asked_for_is_not_handed_down() -> None:
+def test_set_values_are_not_inherited() -> None:
     message = init(rlimits=[{"type": "RLIMIT_NOFILE", "soft": 1, "hard": 2}], oomScoreAdj=0)
     assert rlimits_of(message) == INHERITANCE.rlimits | {"RLIMIT_NOFILE": (1, 2)}
     assert message.OOMScoreAdj == 0
 
 
-def test_an_exec_has_the_oom_score_of_its_container_whatever_it_says() -> None:
+def test_an_exec_always_has_its_containers_oom_score() -> None:
     assert exec_in({"oomScoreAdj": 321}).OOMScoreAdj == 321
     assert exec_in({"oomScoreAdj": 321}, oomScoreAdj=5).OOMScoreAdj == 321
     assert exec_in({}, oomScoreAdj=5).OOMScoreAdj == -7
 
 
-def test_an_exec_that_names_no_capabilities_has_those_of_its_container() -> None:
+def test_an_exec_without_capabilities_has_its_containers() -> None:
     container = {"capabilities": {"bounding": ["CAP_KILL"]}}
     assert list(exec_in(container).Capabilities.Bounding) == ["CAP_KILL"]
     assert not exec_in(container, capabilities={}).Capabilities.Bounding
 
 
-def test_an_exec_has_not_the_rlimits_of_its_container() -> None:
+def test_an_exec_does_not_have_its_containers_rlimits() -> None:
     container = {"rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1, "hard": 2}]}
     assert rlimits_of(exec_in(container)) == INHERITANCE.rlimits
 

@@ -54,7 +54,7 @@ def test_a_privileged_container_that_lists_every_device_is_given_none() -> None:
     assert translated(spec).vfio_groups == ()
 
 
-def test_another_way_to_vfio_is_refused() -> None:
+def test_vfio_without_a_group_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="/dev/vfio/devices/vfio0"):
         translated(specification(node("/dev/vfio/devices/vfio0")))
 

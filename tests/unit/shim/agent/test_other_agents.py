@@ -1,4 +1,4 @@
-"""What the shim does where the guest's agent is not Hako's: Kata's protocol, and nothing beyond it."""
+"""With an agent that is not Hako's, the shim speaks Kata's protocol and nothing beyond it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Stack backtrace:
 
 
 class Peer:
-    """An agent that has the given features, and answers everything with what is empty, or with an error."""
+    """An agent with the given features that answers every request with an empty message, or with an error."""
 
     def __init__(self, *features: str, error: ShimError | None = None) -> None:
         self.requests: list[tuple[str, Message]] = []
@@ -74,7 +74,7 @@ async def test_hakos_agent_is_not_asked_twice_for_shared_memory() -> None:
     assert not peer.asked("UpdateEphemeralMounts")
 
 
-async def test_no_container_has_the_id_that_the_agent_is_told_of_the_sandbox() -> None:
+async def test_the_sandboxs_id_at_the_agent_is_no_containers() -> None:
     peer = Peer()
     await sandbox_of(peer)
     [request] = peer.asked("CreateSandbox")
@@ -124,7 +124,7 @@ async def test_terminal_is_given_the_size_that_its_process_asks_for_unless_the_a
     ("feature", "limits"),
     [("seccomp", ((1 << 63) - 4096, (1 << 63) - 4096, 50_000_000)), ("hako", (-1, -1, -1))],
 )
-async def test_limit_is_lifted_in_the_words_that_the_agent_understands(
+async def test_a_limit_is_lifted_in_terms_that_the_agent_understands(
     feature: str, limits: tuple[int, int, int]
 ) -> None:
     peer = Peer(feature)
@@ -195,9 +195,7 @@ async def test_only_our_agent_is_told_that_no_huge_pages_are_allowed(
         (Internal('"'), Internal('"')),
     ],
 )
-async def test_an_error_is_one_line_and_of_the_kind_that_is_meant(
-    answer: ShimError, meaning: ShimError
-) -> None:
+async def test_an_error_is_one_line_of_the_right_class(answer: ShimError, meaning: ShimError) -> None:
     agent = Agent(cast("TtrpcClient", Peer(error=answer)))
     with pytest.raises(type(meaning)) as caught:
         await agent.containers.start("box")

@@ -1,4 +1,4 @@
-"""Which mount is the pod's shared memory is told by its source, and the guest has that itself."""
+"""A mount is the pod's shared memory by its source; the guest has its own."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bind(source: str, destination: str = "/dev/shm", **more: Any) -> dict[str, A
 
 
 @pytest.mark.parametrize("source", OF_MANAGERS)
-def test_what_a_manager_made_for_the_sandbox_is_the_pods(source: str) -> None:
+def test_shared_memory_made_for_the_sandbox_is_the_pods(source: str) -> None:
     assert shared_memory.is_pods(bind(source), ids=IDS, shares_hosts_ipc=False)
     assert shared_memory.is_pods(bind(source, "/dev/shm/"), ids=IDS, shares_hosts_ipc=False)
     assert not shared_memory.is_pods(bind(source, "/elsewhere"), ids=IDS, shares_hosts_ipc=False)
@@ -53,7 +53,7 @@ def test_a_tmpfs_at_dev_shm_is_the_containers_own() -> None:
     assert not shared_memory.is_pods(entry, ids=IDS, shares_hosts_ipc=False)
 
 
-def test_the_hosts_is_the_pods_for_a_container_with_the_hosts_ipc() -> None:
+def test_the_hosts_shared_memory_is_the_pods_with_the_hosts_ipc() -> None:
     assert shared_memory.is_pods(bind("/dev/shm"), ids=IDS, shares_hosts_ipc=True)
 
 

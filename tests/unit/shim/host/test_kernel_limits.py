@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_only_what_was_raised_is_told(tmp_path: Path) -> None:
+def test_only_raised_limits_are_passed_on(tmp_path: Path) -> None:
     for name, value in {
         "vm/max_map_count": "262144",
         "fs/nr_open": "1048576",

@@ -77,7 +77,7 @@ def test_a_ledger_stays_short_however_many_containers_come_and_go(
     again.close()
 
 
-def test_what_its_maker_undid_is_forgotten(ledger: Ledger, tmp_path: Path) -> None:
+def test_an_undone_entry_is_forgotten(ledger: Ledger, tmp_path: Path) -> None:
     kept, undone = tmp_path / "kept", tmp_path / "undone"
     ledger.undone(ledger.file(str(undone)))
     ledger.file(str(kept))
@@ -229,7 +229,7 @@ def test_containers_come_and_go(ledger: Ledger) -> None:
     assert ledger.containers() == {"b"}
 
 
-def test_a_cgroup_that_is_busy_for_a_moment_is_removed_all_the_same(
+def test_a_cgroup_that_is_briefly_busy_is_removed(
     ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cgroup = tmp_path / "cgroup"

@@ -34,7 +34,7 @@ def mount(root: str, point: str, *options: str, number: int = 1) -> HostMount:
         ("/var/data", "/mnt", "/mnt", "/var/data"),
     ],
 )
-def test_a_file_has_one_path_in_its_file_system_by_whichever_mount_it_is_reached(
+def test_a_file_has_one_path_in_its_file_system_by_every_mount(
     root: str, point: str, real: str, path: str
 ) -> None:
     assert FilePlace(mount(root, point), real).path == path

@@ -29,7 +29,7 @@ def test_flags_and_data_are_told_apart(options: list[str], expected: MountOption
     assert parse_options(options) == expected
 
 
-async def test_unmounting_goes_on_to_its_end_though_whoever_asked_gives_up() -> None:
+async def test_unmounting_finishes_even_if_the_caller_gives_up() -> None:
     begun, allowed, ended = threading.Event(), threading.Event(), threading.Event()
 
     def unmount() -> None:
@@ -49,7 +49,7 @@ async def test_unmounting_goes_on_to_its_end_though_whoever_asked_gives_up() -> 
     assert ended.is_set()
 
 
-async def test_what_unmounting_raises_is_for_whoever_asked() -> None:
+async def test_an_error_of_unmounting_reaches_the_caller() -> None:
     def refuse() -> None:
         raise OSError("busy")
 

@@ -30,7 +30,7 @@ def test_every_directory_that_was_missing_is_closed_to_others(tmp_path: Path, um
     assert [mode(tmp_path / "above"), mode(tmp_path / "above" / "below")] == [0o700, 0o700]
 
 
-def test_a_directory_that_is_there_is_left_as_it_is(tmp_path: Path) -> None:
+def test_an_existing_directory_is_left_as_it_is(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
 
     private_directory.make(str(tmp_path))

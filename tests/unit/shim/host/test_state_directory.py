@@ -31,7 +31,7 @@ def test_a_held_lock_is_not_waited_for_if_not_asked(tmp_path: Path) -> None:
     os.close(again)
 
 
-def test_who_waited_while_the_directory_was_replaced_locks_the_new_one(tmp_path: Path) -> None:
+def test_a_waiter_locks_the_directory_that_replaced_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "box"
     held = state_directory.lock(str(path))
     taken: list[int] = []

@@ -1,4 +1,4 @@
-"""The way to a volume's source: not by a link that a guest made, nor to a file that a guest cannot have."""
+"""The way to a volume's source follows no link of a guest, and leads to no file that a guest cannot have."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_links_of_the_host_are_followed(tmp_path: Path, writable: GuestWritable)
 
 
 @pytest.mark.parametrize("path", ["to-file", "up/file", "below/absolute", "../file", "below/to-below/file"])
-def test_in_what_a_guest_writes_neither_links_nor_steps_upwards_are_taken(
+def test_links_and_steps_upwards_are_refused_in_guest_writable_directories(
     tmp_path: Path, writable: GuestWritable, path: str
 ) -> None:
     guest = tmp_path / "guest"
@@ -68,7 +68,7 @@ def test_in_what_a_guest_writes_neither_links_nor_steps_upwards_are_taken(
         ("nul\0", "null byte"),
     ],
 )
-def test_what_cannot_be_shared_is_refused_by_what_it_is(
+def test_a_special_file_is_refused_by_its_kind(
     tmp_path: Path, writable: GuestWritable, name: str, why: str
 ) -> None:
     os.mkfifo(tmp_path / "fifo")

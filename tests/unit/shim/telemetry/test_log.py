@@ -105,7 +105,7 @@ def test_a_long_line_is_cut_to_what_a_pipe_takes_whole(root: logging.Logger, fif
     assert b"next" in second
 
 
-def test_what_nobody_reads_is_dropped_and_counted(root: logging.Logger, fifo: int) -> None:
+def test_records_without_a_reader_are_dropped_and_counted(root: logging.Logger, fifo: int) -> None:
     log.configure("info", descriptor=fifo)
     for _ in range(40):
         logging.getLogger().error("x" * 4096)

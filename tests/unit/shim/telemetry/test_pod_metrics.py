@@ -42,7 +42,7 @@ def test_no_container_uses_nothing() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 2**64 - 1])
-def test_memory_without_a_limit_has_the_one_that_the_hosts_kernel_says_for_that(limit: int) -> None:
+def test_unlimited_memory_is_reported_as_the_hosts_kernel_does(limit: int) -> None:
     stats = agent_pb2.StatsContainerResponse()
     stats.cgroup_stats.memory_stats.usage.limit = limit
     one, two = (to_metrics(stats, unified=unified) for unified in (False, True))

@@ -187,7 +187,7 @@ def kept(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_is_kept_is_drawn_if_that_was_wanted(kept: Path) -> None:
+def test_a_kept_timeline_is_drawn_if_wanted(kept: Path) -> None:
     log_dir = kept / "log"
     assert (log_dir / "ns__box.timeline").read_text() == TEXT
     assert (log_dir / "ns__box.svg").read_text() == draw(parse(TEXT, title="box"))

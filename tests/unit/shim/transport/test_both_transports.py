@@ -1,4 +1,4 @@
-"""What a client sees, whichever transport it speaks."""
+"""Clients see the same over both transports."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def test_both_versions_of_the_task_service_reach_the_same_tasks(client: Cl
     assert (await client.state("one")).bundle == "/from/v2"
 
 
-async def test_a_payload_that_is_no_request_is_an_invalid_argument(client: Client) -> None:
+async def test_a_malformed_payload_is_an_invalid_argument(client: Client) -> None:
     # Field 1 of the request is a string, and 0xff is not UTF-8; Empty keeps unknown fields as they are.
     broken = empty_pb2.Empty()
     broken.ParseFromString(b"\x0a\x01\xff")

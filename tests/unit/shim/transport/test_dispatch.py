@@ -90,7 +90,7 @@ def test_services_are_listed_in_the_order_given() -> None:
         ("containerd.task.v3.Task", "__init__", "method __init__"),
     ],
 )
-def test_what_is_not_offered_is_unimplemented(service: str, method: str, text: str) -> None:
+def test_a_method_that_is_not_offered_is_unimplemented(service: str, method: str, text: str) -> None:
     with pytest.raises(Unimplemented) as raised:
         Dispatch([(TASK_V3, Recorder())]).find(service, method)
     assert str(raised.value) == text

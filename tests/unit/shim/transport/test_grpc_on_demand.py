@@ -1,4 +1,4 @@
-"""The gRPC server that is not there until somebody wants it."""
+"""The gRPC server that starts with the first connection."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def test_the_first_connections_are_served_as_the_later_ones_are(
     assert names_in(tmp_path) == []
 
 
-async def test_nothing_runs_for_it_until_somebody_connects(dispatch: Dispatch, tmp_path: Path) -> None:
+async def test_no_server_runs_before_the_first_connection(dispatch: Dispatch, tmp_path: Path) -> None:
     threads = set(threading.enumerate())
     async with serve_grpc_on_demand(dispatch, tmp_path / "grpc"):
         assert set(threading.enumerate()) == threads

@@ -106,16 +106,14 @@ async def test_every_service_is_healthy(grpc_socket: Path, service: str) -> None
     assert response.status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_a_connection_that_says_nothing_and_closes_is_borne(
-    grpc_socket: Path, grpc_client: Client
-) -> None:
+async def test_a_connection_that_closes_silently_is_harmless(grpc_socket: Path, grpc_client: Client) -> None:
     for _ in range(3):
         with socket.socket(socket.AF_UNIX) as probe:
             probe.connect(str(grpc_socket))
     await grpc_client.create("one")
 
 
-async def test_a_connection_of_garbage_is_borne(grpc_socket: Path, grpc_client: Client) -> None:
+async def test_a_connection_that_sends_garbage_is_harmless(grpc_socket: Path, grpc_client: Client) -> None:
     with socket.socket(socket.AF_UNIX) as noise:
         noise.connect(str(grpc_socket))
         noise.sendall(b"GET / HTTP/1.1\r\n\r\n")

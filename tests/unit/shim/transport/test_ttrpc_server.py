@@ -98,7 +98,7 @@ async def raw(ttrpc_server: TtrpcServer, tmp_path: Path) -> AsyncIterator[Callab
         client.sock.close()
 
 
-async def test_stream_ids_of_answers_are_those_of_their_requests(raw: Callable[[], RawClient]) -> None:
+async def test_an_answer_has_the_stream_id_of_its_request(raw: Callable[[], RawClient]) -> None:
     client = raw()
     await client.send(request_frame(7) + request_frame(9))
     assert [(await client.receive())[0], (await client.receive())[0]] == [7, 9]
@@ -128,7 +128,7 @@ async def test_a_streaming_call_is_unimplemented(raw: Callable[[], RawClient], f
     assert "streaming" in await client.refused_as(Unimplemented)
 
 
-async def test_data_for_a_stream_that_is_not_open_is_an_invalid_argument(
+async def test_data_for_a_closed_stream_is_an_invalid_argument(
     raw: Callable[[], RawClient],
 ) -> None:
     client = raw()
@@ -145,7 +145,7 @@ async def test_an_oversized_request_is_refused_and_its_body_skipped(raw: Callabl
     await sending
 
 
-async def test_a_body_that_is_no_request_is_an_invalid_argument(raw: Callable[[], RawClient]) -> None:
+async def test_a_malformed_request_body_is_an_invalid_argument(raw: Callable[[], RawClient]) -> None:
     client = raw()
     await client.send(encode_frame(1, FrameType.REQUEST, b"\xff\xff\xff") + request_frame(3))
     await client.refused_as(InvalidArgument)
@@ -178,7 +178,7 @@ async def test_garbage_ends_its_connection_and_no_other(raw: Callable[[], RawCli
     await good.refused_as(NotFound)
 
 
-async def test_half_a_frame_and_a_hang_up_harm_nobody(raw: Callable[[], RawClient]) -> None:
+async def test_a_hang_up_inside_a_frame_is_harmless(raw: Callable[[], RawClient]) -> None:
     good, bad = raw(), raw()
     await bad.send(request_frame(1)[:15])
     bad.sock.close()
@@ -215,7 +215,7 @@ async def test_a_client_that_does_not_read_is_not_served_on_but_loses_nothing(
     await sending
 
 
-async def test_draining_answers_what_is_in_flight_and_ends_the_server(
+async def test_draining_answers_calls_in_flight_and_ends_the_server(
     ttrpc_server: TtrpcServer, raw: Callable[[], RawClient], tasks: MemoryTasks
 ) -> None:
     client = raw()
@@ -247,7 +247,7 @@ async def test_draining_gives_up_on_handlers_that_do_not_end(
     assert await client.receive_if_any() is None
 
 
-async def test_a_drained_server_accepts_nobody(ttrpc_server: TtrpcServer, tmp_path: Path) -> None:
+async def test_a_drained_server_accepts_no_connection(ttrpc_server: TtrpcServer, tmp_path: Path) -> None:
     await ttrpc_server.drain(1)
     await asyncio.sleep(0)
     with socket.socket(socket.AF_UNIX) as late, pytest.raises(ConnectionRefusedError):
