@@ -1,8 +1,8 @@
-"""Which accelerator really runs guest code on this host: found by running some, and remembered.
+"""Which accelerator really runs guest code on this host: a run of some code tells, and its result is kept.
 
-That ``/dev/kvm`` opens proves little: a nested host may offer KVM whose guests crash or crawl. So KVM and TCG
-run a race, in which KVM has a head start. That KVM has won is remembered until reboot. That it has lost is
-remembered for a while only, as a busy host may be to blame, and that nobody has won is not remembered at all.
+It proves little that ``/dev/kvm`` opens: guests may crash or crawl under the KVM of a nested host. So KVM and
+TCG run a race, and KVM gets a head start. A victory of KVM is remembered until the next boot. A defeat is
+remembered for a while only, because a busy host may be to blame. A race without a winner is not remembered.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KVM_DEVICE = Path("/dev/kvm")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 _HEAD_START_S = 0.5
-"""Twice what KVM needs on an ordinary host, which then need not run anything else."""
+"""Twice what KVM needs on an ordinary host. Such a host does not need to run TCG at all."""
 
 _SLOW_S = 1.0
 _DEADLINE_S = 20.0
@@ -63,8 +63,8 @@ class _Run:
 async def choose_accelerator(qemu: Path, *, cache: Path) -> Verdict:
     """Find the accelerator that runs guest code fastest.
 
-    Takes less than a second where KVM is good, and as long as the faster of both where it is not; then the
-    verdict is read from the cache. Callers in other processes wait for each other, so that one measurement
+    Takes less than a second if KVM is good, and otherwise as long as the faster of the two; later calls read
+    the verdict from the cache. Callers in other processes wait for each other, so that one measurement
     does not slow another.
 
     :param qemu: the QEMU system emulator.
@@ -187,7 +187,7 @@ async def _run(argv: list[str], *, expected: int) -> _Run:
 
 
 def _key(qemu: Path) -> list[str | int]:
-    """Tell what a verdict is good for: this boot of the host, and this build of QEMU."""
+    """Say what a verdict holds for: this boot of the host and this build of QEMU."""
     modified = 0
     with contextlib.suppress(FileNotFoundError):
         modified = qemu.stat().st_mtime_ns

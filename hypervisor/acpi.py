@@ -1,4 +1,4 @@
-"""What a guest answers when a processor or a memory module is added or is to go (ACPI 6.5, 6.3.5, _OST)."""
+"""A guest's answer when a processor or a memory module is added or removed (ACPI 6.5, 6.3.5, _OST)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hypervisor.qmp import EventStream
 
 EVENTS = ("ACPI_DEVICE_OST", "DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR")
-"""What :func:`answer` reads."""
+"""The events that :func:`answer` reads."""
 
 _EJECT_REQUEST = frozenset({0x3, 0x103})
 _SUCCESS = 0x00
@@ -19,7 +19,7 @@ _EJECT_IN_PROGRESS = 0x84
 
 @dataclass(frozen=True, slots=True)
 class AcpiSlot:
-    """Where a device is as ACPI counts, and what QEMU calls it.
+    """A device's slot in ACPI's count, and QEMU's name of the device.
 
     :param kind: ``CPU`` or ``DIMM``.
     :param number: counted from 0.
@@ -32,7 +32,7 @@ class AcpiSlot:
 
 
 async def answer(slot: AcpiSlot, events: EventStream, *, leaving: bool, timeout_s: float) -> str:
-    """Wait for the guest's word on one device.
+    """Wait for the guest's answer about one device.
 
     :param slot: the device.
     :param events: of ``EVENTS``, from before the request on.

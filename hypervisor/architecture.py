@@ -1,4 +1,4 @@
-"""What differs between one architecture's virtual machines and another's, and which one this host has."""
+"""How virtual machines differ between architectures, and the architecture of this host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """One architecture's part of a virtual machine.
+    """What a virtual machine has of one architecture.
 
     :param type: QEMU's machine type with the properties that are always set.
     :param cpu_models: the CPU model for each accelerator.
@@ -53,7 +53,7 @@ _ARCHITECTURES = {"x86_64": X86_64}
 
 
 def for_host() -> Architecture:
-    """Return the machine description for the host's architecture.
+    """Return the host's architecture.
 
     :raises UnsupportedHostError: if there is none.
     """

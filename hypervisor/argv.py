@@ -36,7 +36,7 @@ _KERNEL_PARAMETERS = (
     "console=hvc0",
     # Only errors: each console byte is a trap out of the guest, and routine messages are hundreds of lines.
     "quiet",
-    # A panicked guest is of no use to anyone: reset at once, which ends QEMU (-no-reboot).
+    # A panicked guest resets at once, and the reset ends QEMU (-no-reboot).
     "panic=-1",
     # No self-tests of the kernel's ciphers: an eighth of the whole boot under TCG (measured).
     "cryptomgr.notests",
@@ -143,13 +143,13 @@ def _machine_argv(spec: VmSpec, inherited: Inherited, *, architecture: Architect
         *_entering(spec.network_namespace),
         str(spec.qemu),
         "-name", f"{_escape(spec.name)},debug-threads=on",
-        # Nothing but what is listed here; no file of the host adds a device or an option.
+        # Only what is listed here: no file of the host adds a device or an option.
         "-no-user-config",
         "-nodefaults",
         "-display", "none",
         # A guest that resets has ended.
         "-no-reboot",
-        # QEMU starts no process and gains no privilege once it runs, whatever the guest makes it do.
+        # Once QEMU runs, a guest cannot make it start a process or gain a privilege.
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         "-machine", _machine(spec, architecture),
         "-accel", _accelerator(spec.accelerator),
@@ -253,8 +253,8 @@ def _memory(spec: VmSpec) -> str:
     room = (spec.max_memory_bytes - spec.memory_bytes) // MIB
     if not room:
         return f"{size}M"
-    # Twice the room, for addresses cost nothing: the virtio-mem device covers one half, and a guest that
-    # leaves it alone gets memory modules in the other.
+    # Twice the room, because addresses cost nothing: the virtio-mem device covers one half. A guest without
+    # its driver gets memory modules in the other half.
     return f"size={size}M,slots={MEMORY_MODULES},maxmem={size + 2 * room}M"
 
 
@@ -315,5 +315,5 @@ def _channel(device: ChannelDevice | None) -> list[str]:
 
 
 def _escape(value: str) -> str:
-    """Write a comma so that QEMU's option parser takes it as part of the value."""
+    """Double each comma, so that QEMU's option parser takes it as part of the value."""
     return value.replace(",", ",,")

@@ -1,4 +1,4 @@
-"""A virtual machine's start from a template: it goes on where another one was saved."""
+"""A virtual machine's start from a template: it continues where another machine was saved."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ if TYPE_CHECKING:
     from hypervisor.vsock import GuestChannel
 
 _STEP_PART = 0.1
-"""The part of a clone's time that QEMU may take for its start, and again for the load. Usually it is 45 s, a
-hundred times what either takes: dozens of machines may start at once, and only what hangs is given up."""
+"""The part of a clone's time that QEMU may take to start, and again to load. Usually it is 45 s, a hundred
+times what either takes: dozens of machines may start at once, and only one that hangs is given up."""
 
 _STALL_PART = 0.05
-"""The part of a clone's time for which the copy of the memory may stand still; else it may take any time."""
+"""The part of a clone's time for which the copy of the memory may stand still. A copy that makes progress may
+take any time."""
 
 _COPIER = "template copier"
 _BLOCK = 512  # stat(2)
@@ -51,7 +52,7 @@ async def clone(spec: VmSpec, host: HostSide, directory: Path, *, timeout_s: flo
     :raises UnsupportedHostError: if this machine's architecture is not supported.
     :raises TemplateError: if the template is missing, broken or another machine's, or QEMU cannot load it.
     :raises TemplateLateError: if it takes too long.
-    :raises VmStartError: if something else failed, with which no machine would start.
+    :raises VmStartError: if something else failed that would keep any machine from starting.
     :raises OSError: if the host lacks something.
     """
     virtiofsd.check_propagation(spec.share_source)
@@ -75,14 +76,14 @@ async def _clone(
         stack.callback(os.close, memory)
         os.ftruncate(memory, saved.memory_bytes)
         host.channel = channel = vsock.make_channel(spec, spawn=host.spawn)
-        # The agent's virtio-serial port is a part of the template, vsock is not: QEMU cannot save it.
+        # The template has the agent's virtio-serial port. It has no vsock, which QEMU cannot save.
         in_template = spec.channel is Channel.VIRTIO_SERIAL
-        # Once QEMU has its ends, nobody else may: its death is the end of each.
+        # Once QEMU has its ends, no other process may keep them open: QEMU's death must close them.
         with ExitStack() as handover:
             port = (await channel.open(handover)).fd if in_template else None
             with host.phase("spawn QEMU"):
                 qmp = _spawn_qemu(spec, host, handover, memory=memory, port=port)
-        # What takes QEMU longest is to start: the rest happens meanwhile.
+        # QEMU takes longest to start. Everything else happens meanwhile.
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(_connect(qmp, spec, saved, host, directory, step_s=step_s))
@@ -95,7 +96,7 @@ async def _clone(
         with host.phase("load template"):
             async with _limited(directory, "its state was not loaded", step_s=step_s):
                 await _load(qmp, state)
-        # While the guest stands still: it then finds all new devices at once.
+        # The guest still stands still, so that it will find all new devices at once.
         devices = Devices(qmp, buses=HOTPLUG_BUSES, ports=root_ports(spec))
         if opening is not None:
             with host.phase("plug vsock"):

@@ -1,4 +1,4 @@
-"""What the guest writes to its console: the end of it in memory, and in a file of bounded size."""
+"""The guest's console: its last output in memory, and in a file of limited size."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _FILE_BYTES = 1024 * 1024
 class Console:
     """The reader of one guest's console.
 
-    QEMU writes to a socket rather than to a file: a guest that floods its console is held back by its own
-    reader and never fills the host's disk, and each new line is an event.
+    QEMU writes to a socket rather than to a file. The reader holds back a guest that floods its console, so
+    the host's disk never fills up, and each new line is an event.
 
     :param log: the file that keeps a copy; it never grows over 1 MiB, and always holds the newest output.
     :param handover: closes QEMU's end of the socket once QEMU has inherited it.
@@ -38,7 +38,7 @@ class Console:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._stream, self._read)
         self.grew = asyncio.Event()
-        """Set whenever output arrives; whoever waits for it clears it first."""
+        """Set whenever output arrives. Clear it before waiting for it."""
 
     def tail(self, lines: int) -> list[str]:
         """Return the last lines, safe to print.

@@ -1,4 +1,4 @@
-"""The devices plugged into a running virtual machine: each has a slot and something of the host behind."""
+"""The devices plugged into a running virtual machine: each has a slot, and a backend on the host."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ class _Plugged:
     asked: bool = False
     """Whether QEMU was told to remove it, so that it will report the end."""
     gone: asyncio.Future[None] | None = None
-    """There while somebody waits for the guest to let go of it."""
+    """Set while a task waits for the guest to release the device."""
     reported: set[str] = field(default_factory=set)
-    """The failures that are in the log already: a guest that tries again and again must not flood it."""
+    """The failures already logged: a guest that tries again and again must not flood the log."""
 
 
 class Devices:
-    """What was plugged into one virtual machine.
+    """The devices plugged into one virtual machine.
 
     :param session: the control connection.
     :param buses: the QEMU ids of the bridges to plug into.
@@ -98,15 +98,15 @@ class Devices:
     async def watch(self) -> None:
         """Follow what QEMU reports of devices until the session ends.
 
-        A device is forgotten, its slot freed and its backend removed when QEMU says that it is gone: that
-        may be long after somebody gave up waiting for it.
+        When QEMU says that a device is gone, the device is forgotten, its slot freed and its backend removed.
+        That may be long after the caller of :meth:`unplug` gave up.
         """
         with self._session.events(*_EVENTS) as events, contextlib.suppress(QmpError):
             while True:
                 await self._heed(await events.next())
 
     async def plug(self, description: Description) -> str:
-        """Add a device, and find it; the guest hears of it at once.
+        """Add a device and find its place; the guest is told of it at once.
 
         :param description: the device. Its backend is removed again if the device cannot be added.
         :returns: its PCI path in the guest.
@@ -146,12 +146,12 @@ class Devices:
         return found
 
     async def unplug(self, name: str, *, timeout_s: float) -> None:
-        """Ask the guest to let go of a device; return when QEMU has removed it and what was behind it.
+        """Ask the guest to release a device; return when QEMU has removed the device and its backend.
 
         :param name: the device's id.
         :param timeout_s: the longest this may take, in seconds.
         :raises HotplugError: if there is no such device, the guest refuses, or it does not answer in time.
-            The device then stays; if the guest lets go of it later, its slot is free again.
+            The device stays. If the guest releases it later, its slot is free again.
         :raises QmpError: if QEMU does not answer.
         """
         plugged = self._plugged.get(name)
@@ -162,7 +162,7 @@ class Devices:
             async with asyncio.timeout(timeout_s):
                 while not gone.done():
                     await self._ask_to_leave(plugged)
-                    # A guest that boots clears requests it never saw, and nothing tells when it has done so.
+                    # A booting guest clears requests that it never saw, and no event tells when.
                     await asyncio.wait([gone], timeout=_ASK_AGAIN_S)
                 gone.result()
         except TimeoutError:
@@ -182,7 +182,7 @@ class Devices:
         if event.name == "BLOCK_IO_ERROR":
             self._report(event.data)
             return
-        # A device without an id, for example a part of another device, is of no interest.
+        # Devices without an id, such as parts of other devices, do not matter here.
         plugged = self._plugged.get(str(event.data.get("device")))
         if plugged is None:
             return
@@ -194,7 +194,7 @@ class Devices:
             )
             gone, plugged.gone = plugged.gone, None
             gone.set_exception(HotplugError(refusal))
-            gone.exception()  # marks it as seen: maybe nobody waits any more
+            gone.exception()  # marks it as seen, in case no task waits any more
 
     def _report(self, data: Mapping[str, object]) -> None:
         for name, plugged in self._plugged.items():
@@ -212,20 +212,20 @@ class Devices:
             await self._session.ask(dict, "device_del", {"id": name})
         except CommandRefusedError as error:
             if error.kind == _NOT_FOUND:
-                # Out of the guest's reach, but in use until QEMU reports its end, unless the guest ejected it
-                # by itself: then there is no report.
+                # The guest has released it, and QEMU will report its end. If the guest ejected it by itself,
+                # there is no report.
                 if not asked_before:
                     await self._forget(plugged)
             elif _ASKED_ALREADY not in str(error):
                 raise HotplugError(f"unplug: {name}: {error}") from error
 
     async def _abandon(self, plugged: _Plugged) -> None:
-        """Undo a plug that failed or was given up, whether QEMU has carried out its commands or not."""
+        """Undo a plug that failed or was given up; QEMU may or may not have carried out its commands."""
         try:
             await self._session.ask(dict, "device_del", {"id": plugged.description.id})
         except QmpError:
             await self._forget(plugged)
-        # Otherwise it is there, and QEMU will report when the guest has let go of it.
+        # Otherwise the device exists, and QEMU will report when the guest has released it.
 
     async def _forget(self, plugged: _Plugged) -> None:
         name = plugged.description.id
@@ -268,7 +268,7 @@ async def pci_path(session: QmpSession, name: str) -> str:
 
 
 def socket_chardev(name: str, fd_name: str) -> Command:
-    """Say how QEMU takes a connected socket into use.
+    """Build the command by which QEMU uses a connected socket.
 
     :param name: what it shall be called.
     :param fd_name: the name under which QEMU holds the socket.
@@ -278,6 +278,6 @@ def socket_chardev(name: str, fd_name: str) -> Command:
 
 
 def _placed(description: Description, slot: Slot) -> dict[str, object]:
-    # The slot is text in hexadecimal: a number would be slot and function in one, and only since 9.2.
+    # The slot is hexadecimal text. QEMU takes a number only since 9.2, and as slot and function in one.
     place = {"id": description.id, "bus": slot.bus, "addr": f"{slot.number:x}"}
     return {"driver": description.driver, **description.properties, **place}

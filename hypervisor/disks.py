@@ -29,7 +29,7 @@ _PLAIN_IO = "threads"
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What QEMU calls the parts of one disk: not by the disk's id, a node's name has at most 31 characters.
+    """QEMU's names of one disk's parts. An id would be too long: a node's name has at most 31 characters.
 
     :param number: one that no other disk of the virtual machine ever had.
     """
@@ -69,8 +69,8 @@ def describe(disk: Disk, names: Names, *, block_device: bool, aio: str) -> Descr
             "serial": disk.serial,
             "discard": disk.discard,
             "disable-legacy": "on",
-            # The guest is told of every error. QEMU's default stops the whole machine when the host's file
-            # system is full, until somebody looks.
+            # The guest is told of every error. By default, QEMU stops the whole machine when the host's file
+            # system is full, until an operator looks.
             "werror": "report",
             "rerror": "report",
         },
@@ -154,7 +154,7 @@ class Disks:
         except HotplugError as error:
             if self._aio not in str(error) or self._aio == _PLAIN_IO:
                 raise
-            # A QEMU built without it, or a kernel that forbids it: known from now on.
+            # QEMU was built without it, or the kernel forbids it. It is not tried again.
             self._aio = _PLAIN_IO
             return await self.plug(disk)
         self._disks[disk.id] = names, disk.path
@@ -162,7 +162,7 @@ class Disks:
 
     async def _plug(self, disk: Disk, names: Names) -> str:
         block_device = _is_block_device(disk)
-        # By descriptor: QEMU does not see the host's files.
+        # By descriptor, because QEMU does not see the host's files.
         file = _open(disk)
         try:
             await self._session.add_fd(file, names.number)
@@ -171,12 +171,12 @@ class Disks:
         try:
             return await self._devices.plug(describe(disk, names, block_device=block_device, aio=self._aio))
         except HotplugError:
-            with contextlib.suppress(CommandRefusedError):  # it is removed unless the disk never got so far
+            with contextlib.suppress(CommandRefusedError):  # refused if undoing the disk has removed it
                 await self._session.ask(dict, "remove-fd", {"fdset-id": names.number})
             raise
 
     async def resize(self, name: str) -> int:
-        """Tell the guest that what is behind a disk has another size now.
+        """Tell the guest the present size of the file or device behind a disk.
 
         :param name: the disk's id.
         :returns: the size, in bytes.
@@ -232,7 +232,7 @@ def _open(disk: Disk) -> int:
 
 
 def _size(path: Path) -> int:
-    # The end of the file: of a block device, the kernel's stat gives no size.
+    # The file's end tells its size. The kernel's stat gives none for a block device.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.lseek(descriptor, 0, os.SEEK_END)

@@ -34,7 +34,7 @@ class VmStartError(HypervisorError):
 
 
 class TemplateError(VmStartError):
-    """A template is missing or broken, or not of this QEMU, or its machine did not survive the load."""
+    """A template is missing or broken, another QEMU saved it, or its machine did not survive the load."""
 
 
 class TemplateLateError(TemplateError):
@@ -62,7 +62,7 @@ class ResizeError(HypervisorError):
 
 
 class ResizeRefusedError(ResizeError):
-    """The guest did not give or take what was asked, or not all of it.
+    """The guest gave or took less than it was asked to.
 
     :param message: the whole line.
     :param reached: the number of virtual CPUs, or the bytes of memory, that there are now.

@@ -1,4 +1,4 @@
-"""Why a virtual machine ended, told from what is left of it. Pure."""
+"""The reason why a virtual machine ended, from what it left behind. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _PANIC_MARK = "Kernel panic - not syncing"
 _INIT_DIED = "Attempted to kill init"
 _WARNING = re.compile(r"(?:^|: )warning: |^\[[^\]]*\bWARN\b", re.IGNORECASE)
-"""How QEMU marks a line that is no failure, and how the Rust daemons do."""
+"""How QEMU and the Rust daemons mark lines that report no failure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ def last_words(output: str, status: ExitStatus | None) -> list[str]:
 
 
 def _panic(console: Sequence[str]) -> str | None:
-    """Find the kernel's word on its panic; when process 1 died, what it said just before is the cause."""
+    """Find the kernel's line about its panic. If process 1 died, its line just before is the cause."""
     for index in range(len(console) - 1, -1, -1):
         if _PANIC_MARK in console[index]:
             last_words = f"; before that: {console[index - 1]}" if index else ""

@@ -1,4 +1,4 @@
-"""What one virtual machine is on the host, as far as it was made: processes, connections, and their end."""
+"""One virtual machine's processes and connections on the host, from the moment they exist to their end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 QEMU = "QEMU"
 
 LAST_WORDS_S = 1.0
-"""How long the death of one process may lag behind what it caused in another."""
+"""How much later than its effect on another process the death of a process may be seen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,19 +99,19 @@ class HostSide:
         :param keeps_capabilities: as ``Process.spawn`` takes it.
         :raises OSError: if no process could be made, or it could not be recorded.
         """
-        # Emulated guests were measured to gain nothing from them: what is half used is wholly paid for.
+        # Emulated guests were measured to gain nothing from them, and half a huge page costs a whole one.
         huge_pages = accelerator is not Accelerator.TCG
         process = Process.spawn(
             name, argv, inherit=inherit, huge_pages=huge_pages, keeps_capabilities=keeps_capabilities
         )
-        self._processes.append(process)  # first of all, so that destroy() finds it whatever fails next
+        self._processes.append(process)  # first, so that destroy() finds it even if a later step fails
         if name == QEMU:
             self.qemu = process
         self._on_process(name, process.pid)
         return process
 
     async def seclude_qemu(self, spec: VmSpec) -> None:
-        """Take the host's files away from QEMU, which has started, unless it will need some later.
+        """Take the host's files away from QEMU after its start, unless it will need some later.
 
         :param spec: its machine. The devices of one with root ports are opened when they are plugged.
         """
@@ -135,7 +135,7 @@ class HostSide:
         return process
 
     def adopt_workers(self) -> None:
-        """Find the processes that daemons have forked: one in a sandbox serves from a child.
+        """Find the processes that daemons have forked: a sandboxed daemon serves from a child.
 
         :raises OSError: if one could not be recorded.
         """
@@ -145,7 +145,7 @@ class HostSide:
                 self._on_process(worker.name, worker.pid)
 
     async def early_cause(self, error: HypervisorError) -> str:
-        """Say why QEMU did not come up: a daemon's failure first, for QEMU's own often follows from it.
+        """Say why QEMU did not come up. A daemon's failure comes first, because it often causes QEMU's.
 
         :param error: how it was noticed.
         """
@@ -159,7 +159,7 @@ class HostSide:
     async def destroy(self) -> None:
         """Kill all processes; return when they are gone."""
         if self.qemu is not None:
-            # First, so that no daemon's end is taken for a failure.
+            # QEMU first, so that no daemon's end is taken for a failure.
             await self.qemu.destroy()
         await asyncio.gather(*(process.destroy() for process in self.daemons))
 

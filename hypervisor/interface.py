@@ -29,7 +29,7 @@ class Channel(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmSpec:
-    """One virtual machine, complete: nothing about it is looked up elsewhere.
+    """The complete description of one virtual machine.
 
     :param name: shown in process listings and errors; usually the sandbox id.
     :param directory: an existing directory private to this VM; sockets and ``console.log`` go there.
@@ -129,7 +129,7 @@ class Disk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostPciDevice:
-    """A PCI device of the host that the guest shall drive by itself.
+    """A PCI device of the host that the guest drives itself.
 
     :param id: its name among the virtual machine's devices: a letter, then letters, digits, ``-._``.
     :param address: its place on the host, as ``0000:3b:00.0``.
@@ -221,7 +221,7 @@ class Hypervisor(abc.ABC):
 
     @abc.abstractmethod
     async def resize_disk(self, device_id: str) -> int:
-        """Tell the guest that what is behind a disk has another size now.
+        """Tell the guest the present size of the file or device behind a disk.
 
         :param device_id: the id it was plugged with.
         :returns: the size, in bytes.
@@ -252,12 +252,12 @@ class Hypervisor(abc.ABC):
 
     @abc.abstractmethod
     async def unplug(self, device_id: str, *, timeout_s: float) -> None:
-        """Take a device from the guest and remove it with all that was behind it.
+        """Take a device from the guest, and remove it with its backend.
 
         :param device_id: the id it was plugged with.
-        :param timeout_s: how long the guest may take to let go of it, in seconds.
+        :param timeout_s: how long the guest may take to release it, in seconds.
         :raises HotplugError: if there is no such device, or the guest refuses or does not answer in time. The
-            device stays then; should the guest let go of it later, it is removed after all.
+            device stays then. If the guest releases it later, it is removed after all.
         :raises QmpError: if the VMM does not answer.
         """
 
@@ -267,7 +267,7 @@ class Hypervisor(abc.ABC):
 
         :param count: how many are wanted; the newest go first.
         :returns: how many there are now, by the VMM's count; more than wanted if it cannot take them away
-            (emulation): the guest's agent is to leave the rest out of use.
+            (emulation); the guest's agent must leave the others unused.
         :raises ResizeError: if there cannot be so many or so few, or the VMM refuses.
         :raises ResizeRefusedError: if the guest refuses or does not answer; it has ``reached``.
         """
@@ -284,7 +284,7 @@ class Hypervisor(abc.ABC):
     async def resize_memory(self, size: int) -> int:
         """Change the memory; return when the guest has taken or given it.
 
-        The guest's driver must be there: its agent loads it when told that memory will come.
+        The guest must have the driver; its agent loads it when it is told that memory will be added.
 
         :param size: how much is wanted, in bytes; rounded up to what the guest can do.
         :returns: how much there is now, in bytes, by the VMM's own count.
@@ -311,7 +311,7 @@ class Hypervisor(abc.ABC):
     @property
     @abc.abstractmethod
     def is_starved(self) -> bool:
-        """Whether the VMM lives, and has waited for a processor for longer than it has had one."""
+        """Whether the VMM lives, and has waited for processors longer than it has run on them."""
 
     @property
     @abc.abstractmethod

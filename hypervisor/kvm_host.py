@@ -1,4 +1,4 @@
-"""What makes a host's KVM slower than it could be, told from what its kernel says of itself."""
+"""What makes a host's KVM slower than it could be, read from its kernel's parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NESTED_PAGING = {"kvm_intel": "ept", "kvm_amd": "npt"}
 
 
 def weaknesses(*, cpuinfo: Path = _CPUINFO, modules: Path = _MODULES) -> list[str]:
-    """List what an operator should know of a host's KVM, each with its remedy.
+    """List the weaknesses of a host's KVM, each with its remedy.
 
     :param cpuinfo: where the kernel describes the processors.
     :param modules: where it has the parameters of its modules.

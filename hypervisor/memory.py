@@ -1,6 +1,6 @@
 """The memory of a running virtual machine beyond what it booted with.
 
-One virtio-mem device holds it, of which the guest takes as much as it is told to (virtio 1.2, 5.15); QEMU
+One virtio-mem device holds it, and the guest takes as much of it as it is told to (virtio 1.2, 5.15). QEMU
 reports each step that the guest makes. Where QEMU or the guest has no virtio-mem, memory modules (pc-dimm)
 are added and taken away whole.
 """
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 MIB = 1 << 20
 
 STEP = 4 * MIB
-"""What Linux gives and takes on x86 at least: the larger of its page block and the device's own block."""
+"""The least that Linux gives and takes on x86: the larger of its page block and the device's block."""
 
 MODULE_STEP = 128 * MIB
 """The least that Linux on x86 adds as a memory module."""
@@ -39,7 +39,7 @@ _DRIVER = "virtio-mem-pci"
 _BACKEND = {"qom-type": "memory-backend-memfd", "share": True}
 
 _SILENCE_S = 15.0
-"""How long a guest may make no step. Linux tries again by itself only after 50 s."""
+"""How long a guest may take between two steps. Linux tries again by itself only after 50 s."""
 
 
 class Memory:
@@ -65,7 +65,7 @@ class Memory:
         self._devices = devices
         self._boot = boot_bytes
         self._most = most_bytes
-        # What is not used yet takes no huge page; and where there is none, the guest is told, not killed.
+        # Unused memory takes no huge page. If the host has none left, the guest is told, not killed.
         self._backend = {**_BACKEND, **({"hugetlb": True, "reserve": False} if huge_pages else {})}
         self._properties = {"prealloc": True} if huge_pages else {}
         self._lock = asyncio.Lock()
@@ -119,7 +119,7 @@ class Memory:
             reached = await self._follow(wanted, events)
         if reached == wanted:
             return
-        # Or the guest would go on by itself some minutes later, when nobody expects it.
+        # Otherwise the guest would continue by itself some minutes later, unexpectedly.
         await self._request(reached)
         if not reached and not await self._session.driver_runs(_DEVICE):
             log.warning("resize memory: the guest has no driver for virtio-mem; using memory modules")
@@ -177,7 +177,7 @@ class Memory:
         with self._session.events(*acpi.EVENTS) as events:
             if missing > 0:
                 await self._add_module(_round_up(missing, MODULE_STEP), events)
-            # Only whole ones can go, and none may be missed.
+            # Only whole modules can be removed, and only if the guest has enough memory without them.
             while self._modules and self._modules[-1][1] <= -missing:
                 missing += self._modules[-1][1]
                 await self._remove_module(events)
@@ -191,7 +191,7 @@ class Memory:
         await self._session.ask(dict, "object-add", {**backend, "size": size})
         try:
             arguments = {"driver": "pc-dimm", "id": slot.device, "memdev": backend["id"], "slot": number}
-            # A device of the host, if there is one, will reach the module, too.
+            # If the guest has a device of the host, that device will reach the module, too.
             patience_s = pinning_timeout_s(size)
             await self._session.ask(dict, "device_add", arguments, timeout_s=patience_s)
         except CommandRefusedError:

@@ -1,9 +1,9 @@
-"""Copying a template's memory into a clone's. Also a program of its own, so that the clone's cgroup pays.
+"""The copy of a template's memory into a clone's. It is also a program, so that the clone's cgroup pays.
 
     memory_copy.py SOURCE TARGET BYTES
 
-Both are descriptors; BYTES is how much data there must be. Run without site packages, this starts in a
-hundredth of a second.
+SOURCE and TARGET are descriptors; BYTES is how much data SOURCE must have. Without site packages, the
+program starts in a hundredth of a second.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def copy(source: int, target: int) -> int:
         os.lseek(target, begin, os.SEEK_SET)
         offset = begin
         while offset < end:
-            # In the kernel, from page to page: nothing is mapped, and no page is cleared first.
+            # The kernel copies from page to page: it maps nothing, and clears no page first.
             count = os.sendfile(target, source, offset, end - offset)
             if not count:
                 return copied

@@ -1,4 +1,4 @@
-"""QEMU's own saving and loading of a machine, less the memory, which is copied beside it."""
+"""QEMU's own saving and loading of a machine. The memory is copied separately."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IGNORE_SHARED = {
         {"capability": "events", "state": True},
     ]
 }
-"""For ``migrate-set-capabilities``: memory that another process could map is left out."""
+"""For ``migrate-set-capabilities``: leave out memory that another process can map."""
 
 EVENT = "MIGRATION"
 

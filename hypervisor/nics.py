@@ -1,4 +1,4 @@
-"""Network interfaces as QEMU wants them described."""
+"""Network interfaces, described for QEMU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _VHOST = "vhost"
 
 
 async def plug(nic: Nic, *, session: QmpSession, devices: Devices) -> str:
-    """Add a network interface, whose packets the host's kernel moves if it can (vhost-net), else QEMU.
+    """Add a network interface. The host's kernel moves its packets (vhost-net) if it can, else QEMU does.
 
     :param nic: the interface.
     :param session: the control connection.
@@ -84,7 +84,7 @@ async def _plug(nic: Nic, vhost_fds: Iterable[int], *, session: QmpSession, devi
         return await devices.plug(description)
     except BaseException:
         for name in sent:
-            with contextlib.suppress(QmpError):  # refused if the tap backend took it: that has closed it
+            with contextlib.suppress(QmpError):  # refused if the tap backend has taken it, and so closed it
                 await session.ask(dict, "closefd", {"fdname": name})
         raise
 
@@ -101,9 +101,9 @@ def describe(nic: Nic, *, fd_names: Sequence[str], vhost_names: Sequence[str] = 
     properties: dict[str, object] = {
         "netdev": backend,
         "mac": nic.mac,
-        # Modern virtio only: the old interface would need I/O ports, of which a bridge has few.
+        # Modern virtio only: the old interface needs I/O ports, and a bridge has few.
         "disable-legacy": "on",
-        # Nobody boots from it, and the ROM is a file that a QEMU may have been installed without.
+        # No guest boots from it, and QEMU may be installed without the ROM's file.
         "romfile": "",
     }
     if queues > 1:

@@ -36,7 +36,7 @@ _T = TypeVar("_T")
 
 
 class QemuHypervisor(Hypervisor):
-    """One QEMU virtual machine with its daemons. To be made inside a running event loop, on the main thread.
+    """One QEMU virtual machine with its daemons. Make it in a running event loop, on the main thread.
 
     :param spec: the virtual machine.
     :param on_process: called with the name and the id of each process right after it was started.
@@ -90,7 +90,7 @@ class QemuHypervisor(Hypervisor):
     @override
     async def stop(self) -> None:
         self._stopping = True
-        # Whoever kills and whoever saw the end may come at once; a QMP session is closed by one of them.
+        # Several tasks may stop the machine at once, but a QMP session must be closed by one of them only.
         async with self._stop_lock:
             self._was_starved = self._was_starved or self.is_starved
             await self._host.destroy()

@@ -37,7 +37,7 @@ logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 
 class _Lifecycle(EventListener):
-    """Keeps what tells how the guest ends, and none of the other events."""
+    """Keeps the events that tell how the guest ends, and no others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Event:
 
 
 class _Queue(EventListener):
-    """A listener without the library's record of all that it ever heard."""
+    """A listener that does not keep a record of all events, as the library's does."""
 
     @override
     async def put(self, event: Message) -> None:
@@ -134,20 +134,20 @@ class QmpSession:
     """
 
     def __init__(self, name: str, *, handover: ExitStack) -> None:
-        # A pair rather than a path: connected before QEMU exists, so that its death at any moment is an end
-        # of file; and nobody else can connect.
+        # A pair rather than a path: it is connected before QEMU exists, so that QEMU's death at any moment is
+        # an end of file, and no other process can connect.
         self._stream, qemu_end = socket.socketpair()
         handover.enter_context(qemu_end)
         self.qemu_fd = qemu_end.fileno()
         self._client = QMPClient(name)
-        # The library keeps a history of every event for as long as it lives; nobody reads it here.
+        # The library would keep every event as long as it lives; nothing here reads that history.
         self._client.events.event_filter = lambda _event: False
         self._lifecycle = _Lifecycle()
         self._client.register_listener(self._lifecycle)
         self._fd_names = itertools.count()
         self._fd_lock = asyncio.Lock()
         self._busy_until_s = 0.0
-        """When QEMU, which does one thing after the other, is done at the latest with what takes long."""
+        """When QEMU will have finished its longest command; it executes one after the other."""
 
     @property
     def shutdown(self) -> Shutdown | None:
@@ -203,7 +203,7 @@ class QmpSession:
     async def broken(self) -> str:
         """Wait until QEMU has stopped the guest for good; for ever if QEMU ends first.
 
-        A failure inside KVM ends no process: QEMU stops the virtual CPUs and waits for somebody to look.
+        A failure inside KVM ends no process: QEMU stops the virtual CPUs and waits for an operator.
 
         :returns: the run state that says so.
         """
@@ -221,8 +221,8 @@ class QmpSession:
 
     async def close(self) -> None:
         """End the session after every event that QEMU sent has been read, if QEMU is gone."""
-        # How QEMU ended is known from its process, not from its socket; the rest is what the library's reader
-        # ends with if it was told what is no QMP.
+        # QEMU's process tells how it ended, not its socket. The library's reader may also end with an error
+        # if it has read anything but QMP.
         with contextlib.suppress(EOFError, OSError, QMPError, ValueError, RecursionError):
             await self._client.disconnect()
         self._stream.close()
@@ -234,7 +234,7 @@ class QmpSession:
 
     @contextlib.contextmanager
     def events(self, *names: str) -> Iterator[EventStream]:
-        """Collect events from now until the block ends; none that a command in the block causes is missed.
+        """Collect events from now until the block ends, including all that commands in the block cause.
 
         :param names: which ones.
         """
@@ -266,7 +266,7 @@ class QmpSession:
         await self._send(fd, "add-fd", {"fdset-id": number})
 
     async def _send(self, fd: int, command: str, arguments: Mapping[str, object]) -> None:
-        # QEMU keeps the last descriptor it got until a command takes it: no other may come between.
+        # QEMU keeps the last descriptor until a command takes it, so no other may be sent in between.
         async with self._fd_lock:
             try:
                 self._client.send_fd_scm(fd)

@@ -1,4 +1,4 @@
-"""A QEMU virtual machine that runs: its parts, what can be asked of them, and why they end."""
+"""A QEMU virtual machine that runs: its parts, what they can do, and why they end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _REDIAL_S = 0.05
 _CLONE_REDIAL_S = 0.01
-"""A clone says nothing, and is there in a moment."""
+"""A clone writes nothing to its console, and serves after a moment."""
 _CONSOLE_LINES = 50
 
 
@@ -71,7 +71,7 @@ class RunningVm:
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def settle(self) -> None:
-        """Return once the end of QEMU, which is near, has been told and nothing is watched any more."""
+        """Return once QEMU's end, which is near, has been reported and the tasks here have ended."""
         await asyncio.wait([self._supervisor])
         await cancel(self._watching)
 
@@ -95,10 +95,10 @@ class RunningVm:
         return await self._channel.dial(port)
 
     async def _is_settled(self) -> bool:
-        """Tell whether a device's daemon has surely got its queues.
+        """Tell whether the device's daemon surely has its queues.
 
-        QEMU hands them over in the guest's write of DRIVER_OK, and does not wait for the daemon to read. An
-        agent that says it listens is proof, too; one in a clone has said so before it was saved.
+        QEMU hands the queues over when the guest writes DRIVER_OK, and does not wait for the daemon to read
+        them. The agent's ready mark is proof, too, but a clone's agent wrote it before it was saved.
         """
         if any(READY_MARK in line for line in self._console.tail(_CONSOLE_LINES)):
             return True
@@ -108,7 +108,7 @@ class RunningVm:
             return False
 
     async def hint(self) -> None:
-        """Wait until it makes sense to dial again: the guest said something, or a moment passed."""
+        """Wait until it makes sense to dial again: the guest wrote something, or a moment passed."""
         self._console.grew.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._redial_s):
@@ -125,7 +125,7 @@ class RunningVm:
         await cancel(overdue)
         failed = next((each for each in daemons if each.exited.done()), None)
         if failed is not None and failed.exited.result().code == 0:
-            # A daemon ends in good order when QEMU hangs up, and may be seen to end before QEMU is.
+            # A daemon ends in good order when QEMU hangs up, and its end may be seen before QEMU's.
             await asyncio.wait([qemu.exited], timeout=LAST_WORDS_S)
         blamed = failed if failed and not qemu.exited.done() else None
         qemu.kill()

@@ -1,4 +1,4 @@
-"""Making a template: a machine is booted without what is a sandbox' own, and saved once its agent serves."""
+"""Making a template: boot a machine without anything of a sandbox, and save it once its agent serves."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PAGE = 4096
 _ZEROS = bytes(PAGE)
 
 _LEFT_IN_GUEST = 16 << 20
-"""What the guest is asked to live on, in bytes: less than it can, so that it gives all it has."""
+"""How much memory the guest is asked to keep, in bytes: less than it can, so that it gives all it can."""
 
 _BALLOON_SILENCE_S = 2.5
 """While the guest gives or takes pages, QEMU says so every second."""
@@ -75,7 +75,7 @@ async def _save(spec: VmSpec, directory: Path, host: HostSide) -> None:
         memory = os.memfd_create("hako-memory", os.MFD_CLOEXEC)
         stack.callback(os.close, memory)
         os.ftruncate(memory, spec.memory_bytes)
-        # The agent finds its host connected, as it will in each clone, and hears nothing from it.
+        # The agent finds its host connected, as in each clone, but the host is silent.
         silent, agent = socket.socketpair()
         stack.enter_context(silent)
         with agent:
@@ -83,7 +83,7 @@ async def _save(spec: VmSpec, directory: Path, host: HostSide) -> None:
             qmp = await _boot(spec, host, memory=memory, port=port)
         await _agent_serves(host, qmp)
         await _give_back(qmp, spec.memory_bytes)
-        # The guest stands still from here on: what is in the memory and what the devices know agree.
+        # The guest stands still from here on, so that its memory and its devices' states agree.
         await qmp.ask(dict, "stop")
         state = await _device_state(qmp)
         data_bytes, written_ns = await asyncio.to_thread(_copy_data, memory, directory / template.MEMORY)
@@ -143,7 +143,7 @@ async def _agent_serves(host: HostSide, qmp: QmpSession) -> None:
 
 
 async def _give_back(qmp: QmpSession, memory_bytes: int) -> None:
-    """Take from the guest the pages that it does not use, and give them back empty."""
+    """Take the unused pages from the guest, and give them back empty."""
     with qmp.events("BALLOON_CHANGE") as events:
         for size in (_LEFT_IN_GUEST, memory_bytes):
             await qmp.ask(dict, "balloon", {"value": size})

@@ -1,4 +1,4 @@
-"""The places in which devices are plugged: given out lowest first, and again once they are free."""
+"""The slots for devices: the lowest free one is given out first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BRIDGE = range(1, 32)
-"""The slots of a bridge: 32 (PCI Local Bus 3.0, 3.2.2.3.2) but for the first, its own controller's."""
+"""The slots of a bridge: 32 (PCI Local Bus 3.0, 3.2.2.3.2), except the first, which its controller has."""
 
 PORT = range(1)
 """The slots of a PCIe root port."""
@@ -30,7 +30,7 @@ class Slot:
 
 
 class Slots:
-    """The slots of one kind of a virtual machine.
+    """A virtual machine's slots of one kind.
 
     :param buses: the QEMU ids of the buses that devices are plugged into, the one to fill first in front.
     :param numbers: the slots of each bus.

@@ -1,4 +1,4 @@
-"""Templates: a machine that was booted once, kept as files from which others start where it stood.
+"""Templates: a machine that was booted once, saved in files from which others continue.
 
 A template is a directory of three files: the memory, sparse and at the guest's own addresses; the state of
 QEMU's devices; and a description of both, written last.
@@ -29,7 +29,7 @@ STATE = "state"
 DESCRIPTION = "template.json"
 
 _FORMAT = 3
-"""Raised when the files, or what they say of the machine, change their meaning."""
+"""To be raised when the format of the files changes, or the machine that they describe."""
 
 _NO_FD = 0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -37,7 +37,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 _CPU_FIELDS = ("vendor_id", "model name", "microcode", "flags")
 
 _STATE_LIMIT = 256 << 20
-"""More than the state of any machine; what says more is broken."""
+"""More than the state of any machine: a larger size is an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ class TemplateDescription:
     virtiofsd_dialect: str
 
     def dialect_of(self, virtiofsd: Path) -> Dialect | None:
-        """Say which dialect a virtio-fs daemon speaks, if it is the same that there was.
+        """Return the dialect of a virtio-fs daemon if it is the one that the template was made with.
 
         :param virtiofsd: the program.
         :returns: ``None`` if it must be asked.
@@ -84,9 +84,9 @@ class TemplateDescription:
 
 
 def template_key(spec: VmSpec) -> str:
-    """Digest all that shapes a machine: two specifications with one key can share a template.
+    """Digest all that shapes a machine. Specifications with the same key can share a template.
 
-    What is a sandbox' own does not count: its name, its directories, the template itself.
+    The sandbox's own name and directories do not count, nor does the template.
 
     :param spec: the virtual machine.
     :returns: hexadecimal digits.
@@ -100,7 +100,7 @@ def template_key(spec: VmSpec) -> str:
         [identity(file) for file in (spec.qemu, spec.kernel, spec.initrd)],
     ]
     if spec.accelerator is Accelerator.KVM:
-        # The guest has found out what this processor can do, and how fast its clock runs.
+        # The guest has probed this processor's abilities and the speed of its clock.
         shape += [_BOOT_ID.read_text(), _processor(_CPUINFO.read_text())]
     return hashlib.sha256(json.dumps(shape).encode()).hexdigest()
 
@@ -111,16 +111,16 @@ def _placeholders(spec: VmSpec) -> Inherited:
 
 
 def bare_machine(spec: VmSpec) -> VmSpec:
-    """Reduce a machine to what a template has of it.
+    """Reduce a machine to the parts that a template has.
 
     :param spec: the virtual machine.
     """
-    # Told to the guest in time to load what a clone needs, and forget what it does not.
+    # The agent then loads what clones will need, and frees what they will not.
     return dataclasses.replace(spec, kernel_parameters=(TEMPLATE_PARAMETER, *spec.kernel_parameters))
 
 
 def bare_descriptors(*, qmp: int, console: int, memory: int, agent: int | None) -> Inherited:
-    """Name the descriptors of a machine as a template has it: with nothing that QEMU cannot save.
+    """Name the descriptors of a template's machine, which has no device that QEMU cannot save.
 
     :param qmp: the control connection.
     :param console: the console.
@@ -191,7 +191,7 @@ def open_memory(directory: Path, template: TemplateDescription) -> int:
             raise TemplateError(
                 f"template: {path}: {status.st_size} bytes instead of {template.memory_bytes}"
             )
-        # To read all of it would take as long as to copy it, for each clone.
+        # Not a digest: reading all of it would take each clone as long as the copy.
         if status.st_mtime_ns != template.memory_written_ns:
             raise TemplateError(f"template: {path}: changed since it was saved")
     except BaseException:
@@ -201,7 +201,7 @@ def open_memory(directory: Path, template: TemplateDescription) -> int:
 
 
 def identity(file: Path) -> list[str | int]:
-    """Tell a file from any other, and from what it was before it was changed.
+    """Identify a file and its version.
 
     :param file: the file.
     :raises VmStartError: if there is none.
@@ -214,6 +214,6 @@ def identity(file: Path) -> list[str | int]:
 
 
 def _processor(cpuinfo: str) -> list[str]:
-    """Pick the lines that tell one model of processor from another."""
+    """Pick the lines that identify a processor's model."""
     first = cpuinfo.partition("\n\n")[0].splitlines()
     return [line for line in first if line.partition(":")[0].strip() in _CPU_FIELDS]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hypervisor.qmp import EventStream, QmpSession
 
 _ANSWER_S = 20.0
-"""How long the guest may take over one virtual CPU; an emulated one stops all others for the exchange."""
+"""How long the guest may take for one virtual CPU. Under emulation, all others stop meanwhile."""
 
 _SAFE_MAJOR = 10
 """The first QEMU that was seen to live on after a virtual CPU was taken away under emulation."""
@@ -22,7 +22,7 @@ _SAFE_MAJOR = 10
 _STATE_S = 1.0
 _PREFIX = "vcpu"
 _PERIPHERAL = f"/machine/peripheral/{_PREFIX}"
-"""Where QEMU keeps those that were added here; those that it started with cannot be taken away."""
+"""Where QEMU keeps virtual CPUs that were added. Those that it started with cannot be removed."""
 
 
 class Vcpus:
@@ -44,7 +44,7 @@ class Vcpus:
         self._lock = asyncio.Lock()
 
     async def resize(self, count: int) -> int:
-        """Add or take away virtual CPUs; new ones the guest has seen, but not put to use.
+        """Add or remove virtual CPUs. The guest has seen new ones then, but does not use them yet.
 
         :param count: how many are wanted.
         :returns: how many there are then, by QEMU's own count: more than wanted if none can be taken away.
@@ -84,7 +84,7 @@ class Vcpus:
                 raise ResizeError(f"pin vcpus: to {sorted(allowed)}: {error}") from error
 
     async def states(self) -> str:
-        """Say of each virtual CPU whether it runs, and for how long it has; empty if QEMU does not tell."""
+        """Describe the state of each virtual CPU and how long it has run; empty if QEMU does not answer."""
         try:
             found = await self._session.ask(list, "query-cpus-fast", timeout_s=_STATE_S)
             return ", ".join(f"vCPU {each['cpu-index']} {self._state(each['thread-id'])}" for each in found)
@@ -95,7 +95,7 @@ class Vcpus:
         return thread_state(self._own_thread(tid))
 
     def _own_thread(self, tid: object) -> int:
-        """Accept a thread of QEMU's only: one that a guest has taken over could name any of the host's."""
+        """Accept only QEMU's threads: a QEMU that its guest has taken over could name any of the host's."""
         if not isinstance(tid, int) or not Path(f"/proc/{self._pid}/task/{tid}").is_dir():
             raise QmpError(f"thread {tid!r} is not one of QEMU's")
         return tid
@@ -106,8 +106,8 @@ class Vcpus:
     async def _can_shrink(self) -> bool:
         """Tell whether QEMU survives the removal of a virtual CPU.
 
-        Emulating, 7.2 does not: it frees the translation cache with the processor, and again when the memory
-        map changes next, as it does with each device that is plugged. 10 does.
+        Under emulation, 7.2 does not: it frees the translation cache with the processor, and once more when
+        the memory map changes next, as it does with each plugged device. QEMU 10 survives.
         """
         if not self._emulated:
             return True
@@ -147,7 +147,7 @@ class Vcpus:
 
 
 def thread_state(tid: int) -> str:
-    """Say what a thread does, and for how long it has had a processor and waited for one.
+    """Describe a thread's state, and how long it has run and has waited for a processor.
 
     :param tid: its id.
     :raises OSError: if there is no such thread.

@@ -1,4 +1,4 @@
-"""PCI devices of the host that a guest drives by itself, through VFIO."""
+"""PCI devices of the host that a guest drives itself, through VFIO."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _IOMMUFD = "iommufd"
 
 _SYSFS = Path("/sys")
 _IOMMUFD_DEVICE = Path("/dev/iommu")
-"""The newer of the kernel's two ways to map a guest's memory for a device: since Linux 6.2, if at all."""
+"""The newer of the kernel's two ways to map a guest's memory for a device; it exists since Linux 6.2."""
 
 _GIB = 1 << 30
 _LEAST_S, _PER_GIB_S, _MOST_S = 10.0, 40.0, 1200.0
@@ -27,9 +27,9 @@ _LEAST_S, _PER_GIB_S, _MOST_S = 10.0, 40.0, 1200.0
 
 
 def pinning_timeout_s(memory_bytes: int) -> float:
-    """Say how long QEMU may be busy with memory that devices of the host are to reach, in seconds.
+    """Return how long QEMU may be busy with memory that devices of the host will reach, in seconds.
 
-    The kernel pins all of it at once, and QEMU answers nothing meanwhile.
+    The kernel pins all of it at once, and QEMU answers no command meanwhile.
 
     :param memory_bytes: how much memory.
     """
@@ -53,7 +53,7 @@ async def plug(device: HostPciDevice, *, devices: Devices, memory_bytes: int) ->
         except HotplugError as error:
             if _IOMMUFD not in str(error):
                 raise
-            # A QEMU before 9.0: it knows the older way only.
+            # QEMU before 9.0 knows only the older way.
     return await devices.plug(describe(device, iommufd=False, memory_bytes=memory_bytes))
 
 
@@ -62,8 +62,8 @@ def check(device: HostPciDevice, *, sysfs: Path) -> None:
 
     :param device: the device.
     :param sysfs: where the kernel's sysfs is mounted.
-    :raises HotplugError: if the address is none, there is no such device, the host has no IOMMU, or another
-        driver has the device.
+    :raises HotplugError: if the address is malformed, there is no such device, the host has no IOMMU, or
+        another driver has the device.
     """
     what = f"plug: {device.id}: PCI device {device.address}"
     if not _ADDRESS.fullmatch(device.address):

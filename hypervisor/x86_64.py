@@ -9,8 +9,8 @@ from hypervisor.interface import Accelerator
 MACHINE_TYPE = "q35,sata=off,smbus=off,smm=off,vmport=off,usb=off"
 """q35, because it hotplugs, and because microvm hangs now and then under TCG while it calibrates its clock.
 
-Switched off is what no guest of ours uses but its kernel would probe (disk controller, SMBus, VMware's port,
-USB), and system management mode, for which the firmware would move itself about.
+Devices that no guest uses, but that its kernel would probe, are off (disk controller, SMBus, VMware's port,
+USB). So is system management mode, for which the firmware would relocate itself.
 """
 
 CPU_MODELS = {
@@ -19,8 +19,8 @@ CPU_MODELS = {
     Accelerator.KVM: "host,pmu=off",
     # Everything QEMU can translate. Images built for x86-64-v2 or v3 refuse to start on less, and smaller
     # models were measured to bring the agent up later, not earlier: its libraries fall back to slower code.
-    # Less the promise that string instructions are fast: translated, they move a byte or a word at a time.
-    # A kernel that is promised the short ones alone copies for ever (seen on QEMU 10, which has both).
+    # Without the promise of fast string instructions: translated, they move a byte or a word at a time. A
+    # kernel that is promised only short ones copies for ever (seen on QEMU 10, which has both).
     Accelerator.TCG: "max,-erms,-fsrm",
 }
 
@@ -30,8 +30,8 @@ KERNEL_PARAMETERS = (
     # The virtio console is a module in distribution kernels; a panic before it is loaded (no init, a broken
     # initrd) would otherwise leave no trace. The kernel falls silent here once the real console is up.
     "earlyprintk=ttyS0",
-    # The kernel panics unless a few timer interrupts come while it looks, which a guest that a loaded host
-    # leaves without a processor for that moment cannot know from a broken timer.
+    # The kernel checks the timer: it panics unless a few interrupts come in a moment. On a loaded host, a
+    # guest may have no processor in that moment, which looks like a broken timer.
     "no_timer_check",
     # Reset through the keyboard controller, which QEMU notices at once; the default tries ACPI first.
     "reboot=k",

@@ -27,15 +27,15 @@ _FOLLOWED = "shared"
 
 _lock = _thread.allocate_lock()
 _users: dict[str, int] = {}
-"""How many mounts there are of each of the share's directories."""
+"""The number of mounts of each directory of the share."""
 _left: set[str] = set()
-"""Those of which there is none any more, and that the host may or may not have taken away."""
+"""Directories without mounts, which the host may have removed."""
 
 
 def add(source: str, target: str, options: Iterable[str]) -> Callable[[], None]:
     """Mount a part of the share.
 
-    No link in a path is followed that a container may have put there.
+    Links in the path are not followed: a container may have put them there.
 
     :param source: its path in the share.
     :param target: a new name among the volumes, or a path in one that is mounted already.
@@ -123,7 +123,7 @@ def _open(top: str, path: str) -> int:
 def _step(name: str, directory: int) -> int:
     flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        # What says that it wants a directory has the kernel mount the file system behind it.
+        # Asking for a directory makes the kernel mount the file system behind it.
         return os.open(name, flags | os.O_DIRECTORY, dir_fd=directory)
     except NotADirectoryError:
         return os.open(name, flags, dir_fd=directory)
@@ -144,7 +144,7 @@ def _leave(name: str) -> None:
 
 
 def _forget() -> None:
-    """Let the kernel forget the names that the host has taken out of the share, which keep its files open."""
+    """Let the kernel forget names that the host has removed from the share: they keep its files open."""
     for name in _left - _users.keys():
         try:
             # Asks the host at once, where looking would take the kernel's word for a second.

@@ -1,4 +1,4 @@
-"""The machine's clock: what it shows, how far it is from the host's, and how it is put right.
+"""The machine's clock: its time, its difference from the host's, and its correction.
 
 Where the host's kernel offers its own clock to the machine (ptp_kvm, under KVM), the difference is read
 there. Elsewhere the host finds it out by asking for the time. It tells by how much the clock is to be moved.
@@ -31,7 +31,7 @@ _ADJ_SETOFFSET, _ADJ_NANO, _ADJ_TICK = 0x0100, 0x2000, 0x4000
 _TICK_US, _SLOW_TICK_US = 10_000, 9_800
 _SLOWNESS = (_TICK_US - _SLOW_TICK_US) / _TICK_US
 _LARGE_NS = _SECOND_NS
-"""A clock that is further ahead than this is set back: to wait for it would take minutes."""
+"""A clock that is further ahead than this is set back: slowing it down would take minutes."""
 
 _lock = _thread.allocate_lock()
 _ptp: bool | None = None
@@ -64,7 +64,7 @@ def move(shift_ns: int, *, at_once: bool) -> None:
 
 
 def _slow_down(duration_s: float) -> None:
-    """Have the clock go slowly for some time; a new word replaces the one before."""
+    """Slow the clock down for some time; a new call replaces the earlier one."""
     global _slow_until_s
     with _lock:
         was_slow, _slow_until_s = bool(_slow_until_s), time.monotonic() + duration_s
@@ -92,7 +92,7 @@ def _adjust(modes: int, *, shift_ns: int = 0, tick_us: int = 0) -> None:
 
 
 def _ahead_of_host() -> int | None:
-    """Compare the clock with the one that the host offers, if it does."""
+    """Compare the clock with the host's, if the host offers it."""
     global _ptp  # noqa: PLW0603  found out once
     if _ptp is None:
         _ptp = _find_ptp()

@@ -62,7 +62,7 @@ class Container:
         self.id = container_id
         self.storages: list[str] = []
         self._owns_root = True
-        # What is written to the share is the host's at once, and a shared mapping's when it is closed.
+        # The host has writes to the share at once, and those of a shared mapping when it is closed.
         self._is_root_on_host = spec.Root.Path.startswith(_SHARED)
         self._bundle = bundle_of(container_id)
         self._rootfs = f"{self._bundle}/rootfs"
@@ -102,8 +102,8 @@ class Container:
         :raises AgentError: with crun's own message, if it cannot.
         """
         for source in self._shared:
-            # Whoever made the container may have written to it since: Docker to resolv.conf, hooks to hosts.
-            # A size that the guest remembers would cut it off.
+            # Files may have grown since the container was made: Docker writes resolv.conf, hooks write hosts.
+            # A size that the guest remembers would cut them off.
             try:
                 kernel.ask_size(source)
             except OSError as error:
@@ -218,7 +218,7 @@ class Container:
         return self._cgroup
 
     def remove(self, timeout_s: int) -> None:
-        """Kill what is left and undo everything but the storages and the bundle they may lie in.
+        """Kill the processes left and undo everything but the storages and the bundle, which may hold them.
 
         :param timeout_s: how long the processes may take to die; 0 for the default.
         :raises AgentError: if they do not, or crun cannot delete the container.
@@ -242,7 +242,7 @@ class Container:
                 # The host may kill the machine any time later: nothing may be left dirty in its memory.
                 kernel.sync_filesystem(self._rootfs)
             except OSError as error:
-                # A disk that was pulled out never takes it; the container has had its errors.
+                # A disk that was pulled out never takes the data; the container has seen errors.
                 log(f"remove: {self.id}: {error}")
         try:
             if self._owns_root:

@@ -1,4 +1,4 @@
-"""Devices of the host's that a container is given: where the guest has them, and under which numbers."""
+"""The host's devices that a container is given: their places and numbers in the guest."""
 
 from __future__ import annotations
 

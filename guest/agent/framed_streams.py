@@ -1,8 +1,8 @@
-"""Long streams: a vsock connection of its own for a standard stream that requests have carried so far.
+"""Long streams: a standard stream leaves the requests for a vsock connection of its own.
 
 The host begins a connection with a frame that names the stream, and the agent accepts it with an empty one.
-What lies between need not know of half-closed connections, nor deliver what is on its way when one side
-closes: the bytes travel in frames, an empty one is the end, and who has read the end closes first.
+The bytes between travel in frames, an empty frame is the end, and the reader of the end closes first. So the
+channel need not know half-closed connections, nor deliver bytes after a close.
 """
 
 from __future__ import annotations

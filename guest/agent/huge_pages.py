@@ -27,7 +27,7 @@ _wanted: dict[str, dict[int, int]] = {}
 
 
 def reserve(user: str, limits: dict[int, int]) -> None:
-    """Have as many pages as a user may use, beside those of others; its earlier word is replaced.
+    """Reserve as many pages as a user may use; this replaces the user's earlier reservation.
 
     :param user: a container's id, or a mount point.
     :param limits: bytes by the size of the pages, in bytes.
@@ -47,7 +47,7 @@ def reserve(user: str, limits: dict[int, int]) -> None:
 
 
 def release(user: str) -> None:
-    """Give back what a user has reserved; nothing happens if that is nothing.
+    """Give back a user's pages; a user without any is no error.
 
     :param user: as for :func:`reserve`.
     """
@@ -103,7 +103,7 @@ def _set_aside(size: int) -> None:
             f"huge pages: the guest's processor or kernel has none of {size >> 10} KiB; use another size"
         ) from None
     if int(files.read(pool)) < pages:
-        # Memory that others use lies in between: have it moved.
+        # Memory in use lies in between: have the kernel move it.
         files.write(_COMPACT, "1")
         files.write(pool, f"{pages}")
     found = int(files.read(pool))

@@ -1,6 +1,6 @@
 """System calls that Python's library lacks, through the part of ctypes that is written in C.
 
-The part in Python defines every type there is, when it is imported: a twentieth of the agent's start.
+The part in Python defines all types when it is imported, which takes a twentieth of the agent's start.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def sync_filesystem(path: str) -> None:
 
 
 def ask_size(path: str) -> None:
-    """Have a filesystem of another host say how large a file is now, whatever it said before, see statx(2).
+    """Ask a filesystem of another host for a file's present size, not a remembered one, see statx(2).
 
     :param path: the file.
     :raises OSError: if it is gone.
@@ -307,7 +307,7 @@ def spawn(path: str, argv: list[str], environment: Mapping[str, str], stdio: Ite
 
 
 def _laid_out(*lists: list[str], start: int) -> bytes:
-    """Lay lists of strings out as C wants them: all pointers, with a null after each list, and the strings.
+    """Lay out lists of strings for C: all pointers, with a null after each list, and the strings.
 
     :param start: the address that the result will have.
     :raises OSError: if it is too long.

@@ -5,7 +5,7 @@ of Linux 6.1 and 6.12; the sizes of their structures are those of x86-64. A limi
 lowered: a cap reserves nothing, and lowering one can only break a program that runs. The thresholds of TCP's
 and UDP's memory go down again, too: they say how much of the memory is theirs.
 
-What somebody else has set, be it by a container's specification or with sysctl(8), is left alone.
+Values that a container's specification or a user of sysctl(8) has set are left alone.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def accept(annotations: dict[str, str]) -> None:
 
 
 def leave(paths: Iterable[str]) -> None:
-    """Never change some limits again: somebody has chosen their values.
+    """Never change some limits again: their values were chosen.
 
     :param paths: their files.
     """
@@ -143,14 +143,14 @@ def _raise(name: str, wanted: tuple[int, ...]) -> None:
         _write(path, " ".join(map(str, value)))
         _known[name] = value
     else:
-        # Somebody has set it, and their word lasts.
+        # A program has set it: its value stays.
         del _known[name]
 
 
 def _raise_tracked(wanted: int) -> None:
     """Raise the number of connections that netfilter follows, if its module is loaded.
 
-    The kernel chooses as many connections as buckets; another number was set by somebody.
+    The kernel chooses as many connections as buckets; another number was chosen.
     """
     most, buckets = f"{_CONNTRACK}_max", f"{_CONNTRACK}_buckets"
     value = None if _kept.intersection((most, buckets)) else _read(most)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _Mount:
-    """One mount point that somebody uses or waits for."""
+    """One mount point with its users."""
 
     __slots__ = ("gate", "made", "undo", "users")
 
@@ -85,7 +85,7 @@ class Mounts:
     def _leave(self, mount_point: str, mount: _Mount) -> None:
         with self._lock:
             mount.users -= 1
-            # Whoever came meanwhile waits at the gate and mounts anew.
+            # A user that came meanwhile waits at the gate and mounts anew.
             if not mount.users:
                 del self._mounts[mount_point]
 
@@ -100,7 +100,7 @@ class Mounts:
             log(f"storage: {mount_point}: {error}")
 
     def release_all(self) -> None:
-        """Unmount everything, the latest first, whoever uses it: the machine is about to be switched off."""
+        """Unmount everything, the latest first and in use or not: the machine is about to be switched off."""
         with self._lock:
             mounts = list(self._mounts.items())
         for mount_point, mount in reversed(mounts):

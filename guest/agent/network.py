@@ -1,7 +1,7 @@
 """The sandbox's network: the interfaces, routes and neighbours that the host asks for.
 
 All containers of the sandbox share it: it is the machine's own. Each request says how things shall be, so a
-request that is repeated changes nothing, and what an earlier one asked for goes if this one does not.
+request that is repeated changes nothing, and and removes what only an earlier one asked for.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class GuestNetwork:
                     self._settings.forget(wanted.name or link.name)
                 name = wanted.name or link.name
                 present = [one for one in _addresses(channel) if one.index == link.index]
-                # What came by DHCP or router advertisement is not permanent, and none of the host's business.
+                # Addresses from DHCP or router advertisements are not permanent, and not the host's.
                 stale = [one for one in present if one.flags & rtnetlink.IFA_F_PERMANENT]
                 if not any(one.packed.startswith(_LINK_LOCAL) for one in asked):
                     stale = [one for one in stale if one.packed != addresses.link_local(mac)]
@@ -143,7 +143,7 @@ class GuestNetwork:
     def update_routes(
         self, wanted: Sequence[Message], *, rules: Message | None = None, settings: Message | None = None
     ) -> list[str]:
-        """Make the given routes, rules and parameters those that the host wants, in place of its former ones.
+        """Replace the host's former routes, rules and parameters by the given ones.
 
         :param wanted: types.Route messages.
         :param rules: hako.Rules; None to leave them as they are.

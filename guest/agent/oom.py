@@ -77,7 +77,7 @@ def forget(container_id: str) -> None:
 
 
 def next_kill(call: Call) -> str:
-    """Wait for a kill that the host has not been told of; what happened between two calls is not lost.
+    """Wait for a kill that the host was not told of; kills between two calls are not lost.
 
     :param call: the request being served.
     :returns: the container.
@@ -117,7 +117,7 @@ def settle(container_id: str) -> None:
             gate = _thread.allocate_lock()
             gate.acquire()
             counter.gates.append(gate)
-            # Whoever reads the count takes the change from those who wait for it, as they share a descriptor.
+            # A read of the count clears the change for all waiting calls: they share a descriptor.
             os.eventfd_write(_changed_fd, 1)
         gate.acquire(timeout=left)
 

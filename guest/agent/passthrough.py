@@ -1,7 +1,7 @@
 """PCI devices of the host that the guest drives: their driver, and the device nodes that it makes.
 
-The kernel announces such a device, and nobody here listens but this: the driver is found by the device's
-modalias, as udev would have it found. Every node below the device in sysfs is a container's then.
+There is no udev here: this module finds the driver of a device by its modalias, as udev would. The container
+is then given every node below the device in sysfs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _STORAGE, _NETWORK, _BRIDGE = 0x01, 0x02, 0x06
 
 
 def nodes(path: str) -> list[dict[str, Any]]:
-    """Have a device driven, and wait for what its driver makes of it.
+    """Load a device's driver, and wait for the nodes that it makes.
 
     :param path: its PCI path.
     :returns: the nodes, as ``linux.devices`` of a specification has them; none of a device without a driver.

@@ -60,7 +60,7 @@ def _list(root: str, mounts: Iterable[dict[str, Any]]) -> bytes:
 
 
 def _home_of(uid: int, users: bytes) -> str:
-    """Find a user as runc does: what is no number, or missing, is 0, and may be the line of root."""
+    """Find a user as runc does: a field that is missing or not a number is 0, and so may match root."""
     number = b"%d" % uid
     for raw in users.split(b"\n"):
         line = raw.strip()

@@ -25,7 +25,7 @@ class Process:
         self._waited = False
 
     def signal(self, number: int) -> None:
-        """Send a signal; one that comes after the end has nothing to do.
+        """Send a signal; after the process' end, it does nothing.
 
         :param number: the signal.
         :raises OSError: if there is no such signal.
@@ -59,7 +59,7 @@ class Process:
 
     def end_input(self) -> None:
         """Give the process the end of its input."""
-        # A terminal has no end of input but hang-up, which nobody means by this.
+        # A terminal's only end of input is hang-up, which is not meant here.
         if not self.streams.is_terminal:
             self.streams.stdin.close()
 

@@ -90,7 +90,7 @@ def claim(port: int) -> int:
 
 
 class Claims:
-    """The connections that one request names; those that no process has got are closed in the end.
+    """The connections that one request names; unclaimed ones are closed in the end.
 
     :param request: one with ``stdin_port``, ``stdout_port`` and ``stderr_port``; 0 stands for none.
     :raises AgentError: if one of them has not come.
@@ -152,7 +152,7 @@ def _carry_input(fd: int, process: Process) -> None:
         while data := os.read(fd, _READ_BYTES):
             process.streams.stdin.write(data, process.end, call)
     except (AgentError, Cancelled, OSError):
-        pass  # the process has ended or reads no more: what is left of its input is for nobody
+        pass  # the process has ended or stopped reading: the rest of its input is dropped
     finally:
         os.close(fd)
         process.end_input()

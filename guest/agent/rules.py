@@ -33,7 +33,7 @@ class Rules:
         self._former: list[bytes] | None = None
 
     def update(self, channel: NetlinkChannel, wanted: Iterable[Message]) -> list[str]:
-        """Make the given rules those of the host, in place of its former ones.
+        """Replace the host's former rules by the given ones.
 
         :param channel: to the kernel.
         :param wanted: hako.Rule messages.
@@ -68,7 +68,7 @@ class Rules:
 
 
 def _normal(body: bytes) -> bytes:
-    """Write a rule as the host does: attributes in their order, and none that says nothing."""
+    """Encode a rule as the host does: attributes in order, without empty ones."""
     family, *lengths, tos, table, _first, _second, action, flags = _HEADER.unpack_from(body)
     found = {_PRIORITY: bytes(4), _PROTOCOL: bytes(1)} | attributes(body[_HEADER.size :])
     found.pop(_PADDING, None)

@@ -52,7 +52,7 @@ class Started:
 
 
 def prepare() -> None:
-    """Do now what is done once, at the first command."""
+    """Do now what the first command would do once."""
     global _ahead  # noqa: PLW0603  there is one, for the first container
     _sealed_crun()
     _ahead = _Ahead()
@@ -140,7 +140,7 @@ def in_words_of_go(message: str, *, program: str) -> str:
     :param program: what is to be run; crun does not always say.
     :returns: the same with Go's words, which begin with small letters.
     """
-    # Go has one word for whatever is no program, a directory among them.
+    # Go has one phrase for every file that is not a program, directories included.
     message = message.replace(
         "open executable: Operation not permitted", "open executable: Permission denied"
     )
@@ -276,7 +276,7 @@ def start(container_id: str) -> None:
         finally:
             os.close(fd)
     except OSError:
-        # It knows best what is wrong.
+        # Its own error message is the best one.
         run("start", container_id)
 
 
@@ -291,7 +291,7 @@ def delete(container_id: str, *, path: str) -> None:
         cgroup.remove(path)
         files.remove_tree(f"{_STATE}/{container_id}")
     except OSError:
-        # A process may not be gone all the way, and crun waits for it.
+        # A process may not be wholly gone yet, and crun waits for it.
         run("delete", "--force", container_id)
 
 

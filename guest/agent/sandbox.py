@@ -27,7 +27,7 @@ _REST = _FIRST | frozenset("._-")
 
 
 class Sandbox:
-    """Everything the agent keeps for the one sandbox of this machine."""
+    """The state of the one sandbox of this machine."""
 
     def __init__(self) -> None:
         #: Whether a program of a container may have run.
@@ -120,7 +120,7 @@ class Sandbox:
         return container
 
     def _namespaces(self, linux: Message, *, shares_pid: bool) -> list[dict[str, str]]:
-        """Choose the namespaces: ipc and uts are the sandbox's, pid is decided by the request alone."""
+        """Choose the namespaces: ipc and uts are the sandbox's, and the request alone decides about pid."""
         chosen = []
         for namespace in linux.Namespaces:
             kind = _ALIASES.get(namespace.Type, namespace.Type)

@@ -50,7 +50,7 @@ class _Stream:
             try:
                 view = view[os.write(self._fd, view) :]
             except BlockingIOError:
-                # The port would keep an answer until the next host, whom it does not concern.
+                # The port would keep the answer for the next host, which did not ask.
                 if self._writable.poll()[0][1] & select.POLLHUP:
                     raise BrokenPipeError("the host has disconnected") from None
 
@@ -109,7 +109,7 @@ def _find_port() -> str | None:
 
 
 def _await_host(fd: int) -> None:
-    # Without a host the port is at its end, and only SIGIO tells of the host's coming.
+    # Without a host, the port is at its end, and only SIGIO announces a host.
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)

@@ -107,7 +107,7 @@ class Service:
 
     def _create_sandbox(self, request: Message, call: Call) -> Message:
         self._sandbox.create(request)
-        # Only for the host's sake, so nobody waits for it.
+        # Only the host profits, so the answer does not wait for it.
         call.afterwards = sizing.report_free_memory
         return self._empty
 

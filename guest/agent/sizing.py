@@ -47,13 +47,13 @@ def online_memory() -> None:
         except OSError as error:
             if error.errno not in {errno.EINVAL, errno.EBUSY}:
                 raise
-            # The driver refuses while it adds or removes the block, and then knows what is to become of it.
+            # The driver refuses while it adds or removes the block, and then decides about it itself.
             log(f"online: {name}: {error.strerror}")
     limits.follow()
 
 
 def report_free_memory() -> None:
-    """Tell the host of the memory nobody uses, from now on; only the host gains by it."""
+    """Report unused memory to the host from now on; only the host profits."""
     try:
         modules.load("virtio_balloon")
     except OSError as error:

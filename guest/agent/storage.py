@@ -97,7 +97,7 @@ def _make(storage: Message) -> Callable[[], None] | None:
             _mount(storage, storage.source)
             return lambda: kernel.unmount(storage.mount_point, flags=kernel.MNT_DETACH)
         case "bind":
-            # A container may have put a link in the way, which would lead anywhere in the machine.
+            # A container may have put a link into the path, which could lead anywhere in the machine.
             source = files.open_path(storage.source)
             try:
                 _mount(storage, f"/proc/self/fd/{source}")
@@ -183,7 +183,7 @@ def _unmount_disk(mount_point: str, node: str) -> None:
     try:
         kernel.sync_filesystem(mount_point)
     except OSError as error:
-        # Of a disk that was pulled out, what was not written is lost.
+        # Unwritten data of a disk that was pulled out is lost.
         log(f"storage: {mount_point}: {error}")
     try:
         kernel.unmount(mount_point)

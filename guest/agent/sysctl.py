@@ -89,7 +89,7 @@ class Settings:
             del self._asked[name], self._before[name]
 
     def update(self, wanted: dict[str, str]) -> list[str]:
-        """Make the given values the host's, in place of its former ones.
+        """Replace the host's former values by the given ones.
 
         What a container has set meanwhile stays, unless the host now asks for another value than before.
 

@@ -1,4 +1,4 @@
-"""What a machine does that is about to become a template: all that its clones would else do one by one."""
+"""What a future template does before it is saved: all that its clones would otherwise do one by one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from guest.agent import files, kernel, modules, runtime, workers
 from proto.extensions import TEMPLATE_PARAMETER
 
 _WORKERS = 6
-"""A connection, a wait for the end of a container and one for its want of memory, and its three streams."""
+"""One for a connection, a container's end, its kills for memory, and each of its three streams."""
 
 _MODULES = (
     # Every sandbox has a share.

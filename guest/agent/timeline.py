@@ -10,7 +10,7 @@ import time
 from guest.agent import kernel
 from proto.extensions import READY_MARK
 
-_MOST = 100  # the life of a machine has no end of requests; its start has
+_MOST = 100  # the requests of a whole life would be too many
 _BLOCKING = {"GetDiagnosticData", "GetOOMEvent", "ReadStderr", "ReadStdout", "WaitProcess", "WriteStdin"}
 _UNPACKING, _UNPACKED = b"] Trying to unpack rootfs image", b"] Freeing initrd memory"
 _BOOTED = b"] Run /init as init process"

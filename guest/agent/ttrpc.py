@@ -126,7 +126,7 @@ class Server:
         :param payload: the encoded request.
         :param call: the request's context.
         :returns: the encoded response.
-        :raises AgentError: whatever the handler answers with.
+        :raises AgentError: as the handler raises it.
         """
         if service not in self._methods:
             raise InvalidArgument(f"{service} service does not exist")

@@ -68,7 +68,7 @@ def _drain(channel: _socket.socket) -> None:
         except BlockingIOError:
             return
         except OSError as error:
-            # Some were lost, which is as good as having read them.
+            # Some were lost, but they would only have woken this thread.
             if error.errno != errno.ENOBUFS:
                 raise
 
@@ -112,7 +112,7 @@ def pci_directory(path: str) -> str | None:
 
 
 def virtio_children(path: str, kind: str) -> list[str]:
-    """Name what the driver of a virtio device has made of it.
+    """Return the name of the device that a virtio driver has made.
 
     :param path: PCI path of the device.
     :param kind: class of the children: ``block`` or ``net``.

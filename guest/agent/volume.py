@@ -18,7 +18,7 @@ _XFS_GROW = 0x4010586E
 
 
 def grow(mount_point: str, size_bytes: int) -> None:
-    """Let a filesystem fill its disk once that has a size.
+    """Grow a filesystem to its disk once the disk has the given size.
 
     :param mount_point: where it is mounted.
     :param size_bytes: the size the disk is getting.

@@ -1,4 +1,4 @@
-"""ConfigMaps, Secrets and projected volumes, kept up to date and announced to whoever watches them.
+"""ConfigMaps, Secrets and projected volumes, kept up to date, with events for programs that watch them.
 
 The kubelet publishes a new version of such a volume by pointing its ``..data`` link to a new directory. A
 shared filesystem carries that change into the machine, but no inotify event for it. So the volume is copied

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _PROGRAMS = ("crun", "python3-minimal", "libpython3-stdlib", "busybox-static")
-# Order matters: the console first, so that whatever fails later is seen; then the channel.
+# Order matters: the console first, so that later failures are seen; then the channel.
 _BOOT_MODULES = ("virtio_pci", "virtio_console", "vmw_vsock_virtio_transport")
 _LATER_MODULES = (
     # The share, when it is mounted: it need not be there before the agent answers.

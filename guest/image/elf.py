@@ -147,7 +147,7 @@ def parse(data: bytes, *, name: str) -> Elf:
 
 
 def slim_module(data: bytes, unwanted: Iterable[str]) -> bytes:
-    """Take sections out of a relocatable object, with their relocations and whatever follows the object.
+    """Remove sections from a relocatable object, with their relocations and all bytes after the object.
 
     Each section keeps its number, for symbols and relocations refer to sections by it: what is taken out
     stays behind as an empty section without a name.

@@ -23,7 +23,7 @@ _SECTOR = 512
 _UNWINDING = frozenset({".orc_unwind", ".orc_unwind_ip"})
 _FEWEST_TYPES = 1 << 12
 _UNWANTED = (
-    # Type information, at whose sight the kernel parses all of its own: for tracing alone.
+    # Type information, which makes the kernel parse all of its own; only tracing needs it.
     ".BTF",
     # Tables to follow the stack through a module, which are sorted when it is loaded: for reports of crashes.
     ".orc_unwind",
@@ -31,7 +31,7 @@ _UNWANTED = (
     ".comment",
 )
 """Sections of modules that cost more than they are good for. The signature, which covers all, goes with them:
-whoever can change a module in the image can change the kernel as well."""
+a process that can change a module in the image can change the kernel, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def vmlinux(image: bytes, *, name: str) -> bytes:
 
 
 def slim(kernel: bytes) -> bytes:
-    """Empty the kernel's tables that take memory in every machine, and that nothing needs which runs there.
+    """Empty tables of the kernel that take memory in every machine, and that no program there needs.
 
     The kernel still finds both: an unwinder that knows no frame, which makes the traces in reports of crashes
     a guess; and types of which there is but one, with which the kernel loads all programs that do not ask for

@@ -13,7 +13,7 @@ from guest.image.errors import ImageError
 if TYPE_CHECKING:
     from pathlib import Path
 
-# Resolving against an empty package status yields the whole closure, whatever this machine has installed.
+# Resolving against an empty package status yields the whole closure, regardless of this machine's packages.
 _APT = (
     "apt-get",
     "-o",

@@ -33,8 +33,8 @@ from shim.transport.ttrpc_client import TtrpcClient
 if TYPE_CHECKING:
     import socket
 
-SEED_BYTES = 64  # as many as the guest's kernel mixes at once
-_FIRST_CLOCK_ERROR_NS = 250_000_000  # before anything runs that asks for the time
+SEED_BYTES = 64  # the guest's kernel mixes as many at once
+_FIRST_CLOCK_ERROR_NS = 250_000_000  # no program that asks for the time runs yet
 _CLOCK_ERROR_NS = 2_000_000
 _MAX_SETTINGS = 5
 
@@ -73,11 +73,11 @@ class Agent:
 
     @classmethod
     async def over(cls, connection: socket.socket, *, timeout_s: float, is_clone: bool = False) -> Agent:
-        """Speak to the agent behind ``connection`` and have it answer.
+        """Connect to the agent behind ``connection`` and wait for its first answer.
 
         :param timeout_s: how long the first answer may take.
-        :param is_clone: whether others have started with the same memory; its guest gets a randomness and the
-            time of its own first.
+        :param is_clone: whether other machines have started with the same memory; if so, the guest first gets
+            a random seed of its own and the time.
         :raises DeadlineExceeded: if the agent does not answer in time.
         :raises Unavailable: if the connection breaks.
         """
@@ -90,7 +90,7 @@ class Agent:
         return agent
 
     async def check(self, *, timeout_s: float) -> None:
-        """Have the agent answer; see :meth:`shim.agent.connection.AgentConnection.check`."""
+        """Wait for an answer of the agent; see :meth:`shim.agent.connection.AgentConnection.check`."""
         await self._connection.check(timeout_s=timeout_s)
 
     async def aclose(self) -> None:
@@ -102,7 +102,7 @@ class Agent:
         await self._connection.wait_closed()
 
     async def become_unique(self, *, timeout_s: float) -> None:
-        """Give the guest a randomness of its own and the host's time, both at once.
+        """Give the guest its own random seed and the host's time, both at once.
 
         :raises DeadlineExceeded: if it does not answer in time.
         :raises ShimError: if it cannot, or the connection breaks.
@@ -114,9 +114,9 @@ class Agent:
         )
 
     async def set_time(self, *, timeout_s: float = CALL_TIMEOUT_S, error_ns: int = _CLOCK_ERROR_NS) -> None:
-        """Set the guest's clock; again if the message took longer, or less long, than was thought.
+        """Set the guest's clock, and set it again if the message took longer or shorter than assumed.
 
-        :param error_ns: how wrong it may be.
+        :param error_ns: how wrong it may be, in nanoseconds.
         """
         way_ns = 0
         for _ in range(_MAX_SETTINGS):
@@ -182,38 +182,38 @@ class Agent:
             await self._connection.call("UpdateEphemeralMounts", again, Empty)
 
     async def update_interface(self, interface: types_pb2.Interface) -> None:
-        """Set a network card up as described; one that is being plugged is waited for."""
+        """Set up a network card as described; wait for it if it is being plugged."""
         await self._connection.call(
             "UpdateInterface", agent_pb2.UpdateInterfaceRequest(interface=interface), types_pb2.Interface
         )
 
     async def update_routes(self, request: agent_pb2.UpdateRoutesRequest) -> list[str]:
-        """Add routes, in their order; a stock agent keeps those that it was told of before.
+        """Set the routes, in their order; a stock agent keeps earlier ones.
 
-        :returns: which of the rules and parameters in it the guest cannot have, and why.
+        :returns: the rules and parameters that the guest cannot have, and why.
         """
         answer = await self._connection.call("UpdateRoutes", request, agent_pb2.Routes)
         return list(answer.refused)
 
     async def add_arp_neighbors(self, neighbors: agent_pb2.ARPNeighbors) -> None:
-        """Fix the hardware addresses of neighbours; a stock agent keeps those that it was told of before."""
+        """Set the hardware addresses of neighbours; a stock agent keeps earlier ones."""
         request = agent_pb2.AddARPNeighborsRequest(neighbors=neighbors, complete=True)
         await self._connection.call("AddARPNeighbors", request, Empty)
 
     async def use_cpus(self, count: int) -> None:
-        """Let the guest use so many processors, and wait until it does."""
+        """Let the guest use this many processors, and wait until it does."""
         request = agent_pb2.OnlineCPUMemRequest(wait=True, nb_cpus=count, cpu_only=True)
         await self._connection.call("OnlineCPUMem", request, Empty)
 
     async def online_memory(self) -> None:
         """Make the guest ready for memory that is about to be added, or have it use what was added.
 
-        Hako's agent gives the kernel the limits that suit the memory there is, too.
+        Hako's agent also adapts the kernel's limits to the memory.
         """
         await self._connection.call("OnlineCPUMem", agent_pb2.OnlineCPUMemRequest(wait=True), Empty)
 
     async def follow_limits(self) -> None:
-        """Have the kernel's limits suit the memory that is left; only Hako's agent can."""
+        """Adapt the kernel's limits to the memory that is left; only Hako's agent can."""
         await self._connection.diagnose(LIMITS)
 
     async def keep_share_files_below(self, limit: int) -> None:
@@ -224,7 +224,7 @@ class Agent:
         await self._connection.diagnose(f"{SHARE_FILES} {limit}")
 
     async def timeline(self) -> str:
-        """Ask what it did and when.
+        """Ask what the agent did and when.
 
         Kata's protocol has no call for this; Hako's agent answers it as diagnostic data.
 

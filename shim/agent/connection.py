@@ -29,7 +29,7 @@ _Reply = TypeVar("_Reply", bound="Message")
 
 @dataclass(frozen=True, slots=True)
 class AgentFeatures:
-    """What an agent has said that it can do.
+    """The features that an agent has announced.
 
     :param is_hako: whether it is Hako's, which keeps a process' streams after its end; a stock agent forgets
         them with the first answer to WaitProcess.

@@ -64,7 +64,7 @@ class ContainerCalls:
         )
 
     async def resume(self, container_id: str) -> None:
-        """Let the processes of a frozen container go on."""
+        """Let the processes of a frozen container continue."""
         await self._connection.call(
             "ResumeContainer", agent_pb2.ResumeContainerRequest(container_id=container_id), Empty
         )
@@ -78,8 +78,8 @@ class ContainerCalls:
     ) -> None:
         """Change a container's limits inside the guest.
 
-        :param unified: limits as files of the control group, which only Hako's agent can change.
-        :raises InvalidArgument: if another is to.
+        :param unified: limits by the name of their cgroup file; only Hako's agent can change these.
+        :raises InvalidArgument: if ``unified`` is given and the agent is another.
         """
         if unified and not self._connection.features.is_hako:
             names = ", ".join(unified)
@@ -98,14 +98,14 @@ class ContainerCalls:
             )
 
     async def stats(self, container_id: str) -> agent_pb2.StatsContainerResponse:
-        """Measure a container."""
+        """Return a container's statistics."""
         request = agent_pb2.StatsContainerRequest(container_id=container_id)
         return await self._connection.call(
             "StatsContainer", request, agent_pb2.StatsContainerResponse, timeout_s=STATS_TIMEOUT_S
         )
 
     async def exec_ids(self, container_id: str) -> list[str]:
-        """List the processes of a container by the ids of their execs; init and children have an empty one.
+        """List the exec ids of a container's processes; init and child processes have an empty one.
 
         Kata's protocol has no call for this; Hako's agent answers it as diagnostic data.
 
@@ -116,7 +116,7 @@ class ContainerCalls:
 
 
 def _lift(resources: oci_pb2.LinuxResources) -> None:
-    """Say "no limit" to an agent to which every number below one says nothing."""
+    """Write "no limit" for a stock agent, which ignores numbers below one."""
     memory, cpu = resources.Memory, resources.CPU
     for name in ("Limit", "Swap"):
         if getattr(memory, name) < 0:
@@ -126,7 +126,7 @@ def _lift(resources: oci_pb2.LinuxResources) -> None:
 
 
 def _leave_out_empty_limits(resources: oci_pb2.LinuxResources) -> None:
-    """Forbid nothing that a guest may not have: a stock agent would fail."""
+    """Leave out limits of 0: a stock agent fails if the guest has no huge pages of that size."""
     limits = [limit for limit in resources.HugepageLimits if limit.Limit]
     del resources.HugepageLimits[:]
     resources.HugepageLimits.extend(limits)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from shim.agent.connection import AgentConnection
 
-COPIED_BYTES = 1 << 20  # by each message; the protocol's own are below 4 MiB
+COPIED_BYTES = 1 << 20  # in each message; the protocol's messages are below 4 MiB
 VOLUMES_TIMEOUT_S = 2.0  # part of a Delete, too
 
 
@@ -31,7 +31,7 @@ class FileCalls:
     async def mount_tmpfs(self, mount_point: str, *, options: list[str]) -> None:
         """Mount a tmpfs that lives as long as the machine.
 
-        :param options: of mount(8), one each. A stock agent takes those of a storage only by this call.
+        :param options: options of mount(8). A stock agent honours those of a storage only in this call.
         """
         storage = agent_pb2.Storage(
             driver="ephemeral", source="tmpfs", fstype="tmpfs", mount_point=mount_point, options=options
@@ -56,7 +56,7 @@ class FileCalls:
 
         :param target: its path in the guest.
         :param status: its type, mode and owners.
-        :param data: what is in the file, or where the link leads.
+        :param data: the file's content, or the link's target.
         """
         for offset in range(0, max(len(data), 1), COPIED_BYTES):
             request = agent_pb2.CopyFileRequest(
@@ -74,12 +74,12 @@ class FileCalls:
     async def change_volumes(self, storages: Iterable[agent_pb2.Storage]) -> None:
         """Mount volumes that belong to no container, or unmount those that have no source.
 
-        Only Hako's agent can: to a stock one, the request is about the size of memory.
+        Only Hako's agent can: a stock one takes the request for a change of a tmpfs's size.
         """
         request = agent_pb2.UpdateEphemeralMountsRequest(storages=storages)
         await self._connection.call("UpdateEphemeralMounts", request, Empty, timeout_s=VOLUMES_TIMEOUT_S)
 
     async def resize_volume(self, mount_point: str, *, size_bytes: int) -> None:
-        """Let the file system mounted at a path of the guest fill its disk, which has grown to a size."""
+        """Grow the file system mounted at a path of the guest to its disk's new size."""
         request = agent_pb2.ResizeVolumeRequest(volume_guest_path=mount_point, size=size_bytes)
         await self._connection.call("ResizeVolume", request, Empty)

@@ -1,6 +1,6 @@
 """A stream in frames: a size (u32, big-endian), then as many bytes; an empty frame is the end.
 
-The end is part of the stream because the ways to a guest do not all keep a closed half apart from a lost
+The end is part of the stream because some channels to a guest cannot tell a closed half from a lost
 connection.
 """
 
@@ -21,7 +21,7 @@ class StreamFrameError(Exception):
 
 
 class Unframer:
-    """Takes frames apart as their bytes come, in whatever pieces; it keeps none, so no frame is too large."""
+    """Decodes frames as their bytes arrive, in pieces of any size; it keeps none, so frames may be large."""
 
     def __init__(self) -> None:
         self._head = b""

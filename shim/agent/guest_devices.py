@@ -1,6 +1,6 @@
-"""Which device files are the guest's own: its kernel serves them under the numbers that every Linux has.
+"""The device files that the guest's kernel serves itself, under the numbers that every Linux has.
 
-Some of them need a module of the guest's kernel, which loads it when the file is first opened.
+Some need a module, which the guest's kernel loads when the file is first opened.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _LOOP_CONTROL = (_MISCELLANEOUS, 237)
 _DISK_GROUP = 6
 _LOOPS = 8  # as many as a kernel makes when the module is loaded
 
-# By path, what a privileged container is offered: minor number, mode and group, as on an ordinary host.
+# What a privileged container gets, by path: minor number, mode and group, as on an ordinary host.
 _MODULES_NODES = {
     "/dev/autofs": (235, 0o644, 0),
     "/dev/btrfs-control": (234, 0o660, _DISK_GROUP),
@@ -36,7 +36,7 @@ _CHARACTER_DEVICES = frozenset(
 
 
 def allows_everything(rules: Iterable[Mapping[str, Any]]) -> bool:
-    """Tell a privileged container, which is allowed everything and lists every device, wanted or not."""
+    """Tell whether a container is privileged: it may use every device, and lists all of the host's."""
     return any(
         rule.get("allow")
         and rule.get("major") is None
@@ -47,7 +47,7 @@ def allows_everything(rules: Iterable[Mapping[str, Any]]) -> bool:
 
 
 def is_of_the_guest(device: Mapping[str, Any], linux: Mapping[str, Any]) -> bool:
-    """Tell a device of the guest from one that only the host has.
+    """Tell whether a device is the guest's, not one that only the host has.
 
     :param device: an entry of ``linux.devices`` of a specification.
     :param linux: the ``linux`` object that it is in. A loop device is the host's, unless the container is
@@ -60,7 +60,7 @@ def is_of_the_guest(device: Mapping[str, Any], linux: Mapping[str, Any]) -> bool
 
 
 def offered(linux: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the devices that a privileged container has, named or not; none for another one.
+    """Return the devices that a privileged container has without naming them; none for others.
 
     :param linux: the ``linux`` object of a specification. With a user namespace there are none, either:
         nobody in it could own them.

@@ -13,7 +13,7 @@ _MARK = "-"  # containerd's ids do not end with it, and the agent's may
 
 
 def agent_id(container_id: str) -> str:
-    """Name a container as the agent is to know it; different ids have different names.
+    """Return a container's name at the agent; different ids have different names.
 
     :param container_id: containerd's id.
     :returns: a name of at least two characters, all of which Kata's agent allows.
@@ -22,7 +22,7 @@ def agent_id(container_id: str) -> str:
 
 
 def container_id(agent_id: str) -> str:
-    """Find the container that the agent speaks of.
+    """Return the id of a container that the agent names.
 
     :param agent_id: what :func:`agent_id` returned.
     """
@@ -30,12 +30,12 @@ def container_id(agent_id: str) -> str:
 
 
 def rootfs_of(agent_id: str) -> str:
-    """Name the directory in the guest on which a container's root file system is mounted if it is a disk."""
+    """Return the directory in the guest where a container's root file system is mounted from a disk."""
     return f"/run/kata-containers/{agent_id}/rootfs"
 
 
 def volume_in_share(number: int, label: str) -> str:
-    """Name a volume in the share, as no container and none of the guest's own is named.
+    """Name a volume in the share, unlike any container and any file of the guest's own.
 
     :param number: tells the volumes apart.
     :param label: tells a reader of the share what it is; it may be cut short.

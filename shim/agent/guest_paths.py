@@ -1,4 +1,4 @@
-"""Where the guest has what the shim gives it: paths that both sides know."""
+"""Paths in the guest of what the shim gives it; both sides know them."""
 
 from __future__ import annotations
 

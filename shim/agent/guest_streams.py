@@ -1,7 +1,7 @@
-"""How a process' streams cross between the guest and the host, with the same bytes either way.
+"""The guest's ends of a process' streams, as the shim reads and writes them.
 
-Raw streams if the channel has them, requests to the agent otherwise; but what is long goes on over a
-connection of its own if the agent is Hako's.
+Streams are raw if the channel can carry that, and otherwise travel in requests to the agent. If the agent is
+Hako's, a long one then continues over its own connection.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-READ_BYTES = 1024 * 1024  # the agent's limit, and what its pipes hold: a round trip costs more than the bytes
-LONG_BYTES = 256 * 1024  # from there on a connection is worth its making, which costs as much as two requests
+READ_BYTES = 1024 * 1024  # the agent's limit and its pipes' capacity: a round trip costs more than the bytes
+LONG_BYTES = 256 * 1024  # beyond it, a connection pays off; making one costs as much as two requests
 RECEIVE_BYTES = 256 * 1024  # more than a socket holds
 LONG_CONNECT_TIMEOUT_S = 10.0
-CONNECT_TIMEOUT_S = 1.0  # the agent serves by now: whoever does not listen never will
+CONNECT_TIMEOUT_S = 1.0  # the agent serves by now: a port without a listener will never have one
 
 
 class GuestStreams(Protocol):
-    """The streams of one process as the host sees them."""
+    """The guest's ends of one process' streams."""
 
     def announce(self, request: agent_pb2.CreateContainerRequest | agent_pb2.ExecProcessRequest) -> None:
-        """Say in the request that makes the process where its streams are."""
+        """Write into the request that makes the process where its streams are."""
 
     async def read(self, name: str) -> bytes | memoryview:
         """Block until ``stdout`` or ``stderr`` has bytes; empty at its end.
@@ -49,7 +49,7 @@ class GuestStreams(Protocol):
     async def write(self, data: bytes) -> None:
         """Write all of ``data`` to stdin; blocks while the process does not read.
 
-        :raises ShimError: if the process does not read any more.
+        :raises ShimError: if the process has stopped reading.
         """
 
     async def end_input(self) -> None:
@@ -59,11 +59,11 @@ class GuestStreams(Protocol):
         """
 
     def close(self) -> None:
-        """Give up what is left. May be called repeatedly."""
+        """Close what is still open. May be called repeatedly."""
 
 
 class RequestStreams:
-    """Streams carried by requests to the agent, each of them answered before the next.
+    """Streams in requests to the agent, one request after the other.
 
     :param agent: the agent.
     :param container_id: the container's id at the agent.
@@ -76,7 +76,7 @@ class RequestStreams:
         self._exec_id = exec_id
 
     def announce(self, request: agent_pb2.CreateContainerRequest | agent_pb2.ExecProcessRequest) -> None:
-        """Streams without a port are carried by requests."""
+        """Streams without a port travel in requests."""
 
     async def read(self, name: str) -> bytes | memoryview:
         """Block until there is output; empty at its end."""
@@ -92,11 +92,11 @@ class RequestStreams:
         await self._agent.processes.close_stdin(self._container_id, exec_id=self._exec_id)
 
     def close(self) -> None:
-        """Nothing is held here."""
+        """Do nothing: requests hold nothing open."""
 
 
 class LongStreams(RequestStreams):
-    """Streams that begin as requests; one that gets long goes on over a connection of its own.
+    """Streams that begin as requests; a long one continues over its own connection.
 
     :param agent: the agent.
     :param vm: the virtual machine, whose channel takes more connections than the agent's.
@@ -131,7 +131,7 @@ class LongStreams(RequestStreams):
 
     @override
     async def end_input(self) -> None:
-        """End stdin; what a connection has of it has been read then."""
+        """End stdin; a connection's bytes have all been read then."""
         if "stdin" in self._connections:
             await self._connections["stdin"].finish()
         else:
@@ -148,7 +148,7 @@ class LongStreams(RequestStreams):
             return True
         if self._carried[name] < LONG_BYTES:
             return False
-        self._carried[name] = 0  # if it cannot be had now, it is not asked for with every byte
+        self._carried[name] = 0  # after a refusal, the next attempt comes as late as the first
         connection = await _Connection.open(self._vm, f"{name}\0{self._name}")
         if connection is None:
             return False
@@ -157,7 +157,7 @@ class LongStreams(RequestStreams):
 
 
 class _Connection:
-    """A connection for one stream, in frames: a vsock may know no closed halves, nor deliver after a close.
+    """A connection for one stream, in frames: some vsocks know no half-closed connections.
 
     :param connection: to the agent.
     :param name: the stream's.
@@ -175,7 +175,7 @@ class _Connection:
     async def open(cls, vm: Hypervisor, name: str) -> Self | None:
         """Connect to the agent and name the stream.
 
-        :returns: None if the agent does not take it.
+        :returns: None if the agent refuses it.
         """
         opened: _Connection | None = None
         try:
@@ -194,7 +194,7 @@ class _Connection:
         return opened
 
     async def _be_accepted(self) -> None:
-        # Without a deadline: once the agent has accepted, some of the stream may be on its way here only.
+        # No deadline: once the agent has accepted, a new attempt could lose bytes that are on their way.
         answer = b""
         while len(answer) < len(END):
             data = await self._receive(len(END) - len(answer))
@@ -205,8 +205,7 @@ class _Connection:
     async def read(self) -> memoryview:
         """Block until there are bytes; empty at the end.
 
-        :raises Unavailable: if the guest is gone, or does not keep to the frames, once all is read that came
-            before.
+        :raises Unavailable: if the guest is gone or breaks the framing; bytes before that are read first.
         """
         while not self._received:
             if self._mistake is not None:
@@ -226,7 +225,7 @@ class _Connection:
     async def send(self, data: bytes) -> None:
         """Send all of ``data``.
 
-        :raises Unavailable: if the process does not read any more.
+        :raises Unavailable: if the process has stopped reading.
         """
         try:
             await self._loop.sock_sendall(self._connection, data)
@@ -234,9 +233,9 @@ class _Connection:
             raise Unavailable(f"stdio: {self._name}: {error.strerror}") from error
 
     async def finish(self) -> None:
-        """Send the end, and wait until the agent, which has read it, closes.
+        """Send the end, and wait until the agent has read it and closes.
 
-        :raises Unavailable: if the process does not read any more.
+        :raises Unavailable: if the process has stopped reading.
         """
         await self.send(END)
         await self._receive(1)
@@ -254,7 +253,7 @@ class _Connection:
 
 
 class RawStreams:
-    """Streams with a connection each, which the agent knows by the ports they come from.
+    """Streams with a connection each; the agent knows them by the ports they come from.
 
     :param connections: by the stream's name.
     """

@@ -1,9 +1,9 @@
-"""OCI runtime specification to agent message: what a container asked for, as the guest can give it.
+"""OCI runtime specification to agent message.
 
-Pure: values in, values out. ``oci_fields`` says what becomes of each field; here is how those that it calls
-replaced are rewritten, before everything is copied. Where the host meant something that only exists on the
-host (a namespace path, a device number, a cgroup), the guest gets its own; where a virtual machine cannot
-honour a wish silently dropping it would be a lie, so it is refused with the field's name.
+Pure: values in, values out. ``oci_fields`` says what becomes of each field. This module rewrites the replaced
+ones before everything is copied. Where the host meant something that only exists on the
+host (a namespace path, a device number, a cgroup), the guest gets its own; a wish that a virtual machine
+cannot honour is refused with the field's name, never dropped in silence.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DEVICE_MODE = 0o666  # crun's
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """What the agent is sent, and what must be shared before it is.
+    """The message for the agent, and what must be shared before it is sent.
 
     :param shared_mounts: for each mount of the specification what replaces it once it is shared, or none.
     """
@@ -65,7 +65,7 @@ def translate(
     :param sandbox_id: the id of its sandbox on the host.
     :param terminal: the request's own flag, which wins over the specification's.
     :param seccomp: whether the guest can apply a profile; if not, the profile is left out.
-    :param inheritance: what a runtime would hand down to a process.
+    :param inheritance: what a process would inherit from a runtime on the host.
     :raises InvalidArgument: if the specification is malformed or asks for what a guest cannot give.
     """
     with refusing_malformed(f"config.json of {container_id}"):
@@ -88,7 +88,7 @@ def _translate(
     container_id: str,
     seccomp: bool,
 ) -> Translation:
-    namespace_of(spec)  # who asks for the host's network wants to be reached there, and would wait in vain
+    namespace_of(spec)  # a container with the host's network wants to be reached there, which cannot work
     linux = spec.get("linux") or {}
     disks = disk_devices(linux)
     resources = without_limits_of(linux.get("resources") or {}, [(disk.major, disk.minor) for disk in disks])
@@ -110,7 +110,7 @@ def _translate(
         rewritten["linux"]["sysctl"] = sysctl
     message = oci_pb2.Spec(Process=process)
     copy(rewritten, message, path="")
-    message.ClearField("Hooks")  # even an empty one keeps an agent from its own
+    message.ClearField("Hooks")  # even an empty one keeps the agent from using its default
     return Translation(
         message,
         tuple(share for _, share in mounts),
@@ -150,7 +150,7 @@ def _linux(
 
 def _namespaces(namespaces: list[dict[str, Any]]) -> list[dict[str, str]]:
     wanted = {namespace["type"] for namespace in namespaces}
-    # The host's processes and IPC are not in the machine: who asks for them gets a container's usual ones.
+    # The host's processes and IPC are not in the machine: a request for them gives the usual namespaces.
     # pid is asked for with sandbox_pidns; network is the machine's own; cgroup and time the agent's.
     return [{"type": kind} for kind in (*_GUEST_NAMESPACES, *sorted({"user"} & wanted))]
 
@@ -166,12 +166,12 @@ def _devices(linux: dict[str, Any]) -> list[dict[str, Any]]:
         if is_of_the_guest(device, linux):
             kept.append(device)
         elif kind == "b" and not everything:
-            kept.append(device)  # as a disk of the machine; the agent gives it its number there
+            kept.append(device)  # a disk of the machine; the agent fills in its number
         elif not everything and not is_vfio(path):
             raise InvalidArgument(
                 f"spec: linux.devices: {path}: a device of the host does not exist in the guest; leave it out"
             )
-    # To a stock agent no mode is the mode of what has that path in the guest, which may be nothing.
+    # Without a mode, a stock agent takes that of the guest's file at the path, which may not exist.
     listed = [{**device, "fileMode": device.get("fileMode") or _DEVICE_MODE} for device in kept]
     return listed + offered(linux)
 

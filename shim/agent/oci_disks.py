@@ -1,6 +1,6 @@
-"""Which disks of the host a container is given: its root file system, or devices that it names.
+"""The disks of the host that a container is given: its root file system, or devices that it names.
 
-Pure, but for a look at what is behind a path or a number.
+Pure, except that it looks up paths and device numbers.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from proto.containerd.types_pb2 import Mount
 
-# What a guest can mount by itself: the file systems that snapshotters put on block devices and in files.
+# File systems that a guest can mount itself: those that snapshotters put on block devices and in files.
 _DISK_FILE_SYSTEMS = frozenset({"ext4", "xfs"})
-_LOOP = "loop"  # mount(8)'s word for "this is a file", which a guest sees as a disk all the same
+_LOOP = "loop"  # mount(8)'s word for "this is a file"; the guest sees a disk
 _THROTTLES = {
     "throttleReadBpsDevice": "read_bytes_per_s",
     "throttleWriteBpsDevice": "write_bytes_per_s",
@@ -67,7 +67,7 @@ class DiskDevice:
     limits: DiskLimits
 
     def path(self) -> Path:
-        """Find the host's name of it, which the kernel tells (a specification may name it otherwise).
+        """Find its path on the host by its number; the specification's path may differ.
 
         :raises OSError: if the host has no such device.
         """
@@ -77,7 +77,7 @@ class DiskDevice:
 
 
 def root_disk(rootfs: Iterable[Mount]) -> RootDisk | None:
-    """Tell whether a root file system is one that the guest mounts from a disk.
+    """Find the disk from which the guest mounts a root file system.
 
     :param rootfs: containerd's mounts.
     :returns: the disk, or None if the host mounts it and shares the result.
@@ -139,7 +139,7 @@ def limits_of(resources: Mapping[str, Any], number: tuple[int, int]) -> DiskLimi
 
 
 def without_limits_of(resources: Mapping[str, Any], numbers: Iterable[tuple[int, int]]) -> dict[str, Any]:
-    """Leave out the rates that the machine enforces; what is left of ``blockIO`` is for nobody.
+    """Leave out the rates that the machine enforces; nothing enforces the rest of ``blockIO``.
 
     :param resources: the ``linux.resources`` object of a specification.
     :param numbers: the major and minor numbers of the disks that the machine has.
@@ -159,7 +159,7 @@ def without_limits_of(resources: Mapping[str, Any], numbers: Iterable[tuple[int,
 
 
 def _may_write(rules: Iterable[Mapping[str, Any]], number: tuple[int, int]) -> bool:
-    """Read the access rules, of which the last that fits counts; a device without one is the container's."""
+    """Read the access rules. The last that matches counts; without one, access is allowed."""
     writable = True
     for rule in rules:
         fits = rule.get("type") in {"b", "a", None} and (

@@ -179,8 +179,8 @@ def row_of(path: str) -> Row | None:
 def copy(source: Mapping[str, Any], message: Message, *, path: str) -> None:
     """Copy one JSON object into the message that carries it, as the table says.
 
-    A field without a row is left out with a warning: it is newer than the table, and a client that sets
-    it everywhere must not lose every container to it.
+    A field without a row is left out with a warning. It is newer than the table, and a client may set it in
+    every container.
 
     :param source: the decoded object.
     :param message: the message to fill.
@@ -205,7 +205,7 @@ def copy(source: Mapping[str, Any], message: Message, *, path: str) -> None:
 
 
 def _asks_for_something(value: Any) -> bool:
-    """Tell a value that is set from one that is all zeros, as some clients send whole empty objects."""
+    """Tell whether a value is set; some clients send objects that are all zeros."""
     if isinstance(value, dict):
         return any(_asks_for_something(item) for item in value.values())
     return bool(value)
@@ -242,7 +242,7 @@ def _copy_value(value: Any, message: Message, field: FieldDescriptor) -> None:
 
 @contextmanager
 def refusing_malformed(what: str) -> Iterator[None]:
-    """Turn what reading JSON of the wrong shape raises into a refusal.
+    """Turn the exceptions of reading malformed JSON into a refusal.
 
     :param what: how the message begins.
     """

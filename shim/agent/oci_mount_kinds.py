@@ -1,8 +1,8 @@
-"""Who mounts what a specification asks for: the guest, or the host for it.
+"""Which side mounts a file system: the guest, or the host for it.
 
-runc hands every type that is no bind to mount(2). What such a file system is made of decides who can do that
-for a virtual machine: what lives in a kernel alone is mounted in the guest's; what is on disks or in
-directories of the host, which the guest would look for among its own, is mounted on the host and shared.
+runc passes every type but binds to mount(2). For a virtual machine, the type decides the side: a file system
+that exists only in a kernel is mounted in the guest. One on disks or directories of the host is mounted on
+the host and shared, because the guest would look for these among its own.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _REFUSED = {
     **dict.fromkeys(("9p", "autofs", "fuse", "fuseblk", "virtiofs"), _SERVED),
 }
 _LOOP = "it is for mount(8); attach the file to a loop device and name that"
-# What a bind of a mount may have of its own.
+# Options that a bind of a mount may have itself.
 _OF_A_BIND = frozenset({"ro", "rw"}) | {
     f"{no}{what}"
     for no in ("", "no")
@@ -109,17 +109,17 @@ class FileSystem:
 
 
 def kind_of(entry: dict[str, Any]) -> Kind:
-    """Tell who provides a mount.
+    """Tell which side provides a mount.
 
     :param entry: an element of the specification's ``mounts``.
-    :raises InvalidArgument: if nobody can; the message says why.
+    :raises InvalidArgument: if neither can; the message says why.
     """
     fstype, options = entry.get("type") or "", entry.get("options") or []
     if isinstance(entry, OfTheGuest):
         return Kind.GUEST
     if is_bind(entry):
         return Kind.BIND
-    # What is mounted again is there already, in the container.
+    # A remount's file system is already there, in the container.
     if fstype in _OF_THE_KERNEL or "remount" in options:
         return Kind.GUEST
     if not fstype:
@@ -184,7 +184,7 @@ def split_layers(value: str) -> list[tuple[str, str]]:
 
 
 def unescaped(value: str) -> str:
-    """Take the backslashes off that make characters of an option ordinary ones."""
+    """Remove the backslashes that escape characters of an option."""
     characters = iter(value)
     return "".join(next(characters, "") if one == "\\" else one for one in characters)
 

@@ -1,4 +1,4 @@
-"""A container's mounts: which files of the host must be shown to the guest, and where it finds them."""
+"""A container's mounts: files of the host that the guest must see, and where it finds them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from shim.agent import shared_memory
 from shim.agent.oci_mount_kinds import OfTheGuest
 from shim.errors import InvalidArgument
 
-_BOTH_WAYS = frozenset({"shared", "rshared"})  # mount_namespaces(7): what either mounts, the other sees
+_BOTH_WAYS = frozenset({"shared", "rshared"})  # mount_namespaces(7): each side sees the other's mounts
 _KERNEL_FILE_SYSTEMS = ("/proc", "/sys", "/dev")
-# The volumes that the kubelet rewrites while they are in use, and never lets a container write; a share
-# carries no inotify event for that.
+# Volumes that the kubelet rewrites while they are in use, and that no container may write. A share carries no
+# inotify events of that.
 _UPDATED_BY_KUBELET = re.compile(r"/kubernetes\.io~(configmap|secret|projected|downward-api)/[^/]+/?$")
 
 
@@ -26,7 +26,7 @@ class SharedMount:
     :param destination: path in the container.
     :param options: as the specification has them.
     :param is_updated: whether the kubelet rewrites it while it is in use: the guest keeps a copy up to date,
-        with events for who watches it.
+        with events for programs that watch it.
     """
 
     source: str
@@ -42,7 +42,7 @@ def rewrite_mount(entry: dict[str, Any]) -> tuple[dict[str, Any], SharedMount | 
     :returns: the mount to send; and what the host must share for it, which says what is sent instead.
     :raises KeyError: if it has no destination.
     :raises ValueError: if no file can have its source or destination.
-    :raises InvalidArgument: if what the container mounts below it is to be seen on the host.
+    :raises InvalidArgument: if the host must see what the container mounts below it.
     """
     destination = entry["destination"]
     source = entry.get("source") or ""

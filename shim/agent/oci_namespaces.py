@@ -1,4 +1,4 @@
-"""Which network namespace of the host a specification asks for."""
+"""The network namespace of the host that a specification asks for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OCI process to agent message: what a process asked for, and what runc gives one that asks for nothing."""
+"""OCI process to agent message: what a process asked for, and runc's defaults for the rest."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from shim.sandbox.inheritance import Inheritance
     from shim.sandbox.process import Process
 
-_NOBODYS_ID = (1 << 32) - 1  # to the kernel's calls it means "leave it as it is", which is root
+_NOBODYS_ID = (1 << 32) - 1  # to the kernel it means "unchanged", and so root
 
 
 def translate_process(
     process: dict[str, Any], *, terminal: bool, inheritance: Inheritance
 ) -> oci_pb2.Process:
-    """Translate an OCI process, whole: of a container's init or of an exec.
+    """Translate an OCI process: a container's init or an exec.
 
     :param process: the process as its client describes it.
     :param terminal: the request's own flag, which wins over the description's.
-    :param inheritance: what a runtime would hand down to it.
+    :param inheritance: what it would inherit from a runtime on the host.
     :raises InvalidArgument: if it is malformed, names no program, or asks for what a guest cannot give.
     """
     message = oci_pb2.Process()
@@ -57,9 +57,9 @@ def translate_exec(process: Process, *, of: dict[str, Any], inheritance: Inherit
     """Translate the description of an exec.
 
     :param process: the exec.
-    :param of: the specification of its container. From there it has, as with runc, how readily it is killed
-        for memory, and the capabilities if it names none.
-    :param inheritance: what a runtime would hand down to it.
+    :param of: the specification of its container. As with runc, the exec takes its OOM score from there, and
+        the capabilities if it names none.
+    :param inheritance: what it would inherit from a runtime on the host.
     :raises InvalidArgument: as :func:`translate_process` does.
     """
     init = of.get("process") or {}
@@ -93,7 +93,7 @@ def _user(process: dict[str, Any]) -> dict[str, Any]:
 
 
 def _environment(entries: list[str]) -> list[str]:
-    """Keep the last of several values of a variable, and leave an empty ``HOME`` to be found by the guest.
+    """Keep the last of several values of a variable; the guest finds the value of an empty ``HOME``.
 
     :raises InvalidArgument: if an entry is not a name and a value.
     """

@@ -1,4 +1,4 @@
-"""Which PCI devices of the host a container is given to drive by itself: those of its VFIO groups."""
+"""The PCI devices of the host that a container drives itself: those of its VFIO groups."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _GROUP = re.compile("/dev/vfio/([0-9]+)")
-_CONTAINER = "/dev/vfio/vfio"  # what a program that drives a group opens beside it
+_CONTAINER = "/dev/vfio/vfio"  # a program that drives a group also opens this
 _BRIDGE_CLASS = "0x0604"  # base class 06, subclass 04 of the PCI Code and ID Assignment Specification
 
 
 def is_vfio(path: str) -> bool:
-    """Tell the device nodes of VFIO, which a guest has no use for: its kernel drives the devices itself.
+    """Tell whether a path is a device node of VFIO. The guest needs none: its kernel drives the devices.
 
     :param path: the path in the container.
     """

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SIGNAL_TIMEOUT_S = 10.0  # a kill must fail, or reach for the machine, before a client gives up
-_MAX_STATUS = 255  # wait(2); containerd's own value for an exit that nobody can tell, too
+SIGNAL_TIMEOUT_S = 10.0  # a kill must fail, or end the machine, before a client gives up
+_MAX_STATUS = 255  # wait(2); containerd's own value for an unknown exit status, too
 
 
 class ProcessCalls:
@@ -37,7 +37,7 @@ class ProcessCalls:
     async def size_terminal(
         self, made: agent_pb2.CreateContainerRequest | agent_pb2.ExecProcessRequest, process: oci_pb2.Process
     ) -> None:
-        """Have a new terminal as large as its process asks for; a stock agent does not read that there."""
+        """Size a new terminal as its process asks for; a stock agent ignores the size in the process."""
         size = process.ConsoleSize
         if self._connection.features.is_hako or not (process.Terminal and size.Height and size.Width):
             return
@@ -56,7 +56,7 @@ class ProcessCalls:
     async def wait(self, container_id: str, *, exec_id: str) -> int:
         """Block until a process ends.
 
-        :returns: its exit code, or 128 plus the signal number; 255 for one that no process has.
+        :returns: its exit code, or 128 plus the signal's number; 255 if the agent answers an impossible one.
         """
         request = agent_pb2.WaitProcessRequest(container_id=container_id, exec_id=exec_id)
         reply = await self._connection.call(

@@ -1,7 +1,7 @@
-"""A pod's shared memory: a tmpfs that its manager makes on the host, and that the guest has itself.
+"""A pod's shared memory: its manager makes a tmpfs on the host, and the guest uses one of its own instead.
 
-What makes a mount the pod's shared memory is its source, not its destination: a volume at ``/dev/shm`` is a
-volume like any other.
+A mount is the pod's shared memory because of its source, not its destination: a volume at ``/dev/shm`` is an
+ordinary volume.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _PLACES = re.compile(
     r"|/containers/[^/]+/(?P<nerdctl>[^/]+)"
     r"|/(?P<podman>[^/]+)/userdata)/shm$"
 )
-_KERNELS_OWN = ("noexec", "nosuid", "nodev")  # what each of them mounts it with
+_KERNELS_OWN = ("noexec", "nosuid", "nodev")  # the options that each of them mounts it with
 
 
 def source_of(sandbox_id: str) -> str:
-    """Name the source that containerd's CRI would give the shared memory of a sandbox that it made itself."""
+    """Return the source that containerd's CRI gives the shared memory of a sandbox."""
     return f"/sandboxes/{sandbox_id}/shm"
 
 
@@ -61,8 +61,8 @@ def in_guest(entry: dict[str, Any]) -> dict[str, Any]:
     """Give the mount of the pod's shared memory the source that it has in the guest.
 
     :param entry: the mount.
-    :returns: the mount to send. It names the options of the file system, because a bind that names others
-        would lose them.
+    :returns: the mount to send. It names the options of the file system, because a bind with other
+        options would lose them.
     """
     options = [option for option in entry.get("options") or [] if option not in {"bind", "rbind"}]
     return {
@@ -84,7 +84,7 @@ def shares_hosts_ipc(spec: dict[str, Any]) -> bool:
 
 
 def size_of(spec: dict[str, Any], *, container_id: str) -> int:
-    """Measure the shared memory that a manager made on the host for a sandbox.
+    """Read the size of the shared memory that a manager made on the host for a sandbox.
 
     :param spec: the specification of the sandbox's first container, decoded and maybe malformed.
     :param container_id: its id, which is the sandbox's.

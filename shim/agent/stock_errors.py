@@ -1,7 +1,7 @@
-"""What a stock Kata agent answers when something fails, as an error of the shim in one line.
+"""Errors of a stock Kata agent, turned into errors of the shim in one line.
 
-Its messages are Rust's ``Debug`` of whatever failed: an anyhow error with its causes and perhaps the stack of
-the agent, one of these as a quoted string, or a ttrpc status inside of another one.
+Its messages are Rust's ``Debug`` output of an error: an anyhow error with its causes and maybe the agent's
+stack, one of these as a quoted string, or a ttrpc status inside another one.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _NO_HANDLER = re.compile(r"^/grpc\.AgentService/\w+ is not supported$")
 
 
 def plain(error: ShimError) -> ShimError:
-    """Say what an agent's error means.
+    """Return the error that an agent's error means.
 
     :param error: as it came.
-    :returns: the same if there is nothing to improve.
+    :returns: the same error if it needs no change.
     """
     message = str(error)
     kind: type[ShimError] = type(error)
@@ -37,7 +37,7 @@ def plain(error: ShimError) -> ShimError:
         kind, message = _CLASSES.get(status[1], kind), _unquoted(status[2])
     elif len(message) > 1 and message[0] == message[-1] == '"':
         message = _unquoted(message[1:-1])
-    elif _NO_HANDLER.match(message):  # it knows the method, which is not the same as having it
+    elif _NO_HANDLER.match(message):  # the agent knows the method but does not implement it
         kind = Unimplemented
     message = _in_one_line(message)
     return error if kind is type(error) and message == str(error) else kind(message)

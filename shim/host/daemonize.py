@@ -1,4 +1,4 @@
-"""Leave a daemon behind that holds nothing of ``start`` but the socket."""
+"""Leave a daemon behind that keeps only the socket of ``start``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _MAX_OOM_SCORE_ADJ = 1000
 
 
 def take_attributes(*, of: int) -> None:
-    """Give this process what a shim is to have; a privilege or kernel feature that is missing is not needed.
+    """Give this process a shim's kernel settings; a missing privilege or kernel feature is no error.
 
     :param of: the process that runs ``start``: the shim is a little more likely to be killed for memory, as
         containerd's shim contract asks.
@@ -91,7 +91,7 @@ def spawn(
 
 
 def fork(become: Callable[[], None], *, before: Callable[[int], None]) -> None:
-    """Have a child do something that does not return.
+    """Fork a child that does not return.
 
     :param become: what.
     :param before: called in this process with the child's pid while the child still waits, which it does

@@ -49,7 +49,7 @@ def pin(process: HostProcess) -> int | None:
         pidfd = os.pidfd_open(process.pid)
     except ProcessLookupError:
         return None
-    # The pidfd pins whoever has the pid now: only then does comparing the start time prove anything.
+    # The pidfd pins the process that has the pid now; only then does its start time prove anything.
     try:
         same = identify(process.pid) == process
     except ProcessLookupError:

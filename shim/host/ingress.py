@@ -1,4 +1,4 @@
-"""Take back the redirection of an interface's packets: what else was made for a machine dies with its taps.
+"""Remove the redirection of an interface's packets; all else that was made for a machine ends with its taps.
 
 Only the standard library: ``delete`` does this too, after a crash of the shim.
 """

@@ -1,7 +1,7 @@
-"""Limits of the host's kernel that its administrator has raised: containers in a machine have them, too.
+"""Limits of the host's kernel that its administrator has raised; containers in a machine get them, too.
 
-Under another runtime they hold for every container. Only those are told that have nothing to do with the size
-of the host; the guest's kernel chooses the others by its own.
+Under another runtime they hold for every container. Only limits that do not depend on the host's size are
+passed on; the guest's kernel derives the others from its own size.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _DEFAULTS = {
     "kernel.pty.max": 1 << 12,
     "vm.max_map_count": 65_530,
 }
-# The kernel allows so many as 1 % of the memory holds, of about this size each; from twice as many on,
-# somebody has chosen.
+# The kernel allows as many as fit into 1 % of the memory, at about this size each. Twice as many or more were
+# chosen by an administrator.
 _WATCHES = "fs.inotify.max_user_watches"
 _WATCH_BYTES = 1344
 
@@ -59,7 +59,7 @@ def raised(root: Path = _ROOT) -> dict[str, int]:
 
 
 def announce(spec: dict[str, Any], limits: dict[str, int]) -> dict[str, Any]:
-    """Give a container's specification the host's limits, in place of what it says of them itself.
+    """Write the host's limits into a container's specification, in place of its own such annotations.
 
     :param spec: the decoded ``config.json``.
     :param limits: value by name.

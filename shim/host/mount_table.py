@@ -46,7 +46,7 @@ class FilePlace:
 
     @property
     def path(self) -> str:
-        """Its path in its file system: the same by whichever mount it is reached."""
+        """Its path in its file system, which does not depend on the mount."""
         return _joined(self.mount.root, inside(self.real, self.mount.point) or "")
 
     @property

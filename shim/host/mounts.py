@@ -1,6 +1,6 @@
 """Mounts: the few system calls a sandbox needs, and containerd's mount list as flags and data.
 
-The shim lives in a mount namespace of its own, so whatever it mounts is gone with its processes and
+The shim lives in its own mount namespace, so its mounts are gone with its processes and
 never seen by the host. Python 3.11 has neither ``mount`` nor ``unshare``, hence ctypes.
 """
 
@@ -155,7 +155,7 @@ def _refused(number: int, what: str) -> ShimError:
 
 
 def unmount(target: Path) -> None:
-    """Detach whatever is mounted at or below ``target``, busy or not; nothing there is no error.
+    """Detach all mounts at or below ``target``, busy or not; none at all is no error.
 
     :raises Internal: if the kernel refuses.
     """
@@ -245,7 +245,7 @@ def bind_opened(
     follows: bool,
     what: str,
 ) -> None:
-    """Bind an open file or directory, whatever is at its path by now.
+    """Bind an open file or directory; its path may have changed since.
 
     Set-id programs and device files that a guest makes are neither on the host: the guest's kernel decides
     about them, and the file server needs only to see them.

@@ -114,7 +114,7 @@ def lock_existing(state_directory: str, *, wait: bool = True) -> int | None:
 
     :param state_directory: the state directory.
     :param wait: wait until it is our turn. A shim that ends must not: ``start`` holds the lock until the
-        shim is ready or dead, and whoever holds it undoes what a dead shim made.
+        shim is ready or dead, and its holder undoes what a dead shim made.
     :returns: a descriptor that holds the lock until it is closed, or nothing.
     """
     try:

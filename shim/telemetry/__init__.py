@@ -1,1 +1,1 @@
-"""What others are told: events, metrics, the log, timelines, and the last words of a sandbox."""
+"""What the shim reports: events, metrics, the log, timelines, and the last words of a sandbox."""

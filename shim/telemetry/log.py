@@ -10,7 +10,7 @@ from shim.override import override
 
 # A write of up to PIPE_BUF bytes is done whole or not at all; see pipe(7).
 _MAX_LINE = 4096
-# What they do step by step would bury what the shim does: hundreds of long lines for each interface.
+# Their debug lines would bury the shim's: hundreds of long lines for each interface.
 _VERBOSE_LIBRARIES = ("asyncio", "pyroute2")
 
 
@@ -50,7 +50,7 @@ class LogfmtFormatter(logging.Formatter):
             message = f"{message}: {self.formatException(record.exc_info)}"
         time = datetime.fromtimestamp(record.created, tz=UTC).isoformat(timespec="milliseconds")
         quoted = message.replace("\\", "\\\\").replace('"', '\\"')
-        # Guests and clients choose parts of messages; whoever reads the log has a terminal.
+        # Guests and clients choose parts of messages, and logs are read on terminals.
         quoted = "".join(
             mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in quoted
         )
@@ -60,7 +60,7 @@ class LogfmtFormatter(logging.Formatter):
 def configure(level: str, *, descriptor: int = 2) -> None:
     """Send all logging to standard error.
 
-    :param level: the least level that is written: ``debug``, ``info``, ``warning`` or ``error``.
+    :param level: the lowest level that is written: ``debug``, ``info``, ``warning`` or ``error``.
     :param descriptor: standard error, which ``start`` made non-blocking.
     """
     handler = PipeHandler(descriptor)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 _NS_PER_US = 1000
-# How either version says that memory has no limit; consumers take anything else for one.
+# How each version says that memory has no limit; consumers take any other value for a limit.
 _NO_LIMIT_V1 = (1 << 63) - (1 << 12)
 _NO_LIMIT_V2 = (1 << 64) - 1
 # memory.stat keys of cgroup v2 that the v2 message has fields for under the same name.
@@ -56,7 +56,7 @@ def host_has_cgroup_v2(root: Path = Path("/sys/fs/cgroup")) -> bool:
 def total(containers: Iterable[agent_pb2.StatsContainerResponse]) -> agent_pb2.StatsContainerResponse:
     """Add up what the containers of a pod use; limits are each container's own and stay out.
 
-    :param containers: what the agent measured of each.
+    :param containers: the agent's statistics of each.
     """
     result = agent_pb2.StatsContainerResponse()
     cgroup = result.cgroup_stats
@@ -86,7 +86,7 @@ def to_metrics(
 ) -> cgroups_v1_pb2.Metrics | cgroups_v2_pb2.Metrics:
     """Convert the agent's statistics.
 
-    :param stats: what the agent measured.
+    :param stats: the agent's statistics.
     :param unified: whether the host is in cgroup v2 mode.
     """
     return _to_v2(stats) if unified else _to_v1(stats)

@@ -1,7 +1,7 @@
-"""Where the time of a sandbox's start goes: phases, noted in memory by every process that lives through some.
+"""Where the time of a sandbox's start goes: each process notes its phases in memory.
 
 Each appends what it noted to one file beside the sandbox's state. All times are of CLOCK_MONOTONIC, which is
-the same for all processes of a host. ``start`` imports this, so it does without what costs time.
+the same for all processes of a host. ``start`` imports this module, so it avoids slow imports.
 """
 
 from __future__ import annotations

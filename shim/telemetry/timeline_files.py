@@ -36,7 +36,7 @@ class SandboxTimeline:
         self.is_drawn = os.environ.get(timeline.ENVIRONMENT_VARIABLE) == "1"
 
     def write(self, *, kept: bool = False) -> None:
-        """Write down where the time of the start went, so far; failing is logged.
+        """Write the timeline so far; a failure is logged.
 
         :param kept: also where it outlives the sandbox.
         """

@@ -47,7 +47,7 @@ class Method:
         :raises InvalidArgument: if the payload is not the request message.
         :raises DeadlineExceeded: if the handler did not finish in time; it was cancelled.
         :raises Internal: if the handler failed in an unforeseen way, which is logged with its traceback.
-        :raises ShimError: whatever the handler raises by intent.
+        :raises ShimError: as the handler raises it on purpose.
         """
         try:
             request = self.request_class.FromString(payload)
@@ -85,7 +85,7 @@ class Method:
 
 
 class Dispatch:
-    """Finds the method that a transport was asked for.
+    """Finds the method for a request.
 
     One object may stand under several descriptors, as for task v2 and v3, which differ only in the package of
     their messages. Each of its methods is then written against the request class of the **first** descriptor
@@ -135,7 +135,7 @@ def snake_case(name: str) -> str:
 
 
 def status_text(error: ShimError) -> str:
-    """Give the text of an error as every transport can carry it: bounded, one line, and printable.
+    """Return an error's text in a form that every transport can carry: short, one line, printable.
 
     Names of files may hold surrogate escapes, which no protobuf string accepts, and what a client or a guest
     sent may hold control characters, which clients print on terminals.

@@ -1,7 +1,7 @@
-"""A gRPC server that starts when somebody wants it: few sandboxes are ever asked over gRPC.
+"""A gRPC server that starts with the first connection: few sandboxes are ever asked over gRPC.
 
-Until then there is only the listening socket. gRPC can only listen on a socket that it made itself, so that
-takes the place of ours, and connections that came before are passed on to it.
+Until then there is only the listening socket. gRPC can only listen on a socket that it made itself: its
+socket then replaces ours, and earlier connections are passed on to it.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ async def _serve(dispatch: Dispatch, path: Path, listener: socket.socket, over: 
 
 
 async def _relay(client: socket.socket, path: Path) -> None:
-    """Pass on what goes either way until one side ends."""
+    """Copy bytes in both directions until one side ends."""
     with client, socket.socket(socket.AF_UNIX) as server, contextlib.suppress(OSError):
         client.setblocking(False)  # noqa: FBT003 - its only spelling
         server.setblocking(False)  # noqa: FBT003 - as above

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MAX_BODY = 4 << 20
-"""Longest body of a frame, in bytes; what is longer is refused in both directions."""
+"""Longest body of a frame, in bytes; longer ones are refused in both directions."""
 
 MAX_STREAM_ID = 0xFFFF_FFFF
 

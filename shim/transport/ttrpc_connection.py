@@ -30,7 +30,7 @@ class TtrpcConnection(asyncio.Protocol):
     def frame_received(self, frame: Frame | OversizedFrame) -> None:
         """Take the next frame.
 
-        :raises FrameError: if no peer in its right mind would send it; the connection is then dropped.
+        :raises FrameError: if a correct peer would never send it; the connection is then dropped.
         """
 
     @override
@@ -65,7 +65,7 @@ class TtrpcConnection(asyncio.Protocol):
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wake whoever waits for the connection."""
+        """Wake the tasks that wait for the connection."""
         if exc is not None:
             self.loss_cause = str(exc)
         self.lost.set()
@@ -74,7 +74,7 @@ class TtrpcConnection(asyncio.Protocol):
     async def writable(self) -> None:
         """Wait in turn until the write buffer has room, or the connection is lost."""
         async with self._turn:
-            # Whoever had the turn before may have filled the buffer again.
+            # The writer before this one may have filled the buffer again.
             while not self._writable.is_set():
                 await self._writable.wait()
 
@@ -86,7 +86,7 @@ class TtrpcConnection(asyncio.Protocol):
     def drop(self, cause: str) -> None:
         """End the connection now, without sending what is still buffered.
 
-        :param cause: what to say to those who still want to use it.
+        :param cause: the error for later calls on it.
         """
         self.loss_cause = cause
         self.transport.abort()

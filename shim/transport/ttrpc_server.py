@@ -72,7 +72,7 @@ class _ClientConnection(TtrpcConnection):
     @override
     def frame_received(self, frame: Frame | OversizedFrame) -> None:
         if self._draining:
-            return  # the end of the connection will tell the client
+            return  # the client will see the end of the connection
         try:
             request = self._check(frame)
         except ShimError as error:
@@ -84,7 +84,7 @@ class _ClientConnection(TtrpcConnection):
         handler.add_done_callback(self._handlers.discard)
 
     def _check(self, frame: Frame | OversizedFrame) -> Frame:
-        """Refuse what is no new, plain request (rules of the ttrpc 1.2 server)."""
+        """Refuse frames that do not begin a plain request (rules of the ttrpc 1.2 server)."""
         if frame.kind is FrameType.RESPONSE:
             raise FrameError("a client sent a response")
         if frame.kind is FrameType.DATA:
@@ -127,8 +127,8 @@ class _ClientConnection(TtrpcConnection):
     async def finish(self) -> None:
         """Wait until every request is answered and every answer sent, then hang up.
 
-        The client is let to do so first: one that meets the end of the connection together with an answer
-        may report the end, as containerd's does.
+        The client may hang up first: one that sees the end of the connection together with an answer may
+        report the end instead, as containerd's does.
         """
         if self._handlers:
             await asyncio.wait(self._handlers)
