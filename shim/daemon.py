@@ -17,9 +17,13 @@ from shim.errors import ShimError
 from shim.host import mounts, state_directory
 from shim.host.ledger import Ledger
 from shim.machine import pod
+from shim.machine.machine import Machine
 from shim.sandbox.bundle import read_spec
 from shim.sandbox.containers import Containers
+from shim.sandbox.context import Context
 from shim.sandbox.sandbox import Sandbox
+from shim.sandbox.shared_volumes import SharedVolumes
+from shim.sandbox.work import Work
 from shim.services.sandbox import SandboxService
 from shim.services.task import TaskService
 from shim.telemetry import timeline
@@ -79,15 +83,18 @@ async def _serve(
     try:
         async with asyncio.TaskGroup() as group:
             publishing = group.create_task(publisher.run(), name="events")
-            sandbox = Sandbox(
-                record,
+            context = Context(
+                record=record,
                 config=config,
-                publisher=publisher,
                 ledger=ledger,
-                group=group,
+                publisher=publisher,
+                work=Work(group),
+                leave=over.set,
                 host_mounts=host_mounts,
             )
-            containers = Containers(sandbox, record=record, ledger=ledger, leave=over.set)
+            machine = Machine(record.id, directory=context.directory, config=config, ledger=ledger)
+            sandbox = Sandbox(context, machine)
+            containers = Containers(context, sandbox, SharedVolumes.of(machine, work=context.work))
             found = _pod_of(Path(record.bundle), record.id)
             if found is not None:  # otherwise CreateSandbox tells
                 sandbox.start(found)

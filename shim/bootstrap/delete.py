@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from shim.bootstrap.command_line import CommandLine
 
 #: 128 + SIGKILL: what containerd reports for a task whose shim could not say how it ended.
-_KILLED = 137
 #: How long a shim without containers may take to end before it is killed.
 _GRACE_S = 2.0
 _KILL_TIMEOUT_S = 2.0
@@ -47,7 +46,7 @@ def delete(line: CommandLine) -> bytes:
     finally:
         if was_deserted:
             _run_hooks(bundle, line.id)
-    return wire.encode_delete_response(exit_status=_KILLED, exited_at=time.time())
+    return wire.encode_delete_response(exit_status=host_process.STATUS_KILLED, exited_at=time.time())
 
 
 def _working_directory() -> str:

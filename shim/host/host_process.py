@@ -14,6 +14,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+#: The exit status of a process that SIGKILL ended, as shells and containerd count.
+STATUS_KILLED = 128 + signal.SIGKILL
+
 
 class HostProcess(Record):
     """A process that was running when it was recorded."""

@@ -1,17 +1,28 @@
-"""Waiting for a clone to answer, and whose fault it is if it does not."""
+"""What a machine is cloned from, and whose fault it is if the clone does not answer."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hypervisor import GuestLateError, TemplateLateError
+from hypervisor import GuestLateError, HypervisorError, TemplateLateError, template_key
 from shim.errors import DeadlineExceeded
+from shim.machine import template_builder
+from shim.machine.pod import refuses_template
+from shim.machine.sizing import plan
+from shim.machine.template_store import TemplateStore
+from shim.refusal import Refusal
 
 if TYPE_CHECKING:
     import socket
 
-    from hypervisor import QemuHypervisor
+    from hypervisor import QemuHypervisor, VmSpec
+    from shim.config import Config
+    from shim.machine.pod import PodSpec
+    from shim.machine.sizing import Plan
+    from shim.machine.template_store import Template
 
 log = logging.getLogger(__name__)
 
@@ -48,3 +59,99 @@ def blames_template(error: Exception, *, starved: bool) -> bool:
     :param starved: whether the clone's QEMU waited for a processor for longer than it had one.
     """
     return not (starved and isinstance(error, LATE))
+
+
+def clone_of(spec: VmSpec, sizes: Plan, template: Template | None) -> VmSpec:
+    """Describe the machine that is cloned: one that can grow has the size that any can grow from.
+
+    :param spec: the machine as it would boot.
+    :param sizes: what it starts with, and how it may grow.
+    :param template: what it is cloned from, if that is known.
+    """
+    size = sizes.boot if sizes.most == sizes.boot else sizes.base
+    return dataclasses.replace(
+        spec,
+        vcpus=size.vcpus,
+        memory_bytes=size.memory_bytes,
+        template=template.path if template else None,
+    )
+
+
+class Cloning:
+    """The choice of a template for one machine, and the judgement on it.
+
+    :param sandbox_id: whose machine it is, for the log.
+    :param config: the operator's configuration.
+    """
+
+    def __init__(self, sandbox_id: str, *, config: Config) -> None:
+        self.templates = TemplateStore(Path(config.hypervisor.template_dir))
+        #: Whether the machine could have been cloned, had there been a template.
+        self.lacks_template = False
+        self._id = sandbox_id
+        self._config = config.hypervisor
+
+    def find(self, spec: VmSpec, sizes: Plan, pod: PodSpec) -> Template | None:
+        """Find what a machine can be cloned from, and log why there is nothing.
+
+        :param spec: the machine.
+        :param sizes: what it starts with, and how it may grow.
+        :param pod: what it is for.
+        """
+        if self._config.template == "off":
+            return None
+        if self._config.huge_pages:
+            log.info(
+                "boot: sandbox %s: its memory is of huge pages, which are not copied; boots cold", self._id
+            )
+            return None
+        if refuses_template(pod.oci):
+            log.info("boot: sandbox %s: wants no clone; boots cold", self._id)
+            return None
+        try:
+            key = template_key(clone_of(spec, sizes, None))
+            template = self.templates.find(key)
+            if template is None:
+                why = self.templates.failure(key)
+                # Machines of other sizes are too many to have a template of each.
+                self.lacks_template = not why and sizes.most == plan(self._config, {}).most
+                if not why and self.templates.is_building():
+                    why, self.lacks_template = "one is being built", False
+                log.info("boot: template %.12s: %s; boots cold", key, why or "there is none yet")
+        except (Refusal, HypervisorError, OSError) as error:
+            log.warning("boot: %s; boots cold", error)
+            return None
+        return template
+
+    def judge(self, template: Template, error: Exception, *, starved: bool) -> None:
+        """Keep or remove the template of a clone that did not come up, and log what was done.
+
+        :param template: the template.
+        :param error: what the clone failed with.
+        :param starved: whether the clone's QEMU waited for a processor for longer than it had one.
+        """
+        advice = 'if clones go on to fail on this host, set [hypervisor] template = "off"'
+        to_blame = blames_template(error, starved=starved)
+        try:
+            if not to_blame or (isinstance(error, LATE) and not self.templates.is_late(template)):
+                fate = "it is kept, for the host may only be busy"
+            else:
+                self.templates.discard(template, reason=str(error))
+                self.lacks_template = not self.templates.failure(template.key)
+                fate = "it is removed"
+        except OSError as failure:
+            fate = f"it cannot be removed: {failure}"
+        log.warning(
+            "boot: template %.12s: %s; %s, and the machine boots cold; %s", template.key, error, fate, advice
+        )
+
+    async def build_what_lacks(self, config_text: str, *, mount_namespace: int | None) -> None:
+        """Have a template built in the background if the machine could have used one.
+
+        :param config_text: the text of the configuration.
+        :param mount_namespace: where the builder runs, open; None is this process's own.
+        """
+        if self.lacks_template:
+            await template_builder.start_unless_building(
+                config_text, self.templates, mount_namespace=mount_namespace
+            )

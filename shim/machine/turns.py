@@ -18,7 +18,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hypervisor import Accelerator
 from shim.host import private_directory
+from shim.telemetry import timeline
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -30,6 +32,24 @@ _PATIENCE_S = 60.0
 """Who waits for longer goes on without a turn. The kubelet gives a pod two minutes."""
 _LONGEST_S = 10.0
 """A turn ends after this, if what it was for has not: machines that hang must not keep the others waiting."""
+
+
+@contextlib.asynccontextmanager
+async def turn_of(accelerator: Accelerator, *, lane: str, given_up: asyncio.Event) -> AsyncIterator[None]:
+    """Do the block when the host has a processor for it; for work of a guest that a client waits for.
+
+    :param accelerator: how the guest's instructions are run; only emulation has turns.
+    :param lane: of the timeline, where the wait is noted.
+    :param given_up: ends the wait once it is set.
+    """
+    if accelerator is not Accelerator.TCG:
+        yield
+        return
+    at_once = len(os.sched_getaffinity(0))
+    async with contextlib.AsyncExitStack() as stack:
+        with timeline.phase("wait for a turn", lane=lane):
+            await stack.enter_async_context(turn(DIRECTORY, at_once=at_once, given_up=given_up))
+        yield
 
 
 @contextlib.asynccontextmanager

@@ -12,10 +12,13 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
+import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shim.errors import NotFound
+from shim.host.host_process import STATUS_KILLED
 from shim.sandbox import task_events
+from shim.sandbox.life import Life
 from shim.sandbox.process import Input, Process, State
 from shim.sandbox.stream_copying import DRAIN_TIMEOUT_S
 
@@ -25,8 +28,11 @@ if TYPE_CHECKING:
 
     from proto.containerd.types_pb2 import Mount
     from proto.kata import agent_pb2
+    from shim.sandbox.hooks import Hooks
     from shim.sandbox.host_streams import Stdio
     from shim.sandbox.sandbox import Sandbox
+
+log = logging.getLogger(__name__)
 
 
 class Siblings(Protocol):
@@ -63,6 +69,7 @@ class Container(abc.ABC):
     :param stdio: init's stream paths.
     :param sandbox: the machine it belongs to.
     :param siblings: all containers of the sandbox.
+    :param hooks: programs of the host that its specification names.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class Container(abc.ABC):
         stdio: Stdio,
         sandbox: Sandbox,
         siblings: Siblings,
+        hooks: Hooks,
     ) -> None:
         self.id = container_id
         self.bundle = bundle
@@ -83,7 +91,7 @@ class Container(abc.ABC):
         self.lock = asyncio.Lock()
         self._sandbox = sandbox
         self._siblings = siblings
-        self._hooks = sandbox.hooks(container_id, bundle=bundle, spec=spec)
+        self._hooks = hooks
         self._settled = asyncio.Event()
 
     def process(self, exec_id: str) -> Process:
@@ -272,6 +280,17 @@ class Container(abc.ABC):
         if self.init.state is State.DELETED:
             raise NotFound(f"container {self.id}: not found")
         self.init.require(Input.DELETE)
+
+    async def _machine_ended(self, process: Process) -> int:
+        """Wait until the machine has ended, and log what that means for a process.
+
+        :returns: the exit status of the process.
+        """
+        await self._sandbox.ended.wait()
+        level = logging.WARNING if self._sandbox.state is Life.DIED else logging.INFO
+        reason = self._sandbox.reason_of_end
+        log.log(level, "wait: %s: %s; its status is %d", process, reason, STATUS_KILLED)
+        return STATUS_KILLED
 
     def _report_exit(self, process: Process, status: int) -> None:
         if process.exit(status):

@@ -15,23 +15,24 @@ from shim.machine.sizing import with_memory
 from shim.sandbox import task_events
 from shim.sandbox.bundle import read_spec
 from shim.sandbox.guest_container import GuestContainer
+from shim.sandbox.hooks import Hooks
+from shim.sandbox.life import Life
 from shim.sandbox.pause_container import PauseContainer
-from shim.sandbox.shared_volumes import SharedVolumes
 from shim.telemetry import metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from pathlib import Path
 
     from proto.containerd.types_pb2 import Mount
     from proto.kata import agent_pb2
-    from shim.agent.client import Agent
-    from shim.host.ledger import Ledger
-    from shim.host.state_directory import StartRecord
+    from shim.machine.running import RunningMachine
     from shim.machine.sizing import Limits
     from shim.sandbox.container import Container
+    from shim.sandbox.context import Context
     from shim.sandbox.host_streams import Stdio
     from shim.sandbox.sandbox import Sandbox
+    from shim.sandbox.shared_volumes import SharedVolumes
 
 log = logging.getLogger(__name__)
 
@@ -42,37 +43,34 @@ LAST_OUTPUTS_TIMEOUT_S = 2.0  # for clients that read; the others lose what is l
 class Containers:
     """The containers of one sandbox.
 
-    :param sandbox: the machine that they are in.
-    :param record: how the shim was started.
-    :param ledger: where everything that must be undone is written down.
-    :param leave: ends the shim.
+    :param context: what the daemon gives them.
+    :param sandbox: the life of the machine that they are in.
+    :param volumes: what they share of the host's files.
     """
 
-    def __init__(
-        self, sandbox: Sandbox, *, record: StartRecord, ledger: Ledger, leave: Callable[[], None]
-    ) -> None:
+    def __init__(self, context: Context, sandbox: Sandbox, volumes: SharedVolumes) -> None:
+        self._context = context
         self._sandbox = sandbox
-        self._record = record
-        self._ledger = ledger
-        self._leave = leave
+        self._ledger = context.ledger
+        self._leave = context.leave
         self._all: dict[str, Container] = {}
-        self._volumes = SharedVolumes.of(sandbox.machine, work=sandbox.work)
+        self._volumes = volumes
         #: Version 3 of the shim protocol: containerd creates further containers without a ``start``.
-        self._is_joined_without_start = record.version >= 3
+        self._is_joined_without_start = context.record.version >= 3
         self._was_told_to_end = False
         sandbox.while_running(self._report_ooms, name="out of memory")
         sandbox.while_running(self._follow_network, name="network")
         sandbox.while_running(self._grow_at_first, name="grow")
-        sandbox.while_running(self._volumes.bound_files, name="share")
+        sandbox.while_running(lambda running: running.bound_files(), name="share")
 
     @property
     def is_needed(self) -> bool:
         """Whether containerd has a container in the sandbox, or holds it by its sandbox service."""
-        return bool(self._all) or self._sandbox.held
+        return bool(self._all) or self._sandbox.is_held
 
     def has_other_uses(self, container_id: str) -> bool:
         """Tell whether the machine serves another container, or containerd's sandbox service."""
-        return self._sandbox.held or any(other != container_id for other in self._all)
+        return self._sandbox.is_held or any(other != container_id for other in self._all)
 
     async def create(
         self, container_id: str, *, bundle: Path, rootfs: Iterable[Mount], stdio: Stdio
@@ -82,7 +80,7 @@ class Containers:
         :raises AlreadyExists: if the id is taken.
         :raises ShimError: if a step fails; the id is free again.
         """
-        if not self._sandbox.is_started:
+        if self._sandbox.state is Life.AWAITED:
             raise FailedPrecondition(f"create: container {container_id}: its sandbox is not created yet")
         if container_id in self._all:
             raise AlreadyExists(f"create: container {container_id}: already exists")
@@ -91,7 +89,7 @@ class Containers:
         self._ledger.created(container_id)
         try:
             if self._is_joined_without_start:
-                self._point_to_state(bundle)
+                _point_to_state(self._context, bundle)
             await container.create(rootfs)
         except BaseException:
             self.forget(container_id)
@@ -102,9 +100,22 @@ class Containers:
         spec = read_spec(bundle)
         check_names(spec)
         check_pod(spec, sandbox_id=self._sandbox.id)
+        hooks = Hooks(
+            container_id,
+            bundle=bundle,
+            spec=spec,
+            mount_namespace=self._context.host_mounts,
+            ledger=self._ledger,
+        )
         if is_pause(spec):
             return PauseContainer(
-                container_id, bundle=bundle, spec=spec, stdio=stdio, sandbox=self._sandbox, siblings=self
+                container_id,
+                bundle=bundle,
+                spec=spec,
+                stdio=stdio,
+                sandbox=self._sandbox,
+                siblings=self,
+                hooks=hooks,
             )
         return GuestContainer(
             container_id,
@@ -113,15 +124,9 @@ class Containers:
             stdio=stdio,
             sandbox=self._sandbox,
             siblings=self,
+            hooks=hooks,
             volumes=self._volumes,
         )
-
-    def _point_to_state(self, bundle: Path) -> None:
-        """Leave in the bundle what ``start`` would have, had it been run for this container."""
-        try:
-            state_directory.point_to(self._record.state_directory, bundle=str(bundle))
-        except OSError as error:
-            raise Internal(f"create: {bundle}: {error.strerror}; look at the host") from error
 
     def get(self, container_id: str) -> Container:
         """Find a container that has been created.
@@ -197,18 +202,18 @@ class Containers:
 
         :raises ResourceExhausted: if that is impossible.
         """
-        await self._sandbox.machine.grow(await self._sandbox.agent(), self._live_limits())
+        await (await self._sandbox.running()).grow(self._live_limits())
 
     async def shrink(self) -> None:
         """Take from the machine what no container needs."""
-        await self._sandbox.machine.shrink(await self._sandbox.agent(), self._live_limits())
+        await (await self._sandbox.running()).shrink(self._live_limits())
 
     async def stats(self) -> agent_pb2.StatsContainerResponse:
         """Measure all containers together.
 
         :raises ShimError: if the machine is not up.
         """
-        await self._sandbox.agent()
+        await self._sandbox.running()
         measured = await asyncio.gather(*(_measure(one) for one in self._guests()))
         return metrics.total(one for one in measured if one is not None)
 
@@ -229,10 +234,10 @@ class Containers:
         live = {one.id: one.limits for one in self._guests() if not one.init.exited.is_set()}
         return with_memory(live.values(), self._volumes.memory.needed_bytes(live))
 
-    async def _grow_at_first(self, _agent: Agent) -> None:
+    async def _grow_at_first(self, running: RunningMachine) -> None:
         """Give a clone, which may be smaller, the size that its containers are known to need."""
         try:
-            await self.grow()
+            await running.grow(self._live_limits())
         except ShimError as error:  # the next container tries again, and fails if need be
             log.warning("grow: sandbox %s: %s", self._sandbox.id, error)
 
@@ -242,28 +247,27 @@ class Containers:
         except ShimError as error:
             log.debug("shrink: sandbox %s: %s", self._sandbox.id, error)
 
-    async def _report_ooms(self, agent: Agent) -> None:
+    async def _report_ooms(self, running: RunningMachine) -> None:
         """Tell containerd of each container in which the guest's kernel killed for memory."""
         try:
             while True:
-                container_id = guest_names.container_id(await agent.next_oom())
+                container_id = guest_names.container_id(await running.agent.next_oom())
                 if container_id in self._all:
                     self._sandbox.publish(*task_events.out_of_memory(container_id))
         except ShimError as error:
             log.debug("out of memory: no more reports: %s", error)
 
-    async def _follow_network(self, _agent: Agent) -> None:
+    async def _follow_network(self, running: RunningMachine) -> None:
         """Give the machine what comes to its network namespace later, as ``docker network connect`` does.
 
         Once all containers have ended, what goes from the namespace goes because of that.
         """
-        machine = self._sandbox.machine
         while True:
-            await machine.network_changed()
+            await running.network_changed()
             if all(one.init.exited.is_set() for one in self._all.values()):
                 continue
             try:
-                await machine.follow_network()
+                await running.follow_network()
             except ShimError as error:
                 log.warning("network: sandbox %s: %s", self._sandbox.id, error)
 
@@ -274,6 +278,14 @@ class Containers:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_OUTPUTS_TIMEOUT_S):
                 await asyncio.gather(*exits)
+
+
+def _point_to_state(context: Context, bundle: Path) -> None:
+    """Leave in a bundle what ``start`` would have, had it been run for its container."""
+    try:
+        state_directory.point_to(context.record.state_directory, bundle=str(bundle))
+    except OSError as error:
+        raise Internal(f"create: {bundle}: {error.strerror}; look at the host") from error
 
 
 async def _measure(container: GuestContainer) -> agent_pb2.StatsContainerResponse | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from shim.errors import (
     ShimError,
     Unavailable,
 )
+from shim.host.host_process import STATUS_KILLED
 from shim.machine.sizing import limits_of
 from shim.override import override
 from shim.sandbox import killing, task_events
@@ -46,16 +46,17 @@ if TYPE_CHECKING:
     from shim.agent.client import Agent
     from shim.agent.guest_streams import GuestStreams
     from shim.sandbox.container import Siblings
+    from shim.sandbox.hooks import Hooks
     from shim.sandbox.host_streams import Stdio
     from shim.sandbox.sandbox import Sandbox
     from shim.sandbox.shared_volumes import SharedVolumes
 
 log = logging.getLogger(__name__)
 
-STATUS_MACHINE_GONE = 128 + signal.SIGKILL  # as a process whose machine was switched off under it
 SETTLED_S = 1.0  # a process that is silent for so long may never write anything
 _DRAWN = f"{timeline.ENVIRONMENT_VARIABLE}=1"
 STATUS_UNKNOWN = 255  # containerd's own value for an exit status that is not known
+MACHINE_END_TIMEOUT_S = 10.0  # for a machine that the agent is gone from to end
 EXECS_GONE_TIMEOUT_S = 5.0  # the kernel ends them with their pid namespace; only the report takes time
 
 
@@ -68,6 +69,7 @@ class GuestContainer(Container):
     :param stdio: init's stream paths.
     :param sandbox: the machine it runs in.
     :param siblings: all containers of the sandbox.
+    :param hooks: programs of the host that its specification names.
     :param volumes: what they share of the host's files.
     """
 
@@ -80,10 +82,17 @@ class GuestContainer(Container):
         stdio: Stdio,
         sandbox: Sandbox,
         siblings: Siblings,
+        hooks: Hooks,
         volumes: SharedVolumes,
     ) -> None:
         super().__init__(
-            container_id, bundle=bundle, spec=spec, stdio=stdio, sandbox=sandbox, siblings=siblings
+            container_id,
+            bundle=bundle,
+            spec=spec,
+            stdio=stdio,
+            sandbox=sandbox,
+            siblings=siblings,
+            hooks=hooks,
         )
         self.limits = limits_of(spec)
         self._volumes = volumes
@@ -102,7 +111,8 @@ class GuestContainer(Container):
                 if disk is None:
                     self._files.show_root(self.spec, rootfs)
             with timeline.phase("wait for the machine", lane=lane):
-                agent = await self._sandbox.agent()
+                running = await self._sandbox.running()
+                agent = running.agent
             began_s = time.monotonic()
             spec = await self._volumes.memory.serve(self._sandbox.complete(self.spec), user=self, agent=agent)
             translation = translate(
@@ -114,11 +124,11 @@ class GuestContainer(Container):
                 inheritance=handed_down(agent),
             )
             if disk is not None:
-                await self._files.plug_root(disk, vm=self._sandbox.vm)
+                await self._files.plug_root(disk, vm=running.vm)
             for device in translation.disks:
-                await self._files.plug(device, vm=self._sandbox.vm)
+                await self._files.plug(device, vm=running.vm)
             for group in translation.vfio_groups:
-                await self._files.plug_group(group, vm=self._sandbox.vm)
+                await self._files.plug_group(group, vm=running.vm)
             await self._files.show_volumes(translation, agent=agent)
             timeline.note("volumes, devices", lane=lane, began_s=began_s, ended_s=time.monotonic())
             with timeline.phase("streams", lane=lane):
@@ -133,7 +143,7 @@ class GuestContainer(Container):
             self._files.announce(request)
             with timeline.phase("grow", lane=lane):
                 await self._siblings.grow()
-            async with self._sandbox.turn(lane=lane):
+            async with running.turn(lane=lane):
                 with timeline.phase("CreateContainer", lane=lane):
                     await agent.containers.create(request)
             with timeline.phase("hooks", lane=lane):
@@ -318,7 +328,10 @@ class GuestContainer(Container):
         process.host_streams = await open_host_streams(
             process.stdio, container_id=self.id, namespace=self._sandbox.namespace
         )
-        process.guest_streams = await self._sandbox.open_guest_streams(process)
+        running = await self._sandbox.running()
+        process.guest_streams = await running.open_guest_streams(
+            terminal=process.stdio.terminal, container_id=self.init.agent_id, exec_id=process.agent_id
+        )
         return process.guest_streams
 
     @override
@@ -379,8 +392,12 @@ class GuestContainer(Container):
         try:
             return await agent.processes.wait(self.init.agent_id, exec_id=process.agent_id)
         except Unavailable as error:
-            log.warning("wait: %s: %s; its status is %d", process, error, STATUS_MACHINE_GONE)
-            return STATUS_MACHINE_GONE
+            try:
+                async with asyncio.timeout(MACHINE_END_TIMEOUT_S):
+                    return await self._machine_ended(process)
+            except TimeoutError:
+                log.warning("wait: %s: %s; its status is %d", process, error, STATUS_KILLED)
+                return STATUS_KILLED
         except ShimError as error:
             log.error("wait: %s: %s; its status is %d", process, error, STATUS_UNKNOWN)  # noqa: TRY400 - one line, no traceback
             return STATUS_UNKNOWN

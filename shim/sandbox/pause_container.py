@@ -10,9 +10,9 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 from shim.errors import NotFound, Unimplemented
+from shim.host.host_process import STATUS_KILLED
 from shim.override import override
 from shim.sandbox.container import Container
-from shim.sandbox.guest_container import STATUS_MACHINE_GONE
 from shim.sandbox.host_streams import open_host_streams
 from shim.sandbox.process import State
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from shim.sandbox.process import Process
 
 # The first process of a PID namespace ignores every other signal that it has no handler for.
-_DEADLY = {signal.SIGTERM: 0, signal.SIGINT: 0, signal.SIGKILL: 128 + signal.SIGKILL}
+_DEADLY = {signal.SIGTERM: 0, signal.SIGINT: 0, signal.SIGKILL: STATUS_KILLED}
 
 
 class PauseContainer(Container):
@@ -118,15 +118,14 @@ class PauseContainer(Container):
     @override
     async def _remove(self) -> None:
         if self.init.state is State.CREATED:
-            await self._end(STATUS_MACHINE_GONE)
+            await self._end(STATUS_KILLED)
 
     @override
     async def _take_back(self) -> None:
         return
 
     async def _end_with_machine(self) -> None:
-        await self._sandbox.ended.wait()
-        await self._end(STATUS_MACHINE_GONE)
+        await self._end(await self._machine_ended(self.init))
 
     async def _end(self, status: int) -> None:
         async with self.lock:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,6 @@ from shim.volumes.memory_volumes import MemoryVolumes
 from shim.volumes.shared_entries import SharedEntries
 
 if TYPE_CHECKING:
-    from shim.agent.client import Agent
     from shim.machine.machine import Machine
     from shim.sandbox.work import Work
 
@@ -20,13 +18,11 @@ if TYPE_CHECKING:
 class SharedVolumes:
     """The volumes of one sandbox.
 
-    :param machine: whose share they go through.
     :param entries: what the guest can reach of the host's files.
     :param followed: those of them that keep up with the host's mounts.
     :param memory: volumes in memory, which the guest holds.
     """
 
-    machine: Machine
     entries: SharedEntries
     followed: FollowedVolumes
     memory: MemoryVolumes
@@ -39,14 +35,4 @@ class SharedVolumes:
         :param work: runs what follows the host's mounts.
         """
         entries = SharedEntries(machine.share, daemons=machine.share_daemons)
-        return cls(machine, entries, FollowedVolumes(entries, work=work), MemoryVolumes(entries.writable))
-
-    async def bound_files(self, agent: Agent) -> None:
-        """Tell the guest how many files it may remember.
-
-        :param agent: its agent.
-        :raises ShimError: if it does not answer.
-        """
-        if agent.is_hako:
-            with contextlib.suppress(ProcessLookupError):  # the machine ends
-                await agent.keep_share_files_below(self.machine.vm.share_file_limit)
+        return cls(entries, FollowedVolumes(entries, work=work), MemoryVolumes(entries.writable))

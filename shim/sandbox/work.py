@@ -35,6 +35,10 @@ class Work:
 
         return self._group.create_task(contained(), name=name)
 
+    def run(self, work: Coroutine[object, object, None], *, name: str) -> asyncio.Task[None]:
+        """Run a task whose failure ends the shim."""
+        return self._group.create_task(work, name=name)
+
     def finish(self, work: Coroutine[object, object, _T]) -> asyncio.Future[_T]:
         """Do work to its end, whoever asked for it goes away meanwhile: half done it could not be repeated.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from proto.containerd import sandbox_v1_pb2 as api
 from proto.containerd import types_pb2
-from shim.errors import AlreadyExists, FailedPrecondition, NotFound
+from shim.errors import NotFound
 from shim.machine import pod
 from shim.telemetry.events import pack
 from shim.telemetry.metrics import host_has_cgroup_v2, to_metrics
@@ -37,10 +37,6 @@ class SandboxService:
     async def create_sandbox(self, request: api.CreateSandboxRequest) -> api.CreateSandboxResponse:
         """Begin to boot the machine; one that was started in a bundle with a specification does already."""
         self._require(request.sandbox_id, what="create")
-        if self._sandbox.held:
-            raise AlreadyExists(f"create: sandbox {request.sandbox_id}: already exists")
-        if self._sandbox.ended.is_set():
-            raise FailedPrecondition(f"create: {self._sandbox.reason_of_end}")
         description = pod.from_request(
             request.options, sandbox_id=request.sandbox_id, network_namespace=request.netns_path
         )
@@ -50,7 +46,7 @@ class SandboxService:
     async def start_sandbox(self, request: api.StartSandboxRequest) -> api.StartSandboxResponse:
         """Wait until the machine is up."""
         self._require(request.sandbox_id, what="start")
-        await self._sandbox.agent()
+        await self._sandbox.running()
         return api.StartSandboxResponse(
             pid=self._sandbox.pid, created_at=to_timestamp(self._sandbox.created_at_s)
         )

@@ -82,6 +82,9 @@ def test_every_task_of_a_sandbox_ends_at_once_and_an_operator_can_learn_why(
         sandbox_id = life.all_ids[0]
         life.remove()
         assert re.search(f"level=error .*sandbox {sandbox_id}: {reason}", life.log())
+        for name in life.all_ids:
+            told = f"wait: container {name}: sandbox {sandbox_id}: {reason}.*; its status is 137"
+            assert re.search(told, life.log())
         kept = subprocess.run(
             [SHIM_DIRECTORY / "hako", "logs", sandbox_id, "--config", stack.config],
             capture_output=True,

@@ -18,15 +18,22 @@ from pathlib import Path
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message_factory import GetMessageClass
 
+from hypervisor import Accelerator, Channel
 from proto.containerd import task_v2_pb2, task_v3_pb2
 from proto.kata import agent_pb2, health_pb2
 from shim.agent.client import Agent
 from shim.config import Config
+from shim.errors import Unavailable
 from shim.host import mounts
 from shim.host.ledger import Ledger
 from shim.host.state_directory import StartRecord
+from shim.machine.running import RunningMachine
 from shim.sandbox.containers import Containers
+from shim.sandbox.context import Context
+from shim.sandbox.life import Happening
 from shim.sandbox.sandbox import Sandbox
+from shim.sandbox.shared_volumes import SharedVolumes
+from shim.sandbox.work import Work
 from shim.services.task import TaskService
 from shim.telemetry.events import Publisher
 from shim.telemetry.log import configure
@@ -89,15 +96,54 @@ class HonestAgent:
         return health_pb2.HealthCheckResponse()
 
 
-class MachinelessSandbox(Sandbox):
-    """A sandbox with a process of its own for a machine, and an agent that is there from the beginning."""
+class Pretence:
+    """A machine, its network and its size, of which there is nothing; it ends with its agent."""
 
     pid = 1
-    vm = None  # nothing is plugged
+
+    def __init__(self, directory):
+        self.share = directory / "share"
+
+    def share_daemons(self):
+        return []
+
+    async def do_nothing(self, *_):
+        return
+
+    rescan = changed = grow = shrink = switch_off = do_nothing
+
+
+class MachinelessSandbox(Sandbox):
+    """A sandbox without a machine, and an agent that is there from the beginning."""
+
+    def __init__(self, context):
+        self.pretence = Pretence(context.directory)
+        super().__init__(context, self.pretence)
+
+    def containers(self):
+        return Containers(self._context, self, SharedVolumes.of(self.pretence, work=self.work))
 
     async def admit(self, agent):
-        self.machine.share.mkdir()
-        self._ready.set_result(agent)
+        self.pretence.share.mkdir()
+        self._apply(Happening.START)
+        self._apply(Happening.READY)
+        self._now = RunningMachine(
+            vm=None,
+            agent=agent,
+            network=self.pretence,
+            resizer=self.pretence,
+            accelerator=Accelerator.KVM,
+            channel=Channel.VIRTIO_SERIAL,
+            began_s=0.0,
+            given_up=asyncio.Event(),
+        )
+        self._settled.set()
+        self.work.spawn(self._end_with(agent), name="end")
+
+    async def _end_with(self, agent):
+        await agent.wait_closed()
+        self._apply(Happening.GONE)
+        self._conclude(Unavailable("the agent is gone"))
 
 
 def listen(path):
@@ -135,15 +181,16 @@ async def serve(directory):
         connection.setblocking(False)
         agent = await Agent.over(connection, timeout_s=5)
         await agent.create_sandbox(sandbox_id="box", hostname="", dns=[])
-        ledger = Ledger(str(state), create=True)
-        sandbox = MachinelessSandbox(
-            record,
+        context = Context(
+            record=record,
             config=Config(),
             publisher=Publisher("", namespace="fuzz"),
-            ledger=ledger,
-            group=group,
+            ledger=Ledger(str(state), create=True),
+            work=Work(group),
+            leave=lambda: None,
         )
-        containers = Containers(sandbox, record=record, ledger=ledger, leave=lambda: None)
+        sandbox = MachinelessSandbox(context)
+        containers = sandbox.containers()
         await sandbox.admit(agent)
         task = TaskService(sandbox, containers)
         dispatch = Dispatch(

@@ -25,7 +25,8 @@ from shim.errors import ShimError
 from shim.host import kernel
 from shim.host.ledger import Ledger
 from shim.host.state_directory import StartRecord
-from shim.sandbox.containers import Containers
+from shim.sandbox.context import Context
+from shim.sandbox.work import Work
 from shim.services.task import TaskService
 from shim.transport.ttrpc_client import TtrpcClient
 from shim.transport.ttrpc_codec import Frame, FrameDecoder, FrameType, encode_frame
@@ -211,14 +212,16 @@ async def life(directory, script, begin):
     try:
         async with asyncio.timeout(END_TIMEOUT_S), asyncio.TaskGroup() as group:
             ledger = Ledger(str(directory), create=True)
-            sandbox = MachinelessSandbox(
-                record(directory),
+            context = Context(
+                record=record(directory),
                 config=Config(),
                 publisher=events,
                 ledger=ledger,
-                group=group,
+                work=Work(group),
+                leave=lambda: None,
             )
-            containers = Containers(sandbox, record=record(directory), ledger=ledger, leave=lambda: None)
+            sandbox = MachinelessSandbox(context)
+            containers = sandbox.containers()
             agent = await Agent.over(ours, timeout_s=5)
             try:
                 hostile.hostile = begin == 0

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import pytest
 
 from hypervisor import Accelerator, Channel, VmStartError
 from shim.config import Config, HypervisorConfig
-from shim.machine import machine as machine_module
+from shim.machine import cloning as cloning_module
 from shim.machine import pod
+from shim.machine.cloning import Cloning, clone_of
 from shim.machine.host_choice import HostChoice
-from shim.machine.machine import Machine
 from shim.machine.sizing import plan
 from shim.machine.spec import describe
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from hypervisor.interface import VmSpec
-    from shim.host.ledger import Ledger
 
 
 MIB = 1 << 20
@@ -46,112 +45,112 @@ def key_of(spec: VmSpec) -> str:
 
 
 @pytest.fixture
-def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Machine, VmSpec]]:
-    """Make a machine and have it look for its template; returns both."""
-    monkeypatch.setattr(machine_module, "template_key", key_of)
+def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Cloning, VmSpec]]:
+    """Look for the template of a machine; return the choice and the clone."""
+    monkeypatch.setattr(cloning_module, "template_key", key_of)
 
-    def make(oci: dict[str, dict[str, Any]], **settings: Any) -> tuple[Machine, VmSpec]:
+    def make(oci: dict[str, dict[str, Any]], **settings: Any) -> tuple[Cloning, VmSpec]:
         settings = {"max_vcpus": 4, "max_memory_mib": 4096, "template": "auto", **settings}
         config = Config(hypervisor=HypervisorConfig(template_dir=str(tmp_path / "templates"), **settings))
-        machine = Machine("sandbox", directory=tmp_path, config=config, ledger=cast("Ledger", None))
+        cloning = Cloning("sandbox", config=config)
         sizes = plan(config.hypervisor, oci)
         spec = describe(
             config, HOST, name="s", directory=tmp_path, share=tmp_path, size=sizes.boot, most=sizes.most
         )
-        template = machine._find_template(spec, sizes, pod.from_oci(oci))
-        return machine, machine._clone_of(spec, sizes, template)
+        template = cloning.find(spec, sizes, pod.from_oci(oci))
+        return cloning, clone_of(spec, sizes, template)
 
     return make
 
 
-def build(machine: Machine, spec: VmSpec) -> None:
-    with machine.templates.building(wait=False) as building:
+def build(cloning: Cloning, spec: VmSpec) -> None:
+    with cloning.templates.building(wait=False) as building:
         built = building.place / "template"
         built.mkdir()
-        machine.templates.publish(key_of(spec), built, purpose={})
+        cloning.templates.publish(key_of(spec), built, purpose={})
 
 
-def test_without_a_template_one_is_missed(choose: Callable[..., tuple[Machine, VmSpec]]) -> None:
-    machine, clone = choose({})
-    assert machine.lacks_template
+def test_without_a_template_one_is_missed(choose: Callable[..., tuple[Cloning, VmSpec]]) -> None:
+    cloning, clone = choose({})
+    assert cloning.lacks_template
     assert clone.template is None
 
 
 @pytest.mark.parametrize("oci", [{}, LARGE, LARGE_POD])
 def test_one_template_serves_machines_of_all_sizes(
-    choose: Callable[..., tuple[Machine, VmSpec]], oci: dict[str, dict[str, Any]]
+    choose: Callable[..., tuple[Cloning, VmSpec]], oci: dict[str, dict[str, Any]]
 ) -> None:
     build(*choose({}))
-    machine, clone = choose(oci)
+    cloning, clone = choose(oci)
     assert clone.template is not None
     assert (clone.vcpus, clone.memory_bytes) == (1, 512 * MIB)
-    assert not machine.lacks_template
+    assert not cloning.lacks_template
 
 
 def test_machines_of_a_fixed_size_are_cloned_from_their_like_alone(
-    choose: Callable[..., tuple[Machine, VmSpec]],
+    choose: Callable[..., tuple[Cloning, VmSpec]],
 ) -> None:
     build(*choose({}, static_sizing=True))
     assert choose({}, static_sizing=True)[1].template is not None
-    machine, clone = choose(LARGE, static_sizing=True)
+    cloning, clone = choose(LARGE, static_sizing=True)
     assert clone.template is None
     assert (clone.vcpus, clone.memory_bytes) == (2, 768 * MIB)
-    assert not machine.lacks_template, "nobody builds one of each size"
+    assert not cloning.lacks_template, "nobody builds one of each size"
 
-    build(machine, clone)
+    build(cloning, clone)
     assert choose(LARGE, static_sizing=True)[1].template is not None
 
 
-def test_templates_are_switched_off(choose: Callable[..., tuple[Machine, VmSpec]]) -> None:
+def test_templates_are_switched_off(choose: Callable[..., tuple[Cloning, VmSpec]]) -> None:
     build(*choose({}))
-    machine, clone = choose({}, template="off")
+    cloning, clone = choose({}, template="off")
     assert clone.template is None
-    assert not machine.lacks_template
+    assert not cloning.lacks_template
 
 
-def test_a_machine_of_huge_pages_is_not_cloned(choose: Callable[..., tuple[Machine, VmSpec]]) -> None:
+def test_a_machine_of_huge_pages_is_not_cloned(choose: Callable[..., tuple[Cloning, VmSpec]]) -> None:
     build(*choose({}))
-    machine, clone = choose({}, huge_pages=True)
+    cloning, clone = choose({}, huge_pages=True)
     assert clone.template is None
-    assert not machine.lacks_template
+    assert not cloning.lacks_template
 
 
-def test_a_pod_refuses_its_template(choose: Callable[..., tuple[Machine, VmSpec]]) -> None:
+def test_a_pod_refuses_its_template(choose: Callable[..., tuple[Cloning, VmSpec]]) -> None:
     build(*choose({}))
-    machine, clone = choose({"annotations": {pod.TEMPLATE_ANNOTATION: "off"}})
+    cloning, clone = choose({"annotations": {pod.TEMPLATE_ANNOTATION: "off"}})
     assert clone.template is None
-    assert not machine.lacks_template
+    assert not cloning.lacks_template
 
 
-def test_nobody_else_builds_what_is_being_built(choose: Callable[..., tuple[Machine, VmSpec]]) -> None:
-    machine, _ = choose({})
-    with machine.templates.building(wait=False):
+def test_nobody_else_builds_what_is_being_built(choose: Callable[..., tuple[Cloning, VmSpec]]) -> None:
+    cloning, _ = choose({})
+    with cloning.templates.building(wait=False):
         assert not choose({})[0].lacks_template
 
 
 def test_what_could_not_be_built_is_not_tried_again_at_once(
-    choose: Callable[..., tuple[Machine, VmSpec]], caplog: pytest.LogCaptureFixture
+    choose: Callable[..., tuple[Cloning, VmSpec]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    machine, clone = choose({})
-    build(machine, clone)
-    machine.templates.remove("")
-    machine.templates.fail(key_of(clone), "no space")
+    cloning, clone = choose({})
+    build(cloning, clone)
+    cloning.templates.remove("")
+    cloning.templates.fail(key_of(clone), "no space")
     with caplog.at_level("INFO"):
         assert not choose({})[0].lacks_template
     assert "no space; boots cold" in caplog.text
 
 
 def test_a_host_that_cannot_tell_boots_cold(
-    choose: Callable[..., tuple[Machine, VmSpec]],
+    choose: Callable[..., tuple[Cloning, VmSpec]],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def fail(_spec: VmSpec) -> None:
         raise VmStartError("template: /qemu: no such file")
 
-    machine, _ = choose({})
-    monkeypatch.setattr(machine_module, "template_key", fail)
-    machine, clone = choose({})
+    cloning, _ = choose({})
+    monkeypatch.setattr(cloning_module, "template_key", fail)
+    cloning, clone = choose({})
     assert clone.template is None
-    assert not machine.lacks_template
+    assert not cloning.lacks_template
     assert "/qemu: no such file; boots cold" in caplog.text

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 AT_ONCE = 2
 HOLDER = """
 import asyncio, pathlib, sys
-from shim.machine.machine import turns
+from shim.machine import turns
 
 async def hold() -> None:
     async with turns.turn(pathlib.Path(sys.argv[1]), at_once=1, given_up=asyncio.Event()):

@@ -1,0 +1,135 @@
+"""A machine that is up: what there is only from the first answer of its agent to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+from hypervisor import Channel
+from shim.agent.guest_streams import LongStreams, RawStreams, RequestStreams
+from shim.machine import turns
+from shim.telemetry import timeline
+from shim.telemetry.timeline_model import guest_phases
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Iterable
+    from contextlib import AbstractAsyncContextManager
+
+    from hypervisor import Accelerator, Hypervisor
+    from shim.agent.client import Agent
+    from shim.agent.guest_streams import GuestStreams
+    from shim.machine.resizing import Resizer
+    from shim.machine.sizing import Limits
+    from shim.network.network import Network
+
+
+class RunningMachine:
+    """A machine with its agent, its network and its size.
+
+    :param vm: the virtual machine.
+    :param agent: its agent, which has answered.
+    :param network: its network, which is attached.
+    :param resizer: changes its size.
+    :param accelerator: how its instructions are run.
+    :param channel: how the agent is reached.
+    :param began_s: when its boot began, in seconds of ``time.monotonic()``.
+    :param given_up: set once the machine is to end.
+    """
+
+    def __init__(
+        self,
+        *,
+        vm: Hypervisor,
+        agent: Agent,
+        network: Network,
+        resizer: Resizer,
+        accelerator: Accelerator,
+        channel: Channel,
+        began_s: float,
+        given_up: asyncio.Event,
+    ) -> None:
+        self.vm = vm
+        self.agent = agent
+        self._network = network
+        self._resizer = resizer
+        self._accelerator = accelerator
+        self._began_s = began_s
+        self._given_up = given_up
+        self._takes_raw_streams = channel is Channel.VHOST_VSOCK
+        self._takes_long_streams = channel is Channel.VHOST_USER_VSOCK and agent.frames_streams
+
+    def turn(self, *, lane: str) -> AbstractAsyncContextManager[None]:
+        """Do the block when the host has a processor for it; see :func:`shim.machine.turns.turn_of`.
+
+        :param lane: of the timeline, where the wait is noted.
+        """
+        return turns.turn_of(self._accelerator, lane=lane, given_up=self._given_up)
+
+    async def open_guest_streams(self, *, terminal: bool, container_id: str, exec_id: str) -> GuestStreams:
+        """Choose how the streams of a process about to be made travel.
+
+        :param terminal: whether the process has a terminal.
+        :param container_id: the container's id at the agent.
+        :param exec_id: the process' id at the agent.
+        """
+        if self._takes_raw_streams:
+            # Without a terminal stdin is always wanted: its connection tells the process of the end.
+            names = ["stdout", "stdin"] if terminal else ["stdout", "stderr", "stdin"]
+            streams = await RawStreams.open(self.vm, names)
+            if streams is not None:
+                return streams
+            self._takes_raw_streams = False
+        if self._takes_long_streams:
+            return LongStreams(self.agent, vm=self.vm, container_id=container_id, exec_id=exec_id)
+        return RequestStreams(self.agent, container_id=container_id, exec_id=exec_id)
+
+    async def note_guest(self) -> None:
+        """Note in the timeline what the guest did.
+
+        :raises ShimError: if it does not tell.
+        """
+        if not self.agent.is_hako:
+            return
+        asked_s = time.monotonic()
+        report = await self.agent.timeline()
+        for phase in guest_phases(
+            report, asked_s=asked_s, answered_s=time.monotonic(), since_s=self._began_s
+        ):
+            timeline.note(phase.name, lane=phase.lane, began_s=phase.began_s, ended_s=phase.ended_s)
+
+    async def bound_files(self) -> None:
+        """Tell the guest how many files of the share it may remember.
+
+        :raises ShimError: if it does not answer.
+        """
+        if self.agent.is_hako:
+            with contextlib.suppress(ProcessLookupError):  # the machine ends
+                await self.agent.keep_share_files_below(self.vm.share_file_limit)
+
+    async def follow_network(self) -> None:
+        """Take what came to its network namespace meanwhile, as some put it there before a start.
+
+        :raises ShimError: if it cannot have it.
+        """
+        await self._network.rescan()
+
+    async def network_changed(self) -> None:
+        """Wait until something changes in its network namespace after it was followed once."""
+        await self._network.changed()
+
+    async def grow(self, live: Iterable[Limits]) -> None:
+        """Become large enough for containers.
+
+        :param live: the limits of each.
+        :raises ResourceExhausted: if that is impossible.
+        """
+        await self._resizer.grow(self.agent, live)
+
+    async def shrink(self, live: Iterable[Limits]) -> None:
+        """Give back what no container needs.
+
+        :param live: the limits of each.
+        """
+        await self._resizer.shrink(self.agent, live)
