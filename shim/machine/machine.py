@@ -213,7 +213,7 @@ class Machine:
             log.warning("sandbox %s: its last words are lost: %s", self._id, error)
 
     def _console(self, lines: int) -> list[str]:
-        return self._attempts[-1].console_tail(lines) if self._attempts else []
+        return [line for vm in self._attempts[-1:] for line in vm.console_tail(lines)]
 
     def _late(self, timeout_s: float) -> str:
         tail = self._console(1)
@@ -270,7 +270,8 @@ class Machine:
             await self.kill()
             if self.doom:
                 raise
-            self.cloning.judge(template, error, starved=self._attempts[-1].was_starved)
+            vm = self._attempts[-1]
+            self.cloning.judge(template, error, starved=vm.was_starved)
         else:
             log.info("boot: template %.12s: cloned", template.key)
             limit.reschedule(asyncio.get_running_loop().time() + timeout_s)

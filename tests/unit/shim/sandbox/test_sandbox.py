@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 POD = from_oci({})
-TEXTS = ("grpc_address", "ttrpc_address", "publish_binary", "config_text", "config_source", "socket_path")
 
 
 class Machine:
@@ -73,7 +72,12 @@ class Nursery:
 
     def __init__(self, directory: Path, group: asyncio.TaskGroup) -> None:
         record = StartRecord(
-            **dict.fromkeys(TEXTS, ""),
+            grpc_address="",
+            ttrpc_address="",
+            publish_binary="",
+            config_text="",
+            config_source="",
+            socket_path="",
             namespace="tests",
             id="box",
             bundle=str(directory),
