@@ -82,7 +82,7 @@ def clone_over_cold(stage: Stage) -> Samples:
 def _spec(stage: Stage, *, template: bool) -> VmSpec:
     stage.configure(template=template)
     settings = config.parse(config.locate({"HAKO_CONFIG": str(stage.config)}))
-    sizes = plan(settings.hypervisor, {})
+    sizes = plan(settings.hypervisor)
     return describe(
         settings,
         stage.runner.run(resolve(settings)),

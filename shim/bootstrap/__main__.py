@@ -1,4 +1,4 @@
-"""``python -m shim.bootstrap``: do an action, or be the process that the command line says."""
+"""``python -m shim.bootstrap``: do an action, or be the daemon or zygote that the command line names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 
 from shim import zygote_protocol
 from shim.bootstrap.actions import perform
+from shim.bootstrap.command_line import Invocation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,11 +20,11 @@ def main(sent: bytes | None = None) -> int:
     :param sent: the standard input, if it has been read.
     :returns: the exit status.
     """
-    answer = perform(sys.argv[1:], sent, otherwise=_live)
-    assert answer is not None  # noqa: S101 - only a zygote can be unwanted
+    answer = perform(Invocation(arguments=sys.argv[1:], sent=sent), otherwise=_live)
+    assert answer is not None  # noqa: S101 - only a zygote may be told that it is unwanted
     status, text = answer
     if status and os.isatty(2):
-        text += b"\n"  # containerd puts what it reads into the middle of a line of its own
+        text += b"\n"  # containerd inserts the text into a line of its own
     zygote_protocol.write(2 if status else 1, text)
     return status
 

@@ -5,7 +5,6 @@ Nothing here or below may import more than an action needs; ``tests/unit/shim`` 
 
 from __future__ import annotations
 
-from shim import zygote_protocol
 from shim.bootstrap import command_line
 from shim.refusal import Refusal
 
@@ -13,35 +12,26 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shim.bootstrap.command_line import CommandLine
-    from shim.host.daemonize import MakeShim
+    from shim.bootstrap.command_line import CommandLine, Invocation
 
 _NAME = "io.containerd.hako.v2"
 
 
 def perform(
-    arguments: list[str],
-    sent: bytes | None,
-    *,
-    make_shim: MakeShim | None = None,
-    born_at_s: float | None = None,
-    otherwise: Callable[[CommandLine], bool] | None = None,
+    invocation: Invocation, *, otherwise: Callable[[CommandLine], bool] | None = None
 ) -> tuple[int, bytes] | None:
     """Do one action.
 
-    :param arguments: the command line without the program.
-    :param sent: the standard input, if it has been read.
-    :param make_shim: how ``start`` gets a shim if this is a zygote's fork.
-    :param born_at_s: when the caller's process was forked, if this is another.
-    :param otherwise: does what a command line without an action wants, and tells whether it wanted anything.
-    :returns: the exit status, and what goes to standard output, or to standard error if the status is not 0;
+    :param invocation: what the program was given.
+    :param otherwise: serves a command line without an action, and tells whether there was something to do.
+    :returns: the exit status and the text for standard output, or for standard error if the status is not 0;
         nothing if this is a zygote's fork and the configuration wants none.
     """
     action = "command line"
     try:
-        line = command_line.parse(arguments)
+        line = command_line.parse(invocation.arguments)
         action = line.action or action
-        output = _perform(line, sent, make_shim, born_at_s, otherwise)
+        output = _perform(line, invocation, otherwise)
     except Refusal as refusal:
         return 1, _one_line(str(refusal))
     except OSError as error:
@@ -55,11 +45,7 @@ def _one_line(message: str) -> bytes:
 
 
 def _perform(
-    line: CommandLine,
-    sent: bytes | None,
-    make_shim: MakeShim | None,
-    born_at_s: float | None,
-    otherwise: Callable[[CommandLine], bool] | None,
+    line: CommandLine, invocation: Invocation, otherwise: Callable[[CommandLine], bool] | None
 ) -> bytes | None:
     if line.info:
         return _info()
@@ -68,8 +54,7 @@ def _perform(
     if line.action == "start":
         from shim.bootstrap import start  # noqa: PLC0415 - the other actions do without
 
-        data = zygote_protocol.read_input() if sent is None else sent
-        return start.start(line, data, make_shim=make_shim, born_at_s=born_at_s)
+        return start.start(line, invocation)
     if line.action == "delete":
         from shim.bootstrap import delete  # noqa: PLC0415 - the other actions do without
 

@@ -5,6 +5,24 @@ from __future__ import annotations
 from shim.record import Record
 from shim.refusal import Refusal
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from shim.host.daemonize import MakeShim
+
+
+class Invocation(Record):
+    """One run of the program, in a process of its own or in a zygote's fork."""
+
+    #: The command line without the program.
+    arguments: list[str]
+    #: The standard input, if it has been read.
+    sent: bytes | None = None
+    #: How a zygote's fork makes a shim; otherwise ``start`` runs the program anew for it.
+    make_shim: MakeShim | None = None
+    #: When the process that containerd waits for was forked, in seconds of ``time.monotonic()``, if it is not
+    #: this one.
+    born_at_s: float | None = None
+
 
 class CommandLine(Record):
     """Flags and action of one invocation; see section "Command lines" of containerd's shim contract.

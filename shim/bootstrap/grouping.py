@@ -1,11 +1,11 @@
-"""Which shim serves a container: its group, and the socket path that follows from it."""
+"""Find the shim that serves a container: the container's group, and the socket path that follows from it."""
 
 from __future__ import annotations
 
-import json
 import os
 
 from shim.annotations import GROUP, KIND, POD
+from shim.host import spec_file
 from shim.refusal import Refusal
 
 _MAX_SOCKET_PATH = 106
@@ -14,8 +14,8 @@ _MAX_SOCKET_PATH = 106
 def group_of(bundle: str, container: str) -> str:
     """Read the group of a container from the annotations of its OCI spec.
 
-    A pod may be allowed to choose annotations, but never its machine: what Kubernetes runs is grouped by the
-    id that containerd itself gave to its pod.
+    A pod may be allowed to choose annotations, but never its machine: containers of Kubernetes are grouped by
+    the id that containerd itself gave to their pod.
 
     :param bundle: the bundle directory; one without ``config.json`` is a sandbox that containerd made itself.
     :param container: the container's id.
@@ -53,10 +53,9 @@ def is_pod(bundle: str) -> bool:
 
 def _annotations_of(bundle: str) -> dict[str, object] | None:
     """Read the annotations of the OCI spec, or nothing if there is no spec."""
-    path = os.path.join(bundle, "config.json")
+    path = spec_file.path_in(bundle)
     try:
-        with open(path, "rb") as file:
-            spec = json.load(file)
+        spec = spec_file.read(bundle)
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:

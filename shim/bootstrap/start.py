@@ -22,7 +22,7 @@ from shim.telemetry import timeline
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from shim.bootstrap.command_line import CommandLine
+    from shim.bootstrap.command_line import CommandLine, Invocation
     from shim.host.daemonize import MakeShim
 
 
@@ -34,24 +34,19 @@ _CLEANUP_TIMEOUT_S = 2.0
 _TITLE_BYTES = 2048
 
 
-def start(
-    line: CommandLine, sent: bytes, *, make_shim: MakeShim | None = None, born_at_s: float | None = None
-) -> bytes | None:
+def start(line: CommandLine, invocation: Invocation) -> bytes | None:
     """Return the address of the shim that serves the container, which runs when this returns.
 
     :param line: flags as containerd gives them; the working directory is the bundle.
-    :param sent: the standard input.
-    :param make_shim: how a zygote's fork makes a shim; otherwise the program is run anew for it, and then
-        once more for a zygote that makes the next.
-    :param born_at_s: when the process was forked that containerd waits for, in seconds of
-        ``time.monotonic()``, if that is another.
+    :param invocation: what the program was given.
     :returns: what goes to standard output, in the dialect of the caller; nothing if this is a zygote's fork
         and the configuration wants none.
     :raises Refusal: if the host, the command line, the input, the configuration or the bundle does not
         allow it; nothing is left behind.
     :raises OSError: if the host fails; nothing is left behind.
     """
-    began_s, born_at_s = time.monotonic(), born_at_s or timeline.born_at_s()
+    sent = zygote_protocol.read_input() if invocation.sent is None else invocation.sent
+    began_s, born_at_s = time.monotonic(), invocation.born_at_s or timeline.born_at_s()
     timeline.note("interpreter", lane=timeline.START, began_s=born_at_s, ended_s=began_s)
     _check_host()
     check_identifier(line.namespace, phase="start", what="namespace")
@@ -66,7 +61,7 @@ def start(
         options_body=caller.params.options.config_body,
     )
     settings = config.parse(found)
-    if make_shim is not None and not settings.shim.zygote:
+    if invocation.make_shim is not None and not settings.shim.zygote:
         return None
     group = grouping.group_of(bundle, line.id)
     check_identifier(group, phase="start", what="group")
@@ -100,15 +95,15 @@ def start(
             if _is_live(record.socket_path):
                 reply = _join(record, container=line.id)
             elif not _remove_leftovers(record):
-                reply = _make(record, container=line.id, make_shim=make_shim or daemonize.spawn)
+                reply = _make(record, container=line.id, make_shim=invocation.make_shim or daemonize.spawn)
             else:
                 continue
             timeline.note("start", lane=timeline.CONTAINERD, began_s=born_at_s, ended_s=time.monotonic())
-            if make_shim is None:  # otherwise this process will be the shim, which writes it later
+            if invocation.make_shim is None:  # otherwise this process will be the shim, which writes it later
                 timeline.write(record.state_directory)
         finally:
             os.close(lock)
-        if make_shim is None and settings.shim.zygote:
+        if invocation.make_shim is None and settings.shim.zygote:
             _launch_zygote(line.address)
         return reply
 
@@ -154,7 +149,7 @@ def _undo(ledger: Ledger) -> None:
 
 
 def _join(record: StartRecord, *, container: str) -> bytes:
-    """Count a container among those of a sandbox that runs, which no ``delete`` then ends."""
+    """Add a container to a running sandbox, so that no ``delete`` of another ends the sandbox."""
     ledger = Ledger(record.state_directory)
     ledger.created(container)
     ledger.close()
@@ -240,7 +235,7 @@ def _spawn(
 
 
 def _launch_zygote(address: str) -> None:
-    """Start a zygote for the next one who asks, unless there is one or one comes up; failing is harmless.
+    """Start a zygote for the next caller, unless there is one or one comes up; failing is harmless.
 
     :param address: containerd's.
     """
@@ -279,7 +274,7 @@ def _wait_until_ready(reader: int) -> None:
 
 
 def _publish(record: StartRecord, *, bundle: str, dialect: str) -> bytes:
-    """Leave what containerd and ``delete`` look for in the bundle, and phrase the reply."""
+    """Write into the bundle what containerd and ``delete`` look for there, and phrase the reply."""
     address, reply = reply_of(record, dialect=dialect)
     state_directory.point_to(record.state_directory, bundle=bundle)
     state_directory.write_atomically(os.path.join(bundle, "address"), address)

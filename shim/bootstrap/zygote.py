@@ -1,9 +1,9 @@
 """The zygote: a process that has imported what a shim needs, and does ``start`` and ``delete`` at once.
 
-It keeps one fork of itself waiting, the spare. The spare takes the next request, and the zygote forks
-another meanwhile, so that nobody waits for a fork. For ``start`` the spare makes the sandbox's socket and
-record, and then becomes its shim. All shims share the memory of what was imported. The zygote never runs what
-it imported: no event loop, no thread, no gRPC object exists before a fork.
+It keeps one fork of itself waiting, the spare. The spare takes the next request, and the zygote forks another
+meanwhile, so that no request waits for a fork. For ``start`` the spare makes the sandbox's socket and record,
+and then becomes its shim. All shims share the memory of the imported modules. The zygote itself never runs
+them: no event loop, no thread and no gRPC object exists before a fork.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import traceback
 from shim import zygote_protocol
 from shim.bootstrap import actions
 from shim.bootstrap import serve as daemon_life
+from shim.bootstrap.command_line import Invocation
 from shim.host import daemonize, state_directory
 from shim.host.ledger import Ledger
 from shim.record import Record
@@ -32,8 +33,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-IDLE_S = 600.0  # a node that has started no pod for as long can do without the memory
-_REQUEST_TIMEOUT_S = 1.0  # as long as the caller waits for the first answer
+IDLE_S = 600.0  # a node that has started no pod for this long can use the memory for something else
+_REQUEST_TIMEOUT_S = 1.0  # the caller waits this long for the first answer
 _DONE_TIMEOUT_S = 10.0  # containerd kills a start that takes longer
 _UNDO_TIMEOUT_S = 2.0
 _MAX_REQUEST = 1 << 20
@@ -42,7 +43,7 @@ _OWN_PACKAGES = ("shim", "hypervisor", "proto")
 _ARGUMENTS_START = 47  # fields of /proc/self/stat, counted from 0: proc(5)
 _ARGUMENTS_END = 48
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
-#: What a process gives to its children: lines of /proc/[pid]/status.
+#: What the children of a process inherit: lines of /proc/[pid]/status.
 _INHERITED = (
     *(b"Umask:", b"Uid:", b"Gid:", b"Groups:", b"Cap", b"NoNewPrivs:", b"Seccomp:"),
     *(b"Cpus_allowed:", b"Mems_allowed:"),
@@ -78,8 +79,9 @@ def serve(address: str) -> None:
     os.nice(10)  # the shim that was started just before comes first
     _warm()
     os.setpriority(os.PRIO_PROCESS, 0, 0)
-    # Whoever is woken over a socket is put on the processor of whoever woke him, and would go first: another
-    # spare would be forked before the request is done, and a shim begin before its caller is gone.
+    # The kernel moves a process that is woken over a socket to the processor of the one that woke it, where
+    # it would run first: the next spare would be forked before the request is done, and a shim would begin
+    # before its caller is gone.
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     identity = zygote_protocol.identity_of(address)
@@ -109,7 +111,7 @@ def _warm() -> None:
     from shim.host import kernel  # noqa: F401, PLC0415 - as above
     from shim.transport import grpc_server  # noqa: F401, PLC0415 - as above
 
-    # What is there by now is there for good: the collector need not look at it, and so not write to its
+    # All objects that exist by now stay: if the collector does not look at them, it does not write to their
     # memory, which would end the sharing.
     gc.collect()
     gc.freeze()
@@ -153,7 +155,7 @@ def _keep_a_spare(listener: socket.socket, identity: str, *, files: dict[str, in
 def _be_the_spare(
     listener: socket.socket, zygote: socket.socket, identity: str, files: dict[str, int]
 ) -> None:
-    """Never returns: what the zygote holds is not the spare's to clean up."""
+    """Serve one request and exit without clean-up: the spare must not release what the zygote holds."""
     status = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -176,7 +178,7 @@ def _be_the_spare(
 
 
 def _rehearse(files: dict[str, int]) -> None:
-    """Do what a request takes, as far as it leaves nothing behind.
+    """Rehearse a request, as far as that leaves nothing behind.
 
     Memory that a fork writes to is copied first: better now than while containerd waits.
     """
@@ -202,14 +204,14 @@ def _next_caller(listener: socket.socket, zygote: socket.socket) -> socket.socke
     while True:
         ready = [descriptor for descriptor, _ in poll.poll()]
         if listener.fileno() in ready:
-            with contextlib.suppress(BlockingIOError):  # who called is gone
+            with contextlib.suppress(BlockingIOError):  # the caller is gone
                 return listener.accept()[0]
         elif ready:
             os._exit(0)
 
 
 def _receive(caller: socket.socket, identity: str) -> Request | None:
-    """Read what is wanted, and accept it unless the caller is not what this process can stand in for."""
+    """Read a request, and accept it if this process can stand in for its caller."""
     credentials = caller.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     if zygote_protocol.user_of(credentials) != os.geteuid():
         return None
@@ -222,12 +224,12 @@ def _receive(caller: socket.socket, identity: str) -> Request | None:
             return request
         caller.send(zygote_protocol.REFUSED)
     except (OSError, ValueError, TypeError, EOFError):
-        pass  # whoever it was is gone, or speaks another version's language
+        pass  # the caller is gone, or is of another version
     return None
 
 
 def _surroundings(pid: int | str) -> list[object]:
-    """Tell what a process is confined to, which its children are, too."""
+    """Describe the confinement of a process, which its children inherit."""
     found: list[object] = [os.readlink(f"/proc/{pid}/root")]
     found += [os.stat(f"/proc/{pid}/ns/{kind}").st_ino for kind in _NAMESPACES]
     found += [_content(f"/proc/{pid}/{name}") for name in ("cgroup", "limits")]
@@ -236,7 +238,7 @@ def _surroundings(pid: int | str) -> list[object]:
 
 
 def _content(path: str) -> bytes:
-    """Read a short file with no more system calls than that takes."""
+    """Read a short file with as few system calls as possible."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(descriptor, _MOST_CONTENT)
@@ -245,13 +247,17 @@ def _content(path: str) -> bytes:
 
 
 def _do(request: Request, caller: socket.socket) -> None:
-    """Do what was asked for, and be the shim that it took."""
+    """Serve a request, and become the shim that it needs."""
     _adopt(request.environment)
     os.chdir(request.working_directory)
     successor = Successor(parent=request.parent)
-    answer = actions.perform(
-        request.arguments, request.sent, make_shim=successor.make, born_at_s=request.born_at_s
+    invocation = Invocation(
+        arguments=request.arguments,
+        sent=request.sent,
+        make_shim=successor.make,
+        born_at_s=request.born_at_s,
     )
+    answer = actions.perform(invocation)
     if answer is None:
         return
     status, output = answer
@@ -270,7 +276,7 @@ def _do(request: Request, caller: socket.socket) -> None:
 
 
 def _adopt(environment: dict[bytes, bytes]) -> None:
-    """Make an environment this process's; nearly all of it usually is already."""
+    """Take over an environment, which usually differs little from this process's own."""
     for name in os.environb.keys() - environment.keys():
         del os.environb[name]
     for name, value in environment.items():
@@ -279,7 +285,7 @@ def _adopt(environment: dict[bytes, bytes]) -> None:
 
 
 class Successor:
-    """Makes the shim of a ``start`` that this process does: itself, or a fork if ``start`` waits for it.
+    """Makes the shim for a ``start``: it is this process, or a fork of it if ``start`` waits for it.
 
     :param parent: the process of containerd.
     """
@@ -310,7 +316,7 @@ class Successor:
         self.shim = functools.partial(self._become, directory, arguments, *descriptors)
 
     def undo(self) -> None:
-        """Leave nothing of a sandbox that containerd does not know of."""
+        """Undo a sandbox that containerd does not know of."""
         held = state_directory.lock_existing(self._directory)
         if held is not None:
             Ledger(self._directory).undo_all(deadline_s=_UNDO_TIMEOUT_S)

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LATE = (TemplateLateError, GuestLateError, DeadlineExceeded)
-"""What a clone that is late fails with: its template may be to blame, or the host."""
+"""The errors of a clone that is late; the fault may be its template's or the host's."""
 
 _STARVED_TIMES = 4
 
 
 async def dial_clone(vm: QemuHypervisor, port: int, *, timeout_s: float) -> socket.socket:
-    """Connect to a clone, and wait longer for one that hardly had a processor: a boot would need more of one.
+    """Connect to a clone; wait longer if it hardly had a processor, for a boot would need even more of one.
 
     :param vm: the clone.
     :param port: the guest's port.
@@ -47,13 +47,13 @@ async def dial_clone(vm: QemuHypervisor, port: int, *, timeout_s: float) -> sock
             if not vm.is_starved:
                 raise
             log.info(
-                "boot: the clone waits for a processor more than it has one, and is waited for: %s", error
+                "boot: the clone waits for a processor more than it runs, so it gets more time: %s", error
             )
     return await vm.connect(port, timeout_s=timeout_s)
 
 
 def blames_template(error: Exception, *, starved: bool) -> bool:
-    """Tell whether the failure of a clone is its template's fault, rather than that of a busy host.
+    """Tell whether the failure of a clone is the fault of its template, not of a busy host.
 
     :param error: the failure.
     :param starved: whether the clone's QEMU waited for a processor for longer than it had one.
@@ -114,7 +114,7 @@ class Cloning:
             if template is None:
                 why = self.templates.failure(key)
                 # Machines of other sizes are too many to have a template of each.
-                self.lacks_template = not why and sizes.most == plan(self._config, {}).most
+                self.lacks_template = not why and sizes.most == plan(self._config).most
                 if not why and self.templates.is_building():
                     why, self.lacks_template = "one is being built", False
                 log.info("boot: template %.12s: %s; boots cold", key, why or "there is none yet")

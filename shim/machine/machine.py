@@ -1,4 +1,4 @@
-"""A sandbox's virtual machine on the host: what is made for it, how it comes up, and why it ended.
+"""A sandbox's virtual machine on the host: what it needs, how it comes up, and why it ended.
 
 Its share, its network namespace, its place in the cgroups and its size belong to it and go with it.
 """
@@ -87,7 +87,7 @@ class Machine:
         self.cloning = Cloning(sandbox_id, config=config)
         #: The live host process that stands for every process in the machine; 0 if there is none yet.
         self.pid = 0
-        #: Why it is to end, if that was decided here; what follows from it is no reason of its own.
+        #: Why it was switched off, if it was; errors that follow from that are not the reason.
         self.doom = ""
         self._id = sandbox_id
         self._directory = directory
@@ -116,7 +116,7 @@ class Machine:
         :raises HypervisorError: as :class:`ShimError`.
         """
         began_s = time.monotonic()
-        sizes = plan(self._config.hypervisor, pod.oci)
+        sizes = plan(self._config.hypervisor, pod=pod.limits, first=pod.first)
         with timeline.phase("share, host's abilities", lane=timeline.MACHINE):
             self._prepare_share()  # before the first await: containers put their files here during the boot
             choice = await resolve(self._config)
@@ -177,7 +177,7 @@ class Machine:
         return self.doom or reason
 
     async def switch_off(self, reason: str) -> None:
-        """End it because it is of no use any more; one that is yet to boot will not.
+        """End it because it is of no use any more; a machine that does not boot yet never will.
 
         :param reason: one line for the log.
         """
@@ -227,8 +227,8 @@ class Machine:
         self.share.mkdir(mode=0o700, exist_ok=True)
         mounts.share_directory(self.share)
         (self.share / WATCHABLE_NAME).mkdir(mode=0o755)
-        # A guest writes in what is mounted there, not in the share itself: a link that it put in the way of
-        # another container would lead that one's mounts to anywhere on the host.
+        # A guest writes only in what is mounted there, not in the share itself: with a link in the share, it
+        # could lead another container's mounts to anywhere on the host.
         self._guest_share.mkdir(mode=0o700, exist_ok=True)
         mounts.bind(self.share, self._guest_share, read_only=True, recursive=False)
         modules = Path(self._config.guest.kernel).with_name("modules")
@@ -306,7 +306,7 @@ class Machine:
             dial = dial_clone if is_clone else QemuHypervisor.connect
             connection = await dial(vm, AGENT_PORT, timeout_s=left_s())
         with timeline.phase("first answer", lane=timeline.MACHINE):
-            # What a clone needed beyond its time, it needed for want of a processor.
+            # A clone that took longer than its time did so because it had no processor.
             left_to_answer_s = timeout_s if is_clone else left_s()
             agent = await Agent.over(connection, timeout_s=left_to_answer_s, is_clone=is_clone)
         return _Started(vm, agent, Size(vcpus=spec.vcpus, memory_bytes=spec.memory_bytes))

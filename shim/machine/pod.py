@@ -1,7 +1,7 @@
-"""What a sandbox is made after: its first container's specification, or Kubernetes' description of a pod.
+"""The description of a sandbox: its first container's specification, or Kubernetes' description of a pod.
 
-containerd prepares the files of a pod in ``/etc`` for containers of its own sandboxes; where it leaves the
-sandbox to the shim, it leaves those to it as well.
+containerd prepares the files of a pod in ``/etc`` for containers of its own sandboxes. If it leaves the
+sandbox to the shim, it leaves these files to the shim as well.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from shim.agent import shared_memory
 from shim.agent.guest_paths import SHM_BYTES
 from shim.annotations import KIND, POD
 from shim.errors import InvalidArgument
+from shim.machine.limits import NO_LIMITS, Limits, annotated_limits, limits_of, limits_of_pod
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,15 +32,8 @@ log = logging.getLogger(__name__)
 _RESOLV_CONF = "/etc/resolv.conf"
 _MAX_NAME_BYTES = 64  # what uname(2) has room for
 _MAX_RESOLV_CONF_BYTES = 64 * 1024  # resolv.conf(5) of a pod has at most 3 + 32 names
-# The annotations under which containerd's CRI gives a pause container the sizes of its pod.
-_SIZES = {
-    "cpu_period": "io.kubernetes.cri.sandbox-cpu-period",
-    "cpu_quota": "io.kubernetes.cri.sandbox-cpu-quota",
-    "cpu_shares": "io.kubernetes.cri.sandbox-cpu-shares",
-    "memory_limit_in_bytes": "io.kubernetes.cri.sandbox-memory",
-}
 
-#: Says ``off`` for a pod whose machine is to share nothing with others, not even a past.
+#: Says ``off`` for a pod whose machine must boot instead of being cloned from a template.
 TEMPLATE_ANNOTATION = "io.hako.template"
 ANNOTATIONS = ((TEMPLATE_ANNOTATION, "`off`", "the machine boots, and shares no past with others"),)
 """Each annotation that a pod may have, its values and what it does."""
@@ -47,15 +41,17 @@ ANNOTATIONS = ((TEMPLATE_ANNOTATION, "`off`", "the machine boots, and shares no 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodSpec:
-    """A sandbox as whoever wants it describes it.
+    """A sandbox as its client describes it.
 
     :param hostname: the name of the machine; if empty, the host's.
     :param dns: lines of resolv.conf.
     :param sysctls: kernel parameters of the whole pod, which its containers' specifications do not repeat.
     :param shm_bytes: the size of its shared memory.
     :param cgroup: ``linux.cgroupsPath`` of the sandbox on the host; empty for none.
+    :param limits: what the pod as a whole may use, as far as it is known.
+    :param first: what its first container may use, unless that only stands for the pod.
     :param oci: an OCI specification: the bundle's, or what Kubernetes' description says as one. It has the
-        network namespace among ``linux.namespaces``, and sizes of the pod among ``annotations``.
+        network namespace among ``linux.namespaces``.
     """
 
     hostname: str
@@ -63,11 +59,13 @@ class PodSpec:
     sysctls: dict[str, str]
     shm_bytes: int = SHM_BYTES
     cgroup: str
+    limits: Limits = NO_LIMITS
+    first: Limits = NO_LIMITS
     oci: dict[str, Any]
 
 
 def check_pod(spec: dict[str, Any], *, sandbox_id: str) -> None:
-    """Refuse a container of another pod than the one that has this machine.
+    """Refuse a container of another pod than that of this machine.
 
     :param spec: the decoded ``config.json``.
     :param sandbox_id: the id of the sandbox that it is to join.
@@ -82,7 +80,7 @@ def check_pod(spec: dict[str, Any], *, sandbox_id: str) -> None:
 
 
 def is_pause(spec: dict[str, Any]) -> bool:
-    """Tell whether an OCI specification is of the container that only stands for its pod."""
+    """Tell whether an OCI specification describes the container that only stands for its pod."""
     annotations = spec.get("annotations")
     return isinstance(annotations, dict) and annotations.get(KIND) == "sandbox"
 
@@ -94,7 +92,7 @@ def refuses_template(spec: dict[str, Any]) -> bool:
 
 
 def check_names(spec: dict[str, Any]) -> None:
-    """Refuse a host's or domain's name that no kernel takes, see sethostname(2).
+    """Refuse a host name or domain name that no kernel accepts, see sethostname(2).
 
     :param spec: an OCI specification, or a part of one.
     :raises InvalidArgument: if there is one.
@@ -131,6 +129,8 @@ def from_oci(spec: dict[str, Any], *, sandbox_id: str = "") -> PodSpec:
         sysctls=sysctls if isinstance(sysctls, dict) else {},
         shm_bytes=shared_memory.size_of(spec, container_id=sandbox_id),
         cgroup=cgroup if isinstance(cgroup, str) else "",
+        limits=annotated_limits(spec),
+        first=NO_LIMITS if is_pause(spec) else limits_of(spec),
         oci=spec,
     )
 
@@ -138,7 +138,7 @@ def from_oci(spec: dict[str, Any], *, sandbox_id: str = "") -> PodSpec:
 def from_request(options: AnyMessage, *, sandbox_id: str, network_namespace: str) -> PodSpec:
     """Take the description from a request for a sandbox.
 
-    :param options: a ``PodSandboxConfig``; of anything else, nothing is known about the pod.
+    :param options: a ``PodSandboxConfig``; anything else says nothing about the pod.
     :param sandbox_id: the sandbox's id.
     :param network_namespace: the path of the pod's network namespace; empty for the host's.
     :raises InvalidArgument: if it is no valid message, or the machine cannot have its name.
@@ -154,15 +154,10 @@ def from_request(options: AnyMessage, *, sandbox_id: str, network_namespace: str
     elif options.type_url:
         log.warning("sandbox: options of type %s say nothing about a pod; ignored", options.type_url)
     check_names({"hostname": config.hostname})
-    sizes = {
-        annotation: str(getattr(config.linux.resources, field))
-        for field, annotation in _SIZES.items()
-        if getattr(config.linux.resources, field)
-    }
     namespaces = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount")]
     if network_namespace:
         namespaces.append({"type": "network", "path": network_namespace})
-    dns = config.dns_config
+    dns, resources = config.dns_config, config.linux.resources
     return PodSpec(
         hostname=config.hostname,
         dns=(
@@ -172,9 +167,15 @@ def from_request(options: AnyMessage, *, sandbox_id: str, network_namespace: str
         ),
         sysctls=dict(config.linux.sysctls),
         cgroup=_cgroup(config.linux.cgroup_parent, sandbox_id=sandbox_id),
+        limits=limits_of_pod(
+            quota_us=resources.cpu_quota,
+            period_us=resources.cpu_period,
+            shares=resources.cpu_shares,
+            memory_bytes=resources.memory_limit_in_bytes,
+        ),
         oci={
             "hostname": config.hostname,
-            "annotations": {**config.annotations, **sizes},
+            "annotations": dict(config.annotations),
             "linux": {"namespaces": namespaces},
         },
     )
@@ -259,7 +260,7 @@ def _resolvers(spec: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _read_plain(path: str) -> str:
-    """Read a small file of the host; a FIFO or a device would have nobody know when it ends."""
+    """Read a small file of the host; a FIFO or a device, which may never end, is refused."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -1,4 +1,4 @@
-"""Giving a running machine the size that its containers need, and putting it to use in the guest."""
+"""Give a running machine the size that its containers need, and have the guest use it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 from hypervisor import ResizeError, ResizeRefusedError
 from shim.errors import ResourceExhausted
-from shim.machine.sizing import cpuset_of
+from shim.machine.limits import cpuset_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from hypervisor import Hypervisor
     from shim.agent.client import Agent
-    from shim.machine.sizing import Limits, Plan, Size
+    from shim.machine.limits import Limits
+    from shim.machine.sizing import Plan, Size
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class Resizer:
     """The size of one machine.
 
     :param vm: the machine.
-    :param plan: what it is to have at least, and what it may have.
+    :param plan: what it must have, and what it may have.
     :param size: what it has now; a clone may have less than it is to have.
     """
 
@@ -43,8 +44,8 @@ class Resizer:
 
         :param agent: its agent.
         :param live: the limits of each of its containers.
-        :raises ResourceExhausted: if it may not be so large, or QEMU or the guest cannot.
-        :raises ShimError: if the guest does not put it to use.
+        :raises ResourceExhausted: if it may not be so large, or QEMU or the guest refuses.
+        :raises ShimError: if the guest cannot use what it got.
         """
         live = list(live)
         if problem := self._plan.lack_of_huge_pages(live):
@@ -63,7 +64,7 @@ class Resizer:
             await self._pin(cpuset_of(live))
 
     async def shrink(self, agent: Agent, live: Iterable[Limits]) -> None:
-        """Make the machine no larger than it must be; what the guest does not give back is logged.
+        """Make the machine no larger than it must be; a refusal of the guest is logged.
 
         :param agent: its agent.
         :param live: the limits of each of its containers.
@@ -87,7 +88,7 @@ class Resizer:
             await self._pin(cpuset_of(live))
 
     async def _pin(self, cpus: frozenset[int]) -> None:
-        """Follow the containers' processors; a machine that runs elsewhere is slower, but it runs."""
+        """Pin the machine to the containers' processors; a failure costs speed only, so it is logged."""
         if (cpus, self._size.vcpus) == self._pinned or not (cpus or self._pinned[0]):
             return
         try:

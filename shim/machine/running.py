@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from hypervisor import Accelerator, Hypervisor
     from shim.agent.client import Agent
     from shim.agent.guest_streams import GuestStreams
+    from shim.machine.limits import Limits
     from shim.machine.resizing import Resizer
-    from shim.machine.sizing import Limits
     from shim.network.network import Network
 
 
@@ -72,7 +72,7 @@ class RunningMachine:
 
         :param terminal: whether the process has a terminal.
         :param container_id: the container's id at the agent.
-        :param exec_id: the process' id at the agent.
+        :param exec_id: the process's id at the agent.
         """
         if self._takes_raw_streams:
             # Without a terminal stdin is always wanted: its connection tells the process of the end.
@@ -113,7 +113,7 @@ class RunningMachine:
 
         :raises ShimError: if it cannot have it.
         """
-        await self._network.rescan()
+        await self._network.rescan(vm=self.vm, agent=self.agent)
 
     async def network_changed(self) -> None:
         """Wait until something changes in its network namespace after it was followed once."""

@@ -1,7 +1,7 @@
-"""Making the template of a configuration: at the operator's word, or by a process that nobody waits for.
+"""Build the template of a configuration: at the operator's request, or in a background process.
 
-That process belongs to no sandbox: it has no descriptor of the shim that started it, and lives in the mounts
-and the cgroup that the shim came from.
+The background process belongs to no sandbox: it inherits no descriptor of the shim that started it, and runs
+in the mount namespace and the cgroup from which that shim was started.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 NICENESS = 19
 START_TIMEOUT_S = 10.0
-_BOOT_TIMES = 4  # by how much a nice process on a busy host may be slower than a boot is allowed to be
+_BOOT_TIMES = 4  # how many times longer than a boot a nice process on a busy host may take
 _GRACE_S = 10
 _FIRST_TO_GO = 1000  # proc(5): the most that oom_score_adj can be
 _SANDBOXES_OWN = {
@@ -57,7 +57,7 @@ def build(config: Config, store: TemplateStore, *, wait: bool) -> Template:
     :param store: where it goes.
     :param wait: until others have built theirs.
     :returns: the template.
-    :raises BlockingIOError: if somebody else builds and ``wait`` is not set.
+    :raises BlockingIOError: if another process builds and ``wait`` is not set.
     :raises ShimError: if the host lacks something, or the machine does not come up or cannot be saved.
     :raises Refusal: if the store cannot be trusted, or machines of this configuration are not cloned.
     :raises OSError: if the store cannot be written.
@@ -71,7 +71,7 @@ def build(config: Config, store: TemplateStore, *, wait: bool) -> Template:
 
 
 async def _build(config: Config, store: TemplateStore, place: Path) -> Template:
-    sizes = plan(config.hypervisor, {})
+    sizes = plan(config.hypervisor)
     running, built = place / "machine", place / "template"
     for directory in (running, built):
         directory.mkdir(mode=0o700)
@@ -100,7 +100,7 @@ async def _build(config: Config, store: TemplateStore, place: Path) -> Template:
 
 
 def purpose_of(spec: VmSpec) -> dict[str, object]:
-    """Tell what was asked for, whatever the files of those names hold."""
+    """Describe what was asked for: the settings of the machine, not the contents of its files."""
     settings = {field.name: getattr(spec, field.name) for field in fields(spec)}
     return {
         name: value if isinstance(value, int) else " ".join(value) if isinstance(value, tuple) else str(value)
@@ -112,9 +112,9 @@ def purpose_of(spec: VmSpec) -> dict[str, object]:
 async def start_unless_building(
     config_text: str, store: TemplateStore, *, mount_namespace: int | None
 ) -> None:
-    """As :func:`start`, unless one is being built; what prevents it is logged, as nobody waits for it."""
+    """As :func:`start`, unless one is being built; a failure is logged."""
     try:
-        if store.is_building():  # for a machine that came up at the same time
+        if store.is_building():  # another machine came up at the same time
             return
         await start(config_text, store, mount_namespace=mount_namespace)
     except (Refusal, OSError, TimeoutError) as error:
@@ -127,8 +127,8 @@ async def start(config_text: str, store: TemplateStore, *, mount_namespace: int 
     """Have the template made in the background.
 
     :param config_text: the text of the configuration.
-    :param store: where it goes; what goes wrong is in its log.
-    :param mount_namespace: that in which the process is to be, open; None is this process's own.
+    :param store: where it goes; the store's log has the failures.
+    :param mount_namespace: where the process runs, open; None is this process's own.
     :raises Refusal: if the store cannot be trusted.
     :raises OSError: if it cannot be started.
     :raises TimeoutError: if it is not on its way in time.
@@ -161,7 +161,7 @@ async def start(config_text: str, store: TemplateStore, *, mount_namespace: int 
 
 
 def go_to_the_background(config: Config) -> None:
-    """Make this process one that disturbs nobody and that ends, by itself or by a signal.
+    """Make this process a background one: without inherited descriptors, first to be killed, with a deadline.
 
     :param config: its deadline follows from how long a boot may take.
     """
@@ -176,10 +176,10 @@ def go_to_the_background(config: Config) -> None:
 
 @contextlib.contextmanager
 def _guarding(building: Building) -> Iterator[None]:
-    """Have the place of a build removed however this process ends.
+    """Have the place of a build removed, also if this process is killed.
 
-    Another process waits for that, and holds the lock until it is done. Were both killed at once, the next
-    build would remove it.
+    A guard process waits for the end of this one and holds the lock until it has removed the place. If both
+    are killed at once, the next build removes it.
     """
     watched, held = os.pipe2(os.O_CLOEXEC)
     guard = os.fork()
@@ -202,5 +202,5 @@ def _guard(building: Building, watched: int) -> None:
     os.closerange(0, kept[0])
     os.closerange(kept[0] + 1, kept[1])
     os.closerange(kept[1] + 1, os.sysconf("SC_OPEN_MAX"))
-    os.read(watched, 1)  # nobody writes: it returns when the other end is closed
+    os.read(watched, 1)  # returns when the other end is closed: nothing is ever written
     shutil.rmtree(building.place, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""The network of one sandbox: every interface of its namespace is a card of its machine, and stays one.
+"""The network of one sandbox: every interface of its namespace becomes a card of its machine.
 
-The namespace's side needs no machine and is done while that boots; the machine's side follows once the agent
-answers. A step that fails takes back all that it did.
+The namespace's side needs no machine and is done during the boot; the machine's side follows once the agent
+answers. A step that fails undoes all that it did.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 from hypervisor import HypervisorError, Nic
 from proto.kata import agent_pb2
-from shim.errors import Internal, ShimError, Unavailable
+from shim.errors import Internal, ShimError
 from shim.host.ingress import remove_ingress
 from shim.network import localhost, messages, resolver
 from shim.network.changes import Changes
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 _UNKNOWN = NetworkPlan(rules=(), neighbours=(Neighbour(interface="", ip=""),), settings=(("", ""),))
 """What the guest has after a failure: no scan equals it."""
 
-UNPLUG_TIMEOUT_S = 5.0  # the guest answers within milliseconds, or not at all
+UNPLUG_TIMEOUT_S = 5.0  # the guest answers within milliseconds, or never
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,7 +67,7 @@ class _Connection:
             self.connected = False
 
     def close_queues(self) -> None:
-        """Give up this process' descriptors: the tap is gone with the machine's, if that has some."""
+        """Close this process's descriptors: the tap lives on if the machine has some."""
         for descriptor in self.queues:
             os.close(descriptor)
         self.queues = ()
@@ -77,7 +77,7 @@ class Network:
     """The network of one sandbox.
 
     :param namespace: whose interfaces the machine gets.
-    :param ledger: where is written what would stay behind after a crash.
+    :param ledger: where everything that must be undone is written down.
     :param queues: how many packets each card can move at once: one for each processor of the machine.
     """
 
@@ -88,8 +88,6 @@ class Network:
         self._plan = NetworkPlan()
         self._warned: set[str] = set()
         self._connections: dict[int, _Connection] = {}
-        self._vm: Hypervisor | None = None
-        self._agent: Agent | None = None
         self._lock = asyncio.Lock()
         self._forwarder: resolver.Forwarder | None = None
         self._changes: asyncio.Future[Changes] = asyncio.get_running_loop().create_future()
@@ -113,7 +111,7 @@ class Network:
         :raises ShimError: if one cannot be connected; nothing is changed then.
         """
         async with self._lock:
-            if self._namespace.wanted_path is None:  # nobody else knows it yet
+            if self._namespace.wanted_path is None:  # no other process knows it yet
                 return
             plan = await self._namespace.run(scan)
             await self._connect(plan.endpoints)
@@ -122,23 +120,23 @@ class Network:
     async def attach(self, *, vm: Hypervisor, agent: Agent) -> None:
         """Give the machine its cards, and the guest its addresses, routes and neighbours.
 
-        :raises ShimError: if the machine or the guest refuses; nothing is connected any more then.
+        :raises ShimError: if the machine or the guest refuses; then nothing is connected any more.
         """
         async with self._lock:
-            self._vm, self._agent = vm, agent
             if self._plan == NetworkPlan():
                 return
             try:
-                await self._bring_up([each.endpoint for each in self._connections.values()])
-                await self._configure(self._plan, former=NetworkPlan())
+                endpoints = [each.endpoint for each in self._connections.values()]
+                await self._bring_up(endpoints, vm=vm, agent=agent)
+                await self._configure(self._plan, former=NetworkPlan(), agent=agent)
             except BaseException:
-                await self._remove(self._connections.values())
+                await self._remove(self._connections.values(), vm=vm)
                 raise
 
-    async def rescan(self) -> None:
+    async def rescan(self, *, vm: Hypervisor, agent: Agent) -> None:
         """Let the machine follow what changed in the namespace: interfaces that came, went or changed.
 
-        :raises ShimError: if an interface that came cannot be given to the machine; it is left alone then.
+        :raises ShimError: if the machine cannot have a new interface; the interface is left alone then.
         """
         async with self._lock:
             if not self._changes.done():  # from before the scan, so that there is no gap
@@ -152,28 +150,29 @@ class Network:
             self._plan = replace(_UNKNOWN, loopback=former.loopback, loopback_mtu=former.loopback_mtu)
             known = {index: connection.endpoint for index, connection in self._connections.items()}
             same = {e.index for e in plan.endpoints if _is_same_card(e, known.get(e.index))}
-            await self._remove(each for index, each in self._connections.items() if index not in same)
+            gone = [each for index, each in self._connections.items() if index not in same]
+            await self._remove(gone, vm=vm)
             new = await self._connect(e for e in plan.endpoints if e.index not in same)
-            if new:  # what was set for a card of the same name went with it
+            if new:  # settings of a former card of the same name are gone with it
                 former = replace(former, settings=_UNKNOWN.settings)
             try:
-                await self._bring_up(e for e in plan.endpoints if e != known.get(e.index))
-                await self._configure(plan, former=former)
+                changed = [e for e in plan.endpoints if e != known.get(e.index)]
+                await self._bring_up(changed, vm=vm, agent=agent)
+                await self._configure(plan, former=former, agent=agent)
             except BaseException:
-                await self._remove(new)
+                await self._remove(new, vm=vm)
                 raise
             self._plan = plan
 
     async def changed(self) -> None:
-        """Wait until something in the namespace is no longer what the first rescan, or this, has seen."""
+        """Wait until the namespace has changed since the first rescan, or since this returned last."""
         changes = await asyncio.shield(self._changes)
         await changes.wait()
 
     async def detach(self) -> None:
-        """Leave the namespace, as it was, now that the machine is gone; for once and all."""
+        """Restore the namespace and leave it, now that the machine is gone."""
         async with self._lock:
-            self._vm = None
-            await self._remove(self._connections.values())
+            await self._remove(self._connections.values(), vm=None)
             if self._forwarder is not None:
                 self._forwarder.close()
                 self._forwarder = None
@@ -186,7 +185,7 @@ class Network:
         path = self._namespace.wanted_path
         try:
             for endpoint in endpoints:
-                # A namespace of the sandbox's own dies with it, and all that is in it.
+                # A namespace of the sandbox's own disappears with the sandbox.
                 record = None
                 if path is not None:
                     record = self._ledger.redirection(
@@ -199,17 +198,17 @@ class Network:
                 made.append(connection)
                 await self._namespace.run(partial(connection.connect, queues=self._queues))
         except BaseException:
-            await self._remove(made)
+            await self._remove(made, vm=None)  # none has a card yet
             raise
         return made
 
-    async def _remove(self, connections: Iterable[_Connection]) -> None:
-        """Take endpoints from the machine, if it is there, and make them what they were."""
+    async def _remove(self, connections: Iterable[_Connection], *, vm: Hypervisor | None) -> None:
+        """Take endpoints from the machine, if there is one, and restore them."""
         for connection in list(connections):
-            if connection.pci_path and self._vm is not None:
+            if connection.pci_path and vm is not None:
                 try:
-                    await self._vm.unplug(connection.device, timeout_s=UNPLUG_TIMEOUT_S)
-                except HypervisorError as error:  # its cable is cut all the same
+                    await vm.unplug(connection.device, timeout_s=UNPLUG_TIMEOUT_S)
+                except HypervisorError as error:  # it is disconnected all the same
                     log.warning("network: %s: %s", connection.endpoint.name, error)
             connection.pci_path = ""
             try:
@@ -222,9 +221,8 @@ class Network:
             connection.close_queues()
             del self._connections[connection.endpoint.index]
 
-    async def _bring_up(self, endpoints: Iterable[Endpoint]) -> None:
+    async def _bring_up(self, endpoints: Iterable[Endpoint], *, vm: Hypervisor, agent: Agent) -> None:
         """Plug the cards that the machine does not have yet, and have the guest set each up."""
-        vm, agent = self._reach()
         for endpoint in endpoints:
             connection = self._connections[endpoint.index]
             if not connection.pci_path:
@@ -238,12 +236,11 @@ class Network:
             await agent.update_interface(messages.interface(endpoint, pci_path=connection.pci_path))
             connection.endpoint = endpoint
 
-    async def _configure(self, plan: NetworkPlan, *, former: NetworkPlan) -> None:
+    async def _configure(self, plan: NetworkPlan, *, former: NetworkPlan, agent: Agent) -> None:
         """Have the guest set up everything but its cards.
 
         :param former: what it had before.
         """
-        _, agent = self._reach()
         if not agent.is_hako:
             plan = messages.for_stock_agent(plan, former=former)
         self._warn(plan.unserved)
@@ -251,7 +248,9 @@ class Network:
             await agent.update_interface(messages.loopback(plan.loopback, mtu=plan.loopback_mtu))
         routes, neighbours = list(plan.routes), list(plan.neighbours)
         leading = self._way_to_localhost()
-        if leading is not None and agent.is_hako:  # no other lets its localhost answer over a link
+        if (
+            leading is not None and agent.is_hako
+        ):  # a stock agent does not let its localhost answer over a link
             route, neighbour = localhost.way_to(localhost.HOST_SIDE, interface=leading.endpoint.name)
             routes.append(route)
             neighbours.append(neighbour)
@@ -270,7 +269,7 @@ class Network:
             await agent.add_arp_neighbors(messages.neighbours(neighbours))
 
     def _warn(self, unserved: Iterable[str]) -> None:
-        """Say once for the sandbox what its guest cannot have of the namespace."""
+        """Log once per sandbox what its guest cannot have of the namespace."""
         for each in unserved:
             if each not in self._warned:
                 self._warned.add(each)
@@ -288,11 +287,6 @@ class Network:
 
     def _way_to_localhost(self) -> _Connection | None:
         return next((each for each in self._connections.values() if each.has_localhost), None)
-
-    def _reach(self) -> tuple[Hypervisor, Agent]:
-        if self._vm is None or self._agent is None:
-            raise Unavailable("network: the machine is not there")
-        return self._vm, self._agent
 
 
 def _is_same_card(endpoint: Endpoint, known: Endpoint | None) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from shim.errors import InvalidArgument
+from shim.host import spec_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 def read_spec(bundle: Path) -> dict[str, Any]:
     """Read a bundle's ``config.json``.
 
+    :returns: its object, for reading only: see :func:`shim.host.spec_file.read`.
     :raises InvalidArgument: if it is missing or not a JSON object.
     """
-    path = bundle / "config.json"
+    path = spec_file.path_in(str(bundle))
     try:
-        spec = json.loads(path.read_bytes())
+        spec = spec_file.read(str(bundle))
     except OSError as error:
         raise InvalidArgument(f"spec: {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from shim.agent import guest_names
 from shim.errors import AlreadyExists, FailedPrecondition, Internal, NotFound, ShimError
 from shim.host import state_directory
+from shim.machine.limits import with_memory
 from shim.machine.pod import check_names, check_pod, is_pause
-from shim.machine.sizing import with_memory
 from shim.sandbox import task_events
 from shim.sandbox.bundle import read_spec
 from shim.sandbox.guest_container import GuestContainer
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from proto.containerd.types_pb2 import Mount
     from proto.kata import agent_pb2
+    from shim.machine.limits import Limits
     from shim.machine.running import RunningMachine
-    from shim.machine.sizing import Limits
     from shim.sandbox.container import Container
     from shim.sandbox.context import Context
     from shim.sandbox.host_streams import Stdio

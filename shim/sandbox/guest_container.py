@@ -27,7 +27,7 @@ from shim.errors import (
     Unavailable,
 )
 from shim.host.host_process import STATUS_KILLED
-from shim.machine.sizing import limits_of
+from shim.machine.limits import limits_of
 from shim.override import override
 from shim.sandbox import killing, task_events
 from shim.sandbox.container import Container
@@ -155,7 +155,7 @@ class GuestContainer(Container):
         self._follow(self.init, agent)
 
     async def _run_hooks(self) -> None:
-        """Run the hooks that may prevent the container; if one does, it is no more."""
+        """Run the hooks that may prevent the container; if one fails, remove the container."""
         try:
             await self._hooks.created(pid=self._sandbox.pid)
         except BaseException:
@@ -173,7 +173,7 @@ class GuestContainer(Container):
         self._sandbox.work.spawn(self._conclude_start(), name=f"timeline of {self.id}")
 
     async def _conclude_start(self) -> None:
-        """Keep where the time went, once there is output or will be none: nobody is to wait for this."""
+        """Record where the time went, once there is output or there will be none. No request waits for it."""
         self._sandbox.timeline.write()
         ends = [asyncio.ensure_future(event.wait()) for event in (self.init.heard, self.init.ended)]
         await asyncio.wait(ends, timeout=SETTLED_S, return_when=asyncio.FIRST_COMPLETED)
@@ -191,7 +191,7 @@ class GuestContainer(Container):
 
     @override
     async def update(self, resources: dict[str, Any]) -> None:
-        """Change the container's limits, and with them the machine: it is never smaller than they are.
+        """Change the container's limits and resize the machine, which is never smaller than they are.
 
         :param resources: as ``linux.resources`` of an OCI specification; what it does not mention stays.
         :raises InvalidArgument: if they are malformed, or one of them is refused.
@@ -256,7 +256,7 @@ class GuestContainer(Container):
 
     @override
     async def start_exec(self, exec_id: str) -> None:
-        """Run a registered exec; if the guest refuses, it stays created and can be deleted.
+        """Run a registered exec; if the guest refuses it, it stays created and can be deleted.
 
         :raises NotFound: if there is no such exec.
         :raises FailedPrecondition: if it ran already, or init has ended.
@@ -324,7 +324,7 @@ class GuestContainer(Container):
             )
 
     async def _open_streams(self, process: Process) -> GuestStreams:
-        """Open both ends of a process' streams."""
+        """Open both ends of a process's streams."""
         process.host_streams = await open_host_streams(
             process.stdio, container_id=self.id, namespace=self._sandbox.namespace
         )
@@ -336,7 +336,7 @@ class GuestContainer(Container):
 
     @override
     async def _remove(self) -> None:
-        """Remove the container in the guest; a machine that is gone has none, a hung one is going."""
+        """Remove the container in the guest, unless the machine is gone or is about to go."""
         try:
             agent = await self._sandbox.agent()
             timeout_s = CALL_TIMEOUT_S if self._files.has_disks else REMOVE_TIMEOUT_S
@@ -365,7 +365,7 @@ class GuestContainer(Container):
         )
 
     async def _follow_until_over(self, process: Process, agent: Agent, copier: StreamCopier) -> None:
-        """Carry a process' streams and learn of its exit, until both are over."""
+        """Carry a process's streams and wait for its exit, until both are over."""
         try:
             async with asyncio.TaskGroup() as group:
                 outputs = copier.outputs(group)
@@ -385,7 +385,7 @@ class GuestContainer(Container):
                 await process.host_streams.finish()
         finally:
             process.close_streams()
-            # Whatever went wrong above, nobody may wait for this process for ever.
+            # No client may wait for this process for ever, even after a failure above.
             self._report_exit(process, STATUS_UNKNOWN)
 
     async def _await_exit(self, process: Process, agent: Agent) -> int:
@@ -405,7 +405,7 @@ class GuestContainer(Container):
             process.ended.set()
 
     async def _await_execs(self) -> None:
-        """Let the execs' exits be reported first: init's must be the last of its container."""
+        """Wait for the reports of the execs' exits: init's must be the last of its container."""
         self._ending = True
         running = [p.exited.wait() for p in self.execs.values() if p.state is State.RUNNING]
         with contextlib.suppress(TimeoutError):

@@ -1,8 +1,9 @@
 """A pod's volumes in memory: each a tmpfs of the guest that all containers of the pod use.
 
 It is made with the first container that names the volume, like the one that the kubelet has mounted on the
-host, and lives as long as the machine. What the kubelet has put there is copied. A volume that holds more
-than can be copied, or an agent that cannot make one, has the host's directory shared instead, for good.
+host, and lives as long as the machine. The kubelet's own files in it are copied. If a volume holds more than
+can be copied, or the agent cannot make one, the host's directory is shared instead, for as long as the pod
+lives.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from shim.agent.client import Agent
     from shim.host.volume_source import GuestWritable
-    from shim.machine.sizing import Limits
+    from shim.machine.limits import Limits
     from shim.volumes.host_tmpfs import File, TmpfsPlace
 
 log = logging.getLogger(__name__)
@@ -76,13 +77,13 @@ class MemoryVolumes:
         self._most_bytes = 0
 
     async def serve(self, spec: dict[str, Any], *, user: User, agent: Agent) -> dict[str, Any]:
-        """Have the guest hold the volumes in memory that a container names.
+        """Have the guest make the volumes in memory that a container names.
 
         :param spec: the decoded ``config.json``.
         :param user: the container.
         :param agent: the guest agent.
         :returns: the specification with the guest's paths.
-        :raises ShimError: if the specification is malformed, or the guest cannot hold a part of a volume.
+        :raises ShimError: if the specification is malformed, or the guest cannot make a part of a volume.
         """
         with refusing_malformed("config.json"):
             entries = spec.get("mounts") or []
@@ -109,13 +110,13 @@ class MemoryVolumes:
         return {**spec, "mounts": [given.get(number, entry) for number, entry in enumerate(entries)]}
 
     def needed_bytes(self, live: Mapping[str, Limits]) -> int:
-        """Tell how much memory they need beside the limits of the containers that there are.
+        """Tell how much memory they need beyond the limits of the live containers.
 
-        What a container puts there counts against its limit, on a host as in the guest. Without a limit, it
-        is the volume's that counts. What a container with a limit has left there counts when it has ended;
-        but a pod has no more on the host than its containers had before.
+        As on a host, what a container writes there counts against its limit. For a container without a limit,
+        the size of the volume counts. What a container with a limit left there counts after its end, but
+        never more than the pod's containers had before.
 
-        :param live: by their ids, the limits of the containers that there are.
+        :param live: the limits of the live containers, by id.
         """
         now = sum(limits.memory_bytes for limits in live.values())
         self._most_bytes = max(self._most_bytes, now)
@@ -137,14 +138,14 @@ class MemoryVolumes:
         try:
             with found(source, self._writable) as descriptor:
                 return host_tmpfs.find(descriptor)
-        except (InvalidArgument, OSError):  # the error is that of sharing it
+        except (InvalidArgument, OSError):  # sharing it will report the error
             return None
 
     async def _volume(self, path: Path, agent: Agent) -> _Volume | None:
         if path not in self._volumes:
             try:
                 self._volumes[path] = await self._make(path, agent)
-            except (ShimError, OSError, ValueError) as error:  # the last of an owner that no message can name
+            except (ShimError, OSError, ValueError) as error:  # no message can name a larger owner
                 log.warning("volume: %s: the host's directory is shared: %s", path, error)
                 self._volumes[path] = None
         return self._volumes[path]
@@ -161,7 +162,7 @@ class MemoryVolumes:
         return volume
 
     async def _part(self, volume: _Volume, place: TmpfsPlace, agent: Agent) -> str:
-        """Have what the kubelet has made for a subPath in the guest's volume, unless it is there."""
+        """Make in the guest's volume what the kubelet has made for a subPath, unless it is there."""
         try:
             for one in host_tmpfs.way_to(place):
                 if not await agent.files.has_file(f"{volume.path}/{one.below}"):

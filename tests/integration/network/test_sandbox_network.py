@@ -345,12 +345,12 @@ async def test_an_interface_that_comes_late_becomes_a_card_at_the_next_scan(
         await attach(network, machine)
         add_cable(empty_pod, outside, "eth0", number=1)
         empty_pod.ip("route add default via 10.1.0.1")
-        await network.rescan()
+        await network.rescan(vm=machine, agent=machine)
         assert machine.names() == ["eth0"]
         assert [each.gateway for each in machine.told[-1].Routes] == ["10.1.0.1"]
 
         add_cable(empty_pod, outside, "net1", number=2)
-        await network.rescan()
+        await network.rescan(vm=machine, agent=machine)
         assert machine.names() == ["eth0", "net1"]
 
 
@@ -372,7 +372,7 @@ async def test_what_changes_after_a_scan_is_noticed(
     }
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
-        await network.rescan()
+        await network.rescan(vm=machine, agent=machine)
         for what, change in changes.items():
             noticed = asyncio.create_task(network.changed())
             await asyncio.sleep(0)
@@ -380,7 +380,7 @@ async def test_what_changes_after_a_scan_is_noticed(
             await asyncio.to_thread(change)
             async with asyncio.timeout(DEADLINE_S):
                 await noticed
-            await network.rescan()
+            await network.rescan(vm=machine, agent=machine)
             assert len(machine.told) > told, what
 
 
@@ -391,7 +391,7 @@ async def test_an_interface_that_is_gone_is_unplugged(
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
         pod.ip("link delete net1")
-        await network.rescan()
+        await network.rescan(vm=machine, agent=machine)
         assert [card.mac for card in machine.cards.values()] == [machine.told[0].hwAddr]
 
 
@@ -399,7 +399,7 @@ async def test_an_interface_that_goes_down_is_given_back(pod: Space, ledger: Led
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
         pod.ip("link set eth0 down")
-        await network.rescan()
+        await network.rescan(vm=machine, agent=machine)
         assert machine.cards == {}
         assert "ingress" not in pod.run("tc", "qdisc")
 
@@ -408,11 +408,11 @@ async def test_a_new_address_reaches_the_guest_at_the_next_scan(pod: Space, ledg
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
         told = len(machine.told)
-        await network.rescan()
+        await network.rescan(vm=machine, agent=machine)
         assert len(machine.told) == told
 
         pod.ip("addr add 10.1.0.9/32 dev eth0")
-        await network.rescan()
+        await network.rescan(vm=machine, agent=machine)
         interface, _ = machine.told[told:]
         assert "10.1.0.9" in {each.address for each in interface.IPAddresses}
         assert len(machine.cards) == 1
@@ -426,10 +426,10 @@ async def test_a_scan_that_failed_is_made_good_by_the_next(
         add_cable(pod, outside, "net1", number=2)
         machine.refuses = "plug"
         with pytest.raises(Internal):
-            await network.rescan()
+            await network.rescan(vm=machine, agent=machine)
         assert len(machine.cards) == 1
         machine.refuses = ""
-        await network.rescan()
+        await network.rescan(vm=machine, agent=machine)
         assert len(machine.cards) == 2
         assert machine.names()[-1] == "net1"
 
@@ -495,12 +495,12 @@ async def test_the_guest_is_told_of_rules_and_parameters_once_and_when_they_chan
         assert request.settings.values["net/core/somaxconn"] == "99"
 
         pod.ip("route add blackhole 10.9.0.0/16")
-        await network.rescan()
+        await network.rescan(vm=machine, agent=machine)
         assert not machine.requests[-1].HasField("rules")
         assert not machine.requests[-1].HasField("settings")
 
         pod.ip("rule del to 10.9.0.0/16 prohibit")
-        await network.rescan()
+        await network.rescan(vm=machine, agent=machine)
         assert len(machine.requests[-1].rules.rules) == 5
 
 
@@ -512,7 +512,7 @@ async def test_the_guest_is_told_of_parameters_again_for_a_new_card(
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
         add_cable(pod, outside, "net1", number=2)
-        await network.rescan()
+        await network.rescan(vm=machine, agent=machine)
         assert machine.requests[-1].settings.values["net/ipv4/conf/eth0/rp_filter"] == "1"
 
 
@@ -526,7 +526,7 @@ async def test_a_guest_whose_agent_knows_only_katas_protocol_drops_what_leads_no
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
         pod.ip("addr add 10.1.0.9/32 dev eth0")
-        await network.rescan()
+        await network.rescan(vm=machine, agent=machine)
     *_, routes = machine.told
     assert ("10.9.0.0/16", "lo") in {(each.dest, each.device) for each in routes.Routes}
     for named in (
@@ -577,7 +577,7 @@ async def test_what_works_on_packets_in_the_namespace_and_not_on_the_guests_is_n
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
         pod.ip("addr add 10.1.0.9/32 dev eth0")
-        await network.rescan()
+        await network.rescan(vm=machine, agent=machine)
     found = [line for line in caplog.messages if "pass by" in line]
     assert len(found) == bool(named)
     assert all(named in line for line in found)
@@ -588,11 +588,11 @@ async def test_a_packet_filter_that_comes_later_is_named(
 ):
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
-        await network.rescan()
+        await network.rescan(vm=machine, agent=machine)
         noticed = asyncio.create_task(network.changed())
         await asyncio.sleep(0)
         await asyncio.to_thread(pod.run, "iptables", "-A", "INPUT", "-j", "ACCEPT")
         async with asyncio.timeout(DEADLINE_S):
             await noticed
-        await network.rescan()
+        await network.rescan(vm=machine, agent=machine)
     assert "packet filter (nftables or iptables-nft)" in caplog.text

@@ -1,4 +1,4 @@
-"""Where a sandbox is counted on the host."""
+"""The cgroup in which a sandbox is counted on the host."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ HOST = HostChoice(
 
 
 def key_of(spec: VmSpec) -> str:
-    """Stand in for the digest of a specification: of its sizes."""
+    """Stand in for the digest of a specification: encode its sizes."""
     sizes = (spec.vcpus, spec.max_vcpus, spec.memory_bytes // MIB, spec.max_memory_bytes // MIB)
     return "a" * 16 + "".join(f"{size:08x}" for size in sizes)
 
@@ -53,11 +53,12 @@ def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
         settings = {"max_vcpus": 4, "max_memory_mib": 4096, "template": "auto", **settings}
         config = Config(hypervisor=HypervisorConfig(template_dir=str(tmp_path / "templates"), **settings))
         cloning = Cloning("sandbox", config=config)
-        sizes = plan(config.hypervisor, oci)
+        made = pod.from_oci(oci)
+        sizes = plan(config.hypervisor, pod=made.limits, first=made.first)
         spec = describe(
             config, HOST, name="s", directory=tmp_path, share=tmp_path, size=sizes.boot, most=sizes.most
         )
-        template = cloning.find(spec, sizes, pod.from_oci(oci))
+        template = cloning.find(spec, sizes, made)
         return cloning, clone_of(spec, sizes, template)
 
     return make
@@ -70,7 +71,7 @@ def build(cloning: Cloning, spec: VmSpec) -> None:
         cloning.templates.publish(key_of(spec), built, purpose={})
 
 
-def test_without_a_template_one_is_missed(choose: Callable[..., tuple[Cloning, VmSpec]]) -> None:
+def test_a_machine_without_a_template_lacks_one(choose: Callable[..., tuple[Cloning, VmSpec]]) -> None:
     cloning, clone = choose({})
     assert cloning.lacks_template
     assert clone.template is None
@@ -87,7 +88,7 @@ def test_one_template_serves_machines_of_all_sizes(
     assert not cloning.lacks_template
 
 
-def test_machines_of_a_fixed_size_are_cloned_from_their_like_alone(
+def test_machines_of_a_fixed_size_are_cloned_only_from_the_same_size(
     choose: Callable[..., tuple[Cloning, VmSpec]],
 ) -> None:
     build(*choose({}, static_sizing=True))
@@ -95,13 +96,13 @@ def test_machines_of_a_fixed_size_are_cloned_from_their_like_alone(
     cloning, clone = choose(LARGE, static_sizing=True)
     assert clone.template is None
     assert (clone.vcpus, clone.memory_bytes) == (2, 768 * MIB)
-    assert not cloning.lacks_template, "nobody builds one of each size"
+    assert not cloning.lacks_template, "templates of each size are not built"
 
     build(cloning, clone)
     assert choose(LARGE, static_sizing=True)[1].template is not None
 
 
-def test_templates_are_switched_off(choose: Callable[..., tuple[Cloning, VmSpec]]) -> None:
+def test_templates_can_be_switched_off(choose: Callable[..., tuple[Cloning, VmSpec]]) -> None:
     build(*choose({}))
     cloning, clone = choose({}, template="off")
     assert clone.template is None
@@ -122,13 +123,15 @@ def test_a_pod_refuses_its_template(choose: Callable[..., tuple[Cloning, VmSpec]
     assert not cloning.lacks_template
 
 
-def test_nobody_else_builds_what_is_being_built(choose: Callable[..., tuple[Cloning, VmSpec]]) -> None:
+def test_a_template_that_is_being_built_is_not_built_twice(
+    choose: Callable[..., tuple[Cloning, VmSpec]],
+) -> None:
     cloning, _ = choose({})
     with cloning.templates.building(wait=False):
         assert not choose({})[0].lacks_template
 
 
-def test_what_could_not_be_built_is_not_tried_again_at_once(
+def test_a_failed_build_is_not_repeated_at_once(
     choose: Callable[..., tuple[Cloning, VmSpec]], caplog: pytest.LogCaptureFixture
 ) -> None:
     cloning, clone = choose({})
@@ -140,7 +143,7 @@ def test_what_could_not_be_built_is_not_tried_again_at_once(
     assert "no space; boots cold" in caplog.text
 
 
-def test_a_host_that_cannot_tell_boots_cold(
+def test_a_host_that_cannot_compute_the_key_boots_cold(
     choose: Callable[..., tuple[Cloning, VmSpec]],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

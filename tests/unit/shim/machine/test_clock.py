@@ -1,4 +1,4 @@
-"""A guest's clock is compared with the host's, moved if it is surely wrong, and compared again later."""
+"""A guest's clock is compared with the host's, moved if it is certainly wrong, and compared again later."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MS = 1_000_000
 
 
-def test_a_guest_is_taken_to_answer_in_the_middle() -> None:
+def test_a_guest_is_assumed_to_answer_in_the_middle_of_the_call() -> None:
     assert reading("107000000", asked_at_ns=100 * MS, answered_at_ns=104 * MS) == Reading(5 * MS, 2 * MS)
 
 
@@ -46,7 +46,7 @@ def test_another_answer_is_an_error(answer: str) -> None:
         (Reading(9 * MS, 20 * MS), 0),
     ],
 )
-def test_the_clock_is_moved_if_it_is_surely_wrong(found: Reading, shift: int) -> None:
+def test_the_clock_is_moved_if_it_is_certainly_wrong(found: Reading, shift: int) -> None:
     assert correction(found) == shift
 
 

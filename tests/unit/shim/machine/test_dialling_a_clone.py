@@ -1,4 +1,4 @@
-"""A clone that the host leaves no processor is waited for; one that had its time is not."""
+"""A clone that the host leaves without a processor gets more time; one that ran does not."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def test_a_clone_is_waited_for_while_it_is_starved(answers_at: int, starve
 
 
 @pytest.mark.parametrize(("starved_until", "attempts"), [(0, 1), (3, 3), (99, 4)])
-async def test_a_clone_is_given_up_once_it_had_its_time(starved_until: int, attempts: int) -> None:
+async def test_a_clone_that_had_its_time_is_given_up(starved_until: int, attempts: int) -> None:
     clone = Clone(answers_at=99, starved_until=starved_until)
     with pytest.raises(GuestLateError, match=f"attempt {attempts}"):
         await dial_clone(cast("QemuHypervisor", clone), 1024, timeout_s=1)

@@ -1,4 +1,4 @@
-"""What is used of what the host offers."""
+"""The choice among what the host offers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sandbox is made after."""
+"""The description that a sandbox is made from."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from proto.cri.pod_pb2 import DNSConfig, LinuxContainerResources, LinuxPodSandboxConfig, PodSandboxConfig
 from shim.errors import InvalidArgument
 from shim.machine import pod
+from shim.machine.limits import Limits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +36,7 @@ def options(config: PodSandboxConfig, kind: str = "runtime.v1.PodSandboxConfig")
         ({}, False),
     ],
 )
-def test_an_annotation_tells_a_pause_container(spec: dict[str, Any], pause: bool) -> None:
+def test_an_annotation_marks_a_pause_container(spec: dict[str, Any], pause: bool) -> None:
     assert pod.is_pause(spec) is pause
 
 
@@ -61,7 +62,7 @@ def test_a_pod_without_a_pause_container_refuses_templates_too() -> None:
 
 
 @pytest.mark.parametrize("hostname", [None, 5, ["x"]])
-def test_a_hostname_that_is_none_is_none(hostname: int | list[str] | None) -> None:
+def test_a_malformed_hostname_is_ignored(hostname: int | list[str] | None) -> None:
     assert pod.from_oci({"hostname": hostname}).hostname == ""
 
 
@@ -77,23 +78,23 @@ def test_the_machine_gets_the_resolvers_of_its_first_container(tmp_path: Path) -
 @pytest.mark.parametrize(
     "mounts", [None, "text", [5], [{"destination": "/etc/resolv.conf", "source": "a\0b"}]]
 )
-def test_resolvers_that_cannot_be_read_are_none(mounts: list[dict[str, str] | int] | str | None) -> None:
+def test_unreadable_resolvers_are_ignored(mounts: list[dict[str, str] | int] | str | None) -> None:
     assert pod.from_oci({"mounts": mounts}).dns == ()
 
 
-def test_resolvers_in_a_fifo_are_none_and_nobody_waits_for_a_writer(tmp_path: Path) -> None:
+def test_resolvers_in_a_fifo_are_ignored_without_waiting_for_a_writer(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     mounts = [{"destination": "/etc/resolv.conf", "source": str(tmp_path / "fifo")}]
     assert pod.from_oci({"mounts": mounts}).dns == ()
 
 
-def test_only_a_pause_container_speaks_for_the_kernel_parameters_of_the_pod() -> None:
+def test_only_a_pause_container_sets_the_kernel_parameters_of_the_pod() -> None:
     linux = {"linux": {"sysctl": {"net.core.somaxconn": "7"}}}
     assert pod.from_oci({**PAUSE, **linux}).sysctls == {"net.core.somaxconn": "7"}
     assert pod.from_oci(linux).sysctls == {}
 
 
-def test_a_description_of_kubernetes_becomes_a_specification() -> None:
+def test_a_description_by_kubernetes_becomes_a_specification() -> None:
     config = PodSandboxConfig(
         hostname="web-0",
         dns_config=DNSConfig(servers=["192.0.2.1", "2001:db8::1"], searches=["a", "b"], options=["ndots:5"]),
@@ -109,15 +110,12 @@ def test_a_description_of_kubernetes_becomes_a_specification() -> None:
     assert made.dns == ("search a b", "nameserver 192.0.2.1", "nameserver 2001:db8::1", "options ndots:5")
     assert made.cgroup == "/kubepods/pod1/s1"
     assert made.sysctls == {"kernel.shm_rmid_forced": "1"}
-    assert made.oci["annotations"] == {
-        "team": "x",
-        "io.kubernetes.cri.sandbox-cpu-quota": "50000",
-        "io.kubernetes.cri.sandbox-memory": "1073741824",
-    }
+    assert made.limits == Limits(quota_us=50_000, memory_bytes=1 << 30)
+    assert made.oci["annotations"] == {"team": "x"}
     assert {"type": "network", "path": "/run/netns/x"} in made.oci["linux"]["namespaces"]
 
 
-def test_without_a_network_namespace_it_is_the_hosts_that_is_wanted() -> None:
+def test_without_a_network_namespace_the_hosts_is_wanted() -> None:
     made = pod.from_request(AnyMessage(), sandbox_id="s1", network_namespace="")
     assert "network" not in {one["type"] for one in made.oci["linux"]["namespaces"]}
 
@@ -129,7 +127,7 @@ def test_options_of_another_type_say_nothing() -> None:
     assert (made.hostname, made.dns, made.sysctls) == ("", (), {})
 
 
-def test_a_description_that_is_no_message_is_refused() -> None:
+def test_an_undecodable_description_is_refused() -> None:
     with pytest.raises(InvalidArgument, match=r"sandbox: options: not a valid runtime.v1.PodSandboxConfig"):
         pod.from_request(
             AnyMessage(type_url="runtime.v1.PodSandboxConfig", value=b"\xff"),
@@ -158,7 +156,9 @@ def test_a_container_gets_the_files_of_its_pod_unless_it_brings_its_own(tmp_path
 
 
 @pytest.mark.parametrize(("path", "kind"), [("/proc/7/ns/ipc", "bind"), ("", "tmpfs")])
-def test_shared_memory_is_the_pods_for_who_shares_its_ipc(tmp_path: Path, path: str, kind: str) -> None:
+def test_a_container_that_shares_the_pods_ipc_has_its_shared_memory(
+    tmp_path: Path, path: str, kind: str
+) -> None:
     spec = {
         "mounts": [{"destination": "/dev/shm", "type": "tmpfs", "source": "shm"}],
         "linux": {"namespaces": [{"type": "ipc", "path": path}]},
@@ -183,10 +183,10 @@ def test_a_containers_own_kernel_parameters_win() -> None:
 @pytest.mark.parametrize(
     ("name", "why"), [("a" * 65, "65 bytes"), ("ä" * 33, "66 bytes"), ("a\0b", "NUL byte")]
 )
-def test_a_name_that_no_kernel_takes_is_refused(field: str, name: str, why: str) -> None:
+def test_a_name_that_kernels_refuse_is_refused(field: str, name: str, why: str) -> None:
     with pytest.raises(InvalidArgument, match=rf"^spec: {field}: .*{why}; choose "):
         pod.check_names({field: name})
 
 
-def test_a_name_of_64_bytes_is_taken() -> None:
+def test_a_name_of_64_bytes_is_accepted() -> None:
     pod.check_names({"hostname": "a" * 64, "domainname": "ä" * 32})

@@ -39,7 +39,7 @@ CHOICE = HostChoice(
     ],
     ids=["can grow", "can grow far", "large", "emulated", "emulated, larger"],
 )
-def test_a_card_has_pairs_for_the_processors_that_there_can_be(
+def test_a_card_has_a_pair_for_each_possible_processor(
     accelerator: interface.Accelerator, vcpus: int, most: int, pairs: int
 ) -> None:
     spec = describe(

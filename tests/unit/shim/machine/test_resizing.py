@@ -1,4 +1,4 @@
-"""In which order a machine and its guest are told of a new size, and what comes of a refusal."""
+"""The order in which a machine and its guest are told of a new size, and the effect of a refusal."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 from hypervisor import ResizeError, ResizeRefusedError
 from shim.config import HypervisorConfig
 from shim.errors import ResourceExhausted
+from shim.machine.limits import Limits
 from shim.machine.resizing import Resizer
-from shim.machine.sizing import Limits, plan
+from shim.machine.sizing import plan
 
 if TYPE_CHECKING:
     from hypervisor import Hypervisor, errors
@@ -77,27 +78,25 @@ def machine() -> Machine:
 
 @pytest.fixture
 def resizer(machine: Machine) -> Resizer:
-    sizes = plan(CONFIG, {})
+    sizes = plan(CONFIG)
     return Resizer(machine.hypervisor, sizes, size=sizes.boot)
 
 
-async def test_the_guest_is_told_before_memory_comes_and_after_and_uses_processors_once_they_are_there(
+async def test_the_guest_hears_of_memory_before_and_after_it_comes_and_of_processors_after(
     machine: Machine, resizer: Resizer
 ) -> None:
     await resizer.grow(machine.agent, [SOME])
     assert machine.take() == ["vcpus 4", "use 4", "online memory", "memory 512", "online memory"]
 
 
-async def test_what_is_large_enough_is_left_alone(machine: Machine, resizer: Resizer) -> None:
+async def test_a_machine_that_is_large_enough_is_left_alone(machine: Machine, resizer: Resizer) -> None:
     await resizer.grow(machine.agent, [])
     await resizer.shrink(machine.agent, [SOME])
     await resizer.shrink(machine.agent, [])
     assert machine.take() == []
 
 
-async def test_growing_takes_nothing_away_and_shrinking_adds_nothing(
-    machine: Machine, resizer: Resizer
-) -> None:
+async def test_growing_never_shrinks_and_shrinking_never_grows(machine: Machine, resizer: Resizer) -> None:
     await resizer.grow(machine.agent, [SOME])
     machine.take()
     await resizer.grow(machine.agent, [])
@@ -107,7 +106,7 @@ async def test_growing_takes_nothing_away_and_shrinking_adds_nothing(
     assert machine.take() == ["vcpus 1", "memory 256", "follow limits"]
 
 
-async def test_huge_pages_that_the_machine_has_no_room_for_are_refused_before_it_grows(
+async def test_huge_pages_that_do_not_fit_are_refused_before_the_machine_grows(
     machine: Machine, resizer: Resizer
 ) -> None:
     with pytest.raises(ResourceExhausted, match=r"hugepageLimits: 3841 MiB of .* room for 3840 MiB"):
@@ -117,7 +116,7 @@ async def test_huge_pages_that_the_machine_has_no_room_for_are_refused_before_it
     assert "memory 4096" in machine.take()
 
 
-async def test_another_agent_is_not_told_of_memory_that_went(machine: Machine, resizer: Resizer) -> None:
+async def test_a_stock_agent_is_not_told_of_memory_that_is_gone(machine: Machine, resizer: Resizer) -> None:
     machine.is_hako = False
     await resizer.grow(machine.agent, [SOME])
     machine.take()
@@ -125,7 +124,7 @@ async def test_another_agent_is_not_told_of_memory_that_went(machine: Machine, r
     assert machine.take() == ["vcpus 1", "memory 256"]
 
 
-async def test_processors_that_stay_in_the_machine_are_put_out_of_use(
+async def test_processors_that_cannot_be_unplugged_are_put_out_of_use(
     machine: Machine, resizer: Resizer
 ) -> None:
     machine.fewest_vcpus = 4
@@ -146,7 +145,7 @@ async def test_a_machine_that_cannot_grow_is_an_error(
         await resizer.grow(machine.agent, [SOME])
 
 
-async def test_what_the_guest_does_not_give_back_is_logged_and_asked_for_the_next_time(
+async def test_memory_that_the_guest_keeps_is_logged_and_asked_for_again_the_next_time(
     machine: Machine, resizer: Resizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     more = Limits(memory_bytes=1024 * MIB)
@@ -160,7 +159,7 @@ async def test_what_the_guest_does_not_give_back_is_logged_and_asked_for_the_nex
     assert machine.take() == ["memory 256", "follow limits"]
 
 
-async def test_a_machine_is_kept_to_its_containers_processors_and_let_go_again(
+async def test_a_machine_is_pinned_to_its_containers_processors_and_released_again(
     machine: Machine, resizer: Resizer
 ) -> None:
     await resizer.grow(machine.agent, [Limits(cpuset=frozenset({2})), Limits(cpuset=frozenset({3}))])
@@ -180,11 +179,7 @@ async def test_a_processor_that_the_host_does_not_have_does_not_stop_a_container
 
 
 async def test_a_clone_grows_to_what_its_pod_needs_and_never_shrinks_below(machine: Machine) -> None:
-    needs = {
-        "io.kubernetes.cri.sandbox-cpu-quota": "100000",
-        "io.kubernetes.cri.sandbox-memory": f"{256 * MIB}",
-    }
-    sizes = plan(CONFIG, {"annotations": needs})
+    sizes = plan(CONFIG, pod=Limits(quota_us=100_000, memory_bytes=256 * MIB))
     resizer = Resizer(machine.hypervisor, sizes, size=sizes.base)
 
     await resizer.grow(machine.agent, [])

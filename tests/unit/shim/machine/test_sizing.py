@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from shim.config import HypervisorConfig
-from shim.machine.sizing import Limits, Size, limits_of, limits_of_pod, plan
+from shim.machine.limits import Limits, annotated_limits, limits_of
+from shim.machine.pod import from_oci
+from shim.machine.sizing import Plan, Size, plan
 
 if TYPE_CHECKING:
     from typing import Any
@@ -36,25 +38,30 @@ def pod(**sizes: int) -> dict[str, Any]:
     return {"annotations": {**PAUSE, **names}}
 
 
+def plan_for(config: HypervisorConfig, oci: dict[str, Any]) -> Plan:
+    made = from_oci(oci)
+    return plan(config, pod=made.limits, first=made.first)
+
+
 def test_a_machine_without_containers_has_what_the_configuration_says() -> None:
-    assert plan(CONFIG, {}).wanted([]) == size(1, 256)
+    assert plan(CONFIG).wanted([]) == size(1, 256)
 
 
-def test_limits_come_on_top_and_their_fractions_are_rounded_up_once() -> None:
+def test_limits_are_added_and_their_fractions_rounded_up_once() -> None:
     half = Limits(quota_us=50_000, memory_bytes=100 * MIB)
-    assert plan(CONFIG, {}).wanted([half]) == size(2, 356)
-    assert plan(CONFIG, {}).wanted([half, half]) == size(2, 456)
-    assert plan(CONFIG, {}).wanted([half, half, half]) == size(3, 556)
+    assert plan(CONFIG).wanted([half]) == size(2, 356)
+    assert plan(CONFIG).wanted([half, half]) == size(2, 456)
+    assert plan(CONFIG).wanted([half, half, half]) == size(3, 556)
 
 
 def test_memory_is_rounded_up_to_a_mebibyte() -> None:
-    assert plan(CONFIG, {}).wanted([Limits(memory_bytes=1), Limits(memory_bytes=1)]) == size(1, 257)
+    assert plan(CONFIG).wanted([Limits(memory_bytes=1), Limits(memory_bytes=1)]) == size(1, 257)
 
 
-def test_huge_pages_come_on_top_of_memory_and_an_update_may_leave_them_alone() -> None:
+def test_huge_pages_are_added_to_memory_and_kept_by_an_update_that_omits_them() -> None:
     limits = [{"pageSize": "2MB", "limit": 64 * MIB}, {"pageSize": "1GB", "limit": 1024 * MIB}]
     first = Limits(memory_bytes=100 * MIB).updated({"hugepageLimits": limits})
-    assert plan(CONFIG, {}).wanted([first]) == size(1, 256 + 100 + 64 + 1024)
+    assert plan(CONFIG).wanted([first]) == size(1, 256 + 100 + 64 + 1024)
     assert first.updated({"memory": {"limit": MIB}}).huge_bytes == (64 + 1024) * MIB
     assert first.updated({"hugepageLimits": limits[:1]}).huge_bytes == 64 * MIB
 
@@ -67,20 +74,20 @@ def test_malformed_limits_on_huge_pages_add_nothing(
 
 
 def test_a_container_without_limits_adds_nothing() -> None:
-    assert plan(CONFIG, {}).wanted([Limits()]) == size(1, 256)
+    assert plan(CONFIG).wanted([Limits()]) == size(1, 256)
 
 
 def test_a_machine_never_exceeds_its_maximum() -> None:
-    assert plan(CONFIG, {}).wanted([Limits(quota_us=10**9, memory_bytes=1 << 50)]) == size(8, 4096)
+    assert plan(CONFIG).wanted([Limits(quota_us=10**9, memory_bytes=1 << 50)]) == size(8, 4096)
 
 
-def test_a_maximum_below_the_start_is_no_maximum() -> None:
+def test_a_maximum_below_the_start_is_raised_to_it() -> None:
     small = HypervisorConfig(vcpus=2, memory_mib=1024, max_vcpus=1, max_memory_mib=512)
-    assert plan(small, {}).most == size(2, 1024)
+    assert plan(small).most == size(2, 1024)
 
 
-def test_without_a_maximum_the_host_is_it() -> None:
-    assert plan(HypervisorConfig(), {}).most.memory_bytes > 512 * MIB
+def test_without_a_maximum_the_hosts_size_is_the_limit() -> None:
+    assert plan(HypervisorConfig()).most.memory_bytes > 512 * MIB
 
 
 @pytest.mark.parametrize(
@@ -105,7 +112,7 @@ def test_limits_are_read_from_a_specification(given: dict[str, Any], expected: L
     assert limits_of(given) == expected
 
 
-def test_an_update_changes_what_it_mentions() -> None:
+def test_an_update_changes_only_what_it_mentions() -> None:
     before = Limits(quota_us=100_000, memory_bytes=64 * MIB)
     assert before.updated({"memory": {"limit": 128 * MIB}}) == Limits(
         quota_us=100_000, memory_bytes=128 * MIB
@@ -114,7 +121,7 @@ def test_an_update_changes_what_it_mentions() -> None:
     assert before.updated({}) == before
 
 
-def test_while_limits_change_the_larger_of_each_counts() -> None:
+def test_during_an_update_the_larger_of_each_limit_counts() -> None:
     before = Limits(quota_us=200_000, memory_bytes=64 * MIB)
     after = Limits(quota_us=15_000, period_us=10_000, memory_bytes=128 * MIB)
     assert before.or_more(after) == Limits(quota_us=200_000, memory_bytes=128 * MIB)
@@ -135,12 +142,12 @@ def test_while_limits_change_the_larger_of_each_counts() -> None:
 def test_a_pods_limits_are_read_from_its_annotations(
     annotations: dict[str, dict[str, str]], cpus: float, memory: int
 ) -> None:
-    limits = limits_of_pod(annotations["annotations"])
+    limits = annotated_limits(annotations)
     assert (float(limits.cpus), limits.memory_bytes) == (cpus, memory)
 
 
 def test_a_pod_starts_with_room_for_the_containers_it_will_have() -> None:
-    sizes = plan(CONFIG, pod(cpu_quota=200_000, cpu_period=100_000, memory=512 * MIB))
+    sizes = plan_for(CONFIG, pod(cpu_quota=200_000, cpu_period=100_000, memory=512 * MIB))
     assert sizes.boot == size(3, 768)
     whole = Limits(quota_us=200_000, memory_bytes=512 * MIB)
     assert sizes.wanted([whole]) == size(3, 768)
@@ -148,26 +155,26 @@ def test_a_pod_starts_with_room_for_the_containers_it_will_have() -> None:
     assert sizes.wanted([]) == size(3, 768)
 
 
-def test_a_container_that_is_alone_is_made_room_for_when_it_comes() -> None:
-    sizes = plan(CONFIG, spec(quota=200_000, memory=512 * MIB))
+def test_the_machine_grows_for_a_single_container_when_it_comes() -> None:
+    sizes = plan_for(CONFIG, spec(quota=200_000, memory=512 * MIB))
     assert sizes.boot == size(1, 256)
     assert sizes.wanted([limits_of(spec(quota=200_000, memory=512 * MIB))]) == size(3, 768)
 
 
 def test_static_sizing_keeps_the_size_of_the_start() -> None:
-    sizes = plan(STATIC, spec(quota=200_000, memory=512 * MIB))
+    sizes = plan_for(STATIC, spec(quota=200_000, memory=512 * MIB))
     assert sizes.boot == sizes.most == size(3, 768)
     assert sizes.wanted([Limits(memory_bytes=1 << 40)]) == size(3, 768)
 
 
-def test_static_sizing_takes_nothing_from_a_pause_container() -> None:
+def test_static_sizing_ignores_a_pause_container() -> None:
     paused = {**spec(quota=200_000), "annotations": PAUSE}
-    assert plan(STATIC, paused).boot == size(1, 256)
+    assert plan_for(STATIC, paused).boot == size(1, 256)
 
 
 @pytest.mark.parametrize(
     ("text", "processors"),
     [("0-2,5", {0, 1, 2, 5}), ("3", {3}), ("", set()), ("2-1", set()), ("x", set()), (7, set())],
 )
-def test_processors_are_read_as_the_kernel_writes_them(text: object, processors: set[int]) -> None:
+def test_lists_of_processors_are_read_in_the_kernels_format(text: object, processors: set[int]) -> None:
     assert limits_of({"linux": {"resources": {"cpu": {"cpus": text}}}}).cpuset == processors

@@ -1,4 +1,4 @@
-"""Templates on disk: there whole or not at all, few, and nobody else's."""
+"""Templates on disk appear whole or not at all, are few, and belong to one user."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def keys(store: TemplateStore) -> list[str]:
     return [entry.key for entry in store.entries() if not entry.failure]
 
 
-def test_what_was_published_is_found_by_its_key_alone(store: TemplateStore) -> None:
+def test_a_published_template_is_found_by_its_key_only(store: TemplateStore) -> None:
     assert store.find(KEY) is None
     template = publish(store, KEY)
 
@@ -56,7 +56,7 @@ def test_what_was_published_is_found_by_its_key_alone(store: TemplateStore) -> N
     assert store.find(OTHER) is None
 
 
-def test_nobody_else_can_look_into_the_store(store: TemplateStore) -> None:
+def test_other_users_cannot_read_the_store(store: TemplateStore) -> None:
     publish(store, KEY)
     for place in (store.directory, store.directory.parent):
         assert place.stat().st_mode & 0o777 == 0o700
@@ -69,13 +69,13 @@ def test_a_store_that_others_can_write_to_is_not_trusted(
     publish(store, KEY)
     spoil(store.directory)
 
-    with pytest.raises(Refusal, match="nobody else can write to; correct that"):
+    with pytest.raises(Refusal, match="no other can write to; correct that"):
         store.find(KEY)
     with pytest.raises(Refusal), store.building(wait=False):
         pass
 
 
-def test_a_link_is_no_store(store: TemplateStore, tmp_path: Path) -> None:
+def test_a_link_is_not_accepted_as_the_store(store: TemplateStore, tmp_path: Path) -> None:
     publish(store, KEY)
     link = TemplateStore(tmp_path / "link")
     link.directory.symlink_to(store.directory)
@@ -96,7 +96,7 @@ def test_a_build_that_fails_leaves_nothing(store: TemplateStore) -> None:
     assert [path.name for path in store.directory.iterdir()] == ["lock"]
 
 
-def test_what_a_killed_build_left_goes_with_the_next(store: TemplateStore) -> None:
+def test_the_next_build_removes_what_a_killed_one_left(store: TemplateStore) -> None:
     publish(store, KEY)
     for name in (".building", ".removed-1-1"):
         (store.directory / name).mkdir()
@@ -107,7 +107,7 @@ def test_what_a_killed_build_left_goes_with_the_next(store: TemplateStore) -> No
     assert sorted(path.name for path in store.directory.iterdir()) == [KEY, "lock"]
 
 
-def test_one_builds_at_a_time(store: TemplateStore) -> None:
+def test_only_one_process_builds_at_a_time(store: TemplateStore) -> None:
     assert not store.is_building()
     with store.building(wait=False):
         assert store.is_building()
@@ -116,7 +116,7 @@ def test_one_builds_at_a_time(store: TemplateStore) -> None:
     assert not store.is_building()
 
 
-def test_who_waits_builds_after_the_other(store: TemplateStore) -> None:
+def test_a_builder_that_waits_builds_after_the_other(store: TemplateStore) -> None:
     order = []
 
     def second() -> None:
@@ -132,13 +132,13 @@ def test_who_waits_builds_after_the_other(store: TemplateStore) -> None:
     assert order == ["first", "second"]
 
 
-def test_a_new_one_for_the_same_purpose_replaces_the_old(store: TemplateStore) -> None:
+def test_a_new_template_for_the_same_purpose_replaces_the_old_one(store: TemplateStore) -> None:
     publish(store, KEY)
     publish(store, OTHER)
     assert keys(store) == [OTHER]
 
 
-def test_those_not_used_for_longest_go_when_there_are_too_many(
+def test_the_least_recently_used_templates_are_removed_when_there_are_too_many(
     store: TemplateStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers = range(KEPT + 2)
@@ -151,7 +151,7 @@ def test_those_not_used_for_longest_go_when_there_are_too_many(
     assert sorted(keys(store)) == [f"{number:032}" for number in (0, *numbers[-KEPT + 1 :])]
 
 
-def test_a_useless_one_is_discarded_but_not_what_took_its_place(store: TemplateStore) -> None:
+def test_a_useless_template_is_discarded_but_not_its_replacement(store: TemplateStore) -> None:
     broken = publish(store, KEY)
     store.discard(broken, reason="truncated")
     assert store.find(KEY) is None
@@ -162,14 +162,14 @@ def test_a_useless_one_is_discarded_but_not_what_took_its_place(store: TemplateS
     assert store.failure(KEY) == ""
 
 
-def test_the_second_useless_one_in_short_order_is_a_failure(store: TemplateStore) -> None:
+def test_a_second_useless_template_on_the_same_day_is_a_failure(store: TemplateStore) -> None:
     for _ in range(2):
         store.discard(publish(store, KEY), reason="QEMU refuses")
     assert store.failure(KEY) == "QEMU refuses"
 
 
 @pytest.mark.parametrize(("discards", "held_s"), [(2, 600), (3, 3600), (4, 21_600), (5, 86_400), (9, 86_400)])
-def test_each_further_one_in_a_day_is_a_failure_for_longer(
+def test_each_further_useless_template_in_a_day_is_a_failure_for_longer(
     store: TemplateStore, discards: int, held_s: int
 ) -> None:
     for _ in range(discards):
@@ -180,7 +180,7 @@ def test_each_further_one_in_a_day_is_a_failure_for_longer(
         assert store.failure(KEY) == said
 
 
-def test_a_clone_that_answers_makes_up_for_what_was_discarded(store: TemplateStore) -> None:
+def test_a_clone_that_answers_clears_the_count_of_useless_templates(store: TemplateStore) -> None:
     store.discard(publish(store, KEY), reason="QEMU refuses")
     template = publish(store, KEY)
     store.answers(template)
@@ -195,7 +195,7 @@ def test_clones_may_be_late_but_not_three_in_a_row(store: TemplateStore) -> None
     assert not store.is_late(template)
 
 
-def test_what_was_held_against_a_template_does_not_show_among_the_templates(store: TemplateStore) -> None:
+def test_the_count_of_late_clones_is_not_listed_as_a_template(store: TemplateStore) -> None:
     template = publish(store, KEY)
     store.is_late(template)
     store.discard(publish(store, OTHER, purpose={}), reason="QEMU refuses")
@@ -203,7 +203,7 @@ def test_what_was_held_against_a_template_does_not_show_among_the_templates(stor
     assert store.remove("") == [KEY]
 
 
-def test_a_failure_is_remembered_for_a_while_or_until_it_works(
+def test_a_failure_is_remembered_for_a_while_or_until_a_build_succeeds(
     store: TemplateStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(store, OTHER)
@@ -219,7 +219,7 @@ def test_a_failure_is_remembered_for_a_while_or_until_it_works(
     assert store.failure(KEY) == ""
 
 
-def test_a_list_says_what_each_is_for_and_what_it_takes(store: TemplateStore) -> None:
+def test_a_list_tells_the_purpose_and_the_size_of_each_template(store: TemplateStore) -> None:
     assert store.entries() == []
     template = publish(store, KEY, content="x" * 100_000)
     with (template.path / "memory").open("r+b") as file:
@@ -232,7 +232,7 @@ def test_a_list_says_what_each_is_for_and_what_it_takes(store: TemplateStore) ->
     assert entry.built_at == pytest.approx(entry.used_at, abs=5)
 
 
-def test_one_is_removed_by_the_beginning_of_its_key_and_all_by_none(store: TemplateStore) -> None:
+def test_a_template_is_removed_by_a_prefix_of_its_key_and_all_by_an_empty_one(store: TemplateStore) -> None:
     for key in (KEY, OTHER, f"ab{'0' * 30}"):
         publish(store, key, purpose={"key": key})
     with pytest.raises(Refusal, match="2 begin so"):
@@ -246,7 +246,7 @@ def test_one_is_removed_by_the_beginning_of_its_key_and_all_by_none(store: Templ
     assert store.remove("") == []
 
 
-def test_one_that_somebody_has_emptied_is_not_listed(store: TemplateStore) -> None:
+def test_an_emptied_template_is_not_listed(store: TemplateStore) -> None:
     template = publish(store, KEY)
     for file in template.path.iterdir():
         file.unlink()
@@ -257,7 +257,7 @@ def test_one_that_somebody_has_emptied_is_not_listed(store: TemplateStore) -> No
 @pytest.mark.parametrize(
     "late", [TemplateLateError("late"), GuestLateError("silent"), DeadlineExceeded("late")]
 )
-def test_a_late_clone_is_its_templates_fault_unless_its_qemu_hardly_had_a_processor(
+def test_a_late_clone_is_blamed_on_its_template_unless_qemu_hardly_had_a_processor(
     late: errors.GuestLateError | errors.TemplateLateError | DeadlineExceeded,
 ) -> None:
     assert blames_template(late, starved=False)
@@ -265,7 +265,7 @@ def test_a_late_clone_is_its_templates_fault_unless_its_qemu_hardly_had_a_proces
 
 
 @pytest.mark.parametrize("error", [TemplateError("refused"), ChannelError("guest reset")])
-def test_a_template_that_qemu_refuses_or_whose_guest_dies_is_to_blame_on_a_busy_host_too(
+def test_a_refused_template_or_a_dead_guest_is_blamed_on_the_template_even_on_a_busy_host(
     error: errors.ChannelError | errors.TemplateError,
 ) -> None:
     assert blames_template(error, starved=True)

@@ -1,4 +1,4 @@
-"""Taking turns: as many at once as there are turns, and nobody waits for the dead."""
+"""Turns: only so many processes work at once, and none waits for a dead one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ asyncio.run(hold())
 
 
 class Crowd:
-    """Some that want a turn: how many have one, and how many had one at the same time at most."""
+    """Processes that want a turn: how many have one now, and the most that had one at once."""
 
     def __init__(self, directory: Path, *, at_once: int) -> None:
         self.given_up = asyncio.Event()
@@ -63,11 +63,11 @@ def open_files() -> set[str]:
 
 
 async def settled() -> None:
-    """Let everybody go as far as he can."""
+    """Let all of them go as far as they can."""
     await asyncio.sleep(0.05)
 
 
-async def test_no_more_than_there_are_turns_are_at_it_at_once(tmp_path: Path) -> None:
+async def test_only_as_many_work_at_once_as_there_are_turns(tmp_path: Path) -> None:
     crowd = Crowd(tmp_path / "turns", at_once=AT_ONCE)
     async with asyncio.timeout(10), crowd.visitors(10):
         await settled()
@@ -75,7 +75,7 @@ async def test_no_more_than_there_are_turns_are_at_it_at_once(tmp_path: Path) ->
     assert (crowd.present, crowd.most) == (0, AT_ONCE)
 
 
-async def test_who_dies_leaves_his_turn_to_the_next(tmp_path: Path) -> None:
+async def test_the_turn_of_a_killed_process_goes_to_the_next(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", HOLDER, str(tmp_path)]
     holder = await asyncio.create_subprocess_exec(*argv, stdout=asyncio.subprocess.PIPE)
     assert holder.stdout is not None
@@ -90,7 +90,7 @@ async def test_who_dies_leaves_his_turn_to_the_next(tmp_path: Path) -> None:
     await holder.wait()
 
 
-async def test_who_gives_up_goes_on_at_once(tmp_path: Path) -> None:
+async def test_giving_up_ends_the_wait_at_once(tmp_path: Path) -> None:
     crowd = Crowd(tmp_path, at_once=1)
     async with asyncio.timeout(10), crowd.visitors(2):
         await settled()
@@ -107,7 +107,7 @@ async def test_a_turn_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert crowd.present == 2
 
 
-async def test_nobody_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_wait_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "_PATIENCE_S", 0.01)
     crowd = Crowd(tmp_path, at_once=1)
     async with asyncio.timeout(10), crowd.visitors(2):
@@ -127,7 +127,7 @@ async def test_a_wait_can_be_cancelled_and_leaves_nothing_open(tmp_path: Path) -
         assert open_files() == before
 
 
-async def test_without_a_place_for_turns_there_are_none(
+async def test_without_a_directory_for_turns_machines_start_without_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()

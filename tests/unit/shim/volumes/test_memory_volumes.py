@@ -1,4 +1,4 @@
-"""A pod's volumes in memory are the guest's, and count in the machine's memory."""
+"""A pod's volumes in memory are held by the guest, and count in the machine's memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from shim.agent.oci_mount_kinds import OfTheGuest
 from shim.errors import InvalidArgument, Unimplemented
 from shim.host.volume_source import GuestWritable
-from shim.machine.sizing import MIB, Limits, with_memory
+from shim.machine.limits import Limits, with_memory
+from shim.machine.sizing import MIB
 from shim.volumes import host_tmpfs
 from shim.volumes.host_tmpfs import TmpfsPlace
 from shim.volumes.memory_volumes import MemoryVolumes
@@ -101,7 +102,7 @@ async def test_a_volume_is_mounted_once_in_the_guest_and_keeps_its_options(
     assert first["options"] == ["rbind", "ro"]
 
 
-async def test_what_the_kubelet_has_put_there_is_copied_once(volumes: MemoryVolumes, volume: Path) -> None:
+async def test_the_kubelets_files_are_copied_once(volumes: MemoryVolumes, volume: Path) -> None:
     (volume / "directory").mkdir()
     (volume / "directory" / "file").write_text("text")
     (volume / "link").symlink_to("directory/file")
@@ -118,7 +119,7 @@ async def test_what_the_kubelet_has_put_there_is_copied_once(volumes: MemoryVolu
     assert f"{root}/later" not in guest.written
 
 
-async def test_a_part_is_made_with_all_that_leads_to_it_unless_it_is_there(
+async def test_a_missing_part_is_made_with_the_directories_that_lead_to_it(
     volumes: MemoryVolumes, volume: Path
 ) -> None:
     guest = Guest()
@@ -140,7 +141,7 @@ async def test_other_volumes_are_left_alone(volumes: MemoryVolumes, tmp_path: Pa
 
 
 @pytest.mark.parametrize("why", ["fifo", "many", "large", "mount", "copy"])
-async def test_what_the_guest_cannot_hold_is_shared_for_good(
+async def test_a_volume_that_the_guest_cannot_hold_is_shared_for_good(
     volumes: MemoryVolumes, volume: Path, why: str
 ) -> None:
     match why:
@@ -172,13 +173,13 @@ async def needed_mib(volumes: MemoryVolumes, **limits_mib: int) -> int:
     return volumes.needed_bytes(live(**limits_mib)) // MIB
 
 
-async def test_it_counts_where_a_container_has_no_limit(volumes: MemoryVolumes, volume: Path) -> None:
+async def test_a_volume_adds_memory_if_a_container_has_no_limit(volumes: MemoryVolumes, volume: Path) -> None:
     assert await needed_mib(volumes) == 0
     await given(volumes, volume, Guest(), container_id="app")
     assert await needed_mib(volumes, app=0, other=64) == SIZE_MIB
 
 
-async def test_it_counts_against_the_limit_of_a_container_that_has_one(
+async def test_a_volume_counts_against_the_limit_of_a_container_that_has_one(
     volumes: MemoryVolumes, volume: Path
 ) -> None:
     await given(volumes, volume, Guest(), container_id="app", limit_mib=512)
@@ -190,7 +191,7 @@ async def test_it_counts_against_the_limit_of_a_container_that_has_one(
     [(512, 128, SIZE_MIB), (512, 400, 112), (100, 50, 50), (128, 512, 0)],
     ids=["the volume", "the pod's memory", "the limit", "enough"],
 )
-async def test_what_a_container_left_there_keeps_its_memory(
+async def test_files_that_a_container_leaves_behind_keep_their_memory(
     volumes: MemoryVolumes, volume: Path, init: int, app: int, more: int
 ) -> None:
     guest = Guest()
@@ -207,7 +208,7 @@ async def test_a_size_that_only_the_host_limits_does_not_count(volume: Path) -> 
     assert await needed_mib(volumes, app=0) == 0
 
 
-def test_memory_that_is_no_containers_changes_nothing_else() -> None:
+def test_memory_that_belongs_to_no_container_changes_no_other_limit() -> None:
     limits = Limits(quota_us=1000, memory_bytes=MIB, cpuset=frozenset({1}))
     assert with_memory([limits], 0) == [limits]
     [changed, other] = with_memory([limits, limits], MIB)
