@@ -1,4 +1,4 @@
-"""The shim's long-lived process: one sandbox, served over ttrpc and gRPC until nothing is left in it."""
+"""The shim's long-lived process: it serves one sandbox over ttrpc and gRPC until nothing is left in it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-REPLIES_TIMEOUT_S = 3.0  # for answers in flight at the end and their readers; nothing new is accepted then
-EVENTS_TIMEOUT_S = 5.0  # as long as containerd's own shims let the last events take
+REPLIES_TIMEOUT_S = 3.0  # for answers in flight at the end; no new request is accepted then
+EVENTS_TIMEOUT_S = 5.0  # containerd's own shims give the last events as long
 UNDO_TIMEOUT_S = 3.0  # for killed processes to be gone; below containerd's 5 s for `delete`
 
 
@@ -96,7 +96,7 @@ async def _serve(
             sandbox = Sandbox(context, machine)
             containers = Containers(context, sandbox, SharedVolumes.of(machine, work=context.work))
             found = _pod_of(Path(record.bundle), record.id)
-            if found is not None:  # otherwise CreateSandbox tells
+            if found is not None:  # otherwise CreateSandbox describes it
                 sandbox.start(found)
             dispatch = _dispatch(sandbox, containers)
             await _serve_until(over, dispatch, record, listener=listener, ready=ready)
@@ -113,7 +113,7 @@ def _pod_of(bundle: Path, sandbox_id: str) -> PodSpec | None:
         return None
     try:
         return pod.from_oci(read_spec(bundle), sandbox_id=sandbox_id)
-    except ShimError:  # Create will say so
+    except ShimError:  # Create reports the error
         return pod.from_oci({})
 
 
@@ -148,7 +148,7 @@ async def _serve_until(
             for_tools = Path(record.state_directory) / "grpc.sock"
             await stack.enter_async_context(serve_grpc_on_demand(dispatch, for_tools))
             if listener is None:
-                # Importing grpc takes longer than all the rest of the start.
+                # Importing grpc takes longer than the rest of the start.
                 from shim.transport.grpc_server import serve_grpc  # noqa: PLC0415
 
                 await stack.enter_async_context(serve_grpc(dispatch, Path(record.socket_path)))
@@ -159,7 +159,7 @@ async def _serve_until(
 
 
 def _undo(record: StartRecord) -> None:
-    """Undo what is left, unless ``delete`` was faster or ``start`` still waits and will do it."""
+    """Undo what is left, unless ``delete`` has done it or a waiting ``start`` will."""
     held = state_directory.lock_existing(record.state_directory, wait=False)
     if held is None:
         return

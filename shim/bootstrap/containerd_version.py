@@ -1,4 +1,4 @@
-"""Which containerd calls: it does not say so itself, and asking its program takes longer than ``start``."""
+"""Find the version of the calling containerd. It does not tell, and asking its program is slow."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _REMEDY = 'set shim.protocol to "ttrpc" in the configuration'
 def find(program: str) -> str:
     """Return the version of a containerd, such as ``1.7.24``.
 
-    What one said is kept for as long as its program is the same file, unchanged.
+    The answer is cached until the file of the program changes.
 
     :param program: its path.
-    :raises Refusal: if it does not tell.
+    :raises Refusal: if the program does not tell it.
     """
     kept = os.path.join(zygote_protocol.ZYGOTE_DIRECTORY, "containerd")
     try:

@@ -1,4 +1,4 @@
-"""``delete``: leave nothing of a container on the host, whoever else is dead."""
+"""``delete``: leave nothing of a container on the host, even if everything else is dead."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def delete(line: CommandLine) -> bytes:
 
     :param line: flags as containerd gives them.
     :returns: a ``DeleteResponse`` for standard output.
-    :raises Refusal: if something could not be undone; running this again goes on where it stopped.
+    :raises Refusal: if something could not be undone; the next run continues there.
     """
     check_identifier(line.id, phase="delete", what="id")
     bundle = line.bundle or _working_directory()
@@ -98,14 +98,14 @@ def _is_on_record(directory: str, container: str) -> bool:
 
 
 def _run_hooks(bundle: str, container: str) -> None:
-    """Run what was to follow the container's end, as its shim would have."""
+    """Run the hooks that follow the container's end, as its shim would have."""
     try:
         with open(os.path.join(bundle, "config.json"), "rb") as file:
             if b'"poststop"' not in file.read():
                 return
     except OSError:
         return
-    import asyncio  # noqa: PLC0415 - with the rest a third of a second that few deletions need
+    import asyncio  # noqa: PLC0415 - together a third of a second, which few deletions need
     from pathlib import Path  # noqa: PLC0415
 
     from shim.errors import InvalidArgument  # noqa: PLC0415
@@ -114,7 +114,7 @@ def _run_hooks(bundle: str, container: str) -> None:
 
     try:
         hooks = Hooks(container, bundle=Path(bundle), spec=read_spec(Path(bundle)))
-    except InvalidArgument:  # then none of them has ever run
+    except InvalidArgument:  # then no container of it has ever run
         return
     with contextlib.suppress(TimeoutError):
         asyncio.run(asyncio.wait_for(hooks.clean_up(), _HOOKS_TIMEOUT_S))
@@ -135,7 +135,7 @@ def _delete_from(directory: str, container: str) -> None:
 
 
 def _remove_if_empty(directory: str) -> None:
-    """Remove what a ``start`` left that was killed between its first two steps."""
+    """Remove the leftovers of a ``start`` that was killed between its first two steps."""
     lock = state_directory.lock_existing(directory)
     if lock is not None:
         with contextlib.suppress(OSError):
@@ -144,7 +144,7 @@ def _remove_if_empty(directory: str) -> None:
 
 
 def _is_needed(ledger: Ledger) -> bool:
-    """Tell whether the shim lives and has other containers; let one that has none end by itself."""
+    """Tell whether the shim lives and has other containers; give one without any time to end by itself."""
     shims = [
         HostProcess(pid=entry.pid, start_time=entry.start_time)
         for entry in ledger.entries()

@@ -1,4 +1,4 @@
-"""How containerd's releases speak to ``start``, and what each understands of its answer."""
+"""How each release of containerd speaks to ``start``, and what reply it understands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_INPUT = 10 << 20
 
 
 class Caller(Record):
-    """Who runs ``start`` and what it sent."""
+    """The containerd that runs ``start``, and what it sent."""
 
     #: ``1.6``, ``1.7`` (1.7 to 2.2) or ``2.3`` (and later).
     dialect: str
@@ -32,7 +32,7 @@ def identify_caller(data: bytes, line: CommandLine) -> Caller:
 
     :param data: the whole standard input.
     :param line: the flags.
-    :returns: the dialect, and what the caller said in it, as if it had said it in the newest one.
+    :returns: the dialect, and what the caller sent, in terms of the newest dialect.
     :raises Refusal: if the input is none of the known messages.
     """
     dialect = "1.7" if "MAX_SHIM_VERSION" in os.environ else "1.6"
@@ -68,7 +68,7 @@ def _check_paths(params: BootstrapParams) -> None:
 
 
 def version_for(caller: Caller, bundle: str, publish_binary: str) -> int:
-    """Choose the version of the shim protocol: 3 is containerd 2's way to add containers to a pod."""
+    """Choose the version of the shim protocol: with 3, containerd adds containers without a ``start``."""
     if caller.dialect == "1.6" or not grouping.is_pod(bundle):
         return 2
     if caller.dialect == "2.3":
@@ -83,7 +83,7 @@ def version_for(caller: Caller, bundle: str, publish_binary: str) -> int:
 
 
 def check_grpc(caller: Caller, publish_binary: str) -> None:
-    """Refuse gRPC where containerd cannot drive it: only 1.7 can, and nothing but its version says so."""
+    """Refuse gRPC where containerd cannot use it: only 1.7 can, and only its version tells."""
     version = "1.6" if caller.dialect == "1.6" else "2.3 or later"
     if caller.dialect == "1.7":
         from shim.bootstrap import containerd_version  # noqa: PLC0415 - few need it
@@ -102,14 +102,14 @@ def bare(address: str) -> str:
 
 
 def reply_of(record: StartRecord, *, dialect: str) -> tuple[str, bytes]:
-    """Phrase where a shim serves.
+    """Phrase the address of a shim.
 
     :param record: how it was started.
     :param dialect: of the caller; see :class:`Caller`.
     :returns: the address that is left in the bundle, and the answer to the caller.
     """
     if record.protocol == "grpc":
-        # containerd 1.7 dials a gRPC address without a scheme, and reads the file as it reads the reply.
+        # containerd 1.7 dials a gRPC address without a scheme, and reads the file as it does the reply.
         text = _json(record, record.socket_path)
         address, reply = text, text.encode()
     else:

@@ -1,4 +1,4 @@
-"""What ``-info`` says that containers can have: the specification's ``features`` object."""
+"""The features of containers that ``-info`` lists: the specification's ``features`` object."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """``python -m shim.bootstrap.launcher``: write a ``containerd-shim-hako-v2`` that starts faster than pip's.
 
-pip's has the interpreter look at every installed package before the first line runs, which takes as long as
-all that follows. This one names everything it needs.
+With pip's, the interpreter looks at every installed package before the first line runs, which takes as long
+as all that follows. This one names everything that it needs.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def text(interpreter: str) -> str:
 
 
 def fastest_interpreter() -> str:
-    """Find the interpreter that is up first, of those that can run what this one can.
+    """Find the interpreter that starts fastest, among those that can run what this one can.
 
     The distribution's has sockets built in, where others load a library for them. Shims are run by the
     virtual environment's in any case.
     """
-    # A virtual environment's interpreter would first find out that it is one.
+    # A virtual environment's interpreter would first look for its configuration.
     own = os.path.realpath(sys.executable)
     if "_socket" in sys.builtin_module_names:
         return own
@@ -65,9 +65,9 @@ def fastest_interpreter() -> str:
 
 
 def write(path: Path) -> None:
-    """Put the program in the place of another, in one step.
+    """Replace another program by this one, in one step.
 
-    :param path: the other.
+    :param path: the other program.
     :raises Refusal: as :func:`text` does.
     """
     new = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,4 +1,4 @@
-"""Being the daemon of a sandbox: from the command line that ``start`` gave it until it serves."""
+"""Become the daemon of a sandbox: from the command line that ``start`` gave it until it serves."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def serve(state: str, *, born_at_s: float | None = None) -> None:
-    """Be the daemon that ``start`` left behind.
+    """Be the daemon that ``start`` made.
 
     :param state: the state directory of its sandbox.
-    :param born_at_s: since when this process is to be the daemon, in seconds of ``time.monotonic()``, if it
+    :param born_at_s: when this process began to become the daemon, in seconds of ``time.monotonic()``, if it
         was something else before.
     """
     timeline.note(
@@ -37,7 +37,7 @@ def serve(state: str, *, born_at_s: float | None = None) -> None:
 
 
 def _ready(record: StartRecord) -> None:
-    """Let ``start`` go, which waits on our standard error; what is said from now on goes to containerd."""
+    """Release ``start``, which waits on our standard error; from now on, containerd gets our log lines."""
     if record.protocol == "grpc":
         zygote_protocol.write(2, daemonize.READY)
         descriptor = daemonize.open_log(record.bundle)

@@ -1,7 +1,7 @@
-"""The cgroup of a sandbox on the host: what its machine uses is counted where containerd said it would be.
+"""The cgroup of a sandbox on the host: the use of its machine is counted where containerd wants it counted.
 
-Kubernetes reads a pod's use from the pod's cgroup and limits the pod by it. The controllers that count are
-taken; limits are the business of who made the cgroups above.
+Kubernetes reads a pod's use from the pod's cgroup and limits the pod by it. Only controllers that count are
+used here; limits are set in the cgroups above.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def normal_path(wanted: str) -> str:
 
 
 def counting_roots(mountinfo: str) -> list[Path]:
-    """Find the hierarchies that count: those of version 1 with such controllers, else that of version 2.
+    """Find the hierarchies that count: those of version 1 with such controllers, or else that of version 2.
 
     :param mountinfo: as in proc(5).
     """
@@ -56,7 +56,7 @@ def counting_roots(mountinfo: str) -> list[Path]:
 class HostCgroup:
     """The cgroup of one sandbox, in each hierarchy that counts.
 
-    :param directories: they exist.
+    :param directories: existing ones.
     """
 
     def __init__(self, directories: list[Path]) -> None:
@@ -64,7 +64,7 @@ class HostCgroup:
 
     @classmethod
     def make(cls, wanted: str, *, ledger: Ledger) -> HostCgroup:
-        """Make the cgroup; where that is impossible it is done without.
+        """Make the cgroup; on a host where that is impossible, the sandbox has none.
 
         :param wanted: ``linux.cgroupsPath``; empty for none.
         :param ledger: where it is written down.
@@ -85,7 +85,7 @@ class HostCgroup:
         return cls(made)
 
     def add(self, pid: int) -> None:
-        """Count a process, with the children that it will have, from now on."""
+        """Count a process and its future children from now on."""
         for directory in self._directories:
             try:
                 (directory / "cgroup.procs").write_text(str(pid), encoding="ascii")

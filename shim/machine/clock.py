@@ -1,15 +1,15 @@
-"""A guest's clock, kept with the host's.
+"""Keep a guest's clock with the host's.
 
-The guest is asked for its time, and told by how much to move its clock. The comparison may be wrong by half
-of the time that the answer took. A few answers together leave less doubt; if there is too much of it, as on a
-busy host, they are soon asked for again. That is done when the machine is up, and again
+The shim asks the guest for its time, and tells it by how much to move its clock. A comparison may be wrong by
+half of the time that the answer took. A few answers together leave less doubt; if the doubt is too large, as
+on a busy host, the shim soon asks again. It compares the clocks when the machine is up, and again
 
-* when the host's clock was set, or the host wakes from a sleep, in which a guest's clock stands still;
-* when QEMU goes on after a stop: a guest's timer may have gone round meanwhile (an emulated one in 43 s);
+* when the host's clock is set, or the host wakes from a sleep, during which a guest's clock stands still;
+* when QEMU goes on after a stop: a guest's timer may have wrapped around (an emulated one does in 43 s);
 * every minute: by NTP a host corrects the rate of its clock by up to 50 millionths, of which a guest learns
   nothing under KVM. That is 3 ms in a minute. An emulated timer has the corrected rate.
 
-Kata's agent cannot be asked for the time. Its clock is only set, at the start and for the first two reasons.
+Kata's agent cannot tell the time. Its clock is only set, at the start and for the first two reasons.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def together(readings: Sequence[Reading]) -> Reading:
 
 
 def correction(found: Reading) -> int:
-    """Choose by how much to move a guest's clock; 0 if it is right, as far as can be told.
+    """Choose by how much to move a guest's clock; 0 if no error is certain.
 
     :returns: nanoseconds.
     """
@@ -116,7 +116,7 @@ async def keep(agent: Agent, *, pid: int, right: asyncio.Event) -> None:
 
 
 async def _set_right(agent: Agent) -> bool:
-    """Compare the clocks and move the guest's; tell whether it is surely right then."""
+    """Compare the clocks and move the guest's; tell whether it is certainly right then."""
     if not agent.tells_time:
         await agent.set_time()
         return True

@@ -1,4 +1,4 @@
-"""What this host offers for virtual machines, and what of it is used; ``hako check`` asks here too."""
+"""Find what this host offers for virtual machines, and choose from it; ``hako check`` asks here too."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ async def choose_accelerator(config: Config) -> Verdict:
     """Choose how guest instructions are run.
 
     :param config: the operator's configuration.
-    :raises FailedPrecondition: if that takes guest code to run, and none can be run or its verdict kept.
+    :raises FailedPrecondition: if guest code must run for that and cannot, or its verdict cannot be kept.
     """
     if config.hypervisor.accelerator != AUTO:
         accelerator = Accelerator(config.hypervisor.accelerator)

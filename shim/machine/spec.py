@@ -1,4 +1,4 @@
-"""A sandbox's virtual machine as the hypervisor wants it described."""
+"""Describe a sandbox's virtual machine to the hypervisor."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from shim.machine.sizing import Size
 
 MOST_QUEUE_PAIRS = 8
-"""Each is a thread of the host's kernel, for each network card of each sandbox."""
+"""Each pair costs a thread of the host's kernel, for each network card of each sandbox."""
 
 
 def queue_pairs(spec: VmSpec) -> int:
-    """Say how many pairs of queues each network card gets: one for each processor that there can be.
+    """Say how many pairs of queues each network card gets: one for each processor that can be plugged.
 
     The guest uses those that it has processors for. Under emulation one thread of QEMU serves all of them, so
-    that those to come are of no use.
+    queues for future processors are useless.
 
     :param spec: the machine.
     """

@@ -1,7 +1,7 @@
-"""Where templates are kept: a directory for each, named by its key, which is there whole or not at all.
+"""Where templates are kept: each in a directory named by its key, which appears whole or not at all.
 
-Whoever boots a machine reads without a lock; only one builds at a time. A clone that runs has no need of its
-template any more, so that any may go at any time.
+Reading takes no lock; only one process builds at a time. A running clone does not need its template any more,
+so a template may be removed at any time.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 KEPT = 4
-"""How many templates there can be: one is as large as what its guest uses after boot."""
+"""How many templates there can be; each is as large as the memory that its guest uses after boot."""
 RETRY_S = 600.0
 """How long a failure keeps templates of that key from being built in the background, the first time."""
 _LONGER_EACH_TIME = 6
 _DAY_S = 86_400.0
 LATE_TIMES = 3
-"""So many clones in a row may be late before their template is to blame: the host may be busy."""
+"""How many clones in a row may be late before their template is blamed: the host may be busy."""
 
 _KEY = re.compile(r"[0-9a-f]{16,128}")
 _LOCK = "lock"
@@ -59,7 +59,7 @@ class Template:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemplateEntry:
-    """A template, or a failure to build one, for whoever lists them.
+    """A template, or a failure to build one, as an entry of a list.
 
     :param key: what it fits.
     :param purpose: what was asked for: the settings of its machine, by name.
@@ -92,7 +92,7 @@ class Building:
 class TemplateStore:
     """The templates in one directory.
 
-    What is in a template becomes the memory of machines, so that nobody but this user may write there.
+    A template becomes the memory of machines, so no other user may write there.
 
     :param directory: made when it is needed.
     """
@@ -123,7 +123,7 @@ class TemplateStore:
             return ""
 
     def is_building(self) -> bool:
-        """Tell whether somebody builds now."""
+        """Tell whether a process builds now."""
         try:
             lock = self._open_lock(fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -134,7 +134,7 @@ class TemplateStore:
         return False
 
     def open_log(self) -> int:
-        """Open the file for what a builder in the background says; what the one before said is lost.
+        """Open the log of a background builder; the log of the one before is lost.
 
         :returns: a descriptor.
         :raises Refusal: if another user can write to the store.
@@ -144,10 +144,10 @@ class TemplateStore:
         return os.open(self.directory / _LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
 
     def discard(self, template: Template, *, reason: str) -> None:
-        """Remove a template that is of no use, but not another that has taken its place.
+        """Remove a useless template, but not another that has taken its place.
 
         The second time in a day counts as a failure to build one, and each further time for longer, unless a
-        clone has answered meanwhile: nobody builds and discards in a circle.
+        clone has answered meanwhile: otherwise templates would be built and discarded in a circle.
 
         :param reason: why it is of no use, in one line.
         :raises OSError: if it cannot be removed.
@@ -171,7 +171,7 @@ class TemplateStore:
         return self._count(template.key, _LATE) >= LATE_TIMES
 
     def answers(self, template: Template) -> None:
-        """Note that a clone has come up: what was held against its template is forgotten."""
+        """Note that a clone has come up, which clears its template of all suspicion."""
         for mark in (_LATE, _DISCARDED):
             self._forget(template.key, mark)
 
@@ -200,13 +200,13 @@ class TemplateStore:
 
     @contextlib.contextmanager
     def building(self, *, wait: bool) -> Iterator[Building]:
-        """Be the only one who builds, in a directory that goes at the end of the block.
+        """Take the lock for building, and make a directory that is removed at the end of the block.
 
-        What others left who were killed is removed.
+        Leftovers of builders that were killed are removed.
 
         :param wait: until others are done.
         :returns: where to build.
-        :raises BlockingIOError: if somebody else builds and ``wait`` is not set.
+        :raises BlockingIOError: if another process builds and ``wait`` is not set.
         :raises Refusal: if another user can write to the store.
         :raises OSError: if the directory cannot be made.
         """
@@ -219,12 +219,12 @@ class TemplateStore:
             try:
                 yield Building(place=place, lock=lock)
             finally:
-                shutil.rmtree(place, ignore_errors=True)  # the guard may be at it as well
+                shutil.rmtree(place, ignore_errors=True)  # the guard may be removing it as well
         finally:
             os.close(lock)
 
     def fail(self, key: str, reason: str) -> None:
-        """Remember that a template cannot be built, for as long as others need not try.
+        """Remember that a template cannot be built, so that others do not try for a while.
 
         :param reason: one line.
         :raises OSError: if it cannot be written.
@@ -232,7 +232,7 @@ class TemplateStore:
         (self.directory / f"{key}{_FAILED}").write_text(reason, encoding="utf-8")
 
     def publish(self, key: str, built: Path, *, purpose: Mapping[str, object]) -> Template:
-        """Let everybody use what was built; what it replaces, and what is too many, goes.
+        """Make a built template available; remove those that it replaces, and those that are too many.
 
         :param key: what it fits.
         :param built: the directory with its files, below the place of a build under way.
@@ -257,7 +257,7 @@ class TemplateStore:
         return min(RETRY_S * float(_LONGER_EACH_TIME ** max(times - 2, 0)), _DAY_S)
 
     def _counted(self, key: str, mark: str) -> int:
-        """Read how often something was noted of a key, never more than a day after the last time."""
+        """Read how often something was noted of a key within the last day."""
         path = self.directory / f"{key}{mark}"
         with contextlib.suppress(FileNotFoundError, ValueError):
             if _age_s(path) < _DAY_S:
@@ -300,7 +300,7 @@ class TemplateStore:
                 used_at=changed_at,
                 failure="",
             )
-        except FileNotFoundError:  # removed meanwhile, or somebody has been at it
+        except FileNotFoundError:  # removed meanwhile, or not written by this program
             return None
         except ValueError:
             return None
@@ -314,7 +314,7 @@ class TemplateStore:
         found = self.directory.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
             raise Refusal(
-                f"template: {self.directory}: must be a directory of uid {os.geteuid()} that nobody else can "
+                f"template: {self.directory}: must be a directory of uid {os.geteuid()} that no other can "
                 "write to; correct that, or set [hypervisor] template_dir"
             )
 
@@ -329,7 +329,7 @@ class TemplateStore:
         return lock
 
     def _clear(self) -> None:
-        """Remove what is left of builds and removals that did not come to their end; the lock is held."""
+        """Remove what is left of unfinished builds and removals; the lock is held."""
         for path in self.directory.iterdir():
             if path.name == _BUILDING or path.name.startswith(_REMOVED):
                 shutil.rmtree(path, ignore_errors=True)
@@ -337,7 +337,7 @@ class TemplateStore:
                 path.unlink(missing_ok=True)
 
     def _remove(self, path: Path) -> None:
-        """Remove a template at once for everybody else, or a failure."""
+        """Remove a template, or a failure, in one step."""
         if path.suffix == _FAILED:
             path.unlink(missing_ok=True)
             return

@@ -1,10 +1,11 @@
-"""Taking turns: no more machines of a host are at work on a start at once than it has processors for.
+"""Turns: at any time, no more machines of a host work on a start than the host has processors for.
 
-A start under emulation is processor time and little else. Those that share a processor take longer together
-than one after the other: whenever one goes on it has a timer interrupt to serve, and caches to fill again.
+A start under emulation takes little but processor time. Machines that share a processor take longer together
+than one after the other: after each switch a machine has a timer interrupt to serve and caches to refill.
 
-The turns are FIFOs in a directory. Who has one holds the lock of its FIFO, open for writing; who waits has
-all of them open for reading, and hears when the writer of one is gone, by whatever death.
+The turns are FIFOs in a directory. A process that has a turn has its FIFO locked and open for writing. A
+process that waits has all of them open for reading, and the kernel tells it when a writer is gone, even if
+that was killed.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ log = logging.getLogger(__name__)
 
 DIRECTORY = Path("/run/hako/turns")
 _PATIENCE_S = 60.0
-"""Who waits for longer goes on without a turn. The kubelet gives a pod two minutes."""
+"""After this wait a machine goes on without a turn. The kubelet gives a pod two minutes."""
 _LONGEST_S = 10.0
-"""A turn ends after this, if what it was for has not: machines that hang must not keep the others waiting."""
+"""A turn ends after this, even if its work has not: machines that hang must not keep the others waiting."""
 
 
 @contextlib.asynccontextmanager
@@ -54,9 +55,9 @@ async def turn_of(accelerator: Accelerator, *, lane: str, given_up: asyncio.Even
 
 @contextlib.asynccontextmanager
 async def turn(directory: Path, *, at_once: int, given_up: asyncio.Event) -> AsyncIterator[None]:
-    """Wait for a turn, and have it for a block, or the first ten seconds of it.
+    """Wait for a turn and keep it for the block, but for ten seconds at most.
 
-    Turns only save time, so the block is run in any case: without one if the wait is too long or fails.
+    Turns only save time, so the block always runs, without a turn if the wait is too long or fails.
 
     :param directory: where the turns are; made if need be.
     :param at_once: how many there are.
@@ -86,7 +87,7 @@ async def _wait(directory: Path, *, at_once: int, given_up: asyncio.Event) -> in
     if held is not None:
         return held
     with contextlib.ExitStack() as stack:
-        # Open before the next look: the end of a turn is heard from here on.
+        # Open before the next look: no end of a turn can be missed from here on.
         writers = [os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) for path in paths]
         for writer in writers:
             stack.callback(os.close, writer)
@@ -108,7 +109,7 @@ def _make(directory: Path, count: int) -> list[str]:
 
 def _take_any(paths: Iterable[str]) -> int | None:
     for path in paths:
-        # For reading, too: a FIFO that nobody reads cannot be opened for writing without waiting.
+        # For reading, too: opening a FIFO without a reader for writing alone would block.
         descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

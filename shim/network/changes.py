@@ -1,6 +1,6 @@
-"""Notice that a network namespace changes: interfaces, addresses, routes and rules of it come or go.
+"""Notice changes of a network namespace: of its interfaces, addresses, routes and rules.
 
-What has changed is not read from the messages: whoever wants to know scans the namespace again.
+The messages are not decoded: after a change, the namespace is scanned again.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ _NEIGHBOURS = 0x4
 _ADDRESSES = 0x10 | 0x100  # IPv4, IPv6
 _ROUTES = 0x40 | 0x400
 _RULES = 0x80 | 0x40000
-_SETTINGS = 0x800000 | 0x1000000  # of the kernel parameters only some, such as forwarding and rp_filter
+_SETTINGS = (
+    0x800000 | 0x1000000
+)  # of the kernel parameters only some are reported, such as forwarding and rp_filter
 _RULES_OF_FILTERS = 0x40  # linux/netfilter/nfnetlink.h, NFNLGRP_NFTABLES
 _NETLINK_NETFILTER = 12
 
 
 class Changes:
-    """The changes of the namespace of the thread that opens them, from then on."""
+    """The changes of the namespace of the thread that makes this, from then on."""
 
     def __init__(self) -> None:
         groups = _LINKS | _NEIGHBOURS | _ADDRESSES | _ROUTES | _RULES | _SETTINGS
@@ -32,7 +34,7 @@ class Changes:
             self._sockets.append(_listening(_NETLINK_NETFILTER, _RULES_OF_FILTERS))
 
     async def wait(self) -> None:
-        """Wait for the next change; many at once are one."""
+        """Wait for the next change; changes at the same time count as one."""
         loop, happened = asyncio.get_running_loop(), asyncio.Event()
         for each in self._sockets:
             loop.add_reader(each, happened.set)
@@ -47,7 +49,7 @@ class Changes:
                     _take(each)
 
     def close(self) -> None:
-        """Notice no more; nobody may be waiting."""
+        """Stop noticing; no call of :meth:`wait` may be under way."""
         for each in self._sockets:
             each.close()
 

@@ -1,8 +1,8 @@
-"""Netlink messages to plan: which interfaces are taken, and what of their configuration is somebody's will.
+"""Netlink messages to plan: which interfaces are taken, and what of their configuration was set on purpose.
 
 Pure: the messages are mappings as :mod:`shim.network.rtnetlink` decodes them. What the kernel made by itself
-is left out, for the guest's kernel makes it as well; what it would make though the pod's namespace does not
-have it is prevented. The numbers are those of rtnetlink(7) and linux/rtnetlink.h.
+is left out, because the guest's kernel makes it as well; what the guest's kernel would make although the
+pod's namespace does not have it is prevented. The numbers are those of rtnetlink(7) and linux/rtnetlink.h.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Network = IPv4Network | IPv6Network
 
 TAP_PREFIX = "hako"
-"""How the names of the taps begin that connect an interface to a machine."""
+"""The prefix of the names of taps that connect an interface to a machine."""
 
 KINDS = ("veth", "macvlan", "macvtap", "tap")
 """The interfaces that can be connected to a machine, in the order in which the guest gets them."""
@@ -63,7 +63,7 @@ def decode(
 ) -> NetworkPlan:
     """Decide what the guest gets of a namespace.
 
-    :param rules: bodies of the kernel's messages; none at all are taken for the usual ones.
+    :param rules: bodies of the kernel's messages; an empty list stands for the usual rules.
     :raises InvalidArgument: if an interface is up that cannot be connected to a machine.
     """
     links, addresses, routes, rules = [*links], [*addresses], [*routes], [*rules]
@@ -120,7 +120,7 @@ def _attribute(message: Message, name: str) -> Any:
 def _kind(link: Message) -> str:
     information = _attribute(link, "IFLA_LINKINFO")
     kind = information and _attribute(information, "IFLA_INFO_KIND")
-    if kind == "tun":  # the kernel has one name for both
+    if kind == "tun":  # the kernel uses one name for both
         return "tap" if link["ifi_type"] == _ARPHRD_ETHER else "tun"
     return kind or "physical device"
 
@@ -171,7 +171,7 @@ def _loopback_addresses(
 
 
 def _in_order(addresses: Iterable[Address]) -> tuple[Address, ...]:
-    """Put addresses into the order in which they were added: the kernel lists IPv6's latest first."""
+    """Put addresses into the order in which they were added: the kernel lists the latest of IPv6 first."""
     listed = [*addresses]
     return (
         *(each for each in listed if each.interface.version == 4),
@@ -203,7 +203,7 @@ def _address(message: Message, *, made: set[tuple[int, Network]]) -> Address:
     leads_to = ip_interface(f"{peer}/{message['prefixlen']}").network
     return Address(
         interface=interface,
-        # Else the guest's kernel would take all of the prefix for reachable on the link.
+        # Otherwise the guest's kernel would take the whole prefix for reachable on the link.
         has_route=not message["flags"] & _IFA_F_NOPREFIXROUTE
         and ((is_whole and not has_peer) or (message["index"], leads_to) in made),
         peer=peer if has_peer else "",
@@ -231,7 +231,7 @@ def _is_of_kernel(route: Message) -> bool:
 def _is_wanted_route(route: Message) -> bool:
     if route["proto"] == _RTPROT_REDIRECT or route["flags"] & _RTM_F_CLONED:
         return False
-    # The kernel makes all of the local table, but for what somebody added, and what catches the rest of IPv6.
+    # The kernel itself makes the local table and the routes that catch the rest of IPv6; others were added.
     is_own = _table(route) == _RT_TABLE_LOCAL or route["type"] in NOWHERE
     return not (is_own and route["proto"] == _RTPROT_KERNEL)
 
@@ -271,7 +271,7 @@ def _route(route: Message, *, names: Mapping[int, str], unserved: list[str]) -> 
         attributes=_further_attributes(route, metrics),
     )
     if why:
-        # Without it the traffic would take another way.
+        # Without this route the traffic would take another way.
         unserved.append(f"{decoded}: {why}; the guest has an unreachable route instead")
         return replace(decoded, type=_RTN_UNREACHABLE, hops=(), source="", scope=0, mtu=0, attributes=b"")
     return decoded
@@ -279,7 +279,7 @@ def _route(route: Message, *, names: Mapping[int, str], unserved: list[str]) -> 
 
 def _next_hops(route: Message, *, names: Mapping[int, str]) -> tuple[NextHop, ...]:
     ways = _attribute(route, "RTA_MULTIPATH") or [
-        # One way is written in the message itself, with the very attributes that each of several has.
+        # A single way is written in the message itself, with the same attributes that each of several has.
         {"oif": _attribute(route, "RTA_OIF"), "hops": 0, "flags": route["flags"], "attrs": route["attrs"]}
     ]
     return tuple(
@@ -317,7 +317,7 @@ def _mtu(metrics: bytes) -> int:
 
 
 def _further_attributes(route: Message, metrics: bytes) -> bytes:
-    """Encode what has no word in Kata's protocol; an MTU alone has one."""
+    """Encode the attributes that Kata's protocol cannot express; it can express an MTU."""
     found = b""
     if preference := _attribute(route, "RTA_PREF"):
         found += attribute(_RTA_PREF, bytes((preference,)))

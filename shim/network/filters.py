@@ -1,4 +1,4 @@
-"""Find what else works on packets in a namespace and never sees those of the guest.
+"""Find what else works on packets in a namespace but never sees the guest's packets.
 
 An interface is connected to its tap before the namespace's own stack has a packet, so that neither netfilter
 nor IPVS nor IPsec works on it. Where each is found: linux/netfilter/nf_tables.h, linux/netfilter/x_tables.h,
@@ -39,11 +39,11 @@ _ACCEPT = -2
 _ERROR = b"ERROR"
 _IPVS_HEADER_LINES = 3
 _DOCKERS_OWN = b"DOCKER_"
-"""How Docker names the chains that lead to its resolver, which the guest asks otherwise."""
+"""Docker's names of the chains that lead to its resolver, which the guest reaches in another way."""
 
 
 def find() -> list[str]:
-    """Tell what there is in the calling thread's namespace, a line each; nothing if there is nothing."""
+    """List what there is in the calling thread's namespace, a line each."""
     found = []
     if _has_nftables_rules():
         found.append("packet filter (nftables or iptables-nft)")
@@ -64,13 +64,13 @@ def find() -> list[str]:
 def _lines(name: str) -> list[str]:
     try:
         return (_NET / name).read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:  # what it is about is not in this kernel
+    except OSError:  # this kernel does not have it
         return []
 
 
 def _dump(protocol: int, kind: int, request: bytes) -> list[bytes]:
     if protocol not in {int(line.split()[1]) for line in _lines("netlink")[1:]}:
-        return []  # nobody has used it yet, and asking would load its module
+        return []  # it is not in use, and asking would load its module
     try:
         with Netlink(protocol) as netlink:
             return netlink.dump(kind, request)
@@ -121,8 +121,8 @@ def _has_legacy_rules(family: int, table: str, *, offsets_at: int) -> bool:
 def has_rules(entries: bytes, *, policies: Collection[int], offsets_at: int) -> bool:
     """Tell whether a table of the old kind does anything but accept.
 
-    Its own chains come first, each with its policy last; then those that somebody made, each after an entry
-    that names it.
+    Its own chains come first, each with its policy last; then those of users, each after an entry that names
+    it.
 
     :param entries: the table.
     :param policies: where in it the policies are.

@@ -1,11 +1,11 @@
-"""Lead who connects to localhost in the pod's namespace to localhost in the guest, as port forwarding does.
+"""Lead connections to localhost in the pod's namespace to localhost in the guest, for port forwarding.
 
 containerd forwards a port by entering the pod's namespace and connecting to 127.0.0.1. Nothing listens there:
 the pod's processes are in the guest. So the first tap gets a route to 127.0.0.1 in front of the kernel's own,
 and an address for the answers to come back to, which the guest reaches over the link. Routes, address and
-neighbour go with the tap. IPv6 has no way for ::1 to leave a host.
+neighbour disappear with the tap. In IPv6, ::1 cannot leave a host.
 
-All of this is of the kernel: see route_localnet and accept_local in its ip-sysctl.rst, ip-route(8) and
+The kernel does all of this: see route_localnet and accept_local in its ip-sysctl.rst, ip-route(8) and
 tc-u32(8).
 """
 
@@ -27,18 +27,18 @@ log = logging.getLogger(__name__)
 
 LOCALHOST = "127.0.0.1"
 RESOLVER = "127.0.0.11"
-"""Where Docker answers questions about names, see :mod:`shim.network.resolver`."""
-# RFC 3927, 2.1: of the link-local range nobody picks the last 256 addresses.
+"""The address of Docker's resolver, see :mod:`shim.network.resolver`."""
+# RFC 3927, 2.1: the last 256 addresses of the link-local range are never picked.
 HOST_SIDE = "169.254.255.254"
 HOST_SIDE_MAC = "02:68:61:6b:6f:01"
 LAST_PRIORITY = 3
-"""Of the filters here: they are asked before the one that redirects everything else."""
+"""The priority of the filters here: they come before the one that redirects everything else."""
 
 _INGRESS = 0xFFFF0000
 _ETH_P_ALL = 0x0003
 _ETH_P_8021Q = 0x8100
 _ETH_P_8021AD = 0x88A8
-_PASSED = 0x10001  # a class that does not exist: the packet goes its usual way up the namespace's stack
+_PASSED = 0x10001  # a class that does not exist: the packet goes up the namespace's stack as usual
 _EVERYTHING = "0x0/0x0+0"
 _IS_IPV4 = "0x40000000/0xf0000000+0"  # the version; every other protocol has other bits there
 _TO_HOST_SIDE = "0xa9fefffe/0xffffffff+16"
@@ -51,7 +51,7 @@ _SCOPE_LINK = 253
 
 
 def lead_to_guest(netlink: IPRoute, *, endpoint: Endpoint, tap: int, tap_name: str) -> None:
-    """Send what is for localhost in the calling thread's namespace, and nothing else that is, to the guest.
+    """Send packets for localhost in the calling thread's namespace to the guest, and no other local ones.
 
     :param endpoint: whose packets go to the tap, too.
     :param tap: the index of the tap, which has an ingress queueing discipline but no filters yet.
@@ -64,7 +64,7 @@ def lead_to_guest(netlink: IPRoute, *, endpoint: Endpoint, tap: int, tap_name: s
     except OSError as error:
         log.warning("network: %s: %s: ports will not be forwarded", settings, error.strerror)
         return
-    # The guest's localhost hears over this link: only this host may speak to it there. What comes from
+    # The guest's localhost listens on this link, so only this host may speak to it there. What comes from
     # outside goes up the namespace's stack, which drops it as a kernel does. So does what has a VLAN tag:
     # a guest would look below tags that say nothing, as a filter cannot.
     _pass(netlink, interface=endpoint.index, priority=1, keys=[_IS_IPV4, _TO_LOOPBACK])

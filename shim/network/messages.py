@@ -1,4 +1,4 @@
-"""Plan to the guest agent's messages: Kata's protocol, with fields of our own for what it has no word for."""
+"""Plan to the guest agent's messages: Kata's protocol, with fields of our own for what it cannot express."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def interface(endpoint: Endpoint, *, pci_path: str) -> types_pb2.Interface:
 
 
 def loopback(addresses: Iterable[Address], *, mtu: int) -> types_pb2.Interface:
-    """Describe the loopback with its addresses; a stock agent finds it by its hardware address, too.
+    """Describe the loopback with its addresses; a stock agent can find it by its hardware address.
 
     :param mtu: in bytes; 0 for the kernel's default.
     """
@@ -63,15 +63,15 @@ def loopback(addresses: Iterable[Address], *, mtu: int) -> types_pb2.Interface:
 def routes(planned: Iterable[Route]) -> agent_pb2.Routes:
     """Put routes into the order in which an agent can add them one by one.
 
-    A gateway is reachable once the routes without one are there. An agent that does not know metrics keeps
-    the last of the routes to a destination: that is the one with the lowest.
+    A gateway is reachable only after the routes without one are there. An agent that does not know metrics
+    keeps the last of the routes to a destination, so the one with the lowest metric comes last.
     """
     ordered = sorted(planned, key=lambda route: (any(hop.gateway for hop in route.hops), -route.metric))
     return agent_pb2.Routes(Routes=[_route(route) for route in ordered])
 
 
 def rules(planned: Iterable[Rule] | None) -> extensions_pb2.Rules:
-    """Describe all rules that the guest shall have; None are those that every namespace begins with."""
+    """Describe all rules that the guest shall have; None stands for those of a new namespace."""
     chosen = USUAL if planned is None else planned
     return extensions_pb2.Rules(
         rules=[extensions_pb2.Rule(body=rule.body, text=rule.text) for rule in chosen]
@@ -84,7 +84,7 @@ def settings(planned: Iterable[tuple[str, str]]) -> extensions_pb2.Settings:
 
 
 def neighbours(planned: Iterable[Neighbour]) -> agent_pb2.ARPNeighbors:
-    """Describe fixed neighbours and what is answered for as a proxy."""
+    """Describe fixed neighbours, and addresses that are answered for as a proxy."""
     return agent_pb2.ARPNeighbors(
         ARPNeighbors=[
             types_pb2.ARPNeighbor(
@@ -103,7 +103,7 @@ def neighbours(planned: Iterable[Neighbour]) -> agent_pb2.ARPNeighbors:
 
 
 def for_stock_agent(plan: NetworkPlan, *, former: NetworkPlan) -> NetworkPlan:
-    """Leave out of a plan what Kata's protocol has no word for, and say so in it.
+    """Leave out of a plan what Kata's protocol cannot express, and note that in it.
 
     :param former: the plan that the agent was given before.
     """
@@ -113,7 +113,7 @@ def for_stock_agent(plan: NetworkPlan, *, former: NetworkPlan) -> NetworkPlan:
         if route.table != _RT_TABLE_MAIN or route.tos or route.senders:
             unserved.append(f"{route}: this guest's agent knows the main table only")
         elif route.type in NOWHERE:
-            # What is sent to the loopback and is not its own is dropped there.
+            # The loopback drops packets for other addresses than its own.
             hops = (NextHop(interface=LOOPBACK),)
             routes.append(replace(route, type=_RTN_UNICAST, hops=hops))
         elif route.type != _RTN_UNICAST:
@@ -132,7 +132,7 @@ def for_stock_agent(plan: NetworkPlan, *, former: NetworkPlan) -> NetworkPlan:
 
 def _address(address: Address, *, interface: str) -> types_pb2.IPAddress:
     network = address.interface.network
-    # An agent that knows the mask only has its kernel make a route of it.
+    # An agent that gets the mask alone has its kernel make a route of it.
     mask = network.prefixlen if address.has_route and not address.peer else network.max_prefixlen
     whole = types_pb2.IPAddress(
         family=_FAMILIES[network.version], address=str(address.interface.ip), mask=str(mask)

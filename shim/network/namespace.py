@@ -1,6 +1,6 @@
 """The network namespace of a sandbox: the pod's, or one of its own, and work done inside it.
 
-Only a thread enters it, and never leaves: the process stays where it was, whatever goes wrong.
+Only a thread enters it, and never leaves it: the process stays where it was, also after a failure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-JOB_TIMEOUT_S = 60.0  # netlink answers in milliseconds; a busy host may take long to get there
+JOB_TIMEOUT_S = 60.0  # netlink answers in milliseconds, but a busy host may take long before it asks
 _THREADS = "network namespace"
 
 
@@ -29,7 +29,7 @@ class NetworkNamespace:
     """An open network namespace.
 
     :param descriptor: the namespace; closed by :meth:`close`.
-    :param wanted_path: how others call it; None if it is the sandbox's own.
+    :param wanted_path: the path that was asked for; None if it is the sandbox's own.
     """
 
     def __init__(self, descriptor: int, *, wanted_path: Path | None) -> None:
@@ -53,7 +53,7 @@ class NetworkNamespace:
             return cls(await _make(), wanted_path=None)
         try:
             descriptor = os.open(wanted.path, os.O_RDONLY | os.O_CLOEXEC)
-        except (OSError, ValueError) as error:  # a path can have what no file's name has
+        except (OSError, ValueError) as error:  # a path may hold a NUL byte, which no file's name has
             reason = error.strerror if isinstance(error, OSError) else error
             raise InvalidArgument(
                 f"network: namespace {wanted.path}: {reason}; make it before the container"
@@ -68,18 +68,18 @@ class NetworkNamespace:
 
     @property
     def path(self) -> Path:
-        """Where any process may enter it as long as it is open, whatever became of its own path."""
+        """A path by which any process may enter it as long as it is open, even if its own path is gone."""
         return Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
 
     @property
     def number(self) -> int:
-        """The inode number that tells it from every other network namespace."""
+        """Its inode number, which no other network namespace has."""
         return os.fstat(self._descriptor).st_ino
 
     async def run(self, job: Callable[[], _T]) -> _T:
-        """Run a short job in a thread inside the namespace, after those that were given before it.
+        """Run a short job in a thread inside the namespace, after all earlier jobs.
 
-        :param job: it is carried to its end even if the caller goes away.
+        :param job: the job; it runs to its end even if the caller is cancelled.
         :returns: what the job returns; what it raises is raised.
         :raises Internal: if the namespace cannot be entered, or the job takes too long.
         """

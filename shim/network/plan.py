@@ -1,4 +1,4 @@
-"""What a pod's network looks like, and what the guest shall have of it: values, no I/O."""
+"""The description of a pod's network as its guest shall have it: values, no I/O."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Address:
     """An address of an interface.
 
     :param interface: the address, with the length of its prefix.
-    :param has_route: whether the kernel has made a route to the prefix, and the guest's shall.
+    :param has_route: whether the kernel has made a route to the prefix; then the guest's does too.
     :param peer: the address at the other end of a point-to-point link; empty if there is none.
     :param broadcast: empty if there is none.
-    :param label: what it is listed as.
+    :param label: the name under which it is listed.
     :param scope: as rtnetlink(7) numbers it.
-    :param flags: those of the IFA_F_* bits that somebody chose.
+    :param flags: those of the IFA_F_* bits that were set on purpose.
     :param metric: of the route to the prefix; 0 for the kernel's default.
     :param is_deprecated: whether it serves old connections only.
     """
@@ -62,9 +62,9 @@ class Endpoint:
     :param kind: ``veth``, ``macvlan``, ``macvtap`` or ``tap``.
     :param mac: its hardware address, which the guest's card gets too.
     :param mtu: in bytes.
-    :param arp: false if neighbours are not looked for on it.
-    :param addresses: in their order: the first of a prefix is the primary one.
-    :param flags: IFF_PROMISC and IFF_ALLMULTI, if somebody set them.
+    :param arp: whether neighbours are looked up on it.
+    :param addresses: in order: the first of a prefix is the primary one.
+    :param flags: IFF_PROMISC and IFF_ALLMULTI, if they are set.
     """
 
     index: int
@@ -83,7 +83,7 @@ class NextHop:
 
     :param interface: the name of the endpoint it leaves by.
     :param gateway: an address of either family; empty if the destination is on the link.
-    :param onlink: the gateway is on the link though no route says so.
+    :param onlink: whether the gateway is on the link although no route says so.
     :param weight: its share of the traffic among the ways of the route, at least 1.
     """
 
@@ -97,15 +97,15 @@ class NextHop:
 class Route:
     """A route; every number is one of rtnetlink(7).
 
-    :param destination: where to.
-    :param hops: none if it leads nowhere; several share the traffic.
+    :param destination: the prefix.
+    :param hops: its ways, which share the traffic; empty if it leads nowhere.
     :param type: RTN_*: unicast, blackhole, local and so on.
     :param table: 254 is the main one.
     :param source: the preferred source address; empty for the kernel's choice.
-    :param senders: the prefix of those that it is for (IPv6); empty for all.
+    :param senders: the prefix of the source addresses that it is for (IPv6); empty for all.
     :param scope: RT_SCOPE_*.
     :param tos: the type of service that it is for; 0 for all.
-    :param protocol: RTPROT_*: who made it.
+    :param protocol: RTPROT_*: what made it.
     :param metric: the lowest wins among routes to one destination; 0 for the kernel's default.
     :param mtu: in bytes; 0 for the interface's.
     :param attributes: further ones, as the kernel's message has them.
@@ -140,7 +140,7 @@ class Rule:
     """A rule that chooses the routing table for a packet.
 
     :param body: of the kernel's message.
-    :param text: what it is called.
+    :param text: its description in messages.
     """
 
     body: bytes
@@ -149,9 +149,9 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Neighbour:
-    """A neighbour whose hardware address somebody fixed, or an address that is answered for as a proxy.
+    """A neighbour with a fixed hardware address, or an address that is answered for as a proxy.
 
-    :param interface: the name of the endpoint it is reached by, or asked for on.
+    :param interface: the name of the endpoint where it is, or where it is answered for.
     :param ip: its address.
     :param mac: its hardware address; empty for one that is answered for.
     """
@@ -167,7 +167,7 @@ class NetworkPlan:
 
     :param loopback: addresses of ``lo`` beside the kernel's own.
     :param loopback_mtu: of ``lo``, in bytes; 0 for the kernel's default.
-    :param rules: in their order; None if they are those that every namespace begins with.
+    :param rules: in order; None if they are those that every namespace begins with.
     :param settings: kernel parameters below ``net/`` that differ from what a namespace begins with.
     :param has_resolver: whether Docker's resolver is there.
     :param unserved: what the guest cannot have, a line each.

@@ -1,4 +1,4 @@
-"""Connect an interface of a namespace to a tap: every packet that comes in on one leaves by the other.
+"""Connect an interface of a namespace to a tap: every packet that arrives on one leaves by the other.
 
 Traffic control does it in the kernel, with an ingress filter on each that matches everything, because a
 bridge would need an address of its own and would learn, age and filter. All of this runs in a thread that is
@@ -36,7 +36,7 @@ def connect(endpoint: Endpoint, *, queues: int, has_localhost: bool = False) -> 
     """Connect an interface to a new tap; the connection ends with :func:`remove_ingress` and the tap.
 
     :param queues: how many packets the tap can move at once.
-    :param has_localhost: lead who connects to localhost in the namespace to the machine.
+    :param has_localhost: lead connections to localhost in the namespace to the machine.
     :returns: the descriptors of the tap, one for each queue; the tap is gone when all are closed.
     :raises FailedPrecondition: if the interface is connected already; it stays as it was.
     :raises Internal: if the kernel refuses; the interface is as it was.
@@ -56,7 +56,7 @@ def connect(endpoint: Endpoint, *, queues: int, has_localhost: bool = False) -> 
 
 
 def try_out() -> None:
-    """Connect an interface made for it, in a namespace made for it.
+    """Try it: connect an interface made for this, in a namespace made for this.
 
     :raises Internal: if this host's kernel cannot.
     """

@@ -1,11 +1,11 @@
 """Carry the guest's questions to Docker's resolver, which listens on a loopback address of the namespace.
 
 In networks that a user has made, Docker writes ``nameserver 127.0.0.11`` into resolv.conf and answers there
-for the names of containers. The guest sends what is for that address over the first link, from its localhost,
-and has the answers the same way. A socket of the shim passes them on, because what comes over a link does not
-take the way by which Docker redirects the port of a process in the namespace to its own.
+for the names of containers. The guest sends its questions to that address over the first link, from its
+localhost, and gets the answers the same way. A socket of the shim passes them on, because packets that come
+over a link bypass the rules by which Docker redirects a process's questions to its own port.
 
-Only UDP: an answer that does not fit stays cut off. The layout of /proc/net/tcp is in Linux'
+Only UDP is carried: an answer that does not fit stays truncated. The layout of /proc/net/tcp is in Linux'
 proc_net_tcp.rst; that of a message in RFC 1035, 4.1.1.
 """
 
@@ -33,7 +33,7 @@ _MAX_UNANSWERED = 1024
 
 
 def is_there() -> bool:
-    """Tell whether somebody listens on the resolver's address in the calling thread's namespace."""
+    """Tell whether a process listens on the resolver's address in the calling thread's namespace."""
     for line in _LISTENERS.read_text(encoding="ascii").splitlines()[1:]:
         _, local, _, state, *_ = line.split()
         if state == _LISTENS and local.startswith(f"{_ADDRESS}:") and not local.endswith(f":{_OUR_OWN}"):
@@ -44,7 +44,7 @@ def is_there() -> bool:
 class Forwarder:
     """Passes questions on, in the namespace of the thread that makes it.
 
-    :raises OSError: if somebody has the resolver's port.
+    :raises OSError: if the resolver's port is taken.
     """
 
     def __init__(self) -> None:
@@ -57,19 +57,19 @@ class Forwarder:
         self._number = 0
 
     def _reach(self) -> None:
-        # The kernel redirects all that comes from one port to where the first went: a resolver that was
-        # started again is reached from another.
+        # The kernel redirects everything from one port to where the first packet went: only another port
+        # reaches a resolver that was restarted.
         kernel.disconnect(self._resolver.fileno())
         self._resolver.connect((RESOLVER, PORT))
 
     def start(self) -> None:
-        """Begin to pass on, in the running loop."""
+        """Begin to pass questions on, in the running loop."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._guest, self._ask)
         loop.add_reader(self._resolver, self._answer)
 
     def close(self) -> None:
-        """Pass nothing on any more."""
+        """Stop passing questions on."""
         loop = asyncio.get_running_loop()
         for each in (self._guest, self._resolver):
             loop.remove_reader(each)
@@ -78,16 +78,16 @@ class Forwarder:
     def _ask(self) -> None:
         try:
             question, sender = self._guest.recvfrom(_MESSAGE_BYTES)
-            # Only the guest speaks from there: not this, if nobody took its own question away.
+            # Only the guest speaks from there; this drops an own question that came back.
             if sender[0] != LOCALHOST or len(question) < _HEADER_BYTES:
                 return
-            # Two who ask may have chosen the same number.
+            # Two clients may have chosen the same number.
             self._number = (self._number + 1) % (1 << 8 * _ID_BYTES)
             if len(self._unanswered) >= _MAX_UNANSWERED:
                 del self._unanswered[next(iter(self._unanswered))]
             self._unanswered[self._number] = (question[:_ID_BYTES], sender)
             self._send(self._number.to_bytes(_ID_BYTES, "big") + question[_ID_BYTES:])
-        except OSError as error:  # whoever asked asks again
+        except OSError as error:  # the client asks again
             log.debug("network: a question of the guest: %s", error)
 
     def _send(self, question: bytes) -> None:

@@ -1,6 +1,6 @@
-"""The rules that choose a routing table: which are somebody's will, and what they are called.
+"""The rules that choose a routing table: which were set on purpose, and how to describe them.
 
-They are handed to the guest as the kernel wrote them, for they have interfaces' names, not their numbers.
+They are handed to the guest as the kernel wrote them, since they name interfaces instead of numbering them.
 Pure. Layout: linux/fib_rules.h; the words are those of ip-rule(8).
 """
 
@@ -26,7 +26,7 @@ _SPORT_MASK, _DPORT_MASK = 28, 29
 _UNLIMITED = b"\xff\xff\xff\xff"
 _WHOLE_PORT = b"\xff\xff"
 _KNOWN = frozenset({1, 2, 3, 4, 6, 10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 21, 22, 23, 24})
-"""What every kernel since 4.17 knows. One that does not know an attribute takes the rule for one without."""
+"""The attributes that every kernel since 4.17 knows. A kernel ignores an attribute that it does not know."""
 _KERNEL = b"\x02"
 _FIRST = (
     (socket.AF_INET, 0, 255),

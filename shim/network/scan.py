@@ -1,4 +1,4 @@
-"""Read a network namespace: what of it the guest shall have, and what it cannot have."""
+"""Read a network namespace: what the guest shall have of it, and what it cannot have."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def scan() -> NetworkPlan:
     """Read the calling thread's namespace.
 
     :raises InvalidArgument: if an interface is up that cannot be connected to a machine.
-    :raises Internal: if the kernel refuses to tell.
+    :raises Internal: if the kernel refuses.
     """
     try:
         with rtnetlink.Netlink() as netlink:

@@ -1,9 +1,9 @@
 """The kernel parameters of a network namespace: those that differ from what a namespace begins with.
 
-A new namespace takes IPv4's parameters of interfaces over from the host, and a machine does not: these are
+A new namespace inherits IPv4's parameters of interfaces from the host, and a machine does not: these are
 compared with the kernel's own defaults (ip-sysctl.rst, devconf_inherit_init_net), all others with those of a
-namespace made for it. What else a namespace inherits, such as sizes of buffers and the congestion control, is
-the guest's own.
+namespace made for the comparison. For other inherited values, such as sizes of buffers and the congestion
+control, the guest keeps its own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _OF_INTERFACES = frozenset({"net/ipv4/conf", "net/ipv6/conf", "net/ipv4/neigh", 
 _IPV4_CONF, _IPV6_CONF = "net/ipv4/conf", "net/ipv6/conf"
 _ALL, _DEFAULT = "all", "default"
 _SPREADING = frozenset({"forwarding", "disable_ipv6"})
-"""What the kernel sets in each interface when it is set for all."""
+"""The parameters that the kernel copies to each interface when they are set for all."""
 _IPV4_DEFAULTS = {
     "accept_redirects": "1",
     "accept_source_route": "1",
@@ -60,7 +60,7 @@ _OPENED = os.O_RDONLY | os.O_CLOEXEC
 
 
 def read(mtus: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
-    """Read the parameters that somebody set in the calling thread's namespace.
+    """Read the parameters that were changed in the calling thread's namespace.
 
     :param mtus: in bytes, of each interface whose own parameters count.
     :returns: names, with slashes from ``net/`` on, and values, in the order in which they can be set.
@@ -145,9 +145,9 @@ def _read_directory(
     for entry in os.listdir(opened):
         if entry in _LEFT_OUT or (directory in _OF_INTERFACES and entry not in interfaces):
             continue
-        # One that can only be written, or has no value yet, or whose interface went.
+        # It can only be written, has no value yet, or its interface is gone.
         with contextlib.suppress(OSError):
-            # From directory to directory takes two thirds of the time of whole paths.
+            # Walking with descriptors of directories takes two thirds of the time of whole paths.
             descriptor = os.open(entry, _OPENED, dir_fd=opened)
             try:
                 value = os.read(descriptor, _VALUE_BYTES)

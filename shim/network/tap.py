@@ -1,4 +1,4 @@
-"""Taps: interfaces whose cable ends in a file descriptor; see Linux' Documentation/networking/tuntap.rst."""
+"""Taps: interfaces that end in a file descriptor; see Documentation/networking/tuntap.rst of Linux."""
 
 from __future__ import annotations
 

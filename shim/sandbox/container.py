@@ -234,7 +234,7 @@ class Container(abc.ABC):
 
     @abc.abstractmethod
     async def resize(self, process: Process, width: int, height: int) -> None:
-        """Set the size of a process' terminal; ignored without one."""
+        """Set the size of a process's terminal; a process without one ignores it."""
 
     @abc.abstractmethod
     async def kill(self, process: Process, *, number: int, everyone: bool) -> None:

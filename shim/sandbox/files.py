@@ -87,11 +87,11 @@ class ContainerFiles:
 
     @property
     def has_disks(self) -> bool:
-        """Whether it has disks, which the guest writes when the container goes."""
+        """Whether it has disks, which the guest writes back when the container goes."""
         return bool(self._plugged)
 
     def announce(self, request: agent_pb2.CreateContainerRequest) -> None:
-        """Say in the request that makes the container what it is to mount and which disks it has."""
+        """Add the mounts and disks to the request that creates the container."""
         request.storages.extend(self._storages)
         request.devices.extend(self._devices)
 
@@ -116,12 +116,12 @@ class ContainerFiles:
                     f"rootfs: container {self._id}: root.path of config.json is not a string"
                 )
             source = self._bundle / path
-            if not os.path.isdir(source):  # noqa: PTH112 - a path that no file can have is no error to it
+            if not os.path.isdir(source):  # noqa: PTH112 - pathlib raises for a path that no file can have
                 raise InvalidArgument(f"rootfs: container {self._id}: {source} is not a directory")
         self._bind_into_share(source, f"{agent_id(self._id)}/rootfs")
 
     async def mount(self, spec: dict[str, Any]) -> dict[str, Any]:
-        """Have the host mount what only the host can, see :meth:`FileSystems.mount`, and the guest its part.
+        """Have the host mount what only it can mount, see :meth:`FileSystems.mount`, and the guest the rest.
 
         :param spec: the decoded ``config.json``, in which some mounts may be of the guest already.
         :raises ShimError: if that cannot be done.
@@ -143,7 +143,7 @@ class ContainerFiles:
     async def show_volumes(self, translation: Translation, *, agent: Agent) -> None:
         """Show the volumes, and tell the specification where the guest has them.
 
-        :raises ShimError: if one is nothing that can be shared, or cannot be mounted.
+        :raises ShimError: if one cannot be shared or mounted.
         """
         shown = Shown(storages=self._storages)
         self._volumes = Volumes(self._entries, self._followed, agent=agent, shown=shown)
@@ -241,7 +241,7 @@ class ContainerFiles:
         )
 
     def without_disk_limits(self, resources: dict[str, Any]) -> dict[str, Any]:
-        """Leave the rates of the container's own disks out of its limits: the machine enforces them."""
+        """Drop the rates of the container's own disks from its limits: the machine enforces them."""
         return without_limits_of(resources, [each.number for each in self._plugged.values() if each.number])
 
     async def limit_disks(self, resources: dict[str, Any]) -> None:
@@ -277,10 +277,10 @@ class ContainerFiles:
                     await agent.files.resize_volume(plugged.mount_point, size_bytes=size_bytes)
                 except Unimplemented as error:  # a stock agent
                     log.warning("update: container %s: %s stays as it is: %s", self._id, plugged.path, error)
-            plugged.size_bytes = size_bytes  # only now: what failed is tried again with the next update
+            plugged.size_bytes = size_bytes  # only now, so that the next update tries again after a failure
 
     async def take_back(self) -> None:
-        """Unplug and unmount everything; a guest that does not let go of a disk keeps it until its end."""
+        """Unplug and unmount everything; the guest keeps a disk that it does not release."""
         while self._plugged:
             device_id, plugged = self._plugged.popitem()
             try:

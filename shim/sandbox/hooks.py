@@ -1,8 +1,8 @@
-"""Hooks of the OCI runtime specification: programs of the host that whoever makes a container has run.
+"""Hooks of the OCI runtime specification: programs of the host that a specification wants to be run.
 
-They run where runc's would: in the mounts that containerd runs in, not in the shim's own, in the bundle, and
-in a process group of their own. The pid that they are told is the machine's, which is in the sandbox's
-network namespace: what they put there is the container's from its start on.
+They run where runc would run them: in containerd's mount namespace instead of the shim's, in the bundle, and
+in a process group of their own. They are told the pid of the machine, which is in the sandbox's network
+namespace: the container has what they put there from its start on.
 
 https://github.com/opencontainers/runtime-spec/blob/v1.2.0/config.md#posix-platform-hooks
 https://github.com/opencontainers/runtime-spec/blob/v1.2.0/runtime.md#lifecycle
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULT_TIMEOUT_S = 60.0  # half of what the kubelet gives a request; runc would wait for ever
+DEFAULT_TIMEOUT_S = 60.0  # half of what the kubelet gives a request; runc waits for ever
 KILL_TIMEOUT_S = 2.0  # for a killed hook to be gone
 VERSION = "1.2.0"
 _BEFORE_START = ("prestart", "createRuntime")
@@ -121,7 +121,7 @@ class Hooks:
     :param bundle: its bundle.
     :param spec: its decoded ``config.json``.
     :param mount_namespace: an open mount namespace to run them in; None is this process's own.
-    :param ledger: where they are on record while they run; None if nobody would undo them.
+    :param ledger: where they are on record while they run; None if nothing would undo them.
     :raises InvalidArgument: if one is malformed, or cannot be run on the host.
     """
 
@@ -143,7 +143,7 @@ class Hooks:
         self._is_undone = True
 
     async def created(self, *, pid: int) -> None:
-        """Run what comes between a container's creation and its start; the first to fail is the last.
+        """Run what comes between a container's creation and its start, up to the first failure.
 
         :param pid: the machine's.
         :raises Internal: if one fails.
@@ -167,7 +167,7 @@ class Hooks:
             await self.clean_up()
 
     async def clean_up(self) -> None:
-        """Run what follows a container's end, whatever came before; failures are logged."""
+        """Run what follows a container's end, also if nothing came before; failures are logged."""
         await self._run_all(self._hooks["poststop"], status="stopped", pid=None)
 
     async def _run_all(self, hooks: Iterable[Hook], *, status: str, pid: int | None) -> None:
@@ -237,7 +237,7 @@ class _Running:
         :param directory: where it runs.
         :raises OSError: if that is not there, or the program cannot be executed.
         """
-        # A file, because whoever does not read all of it must not keep anybody waiting.
+        # A file: a hook that does not read all of it must not block the writer.
         source = os.memfd_create("state", os.MFD_CLOEXEC)
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         try:
@@ -273,7 +273,7 @@ class _Running:
     def close(self) -> None:
         """Kill it and all of its group if it still runs, and let go of it."""
         if self._process.returncode is None:
-            # Nobody else reaps it: its group is still its own.
+            # It is not reaped yet, so the id of its group cannot be another's.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,13 +1,13 @@
-"""A process' standard streams on the host: the FIFOs that containerd's client made.
+"""A process's standard streams on the host: the FIFOs that containerd's client made.
 
 Rules that avoid deadlock and loss (containerd's client waits for end of file before it deletes):
 
 * an output FIFO is opened only once a reader is there, so a short-lived process loses nothing;
 * the shim keeps a reading end too, so that a client that goes away does not break the pipe;
-* both ends are closed as soon as the process' output is at its end, not at Delete;
+* both ends are closed as soon as the process's output is at its end, not at Delete;
 * stdin is opened when the process starts: a client can only tell that its input is over once Create
   has returned, and ctr before 1.7 never says so if it has copied all of it by then;
-* stdin has a writing end kept by the shim, so that a client that goes away is no end of file;
+* the shim keeps a writing end of stdin, so that a client that goes away does not cause an end of file;
   CloseIO gives that end up, and the process sees end of file once the client's end is closed too.
 """
 
@@ -30,9 +30,11 @@ from shim.sandbox.log_driver import SCHEMES, LogDriver
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-OPEN_TIMEOUT_S = 30.0  # containerd's runc shim gives a client as long to open its end
+OPEN_TIMEOUT_S = 30.0  # containerd's runc shim gives a client this long to open its end
 _FILE_SCHEME = "file://"
-CHUNK_BYTES = 256 * 1024  # the capacity that an input's pipe gets: the more at once, the less each byte costs
+CHUNK_BYTES = (
+    256 * 1024
+)  # the capacity of an input's pipe: the more is read at once, the less each byte costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Stdio:
 
 @dataclass(slots=True)
 class HostStreams:
-    """Open host ends of one process' streams; -1 means there is none."""
+    """Open host ends of one process's streams; -1 means there is none."""
 
     stdin: int = -1
     stdout: int = -1
@@ -69,7 +71,7 @@ class HostStreams:
         self.stdin = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         is_fifo = stat.S_ISFIFO(os.fstat(self.stdin).st_mode)
         if is_fifo:
-            with contextlib.suppress(OSError):  # what there is serves, too
+            with contextlib.suppress(OSError):  # the usual capacity serves too
                 fcntl.fcntl(self.stdin, fcntl.F_SETPIPE_SZ, CHUNK_BYTES)
         if is_fifo and not self._stdin_over:
             self.keep("stdin", os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
@@ -89,7 +91,7 @@ class HostStreams:
             self.driver = None
 
     def close_all(self) -> None:
-        """Close whatever is open."""
+        """Close every stream that is open."""
         for name in ("stdin", "stdout", "stderr"):
             self.close(name)
 
@@ -104,7 +106,7 @@ class HostStreams:
 
 
 async def open_host_streams(stdio: Stdio, *, container_id: str, namespace: str) -> HostStreams:
-    """Open the host ends of a process' outputs.
+    """Open the host ends of a process's outputs.
 
     :param container_id: told to a log driver.
     :param namespace: containerd's, told to a log driver.
@@ -113,7 +115,7 @@ async def open_host_streams(stdio: Stdio, *, container_id: str, namespace: str) 
     """
     streams = HostStreams()
     outputs = {"stdout": stdio.stdout}
-    if not stdio.terminal:  # with a terminal stderr may name a FIFO that nobody made
+    if not stdio.terminal:  # with a terminal stderr may name a FIFO that does not exist
         outputs["stderr"] = stdio.stderr
     try:
         plain_path("stdin", stdio.stdin)
@@ -177,7 +179,7 @@ async def _open_output(streams: HostStreams, name: str, path: str) -> None:
 
 
 async def _open_when_read(path: str) -> int:
-    """Open a FIFO for writing as soon as somebody has it, or waits to have it, open for reading."""
+    """Open a FIFO for writing as soon as a reader has opened it, or waits to open it."""
     try:
         return os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:

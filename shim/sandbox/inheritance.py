@@ -1,6 +1,6 @@
-"""What a process inherits: a container's processes have it from this one, as from a runtime that starts them.
+"""What a container's processes inherit: they have it from this process, as from a runtime that starts them.
 
-The first process of a machine has the kernel's own values instead, so what this process has is sent.
+The first process of a machine has the kernel's own values instead, so the guest is sent this process's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from shim.agent.client import Agent
 
 _OOM_SCORE_ADJ = Path("/proc/self/oom_score_adj")
-_MOST_FILES = 1 << 20  # fs.nr_open, unless somebody raises it
+_MOST_FILES = 1 << 20  # the default of fs.nr_open
 _UNLIMITED = resource.RLIM_INFINITY
 _WITHOUT = (_UNLIMITED, _UNLIMITED)
 # In the kernel's order, which numbers them (include/uapi/asm-generic/resource.h).
@@ -22,7 +22,7 @@ _TYPES = (
     *("CPU", "FSIZE", "DATA", "STACK", "CORE", "RSS", "NPROC", "NOFILE"),
     *("MEMLOCK", "AS", "LOCKS", "SIGPENDING", "MSGQUEUE", "NICE", "RTPRIO", "RTTIME"),
 )
-# What the first process of a machine of any size has, and so every process of the guest that is told nothing.
+# What the first process of a machine of any size has; every process of the guest inherits it by default.
 _KERNELS = {
     **dict.fromkeys(("CPU", "FSIZE", "DATA", "RSS", "AS", "LOCKS", "RTTIME"), _WITHOUT),
     "STACK": (8 << 20, _UNLIMITED),

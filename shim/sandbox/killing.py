@@ -1,8 +1,8 @@
-"""Killing what runs in a guest, also in one that does not obey.
+"""Kill what runs in a guest, even if the guest does not obey.
 
-A guest that cannot even kill is lost, and its machine goes with it. But a busy host makes a guest slow, and a
-process that waits for the host's disk dies when the disk has answered. So a machine that others use, too, is
-given more time: for them, losing it would be worse than the wait.
+A guest that cannot even kill is lost, so its machine is switched off. But a busy host makes a guest slow, and
+a process that waits for the host's disk dies only when the disk has answered. A machine that other containers
+use is therefore given more time: for them, losing it would be worse than the wait.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shim.sandbox.sandbox import Sandbox
 
 ALONE_TIMEOUT_S = 8.0  # for a killed process to be gone; a machine under emulation may be slow
-SHARED_TIMEOUT_S = 60.0  # as above, below the two minutes that a kubelet waits for a killed container
+SHARED_TIMEOUT_S = 60.0  # as above; below the two minutes that a kubelet waits for a killed container
 
 
 async def kill(
@@ -62,7 +62,7 @@ async def kill(
 
 
 async def _see_it_end(process: Process, sandbox: Sandbox, *, is_shared: bool) -> None:
-    """Switch the machine off if a process outlives SIGKILL there, as one that waits for a file may."""
+    """Switch the machine off if a process outlives SIGKILL, as one may that waits for a file."""
     timeout_s = SHARED_TIMEOUT_S if is_shared else ALONE_TIMEOUT_S
     try:
         async with asyncio.timeout(timeout_s):

@@ -1,4 +1,4 @@
-"""Log drivers: ``binary://`` programs that read a process' output from inherited pipes.
+"""Log drivers: ``binary://`` programs that read a process's output from inherited pipes.
 
 The contract is containerd's runtime v2 logging: descriptors 3 and 4 are the read ends of stdout and
 stderr, 5 is written to or closed when the driver is ready, and the environment holds the container's

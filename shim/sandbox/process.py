@@ -1,7 +1,7 @@
 """One process of a container: its states, and what remains of it after its exit.
 
-The life is a table of (state, input); anything not in it is refused. Time and status of the exit are
-set once, whoever reports it first: the guest agent, or the death of the virtual machine.
+The life is a table of (state, input); anything not in it is refused. Time and status of the exit are set
+once, by the first report: that of the guest agent, or that of the virtual machine's death.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Process:
         self.exited_at_s: float | None = None
         self.started = asyncio.Event()
         self.heard = asyncio.Event()  # the client has the first byte of output
-        self.ended = asyncio.Event()  # as the guest says: output may still be on its way
+        self.ended = asyncio.Event()  # so says the guest; output may still be on its way
         self.exited = asyncio.Event()
 
     @override
@@ -123,7 +123,7 @@ class Process:
             raise FailedPrecondition(f"{happening.value}: {self}: it is {self.state.value}")
 
     def close_streams(self) -> None:
-        """Close both ends of the streams, whatever of them is open."""
+        """Close both ends of the streams, as far as they are open."""
         if self.host_streams is not None:
             self.host_streams.close_all()
             self.host_streams = None
@@ -131,7 +131,7 @@ class Process:
             self.guest_streams.close()
 
     async def drained(self) -> None:
-        """Wait until the output has been read by the client, as long as the client does read."""
+        """Wait until the client has read the output, unless the client stops reading."""
         if self.following is None or self.copier is None:
             return
         if not await self.copier.drained({self.following}):

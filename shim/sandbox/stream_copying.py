@@ -1,4 +1,4 @@
-"""Carrying a process' streams between the guest agent and the client's FIFOs.
+"""Carry a process's streams between the guest agent and the client's FIFOs.
 
 Each output is read by one request after another, so a stalled reader stalls its own stream only, and the
 guest's pipe makes the process wait.
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DRAIN_TIMEOUT_S = 10.0  # containerd's runc shim lets Delete wait as long for output to be read
-GUEST_TIMEOUT_S = 60.0  # for a guest to hand over what a process wrote; on a busy host it may stand still
+DRAIN_TIMEOUT_S = 10.0  # containerd's runc shim lets Delete wait this long for output to be read
+GUEST_TIMEOUT_S = 60.0  # for a guest to hand over what a process wrote; on a busy host it may stall
 
 
 class StreamCopier:
@@ -31,7 +31,7 @@ class StreamCopier:
     :param guest_streams: their guest ends.
     :param stdio: the stream paths.
     :param host_streams: their host ends, open.
-    :param name: whose they are, for the log.
+    :param name: names the process in the log.
     :param heard: set once the client has the first byte of output.
     """
 
@@ -53,7 +53,7 @@ class StreamCopier:
         self._unread = 0
 
     def outputs(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
-        """Begin to carry the outputs, each until its end."""
+        """Begin to carry each output until its end."""
         names = ["stdout"] if self._stdio.terminal else ["stdout", "stderr"]
         return [group.create_task(self._carry_output(name)) for name in names]
 
@@ -90,7 +90,7 @@ class StreamCopier:
         now_s = asyncio.get_running_loop().time
         moved_at_s = self._moved_at_s or now_s()
         while pending and (left_s := moved_at_s + self._patience_s - now_s()) > 0:
-            # Whom it waits for may change meanwhile.
+            # Meanwhile it may begin to wait for the guest instead of the client, or the reverse.
             _, pending = await asyncio.wait(pending, timeout=min(left_s, DRAIN_TIMEOUT_S))
             moved_at_s = self._moved_at_s or moved_at_s
         return not pending
@@ -124,7 +124,7 @@ class StreamCopier:
         try:
             await write_all(descriptor, data, progressed=self._moved)
         except OSError as error:
-            # Such as a full disk below a file:// log; the process must not be made to wait for ever.
+            # Such as a full disk below a file:// log; the process must not wait for ever.
             log.warning("stdio: %s of %s: %s; dropping what follows", name, self._name, error)
             self._host_streams.close(name)
         finally:

@@ -1,4 +1,4 @@
-"""What a sandbox does beside what it is asked for, and what it was asked for by somebody who went away."""
+"""The tasks of a sandbox: its own work, and requests that must be finished even if the caller goes away."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Work:
         return self._group.create_task(work, name=name)
 
     def finish(self, work: Coroutine[object, object, _T]) -> asyncio.Future[_T]:
-        """Do work to its end, whoever asked for it goes away meanwhile: half done it could not be repeated.
+        """Finish a request even if its caller goes away: half done, it could not be repeated.
 
-        :returns: its outcome; cancelling that leaves the work alone.
+        :returns: its outcome; cancelling the outcome does not cancel the work.
         """
         outcome: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
 
@@ -50,9 +50,9 @@ class Work:
             try:
                 result = await work
             except asyncio.CancelledError:
-                outcome.cancel()  # the sandbox ends: nobody may wait for this any more
+                outcome.cancel()  # the sandbox ends: release the caller
                 raise
-            except Exception as error:  # noqa: BLE001 - handed on to whoever asked
+            except Exception as error:  # noqa: BLE001 - handed on to the caller
                 if not outcome.done():
                     outcome.set_exception(error)
             else:
@@ -65,6 +65,6 @@ class Work:
         return outcome
 
     def give_up(self) -> None:
-        """Cancel what :meth:`finish` has not finished: the sandbox ends."""
+        """Cancel what :meth:`finish` has not finished, because the sandbox ends."""
         for request in self._requests:
             request.cancel()

@@ -1,4 +1,4 @@
-"""containerd's Sandbox service: the machine is made, asked about and ended without a container of its own."""
+"""containerd's Sandbox service: it creates, queries and ends the machine without a container of its own."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SandboxService:
         self._containers = containers
 
     async def create_sandbox(self, request: api.CreateSandboxRequest) -> api.CreateSandboxResponse:
-        """Begin to boot the machine; one that was started in a bundle with a specification does already."""
+        """Begin to boot the machine, unless it boots already because the bundle has a specification."""
         self._require(request.sandbox_id, what="create")
         description = pod.from_request(
             request.options, sandbox_id=request.sandbox_id, network_namespace=request.netns_path
@@ -57,7 +57,7 @@ class SandboxService:
         return api.PlatformResponse(platform=types_pb2.Platform(os="linux", architecture="amd64"))
 
     async def stop_sandbox(self, request: api.StopSandboxRequest) -> api.StopSandboxResponse:
-        """Switch the machine off, which takes less than any time that may be allowed; again is harmless."""
+        """Switch the machine off, which is faster than any timeout in a request; repeating it is harmless."""
         self._require(request.sandbox_id, what="stop")
         await self._containers.end()
         return api.StopSandboxResponse()
@@ -71,7 +71,7 @@ class SandboxService:
         )
 
     async def sandbox_status(self, request: api.SandboxStatusRequest) -> api.SandboxStatusResponse:
-        """Tell the state from what the shim knows; the guest is never asked."""
+        """Tell the state from what the shim knows, without asking the guest."""
         self._require(request.sandbox_id, what="status")
         sandbox = self._sandbox
         response = api.SandboxStatusResponse(
@@ -91,7 +91,7 @@ class SandboxService:
         return response
 
     async def ping_sandbox(self, request: api.PingRequest) -> api.PingResponse:
-        """Ask the agent in the machine for a sign of life."""
+        """Check that the agent in the machine answers."""
         self._require(request.sandbox_id, what="ping")
         await self._sandbox.ping()
         return api.PingResponse()

@@ -69,7 +69,7 @@ class TaskService:
         return task_v3_pb2.StartResponse(pid=self._sandbox.pid)
 
     async def state(self, request: task_v3_pb2.StateRequest) -> task_v3_pb2.StateResponse:
-        """Tell the state from what the shim knows; the guest is never asked."""
+        """Tell the state from what the shim knows, without asking the guest."""
         container = self._containers.get(request.id)
         process = container.process(request.exec_id)
         return task_v3_pb2.StateResponse(
@@ -112,7 +112,7 @@ class TaskService:
         )
 
     async def pids(self, request: task_v3_pb2.PidsRequest) -> task_v3_pb2.PidsResponse:
-        """List the processes that live; every one stands behind the machine's own process on the host."""
+        """List the live processes; on the host, each is represented by the machine's own process."""
         exec_ids = await self._containers.get(request.id).exec_ids_of_processes()
         pid = self._sandbox.pid
         processes = [task_types_pb2.ProcessInfo(pid=pid)]
@@ -127,7 +127,7 @@ class TaskService:
         return Empty()
 
     async def resume(self, request: task_v3_pb2.ResumeRequest) -> Empty:
-        """Let a frozen container go on."""
+        """Thaw a container."""
         await self._containers.get(request.id).resume()
         return Empty()
 
@@ -168,14 +168,14 @@ class TaskService:
         return Empty()
 
     async def close_io(self, request: task_v3_pb2.CloseIORequest) -> Empty:
-        """Let a process' stdin end once the client has closed its side."""
+        """Let a process's stdin end once the client has closed its side."""
         process = self._containers.get(request.id).process(request.exec_id)
         if request.stdin and process.host_streams is not None:
             process.host_streams.close_stdin_writer()
         return Empty()
 
     async def connect(self, request: task_v3_pb2.ConnectRequest) -> task_v3_pb2.ConnectResponse:
-        """Tell the pids; never fails, whether the container is known or not."""
+        """Tell the pids; an unknown container has pid 0."""
         pid = self._sandbox.pid if self._containers.has(request.id) else 0
         return task_v3_pb2.ConnectResponse(shim_pid=os.getpid(), task_pid=pid)
 

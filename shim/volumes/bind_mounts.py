@@ -83,7 +83,7 @@ class _View:
     points: list[str]
 
     def wish(self, *, in_parts: bool) -> Wish:
-        """Say how its source is to be had."""
+        """Describe how its source is to be shared."""
         return Wish(
             label=posixpath.basename(self.destination.rstrip("/")) or "root",
             write="ro" not in self.flags and "rro" not in self.others,
@@ -98,7 +98,7 @@ class Volumes:
     :param entries: what the sandbox's guest can reach.
     :param followed: the volumes that it keeps up with the host's mounts.
     :param agent: the guest's.
-    :param shown: is told everything that the guest is to be told.
+    :param shown: collects what the guest is to be told.
     """
 
     def __init__(
@@ -117,11 +117,11 @@ class Volumes:
 
         :param shared: the mount.
         :param bundle: what its source may be relative to.
-        :raises ShimError: if it is nothing that can be shared, or cannot be mounted.
+        :raises ShimError: if it cannot be shared or mounted.
         """
         path = bundle / shared.source
         with opened(path, self._entries.writable) as descriptor, _naming(path):
-            table = self._table = self._table or MountTable.read()  # long on a host with many pods
+            table = self._table = self._table or MountTable.read()  # takes long on a host with many pods
             source = Source.of(descriptor, table)
             below: list[HostMount] = []
             if source.is_directory and "rbind" in shared.options and not shared.is_updated:
@@ -143,7 +143,7 @@ class Volumes:
                     self._bind_inner(view, mount, below, table)
 
     async def take_back(self) -> None:
-        """Let go of everything, when the guest has."""
+        """Release everything, once the guest has."""
         while self._keeping:
             await self._followed.release(self._keeping.pop(), agent=self._agent)
         await mounts.run_to_the_end(self._parts.close)
@@ -191,11 +191,11 @@ class Volumes:
             OSError,
             ValueError,
             InvalidArgument,
-        ) as error:  # gone meanwhile, or not to be bound, or named
+        ) as error:  # it is gone meanwhile, or cannot be bound or named
             log.warning("mount: %s is not shown: %s", mount.point, error)
 
     def _bind_parts(self, view: _View, part: Part, points: Iterable[str]) -> None:
-        """Show what other containers have of a source as they have it."""
+        """Show the parts of a source that other containers have as they have them."""
         wish = view.wish(in_parts=self._agent.is_hako)
         parts = self._entries.hold_parts(view.source, part, wish, without=points)
         for way, inner in sorted(parts.items()):
@@ -205,7 +205,7 @@ class Volumes:
     def _bind_one(self, part: Part, destination: str, view: _View) -> None:
         source = part.path
         if part.below or part.entry.is_directory:
-            # A container would make a file system of its own of what the guest itself has not mounted yet.
+            # Each container would get a file system of its own if the guest itself did not mount it before.
             source = f"{VOLUMES_DIRECTORY}/{part.stage}"
             driver = "bind" if self._agent.is_hako else "virtio-fs"
             self._shown.storages.append(_storage(driver, part, source))
@@ -235,7 +235,7 @@ def _flags(options: Iterable[str], inherited: frozenset[str]) -> list[str]:
     given = _SETTING.intersection(options)
     if not given:
         return sorted(inherited & FLAGS)
-    # What is read-only on the host stays so.
+    # A mount that is read-only on the host stays so.
     kept = inherited & (_ATIME | {"ro"})
     return sorted(given | kept)
 
@@ -246,7 +246,7 @@ def _others(options: Iterable[str]) -> list[str]:
 
 
 def _hiding(source: Source, points: list[str]) -> frozenset[str]:
-    """Choose the mount points in a source below which it has files that the mounts hide."""
+    """Choose the mount points in a source that hide files of the source."""
     if not points:
         return frozenset()
     with mounts.cloned(source.descriptor, what=source.place.real) as bare:
@@ -261,13 +261,13 @@ def _is_more_than_a_mount_point(bare: int, point: str) -> bool:
                 return status.st_size > 0
             with os.scandir(f"/proc/self/fd/{descriptor}") as found:
                 return next(found, None) is not None
-    except FileNotFoundError:  # it is in what is mounted above it
+    except FileNotFoundError:  # it is part of the mount above it
         return False
 
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turn what the host's files raise while they are looked at into an error that names the volume."""
+    """Turn an error of the host's files into one that names the volume."""
     try:
         yield
     except OSError as error:

@@ -1,6 +1,6 @@
 """File systems that the host mounts for a container, in the shim's mount namespace, and shares as volumes.
 
-The directories and disks that one is made of are found as volumes are: through no link that a guest made.
+Their directories and disks are looked up as volumes are: without following a link that a guest made.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _DIRECTORIES = frozenset({_LAYERS, _WRITTEN, "workdir"})
 class FileSystems:
     """The file systems that one container has the host mount.
 
-    :param directory: where; made when the first is mounted.
+    :param directory: where they are mounted; made with the first.
     :param writable: what guests write in.
     """
 
@@ -55,7 +55,7 @@ class FileSystems:
 
         :param spec: the decoded ``config.json``.
         :returns: the specification with binds in their place.
-        :raises ShimError: if it is malformed, nobody can provide a mount, or the host refuses it.
+        :raises ShimError: if it is malformed, a mount is of no known type, or the host refuses it.
         """
         with refusing_malformed("config.json"):
             entries = spec.get("mounts") or []
@@ -79,7 +79,7 @@ class FileSystems:
         return {**spec, "mounts": [binds.get(number, entry) for number, entry in enumerate(entries)]}
 
     async def take_back(self) -> None:
-        """Unmount them, the last first."""
+        """Unmount them, in reverse order."""
         await mounts.run_to_the_end(self._made.close)
 
     def _mount(self, one: FileSystem, target: Path) -> None:
@@ -96,7 +96,7 @@ class FileSystems:
             try:
                 mounts.mount(source, target, one.fstype, mounts.parse_options(one.flags).flags, data)
             except ShimError as error:
-                cause = str(error).rpartition(": ")[2]  # what comes before names descriptors
+                cause = str(error).rpartition(": ")[2]  # its own text would show descriptors instead of paths
                 raise type(error)(f"{describe(one)}: {cause}; look at its source and options") from error
             self._made.callback(_unmount, target)
 
@@ -111,7 +111,7 @@ class FileSystems:
         if one.fstype != _OVERLAY and source.startswith("/"):
             source = self._open(source, opened)
         data = ",".join(self._opened_option(one, option, opened) for option in one.data)
-        # Of a longer one, mount(2) would take the beginning.
+        # mount(2) would cut a longer one.
         if len(data) >= os.sysconf("SC_PAGESIZE"):
             raise InvalidArgument(f"mount: {one.fstype}: {len(data)} bytes of options are more than a page")
         return source, data
@@ -142,7 +142,7 @@ class FileSystems:
 def _unmount(target: Path) -> None:
     descriptor = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # What is unmounted while it is in use may be written at any time later.
+        # A file system that is unmounted while in use may be written at any later time.
         kernel.sync_file_system(descriptor)
     except OSError as error:
         log.warning("mounts: %s: %s", target, error)

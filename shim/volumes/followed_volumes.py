@@ -1,8 +1,8 @@
-"""Volumes below which the host mounts and unmounts while containers have them.
+"""Volumes that follow the host: it mounts and unmounts below them while containers have them.
 
-runc's containers see that in their mounts of the kind slave. Here the guest keeps a mount of such a volume
-for itself, of which the containers' are slaves, and what the host has mounted below is mounted in that.
-Nothing of it is the host's own mount: a copy in the share does not keep the host from unmounting.
+runc's containers see such changes through mounts with slave propagation. Here the guest keeps a mount of such
+a volume for itself, the containers' mounts are slaves of it, and the guest mounts in it what the host has
+mounted below. All of them are copies in the share, which do not keep the host from unmounting its own.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FLAGS = frozenset({"ro", "nosuid", "nodev", "noexec", "noatime", "nodiratime"})
-"""The flags of a mount that a bind of it inherits and a guest has, too."""
+"""The flags that a bind inherits from its source, and that a guest's kernel knows too."""
 
 
 class Below(enum.Enum):
-    """What becomes of the mounts below a volume that there are when a container gets it."""
+    """How to treat the mounts that are below a volume when a container gets it."""
 
     AS_THEY_ARE = "as they are"
     READ = "read-only"
@@ -48,11 +48,11 @@ class Followed:
     """A volume.
 
     :param place: where the host has it.
-    :param part: what the guest has of the share for it.
-    :param ignored: the numbers of mounts below it that are not to be seen.
-    :param read: the numbers of those that are not to be written in.
+    :param part: its part of the share.
+    :param ignored: the ids of the mounts below it that stay hidden.
+    :param read: the ids of those that are read-only.
     :param stage: where the guest keeps it.
-    :param shown: the mounts below it that the guest has: number and part, by the path in the volume.
+    :param shown: the mounts below it that the guest has: id and part, by the path in the volume.
     :param users: how many containers have it.
     """
 
@@ -85,7 +85,7 @@ class FollowedVolumes:
 
         :param source: the volume, a directory.
         :param wish: how its entry is to be had.
-        :param below: what becomes of the mounts below it that there are now.
+        :param below: how to treat the mounts that are below it now.
         :param agent: the guest's.
         :raises ShimError: if something cannot be mounted.
         """
@@ -116,7 +116,7 @@ class FollowedVolumes:
             return one
 
     async def release(self, one: Followed, *, agent: Agent) -> None:
-        """Let go of a volume; the last that does has the guest unmount it.
+        """Release a volume; with the last release, the guest unmounts it.
 
         :raises ShimError: if an entry of the share cannot be taken back.
         """
@@ -126,7 +126,7 @@ class FollowedVolumes:
                 await self._end(one, agent)
 
     def stop(self) -> None:
-        """Stop to follow the host's mounts; stopping twice is harmless."""
+        """Stop following the host's mounts; stopping twice is harmless."""
         if self._following is not None:
             self._following.cancel()
         if self._changes is not None:
@@ -137,7 +137,7 @@ class FollowedVolumes:
         self._volumes.remove(one)
         if not self._volumes:
             self.stop()
-        # The host first: the guest forgets what is there no more.
+        # The host first: the guest then drops what is no longer there.
         ways = sorted(one.shown, reverse=True)
         for way in ways:
             await self._release(one.shown[way][1])
@@ -151,7 +151,7 @@ class FollowedVolumes:
                 for one in self._volumes:
                     try:
                         await self._update(one, agent)
-                    except (ShimError, OSError, ValueError) as error:  # no name of the guest's
+                    except (ShimError, OSError, ValueError) as error:  # not a name that the guest can have
                         log.warning("mounts below %s: %s", one.place.real, error)
 
     async def _update(self, one: Followed, agent: Agent) -> None:
@@ -177,7 +177,7 @@ class FollowedVolumes:
             return
         try:
             source = Source.of(descriptor, table)
-            if source.place.mount.id != mount.id:  # it has gone meanwhile, which is another change
+            if source.place.mount.id != mount.id:  # it is gone meanwhile, which the next change reports
                 return
             flags = mount.options & FLAGS
             if mount.id in one.read:

@@ -1,7 +1,7 @@
 """The kubelet's volumes in memory: a tmpfs on the host for each emptyDir with ``medium: Memory``.
 
-The kubelet mounts one with the size of the volume and sets who owns it. It makes the directories of subPaths
-in it, and binds those elsewhere for the containers that use them.
+The kubelet mounts one with the size of the volume and sets its owner. It makes the directories of subPaths in
+it, and binds them elsewhere for the containers that use them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 from shim.host.mount_table import MountTable
 
 _VOLUME = re.compile(r"(?P<volume>.*/kubernetes\.io~empty-dir/[^/]+)(/(?P<below>.+))?")
-# What a source must look like to be worth a look: the volume, something in it, or a subPath.
+# The paths of sources that may be in such a volume: the volume, a file in it, or a subPath.
 _CANDIDATE = re.compile(r"/kubernetes\.io~empty-dir/|/volume-subpaths/")
-# More than the kubelet itself puts there is for a share.
+# A volume with more than the kubelet itself puts there is shared instead.
 _MOST_FILES = 256
 _MOST_BYTES = 16 << 20
 _FLAGS = {
@@ -55,7 +55,7 @@ class File:
     status: os.stat_result
 
     def read(self) -> bytes:
-        """Return what is in the file, or where the link leads; of a directory, nothing.
+        """Return the content of the file or the target of the link; a directory has none.
 
         :raises OSError: if it is gone.
         """
@@ -82,7 +82,7 @@ def find(descriptor: int) -> TmpfsPlace | None:
         return None
     for name in table.names_of(place):
         match = _VOLUME.fullmatch(name)
-        # Nothing but the volume is in a tmpfs of its own.
+        # Such a volume has a tmpfs of its own.
         if match is not None and f"/{match['below'] or ''}" == place.path:
             return TmpfsPlace(Path(match["volume"]), match["below"] or "")
     return None

@@ -1,7 +1,7 @@
 """Volumes of huge pages: a file system of the host's pages becomes one of the guest's, for the whole pod.
 
 The kubelet mounts an emptyDir with the medium HugePages as such a file system. A container may use as many
-pages as its ``hugepageLimits`` say, for which the machine grows.
+pages as its ``hugepageLimits`` say, and the machine grows by them.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _page_bytes(path: Path) -> int:
     try:
         size = os.statvfs(path).f_bsize
         return size if size >= _LEAST_PAGE and _mounts_of(path) else 0
-    except OSError:  # opening it later will say so
+    except OSError:  # opening it later reports the error
         return 0
 
 

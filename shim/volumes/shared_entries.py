@@ -1,9 +1,9 @@
-"""What a sandbox's guest can reach of the host's volumes: each file or directory once, for all that use it.
+"""The volumes of the host that a sandbox's guest can reach: each file or directory once, for all its users.
 
 The virtio-fs daemon makes a file system of every mount that it serves, with sockets, locks and events of its
-own. What containers share on the host is therefore mounted once in the share, and part of it (a subPath) is
+own. What containers share on the host is therefore mounted once in the share, and a part of it (a subPath) is
 a path in the same mount. An entry is a copy of one mount without those below it, which have entries of their
-own; nothing that the host mounts or unmounts later changes it, nor does it keep the host from that.
+own. Later mounts and unmounts of the host do not change it, and it does not prevent them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from shim.host.mount_table import FilePlace, HostMount, MountTable
 
-# Such a volume is the pod's alone, so that any container of the pod may stand for all of them.
+# Such a volume belongs to one pod, so any container of the pod may stand for all of them.
 _EMPTY_DIR = re.compile(r"(?P<volume>.*/pods/[^/]+/volumes/kubernetes\.io~empty-dir/[^/]+)(/(?P<below>.+))?")
 
 
@@ -39,7 +39,7 @@ _EMPTY_DIR = re.compile(r"(?P<volume>.*/pods/[^/]+/volumes/kubernetes\.io~empty-
 class Source:
     """A file or directory of the host that is open.
 
-    :param descriptor: as O_PATH of open(2) makes it.
+    :param descriptor: opened with O_PATH, see open(2).
     :param place: where it is.
     :param inode: its device and its number there.
     :param is_directory: what it is.
@@ -64,15 +64,15 @@ class Source:
 class SharedEntry:
     """A file or directory in the share.
 
-    :param name: in the share; no container's id begins as it does.
+    :param name: its name in the share; no container's id begins with it.
     :param file_system: of the host; see :attr:`shim.host.mount_table.FilePlace.file_system`.
     :param path: in that file system.
     :param inode: its device and its number there.
     :param is_directory: what it is.
-    :param is_pods: whether it is the pod's alone.
+    :param is_pods: whether it belongs to the pod alone.
     :param writable: whether the guest may write in it.
-    :param covers: paths in it that something is mounted on, to hide files that nobody was given.
-    :param users: how many hold a part of it.
+    :param covers: paths in it where a mount hides files that no container was given.
+    :param users: how many users hold a part of it.
     :param stages: the names under which the guest keeps parts of it.
     """
 
@@ -106,18 +106,18 @@ class Part:
 
     @property
     def stage(self) -> str:
-        """The name under which the guest keeps it, the same for all that use it."""
+        """The name under which the guest keeps it, the same for all users."""
         return self.entry.stages[self.below]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """How a source is to be had.
+    """How a source is to be shared.
 
-    :param label: the last part of a new entry's name, for who looks at the share.
+    :param label: the last part of a new entry's name, for an operator who looks at the share.
     :param write: whether the guest is to write in it.
-    :param hidden: paths in the source where a mount hides files, which the guest is not to see.
-    :param in_parts: whether the guest can take a part of an entry without following links in it.
+    :param hidden: paths in the source where a mount hides files from the guest.
+    :param in_parts: whether the guest can mount a part of an entry without following links in it.
     """
 
     label: str
@@ -143,7 +143,7 @@ class SharedEntries:
         self._lock = threading.Lock()
 
     def disregard(self, path: Path) -> None:
-        """Leave what the shim itself has mounted at or below a path out of :meth:`below`."""
+        """Leave the shim's own mounts at or below a path out of :meth:`below`."""
         self._own.add(str(path.resolve()))
 
     def below(self, place: FilePlace, table: MountTable) -> list[HostMount]:
@@ -155,9 +155,9 @@ class SharedEntries:
         ]
 
     def hold(self, source: Source, wish: Wish, table: MountTable) -> Part:
-        """Have a source in the share until :meth:`release`.
+        """Share a source until :meth:`release`.
 
-        :param source: what is to be there.
+        :param source: what to share.
         :param wish: how.
         :param table: the host's mounts.
         :raises ShimError: if it cannot be mounted.
@@ -175,7 +175,7 @@ class SharedEntries:
     def hold_parts(
         self, source: Source, part: Part, wish: Wish, *, without: Iterable[str]
     ) -> dict[str, Part]:
-        """Hold the entries of what is in a source and came before it, so that all users see the same.
+        """Hold the older entries of files in a source, so that all users see the same.
 
         :param source: a directory.
         :param part: what was held for it.
@@ -188,7 +188,7 @@ class SharedEntries:
         place = source.place
         with self._lock:
             for entry in self._entries:
-                # A file would be one that nobody can replace by another.
+                # A mounted file could not be replaced by another.
                 is_like = entry.is_directory and entry.file_system == place.file_system
                 below = inside(entry.path, place.path) if is_like else None
                 if not below or any(inside(below, each) is not None for each in without):
@@ -201,7 +201,7 @@ class SharedEntries:
         return held
 
     def release(self, part: Part) -> None:
-        """Let go of a part; the last that does takes the entry back.
+        """Release a part; the last release takes the entry back.
 
         :raises ShimError: if it cannot be unmounted.
         """
@@ -210,9 +210,9 @@ class SharedEntries:
             self._drop_unused(part.entry)
 
     def uncover(self, part: Part, below: str) -> None:
-        """Show what was hidden in a source by a mount that has gone.
+        """Show what a mount that is gone has hidden in a source.
 
-        :param below: where that was.
+        :param below: where the mount was.
         :raises ShimError: if the cover cannot be unmounted.
         """
         with self._lock:
@@ -235,7 +235,7 @@ class SharedEntries:
         around: list[tuple[str, SharedEntry]] = []
         for entry in alike:
             below = inside(place.path, entry.path) if entry.is_directory else None
-            # A guest that was given a volume to read is not to write in the rest of it.
+            # A guest that may write in a part of a volume must not write in the rest of it.
             if below and not entry.covers and (entry.writable or entry.is_pods or not wish.write):
                 around.append((below, entry))
         for below, entry in sorted(around, key=lambda one: len(one[0])):
@@ -244,7 +244,7 @@ class SharedEntries:
         return None
 
     def _leads_to(self, part: Part, below: str, inode: tuple[int, int]) -> bool:
-        """Tell whether a path in an entry leads to a file, by no link."""
+        """Tell whether a path in an entry leads to a file without a link."""
         try:
             way = f"{part.entry.name}/{part.below}/{below}"
             with walk_down(self.share, way) as descriptor:

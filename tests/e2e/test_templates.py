@@ -372,7 +372,7 @@ def test_a_store_that_others_can_write_to_is_not_used(node: Node):
     result = node.run("echo", "runs")
 
     assert result.stdout == "runs\n", result.stderr
-    assert "nobody else can write to" in node.log()
+    assert "no other can write to" in node.log()
     assert CLONED not in node.log()
     listed = node.hako("build")
     assert listed.returncode == 1

@@ -68,7 +68,9 @@ def test_info_is_containerds_runtime_info() -> None:
     assert information.features.type_url == FEATURES_TYPE
     features = json.loads(information.features.value)
     assert features["linux"]["mountExtensions"]["idmap"]["enabled"] is False
-    assert "rro" in features["mountOptions"]  # or Kubernetes takes recursiveReadOnly to be impossible
+    assert (
+        "rro" in features["mountOptions"]
+    )  # otherwise Kubernetes assumes that recursiveReadOnly is impossible
 
 
 @pytest.mark.parametrize("flag", ["-v", "-version"])

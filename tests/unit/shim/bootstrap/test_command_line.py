@@ -58,7 +58,7 @@ def test_two_dashes_end_the_flags() -> None:
     assert parse(["-id", "c1", "--", "-odd"]).action == "-odd"
 
 
-def test_what_follows_the_action_is_ignored() -> None:
+def test_arguments_after_the_action_are_ignored() -> None:
     assert parse(["start", "-id", "c1"]) == CommandLine(action="start")
 
 

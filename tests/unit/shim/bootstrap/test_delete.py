@@ -47,7 +47,7 @@ def test_a_dead_shim_leaves_nothing(containerd: Containerd) -> None:
     assert nothing_is_left(containerd)
 
 
-def test_a_removed_bundle_does_not_keep_anything_from_being_undone(containerd: Containerd) -> None:
+def test_everything_is_undone_although_the_bundle_is_removed(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     containerd.kill_shims()
@@ -80,7 +80,7 @@ def hooked(containerd: Containerd, text: str) -> Path:
     return bundle
 
 
-def test_what_was_to_follow_the_end_of_a_deserted_container_runs_once(containerd: Containerd) -> None:
+def test_poststop_hooks_of_a_deserted_container_run_once(containerd: Containerd) -> None:
     bundle = hooked(containerd, "cat >> told")
     containerd.run("start", "c1")
     containerd.kill_shims()
@@ -90,7 +90,7 @@ def test_what_was_to_follow_the_end_of_a_deserted_container_runs_once(containerd
     assert (told["id"], told["status"], told["bundle"]) == ("c1", "stopped", str(bundle))
 
 
-def test_what_was_to_follow_the_end_is_left_to_a_shim_that_did_it(containerd: Containerd) -> None:
+def test_poststop_hooks_that_the_shim_ran_are_not_repeated(containerd: Containerd) -> None:
     bundle = hooked(containerd, "touch ran")
     containerd.run("start", "c1")
     ledger = Ledger(str(containerd.state_of("c1")))
@@ -100,7 +100,7 @@ def test_what_was_to_follow_the_end_is_left_to_a_shim_that_did_it(containerd: Co
     assert not (bundle / "ran").exists()
 
 
-def test_what_follows_the_end_cannot_hold_it_up(containerd: Containerd) -> None:
+def test_a_slow_poststop_hook_does_not_delay_delete_for_long(containerd: Containerd) -> None:
     bundle = hooked(containerd, "echo $$ > pid; exec sleep 1000")
     containerd.run("start", "c1")
     containerd.kill_shims()
@@ -213,7 +213,7 @@ def test_the_spec_is_not_needed(containerd: Containerd) -> None:
     containerd.socket_path("pod").unlink(missing_ok=True)
 
 
-def test_what_cannot_be_undone_is_one_line_and_stays_on_record(containerd: Containerd) -> None:
+def test_a_failure_to_undo_is_one_line_and_stays_on_record(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     containerd.kill_shims()

@@ -45,13 +45,13 @@ def test_it_can_be_linked_to(program: Path, tmp_path: Path) -> None:
     assert said(link, "-v") == said(program, "-v")
 
 
-def test_what_goes_wrong_is_one_line(program: Path) -> None:
+def test_a_failure_is_one_line(program: Path) -> None:
     status, output, errors = said(program, "-address", "/nowhere", "delete")
     assert (status, output) == (1, b"")
     assert errors.startswith(b"delete: id: ")
 
 
-def test_it_replaces_the_other_in_one_step(program: Path) -> None:
+def test_it_replaces_the_other_program_in_one_step(program: Path) -> None:
     assert list(program.parent.iterdir()) == [program]
     assert os.access(program, os.X_OK)
 

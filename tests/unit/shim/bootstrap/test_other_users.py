@@ -1,4 +1,4 @@
-"""Nobody but root can connect to a sandbox's sockets or look into its state directory."""
+"""Only root can connect to a sandbox's sockets or read its state directory."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def connecting_to(path: Path) -> Callable[[], None]:
 
 @pytest.fixture
 def public() -> Iterator[Path]:
-    """A directory that everybody can reach, so that only what is in it can refuse."""
+    """A directory that every user can reach, so that only files in it can refuse access."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     directory = Path(tempfile.mkdtemp())
@@ -63,11 +63,11 @@ def public() -> Iterator[Path]:
     shutil.rmtree(directory)
 
 
-def test_the_socket_that_start_makes(containerd: Containerd) -> None:
+def test_other_users_cannot_connect_to_the_socket_that_start_makes(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     assert containerd.run("start", "c1").returncode == 0
     path = Path(containerd.socket_path("c1"))
-    # A second name where everybody can get to, on the same file system.
+    # A second name in a place that every user can reach, on the same file system.
     with tempfile.TemporaryDirectory(dir=path.parent.parent) as public:
         Path(public).chmod(0o755)
         (Path(public) / "socket").hardlink_to(path)
@@ -76,13 +76,13 @@ def test_the_socket_that_start_makes(containerd: Containerd) -> None:
     assert error_as(NOBODY, connecting_to(path)) == errno.EACCES
 
 
-async def test_the_grpc_socket(public: Path) -> None:
+async def test_other_users_cannot_connect_to_the_grpc_socket(public: Path) -> None:
     async with serve_grpc(Dispatch([]), public / "grpc.sock"):
         assert error_as(0, connecting_to(public / "grpc.sock")) == 0
         assert error_as(NOBODY, connecting_to(public / "grpc.sock")) == errno.EACCES
 
 
-def test_the_state_directory(public: Path) -> None:
+def test_other_users_cannot_read_the_state_directory(public: Path) -> None:
     path = public / "state"
     os.close(state_directory.lock(str(path)))
     (path / "grpc.sock").touch()

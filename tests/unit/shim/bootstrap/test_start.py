@@ -104,7 +104,7 @@ def test_the_daemon_leads_its_own_session(containerd: Containerd) -> None:
     assert seen["session"] == seen["pid"]
 
 
-def test_the_daemon_can_be_told_in_process_lists(containerd: Containerd) -> None:
+def test_the_daemon_is_recognizable_in_process_lists(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     seen = containerd.daemon("c1")
@@ -126,7 +126,7 @@ def test_the_daemon_dies_of_memory_pressure_before_containerd(containerd: Contai
     assert containerd.daemon("c1")["oom_score_adj"] == min(own + 1, 1000)
 
 
-def test_core_scheduling_is_done_without_where_the_kernel_lacks_it(containerd: Containerd) -> None:
+def test_a_kernel_without_core_scheduling_is_accepted(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.environment["SCHED_CORE"] = "1"
     assert containerd.run("start", "c1").returncode == 0
@@ -196,7 +196,7 @@ def test_a_dead_socket_is_replaced(containerd: Containerd) -> None:
         client.connect(str(path))
 
 
-def test_what_a_dead_shim_of_the_same_name_left_is_removed_first(containerd: Containerd) -> None:
+def test_leftovers_of_a_dead_shim_of_the_same_name_are_removed_first(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     killed = containerd.daemon("c1")["pid"]
@@ -231,7 +231,7 @@ def test_the_configuration_comes_from_an_extension(containerd: Containerd) -> No
     assert containerd.state_of("c1").is_dir()
 
 
-def test_options_of_other_runtimes_are_none_of_its_business(containerd: Containerd) -> None:
+def test_options_of_other_runtimes_are_ignored(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     sent = bootstrap_v1_pb2.Extension()
     sent.value.type_url = "containerd.runc.v1.Options"
@@ -269,7 +269,7 @@ def test_a_spec_that_is_not_json_is_one_line(containerd: Containerd) -> None:
     assert "config.json: not JSON" in refusal(containerd)
 
 
-def test_input_that_is_no_message_is_one_line(containerd: Containerd) -> None:
+def test_undecodable_input_is_one_line(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     assert refusal(containerd, stdin=b"\xff" * 20).startswith("start: standard input: ")
 
@@ -352,7 +352,7 @@ def test_a_sandbox_without_a_spec_is_a_pod(containerd: Containerd) -> None:
     assert bootstrap_v1_pb2.BootstrapResult.FromString(reply.stdout).version == 3
 
 
-def test_a_container_that_joins_a_pod_hears_the_pods_version(containerd: Containerd) -> None:
+def test_a_container_that_joins_a_pod_is_told_the_pods_version(containerd: Containerd) -> None:
     containerd.make_bundle("pod", annotations={**POD, GROUPS[1]: "pod"})
     containerd.make_bundle("member", annotations={GROUPS[1]: "pod"})
     binary = fake_containerd(containerd.directory, "module", "2.1.9")
@@ -373,7 +373,9 @@ def test_containerd_1_7_is_told_the_grpc_socket_once_it_listens(containerd: Cont
         client.connect(path)
 
 
-def test_a_daemon_that_dies_before_it_listens_is_one_line_with_its_last_words(containerd: Containerd) -> None:
+def test_a_daemon_that_dies_before_it_listens_is_one_line_with_its_last_output(
+    containerd: Containerd,
+) -> None:
     containerd.make_bundle("c1")
     containerd.configure(f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
     containerd.environment["STUB_DIES"] = "listen: no room on this host"
@@ -383,7 +385,9 @@ def test_a_daemon_that_dies_before_it_listens_is_one_line_with_its_last_words(co
 
 
 @pytest.mark.parametrize("protocol", ["ttrpc", "grpc"])
-def test_a_group_that_starts_all_at_once_shares_one_shim(containerd: Containerd, protocol: str) -> None:
+def test_containers_of_a_group_that_start_together_share_one_shim(
+    containerd: Containerd, protocol: str
+) -> None:
     containerd.configure(
         f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\nprotocol = "{protocol}"\n'
     )

@@ -1,4 +1,4 @@
-"""Shims forked by the zygote cannot be told from ones started anew, and nobody depends on it."""
+"""A shim forked by the zygote is like one started anew, and works on when the zygote is gone."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_a_forked_shim_can_speak_grpc(warmed: Containerd) -> None:
     assert "-zygote" not in warmed.daemon("c2")["arguments"]
 
 
-def test_what_is_refused_is_said_as_without_a_zygote(warmed: Containerd) -> None:
+def test_a_refusal_reads_the_same_with_and_without_a_zygote(warmed: Containerd) -> None:
     warmed.make_bundle("c2")
     (warmed.bundle("c2") / "config.json").write_text("{")
     reply = warmed.run("start", "c2")
@@ -174,7 +174,7 @@ def test_a_configuration_that_wants_no_zygote_gets_a_shim_started_anew(warmed: C
 
 
 @pytest.mark.parametrize("what", ["limits", "umask", "identity"])
-def test_a_zygote_refuses_who_is_not_like_it(warmed: Containerd, what: str) -> None:
+def test_a_zygote_refuses_a_caller_that_it_cannot_stand_in_for(warmed: Containerd, what: str) -> None:
     zygote_socket(warmed)
     arguments = ["-address", warmed.address, "start"]
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
@@ -200,11 +200,11 @@ def test_a_zygote_that_hangs_is_not_waited_for(warmed: Containerd) -> None:
         assert parent(warmed.daemon("c2")["pid"]) != lock_holder(place(warmed))
     finally:
         os.kill(spare, signal.SIGCONT)
-    # What it was asked for is nothing to anybody any more.
+    # The caller has given up its request.
     assert len(warmed.shims()) == 2
 
 
-def test_a_shim_ends_that_containerd_does_not_hear_of(warmed: Containerd) -> None:
+def test_a_shim_that_containerd_never_hears_of_ends(warmed: Containerd) -> None:
     zygote_socket(warmed)
     bundle = warmed.make_bundle("c2")
     flags = ["-namespace", "tests", "-address", warmed.address, "-id", "c2", "start"]

@@ -1,4 +1,4 @@
-"""The words in which the guest agent is told of a network."""
+"""The messages that describe a network to the guest agent."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_card_is_described_with_all_its_addresses_and_its_place() -> None:
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_an_address_that_is_not_as_usual_says_so_and_other_agents_make_no_wrong_route(
+def test_an_unusual_address_is_marked_so_that_a_stock_agent_makes_no_wrong_route(
     more: dict[str, Any], mask: str, details: dict[str, Any]
 ) -> None:
     address = Address(interface=ip_interface("10.1.0.2/24"), **({"broadcast": "10.1.0.255"} | more))
@@ -71,13 +71,13 @@ def test_an_address_that_is_not_as_usual_says_so_and_other_agents_make_no_wrong_
     assert (told.mask, json_format.MessageToDict(told.details)) == (mask, details)
 
 
-def test_a_card_without_neighbour_discovery_says_so() -> None:
+def test_a_card_without_neighbour_discovery_is_marked() -> None:
     endpoint = Endpoint(index=2, name="eth0", kind="veth", mac=MAC, mtu=1400, arp=False, addresses=())
 
     assert messages.interface(endpoint, pci_path="").raw_flags == 0x80
 
 
-def test_gateways_follow_the_routes_they_are_reached_by_and_the_preferred_route_comes_last() -> None:
+def test_a_gateway_follows_the_route_to_it_and_the_preferred_route_comes_last() -> None:
     planned = [
         route("0.0.0.0/0", GATEWAY, metric=50),
         route("0.0.0.0/0", GATEWAY, metric=100),
@@ -91,7 +91,7 @@ def test_gateways_follow_the_routes_they_are_reached_by_and_the_preferred_route_
     ]
 
 
-def test_a_route_says_everything_that_is_known_of_it() -> None:
+def test_a_route_is_described_completely() -> None:
     planned = Route(
         destination=ip_network("10.7.0.0/16"),
         hops=(NextHop(interface="eth0", gateway="169.254.1.1", onlink=True),),
@@ -115,7 +115,7 @@ def test_a_route_says_everything_that_is_known_of_it() -> None:
     ]
 
 
-def test_of_several_ways_an_agent_that_knows_one_takes_the_first() -> None:
+def test_an_agent_that_knows_one_way_takes_the_first_of_several() -> None:
     ways = (
         NextHop(interface="eth0", gateway="fd00::1", weight=3),
         NextHop(interface="net1", gateway="fe80::5"),
@@ -135,7 +135,7 @@ def test_of_several_ways_an_agent_that_knows_one_takes_the_first() -> None:
     }
 
 
-def test_a_route_that_is_no_usual_one_says_so() -> None:
+def test_an_unusual_route_is_marked() -> None:
     planned = Route(
         destination=ip_network("2001:db8::/32"),
         type=6,
@@ -160,12 +160,12 @@ def test_a_route_that_is_no_usual_one_says_so() -> None:
     ]
 
 
-def test_the_usual_rules_are_told_when_others_are_gone() -> None:
+def test_the_usual_rules_are_sent_when_others_are_gone() -> None:
     assert [each.text for each in messages.rules(None).rules] == [rule.text for rule in USUAL]
     assert len(USUAL) == 5
 
 
-def test_an_agent_that_knows_only_katas_protocol_gets_what_that_has_words_for_and_the_rest_is_named() -> None:
+def test_a_stock_agent_gets_what_katas_protocol_can_express_and_the_rest_is_named() -> None:
     blackhole = Route(destination=ip_network("10.5.0.0/16"), type=6)
     other_table = Route(destination=ip_network("10.6.0.0/16"), hops=(GATEWAY,), table=100)
     local = Route(destination=ip_network("10.7.0.0/16"), hops=(NextHop(interface="lo"),), type=2)

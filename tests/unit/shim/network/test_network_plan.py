@@ -1,4 +1,4 @@
-"""What the kernel says about a namespace, and what the guest shall have of it.
+"""The plan for the guest that follows from the kernel's messages about a namespace.
 
 The messages are as :mod:`shim.network.rtnetlink` decodes those that a Linux kernel sends.
 """
@@ -130,7 +130,7 @@ def test_a_namespace_without_an_interface_is_an_empty_network() -> None:
     assert plan(LO) == NetworkPlan()
 
 
-def test_cards_come_veth_first_then_macvlan_macvtap_and_tap() -> None:
+def test_cards_are_ordered_veth_macvlan_macvtap_tap() -> None:
     links = [
         link(2, "tap0", kind="tun"),
         link(3, "b", kind="macvtap"),
@@ -148,7 +148,7 @@ def test_cards_come_veth_first_then_macvlan_macvtap_and_tap() -> None:
     ]
 
 
-def test_an_interface_that_is_down_carries_nothing_and_is_left_alone() -> None:
+def test_an_interface_that_is_down_is_left_alone() -> None:
     assert plan(link(2, "tunl0", kind="ipip", flags=0), link(3, "eth0", flags=0)).endpoints == ()
 
 
@@ -172,7 +172,7 @@ def test_an_interface_that_a_machine_cannot_have_is_refused_by_name(
         plan(ETH0, link(3, "net1", kind=kind, ether=ether))
 
 
-def test_an_interface_without_neighbour_discovery_stays_without() -> None:
+def test_an_interface_without_neighbour_discovery_has_none_in_the_guest() -> None:
     [endpoint] = plan(link(2, "eth0", flags=UP | NOARP)).endpoints
 
     assert not endpoint.arp
@@ -193,7 +193,7 @@ def test_addresses_keep_their_prefix() -> None:
     assert found.routes == ()
 
 
-def test_of_ipv6_the_kernel_lists_the_latest_address_first_and_the_guest_gets_it_last() -> None:
+def test_the_latest_ipv6_address_which_the_kernel_lists_first_comes_last() -> None:
     given = [address(text) for text in ("10.1.0.2/24", "10.1.0.3/24", "fd00::3/64", "fd00::2/64")]
 
     assert [str(each) for each in plan(addresses=given).endpoints[0].addresses] == [
@@ -204,8 +204,8 @@ def test_of_ipv6_the_kernel_lists_the_latest_address_first_and_the_guest_gets_it
     ]
 
 
-def test_an_address_whose_link_route_was_taken_away_gets_none_in_the_guest_either() -> None:
-    # The ptp plugin replaces it by a route through the gateway, for nobody else is on that link.
+def test_an_address_without_its_link_route_gets_none_in_the_guest_either() -> None:
+    # The ptp plugin replaces it by a route through the gateway, for no other host is on that link.
     routes = [
         route("10.1.0.1/32", scope=253, RTA_PREFSRC="10.1.0.2"),
         route("10.1.0.0/24", RTA_GATEWAY="10.1.0.1", RTA_PREFSRC="10.1.0.2"),
@@ -247,9 +247,9 @@ def test_an_address_with_a_peer_has_a_route_to_the_peer(own: str, peer: str, ker
         (address("fd00::2/64", flags=0x88), []),
         (address("10.0.0.1/8", index=1), []),
     ],
-    ids=["made by the kernel", "link-local by hand", "somebody else has it", "of the loopback"],
+    ids=["made by the kernel", "link-local by hand", "taken by another host", "of the loopback"],
 )
-def test_only_addresses_that_somebody_gave_to_the_interface_are_the_guests(
+def test_only_addresses_that_were_added_to_the_interface_are_the_guests(
     given: dict[str, Any], kept: list[str]
 ) -> None:
     found = plan(
@@ -259,7 +259,7 @@ def test_only_addresses_that_somebody_gave_to_the_interface_are_the_guests(
     assert [str(each) for each in found.endpoints[0].addresses] == kept
 
 
-def test_an_address_keeps_what_somebody_said_of_it() -> None:
+def test_an_address_keeps_its_attributes() -> None:
     given = address(
         "10.1.0.2/24",
         flags=0x80 | 0x20 | 0x200,
@@ -283,7 +283,7 @@ def test_an_address_keeps_what_somebody_said_of_it() -> None:
     )
 
 
-def test_the_loopback_keeps_the_addresses_that_the_kernel_has_not_given_it() -> None:
+def test_the_loopback_keeps_the_addresses_that_were_added_to_it() -> None:
     given = [address(text, index=1) for text in ("127.0.0.1/8", "::1/128", "10.9.9.9/32", "fd09::9/128")]
 
     assert [str(each) for each in plan(addresses=given).loopback] == ["10.9.9.9/32", "fd09::9/128"]
@@ -307,7 +307,7 @@ def test_a_route_that_the_guest_cannot_have_is_named_and_leads_nowhere(ways: dic
     assert line.endswith("the guest has an unreachable route instead")
 
 
-def test_the_loopback_keeps_the_size_that_somebody_gave_it() -> None:
+def test_the_loopback_keeps_an_mtu_that_was_set() -> None:
     small = link(1, "lo", kind=None, flags=UP | LOOPBACK, mtu=1500)
 
     assert (plan(small).loopback_mtu, plan(LO).loopback_mtu) == (1500, 0)
@@ -458,7 +458,7 @@ def test_a_large_table_number_is_read_from_its_attribute() -> None:
     assert len(plan(routes=[route("10.5.0.0/16", table=252, RTA_TABLE=254)]).routes) == 1
 
 
-def test_only_neighbours_that_somebody_fixed_are_taken_over() -> None:
+def test_only_fixed_neighbours_are_taken_over() -> None:
     found = plan(
         neighbours=[
             neighbour("10.1.0.1"),
@@ -502,11 +502,11 @@ FIRST_RULES = [
 ]
 
 
-def test_rules_that_every_namespace_has_need_not_be_told() -> None:
+def test_the_rules_of_a_new_namespace_are_not_sent() -> None:
     assert decode_rules(FIRST_RULES) == (None, ())
 
 
-def test_rules_are_handed_over_as_the_kernel_has_them_and_in_their_order() -> None:
+def test_rules_are_handed_over_unchanged_and_in_order() -> None:
     # The kernel notes in the flags that the interface does not exist.
     own = rule(V4, flags=2 | 8, iif=b"eth0\0", mark=number(1), mask=number(255), priority=number(10))
 
@@ -521,7 +521,7 @@ def test_rules_are_handed_over_as_the_kernel_has_them_and_in_their_order() -> No
     assert unserved == ()
 
 
-def test_a_usual_rule_that_somebody_removed_is_missing_in_the_guest_too() -> None:
+def test_a_usual_rule_that_was_removed_is_missing_in_the_guest_too() -> None:
     taken, _ = decode_rules(FIRST_RULES[1:])
 
     assert taken == USUAL[1:]

@@ -1,4 +1,4 @@
-"""Which kernel parameters of a namespace are somebody's will."""
+"""The kernel parameters of a namespace that were set on purpose."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def chosen(**found: str) -> dict[str, str]:
     return dict(choose({f"net/{name}": value for name, value in found.items()}, first=FIRST, mtus=MTUS))
 
 
-def test_what_a_namespace_begins_with_is_nobodys_will() -> None:
+def test_the_initial_parameters_of_a_namespace_are_not_sent() -> None:
     found = {
         "core/somaxconn": "4096",
         "ipv4/conf/all/forwarding": "0",
@@ -37,7 +37,7 @@ def test_what_a_namespace_begins_with_is_nobodys_will() -> None:
     assert chosen(**found) == {}
 
 
-def test_what_somebody_set_is_chosen() -> None:
+def test_parameters_that_were_changed_are_sent() -> None:
     found = {
         "core/somaxconn": "99",
         "ipv4/conf/eth0/send_redirects": "0",
@@ -51,11 +51,11 @@ def test_what_somebody_set_is_chosen() -> None:
     assert chosen(**found) == {f"net/{name}": value for name, value in found.items()}
 
 
-def test_what_a_namespace_inherits_from_the_host_is_chosen_for_a_machine_does_not() -> None:
+def test_parameters_inherited_from_the_host_are_sent_because_a_machine_does_not_inherit_them() -> None:
     assert chosen(**{"ipv4/conf/all/forwarding": "1"}) == {"net/ipv4/conf/all/forwarding": "1"}
 
 
-def test_what_is_set_for_all_need_not_be_set_in_each_but_where_it_differs() -> None:
+def test_a_parameter_set_for_all_is_set_again_only_where_an_interface_differs() -> None:
     found = {
         "ipv4/conf/all/forwarding": "1",
         "ipv4/conf/default/forwarding": "1",
@@ -74,13 +74,13 @@ def test_what_is_set_for_all_need_not_be_set_in_each_but_where_it_differs() -> N
     }
 
 
-def test_an_interface_keeps_its_own_although_those_that_come_begin_with_another() -> None:
+def test_an_interface_keeps_its_own_value_although_new_ones_begin_with_another() -> None:
     found = {"ipv4/conf/default/rp_filter": "2", "ipv4/conf/eth0/rp_filter": "0"}
 
     assert chosen(**found) == {f"net/{name}": value for name, value in found.items()}
 
 
-def test_what_is_set_for_all_comes_first_and_what_interfaces_begin_with_next() -> None:
+def test_parameters_for_all_interfaces_come_first_and_defaults_next() -> None:
     found = {
         "net/ipv4/conf/eth0/rp_filter": "1",
         "net/ipv4/conf/default/rp_filter": "2",

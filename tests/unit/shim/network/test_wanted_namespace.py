@@ -29,7 +29,7 @@ def test_a_specification_without_linux_gets_a_new_one() -> None:
     assert namespace_of({}).path is None
 
 
-def test_who_leaves_the_network_out_asks_for_the_hosts_and_is_refused() -> None:
+def test_a_specification_without_a_network_namespace_asks_for_the_hosts_and_is_refused() -> None:
     with pytest.raises(
         InvalidArgument, match=r"^spec: linux.namespaces: without network .* the host's network"
     ):

@@ -1,4 +1,4 @@
-"""Hooks are run as the runtime specification says, and cannot hold a container up for ever."""
+"""Hooks run as the runtime specification says, and cannot block a container for ever."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def has_ended(pid: int, *, timeout_s: float = 5.0) -> bool:
         os.close(pidfd)
 
 
-async def test_each_kind_is_told_the_state_of_its_moment(
+async def test_each_kind_of_hook_is_told_the_current_state(
     script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
 ) -> None:
     keep = script("keep", 'cat >> states; echo >> states; echo "$1" >> order')
@@ -94,7 +94,7 @@ async def test_each_kind_is_told_the_state_of_its_moment(
     ]
 
 
-async def test_a_hook_has_the_arguments_and_the_environment_that_it_names_and_no_others(
+async def test_a_hook_has_only_the_arguments_and_the_environment_that_it_names(
     hooks_of: Callable[..., Hooks], bundle: Path
 ) -> None:
     script = 'echo "$0 $*" > seen; env | grep -v -e ^PWD= -e ^SHLVL= -e ^_= >> seen'
@@ -103,7 +103,7 @@ async def test_a_hook_has_the_arguments_and_the_environment_that_it_names_and_no
     assert sorted((bundle / "seen").read_text().splitlines()) == ["A=b=c", "D=", "zero one"]
 
 
-async def test_without_arguments_a_hook_has_its_path_as_its_name(
+async def test_a_hook_without_arguments_is_named_by_its_path(
     script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
 ) -> None:
     path = script("named", "tr '\\0' '\\n' < /proc/$$/cmdline > seen")
@@ -111,7 +111,7 @@ async def test_without_arguments_a_hook_has_its_path_as_its_name(
     assert (bundle / "seen").read_text().splitlines() == ["/bin/sh", path]
 
 
-async def test_a_hook_that_fails_keeps_the_next_from_running_and_says_why(
+async def test_a_failing_hook_stops_those_after_it_and_tells_why(
     script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
 ) -> None:
     bad = script("bad", "echo first; echo 'no such\tnetwork' >&2; exit 3")
@@ -132,7 +132,7 @@ async def test_a_program_that_cannot_be_executed_fails_the_hook(
         await hooks_of(prestart=[{"path": path}]).created(pid=PID)
 
 
-async def test_a_hook_that_a_signal_ends_has_failed(
+async def test_a_hook_that_is_ended_by_a_signal_has_failed(
     script: Callable[[str, str], str], hooks_of: Callable[..., Hooks]
 ) -> None:
     with pytest.raises(Internal, match=r"killed by signal 15$"):
@@ -151,7 +151,7 @@ async def test_a_hook_is_killed_with_its_children_when_its_time_is_up(
     assert all(has_ended(pid) for pid in pids)
 
 
-async def test_a_hook_is_killed_when_nobody_waits_for_it_any_more(
+async def test_a_hook_is_killed_when_the_wait_for_it_is_cancelled(
     script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
 ) -> None:
     os.mkfifo(bundle / "started")
@@ -165,7 +165,7 @@ async def test_a_hook_is_killed_when_nobody_waits_for_it_any_more(
     assert has_ended(pid)
 
 
-async def test_what_a_hook_leaves_running_is_not_waited_for(
+async def test_processes_that_a_hook_leaves_running_are_not_waited_for(
     script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
 ) -> None:
     leaves = script("leaves", "sleep 1000 & echo $! > pid")
@@ -176,7 +176,7 @@ async def test_what_a_hook_leaves_running_is_not_waited_for(
     os.kill(pid, 9)
 
 
-async def test_a_hook_may_say_more_than_anybody_keeps_and_read_less_than_it_is_told(
+async def test_a_hook_may_write_more_than_is_kept_and_read_less_than_it_is_given(
     script: Callable[[str, str], str], hooks_of: Callable[..., Hooks]
 ) -> None:
     loud = script("loud", "head -c 1000000 /dev/zero | tr '\\0' x; echo; echo last; exit 1")
@@ -203,7 +203,7 @@ async def test_a_hook_that_fails_too_late_is_logged_and_the_next_is_run(
     assert "exit status 4" in line
 
 
-async def test_what_follows_the_end_runs_once_and_only_if_something_came_before(
+async def test_poststop_hooks_run_once_and_only_if_earlier_hooks_ran(
     script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
 ) -> None:
     hooks = hooks_of(poststop=[{"path": script("count", "echo x >> count")}])
@@ -255,18 +255,18 @@ async def test_a_hook_is_on_record_while_it_runs(
     ],
     ids=str,
 )
-def test_what_is_no_hook_is_refused_by_name(hooks: Any, reason: str) -> None:
+def test_a_malformed_hook_is_refused_by_name(hooks: Any, reason: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         parse({"hooks": hooks})
     assert str(caught.value).startswith(f"spec: {reason}")
 
 
 @pytest.mark.parametrize("hooks", [None, {}, {"prestart": None, "createContainer": [], "poststop": []}])
-def test_a_specification_may_have_none(hooks: Any) -> None:
+def test_a_specification_may_have_no_hooks(hooks: Any) -> None:
     assert not any(parse({"hooks": hooks}).values())
 
 
 @pytest.mark.parametrize(("given", "allowed"), [(None, DEFAULT_TIMEOUT_S), (7, 7), (1 << 62, 1 << 31)])
-def test_every_hook_has_a_time_to_be_finished_in(given: int | None, allowed: float) -> None:
+def test_every_hook_has_a_timeout(given: int | None, allowed: float) -> None:
     [hook] = parse({"hooks": {"prestart": [{"path": "/a", "timeout": given}]}})["prestart"]
     assert hook.timeout_s == allowed

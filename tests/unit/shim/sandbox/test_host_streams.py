@@ -1,4 +1,4 @@
-"""FIFOs carry every byte, whoever opens or leaves first."""
+"""FIFOs carry every byte, in whatever order their ends are opened and closed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def test_opening_waits_for_a_reader_that_comes_late(fifo: Path) -> None:
     os.close(reader)
 
 
-async def test_a_reader_that_never_comes_is_a_deadline_that_leaves_no_descriptor(
+async def test_a_missing_reader_is_an_error_in_time_and_leaves_no_descriptor_open(
     fifo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_streams, "OPEN_TIMEOUT_S", 0.1)
@@ -79,7 +79,7 @@ async def test_a_reader_that_leaves_does_not_break_the_pipe(fifo: Path) -> None:
     os.close(reader)
 
 
-async def test_more_than_a_pipe_holds_waits_for_the_reader(fifo: Path) -> None:
+async def test_output_larger_than_the_pipe_waits_for_the_reader(fifo: Path) -> None:
     data = os.urandom(1 << 20)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     streams = await open_host_streams(Stdio(stdout=str(fifo)))
@@ -141,7 +141,7 @@ async def test_an_unknown_scheme_is_refused(tmp_path: Path) -> None:
         await open_host_streams(Stdio(stdout="carrier-pigeon://coop"))
 
 
-async def test_no_streams_open_nothing() -> None:
+async def test_without_streams_nothing_is_opened() -> None:
     streams = await open_host_streams(Stdio())
     assert (streams.stdin, streams.stdout, streams.stderr) == (-1, -1, -1)
 

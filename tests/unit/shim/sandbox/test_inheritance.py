@@ -1,4 +1,4 @@
-"""What a container's process has from the shim, as from a runtime that starts it."""
+"""The attributes that a container's process inherits from the shim, as from a runtime that starts it."""
 
 from __future__ import annotations
 
@@ -56,11 +56,13 @@ def test_limits_are_those_of_this_process() -> None:
         ("RLIMIT_STACK", -1, -1, f"({(1 << 64) - 1}, {(1 << 64) - 1})"),
     ],
 )
-def test_a_limit_is_told_that_a_guest_would_not_have(kind: str, soft: int, hard: int, expected: str) -> None:
+def test_a_limit_that_differs_from_the_guests_default_is_sent(
+    kind: str, soft: int, hard: int, expected: str
+) -> None:
     assert limit_handed_down(kind, soft, hard) == expected
 
 
-def test_files_stay_below_the_limit_of_a_kernel_that_nobody_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_files_stay_below_the_default_limit_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 1 << 30))
     assert handed_down(OTHER).rlimits["RLIMIT_NOFILE"] == (100, 1 << 20)
     assert handed_down(HAKO).rlimits["RLIMIT_NOFILE"] == (100, 1 << 30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +36,15 @@ def test_nothing_leads_out_of_the_end() -> None:
 
 def test_a_machine_is_started_once() -> None:
     assert [state for state, happening in TRANSITIONS if happening is Happening.START] == [Life.AWAITED]
+
+
+def test_the_documentation_shows_this_table() -> None:
+    names = {"awaited": Life.AWAITED, "dead": Life.DIED, **{each.value: each for each in Life}}
+    text = (Path(__file__).parents[4] / "docs" / "design" / "route-death.md").read_text(encoding="utf-8")
+    _, table = text.split("|---|---|---|---|---|\n")
+    shown: dict[tuple[Life, Happening], Life] = {}
+    for line in table.partition("\n\n")[0].splitlines():
+        state, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        before = names[state.split()[0].rstrip(":")]
+        shown |= {(before, each): names[cell] for each, cell in zip(Happening, cells, strict=True) if cell}
+    assert shown == TRANSITIONS

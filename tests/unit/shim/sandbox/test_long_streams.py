@@ -1,4 +1,4 @@
-"""A stream that gets long goes on over a connection, and loses nothing whatever the agent makes of that."""
+"""A long stream continues over a connection, and loses nothing even if the agent refuses that."""
 
 from __future__ import annotations
 
@@ -79,25 +79,25 @@ async def test_short_output_needs_no_connection(machine: Machine) -> None:
     assert machine.offered
 
 
-async def test_long_output_goes_on_over_a_connection_that_names_it(machine: Machine) -> None:
+async def test_long_output_continues_over_a_connection_that_names_it(machine: Machine) -> None:
     machine.guest.sendall(END + framed(REST) + END)
     assert await read_all(streams(Agent([LONG]), machine)) == LONG + REST
     assert machine.guest.recv(1000) == NAME
-    assert machine.guest.recv(1) == b"", "who has read the end closes first"
+    assert machine.guest.recv(1) == b"", "the side that has read the end closes first"
 
 
-async def test_output_goes_on_in_requests_if_the_agent_does_not_listen(machine: Machine) -> None:
+async def test_output_continues_in_requests_if_the_agent_does_not_listen(machine: Machine) -> None:
     machine.offered.pop().close()
     assert await read_all(streams(Agent([LONG, REST, b""]), machine)) == LONG + REST
 
 
-async def test_output_goes_on_in_requests_if_the_agent_refuses_the_connection(machine: Machine) -> None:
+async def test_output_continues_in_requests_if_the_agent_refuses_the_connection(machine: Machine) -> None:
     machine.guest.shutdown(socket.SHUT_WR)
     assert await read_all(streams(Agent([LONG, REST, b""]), machine)) == LONG + REST
 
 
 @pytest.mark.parametrize("answer", [END, END + framed(REST), END + framed(REST)[:9], END + END + b"more"])
-async def test_output_that_breaks_off_or_goes_on_after_its_end_is_a_failure(
+async def test_output_that_breaks_off_or_continues_after_its_end_is_a_failure(
     machine: Machine, answer: bytes
 ) -> None:
     machine.guest.sendall(answer)
@@ -108,7 +108,7 @@ async def test_output_that_breaks_off_or_goes_on_after_its_end_is_a_failure(
     opened.close()
 
 
-async def test_what_comes_with_bytes_after_the_end_is_read_before_the_failure(machine: Machine) -> None:
+async def test_output_before_the_end_is_read_before_bytes_after_it_fail(machine: Machine) -> None:
     machine.guest.sendall(END + framed(REST) + framed(REST) + END + b"more")
     opened = streams(Agent([LONG]), machine)
     assert [await opened.read("stdout") for _ in range(3)] == [LONG, REST, REST]
@@ -118,7 +118,7 @@ async def test_what_comes_with_bytes_after_the_end_is_read_before_the_failure(ma
     opened.close()
 
 
-async def test_of_output_without_an_end_only_what_is_read_is_taken(machine: Machine) -> None:
+async def test_endless_output_is_received_only_as_fast_as_it_is_read(machine: Machine) -> None:
     machine.guest.sendall(END + b"\xff\xff\xff\xff")
     opened = streams(Agent([LONG]), machine)
     assert await opened.read("stdout") == LONG
@@ -129,7 +129,9 @@ async def test_of_output_without_an_end_only_what_is_read_is_taken(machine: Mach
     opened.close()
 
 
-async def test_long_input_goes_on_over_a_connection_and_its_end_waits_for_the_agent(machine: Machine) -> None:
+async def test_long_input_continues_over_a_connection_and_its_end_waits_for_the_agent(
+    machine: Machine,
+) -> None:
     agent = Agent([])
     opened = streams(agent, machine)
     await opened.write(LONG)

@@ -1,4 +1,4 @@
-"""A process' life follows its table, and its exit is told once."""
+"""A process's life follows its table, and its exit is reported once."""
 
 from __future__ import annotations
 

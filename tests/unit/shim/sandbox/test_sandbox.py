@@ -1,4 +1,4 @@
-"""What a sandbox tells of its machine, from the wait for it to its end."""
+"""A sandbox reports the state of its machine, from the wait for it to its end."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ async def test_a_machine_that_does_not_come_up_says_why(nursery: Nursery) -> Non
     assert nursery.machine.kept == ["tests: boot: sandbox box: start: QEMU: no such file"]
 
 
-async def test_a_death_is_told_with_its_reason_to_all_that_ask(
+async def test_all_callers_are_told_the_reason_of_a_death(
     nursery: Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
     await nursery.up()
@@ -174,7 +174,7 @@ async def test_an_end_that_was_wanted_is_no_failure(nursery: Nursery) -> None:
     await nursery.sandbox.end()
 
 
-async def test_a_machine_whose_end_is_wanted_answers_until_it_comes(nursery: Nursery) -> None:
+async def test_a_machine_answers_until_its_wanted_end(nursery: Nursery) -> None:
     await nursery.up()
     nursery.sandbox.expect_end()
     assert nursery.sandbox.state is Life.ENDING
@@ -205,7 +205,7 @@ async def test_the_sandbox_service_has_a_machine_once(nursery: Nursery) -> None:
     assert not nursery.sandbox.is_held
 
 
-async def test_what_accompanies_a_machine_ends_with_it(nursery: Nursery) -> None:
+async def test_work_beside_a_machine_ends_with_it(nursery: Nursery) -> None:
     begun, ended = asyncio.Event(), asyncio.Event()
 
     async def accompany(running: object) -> None:

@@ -1,4 +1,4 @@
-"""The last output of a process is waited for: long for a guest, less long for a client that does not read."""
+"""The last output of a process is waited for: longer for a guest than for a client that does not read."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def copier_from(guest: Guest, writer: int) -> StreamCopier:
     )
 
 
-async def test_a_guest_that_stands_still_is_waited_for_longer_than_a_client(
+async def test_a_stalled_guest_gets_more_time_than_a_client(
     pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream_copying, "DRAIN_TIMEOUT_S", 0.01)
@@ -94,7 +94,7 @@ async def test_a_client_that_does_not_read_is_given_up(
         output.cancel()
 
 
-async def test_a_guest_that_never_goes_on_is_given_up(
+async def test_a_guest_that_stays_stalled_is_given_up(
     pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream_copying, "DRAIN_TIMEOUT_S", 0.01)
