@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 README_LINES = 150
+MERGE_MARK = re.compile(r"^(?:<<<<<<<|>>>>>>>) .*$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)")
 
 
@@ -35,6 +36,11 @@ def test_links_lead_to_files(page: Path) -> None:
     links = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]
 
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_merge_is_left_half_done(page: Path) -> None:
+    assert MERGE_MARK.findall(page.read_text(encoding="utf-8")) == []
 
 
 def test_the_readme_is_short() -> None:
