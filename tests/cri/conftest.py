@@ -48,8 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave to the night what one stack shows by day."""
     for item in items:
-        mainly = isinstance(item, pytest.Function) and item.get_closest_marker("mainly")
-        if not mainly or "stack" not in item.callspec.params:
+        mainly = item.get_closest_marker("mainly")
+        if mainly is None or not isinstance(item, pytest.Function) or "stack" not in item.callspec.params:
             continue
         if str(item.callspec.params["stack"]) not in (mainly.args or (MAIN,)):
             item.add_marker(pytest.mark.nightly)

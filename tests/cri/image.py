@@ -46,7 +46,7 @@ def _libraries(program: Path) -> set[Path]:
 def peer_layer() -> bytes:
     """Return a tar archive of the interpreter, what it needs, and the programs."""
     with tempfile.TemporaryDirectory() as directory:
-        argv = [PYTHON, "-IS", "-c", _COLLECT, directory, PEER, SHARING]
+        argv: list[str | Path] = [PYTHON, "-IS", "-c", _COLLECT, directory, PEER, SHARING]
         done = subprocess.run(argv, capture_output=True, text=True, check=True)
         compiled = {path.relative_to(directory): path.read_bytes() for path in Path(directory).rglob("*.pyc")}
     standard_library, extensions = json.loads(done.stdout)

@@ -12,19 +12,25 @@ import socket
 import struct
 import sys
 import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
 
 BLOCK = bytes(range(256)) * 256
 TIMEOUT_S = 30.0
 
 
-def new_digest():
+def new_digest() -> Any:
     """Return a SHA-256 digest; what it needs is read only when it is needed, which takes long in a guest."""
     import hashlib
 
     return hashlib.sha256()
 
 
-def pattern(size):
+def pattern(size: Any) -> Iterator[Any]:
     """Yield ``size`` bytes in which no block is like another."""
     for number in itertools.count():
         if size <= 0:
@@ -34,7 +40,7 @@ def pattern(size):
         size -= len(block)
 
 
-def pattern_hash(size):
+def pattern_hash(size: Any) -> Any:
     """Return the SHA-256 digest of the pattern of a size."""
     digest = new_digest()
     for block in pattern(size):
@@ -42,7 +48,7 @@ def pattern_hash(size):
     return digest.hexdigest()
 
 
-def receive_hash(connection, size):
+def receive_hash(connection: Any, size: Any) -> Any:
     """Return the SHA-256 digest of the next ``size`` bytes, or of all until the end if fewer."""
     digest = new_digest()
     while size > 0 and (chunk := connection.recv(min(size, 1 << 18))):
@@ -51,7 +57,7 @@ def receive_hash(connection, size):
     return digest.hexdigest()
 
 
-def receive_line(connection):
+def receive_line(connection: Any) -> Any:
     """Return the next line, without its end."""
     line = b""
     while not line.endswith(b"\n") and (byte := connection.recv(1)):
@@ -59,7 +65,7 @@ def receive_line(connection):
     return line.decode().strip()
 
 
-def answer(connection, address):
+def answer(connection: Any, address: Any) -> None:
     """Answer one request, and close the connection."""
     with connection:
         word, _, rest = receive_line(connection).partition(" ")
@@ -74,14 +80,14 @@ def answer(connection, address):
                 connection.sendall(block)
 
 
-def serve_datagrams(endpoint):
+def serve_datagrams(endpoint: Any) -> None:
     """Send every datagram back with a mark, for ever."""
     while True:
         content, address = endpoint.recvfrom(65536)
         endpoint.sendto(b"back: " + content, address)
 
 
-def serve(port):
+def serve(port: Any) -> None:
     """Serve TCP and UDP over IPv4 and IPv6, for ever."""
     endpoint = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
     endpoint.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -95,14 +101,14 @@ def serve(port):
             threading.Thread(target=answer, args=server.accept(), daemon=True).start()
 
 
-def ask(host, port, request):
+def ask(host: Any, port: Any, request: Any) -> Any:
     """Return a server's answer to a request of one line."""
     with socket.create_connection((host, port), timeout=TIMEOUT_S) as connection:
         connection.sendall(f"{request}\n".encode())
         return receive_line(connection)
 
 
-def upload(host, port, size):
+def upload(host: Any, port: Any, size: Any) -> Any:
     """Send a pattern and return the digest that the server has of it."""
     with socket.create_connection((host, port), timeout=TIMEOUT_S) as connection:
         connection.sendall(f"hash {size}\n".encode())
@@ -111,14 +117,14 @@ def upload(host, port, size):
         return receive_line(connection)
 
 
-def download(host, port, size):
+def download(host: Any, port: Any, size: Any) -> Any:
     """Have the server send a pattern and return the digest of what arrives."""
     with socket.create_connection((host, port), timeout=TIMEOUT_S) as connection:
         connection.sendall(f"send {size}\n".encode())
         return receive_hash(connection, size)
 
 
-def datagram(host, port, size):
+def datagram(host: Any, port: Any, size: Any) -> Any:
     """Return whether a datagram comes back whole from a server; a few may be lost."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     content = BLOCK[:size]
@@ -133,7 +139,7 @@ def datagram(host, port, size):
     return False
 
 
-def main(verb, port, rest="", *hosts):
+def main(verb: Any, port: Any, rest: Any = "", *hosts: Any) -> None:
     """Do what the command line says, and print one word for each host."""
     if verb == "serve":
         serve(int(port))

@@ -15,6 +15,11 @@ import os
 import select
 import socket
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Any
+
 
 TIMEOUT_S = 5
 IN_CREATE = 0x100
@@ -27,12 +32,12 @@ class Served:
     :param path: where it is.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Any) -> None:
         self.path = path
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(f"{path}/socket")
         self.listener.listen(4)
-        self.peers = []
+        self.peers: list[socket.socket] = []
         os.mkfifo(f"{path}/fifo")
         self.fifo = os.open(f"{path}/fifo", os.O_RDWR | os.O_NONBLOCK)
         self.locked = [os.open(f"{path}/{name}", os.O_RDWR | os.O_CREAT) for name in ("flock", "fcntl")]
@@ -45,7 +50,7 @@ class Served:
         self.events = libc.inotify_init1(0)
         libc.inotify_add_watch(self.events, os.fsencode(path), IN_CREATE)
 
-    def answer(self, ready):
+    def answer(self, ready: Any) -> None:
         """Tell the peers what has happened; a new peer lets the page of memory change."""
         if self.listener in ready:
             self.peers.append(self.listener.accept()[0])
@@ -58,7 +63,7 @@ class Served:
                     peer.sendall(word)
 
 
-def serve(paths):
+def serve(paths: Any) -> None:
     """Serve directories for ever."""
     served = [Served(path) for path in paths]
     print("serving", flush=True)
@@ -69,7 +74,7 @@ def serve(paths):
             one.answer(ready)
 
 
-def is_locked(lock, path):
+def is_locked(lock: Any, path: Any) -> Any:
     """Tell whether a lock that does not want to write is refused."""
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -81,7 +86,7 @@ def is_locked(lock, path):
     return False
 
 
-def meet(path):
+def meet(path: Any) -> Any:
     """Return what was seen of the other side in a directory."""
     seen = []
     page = mmap.mmap(os.open(f"{path}/page", os.O_RDONLY), mmap.PAGESIZE, prot=mmap.PROT_READ)

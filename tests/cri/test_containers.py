@@ -64,7 +64,7 @@ def test_a_program_that_does_not_exist_is_refused_by_name(duo: Duo) -> None:
     container = duo.pod.create("nothing", "/no/such/program")
     with pytest.raises(grpc.RpcError) as refused:
         container.start()
-    assert "/no/such/program" in refused.value.details()
+    assert "/no/such/program" in str(refused.value.details())
     assert container.state() == "EXITED"
     container.remove()
 

@@ -39,7 +39,7 @@ def volume(stack: Stack) -> Iterator[Path]:
     path.rmdir()
 
 
-def test_containerd_reports_what_a_handler_says_that_it_can(stack: Stack):
+def test_containerd_reports_what_a_handler_says_that_it_can(stack: Stack) -> None:
     if stack.kind.release.config_version < 3:
         pytest.skip("containerd 1 asks nobody")
     features = {
@@ -55,7 +55,7 @@ def test_containerd_reports_what_a_handler_says_that_it_can(stack: Stack):
 
 
 @pytest.mark.parametrize("handler", ["runc", BY_PATH])
-def test_a_recursive_read_only_mount_is_read_only_below_too(stack: Stack, volume: Path, handler: str):
+def test_a_recursive_read_only_mount_is_read_only_below_too(stack: Stack, volume: Path, handler: str) -> None:
     with counted(stack):
         pod = run_pod(dataclasses.replace(stack, handler=handler), "recursive")
         try:
@@ -76,7 +76,7 @@ def test_a_recursive_read_only_mount_is_read_only_below_too(stack: Stack, volume
             pod.remove()
 
 
-def test_a_volume_with_mapped_ids_is_refused_by_name(duo: Duo):
+def test_a_volume_with_mapped_ids_is_refused_by_name(duo: Duo) -> None:
     stack = duo.pod.stack
     if stack.kind.release.config_version < 3:
         pytest.skip("containerd 1.6 knows no mapped ids, and 1.7 leaves them to the runtime")

@@ -162,8 +162,8 @@ def test_a_pod_in_the_hosts_network_is_refused_in_one_line(stack: Stack) -> None
     config["linux"]["security_context"]["namespace_options"]["network"] = NODE_SCOPE
     with counted(stack), pytest.raises(grpc.RpcError) as caught:
         stack.cri.call("RunPodSandbox", config=config, runtime_handler=stack.handler)
-    assert "it asks for the host's network, which a machine cannot see" in caught.value.details()
-    assert "\n" not in caught.value.details()
+    assert "it asks for the host's network, which a machine cannot see" in str(caught.value.details())
+    assert "\n" not in str(caught.value.details())
 
 
 @pytest.mark.mainly

@@ -87,7 +87,7 @@ def test_a_container_that_cannot_start_grows_nothing_however_often_it_is_tried(
         with pytest.raises(grpc.RpcError) as caught:
             container.start()
         line = f"mount: {path}: is a socket of the host; a guest can share files and directories"
-        assert caught.value.details().endswith(f"failed to create shim task: {line}")
+        assert str(caught.value.details()).endswith(f"failed to create shim task: {line}")
         assert container.status().message.endswith(line)
         container.remove()
 

@@ -82,11 +82,11 @@ def place(either_stack: Stack) -> Iterator[Path]:
         subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "tmpfs", mounted[-1]], check=True)
         for target, source in BINDS.items():
             mounted.append(path / arrangement / target)
-            argv = ["/usr/bin/mount", "--bind", path / arrangement / source, mounted[-1]]
+            argv: list[str | Path] = ["/usr/bin/mount", "--bind", path / arrangement / source, mounted[-1]]
             subprocess.run(argv, check=True)
     yield path
-    for target in mounted:
-        subprocess.run(["/usr/bin/umount", target], check=True)
+    for mount_point in mounted:
+        subprocess.run(["/usr/bin/umount", mount_point], check=True)
 
 
 def mounts(place: Path, side: str) -> list[dict[str, Any]]:
@@ -143,5 +143,5 @@ def seen(either_stack: Stack, place: Path) -> Iterator[dict[str, dict[str, list[
 @pytest.mark.parametrize("pair", PAIRS)
 def test_processes_meet_in_a_directory_that_containers_have(
     seen: dict[str, dict[str, list[str]]], pair: str, arrangement: str
-):
+) -> None:
     assert seen[arrangement][pair] == sorted(READ if PAIRS[pair].readonly else ALL)

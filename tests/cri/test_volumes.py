@@ -60,7 +60,7 @@ def disk(place: Path) -> Iterator[Path]:
     """A volume of the kind Block."""
     backing = place / "disk"
     backing.write_bytes(CONTENT)
-    argv = ["/usr/sbin/losetup", "--find", "--show", backing]
+    argv: list[str | Path] = ["/usr/sbin/losetup", "--find", "--show", backing]
     device = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
     yield type(place)(device)
     subprocess.run(["/usr/sbin/losetup", "--detach", device], check=True)
@@ -93,7 +93,9 @@ def user(duo: Duo, fields: dict[str, Any]) -> Iterator[Container]:
     container.remove()
 
 
-def test_a_config_map_is_there_cannot_be_written_and_follows_its_changes(user: Container, config_map: Path):
+def test_a_config_map_is_there_cannot_be_written_and_follows_its_changes(
+    user: Container, config_map: Path
+) -> None:
     assert user.exec("cat", "/config/key").stdout == "first"
     assert "Read-only" in user.shell("echo no > /config/new").stderr
     publish(config_map, "..2", {"key": "second"})
@@ -104,7 +106,7 @@ def test_a_config_map_is_there_cannot_be_written_and_follows_its_changes(user: C
 
 def test_a_volume_in_memory_is_shared_by_the_pod_and_holds_no_more_than_its_limit(
     duo: Duo, user: Container, fields: dict[str, Any]
-):
+) -> None:
     other = duo.pod.run("other", "sleep", "100000", mounts=fields["mounts"])
     try:
         assert user.shell("echo shared > /memory/file").code == 0
@@ -115,7 +117,9 @@ def test_a_volume_in_memory_is_shared_by_the_pod_and_holds_no_more_than_its_limi
         other.remove()
 
 
-def test_a_volume_at_dev_shm_is_that_volume_and_the_pods_shared_memory_is_protected(duo: Duo, memory: Path):
+def test_a_volume_at_dev_shm_is_that_volume_and_the_pods_shared_memory_is_protected(
+    duo: Duo, memory: Path
+) -> None:
     listed = duo.server.shell("grep ' /dev/shm ' /proc/mounts; df -k /dev/shm | tail -n 1").stdout
     mounted, size = listed.splitlines()
     assert {"nosuid", "nodev", "noexec"} <= set(mounted.split()[3].split(","))
@@ -128,25 +132,25 @@ def test_a_volume_at_dev_shm_is_that_volume_and_the_pods_shared_memory_is_protec
         other.remove()
 
 
-def test_the_last_words_of_a_container_reach_the_kubelet(user: Container, place: Path):
+def test_the_last_words_of_a_container_reach_the_kubelet(user: Container, place: Path) -> None:
     assert user.shell("echo why it ended > /dev/termination-log").code == 0
     assert (place / "termination-log").read_text() == "why it ended\n"
 
 
-def test_a_part_of_a_volume_is_no_more_than_that_part(user: Container, place: Path):
+def test_a_part_of_a_volume_is_no_more_than_that_part(user: Container, place: Path) -> None:
     (place / "data" / "beside").write_text("not yours")
     assert user.shell("touch /part/mine; ls /part /part/..").stdout.count("beside") == 0
     assert (place / "data" / "part" / "mine").exists()
 
 
 @pytest.mark.skipif("config.getoption('handler') == 'runc'", reason="runc shows it as the host's own number")
-def test_a_block_volume_is_a_disk_of_the_machine(user: Container):
+def test_a_block_volume_is_a_disk_of_the_machine(user: Container) -> None:
     assert user.exec("sha256sum", "/dev/block").stdout.split()[0] == hashlib.sha256(CONTENT).hexdigest()
     assert user.exec("stat", "-c", "%F", "/dev/block").stdout == "block special file\n"
 
 
 @pytest.mark.skipif("config.getoption('handler') == 'runc'", reason="runc's containers can connect to it")
-def test_a_socket_of_the_host_in_a_bind_mount_is_refused_by_name(duo: Duo, place: Path):
+def test_a_socket_of_the_host_in_a_bind_mount_is_refused_by_name(duo: Duo, place: Path) -> None:
     path = place / "socket"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
@@ -160,7 +164,7 @@ def test_a_socket_of_the_host_in_a_bind_mount_is_refused_by_name(duo: Duo, place
 
 
 @pytest.mark.skipif("config.getoption('handler') == 'runc'", reason="runc's containers mount on the host")
-def test_mounts_of_a_container_that_the_host_is_to_see_are_refused_by_name(duo: Duo, place: Path):
+def test_mounts_of_a_container_that_the_host_is_to_see_are_refused_by_name(duo: Duo, place: Path) -> None:
     path = place / "both-ways"
     path.mkdir()
     subprocess.run(["/usr/bin/mount", "--bind", path, path], check=True)

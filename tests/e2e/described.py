@@ -108,5 +108,5 @@ class Described:
         try:
             outcome = self.exec(*args, **process)
         except grpc.RpcError as error:
-            return str(error.details())  # type: ignore[attr-defined]  # a call's error has them
+            return str(error.details())
         raise AssertionError(f"{args} {process}: it ran: {outcome}")

@@ -33,7 +33,7 @@ def box(one_stack: Stack) -> Iterator[str]:
         one_stack.containerd.remove(name)
 
 
-def test_a_container_can_be_started_again_after_its_task_was_deleted(one_stack: Stack, box: str):
+def test_a_container_can_be_started_again_after_its_task_was_deleted(one_stack: Stack, box: str) -> None:
     containerd = one_stack.containerd
     assert containerd.run(IMAGE, box, "sleep", "1000", options=["--detach"]).code == 0
     for _ in range(2):
@@ -48,7 +48,7 @@ def test_a_container_can_be_started_again_after_its_task_was_deleted(one_stack: 
 
 def test_the_exit_of_a_task_is_reported_once_and_none_of_a_task_that_could_not_be_created(
     one_stack: Stack, box: str, tmp_path: Path
-):
+) -> None:
     containerd = one_stack.containerd
     made = containerd.ctr("container", "create", "--runtime", containerd.runtime, IMAGE, box, "/missing")
     assert made.code == 0, made.stderr
@@ -77,7 +77,7 @@ def test_the_exit_of_a_task_is_reported_once_and_none_of_a_task_that_could_not_b
 )
 def test_the_words_by_which_clients_tell_that_a_program_cannot_be_run(
     one_stack: Stack, box: str, program: str, words: str
-):
+) -> None:
     # Docker's command makes its exit status of them: 127 and 126.
     containerd = one_stack.containerd
     assert containerd.run(IMAGE, box, "sleep", "1000", options=["--detach"]).code == 0
@@ -87,7 +87,7 @@ def test_the_words_by_which_clients_tell_that_a_program_cannot_be_run(
         assert words in refused.stderr
 
 
-def test_a_container_that_names_no_host_has_the_name_of_the_host(one_stack: Stack):
+def test_a_container_that_names_no_host_has_the_name_of_the_host(one_stack: Stack) -> None:
     result = one_stack.containerd.run(IMAGE, new_id(), "hostname")
 
     assert (result.code, result.stdout.strip()) == (0, socket.gethostname())
@@ -95,7 +95,7 @@ def test_a_container_that_names_no_host_has_the_name_of_the_host(one_stack: Stac
 
 def test_a_mounted_file_that_is_rewritten_before_the_start_is_read_whole(
     one_stack: Stack, box: str, tmp_path: Path
-):
+) -> None:
     # As Docker does with /etc/resolv.conf, and hooks with /etc/hosts.
     containerd, shared, output = one_stack.containerd, tmp_path / "shared", tmp_path / "output"
     shared.write_text("before")
@@ -114,7 +114,7 @@ def test_a_mounted_file_that_is_rewritten_before_the_start_is_read_whole(
     assert output.read_text() == "after, and longer"
 
 
-def test_an_exec_ends_although_a_child_it_left_behind_holds_its_output(one_stack: Stack, box: str):
+def test_an_exec_ends_although_a_child_it_left_behind_holds_its_output(one_stack: Stack, box: str) -> None:
     containerd = one_stack.containerd
     assert containerd.run(IMAGE, box, "sleep", "1000", options=["--detach"]).code == 0
 
@@ -125,7 +125,7 @@ def test_an_exec_ends_although_a_child_it_left_behind_holds_its_output(one_stack
 
 def test_output_goes_on_to_the_same_log_after_a_restart_of_containerd(
     one_stack: Stack, box: str, tmp_path: Path
-):
+) -> None:
     containerd = one_stack.containerd
     log = tmp_path / "box.log"
     script = "i=0; while true; do i=$((i+1)); echo $i; sleep 0.2; done"
@@ -148,7 +148,7 @@ def test_output_goes_on_to_the_same_log_after_a_restart_of_containerd(
 
 def test_a_container_lives_in_a_namespace_of_the_longest_name(
     one_stack: Stack, image_archive: Path, request: pytest.FixtureRequest
-):
+) -> None:
     containerd = one_stack.containerd
 
     def ctr(*arguments: str | Path) -> str:
@@ -167,7 +167,9 @@ def test_a_container_lives_in_a_namespace_of_the_longest_name(
     assert ctr("run", "--rm", "--runtime", containerd.runtime, IMAGE, box, "echo", "here") == "here\n"
 
 
-def test_a_shim_whose_last_container_is_gone_ends_though_nobody_tells_it_to(one_stack: Stack, tmp_path: Path):
+def test_a_shim_whose_last_container_is_gone_ends_though_nobody_tells_it_to(
+    one_stack: Stack, tmp_path: Path
+) -> None:
     # As after the death of a containerd between Delete and Shutdown: 1.6 does not take it up again.
     with ByHand(one_stack, tmp_path) as box:
         box.call("Kill", signal=9)

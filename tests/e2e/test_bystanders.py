@@ -56,7 +56,9 @@ def with_zygote(one_stack: Stack) -> None:
     "phase",
     [pytest.param(each, marks=() if each in BY_DAY else pytest.mark.nightly) for each in PHASES],
 )
-def test_the_death_of_the_zygote_hurts_no_shim(one_stack: Stack, with_zygote: None, home: Path, phase: str):
+def test_the_death_of_the_zygote_hurts_no_shim(
+    one_stack: Stack, with_zygote: None, home: Path, phase: str
+) -> None:
     with Life(one_stack, home) as life:
         life.write_down()
         under_way = bring_to(life, phase)
@@ -80,7 +82,7 @@ def test_the_death_of_the_zygote_hurts_no_shim(one_stack: Stack, with_zygote: No
 )
 def test_the_death_of_whoever_does_a_start_leaves_nothing(
     one_stack: Stack, with_zygote: None, home: Path, delay_s: float
-):
+) -> None:
     with Life(one_stack, home) as life:
         life.write_down()
         spare = spare_of(one_stack)
@@ -103,7 +105,7 @@ def test_the_death_of_whoever_does_a_start_leaves_nothing(
 )
 def test_the_death_of_whoever_does_a_delete_leaves_nothing(
     one_stack: Stack, with_zygote: None, home: Path, delay_s: float
-):
+) -> None:
     with Life(one_stack, home) as life:
         life.write_down()
         life.tasks.begin_create(life.id).result()
@@ -134,7 +136,7 @@ def forks_of(stack: Stack) -> list[Process]:
     return sorted((each for each in forks if ZYGOTE in each.command), key=lambda fork: fork.start_time)
 
 
-def test_a_container_lives_without_a_zygote(one_stack: Stack):
+def test_a_container_lives_without_a_zygote(one_stack: Stack) -> None:
     with configured(one_stack, shim="zygote = false"):
         result = one_stack.containerd.run(IMAGE, new_id(), "sh", "-c", "echo alone; exit 3")
     assert (result.code, result.stdout) == (3, "alone\n"), result.stderr

@@ -156,7 +156,7 @@ def stalled(pod: ByHand) -> Iterator[tuple[Path, Stalled]]:
 
 @pytest.mark.parametrize(("pod", "size"), cases(), indirect=["pod"], scope="module")
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_an_output_arrives_whole(pod: ByHand, pool: ThreadPoolExecutor, name: str, size: int):
+def test_an_output_arrives_whole(pod: ByHand, pool: ThreadPoolExecutor, name: str, size: int) -> None:
     data = f"{name}-{size}"
     expected = write_random(pod.rootfs / data, size)
     fifo = pod.fifo()
@@ -170,7 +170,7 @@ def test_an_output_arrives_whole(pod: ByHand, pool: ThreadPoolExecutor, name: st
 
 
 @pytest.mark.parametrize(("pod", "size"), cases(), indirect=["pod"], scope="module")
-def test_an_input_arrives_whole(pod: ByHand, pool: ThreadPoolExecutor, size: int):
+def test_an_input_arrives_whole(pod: ByHand, pool: ThreadPoolExecutor, size: int) -> None:
     source = pod.place / "data"
     expected = write_random(source, size)
     stdin, stdout = pod.fifo(), pod.fifo()
@@ -186,7 +186,7 @@ def test_an_input_arrives_whole(pod: ByHand, pool: ThreadPoolExecutor, size: int
 
 
 @by_day_on(DAEMON)
-def test_a_slow_reader_loses_nothing_even_after_the_exit(pod: ByHand, pool: ThreadPoolExecutor):
+def test_a_slow_reader_loses_nothing_even_after_the_exit(pod: ByHand, pool: ThreadPoolExecutor) -> None:
     size = 900 * KIB  # fits into the guest's pipe, so that the process can end at once
     expected = write_random(pod.rootfs / "slow", size)
     fifo = pod.fifo()
@@ -202,7 +202,7 @@ def test_a_slow_reader_loses_nothing_even_after_the_exit(pod: ByHand, pool: Thre
 @by_day_on(SERIAL)
 def test_a_stalled_reader_loses_nothing_when_it_reads_on(
     pod: ByHand, pool: ThreadPoolExecutor, stalled: tuple[Path, Stalled]
-):
+) -> None:
     fifo, reader = stalled
     size = 8 * MIB
     expected = write_random(pod.rootfs / "both", size)
@@ -220,7 +220,7 @@ def test_a_stalled_reader_loses_nothing_when_it_reads_on(
 @by_day_on(SERIAL)
 def test_a_stalled_reader_holds_up_neither_kill_nor_for_long_delete(
     pod: ByHand, stalled: tuple[Path, Stalled]
-):
+) -> None:
     exec_id = pod.execute("cat", "/dev/zero", stdout=stalled[0])
     stalled[1].wait_until_full()
     start = time.monotonic()
@@ -233,7 +233,7 @@ def test_a_stalled_reader_holds_up_neither_kill_nor_for_long_delete(
 
 @by_day_on(DAEMON)
 @pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.nightly)])
-def test_short_commands_lose_no_line(pod: ByHand, pool: ThreadPoolExecutor, count: int):
+def test_short_commands_lose_no_line(pod: ByHand, pool: ThreadPoolExecutor, count: int) -> None:
     def run(number: int) -> str:
         fifo = pod.fifo()
         line = pool.submit(fifo.read_text)

@@ -30,7 +30,9 @@ pytestmark = pytest.mark.hako
         ),
     ],
 )
-def test_a_container_lives_over_the_channel_that_is_configured(one_stack: Stack, channel: str, device: str):
+def test_a_container_lives_over_the_channel_that_is_configured(
+    one_stack: Stack, channel: str, device: str
+) -> None:
     containerd = one_stack.containerd
     name = new_id()
     with configured(one_stack, hypervisor=f'channel = "{channel}"'):

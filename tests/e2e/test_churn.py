@@ -35,7 +35,7 @@ def run_one(stack: Stack, number: int) -> tuple[int, str]:
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("count", [5, pytest.param(200, marks=NIGHTLY)])
-def test_containers_one_after_the_other_leave_nothing(stack: Stack, count: int):
+def test_containers_one_after_the_other_leave_nothing(stack: Stack, count: int) -> None:
     outcomes = [run_one(stack, number) for number in range(count)]
 
     assert outcomes == [(number % 7, f"{number}\n") for number in range(count)]
@@ -45,7 +45,7 @@ def test_containers_one_after_the_other_leave_nothing(stack: Stack, count: int):
 @pytest.mark.alone
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("start", ["booted", "cloned"])
-def test_containers_beside_each_other_leave_nothing(stack: Stack, start: str):
+def test_containers_beside_each_other_leave_nothing(stack: Stack, start: str) -> None:
     patient = configured(stack, guest="boot_timeout_s = 300")  # ten boots share the machine's processors
     with patient if start == "booted" else nullcontext(), ThreadPoolExecutor(10) as pool:
         outcomes = enumerate(pool.map(lambda number: run_one(stack, number), range(100)))
@@ -56,7 +56,7 @@ def test_containers_beside_each_other_leave_nothing(stack: Stack, start: str):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("count", [40, pytest.param(400, marks=NIGHTLY)])
-def test_many_execs_leave_a_shim_as_it_was(stack: Stack, home: Path, count: int):
+def test_many_execs_leave_a_shim_as_it_was(stack: Stack, home: Path, count: int) -> None:
     with Life(stack, home) as life:
         life.write_down()
         life.tasks.begin_create(life.id).result()

@@ -41,7 +41,7 @@ def ahead(ask: Callable[[], int], exchanges: int = EXCHANGES) -> tuple[int, int]
     return least, most
 
 
-def test_a_container_starts_with_the_hosts_time(either_stack: Stack):
+def test_a_container_starts_with_the_hosts_time(either_stack: Stack) -> None:
     containerd, name = either_stack.containerd, new_id()
     argv = containerd.run_argv(IMAGE, name, *PYTHON, CLOCK, options=["--rm", *PYTHON_OPTIONS])
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -63,7 +63,9 @@ def test_a_container_starts_with_the_hosts_time(either_stack: Stack):
 
 
 @pytest.mark.hako
-def test_a_clock_that_fell_behind_while_qemu_was_stopped_is_put_right(one_stack: Stack, tmp_path: Path):
+def test_a_clock_that_fell_behind_while_qemu_was_stopped_is_put_right(
+    one_stack: Stack, tmp_path: Path
+) -> None:
     with ByHand(one_stack, tmp_path, capabilities=["CAP_SYS_TIME"]) as box:
 
         def behind_s() -> float:

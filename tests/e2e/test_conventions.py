@@ -55,12 +55,12 @@ def odd(either_stack: Stack, place: Path) -> Iterator[Described]:
         containerd.remove(name)
 
 
-def test_the_last_value_of_a_variable_counts_and_an_empty_home_is_found(odd: Described):
+def test_the_last_value_of_a_variable_counts_and_an_empty_home_is_found(odd: Described) -> None:
     said = odd.shell("tr '\\0' '\\n' </proc/1/environ", user=UNKNOWN)
     assert sorted(said.split()) == ["A=3", "B=2", "C=", "HOME=/", "PATH=/bin"]
 
 
-def test_a_working_directory_that_is_missing_is_made(odd: Described):
+def test_a_working_directory_that_is_missing_is_made(odd: Described) -> None:
     directory = f"/made/for/{odd.name}"
     said = odd.shell(f"readlink /proc/1/cwd; stat -c '%u %g %a' /made {directory}", user=UNKNOWN)
     assert said == f"{directory}\n" + "0 0 755\n" * 2
@@ -79,34 +79,36 @@ def test_a_working_directory_that_is_missing_is_made(odd: Described):
 )
 def test_the_home_of_an_exec_is_that_of_its_user(
     odd: Described, user: dict[str, Any], env: list[str], found: str
-):
+) -> None:
     assert odd.shell(OWN_HOME, user=user, env=env) == f"HOME={found}\n"
 
 
-def test_a_user_who_is_added_later_has_a_home(odd: Described):
+def test_a_user_who_is_added_later_has_a_home(odd: Described) -> None:
     odd.shell("echo late:x:77:77::/home/late:/bin/sh >>/etc/passwd")
     assert odd.shell(OWN_HOME, user={"uid": 77, "gid": 77}) == "HOME=/home/late\n"
 
 
-def test_an_exec_is_killed_for_memory_as_readily_as_its_container_whatever_it_asks_for(odd: Described):
+def test_an_exec_is_killed_for_memory_as_readily_as_its_container_whatever_it_asks_for(
+    odd: Described,
+) -> None:
     show = "cat /proc/1/oom_score_adj /proc/self/oom_score_adj"
     assert odd.shell(show) == odd.shell(show, oomScoreAdj=5) == "321\n321\n"
 
 
-def test_the_mask_of_new_files_is_that_of_the_container(odd: Described):
+def test_the_mask_of_new_files_is_that_of_the_container(odd: Described) -> None:
     assert odd.shell("grep Umask /proc/1/status") == "Umask:\t0027\n"
     if odd.stack.is_hako:  # and for runc from 1.2 on
         assert odd.shell("umask", user={"uid": 0, "gid": 0, "umask": 0o077}) == "0027\n"
 
 
-def test_an_exec_has_its_own_user_groups_and_privileges_and_no_limit_of_the_container(odd: Described):
+def test_an_exec_has_its_own_user_groups_and_privileges_and_no_limit_of_the_container(odd: Described) -> None:
     user = {"uid": 1000, "gid": 1001, "additionalGids": [7, 8]}
     said = odd.shell("id -u; id -g; grep -e Groups -e NoNewPrivs /proc/self/status; ulimit -n", user=user)
     assert re.fullmatch(r"1000\n1001\nGroups:\t7 8 \nNoNewPrivs:\t0\n(\d+)\n", said)
     assert said.split()[-1] != "512"
 
 
-def test_a_user_may_open_his_own_streams_again(odd: Described):
+def test_a_user_may_open_his_own_streams_again(odd: Described) -> None:
     _, said = odd.exec("sh", "-c", "echo out >/dev/stdout; echo err >/dev/stderr", user=UNKNOWN)
     assert sorted(said.split()) == ["err", "out"]
 
@@ -137,5 +139,5 @@ def test_a_user_may_open_his_own_streams_again(odd: Described):
 )
 def test_what_cannot_run_is_refused_in_the_same_words(
     odd: Described, args: list[str], process: dict[str, Any], cause: str
-):
+) -> None:
     assert re.search(cause, odd.refusal(*args, **process))

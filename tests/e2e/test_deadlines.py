@@ -39,7 +39,7 @@ def life(stack: Stack, home: Path) -> Iterator[Life]:
 
 
 @pytest.mark.alone
-def test_a_state_is_told_at_once_though_the_guest_hangs(life: Life):
+def test_a_state_is_told_at_once_though_the_guest_hangs(life: Life) -> None:
     life.signal("QEMU", signal.SIGSTOP)
 
     started = time.monotonic()
@@ -50,7 +50,7 @@ def test_a_state_is_told_at_once_though_the_guest_hangs(life: Life):
 
 
 @pytest.mark.parametrize("deaf", ["QEMU", "virtio-fs daemon", "vsock daemon"])
-def test_sigkill_ends_a_task_though_someone_in_its_sandbox_hangs(life: Life, deaf: str):
+def test_sigkill_ends_a_task_though_someone_in_its_sandbox_hangs(life: Life, deaf: str) -> None:
     life.signal(deaf, signal.SIGSTOP)
 
     started = time.monotonic()
@@ -65,7 +65,7 @@ def test_sigkill_ends_a_task_though_someone_in_its_sandbox_hangs(life: Life, dea
 
 
 @pytest.mark.parametrize("deaf", ["QEMU", "virtio-fs daemon", "vsock daemon"])
-def test_a_stopped_task_can_be_deleted_though_someone_in_its_sandbox_hangs(life: Life, deaf: str):
+def test_a_stopped_task_can_be_deleted_though_someone_in_its_sandbox_hangs(life: Life, deaf: str) -> None:
     life.tasks.call("Kill", life.id, signal=signal.SIGKILL)
     life.wait_for_state({"STOPPED"}, timeout_s=KILL_S)
     life.signal(deaf, signal.SIGSTOP)
@@ -79,7 +79,7 @@ def test_a_stopped_task_can_be_deleted_though_someone_in_its_sandbox_hangs(life:
 @pytest.mark.alone
 def test_delete_of_a_dead_sandbox_takes_less_than_a_second_and_may_be_repeated(
     stack: Stack, life: Life, tmp_path: Path
-):
+) -> None:
     bundle = stack.containerd.state / "io.containerd.runtime.v2.task" / NAMESPACE / life.id
     state_directory = (bundle / "hako").readlink()
     stack.containerd.stop(how=signal.SIGKILL)  # so that nobody else cleans up

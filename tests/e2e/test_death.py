@@ -34,7 +34,7 @@ def kill(stack: Stack, container: str, program: str) -> None:
     os.kill(victim.pid, signal.SIGKILL)
 
 
-def test_a_container_ends_with_137_when_its_machine_is_killed(stack: Stack, container: str):
+def test_a_container_ends_with_137_when_its_machine_is_killed(stack: Stack, container: str) -> None:
     argv = stack.containerd.run_argv(
         IMAGE, container, "sh", "-c", "echo ready; exec sleep 1000", options=["--rm"]
     )
@@ -45,7 +45,7 @@ def test_a_container_ends_with_137_when_its_machine_is_killed(stack: Stack, cont
         assert process.wait(20) == 137
 
 
-def test_containerd_forgets_a_task_whose_shim_is_killed(stack: Stack, container: str):
+def test_containerd_forgets_a_task_whose_shim_is_killed(stack: Stack, container: str) -> None:
     containerd = stack.containerd
     started = containerd.run(IMAGE, container, "sleep", "1000", options=["--detach", "--null-io"])
     assert started.code == 0, started.stderr
@@ -68,7 +68,7 @@ def test_containerd_forgets_a_task_whose_shim_is_killed(stack: Stack, container:
 )
 def test_every_task_of_a_sandbox_ends_at_once_and_an_operator_can_learn_why(
     stack: Stack, home: Path, victim: str, reason: str
-):
+) -> None:
     with Life(stack, home) as life:
         life.open_door()
         life.write_down()

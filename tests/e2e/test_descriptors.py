@@ -54,7 +54,7 @@ def kind_of(link: str, *, name: str, sandbox: Path) -> str:
     return "the sandbox's directory" if link == str(sandbox) else link.removesuffix(" (deleted)")
 
 
-def test_each_process_has_the_expected_kinds_of_files_open_and_no_socket_of_the_shim(sandbox: Path):
+def test_each_process_has_the_expected_kinds_of_files_open_and_no_socket_of_the_shim(sandbox: Path) -> None:
     ledger = Ledger(str(sandbox))
     pids = {entry.name: entry.pid for entry in ledger.entries() if entry.kind == "process"}
     ledger.close()

@@ -32,7 +32,7 @@ def box(either_stack: Stack, volume: Path) -> Iterator[Interpreter]:
         yield opened
 
 
-def test_a_privileged_container_mounts_a_file_through_a_loop_device(box: Interpreter, volume: Path):
+def test_a_privileged_container_mounts_a_file_through_a_loop_device(box: Interpreter, volume: Path) -> None:
     disk = volume / "disk"
     subprocess.run(["/usr/sbin/mkfs.ext4", "-q", disk, SIZE], check=True, stderr=subprocess.DEVNULL)
     box.execute("sh", "-c", "mkdir -p /mnt && /usr/bin/mount -o loop /volume/disk /mnt")
@@ -45,11 +45,13 @@ def test_a_privileged_container_mounts_a_file_through_a_loop_device(box: Interpr
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_a_privileged_container_opens_what_a_module_serves(box: Interpreter, node: str):
+def test_a_privileged_container_opens_what_a_module_serves(box: Interpreter, node: str) -> None:
     box.execute("sh", "-c", f"exec 3<> /dev/{node}")
 
 
-def test_a_privileged_container_mounts_an_overlay_whose_upper_directory_is_on_a_volume(box: Interpreter):
+def test_a_privileged_container_mounts_an_overlay_whose_upper_directory_is_on_a_volume(
+    box: Interpreter,
+) -> None:
     box.execute(
         "sh",
         "-ec",
@@ -75,7 +77,7 @@ def test_a_privileged_container_mounts_an_overlay_whose_upper_directory_is_on_a_
     )  # the next box has this volume, too
 
 
-def test_a_privileged_container_keeps_trusted_attributes(box: Interpreter):
+def test_a_privileged_container_keeps_trusted_attributes(box: Interpreter) -> None:
     box.execute("touch", "/volume/trusted")
     program = (
         "import os; os.setxattr('/volume/trusted', 'trusted.x', b'1'); print(os.listxattr('/volume/trusted'))"

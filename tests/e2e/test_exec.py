@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tests.e2e.conftest import Stack
 
 
-def test_the_output_and_exit_code_of_an_exec_are_its_own(stack: Stack, long_lived: str):
+def test_the_output_and_exit_code_of_an_exec_are_its_own(stack: Stack, long_lived: str) -> None:
     result = stack.containerd.exec(long_lived, "apart", "sh", "-c", "echo out; echo err >&2; exit 42")
 
     assert result.code == 42
@@ -24,19 +24,19 @@ def test_the_output_and_exit_code_of_an_exec_are_its_own(stack: Stack, long_live
     assert result.stderr.startswith("err\n")
 
 
-def test_an_exec_sees_the_processes_of_its_container(stack: Stack, long_lived: str):
+def test_an_exec_sees_the_processes_of_its_container(stack: Stack, long_lived: str) -> None:
     result = stack.containerd.exec(long_lived, "processes", "ps", "-o", "pid,args")
 
     assert "1 sleep 100000" in [line.strip() for line in result.stdout.splitlines()]
 
 
-def test_stdin_reaches_an_exec_and_its_end_is_seen(stack: Stack, long_lived: str):
+def test_stdin_reaches_an_exec_and_its_end_is_seen(stack: Stack, long_lived: str) -> None:
     argv = stack.containerd.ctr_argv("task", "exec", "--exec-id", "input", long_lived, "cat")
 
     assert converse(argv) == 0
 
 
-def test_an_exec_with_a_terminal_has_one_of_the_size_of_the_window(stack: Stack, long_lived: str):
+def test_an_exec_with_a_terminal_has_one_of_the_size_of_the_window(stack: Stack, long_lived: str) -> None:
     argv = stack.containerd.ctr_argv("task", "exec", "-t", "--exec-id", "terminal", long_lived, "sh")
     with terminal(argv, rows=31, columns=97) as screen:
         screen.send("test -t 0 && test -t 1 && test -t 2 && echo is'-'terminal\n")
@@ -47,7 +47,7 @@ def test_an_exec_with_a_terminal_has_one_of_the_size_of_the_window(stack: Stack,
         assert screen.wait() == 5
 
 
-def test_many_execs_run_at_once_and_none_mixes_with_another(stack: Stack, long_lived: str):
+def test_many_execs_run_at_once_and_none_mixes_with_another(stack: Stack, long_lived: str) -> None:
     count = 8
     script = "for i in 1 2 3; do echo $0 $i; done; exit $0"
     started = [
@@ -67,7 +67,7 @@ def test_many_execs_run_at_once_and_none_mixes_with_another(stack: Stack, long_l
     assert outcomes == [("".join(f"{number} {i}\n" for i in (1, 2, 3)), number) for number in range(count)]
 
 
-def test_a_missing_program_fails_the_exec_and_harms_nothing_else(stack: Stack, long_lived: str):
+def test_a_missing_program_fails_the_exec_and_harms_nothing_else(stack: Stack, long_lived: str) -> None:
     refused = stack.containerd.exec(long_lived, "missing", "no-such-program")
     assert refused.code != 0
     assert "no-such-program" in refused.stderr
@@ -75,7 +75,7 @@ def test_a_missing_program_fails_the_exec_and_harms_nothing_else(stack: Stack, l
     assert stack.containerd.exec(long_lived, "after", "echo", "alive").stdout == "alive\n"
 
 
-def test_an_exec_is_killed_without_harm_to_its_container(stack: Stack, long_lived: str):
+def test_an_exec_is_killed_without_harm_to_its_container(stack: Stack, long_lived: str) -> None:
     argv = stack.containerd.ctr_argv(
         "task", "exec", "--exec-id", "victim", long_lived, "sh", "-c", "echo ready; exec sleep 1000"
     )
@@ -90,7 +90,7 @@ def test_an_exec_is_killed_without_harm_to_its_container(stack: Stack, long_live
 
 
 @pytest.mark.parametrize("size", [1, 65536, 1 << 20])
-def test_the_output_of_an_exec_arrives_whole(stack: Stack, long_lived: str, size: int):
+def test_the_output_of_an_exec_arrives_whole(stack: Stack, long_lived: str, size: int) -> None:
     result = stack.containerd.exec(long_lived, f"whole{size}", "head", "-c", str(size), "/dev/zero")
 
     assert len(result.stdout) == size
@@ -99,7 +99,7 @@ def test_the_output_of_an_exec_arrives_whole(stack: Stack, long_lived: str, size
 @pytest.mark.hako
 def test_every_process_is_listed_behind_the_machines_and_an_exec_with_its_id(
     one_stack: Stack, request: pytest.FixtureRequest
-):
+) -> None:
     box = "listed"
     request.addfinalizer(lambda: one_stack.containerd.remove(box))
     started = one_stack.containerd.run(

@@ -99,7 +99,7 @@ def volume(place: Path) -> Iterator[Path]:
 
 def test_mounts_of_the_host_come_and_go_where_a_volume_is_followed(
     either_stack: Stack, place: Path, volume: Path
-):
+) -> None:
     with boxed(either_stack, place, volume) as box:
         later = volume / "later"
         mount(later, "noexec,nosuid,size=1m")
@@ -120,7 +120,9 @@ def test_mounts_of_the_host_come_and_go_where_a_volume_is_followed(
         box.wait_until_seeing("before/file", {"rprivate"})
 
 
-def test_a_disk_that_the_host_unmounts_is_free_at_once(either_stack: Stack, place: Path, volume: Path):
+def test_a_disk_that_the_host_unmounts_is_free_at_once(
+    either_stack: Stack, place: Path, volume: Path
+) -> None:
     image = place / "disk.ext4"
     with image.open("wb") as file:
         file.truncate(16 << 20)
@@ -141,5 +143,5 @@ def test_a_disk_that_the_host_unmounts_is_free_at_once(either_stack: Stack, plac
 
 
 def loop_devices_of(image: Path) -> str:
-    argv = ["/usr/sbin/losetup", "--associated", image]
+    argv: list[str | Path] = ["/usr/sbin/losetup", "--associated", image]
     return subprocess.run(argv, check=True, capture_output=True, text=True).stdout

@@ -32,14 +32,14 @@ def box(either_stack: Stack, volume: Path) -> Iterator[Interpreter]:
         yield opened
 
 
-def test_what_the_host_has_written_is_read_in_full(box: Interpreter, volume: Path):
+def test_what_the_host_has_written_is_read_in_full(box: Interpreter, volume: Path) -> None:
     last = rewrite(str(volume / "file"), seconds=0.5, pause_s=PAUSE_S).decode()
 
     assert last in (box.execute("cat", "/volume/file") for _ in range(READS))
 
 
 @pytest.mark.inherent("fresh-length")
-def test_a_file_is_read_as_it_was_before_or_after_a_write_of_the_host(box: Interpreter, volume: Path):
+def test_a_file_is_read_as_it_was_before_or_after_a_write_of_the_host(box: Interpreter, volume: Path) -> None:
     path = volume / "changing"
     rewrite(str(path), seconds=0.1, pause_s=PAUSE_S)
     with ThreadPoolExecutor() as pool:

@@ -41,7 +41,7 @@ STOPPED = task_types_pb2.Status.Value("STOPPED")
 TASK = task_v3_pb2.DESCRIPTOR.services_by_name["Task"]
 
 
-def test_grpcurl_lists_and_calls_the_services(one_stack: Stack):
+def test_grpcurl_lists_and_calls_the_services(one_stack: Stack) -> None:
     containerd = one_stack.containerd
     name = new_id()
     started = containerd.run(IMAGE, name, "sleep", "1000", options=["--detach"])
@@ -64,7 +64,7 @@ def test_grpcurl_lists_and_calls_the_services(one_stack: Stack):
 def grpcurl(path: Path, *words: str, body: dict[str, str] | None = None) -> str:
     """Run ``grpcurl`` against a unix socket, and return what it prints."""
     data = ["-d", json.dumps(body)] if body is not None else []
-    argv = [SHIM_DIRECTORY / "grpcurl", "-plaintext", "-unix", *data, path, *words]
+    argv: list[str | Path] = [SHIM_DIRECTORY / "grpcurl", "-plaintext", "-unix", *data, path, *words]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -173,7 +173,9 @@ def wait_until_only(nursery: Nursery, pids: set[int]) -> None:
         time.sleep(0.02)
 
 
-async def test_a_container_lives_its_whole_life_over_grpc_without_containerd(one_stack: Stack, home: Path):
+async def test_a_container_lives_its_whole_life_over_grpc_without_containerd(
+    one_stack: Stack, home: Path
+) -> None:
     place = home / "by-hand"
     place.mkdir()
     shim = Shim(one_stack, place, container=new_id())

@@ -72,7 +72,7 @@ def run(one_stack: Stack, tmp_path: Path) -> Callable[..., Result]:
 
 def test_a_container_has_the_interface_that_a_hook_puts_next_to_its_task(
     one_stack: Stack, run: Callable[..., Result], outside: Space, tmp_path: Path
-):
+) -> None:
     outside.ip("link add eth0 type veth peer name given")
     outside.ip("addr add 10.9.0.1/24 dev eth0")
     outside.ip("link set eth0 up")
@@ -110,7 +110,7 @@ def test_a_container_has_the_interface_that_a_hook_puts_next_to_its_task(
 )
 def test_a_hook_that_fails_prevents_the_container_and_nothing_is_left(
     one_stack: Stack, run: Callable[..., Result], tmp_path: Path, kind: str
-):
+) -> None:
     name = new_id()
     pod = {"io.kubernetes.cri.container-type": kind, "io.kubernetes.cri.sandbox-id": name}
     refused = run(

@@ -39,11 +39,11 @@ def run_as(stack: Stack, place: Path, hostname: str) -> Result:
         stack.containerd.remove(name)
 
 
-def test_a_name_of_the_greatest_length_is_had(either_stack: Stack, place: Path):
+def test_a_name_of_the_greatest_length_is_had(either_stack: Stack, place: Path) -> None:
     assert run_as(either_stack, place, LONGEST).stdout == f"{LONGEST}\n"
 
 
-def test_a_longer_name_is_refused(either_stack: Stack, place: Path):
+def test_a_longer_name_is_refused(either_stack: Stack, place: Path) -> None:
     refused = run_as(either_stack, place, f"{LONGEST}b")
     assert refused.code != 0
     if either_stack.is_hako:

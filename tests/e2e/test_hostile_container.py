@@ -121,7 +121,7 @@ def assert_all_refused(said: str, *reasons: str) -> None:
     assert [line for line in lines if not line.endswith(reasons)] == []
 
 
-def test_the_attacker_is_root_of_the_machine(attacker: Attacker):
+def test_the_attacker_is_root_of_the_machine(attacker: Attacker) -> None:
     said = attacker.run_as_guest(
         "id -u; cat /proc/self/mounts; echo x > $ME/mine && rm $ME/mine && echo wrote"
     )
@@ -130,7 +130,7 @@ def test_the_attacker_is_root_of_the_machine(attacker: Attacker):
     assert said.endswith("wrote\n")
 
 
-def test_no_number_of_dots_leads_out_of_the_share(attacker: Attacker):
+def test_no_number_of_dots_leads_out_of_the_share(attacker: Attacker) -> None:
     ups = ["/".join([".."] * number) for number in range(1, 12)]
     paths = " ".join(f"{up}/{path}" for up in ups for path in ("sentinel", attacker.prey))
     inside = f"for at in / /vol /inner /ro /ro/below /proc/self/fd; do cd $at; cat {paths}; done"
@@ -141,7 +141,7 @@ def test_no_number_of_dots_leads_out_of_the_share(attacker: Attacker):
     assert_all_refused(attacker.run_as_guest(script), NOT_THERE)
 
 
-def test_the_share_itself_is_read_only(attacker: Attacker):
+def test_the_share_itself_is_read_only(attacker: Attacker) -> None:
     attacker.run_as_guest("mount -o remount,rw $S")
     outcomes = attacker.run_python(f"""
         make_everything_in({SHARE!r})
@@ -158,7 +158,7 @@ def test_the_share_itself_is_read_only(attacker: Attacker):
 @pytest.mark.parametrize("entries", [{"ro": "/ro"}, {"rro": "/rro", "under": "/rro/under"}])
 def test_a_read_only_volume_stays_so_and_what_is_mounted_below_it_where_that_is_asked_for(
     attacker: Attacker, entries: dict[str, str]
-):
+) -> None:
     for name, volume in entries.items():
         remount = "mount -o remount,rw $at; mount -o remount,rw,bind $at"
         attacker.run(f"at={volume}; {remount}; touch $at/planted; rm $at/file")
@@ -173,7 +173,7 @@ def test_a_read_only_volume_stays_so_and_what_is_mounted_below_it_where_that_is_
     assert set().union(*outcomes.values()) <= {"EROFS", "EPERM"}, outcomes
 
 
-def test_files_that_a_mount_hides_stay_hidden(attacker: Attacker):
+def test_files_that_a_mount_hides_stay_hidden(attacker: Attacker) -> None:
     said = attacker.run_as_guest(
         "for at in $S $V; do cat $at/*/hidden $at/*/below/hidden $at/*/under/hidden; done"
     )
@@ -181,7 +181,7 @@ def test_files_that_a_mount_hides_stay_hidden(attacker: Attacker):
     assert_all_refused(said, NOT_THERE)
 
 
-def test_the_modules_that_all_machines_share_are_read_only(attacker: Attacker):
+def test_the_modules_that_all_machines_share_are_read_only(attacker: Attacker) -> None:
     attacker.run_as_guest(f"for how in rw rw,bind; do mount -o remount,$how $S/{MODULES_NAME}; done")
     outcomes = attacker.run_python(f"""
         make_everything_in("{SHARE}/{MODULES_NAME}")
@@ -192,7 +192,7 @@ def test_the_modules_that_all_machines_share_are_read_only(attacker: Attacker):
     assert set().union(*outcomes.values()) <= {"EROFS", "EPERM"}, outcomes
 
 
-def test_links_lead_nowhere_but_into_the_machine(attacker: Attacker):
+def test_links_lead_nowhere_but_into_the_machine(attacker: Attacker) -> None:
     prey = attacker.prey
     targets = [prey, "../sentinel", "../../../sentinel", f"/proc/1/root{prey}", f"{GUEST}/1/root{prey}"]
     links = "".join(f"ln -s {target} $at/links/{number}\n" for number, target in enumerate(targets))
@@ -210,7 +210,7 @@ def test_links_lead_nowhere_but_into_the_machine(attacker: Attacker):
     assert_all_refused(said, "Invalid cross-device link")
 
 
-def test_a_link_made_in_a_volume_is_not_followed_on_the_host(attacker: Attacker):
+def test_a_link_made_in_a_volume_is_not_followed_on_the_host(attacker: Attacker) -> None:
     volume = attacker.place / "volume"
     attacker.run(
         f"ln -s {attacker.prey} /vol/to-file; ln -s {attacker.place} /vol/to-directory; ln -s .. /vol/up"
@@ -223,7 +223,7 @@ def test_a_link_made_in_a_volume_is_not_followed_on_the_host(attacker: Attacker)
     assert "is a block device of the host" in attacker.create(volume / "disk")
 
 
-def test_a_path_that_changes_all_the_time_leads_nowhere_else(attacker: Attacker):
+def test_a_path_that_changes_all_the_time_leads_nowhere_else(attacker: Attacker) -> None:
     swap = f"""
         mkdir -p /vol/swap/a /vol/swap/b; echo innocent > /vol/swap/a/sentinel
         ln -s {attacker.place} /vol/swap/link; cd /vol/swap
@@ -244,7 +244,7 @@ def test_a_path_that_changes_all_the_time_leads_nowhere_else(attacker: Attacker)
     assert said
 
 
-def test_directories_that_move_while_somebody_is_in_them_lead_nowhere_else(attacker: Attacker):
+def test_directories_that_move_while_somebody_is_in_them_lead_nowhere_else(attacker: Attacker) -> None:
     move = f"""
         mkdir -p /inner/a/b/c /vol/out; cd /vol
         end=$(( $(date +%s) + {RACE_S} ))
@@ -261,10 +261,10 @@ def test_directories_that_move_while_somebody_is_in_them_lead_nowhere_else(attac
     moving.join()
 
 
-def test_device_nodes_are_of_the_machine(attacker: Attacker, tmp_path: Path):
+def test_device_nodes_are_of_the_machine(attacker: Attacker, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.write_text(f"{MARK}on a disk of the host\n" * 100)
-    argv = ["/usr/sbin/losetup", "--find", "--show", disk]
+    argv: list[str | Path] = ["/usr/sbin/losetup", "--find", "--show", disk]
     loop = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
     try:
         numbers = {tuple(each.name.split(":")) for each in Path("/sys/dev/block").iterdir()}
@@ -283,7 +283,7 @@ def test_device_nodes_are_of_the_machine(attacker: Attacker, tmp_path: Path):
     assert disk.read_text() == f"{MARK}on a disk of the host\n" * 100
 
 
-def test_sockets_and_fifos_do_not_reach_processes_of_the_host(attacker: Attacker):
+def test_sockets_and_fifos_do_not_reach_processes_of_the_host(attacker: Attacker) -> None:
     volume = attacker.place / "volume"
     os.mkfifo(volume / "host.fifo")
     reader = os.open(volume / "host.fifo", os.O_RDONLY | os.O_NONBLOCK)
@@ -305,7 +305,7 @@ def test_sockets_and_fifos_do_not_reach_processes_of_the_host(attacker: Attacker
         assert os.read(reader, 100) == b""
 
 
-def test_attributes_and_handles_of_files_open_nothing(attacker: Attacker):
+def test_attributes_and_handles_of_files_open_nothing(attacker: Attacker) -> None:
     attacker.run("mkdir /vol/attributes; touch /vol/attributes/file; cp /bin/busybox /vol/attributes/busybox")
     outcomes = attacker.run_python(f"""
         import _ctypes  # the guest's Python has no more of ctypes
@@ -352,7 +352,7 @@ def test_attributes_and_handles_of_files_open_nothing(attacker: Attacker):
     assert outcomes["chmod"] == {"done"}
 
 
-def test_names_and_depths_without_end_harm_nobody(attacker: Attacker):
+def test_names_and_depths_without_end_harm_nobody(attacker: Attacker) -> None:
     said = attacker.run_as_guest("""
         cat > $ME/attempt.py <<'END'
 import errno, os, sys
@@ -379,7 +379,7 @@ END
     assert said == "256 ENAMETOOLONG\nreached\n"
 
 
-def test_the_daemon_that_serves_files_sees_no_others_itself(attacker: Attacker, one_stack: Stack):
+def test_the_daemon_that_serves_files_sees_no_others_itself(attacker: Attacker, one_stack: Stack) -> None:
     below = [(one, one.command.split()[0]) for one in one_stack.containerd.nursery.descendants()]
     running = [one for one, program in below if program.endswith("virtiofsd") and "--help" not in one.command]
     # It is two processes, of which the younger serves.
@@ -392,7 +392,7 @@ def test_the_daemon_that_serves_files_sees_no_others_itself(attacker: Attacker, 
     assert not root.joinpath(*attacker.place.parts[1:]).exists()
 
 
-def test_a_pod_sees_nothing_of_another(attacker: Attacker, one_stack: Stack, tmp_path: Path):
+def test_a_pod_sees_nothing_of_another(attacker: Attacker, one_stack: Stack, tmp_path: Path) -> None:
     with privileged(one_stack, tmp_path, (attacker.place / "neighbour", "/vol", "rw")) as neighbour:
         assert MARK in neighbour.output("cat", "/vol/sentinel")
         said = attacker.run_as_guest(

@@ -59,7 +59,15 @@ def volume(tmp_path: Path) -> Iterator[Path]:
     """An empty volume of huge pages as the kubelet makes one."""
     path = tmp_path / "kubernetes.io~empty-dir" / "huge"
     path.mkdir(parents=True)
-    argv = ["/usr/bin/mount", "-t", "hugetlbfs", "-o", "pagesize=2M,gid=1234", "nodev", path]
+    argv: list[str | Path] = [
+        "/usr/bin/mount",
+        "-t",
+        "hugetlbfs",
+        "-o",
+        "pagesize=2M,gid=1234",
+        "nodev",
+        path,
+    ]
     subprocess.run(argv, check=True)
     path.chmod(0o2770)
     yield path
@@ -72,7 +80,9 @@ def limited(limit: int) -> dict[str, Any]:
     return {"resources": {"hugepageLimits": limits}}
 
 
-def test_a_container_has_the_huge_pages_that_it_may_use(one_stack: Stack, tmp_path: Path, volume: Path):
+def test_a_container_has_the_huge_pages_that_it_may_use(
+    one_stack: Stack, tmp_path: Path, volume: Path
+) -> None:
     bind = {"destination": "/huge", "type": "bind", "source": str(volume), "options": ["rbind", "rw"]}
     with ByHand(one_stack, tmp_path, linux=limited(LIMIT), mounts=[*PYTHON_MOUNTS, bind]) as box:
         assert json.loads(box.output(*PYTHON, PROGRAM)) == {
@@ -84,7 +94,9 @@ def test_a_container_has_the_huge_pages_that_it_may_use(one_stack: Stack, tmp_pa
         }
 
 
-def test_a_file_system_of_the_hosts_huge_pages_is_refused(one_stack: Stack, tmp_path: Path, volume: Path):
+def test_a_file_system_of_the_hosts_huge_pages_is_refused(
+    one_stack: Stack, tmp_path: Path, volume: Path
+) -> None:
     (volume / "part").mkdir()
     bind = {"destination": "/huge", "type": "bind", "source": str(volume / "part"), "options": ["rbind"]}
     with pytest.raises(grpc.RpcError, match=r"mounts: /huge: .*: a file system of the host's huge pages"):

@@ -40,7 +40,7 @@ def run_all(argvs: list[list[str]]) -> dict[str, tuple[int, str]]:
 
 def test_containers_of_one_sandbox_may_have_any_ids(
     either_stack: Stack, tmp_path: Path, request: pytest.FixtureRequest
-):
+) -> None:
     containerd = either_stack.containerd
     # The shim of runc leaves its socket behind if containers share it.
     group = ["--annotation", f"{GROUP}={new_id()}"] if either_stack.is_hako else []

@@ -68,7 +68,7 @@ os._exit(0)
 """
 
 
-def test_a_program_may_have_as_much_as_on_a_host_of_the_machines_size(either_stack: Stack):
+def test_a_program_may_have_as_much_as_on_a_host_of_the_machines_size(either_stack: Stack) -> None:
     options = ["--rm", "--memory-limit", str(5 * GIB // 2), *PYTHON_OPTIONS, *IN_MEMORY]
     result = either_stack.containerd.run(
         IMAGE, new_id(), *PYTHON, PROGRAM, options=options, timeout_s=RUN_TIMEOUT_S
@@ -78,7 +78,7 @@ def test_a_program_may_have_as_much_as_on_a_host_of_the_machines_size(either_sta
 
 
 @pytest.mark.hako
-def test_growth_raises_limits_but_for_those_that_somebody_has_set(one_stack: Stack, tmp_path: Path):
+def test_growth_raises_limits_but_for_those_that_somebody_has_set(one_stack: Stack, tmp_path: Path) -> None:
     names = ["kernel/threads-max", "fs/epoll/max_user_watches", "fs/inotify/max_user_watches"]
     chosen = {"fs.inotify.max_user_watches": "9001"}
     with ByHand(one_stack, tmp_path, linux={"sysctl": chosen}, capabilities=["CAP_SYS_ADMIN"]) as box:

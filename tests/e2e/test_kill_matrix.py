@@ -92,7 +92,9 @@ def further_to(life: Life, phase: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(("victim", "phase"), by_day(*BOOTED_BY_DAY))
-def test_a_death_ends_the_task_once_and_leaves_nothing(stack: Stack, home: Path, victim: str, phase: str):
+def test_a_death_ends_the_task_once_and_leaves_nothing(
+    stack: Stack, home: Path, victim: str, phase: str
+) -> None:
     with configured(stack, hypervisor='template = "off"'):  # of clones is test_kill_matrix_of_clones.py
         see_a_death(stack, home, victim, phase, lasting={"STOPPED", "GONE"})
 
@@ -136,7 +138,7 @@ def see_a_death(stack: Stack, home: Path, victim: str, phase: str, *, lasting: s
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_restarted_containerd_takes_a_task_up_where_it_was(stack: Stack, home: Path, phase: str):
+def test_a_restarted_containerd_takes_a_task_up_where_it_was(stack: Stack, home: Path, phase: str) -> None:
     with Life(stack, home) as life:
         life.write_down()
         under_way = bring_to(life, phase)
@@ -172,7 +174,9 @@ def test_a_restarted_containerd_takes_a_task_up_where_it_was(stack: Stack, home:
         assert len(exits) <= (2 if is_told_twice else 1)
 
 
-def test_a_kernel_that_panics_while_it_boots_fails_the_create(stack: Stack, home: Path, tmp_path: Path):
+def test_a_kernel_that_panics_while_it_boots_fails_the_create(
+    stack: Stack, home: Path, tmp_path: Path
+) -> None:
     config = write_config(
         tmp_path / "panic.toml",
         state_directory=stack.state_directory,

@@ -48,7 +48,7 @@ def cloning(one_stack: Stack, home: Path, templates: Path, phase: str) -> Iterat
 @pytest.mark.parametrize(("victim", "phase"), by_day(*(set(PHASES) - set(BOOTED_BY_DAY))))
 def test_the_death_of_a_clone_ends_the_task_once_and_leaves_nothing(
     one_stack: Stack, home: Path, cloning: None, victim: str, phase: str
-):
+) -> None:
     # A clone that does not come up is replaced by a machine that boots.
     replaced = {"CREATED"} if phase in BEFORE_THE_TASK_EXISTS else set()
     see_a_death(one_stack, home, victim, phase, lasting={"STOPPED", "GONE"} | replaced)

@@ -76,7 +76,7 @@ def booted(
     """A container whose machine boots, and is given a disk, a network card, a processor and memory."""
     data = tmp_path_factory.mktemp("data")
     (data / "bytes").write_bytes(SENT)
-    options = [
+    options: list[str | Path] = [
         *("--detach", "--annotation", "io.hako.template=off", f"--with-ns=network:{pod.path}"),
         *(
             "--device",
@@ -115,14 +115,14 @@ def shell(stack: Stack, name: str, script: str) -> str:
     return result.stdout
 
 
-def test_a_machine_runs_under_kvm_with_the_kernels_vsock_and_network(one_stack: Stack, booted: str):
+def test_a_machine_runs_under_kvm_with_the_kernels_vsock_and_network(one_stack: Stack, booted: str) -> None:
     qemu = Path(f"/proc/{one_stack.containerd.tasks()[booted][0]}")
     assert b"kvm,kernel-irqchip=on" in (qemu / "cmdline").read_bytes().split(b"\0")
     opened = {str(entry.readlink()) for entry in (qemu / "fd").iterdir()}
     assert {"anon_inode:kvm-vm", "/dev/vhost-vsock", "/dev/vhost-net"} <= opened
 
 
-def test_an_exec_has_its_streams_and_its_exit_code(one_stack: Stack, booted: str):
+def test_an_exec_has_its_streams_and_its_exit_code(one_stack: Stack, booted: str) -> None:
     script = "cat; seq 1 20000; echo error >&2; exit 42"
     result = one_stack.containerd.exec(booted, new_id(), "sh", "-c", script, stdin="said\n")
     assert result.code == 42
@@ -132,7 +132,7 @@ def test_an_exec_has_its_streams_and_its_exit_code(one_stack: Stack, booted: str
 
 def test_a_machine_has_the_disk_card_processor_and_memory_that_were_plugged(
     one_stack: Stack, booted: str, disk: Path
-):
+) -> None:
     looks = (
         f"sha256sum <{disk} | cut -d' ' -f1",
         "nproc",
@@ -146,12 +146,12 @@ def test_a_machine_has_the_disk_card_processor_and_memory_that_were_plugged(
     assert queues == ["rx-0", "rx-1", "tx-0", "tx-1"], "a pair for each processor"
 
 
-def test_packets_reach_the_guest_through_the_hosts_kernel(one_stack: Stack, booted: str, outside: Space):
+def test_packets_reach_the_guest_through_the_hosts_kernel(one_stack: Stack, booted: str, outside: Space) -> None:
     with digesting_server(outside, socket.AF_INET, "10.1.0.1"):
         assert shell(one_stack, booted, TALK) == hashlib.sha256(SENT).hexdigest()
 
 
-def test_a_clone_goes_on_and_has_the_time_of_its_host(one_stack: Stack, cloned: str):
+def test_a_clone_goes_on_and_has_the_time_of_its_host(one_stack: Stack, cloned: str) -> None:
     assert ": cloned" in one_stack.containerd.log.read_text(encoding="utf-8")
     before_s = time.time()
     seen_s = int(shell(one_stack, cloned, "date +%s"))
@@ -160,7 +160,7 @@ def test_a_clone_goes_on_and_has_the_time_of_its_host(one_stack: Stack, cloned: 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1200)
-def test_a_hundred_clones_answer(one_stack: Stack, capsys: pytest.CaptureFixture[str]):
+def test_a_hundred_clones_answer(one_stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
     log, records = one_stack.containerd.log, one_stack.state_directory.parent / "log"
     before = log.read_text(encoding="utf-8").count(": cloned")
     took_s: dict[str, list[float]] = {phase: [] for phase in OF_A_CLONE}

@@ -21,7 +21,7 @@ GUEST_IMAGE = Path("/var/lib/hako/guest/image.json")
 
 
 @pytest.mark.mostly_on("1.7-ttrpc")
-def test_a_container_runs_on_the_guests_kernel_and_not_on_the_hosts(stack: Stack, container: str):
+def test_a_container_runs_on_the_guests_kernel_and_not_on_the_hosts(stack: Stack, container: str) -> None:
     result = stack.containerd.run(IMAGE, container, "uname", "-r")
 
     assert result.code == 0, result.stderr
@@ -33,11 +33,13 @@ def test_a_container_runs_on_the_guests_kernel_and_not_on_the_hosts(stack: Stack
 @pytest.mark.parametrize(
     "code", [42, *(pytest.param(code, marks=pytest.mark.mostly_on("1.7-ttrpc")) for code in (0, 1))]
 )
-def test_the_exit_code_of_the_process_is_the_exit_code_of_ctr(stack: Stack, container: str, code: int):
+def test_the_exit_code_of_the_process_is_the_exit_code_of_ctr(
+    stack: Stack, container: str, code: int
+) -> None:
     assert stack.containerd.run(IMAGE, container, "sh", "-c", f"exit {code}").code == code
 
 
-def test_a_process_killed_by_signal_9_exits_with_137(stack: Stack, container: str):
+def test_a_process_killed_by_signal_9_exits_with_137(stack: Stack, container: str) -> None:
     argv = stack.containerd.run_argv(
         IMAGE, container, "sh", "-c", "echo ready; exec sleep 1000", options=["--rm"]
     )
@@ -48,18 +50,18 @@ def test_a_process_killed_by_signal_9_exits_with_137(stack: Stack, container: st
         assert process.wait(60) == 137
 
 
-def test_stdout_and_stderr_stay_apart(stack: Stack, container: str):
+def test_stdout_and_stderr_stay_apart(stack: Stack, container: str) -> None:
     result = stack.containerd.run(IMAGE, container, "sh", "-c", "echo to-stdout; echo to-stderr >&2")
 
     assert (result.stdout, result.stderr) == ("to-stdout\n", "to-stderr\n")
 
 
-def test_stdin_reaches_the_process_and_its_end_is_seen(stack: Stack, container: str):
+def test_stdin_reaches_the_process_and_its_end_is_seen(stack: Stack, container: str) -> None:
     assert converse(stack.containerd.run_argv(IMAGE, container, "cat", options=["--rm"])) == 0
 
 
 @pytest.mark.mostly_on("1.7-ttrpc")
-def test_a_megabyte_goes_in_and_comes_out_unchanged(stack: Stack, container: str):
+def test_a_megabyte_goes_in_and_comes_out_unchanged(stack: Stack, container: str) -> None:
     text = "".join(f"{number:07}\n" for number in range(131072))
 
     result = stack.containerd.run(IMAGE, container, "cat", stdin=text)
@@ -69,7 +71,7 @@ def test_a_megabyte_goes_in_and_comes_out_unchanged(stack: Stack, container: str
 
 
 @pytest.mark.mostly_on("1.7-ttrpc")
-def test_a_container_has_the_environment_and_directory_of_its_spec(stack: Stack, container: str):
+def test_a_container_has_the_environment_and_directory_of_its_spec(stack: Stack, container: str) -> None:
     result = stack.containerd.run(
         IMAGE,
         container,
@@ -83,7 +85,9 @@ def test_a_container_has_the_environment_and_directory_of_its_spec(stack: Stack,
 
 
 @pytest.mark.hako
-def test_a_container_can_have_a_configuration_of_its_own(stack: Stack, container: str, tmp_path: Path):
+def test_a_container_can_have_a_configuration_of_its_own(
+    stack: Stack, container: str, tmp_path: Path
+) -> None:
     config = write_config(
         tmp_path / "two.toml",
         state_directory=stack.state_directory,
@@ -99,7 +103,7 @@ def test_a_container_can_have_a_configuration_of_its_own(stack: Stack, container
 
 
 @pytest.mark.mostly_on("1.7-ttrpc")
-def test_what_a_container_writes_is_in_its_own_root_file_system(stack: Stack, container: str):
+def test_what_a_container_writes_is_in_its_own_root_file_system(stack: Stack, container: str) -> None:
     first = stack.containerd.run(
         IMAGE, container, "sh", "-c", "echo mine > /tmp/file; cat /tmp/file; ls /tmp"
     )
@@ -107,7 +111,7 @@ def test_what_a_container_writes_is_in_its_own_root_file_system(stack: Stack, co
     assert first.stdout == "mine\nfile\n", first.stderr
 
 
-def test_a_task_started_detached_is_listed_killed_and_deleted(stack: Stack, container: str):
+def test_a_task_started_detached_is_listed_killed_and_deleted(stack: Stack, container: str) -> None:
     containerd = stack.containerd
     started = containerd.run(IMAGE, container, "sleep", "1000", options=["--detach"])
     assert (started.code, started.stdout, started.stderr) == (0, "", "")
@@ -129,7 +133,7 @@ def test_a_task_started_detached_is_listed_killed_and_deleted(stack: Stack, cont
 
 
 @pytest.mark.mostly_on("1.7-ttrpc")
-def test_a_signal_reaches_the_process(stack: Stack, container: str):
+def test_a_signal_reaches_the_process(stack: Stack, container: str) -> None:
     argv = stack.containerd.run_argv(
         IMAGE,
         container,
@@ -146,7 +150,7 @@ def test_a_signal_reaches_the_process(stack: Stack, container: str):
         assert process.wait(60) == 7
 
 
-def test_a_missing_program_is_an_error_of_create_that_names_it(stack: Stack, container: str):
+def test_a_missing_program_is_an_error_of_create_that_names_it(stack: Stack, container: str) -> None:
     result = stack.containerd.run(IMAGE, container, "no-such-program")
 
     assert result.code == 1
@@ -155,7 +159,7 @@ def test_a_missing_program_is_an_error_of_create_that_names_it(stack: Stack, con
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_an_unknown_image_is_refused_by_name(stack: Stack, container: str):
+def test_an_unknown_image_is_refused_by_name(stack: Stack, container: str) -> None:
     result = stack.containerd.run("hako.test/unknown:1", container, "true")
 
     assert result.code == 1

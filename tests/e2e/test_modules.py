@@ -18,7 +18,9 @@ HOST = ["--mount", "type=bind,src=/,dst=/host,options=bind:ro"]
 REDIRECT = "-t nat -A OUTPUT -p tcp -m owner ! --uid-owner 1337 -m tcp"
 
 
-def test_an_interface_of_another_kind_has_the_kernel_load_what_drives_it(stack: Stack, container: str):
+def test_an_interface_of_another_kind_has_the_kernel_load_what_drives_it(
+    stack: Stack, container: str
+) -> None:
     script = "ip link add other type dummy && ip -o link show other; cut -d' ' -f1 /proc/modules | grep dummy"
     result = stack.containerd.run(IMAGE, container, "sh", "-c", script, options=ADMINISTRATOR)
 
@@ -28,7 +30,9 @@ def test_an_interface_of_another_kind_has_the_kernel_load_what_drives_it(stack: 
 
 
 @pytest.mark.parametrize("kind", ["nft", "legacy"])
-def test_a_container_redirects_its_traffic_as_a_service_mesh_does(stack: Stack, container: str, kind: str):
+def test_a_container_redirects_its_traffic_as_a_service_mesh_does(
+    stack: Stack, container: str, kind: str
+) -> None:
     script = f"""
         ip link set lo up
         for ip in iptables ip6tables; do

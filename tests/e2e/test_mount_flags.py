@@ -77,7 +77,7 @@ def place(home: Path) -> Iterator[Path]:
             subprocess.run(["/usr/bin/umount", each], check=True)
 
 
-def test_a_bind_mount_has_the_flags_that_runc_gives_it(either_stack: Stack, place: Path):
+def test_a_bind_mount_has_the_flags_that_runc_gives_it(either_stack: Stack, place: Path) -> None:
     mounts = [bind(place / case.source, f"/{name}", *case.options) for name, case in CASES.items()]
     script = (
         "while read -r _ _ _ _ point options _; do echo $point $options; done < /proc/self/mountinfo",

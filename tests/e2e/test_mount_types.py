@@ -41,7 +41,7 @@ def disk(place: Path) -> Iterator[Path]:
         check=True,
         stderr=subprocess.DEVNULL,
     )
-    argv = ["/usr/sbin/losetup", "--find", "--show", place / "disk.ext4"]
+    argv: list[str | Path] = ["/usr/sbin/losetup", "--find", "--show", place / "disk.ext4"]
     device = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
     yield Path(device)
     subprocess.run(["/usr/sbin/losetup", "--detach", device], check=True)
@@ -49,13 +49,13 @@ def disk(place: Path) -> Iterator[Path]:
 
 def read_from(disk: Path, path: str) -> bytes:
     """Read a file of an ext4 file system as it is on its disk."""
-    argv = ["/usr/sbin/debugfs", "-R", f"cat {path}", disk]
+    argv: list[str | Path] = ["/usr/sbin/debugfs", "-R", f"cat {path}", disk]
     return subprocess.run(argv, check=True, capture_output=True).stdout
 
 
 def test_file_systems_on_directories_and_disks_of_the_host_are_the_hosts(
     either_stack: Stack, place: Path, disk: Path
-):
+) -> None:
     own = place / new_id()
     top, bottom = (
         directory(own / "top", top="top\n", both="top\n"),
@@ -104,7 +104,7 @@ def test_file_systems_on_directories_and_disks_of_the_host_are_the_hosts(
 @pytest.mark.hako
 def test_a_disk_has_all_that_a_container_wrote_when_it_is_gone_though_the_machine_lives_on(
     one_stack: Stack, place: Path, disk: Path
-):
+) -> None:
     first = new_id()
     grouped = {"io.containerd.runc.v2.group": first}
     mounts: list[dict[str, Any]] = [{"destination": "/disk", "type": "ext4", "source": str(disk)}]
@@ -118,7 +118,7 @@ def test_a_disk_has_all_that_a_container_wrote_when_it_is_gone_though_the_machin
         one_stack.containerd.remove(first)
 
 
-def test_file_systems_of_the_kernel_are_the_containers_own(either_stack: Stack, place: Path):
+def test_file_systems_of_the_kernel_are_the_containers_own(either_stack: Stack, place: Path) -> None:
     mounts: list[dict[str, Any]] = [
         {"destination": "/etc", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup", "size=1m"]},
         {"destination": "/ram", "type": "ramfs", "source": "ramfs"},
@@ -154,7 +154,7 @@ def test_file_systems_of_the_kernel_are_the_containers_own(either_stack: Stack, 
 )
 def test_a_file_system_that_cannot_be_is_named_in_one_line(
     one_stack: Stack, place: Path, mount: dict[str, Any], named: str
-):
+) -> None:
     error = run(one_stack, place, "true", mounts=[{"destination": "/x", **mount}], fails=True)
     assert "mounts: '/x': " in error
     assert named in error

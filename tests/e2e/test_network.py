@@ -109,7 +109,7 @@ def exchange(space: Space, family: int, address: str, data: bytes) -> bytes:
         return b"".join(iter(lambda: opened.recv(1 << 20), b""))
 
 
-def test_a_container_has_the_network_of_its_namespace(one_stack: Stack, pod: Space, outside: Space):
+def test_a_container_has_the_network_of_its_namespace(one_stack: Stack, pod: Space, outside: Space) -> None:
     add_cable(pod, outside, "eth0", number=1, mtu=1400)
     add_cable(pod, outside, "net1", number=2, mtu=9000)
     outside.ip("addr add 192.0.2.1/32 dev lo")
@@ -166,7 +166,7 @@ def test_a_container_has_the_network_of_its_namespace(one_stack: Stack, pod: Spa
 
 def test_an_interface_that_is_put_next_to_the_task_before_its_start_is_there(
     one_stack: Stack, outside: Space
-):
+) -> None:
     """As ``ctr run --cni`` and nerdctl do it."""
     daemon, name = one_stack.containerd, new_id()
     created = daemon.ctr("containers", "create", "--runtime", daemon.runtime, IMAGE, name, "sleep", "100000")
@@ -185,7 +185,7 @@ def test_an_interface_that_is_put_next_to_the_task_before_its_start_is_there(
 
 def test_an_interface_that_comes_to_a_running_container_is_there_until_it_goes(
     one_stack: Stack, pod: Space, outside: Space
-):
+) -> None:
     """As `docker network connect` and `disconnect` do it."""
     with box_in(one_stack, pod) as name:
         cards = "ls /sys/class/net"
@@ -234,7 +234,7 @@ def resolver(space: Space, address: str) -> Iterator[None]:
 
 def test_the_resolver_that_docker_has_on_a_loopback_address_answers_the_guest(
     one_stack: Stack, pod: Space, outside: Space
-):
+) -> None:
     add_cable(pod, outside, "eth0", number=1)
     with contextlib.ExitStack() as later:
         with resolver(pod, "10.1.0.77"):
@@ -250,7 +250,7 @@ def test_the_resolver_that_docker_has_on_a_loopback_address_answers_the_guest(
 
 def test_what_a_machine_cannot_have_is_refused_in_one_line_and_nothing_is_left(
     one_stack: Stack, pod: Space, outside: Space
-):
+) -> None:
     pod.ip("link add br0 type bridge")
     pod.ip("link set br0 up")
     add_cable(pod, outside, "eth0", number=1)
@@ -269,7 +269,7 @@ def test_what_a_machine_cannot_have_is_refused_in_one_line_and_nothing_is_left(
     assert "ingress" not in pod.run("tc", "qdisc")
 
 
-def test_a_killed_shim_leaves_the_namespace_as_it_was(one_stack: Stack, pod: Space, outside: Space):
+def test_a_killed_shim_leaves_the_namespace_as_it_was(one_stack: Stack, pod: Space, outside: Space) -> None:
     add_cable(pod, outside, "eth0", number=1)
     before = pod.configuration()
     with box_in(one_stack, pod) as name:

@@ -110,7 +110,9 @@ def set_parameters(space: Space, values: dict[str, str]) -> None:
     space.inside(write)
 
 
-def test_what_leads_nowhere_in_the_namespace_leads_nowhere_in_the_container(either_stack: Stack, pod: Space):
+def test_what_leads_nowhere_in_the_namespace_leads_nowhere_in_the_container(
+    either_stack: Stack, pod: Space
+) -> None:
     for kind, network in (
         ("blackhole", "192.0.2.1/32"),
         ("unreachable", "192.0.2.2/32"),
@@ -134,7 +136,9 @@ def test_what_leads_nowhere_in_the_namespace_leads_nowhere_in_the_container(eith
         )
 
 
-def test_rules_and_other_tables_choose_the_way_as_they_do_in_the_namespace(either_stack: Stack, pod: Space):
+def test_rules_and_other_tables_choose_the_way_as_they_do_in_the_namespace(
+    either_stack: Stack, pod: Space
+) -> None:
     pod.ip("route add blackhole default table 100")
     pod.ip("route add default via 10.2.0.1 table 1000")
     pod.ip("route add 10.1.0.0/24 dev eth0 table 1000")
@@ -165,7 +169,9 @@ def test_rules_and_other_tables_choose_the_way_as_they_do_in_the_namespace(eithe
         assert box.reached(*targets) == {"192.0.2.1", "fd99::1", "fd99::2"}
 
 
-def test_addresses_are_what_they_are_in_the_namespace(either_stack: Stack, pod: Space, outside: Space):
+def test_addresses_are_what_they_are_in_the_namespace(
+    either_stack: Stack, pod: Space, outside: Space
+) -> None:
     pod.ip("addr add 203.0.113.1/32 dev lo")
     pod.ip("addr add fd77::1/128 dev lo")
     pod.ip("route add local 203.0.113.128/25 dev lo")
@@ -226,7 +232,9 @@ PARAMETERS = {
 }
 
 
-def test_kernel_parameters_of_the_namespace_are_those_of_the_container(either_stack: Stack, pod: Space):
+def test_kernel_parameters_of_the_namespace_are_those_of_the_container(
+    either_stack: Stack, pod: Space
+) -> None:
     set_parameters(pod, PARAMETERS)
     with box_in(either_stack, pod) as box:
         assert box.settings(*PARAMETERS) == {
@@ -240,7 +248,7 @@ def test_kernel_parameters_of_the_namespace_are_those_of_the_container(either_st
         )
 
 
-def test_a_namespace_that_has_nothing_but_its_loopback_counts_too(either_stack: Stack):
+def test_a_namespace_that_has_nothing_but_its_loopback_counts_too(either_stack: Stack) -> None:
     with new_space() as pod:
         pod.ip("addr add 203.0.113.1/32 dev lo")
         pod.ip("route add blackhole 10.0.0.0/8")
@@ -255,7 +263,7 @@ def test_a_namespace_that_has_nothing_but_its_loopback_counts_too(either_stack: 
 
 def test_what_is_said_of_a_route_or_neighbour_is_true_in_the_container(
     either_stack: Stack, pod: Space, outside: Space
-):
+) -> None:
     pod.ip("route add 192.0.2.1 via 10.2.0.1 src 10.1.0.2 metric 5 mtu lock 1300 advmss 900 initcwnd 20")
     pod.ip("route add 192.0.2.2 via 203.0.113.9 dev eth0 onlink proto bird")
     pod.ip("route add 192.0.2.3 tos 0x10 via 10.2.0.1 quickack 1 hoplimit 9")
@@ -276,7 +284,7 @@ def test_what_is_said_of_a_route_or_neighbour_is_true_in_the_container(
         until(lambda: box.ip(*shown) == ip_in(pod, *shown), what="the routes have changed")
 
 
-def test_a_network_as_plugins_make_it_works(either_stack: Stack, outside: Space):
+def test_a_network_as_plugins_make_it_works(either_stack: Stack, outside: Space) -> None:
     """Each interface as another plugin leaves it: all of them in one namespace."""
     with new_space() as pod:
         for name, mtu in (
@@ -328,7 +336,7 @@ def test_a_network_as_plugins_make_it_works(either_stack: Stack, outside: Space)
 
 
 @pytest.mark.hako
-def test_a_packet_filter_in_the_namespace_is_named_in_the_log_once(one_stack: Stack, pod: Space):
+def test_a_packet_filter_in_the_namespace_is_named_in_the_log_once(one_stack: Stack, pod: Space) -> None:
     pod.run("iptables", "-A", "INPUT", "-p", "tcp", "--dport", "9", "-j", "DROP")
     log = one_stack.containerd.log
     before = log.stat().st_size
@@ -343,7 +351,9 @@ def test_a_packet_filter_in_the_namespace_is_named_in_the_log_once(one_stack: St
 
 
 @pytest.mark.inherent("sockets-of-namespace")
-def test_the_sockets_of_a_container_are_listed_in_its_namespace_on_the_host(either_stack: Stack, pod: Space):
+def test_the_sockets_of_a_container_are_listed_in_its_namespace_on_the_host(
+    either_stack: Stack, pod: Space
+) -> None:
     with box_in(either_stack, pod) as box:
         box.run("nc -ll -p 7000 -e cat </dev/null >/dev/null 2>&1 &")
         until(lambda: ":1B58" in box.run("cat /proc/net/tcp6"), what="the server listens")

@@ -45,7 +45,7 @@ def topics_until(events: subprocess.Popen[str], topic: str, container: str) -> l
 
 def test_a_process_over_its_memory_limit_is_killed_and_containerd_hears_of_it_first(
     one_stack: Stack, container: str
-):
+) -> None:
     containerd = one_stack.containerd
     options = ["--rm", "--memory-limit", str(LIMIT_BYTES)]
     with subprocess.Popen(containerd.ctr_argv("events"), stdout=subprocess.PIPE, text=True) as events:
@@ -59,7 +59,7 @@ def test_a_process_over_its_memory_limit_is_killed_and_containerd_hears_of_it_fi
     assert topics.count("/tasks/oom") == 1
 
 
-def test_a_kill_in_an_exec_is_reported_and_the_container_lives_on(one_stack: Stack, container: str):
+def test_a_kill_in_an_exec_is_reported_and_the_container_lives_on(one_stack: Stack, container: str) -> None:
     containerd = one_stack.containerd
     options = ["--detach", "--memory-limit", str(LIMIT_BYTES)]
     started = containerd.run(IMAGE, container, "sleep", "1000", options=options)

@@ -47,7 +47,7 @@ def box(either_stack: Stack, volume: Path) -> Iterator[Interpreter]:
 )
 def test_a_container_may_do_to_files_what_the_host_would_let_its_users_do(
     box: Interpreter, open_directory: Path, program: str, place: str
-):
+) -> None:
     with tempfile.TemporaryDirectory(dir=open_directory) as on_host:
         Path(on_host).chmod(0o755)
         expected = run_on_the_host(program, f"{on_host}/{program}")
@@ -57,7 +57,7 @@ def test_a_container_may_do_to_files_what_the_host_would_let_its_users_do(
     box.execute("rm", "-r", directory)
 
 
-def test_a_list_that_the_host_has_set_is_enforced(box: Interpreter, volume: Path):
+def test_a_list_that_the_host_has_set_is_enforced(box: Interpreter, volume: Path) -> None:
     denied, allowed = volume / "denied", volume / "allowed"
     denied.write_text("secret")
     allowed.write_text("known")
@@ -71,7 +71,7 @@ def test_a_list_that_the_host_has_set_is_enforced(box: Interpreter, volume: Path
 
 
 @pytest.mark.inherent("fallocate-set-id")
-def test_space_reserved_by_another_than_root_costs_a_program_its_set_id_bits(box: Interpreter):
+def test_space_reserved_by_another_than_root_costs_a_program_its_set_id_bits(box: Interpreter) -> None:
     box.execute("sh", "-c", "echo > /root/program; chown 1000 /root/program; chmod 4755 /root/program")
     box.execute("chmod", "755", "/root")
     user = ["/usr/bin/setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups"]

@@ -114,7 +114,7 @@ def status(containerd: Containerd, *names: str) -> list[str]:
     return [tasks.get(name, (0, "GONE"))[1] for name in names]
 
 
-def test_a_pod_is_one_machine_whose_containers_come_and_go_by_themselves(pod: Pod):
+def test_a_pod_is_one_machine_whose_containers_come_and_go_by_themselves(pod: Pod) -> None:
     containerd = pod.containerd
     first, second, third, fourth = new_id(), new_id(), new_id(), new_id()
     assert pod.machines() == [containerd.tasks()[pod.id][0]], "the task of a pod lives in its machine"
@@ -159,7 +159,7 @@ def test_a_pod_is_one_machine_whose_containers_come_and_go_by_themselves(pod: Po
 
 
 @pytest.mark.mostly_on("2.1-ttrpc")
-def test_a_pod_whose_machine_dies_ends_at_once_with_all_its_containers(pod: Pod):
+def test_a_pod_whose_machine_dies_ends_at_once_with_all_its_containers(pod: Pod) -> None:
     containerd = pod.containerd
     names = [new_id(), new_id()]
     pod.add(*names)

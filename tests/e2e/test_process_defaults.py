@@ -70,7 +70,7 @@ def defaults(either_stack: Stack, place: Path) -> Iterator[tuple[Described, str]
     spec = specification(place / "rootfs", args=["sleep", "100000"])
     config.write_text(json.dumps(spec))
     with unusual_limits(containerd.pid) as limits:
-        options = ["--runtime", containerd.runtime, "--detach", "--config", config]
+        options: list[str | Path] = ["--runtime", containerd.runtime, "--detach", "--config", config]
         started = containerd.ctr("run", *options, name)
     try:
         assert started.code == 0, started.stderr
@@ -79,14 +79,14 @@ def defaults(either_stack: Stack, place: Path) -> Iterator[tuple[Described, str]
         containerd.remove(name)
 
 
-def test_limits_are_those_of_containerd(defaults: tuple[Described, str]):
+def test_limits_are_those_of_containerd(defaults: tuple[Described, str]) -> None:
     box, limits = defaults
 
     assert box.shell("cat /proc/1/limits").splitlines() == limits.splitlines()
     assert box.shell("cat /proc/self/limits").splitlines() == limits.splitlines()
 
 
-def test_a_limit_that_is_asked_for_takes_the_place_of_one_alone(defaults: tuple[Described, str]):
+def test_a_limit_that_is_asked_for_takes_the_place_of_one_alone(defaults: tuple[Described, str]) -> None:
     box, limits = defaults
     asked_for = [{"type": "RLIMIT_CPU", "soft": 300, "hard": 400}]
     changed = box.shell("cat /proc/self/limits", rlimits=asked_for).splitlines()
@@ -96,36 +96,42 @@ def test_a_limit_that_is_asked_for_takes_the_place_of_one_alone(defaults: tuple[
 
 
 @pytest.mark.parametrize("process", ["1", "self"], ids=["init", "exec"])
-def test_no_signal_is_ignored_or_blocked(defaults: tuple[Described, str], process: str):
+def test_no_signal_is_ignored_or_blocked(defaults: tuple[Described, str], process: str) -> None:
     _, said = defaults[0].exec("cat", f"/proc/{process}/status")
 
     found = {kind: re.search(rf"{kind}:\t(\w+)", said) for kind in SIGNALS}
     assert {kind: match and int(match[1], 16) for kind, match in found.items()} == dict.fromkeys(SIGNALS, 0)
 
 
-def test_a_process_is_killed_for_memory_a_little_sooner_than_containerd(defaults: tuple[Described, str]):
+def test_a_process_is_killed_for_memory_a_little_sooner_than_containerd(
+    defaults: tuple[Described, str],
+) -> None:
     box, _ = defaults
     containerds = int(Path(f"/proc/{box.stack.containerd.pid}/oom_score_adj").read_text())
 
     assert box.shell("cat /proc/1/oom_score_adj /proc/self/oom_score_adj") == f"{containerds + 1}\n" * 2
 
 
-def test_the_mask_of_new_files_is_the_usual_one(defaults: tuple[Described, str]):
+def test_the_mask_of_new_files_is_the_usual_one(defaults: tuple[Described, str]) -> None:
     assert defaults[0].shell("umask; grep Umask /proc/1/status") == "0022\nUmask:\t0022\n"
 
 
-def test_the_priority_and_the_policy_of_the_scheduler_are_the_usual_ones(defaults: tuple[Described, str]):
+def test_the_priority_and_the_policy_of_the_scheduler_are_the_usual_ones(
+    defaults: tuple[Described, str],
+) -> None:
     # Fields of proc(5): priority, nice; realtime priority, policy.
     said = defaults[0].shell("for p in 1 self; do cut -d' ' -f18,19,40,41 /proc/$p/stat; done")
     assert said == "20 0 0 0\n" * 2
 
 
-def test_nothing_is_open_but_the_three_streams(defaults: tuple[Described, str]):
+def test_nothing_is_open_but_the_three_streams(defaults: tuple[Described, str]) -> None:
     assert defaults[0].shell("ls /proc/1/fd; exec ls /proc/$$/fd").split()[:3] == ["0", "1", "2"]
     assert defaults[0].shell("ls /proc/1/fd").split() == ["0", "1", "2"]
 
 
-def test_an_exec_that_names_no_capabilities_has_those_of_its_container(defaults: tuple[Described, str]):
+def test_an_exec_that_names_no_capabilities_has_those_of_its_container(
+    defaults: tuple[Described, str],
+) -> None:
     box, _ = defaults
     show = "grep ^Cap /proc/self/status"
     named = dict.fromkeys(SETS, CAPABILITIES)
@@ -136,7 +142,7 @@ def test_an_exec_that_names_no_capabilities_has_those_of_its_container(defaults:
     )
 
 
-def test_a_signal_to_its_own_group_reaches_no_other_exec(defaults: tuple[Described, str]):
+def test_a_signal_to_its_own_group_reaches_no_other_exec(defaults: tuple[Described, str]) -> None:
     box, _ = defaults
     containerd = box.stack.containerd
     status, said = box.exec("sh", "-c", "kill -TERM 0; sleep 100")

@@ -15,6 +15,7 @@ from tests.e2e.conftest import Stack, write_config
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from typing import Any
 
 pytestmark = pytest.mark.hako
 
@@ -25,7 +26,7 @@ MARGIN_S = 6.0
 
 
 @contextlib.contextmanager
-def configured(stack: Stack, **tables: str) -> Iterator[None]:
+def configured(stack: Stack, **tables: Any) -> Iterator[None]:
     """Give the shims that containerd starts within the block further configuration."""
     usual = stack.config.read_bytes()
     write_config(stack.config, state_directory=stack.state_directory, protocol=stack.protocol, **tables)
@@ -72,7 +73,7 @@ def refusal(stack: Stack, container: str, *, within_s: float, **tables: str) -> 
 )
 def test_what_cannot_start_is_refused_with_phase_and_cause(
     stack: Stack, container: str, tables: dict[str, str], words: list[str]
-):
+) -> None:
     line = refusal(stack, container, within_s=MARGIN_S, **tables)
 
     for word in words:
@@ -80,7 +81,9 @@ def test_what_cannot_start_is_refused_with_phase_and_cause(
 
 
 @pytest.mark.mostly_on("1.7-ttrpc")
-def test_a_guest_that_never_answers_is_given_up_at_its_deadline(stack: Stack, container: str, tmp_path: Path):
+def test_a_guest_that_never_answers_is_given_up_at_its_deadline(
+    stack: Stack, container: str, tmp_path: Path
+) -> None:
     initrd = tmp_path / "initrd"
     script = b"#!/bin/busybox sh\nexec /bin/busybox sleep 100000\n"
     files = {"/bin/busybox": BUSYBOX.read_bytes(), "/init": script}
@@ -98,7 +101,7 @@ def test_a_guest_that_never_answers_is_given_up_at_its_deadline(stack: Stack, co
 
 
 @pytest.mark.mostly_on("1.7-ttrpc")
-def test_a_guest_without_an_init_is_given_up_with_what_its_kernel_said(stack: Stack, container: str):
+def test_a_guest_without_an_init_is_given_up_with_what_its_kernel_said(stack: Stack, container: str) -> None:
     line = refusal(
         stack,
         container,

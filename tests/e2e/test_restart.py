@@ -37,7 +37,7 @@ SCRIPT = "echo first; read order; $order; read order; echo $order; exit 7"
 )
 def test_a_detached_container_survives_a_restart_of_containerd(
     stack: Stack, container: str, how: signal.Signals
-):
+) -> None:
     containerd = stack.containerd
     started = containerd.run(IMAGE, container, "sleep", "1000", options=["--detach"])
     assert started.code == 0, started.stderr
@@ -80,7 +80,7 @@ def fifos(tmp_path: Path) -> dict[str, Path]:
 @pytest.mark.parametrize("client", ["stays", "leaves_and_comes_back"])
 def test_nothing_of_what_crosses_fifos_is_lost_while_containerd_is_away(
     one_stack: Stack, box: str, fifos: dict[str, Path], client: str
-):
+) -> None:
     containerd = one_stack.containerd
     reader = open_reader(fifos["stdout"])
     with Tasks(containerd.address) as tasks:

@@ -58,7 +58,7 @@ def transcript(containerd: Containerd) -> list[tuple[str, int, str, str]]:
     return steps
 
 
-def test_a_task_goes_through_the_same_life_as_under_runc(stack: Stack):
+def test_a_task_goes_through_the_same_life_as_under_runc(stack: Stack) -> None:
     expected = transcript(dataclasses.replace(stack.containerd, runtime=RUNC))
 
     assert transcript(stack.containerd) == expected

@@ -146,7 +146,7 @@ def code_of(call: Any) -> grpc.StatusCode:
     return grpc.StatusCode.OK if error is None else error.code()
 
 
-def test_a_sandbox_lives_its_whole_life_by_the_sandbox_service(pod: SandboxByHand):
+def test_a_sandbox_lives_its_whole_life_by_the_sandbox_service(pod: SandboxByHand) -> None:
     assert code_of(pod.begin("StartSandbox")) is grpc.StatusCode.FAILED_PRECONDITION
     pod.create()
     assert code_of(pod.begin("CreateSandbox")) is grpc.StatusCode.ALREADY_EXISTS
@@ -176,7 +176,7 @@ def test_a_sandbox_lives_its_whole_life_by_the_sandbox_service(pod: SandboxByHan
     until(lambda: seen.exists() and seen.read_text(), what="the container runs")
     assert seen.read_text() == "the-pod\n"
     metric = pod.sandbox("SandboxMetrics").metrics
-    measured = {"v1": cgroups_v1_pb2.Metrics(), "v2": cgroups_v2_pb2.Metrics()}[
+    measured: Any = {"v1": cgroups_v1_pb2.Metrics(), "v2": cgroups_v2_pb2.Metrics()}[
         metric.data.type_url.split(".")[3]
     ]
     measured.ParseFromString(metric.data.value)
@@ -197,7 +197,7 @@ def test_a_sandbox_lives_its_whole_life_by_the_sandbox_service(pod: SandboxByHan
     pod.sandbox("ShutdownSandbox")
 
 
-def test_a_sandbox_whose_machine_dies_is_not_ready_at_once(pod: SandboxByHand):
+def test_a_sandbox_whose_machine_dies_is_not_ready_at_once(pod: SandboxByHand) -> None:
     pod.create()
     waiting = pod.begin("WaitSandbox")
     os.kill(pod.sandbox("StartSandbox").pid, signal.SIGKILL)
@@ -222,7 +222,7 @@ def stopped(*pids: int) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-def test_a_guest_that_is_slow_to_remove_its_only_container_keeps_its_machine(pod: SandboxByHand):
+def test_a_guest_that_is_slow_to_remove_its_only_container_keeps_its_machine(pod: SandboxByHand) -> None:
     pod.create()
     machine = pod.sandbox("StartSandbox").pid
     pod.run("sleep", "100000")
@@ -239,7 +239,7 @@ def test_a_guest_that_is_slow_to_remove_its_only_container_keeps_its_machine(pod
 
 
 @pytest.mark.nightly
-def test_a_killed_container_that_waits_for_a_slow_host_ends_alone(pod: SandboxByHand):
+def test_a_killed_container_that_waits_for_a_slow_host_ends_alone(pod: SandboxByHand) -> None:
     pod.create()
     pod.sandbox("StartSandbox")
     (pod.rootfs / "file").touch()

@@ -38,34 +38,34 @@ def box(either_stack: Stack, volume: Path) -> Iterator[Interpreter]:
 
 
 @pytest.mark.inherent("temporary-files")
-def test_a_file_can_be_made_without_a_name(box: Interpreter):
+def test_a_file_can_be_made_without_a_name(box: Interpreter) -> None:
     program = "import os; os.open('/volume', os.O_TMPFILE | os.O_RDWR)"
     box.execute("/usr/bin/python3", "-c", program)
 
 
 @pytest.mark.inherent("extents")
-def test_a_files_extents_can_be_listed(box: Interpreter):
+def test_a_files_extents_can_be_listed(box: Interpreter) -> None:
     assert " 0 extents" not in box.execute("/usr/sbin/filefrag", FILE)
 
 
 @pytest.mark.inherent("file-flags")
-def test_a_files_flags_can_be_changed(box: Interpreter):
+def test_a_files_flags_can_be_changed(box: Interpreter) -> None:
     box.execute("/usr/bin/chattr", "+d", FILE)
 
 
 @pytest.mark.inherent("birth-time")
-def test_a_files_birth_time_is_known(box: Interpreter):
+def test_a_files_birth_time_is_known(box: Interpreter) -> None:
     assert int(box.execute("/usr/bin/stat", "-c", "%W", FILE)) > 0
 
 
 @pytest.mark.inherent("shifted-ranges")
-def test_a_range_can_be_taken_out_of_a_file_and_put_into_one(box: Interpreter):
+def test_a_range_can_be_taken_out_of_a_file_and_put_into_one(box: Interpreter) -> None:
     box.execute("/usr/bin/fallocate", "--collapse-range", *RANGE.split())
     box.execute("/usr/bin/fallocate", "--insert-range", *RANGE.split())
 
 
 @pytest.mark.inherent("host-events")
-def test_a_change_of_the_host_is_an_event(box: Interpreter, volume: Path):
+def test_a_change_of_the_host_is_an_event(box: Interpreter, volume: Path) -> None:
     with ThreadPoolExecutor() as pool:
         watching = pool.submit(box.run, "events", "/volume", str(WATCHING_S))
         number = 0
@@ -77,7 +77,7 @@ def test_a_change_of_the_host_is_an_event(box: Interpreter, volume: Path):
 
 
 @pytest.mark.inherent("locks-across")
-def test_a_lock_of_the_host_is_held_against_a_container(box: Interpreter, volume: Path):
+def test_a_lock_of_the_host_is_held_against_a_container(box: Interpreter, volume: Path) -> None:
     with (volume / "file").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         said = box.execute("sh", "-c", f"/usr/bin/flock --nonblock {FILE} echo granted || echo refused")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import tempfile
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,11 +33,11 @@ def mounted(opened: ExitStack, target: Path, options: str) -> Path:
     """Mount a tmpfs until a context ends."""
     target.mkdir(parents=True)
     subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "-o", options, "shm", target], check=True)
-    opened.callback(subprocess.run, ["/usr/bin/umount", target], check=True)
+    opened.callback(partial(subprocess.run, ["/usr/bin/umount", target], check=True))
     return target
 
 
-def test_what_docker_makes_for_a_container_is_its_shared_memory(either_stack: Stack, place: Path):
+def test_what_docker_makes_for_a_container_is_its_shared_memory(either_stack: Stack, place: Path) -> None:
     name = new_id()
     with ExitStack() as opened:
         source = mounted(
@@ -51,7 +52,7 @@ def test_what_docker_makes_for_a_container_is_its_shared_memory(either_stack: St
     assert mode == "1777"
 
 
-def test_a_volume_at_dev_shm_is_that_volume(either_stack: Stack, place: Path):
+def test_a_volume_at_dev_shm_is_that_volume(either_stack: Stack, place: Path) -> None:
     name = new_id()
     with ExitStack() as opened:
         source = mounted(opened, place / name / "shm", "mode=1770,gid=7,size=5m")
@@ -68,7 +69,7 @@ def test_a_volume_at_dev_shm_is_that_volume(either_stack: Stack, place: Path):
     assert (entries, note, owner) == ("note", "of the host", "1770 7")
 
 
-def test_the_hosts_shared_memory_is_a_directory_like_any_other(either_stack: Stack, place: Path):
+def test_the_hosts_shared_memory_is_a_directory_like_any_other(either_stack: Stack, place: Path) -> None:
     with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="hako-") as file:
         file.write(b"of the host\n")
         file.flush()

@@ -44,7 +44,7 @@ def seen(stack: Stack, container: str) -> tuple[int, int]:
     return int(processors), round(int(kib) / 1024)
 
 
-def test_an_update_moves_the_machine_and_the_containers_limits(one_stack: Stack, container: str):
+def test_an_update_moves_the_machine_and_the_containers_limits(one_stack: Stack, container: str) -> None:
     containerd = one_stack.containerd
     limits = ["--memory-limit", str(128 * MIB), "--cpu-quota", "50000", "--cpu-period", "100000"]
     own_group = ["--mount", "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro"]

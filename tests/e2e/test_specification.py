@@ -142,16 +142,16 @@ def answers(box: Box) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("seen", SEEN, ids=lambda seen: f"{seen.fields.split()[0]}: {seen.command[:30]}")
-def test_a_process_sees_what_was_asked_for(answers: dict[str, str], seen: Seen):
+def test_a_process_sees_what_was_asked_for(answers: dict[str, str], seen: Seen) -> None:
     assert re.search(seen.expected, answers[seen.command])
 
 
-def test_every_field_that_is_sent_is_seen_by_some_test():
+def test_every_field_that_is_sent_is_seen_by_some_test() -> None:
     tested = {field for seen in SEEN for field in seen.fields.split()} | SEEN_BY_OTHER_TESTS
     assert {row.path for row in ROWS if row.fate in {Fate.SENT, Fate.REPLACED}} - tested == set()
 
 
-def test_the_host_sees_what_is_written_through_a_bind_mount(box: Box):
+def test_the_host_sees_what_is_written_through_a_bind_mount(box: Box) -> None:
     written = box.stack.containerd.exec(
         box.name, "write", "sh", "-c", "echo one >/volume/new; echo two >/etc/file"
     )
@@ -162,7 +162,7 @@ def test_the_host_sees_what_is_written_through_a_bind_mount(box: Box):
     box.file.write_text("a file of the host\n")
 
 
-def test_a_mount_made_later_on_the_host_is_seen_where_propagation_is_asked_for(box: Box):
+def test_a_mount_made_later_on_the_host_is_seen_where_propagation_is_asked_for(box: Box) -> None:
     late = box.volume / "late"
     late.mkdir()
     subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "hako-late", late], check=True)
@@ -176,7 +176,7 @@ def test_a_mount_made_later_on_the_host_is_seen_where_propagation_is_asked_for(b
         late.rmdir()
 
 
-def test_an_exec_has_a_process_of_its_own(box: Box, tmp_path: Path):
+def test_an_exec_has_a_process_of_its_own(box: Box, tmp_path: Path) -> None:
     process = {
         "args": ["sh", "-c", "id; pwd; env; umask; ulimit -n; ulimit -Hn; cat /proc/self/status"],
         "env": ["PATH=/bin", "ONLY=this"],
@@ -203,7 +203,7 @@ def test_an_exec_has_a_process_of_its_own(box: Box, tmp_path: Path):
         assert re.search(expected, seen), expected
 
 
-def test_the_terminal_of_an_exec_has_the_size_its_process_asks_for(box: Box, tmp_path: Path):
+def test_the_terminal_of_an_exec_has_the_size_its_process_asks_for(box: Box, tmp_path: Path) -> None:
     output = tmp_path / "output"
     process = {
         "args": ["stty", "size"],
@@ -234,7 +234,7 @@ def test_the_terminal_of_an_exec_has_the_size_its_process_asks_for(box: Box, tmp
     ],
     ids=str,
 )
-def test_limits_can_be_changed_and_lifted(box: Box, limits: dict[str, Any], seen: str):
+def test_limits_can_be_changed_and_lifted(box: Box, limits: dict[str, Any], seen: str) -> None:
     url = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
     box.call("Update", resources=Packed(type_url=url, value=json.dumps(limits).encode()))
 
@@ -257,7 +257,7 @@ def refused(stack: Stack, *options: str | Path) -> str:
 
 
 @pytest.mark.parametrize("kind", ["socket", "FIFO", "block device", "character device", "nothing"])
-def test_only_files_and_directories_can_be_bound(box: Box, tmp_path: Path, kind: str):
+def test_only_files_and_directories_can_be_bound(box: Box, tmp_path: Path, kind: str) -> None:
     source = tmp_path / "source"
     with socket.socket(socket.AF_UNIX) as opened:
         if kind == "socket":
@@ -279,18 +279,18 @@ def test_only_files_and_directories_can_be_bound(box: Box, tmp_path: Path, kind:
     ],
     ids=["network of the host", "path of /dev"],
 )
-def test_what_only_the_host_has_is_refused_by_name(one_stack: Stack, options: list[str], words: str):
+def test_what_only_the_host_has_is_refused_by_name(one_stack: Stack, options: list[str], words: str) -> None:
     assert words in refused(one_stack, *options)
 
 
-def test_a_device_of_the_host_is_refused_by_name(box: Box, tmp_path: Path):
+def test_a_device_of_the_host_is_refused_by_name(box: Box, tmp_path: Path) -> None:
     device = tmp_path / "disk"
     os.mknod(device, stat.S_IFBLK | 0o600, os.makedev(7, 99))
 
     assert f"linux.devices: {device}: " in refused(box.stack, *beside(box), "--device", device)
 
 
-def test_a_privileged_container_has_every_capability_and_the_devices_of_the_guest(one_stack: Stack):
+def test_a_privileged_container_has_every_capability_and_the_devices_of_the_guest(one_stack: Stack) -> None:
     script = (
         "grep CapBnd /proc/self/status; ls /dev; echo x >/proc/sys/kernel/hostname; hostname; dmesg | wc -l"
     )
@@ -307,7 +307,7 @@ def test_a_privileged_container_has_every_capability_and_the_devices_of_the_gues
     assert "\nx\n" in result.stdout
 
 
-def test_a_user_namespace_maps_ids(one_stack: Stack):
+def test_a_user_namespace_maps_ids(one_stack: Stack) -> None:
     result = one_stack.containerd.run(
         IMAGE,
         new_id(),

@@ -64,7 +64,7 @@ class Node:
             return log.read().decode(errors="replace")
 
     def hako(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        argv = [SHIM_DIRECTORY / "hako", "template", *arguments, "--config", self.config]
+        argv: list[str | Path] = [SHIM_DIRECTORY / "hako", "template", *arguments, "--config", self.config]
         return subprocess.run(argv, capture_output=True, text=True, timeout=BUILD_S, check=False)
 
     @property
@@ -119,7 +119,7 @@ def test_what_a_clone_cannot_run_is_refused_in_the_same_words(node: Node) -> Non
     assert "+ahead" not in refused.stderr
 
 
-def test_a_container_runs_in_a_clone(node: Node):
+def test_a_container_runs_in_a_clone(node: Node) -> None:
     result = node.run("sh", "-c", "echo out; echo err >&2; exit 7")
 
     assert (result.code, result.stdout, result.stderr) == (7, "out\n", "err\n")
@@ -127,7 +127,7 @@ def test_a_container_runs_in_a_clone(node: Node):
     assert COLD not in node.log()
 
 
-def test_the_first_container_leaves_a_template_and_the_second_is_a_clone(empty_node: Node):
+def test_the_first_container_leaves_a_template_and_the_second_is_a_clone(empty_node: Node) -> None:
     node = empty_node
     first = node.run("echo", "first")
     assert first.stdout == "first\n", first.stderr
@@ -143,7 +143,7 @@ def test_the_first_container_leaves_a_template_and_the_second_is_a_clone(empty_n
     assert CLONED in node.log()
 
 
-def test_two_clones_share_neither_randomness_nor_names_and_know_the_time(node: Node):
+def test_two_clones_share_neither_randomness_nor_names_and_know_the_time(node: Node) -> None:
     script = "cat /proc/sys/kernel/random/boot_id; head -c 32 /dev/urandom | sha256sum; hostname; date +%s"
 
     def facts() -> tuple[str, ...]:
@@ -165,7 +165,7 @@ def test_two_clones_share_neither_randomness_nor_names_and_know_the_time(node: N
     assert not named or one[2] != two[2], "hostname"
 
 
-def test_a_clone_grows_to_what_its_container_may_use(node: Node):
+def test_a_clone_grows_to_what_its_container_may_use(node: Node) -> None:
     options = ["--rm", "--memory-limit", str(256 * MIB), "--cpu-quota", "50000", "--cpu-period", "100000"]
     result = node.run("sh", "-c", "nproc; grep MemTotal /proc/meminfo", options=options)
 
@@ -223,7 +223,7 @@ def take_memory_away(template: Path) -> None:
 )
 def test_a_broken_template_is_replaced_and_its_container_boots_cold(
     node: Node, spoil: Callable[[Path], None]
-):
+) -> None:
     [broken] = node.templates
     inode = broken.stat().st_ino
     spoil(broken)
@@ -242,7 +242,9 @@ def test_a_broken_template_is_replaced_and_its_container_boots_cold(
     assert CLONED in node.log()
 
 
-def test_a_template_of_another_image_is_not_used_and_goes_when_there_is_a_new_one(node: Node, home: Path):
+def test_a_template_of_another_image_is_not_used_and_goes_when_there_is_a_new_one(
+    node: Node, home: Path
+) -> None:
     [old] = node.templates
     kernel = home / new_id()
     shutil.copy("/var/lib/hako/guest/vmlinux", kernel)
@@ -266,7 +268,7 @@ def test_a_template_of_another_image_is_not_used_and_goes_when_there_is_a_new_on
         kernel.unlink()
 
 
-def test_while_one_is_built_others_boot_cold_and_start_no_builder(empty_node: Node):
+def test_while_one_is_built_others_boot_cold_and_start_no_builder(empty_node: Node) -> None:
     node = empty_node
     with building(node) as builder:
         assert node.run("echo", "runs").stdout == "runs\n"
@@ -280,7 +282,7 @@ def test_while_one_is_built_others_boot_cold_and_start_no_builder(empty_node: No
 @contextlib.contextmanager
 def building(node: Node) -> Iterator[subprocess.Popen[bytes]]:
     """Build a template by hand, and see that it is under way."""
-    argv = [SHIM_DIRECTORY / "hako", "template", "build", "--config", node.config]
+    argv: list[str | Path] = [SHIM_DIRECTORY / "hako", "template", "build", "--config", node.config]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, start_new_session=True) as builder:
         try:
             until((node.store / ".building").exists, what="a build is under way")
@@ -289,7 +291,7 @@ def building(node: Node) -> Iterator[subprocess.Popen[bytes]]:
             builder.kill()
 
 
-MOMENTS = {
+MOMENTS: dict[str, Callable[[Node, set[Process]], object]] = {
     "before its machine runs": lambda node, _: (node.store / ".building").exists(),
     "while its machine boots": lambda _, below: below,
     "while it writes": lambda node, _: any((node.store / ".building").glob("template/*")),
@@ -308,7 +310,9 @@ BY_DAY = ("while its machine boots", "when it has published")
         pytest.param(signal.SIGTERM, "while its machine boots", marks=pytest.mark.nightly),
     ],
 )
-def test_a_builder_that_is_killed_leaves_nothing(empty_node: Node, number: signal.Signals, moment: str):
+def test_a_builder_that_is_killed_leaves_nothing(
+    empty_node: Node, number: signal.Signals, moment: str
+) -> None:
     node = empty_node
     below: set[Process] = set()
 
@@ -333,11 +337,11 @@ def test_a_builder_that_is_killed_leaves_nothing(empty_node: Node, number: signa
     assert node.leftovers == []
 
 
-def test_a_builder_is_no_part_of_the_sandbox_that_started_it(empty_node: Node):
+def test_a_builder_is_no_part_of_the_sandbox_that_started_it(empty_node: Node) -> None:
     node = empty_node
     name = new_id()
     containerd = node.stack.containerd
-    options = ["--detach", "--runtime-config-path", node.config]
+    options: list[str | Path] = ["--detach", "--runtime-config-path", node.config]
     assert containerd.run(IMAGE, name, "sleep", "1000", options=options).code == 0
     try:
         until(node.builders, what="a builder runs")
@@ -357,7 +361,7 @@ def test_a_builder_is_no_part_of_the_sandbox_that_started_it(empty_node: Node):
     assert len(node.templates) == 1
 
 
-def test_a_pod_may_refuse_to_be_a_clone(node: Node):
+def test_a_pod_may_refuse_to_be_a_clone(node: Node) -> None:
     result = node.run("echo", "runs", options=["--rm", "--annotation", "io.hako.template=off"])
 
     assert result.stdout == "runs\n", result.stderr
@@ -366,7 +370,7 @@ def test_a_pod_may_refuse_to_be_a_clone(node: Node):
     assert BUILDING not in node.log()
 
 
-def test_a_store_that_others_can_write_to_is_not_used(node: Node):
+def test_a_store_that_others_can_write_to_is_not_used(node: Node) -> None:
     node.store.chmod(0o777)
 
     result = node.run("echo", "runs")
@@ -379,7 +383,7 @@ def test_a_store_that_others_can_write_to_is_not_used(node: Node):
     assert listed.stderr.count("\n") == 1
 
 
-def test_templates_are_listed_built_and_removed_by_hand(empty_node: Node):
+def test_templates_are_listed_built_and_removed_by_hand(empty_node: Node) -> None:
     node = empty_node
     assert node.hako("ls").stdout.splitlines() == ["KEY  SIZE  BUILT  USED  FOR"]
 

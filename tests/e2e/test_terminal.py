@@ -23,7 +23,7 @@ while :; do sleep 0.2; done
 
 def test_a_terminal_follows_the_size_of_the_window_and_turns_control_c_into_a_signal(
     stack: Stack, container: str
-):
+) -> None:
     argv = stack.containerd.run_argv(IMAGE, container, "sh", "-c", SHOW_SIZE, options=["--rm", "-t"])
     with terminal(argv, rows=30, columns=90) as screen:
         screen.expect("is-terminal\\s")
@@ -36,7 +36,7 @@ def test_a_terminal_follows_the_size_of_the_window_and_turns_control_c_into_a_si
 
 
 @pytest.mark.mostly_on("1.7-ttrpc")
-def test_a_shell_on_a_terminal_answers_what_is_typed(stack: Stack, container: str):
+def test_a_shell_on_a_terminal_answers_what_is_typed(stack: Stack, container: str) -> None:
     argv = stack.containerd.run_argv(IMAGE, container, "sh", options=["--rm", "-t"])
     with terminal(argv) as screen:
         screen.expect("# ")

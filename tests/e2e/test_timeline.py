@@ -55,14 +55,14 @@ def phases_of(timeline: Timeline, lane: str) -> list[str]:
 @pytest.mark.mostly_on("1.6-ttrpc")
 def test_a_container_that_asks_for_it_leaves_the_timeline_of_its_start_as_a_picture_and_a_trace(
     stack: Stack, container: str, tmp_path: Path
-):
+) -> None:
     config = write_config(
         tmp_path / "cold.toml",
         state_directory=stack.state_directory,
         protocol=stack.protocol,
         hypervisor='template = "off"',
     )
-    options = ["--rm", "--env", "HAKO_TIMELINE=1", "--runtime-config-path", config]
+    options: list[str | Path] = ["--rm", "--env", "HAKO_TIMELINE=1", "--runtime-config-path", config]
     result = stack.containerd.run(IMAGE, container, "echo", "hello", options=options)
     assert result.stdout == "hello\n", result.stderr
 
@@ -82,7 +82,7 @@ def test_a_container_that_asks_for_it_leaves_the_timeline_of_its_start_as_a_pict
 @pytest.mark.mostly_on("1.6-ttrpc")
 def test_the_timeline_of_a_sandbox_that_runs_is_shown_and_goes_on_with_each_container(
     stack: Stack, container: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     started = stack.containerd.run(IMAGE, container, "sh", "-c", "echo up; sleep 1000", options=["--detach"])
     assert started.code == 0, started.stderr
 

@@ -18,7 +18,7 @@ COUNT = 10
 
 @pytest.mark.alone
 @pytest.mark.timeout(240)
-def test_ten_containers_started_at_once_all_run_and_end_cleanly(one_stack: Stack):
+def test_ten_containers_started_at_once_all_run_and_end_cleanly(one_stack: Stack) -> None:
     started = [
         subprocess.Popen(
             one_stack.containerd.run_argv(

@@ -110,7 +110,7 @@ def on_host() -> str:
         return hashlib.sha256(opened.read(MIB)).hexdigest()
 
 
-def test_a_container_drives_a_disk_of_the_host(stack: Stack):
+def test_a_container_drives_a_disk_of_the_host(stack: Stack) -> None:
     group = give_away(DISK)
     try:
         with box(stack, group) as name:
@@ -122,7 +122,7 @@ def test_a_container_drives_a_disk_of_the_host(stack: Stack):
     assert on_host() == written
 
 
-def test_a_machine_with_a_device_grows(stack: Stack, disk: str):
+def test_a_machine_with_a_device_grows(stack: Stack, disk: str) -> None:
     with box(stack, disk) as name:
         before = int(shell(stack, name, "grep MemTotal /proc/meminfo").split()[1])
         value = {"type_url": RESOURCES, "value": json.dumps({"memory": {"limit": 256 * MIB}}).encode()}
@@ -132,13 +132,13 @@ def test_a_machine_with_a_device_grows(stack: Stack, disk: str):
         assert shell(stack, name, FILL + DIGEST)
 
 
-def test_a_device_in_use_is_refused_and_stays_with_its_user(stack: Stack, disk: str):
+def test_a_device_in_use_is_refused_and_stays_with_its_user(stack: Stack, disk: str) -> None:
     with box(stack, disk) as name:
         assert "busy" in refusal(stack, disk)
         assert shell(stack, name, FILL + DIGEST)
 
 
-def test_a_device_survives_the_death_of_its_machine(stack: Stack, disk: str):
+def test_a_device_survives_the_death_of_its_machine(stack: Stack, disk: str) -> None:
     with box(stack, disk) as name:
         os.kill(stack.containerd.tasks()[name][0], signal.SIGKILL)
         stack.containerd.wait_for_state(name, "STOPPED")
@@ -146,7 +146,7 @@ def test_a_device_survives_the_death_of_its_machine(stack: Stack, disk: str):
         assert shell(stack, name, FILL + DIGEST)
 
 
-def test_a_group_goes_as_a_whole_or_not_at_all(stack: Stack):
+def test_a_group_goes_as_a_whole_or_not_at_all(stack: Stack) -> None:
     groups = {give_away(card) for card in CARDS}
     assert len(groups) == 1
     try:

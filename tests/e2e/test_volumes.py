@@ -58,7 +58,7 @@ def disk(place: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def loop(disk: Path) -> Iterator[Path]:
-    argv = ["/usr/sbin/losetup", "--find", "--show", disk]
+    argv: list[str | Path] = ["/usr/sbin/losetup", "--find", "--show", disk]
     device = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
     yield type(disk)(device)
     subprocess.run(["/usr/sbin/losetup", "--detach", device], check=True)
@@ -104,12 +104,12 @@ def box(one_stack: Stack, place: Path, volume: Path, outer: Path, loop: Path) ->
     assert listing.stdout == b"kept\n"
 
 
-def test_a_root_file_system_on_a_disk_is_mounted_by_the_guest(box: ByHand):
+def test_a_root_file_system_on_a_disk_is_mounted_by_the_guest(box: ByHand) -> None:
     assert "ext4" in next(line for line in box.output("cat", "/proc/mounts").splitlines() if " / " in line)
     box.output("sh", "-c", "echo kept > /written")
 
 
-def test_a_block_device_is_a_disk_with_the_same_bytes(box: ByHand, disk: Path):
+def test_a_block_device_is_a_disk_with_the_same_bytes(box: ByHand, disk: Path) -> None:
     digest = hashlib.sha256(CONTENT).hexdigest()
     assert box.output("sha256sum", "/dev/data").split()[0] == digest
     box.output("sh", "-c", "yes | head -c 512 | dd of=/dev/data conv=fsync,notrunc 2>/dev/null")
@@ -118,7 +118,7 @@ def test_a_block_device_is_a_disk_with_the_same_bytes(box: ByHand, disk: Path):
 
 def test_a_disk_that_grows_on_the_host_grows_in_the_container_with_the_next_update(
     box: ByHand, disk: Path, loop: Path
-):
+) -> None:
     os.truncate(disk, 3 * MIB)
     subprocess.run(["/usr/sbin/losetup", "--set-capacity", loop], check=True)
     number = loop.stat().st_rdev
@@ -131,7 +131,7 @@ def test_a_disk_that_grows_on_the_host_grows_in_the_container_with_the_next_upda
     assert int(box.output("blockdev", "--getsize64", "/dev/data")) == 3 * MIB
 
 
-def test_a_change_of_a_config_map_reaches_the_containers_own_copy(box: ByHand, volume: Path):
+def test_a_change_of_a_config_map_reaches_the_containers_own_copy(box: ByHand, volume: Path) -> None:
     assert box.output("cat", "/config/key") == "first"
     # The copy is what makes the change an event: a share carries none.
     assert "tmpfs" in next(
@@ -146,7 +146,7 @@ def test_a_change_of_a_config_map_reaches_the_containers_own_copy(box: ByHand, v
 @pytest.mark.parametrize(("bind", "seen"), [("shared", "from the host"), ("private", "")])
 def test_a_file_system_that_the_host_mounts_later_is_seen_where_that_was_asked_for(
     box: ByHand, place: Path, bind: str, seen: str
-):
+) -> None:
     target = place / bind / "later"
     target.mkdir()
     subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "tmpfs", target], check=True)
@@ -163,7 +163,7 @@ def test_a_file_system_that_the_host_mounts_later_is_seen_where_that_was_asked_f
 )
 def test_a_read_only_volume_is_so_with_what_is_mounted_below_it_only_if_that_is_asked_for(
     box: ByHand, outer: Path, path: str, written: bool
-):
+) -> None:
     said = box.output("sh", "-c", f"touch /{path}/file 2>&1 || true")
     assert ("Read-only file system" in said) is not written
     assert [found.parent for found in outer.rglob("file")] == ([outer / "inner"] if written else [])
@@ -171,7 +171,7 @@ def test_a_read_only_volume_is_so_with_what_is_mounted_below_it_only_if_that_is_
         (outer / "inner" / "file").unlink()
 
 
-def test_a_block_device_that_the_host_does_not_have_is_refused(one_stack: Stack, tmp_path: Path):
+def test_a_block_device_that_the_host_does_not_have_is_refused(one_stack: Stack, tmp_path: Path) -> None:
     linux = {"devices": [{"path": "/dev/data", "type": "b", "major": 259, "minor": 1048575}]}
     box = ByHand(one_stack, tmp_path, linux=linux)
     with pytest.raises(grpc.RpcError, match="the host has no block device 259:1048575"), box:

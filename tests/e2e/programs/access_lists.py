@@ -10,6 +10,7 @@ import socket
 import stat
 import struct
 import sys
+from functools import partial
 from pathlib import Path
 
 from tests.e2e.programs.identities import attempt_one, attempts_as, shown
@@ -63,7 +64,7 @@ def enforcement(path: str) -> None:
     for mode, text in LISTS.items():
         Path(path).write_text("content", encoding="ascii")
         os.chmod(path, mode)
-        print(text, attempt_one(lambda text=text: os.setxattr(path, ACCESS, encoded(text))), shown(path))
+        print(text, attempt_one(partial(os.setxattr, path, ACCESS, encoded(text))), shown(path))
         for user in USERS:
             tries = [
                 lambda: Path(path).read_text(encoding="ascii"),

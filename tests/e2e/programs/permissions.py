@@ -10,9 +10,14 @@ import os
 import socket
 import stat
 import sys
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.e2e.programs.identities import attempts_as, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 USERS = [(0, 0, ()), (1000, 1000, ()), (264, 51020, (7, 266)), (2000, 2000, (1000,))]
 DIRECTORIES = [(0, 266, 0o2775), (2000, 1000, 0o1770), (0, 0, 0o755)]
@@ -34,7 +39,7 @@ def _write(path: str, flags: int = 0) -> None:
     os.close(opened)
 
 
-IN_A_DIRECTORY = {
+IN_A_DIRECTORY: dict[str, Callable[[str], object]] = {
     "create": lambda d: _create(f"{d}/new", os.O_WRONLY),
     "create with set-id bits": lambda d: _create(f"{d}/new", os.O_WRONLY, 0o6775),
     "create without rights": lambda d: _create(f"{d}/new", os.O_RDWR, 0),
@@ -54,7 +59,7 @@ IN_A_DIRECTORY = {
     "change the mode": lambda d: os.chmod(d, 0o2771),
     "change the group": lambda d: os.chown(d, -1, 266),
 }
-TO_A_FILE = {
+TO_A_FILE: dict[str, Callable[[str], object]] = {
     "read": lambda f: Path(f).read_text(encoding="ascii"),
     "write": _write,
     "append": lambda f: _write(f, os.O_APPEND),
@@ -97,7 +102,7 @@ def main(place: str) -> None:
             os.chown(target, owner, group)
             os.chmod(target, mode)
             cases.append((f"{owner}:{group} {mode:o} {what}", target, TO_A_FILE[what]))
-        answers = attempts_as(user, [lambda case=case: case[2](case[1]) for case in cases])
+        answers = attempts_as(user, [partial(attempt, target) for _, target, attempt in cases])
         for (what, target, _), answer in zip(cases, answers, strict=True):
             print(f"{user} {what}: {answer}, {shown(target)}, {shown(f'{target}/new')}")
 
