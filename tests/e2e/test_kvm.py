@@ -146,7 +146,9 @@ def test_a_machine_has_the_disk_card_processor_and_memory_that_were_plugged(
     assert queues == ["rx-0", "rx-1", "tx-0", "tx-1"], "a pair for each processor"
 
 
-def test_packets_reach_the_guest_through_the_hosts_kernel(one_stack: Stack, booted: str, outside: Space) -> None:
+def test_packets_reach_the_guest_through_the_hosts_kernel(
+    one_stack: Stack, booted: str, outside: Space
+) -> None:
     with digesting_server(outside, socket.AF_INET, "10.1.0.1"):
         assert shell(one_stack, booted, TALK) == hashlib.sha256(SENT).hexdigest()
 

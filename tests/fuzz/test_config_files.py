@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from shim.config import Config, ConfigText, GuestConfig, HypervisorConfig, ShimConfig, locate, parse, render
 from shim.refusal import Refusal
 from tests.fuzz.material import bent, texts
+from tests.waiting import settle
 
 CASES = settings().max_examples
 
@@ -51,7 +52,7 @@ def test_the_text_that_is_bent_is_valid():
 
 async def deadline(seconds):
     async with asyncio.timeout(seconds):
-        await asyncio.sleep(0)
+        await settle()
 
 
 @settings(max_examples=3 * CASES)

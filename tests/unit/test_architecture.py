@@ -222,3 +222,16 @@ def test_a_virtual_machine_is_named_vm() -> None:
     }
 
     assert {name.lstrip("_") for name in names} == {"vm"}
+
+
+def test_no_unit_test_sleeps() -> None:
+    """What a test waits for happens: tests/waiting.py waits for it, with a deadline."""
+    sleeps = [
+        f"{path}:{node.lineno}"
+        for place in ("unit", "fuzz")
+        for path in sorted((ROOT / "tests" / place).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in {"time.sleep", "asyncio.sleep"}
+    ]
+
+    assert sleeps == []

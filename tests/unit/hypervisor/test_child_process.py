@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -16,6 +14,7 @@ import pytest
 from hypervisor.exits import ExitStatus
 from hypervisor.printable import printable
 from hypervisor.process import LINE_LIMIT, Process, waits_more_than_it_runs
+from tests.waiting import ends, reached
 
 
 def shell(script: str, **kwargs: Any) -> Process:
@@ -23,8 +22,7 @@ def shell(script: str, **kwargs: Any) -> Process:
 
 
 async def wait_for_output(process: Process, text: str) -> None:
-    while text not in process.output():  # noqa: ASYNC110  (an event that only a test needs is not worth having)
-        await asyncio.sleep(0.01)
+    await reached(lambda: text in process.output())
 
 
 def descriptors() -> int:
@@ -96,8 +94,7 @@ async def test_no_descriptor_is_left() -> None:
 
 async def test_destroying_a_process_ends_the_workers_it_forked() -> None:
     parent = shell("sleep 60 & echo forked; wait")
-    async with asyncio.timeout(10):
-        await wait_for_output(parent, "forked")
+    await wait_for_output(parent, "forked")
     parent.adopt_workers()
     (worker,) = parent.workers
     await parent.destroy()
@@ -111,25 +108,16 @@ def test_a_child_dies_with_its_parent() -> None:
     script = (
         "import asyncio, os\n"
         "from hypervisor.process import Process\n"
+        "from tests.waiting import reached\n"
         "async def main():\n"
         "    child = Process.spawn('child', ['sh', '-c', 'echo up; exec sleep 60'])\n"
-        "    while 'up' not in child.output():\n"
-        "        await asyncio.sleep(0.01)\n"
+        "    await reached(lambda: 'up' in child.output())\n"
         "    print(child.pid, flush=True)\n"
         "    os.kill(os.getpid(), 9)\n"
         "asyncio.run(main())\n"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, text=True)
-    pid = int(result.stdout)
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        readable, _, _ = select.select([pidfd], [], [], 5)
-    finally:
-        os.close(pidfd)
-    assert readable
+    assert ends(int(result.stdout))
 
 
 @pytest.mark.parametrize(
@@ -174,9 +162,7 @@ async def test_each_of_many_processes_on_one_processor_is_starved() -> None:
     busy = ["taskset", "-c", "0", "sh", "-c", "while :; do :; done"]
     rivals = [Process.spawn("rival", busy) for _ in range(4)]
     try:
-        async with asyncio.timeout(30):
-            while not all(rival.is_starved for rival in rivals):  # noqa: ASYNC110  (nobody is told of it)
-                await asyncio.sleep(0.1)
+        await reached(lambda: all(rival.is_starved for rival in rivals))
     finally:
         for rival in rivals:
             rival.kill()

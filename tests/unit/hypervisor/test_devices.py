@@ -14,6 +14,7 @@ from hypervisor.argv import KernelVsock, UserVsock
 from hypervisor.devices import Command, Description, Devices
 from hypervisor.disks import Disks, Names
 from hypervisor.errors import HotplugError, QmpError
+from tests.waiting import reached, settle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -188,7 +189,7 @@ async def plugging(connected: tuple[QmpSession, Peer]) -> AsyncIterator[tuple[De
     session, peer = connected
     devices = Devices(session, buses=["bus1"], ports=["port1"])
     watching = asyncio.create_task(devices.watch())
-    await asyncio.sleep(0)
+    await settle()
     yield devices, peer
     watching.cancel()
     await asyncio.wait([watching])
@@ -201,8 +202,7 @@ async def plugged(devices: Devices, peer: Peer) -> list[tuple[str, dict[str, Any
 
 
 async def forgotten(devices: Devices) -> None:
-    while devices._plugged:  # noqa: ASYNC110  (nobody waits for it, so nothing tells)
-        await asyncio.sleep(0)
+    await reached(lambda: not devices._plugged)
 
 
 async def report(peer: Peer, event: str, **data: str) -> None:
@@ -237,7 +237,7 @@ async def test_a_device_is_gone_when_qemu_says_so_and_not_before(plugging: tuple
     leaving = asyncio.create_task(devices.unplug("d", timeout_s=10))
     assert await peer.serve(OK) == [ASKED]
     await report(peer, "DEVICE_DELETED", path="/machine/peripheral/d/virtio-backend")
-    await asyncio.sleep(0.05)
+    await settle()
     assert not leaving.done()
     await report(peer, "DEVICE_DELETED", device="d", path="/machine/peripheral/d")
     assert await peer.serve(OK) == [UNDONE]
@@ -304,7 +304,7 @@ async def test_a_cancelled_plug_is_undone_once_the_guest_releases_the_device(
     await peer.serve(OK)
     late = await peer.receive()
     giving_up.cancel()
-    await asyncio.sleep(0)
+    await settle()
     await peer.send({"return": {}, "id": late["id"]})
     assert await peer.serve(OK) == [ASKED]
     with pytest.raises(asyncio.CancelledError):
@@ -339,7 +339,7 @@ async def test_a_failure_of_a_disk_is_in_the_log_once_and_under_the_disks_own_na
         await report(peer, "BLOCK_IO_ERROR", action="report", **data)
     peer.hang_up()
     await devices._session.drained()
-    await asyncio.sleep(0.05)
+    await settle()
     assert caplog.messages == ["disk d: read: Input/output error; the guest was given an I/O error"]
 
 

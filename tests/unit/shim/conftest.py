@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from shim.bootstrap import grouping
 from shim.host import host_process
 from shim.host.host_process import HostProcess
 from shim.host.ledger import Ledger
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -156,10 +156,7 @@ def identity_of(containerd: Containerd) -> str:
 def zygote_socket(containerd: Containerd) -> Path:
     """Wait until a zygote serves."""
     path = place(containerd)
-    deadline = time.monotonic() + WITHIN_S
-    while not path.is_socket():
-        assert time.monotonic() < deadline, "no zygote serves"
-        time.sleep(0.02)
+    until(path.is_socket)
     return path
 
 

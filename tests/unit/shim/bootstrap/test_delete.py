@@ -106,7 +106,7 @@ def test_a_slow_poststop_hook_does_not_delay_delete_for_long(containerd: Contain
     containerd.kill_shims()
     before = time.monotonic()
     delete(containerd)
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < 60, "nobody waited for the hook"
     assert not Path(f"/proc/{(bundle / 'pid').read_text().strip()}").exists()
     assert nothing_is_left(containerd)
 

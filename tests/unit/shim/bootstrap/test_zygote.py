@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 import socket
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from shim.bootstrap import zygote
 from shim.host import host_process
 from tests.unit.shim.bootstrap.test_start import fake_containerd
 from tests.unit.shim.conftest import WITHIN_S, end, identity_of, lock_holder, place, zygote_socket
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from tests.unit.shim.conftest import Containerd
@@ -39,14 +39,12 @@ def is_shim(pid: int) -> bool:
 def only_spare(containerd: Containerd) -> int:
     """Wait until the zygote keeps one fork, and no other that has just done its work; return its pid."""
     pid = lock_holder(zygote_socket(containerd))
-    deadline = time.monotonic() + WITHIN_S
-    while True:
+
+    def spares() -> list[int]:
         children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-        found = [child for child in children if not is_shim(child)]
-        if len(found) == 1:
-            return found[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        return [child for child in children if not is_shim(child)]
+
+    return until(lambda: found if len(found := spares()) == 1 else [])[0]
 
 
 def test_a_forked_shim_is_like_one_started_anew(warmed: Containerd) -> None:
@@ -85,10 +83,8 @@ def test_the_death_of_the_zygote_hurts_no_shim_and_the_next_start_works(warmed: 
     assert warmed.run("start", "c3").returncode == 0
     assert warmed.daemon("c3")["pid"] != forked["pid"]
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        deadline = time.monotonic() + WITHIN_S
-        while probe.connect_ex(str(socket_path)) != 0:  # the next one, which that start has left behind
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        # The next one, which that start has left behind.
+        until(lambda: probe.connect_ex(str(socket_path)) == 0)
     end(lock_holder(socket_path))
 
 
@@ -216,10 +212,7 @@ def test_a_shim_that_containerd_never_hears_of_ends(warmed: Containerd) -> None:
         assert client.recv(1) == zygote_protocol.ACCEPTED
         assert client.recv(zygote_protocol.MAX_ANSWER).startswith(b"\0{")
         assert warmed.state_of("c2").exists()
-    deadline = time.monotonic() + WITHIN_S
-    while warmed.state_of("c2").exists() or warmed.socket_path("c2").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: not warmed.state_of("c2").exists() and not warmed.socket_path("c2").exists())
 
 
 def test_a_spare_dies_with_its_zygote(warmed: Containerd) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from shim.host.mount_changes import MountChanges
+from tests.waiting import settle
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
@@ -23,7 +24,7 @@ async def mount_and_unmount() -> None:
     changes = MountChanges()
     try:
         waiting = asyncio.ensure_future(changes.wait())
-        await asyncio.sleep(0)
+        await settle()
         assert not waiting.done()
         libc: Any = ctypes.CDLL(None, use_errno=True)
         for call, arguments in (

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from shim.host.mounts import MountOptions, parse_options, run_to_the_end
+from tests.waiting import settle
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ async def test_unmounting_finishes_even_if_the_caller_gives_up() -> None:
     await asyncio.to_thread(begun.wait, 10)
     for _ in range(2):
         asked.cancel()
-        await asyncio.sleep(0)
+        await settle()
     assert not asked.done()
     allowed.set()
     with pytest.raises(asyncio.CancelledError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shim.machine import turns
+from tests.waiting import reached, settle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -23,7 +24,7 @@ from shim.machine import turns
 async def hold() -> None:
     async with turns.turn(pathlib.Path(sys.argv[1]), at_once=1, given_up=asyncio.Event()):
         print("held", flush=True)
-        await asyncio.sleep(60)
+        await asyncio.Event().wait()
 
 asyncio.run(hold())
 """
@@ -62,15 +63,11 @@ def open_files() -> set[str]:
     return {path.name for path in Path("/proc/self/fd").iterdir()}
 
 
-async def settled() -> None:
-    """Let all of them go as far as they can."""
-    await asyncio.sleep(0.05)
-
-
 async def test_only_as_many_work_at_once_as_there_are_turns(tmp_path: Path) -> None:
     crowd = Crowd(tmp_path / "turns", at_once=AT_ONCE)
     async with asyncio.timeout(10), crowd.visitors(10):
-        await settled()
+        await reached(lambda: crowd.present == AT_ONCE)
+        await settle()
         assert crowd.present == AT_ONCE
     assert (crowd.present, crowd.most) == (0, AT_ONCE)
 
@@ -82,7 +79,7 @@ async def test_the_turn_of_a_killed_process_goes_to_the_next(tmp_path: Path) -> 
     assert await holder.stdout.readline() == b"held\n"
     crowd = Crowd(tmp_path, at_once=1)
     async with asyncio.timeout(10), crowd.visitors(1):
-        await settled()
+        await settle()
         waited = crowd.present == 0
         holder.kill()
         await crowd.began.wait()
@@ -93,35 +90,33 @@ async def test_the_turn_of_a_killed_process_goes_to_the_next(tmp_path: Path) -> 
 async def test_giving_up_ends_the_wait_at_once(tmp_path: Path) -> None:
     crowd = Crowd(tmp_path, at_once=1)
     async with asyncio.timeout(10), crowd.visitors(2):
-        await settled()
+        await reached(lambda: crowd.present == 1)
+        await settle()
         crowd.given_up.set()
-        await settled()
-        assert crowd.present == 2
+        await reached(lambda: crowd.present == 2)
 
 
 async def test_a_turn_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "_LONGEST_S", 0.01)
     crowd = Crowd(tmp_path, at_once=1)
     async with asyncio.timeout(10), crowd.visitors(2):
-        await settled()
-        assert crowd.present == 2
+        await reached(lambda: crowd.present == 2)
 
 
 async def test_a_wait_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "_PATIENCE_S", 0.01)
     crowd = Crowd(tmp_path, at_once=1)
     async with asyncio.timeout(10), crowd.visitors(2):
-        await settled()
-        assert crowd.present == 2
+        await reached(lambda: crowd.present == 2)
 
 
 async def test_a_wait_can_be_cancelled_and_leaves_nothing_open(tmp_path: Path) -> None:
     crowd = Crowd(tmp_path, at_once=1)
     async with asyncio.timeout(10), crowd.visitors(1):
-        await settled()
+        await reached(lambda: crowd.present == 1)
         before = open_files()
         waiting = asyncio.create_task(crowd.visit())
-        await settled()
+        await reached(lambda: open_files() != before)
         waiting.cancel()
         await asyncio.wait([waiting])
         assert open_files() == before
@@ -133,6 +128,5 @@ async def test_without_a_directory_for_turns_machines_start_without_one(
     (tmp_path / "file").touch()
     crowd = Crowd(tmp_path / "file", at_once=1)
     async with asyncio.timeout(10), crowd.visitors(2):
-        await settled()
-        assert crowd.present == 2
+        await reached(lambda: crowd.present == 2)
     assert "starts without one" in caplog.text

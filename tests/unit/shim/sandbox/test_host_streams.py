@@ -11,6 +11,7 @@ import pytest
 from shim.errors import DeadlineExceeded, InvalidArgument
 from shim.sandbox import host_streams, log_driver
 from shim.sandbox.host_streams import HostStreams, Stdio, read_chunk, write_all
+from tests.waiting import settle
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ async def test_output_written_before_the_reader_looks_is_not_lost(fifo: Path) ->
 
 async def test_opening_waits_for_a_reader_that_comes_late(fifo: Path) -> None:
     opening = asyncio.create_task(open_host_streams(Stdio(stdout=str(fifo))))
-    await asyncio.sleep(0.05)
+    await settle()
     assert not opening.done()
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     streams = await opening
@@ -103,7 +104,7 @@ async def test_stdin_ends_only_after_the_shim_and_the_client_let_go(fifo: Path) 
     os.close(writer)
     assert await read_chunk(streams.stdin) == b"first"
     second = asyncio.create_task(read_chunk(streams.stdin))
-    await asyncio.sleep(0.05)
+    await settle()
     assert not second.done()
     streams.close_stdin_writer()
     assert await second == b""
@@ -114,7 +115,7 @@ async def test_an_input_that_is_over_before_the_start_ends_with_its_client(fifo:
     streams = await open_host_streams(Stdio(stdin=str(fifo)))
     streams.close_stdin_writer()
     client = asyncio.create_task(asyncio.to_thread(fifo.write_bytes, b"early"))
-    await asyncio.sleep(0.05)
+    await settle()
     streams.open_stdin(str(fifo))
     await client
     assert await read_to_end(streams.stdin) == b"early"

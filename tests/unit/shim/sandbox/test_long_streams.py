@@ -12,6 +12,7 @@ from hypervisor import ChannelError
 from shim.agent.frames import END, framed
 from shim.agent.guest_streams import LONG_BYTES, LongStreams
 from shim.errors import Unavailable
+from tests.waiting import settle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -138,7 +139,7 @@ async def test_long_input_continues_over_a_connection_and_its_end_waits_for_the_
     machine.guest.sendall(END)
     await opened.write(REST)
     ending = asyncio.create_task(opened.end_input())
-    await asyncio.sleep(0.05)
+    await settle()
     assert not ending.done()
     assert machine.guest.recv(1000) == framed(b"stdin\0box\0exec") + framed(REST) + END
     machine.guest.shutdown(socket.SHUT_WR)

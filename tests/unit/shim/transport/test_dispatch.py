@@ -11,6 +11,7 @@ from proto.containerd import task_v2_pb2, task_v3_pb2
 from proto.kata import agent_pb2
 from shim.errors import DeadlineExceeded, Internal, Unimplemented
 from shim.transport.dispatch import Dispatch, snake_case
+from tests.waiting import settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -140,7 +141,7 @@ async def test_cancelling_the_call_cancels_the_handler_without_an_answer(
     misbehaving: Callable[..., Any], timeout_s: int | None
 ) -> None:
     call = asyncio.create_task(misbehaving("Kill").answer(b"", timeout_s=timeout_s))
-    await asyncio.sleep(0)
+    await settle()
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call

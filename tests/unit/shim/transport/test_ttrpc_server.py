@@ -20,6 +20,7 @@ from shim.errors import (
 )
 from shim.transport.ttrpc_codec import MAX_BODY, Frame, FrameDecoder, FrameType, encode_frame, encode_request
 from shim.transport.ttrpc_server import TtrpcServer
+from tests.waiting import settle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -224,7 +225,7 @@ async def test_draining_answers_calls_in_flight_and_ends_the_server(
     await client.send(request_frame(3, "Wait", task_v3_pb2.WaitRequest(id="one")))
     await tasks.waits_begun.acquire()
     draining = asyncio.create_task(ttrpc_server.drain(5))
-    await asyncio.sleep(0)
+    await settle()
     await client.send(request_frame(5))
     tasks.exits["one"].set_result(3)
     stream_id, response = await client.receive()
@@ -249,7 +250,7 @@ async def test_draining_gives_up_on_handlers_that_do_not_end(
 
 async def test_a_drained_server_accepts_no_connection(ttrpc_server: TtrpcServer, tmp_path: Path) -> None:
     await ttrpc_server.drain(1)
-    await asyncio.sleep(0)
+    await settle()
     with socket.socket(socket.AF_UNIX) as late, pytest.raises(ConnectionRefusedError):
         late.connect(str(tmp_path / "ttrpc"))
 
@@ -260,7 +261,7 @@ async def test_cancelling_the_server_cancels_its_handlers_and_hangs_up(
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "own"))
     serving = asyncio.create_task(TtrpcServer(dispatch).serve(listener))
-    await asyncio.sleep(0)
+    await settle()
     client = RawClient(tmp_path / "own")
     await client.send(request_frame(1, "Create", task_v3_pb2.CreateTaskRequest(id="one")))
     await client.receive()
