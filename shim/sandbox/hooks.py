@@ -201,7 +201,7 @@ class Hooks:
         try:
             failure = await running.wait(timeout_s=hook.timeout_s)
         finally:
-            running.close()
+            await running.close()
             if self._ledger is not None and record is not None:
                 self._ledger.undone(record)
         if failure:
@@ -270,18 +270,22 @@ class _Running:
         how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         return f"{how}{self._last_words()}"
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Kill it and all of its group if it still runs, and let go of it."""
-        if self._process.returncode is None:
-            # It is not reaped yet, so the id of its group cannot be another's.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(KILL_TIMEOUT_S)
-        loop = asyncio.get_running_loop()
-        for descriptor in (self._output, self._pidfd):
-            loop.remove_reader(descriptor)
-            os.close(descriptor)
+        try:
+            if self._process.returncode is None:
+                # It is not reaped yet, so the id of its group cannot be another's.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.pid, signal.SIGKILL)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(KILL_TIMEOUT_S):
+                        await self._exited.wait()
+                self._process.poll()
+        finally:
+            loop = asyncio.get_running_loop()
+            for descriptor in (self._output, self._pidfd):
+                loop.remove_reader(descriptor)
+                os.close(descriptor)
 
     def _read(self) -> None:
         with contextlib.suppress(BlockingIOError):

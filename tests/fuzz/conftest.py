@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.blocking import Detector, detected
 from tests.fuzz.peers import ServedShim
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _NIGHTLY = "nightly"
 _TEST_TIMEOUT_NIGHTLY_S = 3600
@@ -56,3 +61,12 @@ def shim(tmp_path_factory):
     with ServedShim(tmp_path_factory.mktemp("shim")) as served:
         yield served
         served.assert_sound()
+
+
+@pytest.fixture(autouse=True)
+def nothing_blocks_a_loop() -> Iterator[None]:
+    """Fail a test in which a call has held the event loop."""
+    with detected(Detector()) as detector:
+        yield
+    if detector.found:
+        pytest.fail("\n".join(["the event loop was held:", *detector.found]), pytrace=False)
