@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -10,6 +12,11 @@ from shim.agent.guest_names import agent_id
 from shim.errors import FailedPrecondition
 from shim.sandbox.host_streams import Stdio
 from shim.sandbox.process import TRANSITIONS, Input, Process, State
+
+if TYPE_CHECKING:
+    from shim.agent.guest_streams import GuestStreams
+    from shim.sandbox.host_streams import HostStreams
+    from shim.sandbox.stream_copying import StreamCopier
 
 
 def process_in(state: State) -> Process:
@@ -50,3 +57,75 @@ def test_an_exec_never_reuses_the_name_it_has_in_the_guest() -> None:
 
 def test_init_has_the_name_of_its_container_in_the_guest() -> None:
     assert Process("box", exec_id="", stdio=Stdio(), spec={}).agent_id == agent_id("box")
+
+
+@pytest.mark.parametrize("happening", Input, ids=str)
+@pytest.mark.parametrize("state", State, ids=str)
+def test_what_the_table_lacks_is_refused_before_any_work(state: State, happening: Input) -> None:
+    process = process_in(state)
+    if (state, happening) in TRANSITIONS:
+        process.require(happening)
+    else:
+        with pytest.raises(
+            FailedPrecondition, match=f"{happening.value}: container box: it is {state.value}"
+        ):
+            process.require(happening)
+    assert process.state is state
+
+
+def test_an_exec_is_named_with_its_container() -> None:
+    process = Process("box", exec_id="shell", stdio=Stdio(), spec={})
+    assert str(process) == "exec shell of box"
+    assert process.event_id == "shell"
+
+
+class Ends:
+    """Streams that remember whether they are open."""
+
+    def __init__(self) -> None:
+        self.are_open = True
+
+    def close(self) -> None:
+        self.are_open = False
+
+    close_all = close
+
+
+def test_both_ends_of_the_streams_are_closed_once() -> None:
+    process = process_in(State.STOPPED)
+    process.close_streams()
+    host, guest = Ends(), Ends()
+    process.host_streams, process.guest_streams = cast("HostStreams", host), cast("GuestStreams", guest)
+    process.close_streams()
+    assert (host.are_open, guest.are_open) == (False, False)
+    assert process.host_streams is None
+
+
+class Copier:
+    """A copier whose client has read everything, or never will."""
+
+    def __init__(self, *, is_read: bool) -> None:
+        self._is_read = is_read
+
+    async def drained(self, _following: set[asyncio.Task[None]]) -> bool:
+        return self._is_read
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+async def test_output_that_is_not_read_is_dropped_with_a_line_in_the_log(
+    caplog: pytest.LogCaptureFixture, *, is_read: bool
+) -> None:
+    process = process_in(State.STOPPED)
+    await process.drained()
+    endless = asyncio.Event()
+
+    async def follow() -> None:
+        await endless.wait()
+
+    process.following = asyncio.create_task(follow())
+    process.copier = cast("StreamCopier", Copier(is_read=is_read))
+    await process.drained()
+    assert process.following.cancelled() is not is_read
+    assert ("output not read" in caplog.text) is not is_read
+    endless.set()
+    await asyncio.wait([process.following])
