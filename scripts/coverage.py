@@ -74,7 +74,7 @@ def measure(tests: list[str]) -> dict[str, Any]:
         argv = [
             *(sys.executable, "-m", "pytest", "--quiet", "--no-header", "-p", "no:cacheprovider", *tests),
             *(f"--cov={package}" for package in PACKAGES),
-            *("-n", "2", "--cov-branch", f"--cov-report=json:{report}", "--cov-report="),
+            *("--cov-branch", f"--cov-report=json:{report}", "--cov-report="),
         ]
         environment = {**os.environ, "COVERAGE_FILE": str(Path(place, "data"))}
         subprocess.run(argv, cwd=TOP, env=environment, check=True)

@@ -45,7 +45,7 @@ class ByFileAndStack(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no
 class Turns:
     """When a lane may run a test: beside the others, or by itself.
 
-    Whoever wants to be alone stands in the door until the room is empty, so that nobody enters before.
+    A test that must run alone holds the door until the room is empty, so that no other enters before it.
 
     :param directory: one that all lanes know.
     """

@@ -153,7 +153,7 @@ def test_it_is_read_only_where_that_is_asked_for(users: Users) -> None:
     assert "Read-only file system" in users.sidecar.shell("echo x >/read/no").stderr
 
 
-def test_it_holds_no_more_than_its_limit_which_is_memory_of_who_fills_it(users: Users) -> None:
+def test_it_holds_no_more_than_its_limit_and_counts_as_memory_of_the_writer(users: Users) -> None:
     held = "awk '$1 == \"shmem\" {print $2}' /sys/fs/cgroup/memory.stat"
     before = users.app.shell(held).stdout
     full = users.app.exec("dd", "if=/dev/zero", "of=/cache/large", "bs=64k", f"count={2 * SIZE_MIB * 16}")

@@ -42,7 +42,7 @@ def slow_unmounting(pid: int, trace: Path) -> Iterator[None]:
 
 @pytest.mark.mainly
 @pytest.mark.timeout(240)
-def test_a_slow_unmount_holds_up_nobody_else_and_leaves_nothing(
+def test_a_slow_unmount_delays_no_other_pod_and_leaves_nothing(
     stack: Stack, new_pod: Callable[..., Pod], tmp_path: Path
 ) -> None:
     if not stack.is_hako:

@@ -70,6 +70,6 @@ def test_a_port_of_the_pod_is_forwarded(duo: Duo) -> None:
 
 
 @pytest.mark.mainly
-def test_a_port_that_nobody_serves_is_refused_by_an_error(duo: Duo) -> None:
+def test_a_port_without_a_server_is_refused_with_an_error(duo: Duo) -> None:
     with duo.pod.forward(9) as stream:
         assert b"refused" in stream.read_all()[1]

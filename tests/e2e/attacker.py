@@ -123,7 +123,7 @@ class Attacker:
         return str(self.sentinels[0].path)
 
     def run(self, script: str) -> str:
-        """Run a shell script in the container and return all it printed, whatever became of it."""
+        """Run a shell script in the container and return all it printed, even if it failed."""
         said = self.box.output("sh", "-c", f"exec 2>&1\n{script}\ntrue")
         self.said.append(said)
         return said

@@ -266,7 +266,7 @@ class Containerd:
             time.sleep(0.05)
 
     def remove(self, container: str) -> None:
-        """Kill and delete a container and its task, whatever state they are in."""
+        """Kill and delete a container and its task, in any state."""
         if container in self.tasks():
             self.ctr("task", "kill", "--signal", "9", "--all", container)
             with contextlib.suppress(TimeoutError):

@@ -1,4 +1,4 @@
-"""One container brought to an exact moment of its life, and whoever can be killed at that moment."""
+"""A container at an exact moment of its life, and the processes that can be killed at that moment."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Life:
             os.close(output)
 
     def kill(self, victim: str) -> None:
-        """Kill whoever it is, now, or as soon as it exists."""
+        """Kill a process of the sandbox, now or as soon as it exists."""
         if victim == "guest":
             os.write(self._door, b"echo c > /proc/sysrq-trigger\n")
         elif victim == "containerd":
@@ -153,7 +153,7 @@ class Life:
         return seen[-1]
 
     def remove(self) -> None:
-        """Delete every task and container as a user would, whatever is left of them.
+        """Delete every task and container as a user would, in any state.
 
         :raises AssertionError: if ``ctr`` cannot.
         """

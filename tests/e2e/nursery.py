@@ -146,7 +146,7 @@ class Nursery:
         self.took_s[reply["pid"]] = reply["took_s"]
 
     def descendants(self) -> Iterator[Process]:
-        """Yield every living process below the subreaper, at whatever depth and however detached.
+        """Yield every living process below the subreaper, at any depth, detached or not.
 
         Zygotes are left out: they serve no container, may come up at any time, and end with the containerd
         that they belong to, or with the nursery.

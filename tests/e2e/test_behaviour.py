@@ -167,9 +167,7 @@ def test_a_container_lives_in_a_namespace_of_the_longest_name(
     assert ctr("run", "--rm", "--runtime", containerd.runtime, IMAGE, box, "echo", "here") == "here\n"
 
 
-def test_a_shim_whose_last_container_is_gone_ends_though_nobody_tells_it_to(
-    one_stack: Stack, tmp_path: Path
-) -> None:
+def test_a_shim_ends_by_itself_after_its_last_container(one_stack: Stack, tmp_path: Path) -> None:
     # As after the death of a containerd between Delete and Shutdown: 1.6 does not take it up again.
     with ByHand(one_stack, tmp_path) as box:
         box.call("Kill", signal=9)

@@ -1,4 +1,4 @@
-"""What makes shims start faster may die whenever it likes: no container notices."""
+"""The zygote may die at any moment: no container notices."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_death_of_the_zygote_hurts_no_shim(
     "delay_s",
     [0.01, *(pytest.param(each, marks=pytest.mark.nightly) for each in (0, 0.005, 0.02, 0.04, 0.08))],
 )
-def test_the_death_of_whoever_does_a_start_leaves_nothing(
+def test_the_death_of_the_process_that_starts_leaves_nothing(
     one_stack: Stack, with_zygote: None, home: Path, delay_s: float
 ) -> None:
     with Life(one_stack, home) as life:
@@ -103,7 +103,7 @@ def test_the_death_of_whoever_does_a_start_leaves_nothing(
 @pytest.mark.parametrize(
     "delay_s", [0.1, *(pytest.param(each, marks=pytest.mark.nightly) for each in (0, 0.05, 0.2, 0.4))]
 )
-def test_the_death_of_whoever_does_a_delete_leaves_nothing(
+def test_the_death_of_the_process_that_deletes_leaves_nothing(
     one_stack: Stack, with_zygote: None, home: Path, delay_s: float
 ) -> None:
     with Life(one_stack, home) as life:

@@ -1,4 +1,4 @@
-"""Every byte arrives, once and in order, whatever the size, the channel and the pace of the reader."""
+"""Every byte arrives once and in order, for any size, channel and pace of the reader."""
 
 from __future__ import annotations
 

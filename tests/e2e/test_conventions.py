@@ -88,7 +88,7 @@ def test_a_user_who_is_added_later_has_a_home(odd: Described) -> None:
     assert odd.shell(OWN_HOME, user={"uid": 77, "gid": 77}) == "HOME=/home/late\n"
 
 
-def test_an_exec_is_killed_for_memory_as_readily_as_its_container_whatever_it_asks_for(
+def test_an_exec_has_the_oom_score_of_its_container_and_not_its_own(
     odd: Described,
 ) -> None:
     show = "cat /proc/1/oom_score_adj /proc/self/oom_score_adj"
@@ -108,7 +108,7 @@ def test_an_exec_has_its_own_user_groups_and_privileges_and_no_limit_of_the_cont
     assert said.split()[-1] != "512"
 
 
-def test_a_user_may_open_his_own_streams_again(odd: Described) -> None:
+def test_a_user_may_open_their_own_streams_again(odd: Described) -> None:
     _, said = odd.exec("sh", "-c", "echo out >/dev/stdout; echo err >/dev/stderr", user=UNKNOWN)
     assert sorted(said.split()) == ["err", "out"]
 

@@ -1,4 +1,4 @@
-"""However dead or deaf the others are, a call on a task ends in time."""
+"""A call on a task ends in time, even if other processes of the sandbox are dead or stopped."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_state_is_told_at_once_though_the_guest_hangs(life: Life) -> None:
 
 
 @pytest.mark.parametrize("deaf", ["QEMU", "virtio-fs daemon", "vsock daemon"])
-def test_sigkill_ends_a_task_though_someone_in_its_sandbox_hangs(life: Life, deaf: str) -> None:
+def test_sigkill_ends_a_task_while_a_process_of_its_sandbox_hangs(life: Life, deaf: str) -> None:
     life.signal(deaf, signal.SIGSTOP)
 
     started = time.monotonic()
@@ -65,7 +65,7 @@ def test_sigkill_ends_a_task_though_someone_in_its_sandbox_hangs(life: Life, dea
 
 
 @pytest.mark.parametrize("deaf", ["QEMU", "virtio-fs daemon", "vsock daemon"])
-def test_a_stopped_task_can_be_deleted_though_someone_in_its_sandbox_hangs(life: Life, deaf: str) -> None:
+def test_a_stopped_task_can_be_deleted_while_a_process_of_its_sandbox_hangs(life: Life, deaf: str) -> None:
     life.tasks.call("Kill", life.id, signal=signal.SIGKILL)
     life.wait_for_state({"STOPPED"}, timeout_s=KILL_S)
     life.signal(deaf, signal.SIGSTOP)
@@ -82,7 +82,7 @@ def test_delete_of_a_dead_sandbox_takes_less_than_a_second_and_may_be_repeated(
 ) -> None:
     bundle = stack.containerd.state / "io.containerd.runtime.v2.task" / NAMESPACE / life.id
     state_directory = (bundle / "hako").readlink()
-    stack.containerd.stop(how=signal.SIGKILL)  # so that nobody else cleans up
+    stack.containerd.stop(how=signal.SIGKILL)  # so that it does not clean up
     life.signal("shim", signal.SIGKILL)
     until(lambda: not life.processes("qemu-system-x86_64"), what="QEMU died with its shim")
     assert state_directory.is_dir()

@@ -244,7 +244,7 @@ def test_a_path_that_changes_all_the_time_leads_nowhere_else(attacker: Attacker)
     assert said
 
 
-def test_directories_that_move_while_somebody_is_in_them_lead_nowhere_else(attacker: Attacker) -> None:
+def test_a_directory_that_moves_while_it_is_read_leads_nowhere_else(attacker: Attacker) -> None:
     move = f"""
         mkdir -p /inner/a/b/c /vol/out; cd /vol
         end=$(( $(date +%s) + {RACE_S} ))
@@ -352,7 +352,7 @@ def test_attributes_and_handles_of_files_open_nothing(attacker: Attacker) -> Non
     assert outcomes["chmod"] == {"done"}
 
 
-def test_names_and_depths_without_end_harm_nobody(attacker: Attacker) -> None:
+def test_endless_names_and_depths_do_no_harm(attacker: Attacker) -> None:
     said = attacker.run_as_guest("""
         cat > $ME/attempt.py <<'END'
 import errno, os, sys

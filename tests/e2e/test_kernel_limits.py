@@ -78,7 +78,7 @@ def test_a_program_may_have_as_much_as_on_a_host_of_the_machines_size(either_sta
 
 
 @pytest.mark.hako
-def test_growth_raises_limits_but_for_those_that_somebody_has_set(one_stack: Stack, tmp_path: Path) -> None:
+def test_growth_raises_all_limits_except_those_set_by_hand(one_stack: Stack, tmp_path: Path) -> None:
     names = ["kernel/threads-max", "fs/epoll/max_user_watches", "fs/inotify/max_user_watches"]
     chosen = {"fs.inotify.max_user_watches": "9001"}
     with ByHand(one_stack, tmp_path, linux={"sysctl": chosen}, capabilities=["CAP_SYS_ADMIN"]) as box:

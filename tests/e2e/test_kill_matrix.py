@@ -1,4 +1,4 @@
-"""Whoever dies, and whenever: containerd learns of it, a user can clean up, and nothing is left."""
+"""A process of the sandbox dies at any moment: containerd learns of it, and cleaning up leaves nothing."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def see_a_death(stack: Stack, home: Path, victim: str, phase: str, *, lasting: s
         life.remove()
         exits = life.exits.of(life.id)
         assert set(exits) <= {128 + signal.SIGKILL}
-        # containerd itself reports the exit of whatever task it still has when a shim is gone.
+        # containerd itself reports the exit of a task that it still has when its shim is gone.
         assert len(exits) <= (2 if victim == "shim" and phase in {"stopping", "during delete"} else 1)
         if (victim, phase) == ("shim", "during start"):
             # containerd runs no cleanup for a shim that dies before it was connected to: what it left behind

@@ -1,4 +1,4 @@
-"""Whoever dies of a sandbox that was cloned from a template: it ends as one that was booted."""
+"""A cloned sandbox of which a process dies ends as a booted one does."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def pod(outside: Space) -> Iterator[Space]:
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     file = tmp_path_factory.mktemp("disk") / "disk"
     file.write_bytes(DISK)
-    argv = ["/usr/sbin/losetup", "--find", "--show", file]
+    argv: list[str | Path] = ["/usr/sbin/losetup", "--find", "--show", file]
     device = Path(subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip())
     yield device
     subprocess.run(["/usr/sbin/losetup", "--detach", device], check=True)
@@ -176,6 +176,6 @@ def test_a_hundred_clones_answer(one_stack: Stack, capsys: pytest.CaptureFixture
                 took_s[phase.name].append(phase.ended_s - phase.began_s)
     assert log.read_text(encoding="utf-8").count(": cloned") - before == CLONES
     with capsys.disabled():
-        for phase, times_s in took_s.items():
+        for step, times_s in took_s.items():
             middle, worst = statistics.median(times_s), max(times_s)
-            print(f"\n{phase}: median {middle:.1f} s, worst {worst:.1f} s", end="")
+            print(f"\n{step}: median {middle:.1f} s, worst {worst:.1f} s", end="")

@@ -1,4 +1,4 @@
-"""Machines are cloned from a template where there is one; whatever is wrong with it, containers run."""
+"""Machines are cloned from a template if there is one; containers also run if the template is broken."""
 
 from __future__ import annotations
 

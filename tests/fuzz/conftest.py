@@ -18,6 +18,10 @@ from tests.fuzz.peers import ServedShim
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Any
+
+    from _pytest.python import Function
+    from pytest_asyncio.plugin import Coroutine
 
 _NIGHTLY = "nightly"
 _TEST_TIMEOUT_NIGHTLY_S = 3600
@@ -46,7 +50,7 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HAKO_FUZZ", "normal"))
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items: list[Function | Coroutine]) -> None:
     if os.environ.get("HAKO_FUZZ") == _NIGHTLY:
         for item in items:
             if "tests/fuzz" in item.nodeid:
@@ -54,7 +58,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def shim(tmp_path_factory):
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A process with the real services over a sandbox whose machine is a well-behaved agent."""
     if os.geteuid() != 0:
         pytest.skip("a shim mounts file systems: root is required")

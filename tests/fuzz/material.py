@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message_factory import GetMessageClass
 from hypothesis import strategies as st
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+    from google.protobuf.message import Message
+
 
 LONG = "x" * 300
 
@@ -41,7 +49,7 @@ _INTEGERS = {
 }
 
 
-def _scalars(field):
+def _scalars(field: FieldDescriptor) -> st.SearchStrategy[Any]:
     if field.type in _INTEGERS:
         low, high = _INTEGERS[field.type]
         return st.one_of(
@@ -52,12 +60,13 @@ def _scalars(field):
     if field.type == FieldDescriptor.TYPE_STRING:
         return texts
     if field.type == FieldDescriptor.TYPE_ENUM:
-        return st.sampled_from([value.number for value in field.enum_type.values])
+        kinds: Any = field.enum_type
+        return st.sampled_from([value.number for value in kinds.values])
     return st.binary(max_size=30)
 
 
 @st.composite
-def messages(draw, descriptor, *, depth=4):
+def messages(draw: Callable[..., Any], descriptor: Any, *, depth: int = 4) -> Message:
     """A message with any of its fields set to anything of the right type."""
     message = GetMessageClass(descriptor)()
     fields = [field for field in descriptor.fields if depth or field.message_type is None]
@@ -86,7 +95,7 @@ def messages(draw, descriptor, *, depth=4):
 
 
 @st.composite
-def bent(draw, valid):
+def bent(draw: Callable[..., Any], valid: st.SearchStrategy[Any]) -> bytes:
     """Bytes with a few random edits.
 
     :param valid: a strategy for the bytes.
@@ -125,7 +134,7 @@ json_values = st.recursive(
 )
 
 
-def _places(value, path=()):
+def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     yield path
     if isinstance(value, dict):
         for key in value:
@@ -136,7 +145,7 @@ def _places(value, path=()):
 
 
 @st.composite
-def bent_json(draw, valid):
+def bent_json(draw: Any, valid: Any) -> Any:
     """A valid value in which some parts are missing, doubled or something else.
 
     :param valid: the value, of dicts, lists and scalars.

@@ -1,4 +1,4 @@
-"""Clients of a served shim that say whatever they are told to, and what every answer must look like."""
+"""Clients that send a served shim any bytes, and the rules that every answer follows."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 
 from proto import ttrpc_pb2
 from proto.containerd import task_v3_pb2
-from shim.transport.ttrpc_codec import Frame, FrameDecoder, encode_request
+from shim.transport.ttrpc_codec import Frame, FrameDecoder, OversizedFrame, encode_request
+
+if TYPE_CHECKING:
+    from typing import Any, Self
+
 
 TASK = "containerd.task.v3.Task"
 ANSWER_TIMEOUT_S = 15.0
@@ -46,13 +51,13 @@ class TtrpcPeer:
         self._frames: list[Frame] = []
         self._stream_id = -1
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.socket.close()
 
-    def call(self, method: str, payload: bytes, *, service: str = TASK, timeout_s: float = 0):
+    def call(self, method: str, payload: bytes, *, service: str = TASK, timeout_s: float = 0) -> Any:
         """Make one call and return code, message and payload of its answer."""
         self._stream_id += 2
         self.socket.sendall(
@@ -72,21 +77,22 @@ class TtrpcPeer:
                 assert_contract(response.status.code, response.status.message)
                 return response.status.code, response.status.message, response.payload
 
-    def ask(self, method: str, request) -> int:
+    def ask(self, method: str, request: Any) -> int:
         """Make one call with a message and return the code of its answer."""
-        return self.call(method, request.SerializeToString())[0]
+        code: int = self.call(method, request.SerializeToString())[0]
+        return code
 
     def _next(self) -> Frame:
         while not self._frames:
             data = self.socket.recv(1 << 20)
             assert data, "the shim hung up on a valid request"
-            self._frames += self._decoder.feed(data)
+            self._frames += [frame for frame in self._decoder.feed(data) if isinstance(frame, Frame)]
         return self._frames.pop(0)
 
-    def say(self, data: bytes) -> list[Frame]:
+    def say(self, data: bytes) -> list[Frame | OversizedFrame]:
         """Send bytes of any kind while reading; return what is answered at once."""
         self.socket.setblocking(False)
-        frames = []
+        frames: list[Frame | OversizedFrame] = []
         view = memoryview(data)
         with selectors.DefaultSelector() as selector:
             selector.register(self.socket, selectors.EVENT_READ | selectors.EVENT_WRITE)
@@ -115,7 +121,7 @@ class ServedShim:
         self.bundle = self.write_bundle("bundle", spec)
         self._log = directory / "log"
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.fuzz.served_shim", str(self.directory)],
@@ -123,17 +129,17 @@ class ServedShim:
                 stdout=subprocess.PIPE,
                 stderr=log,
             )
+        assert self.process.stdout is not None
         assert self.process.stdout.readline() == b"ready\n", self._log.read_text()
         self._witness = self.connect()
         self.channel = grpc.insecure_channel(f"unix:{self.directory / 'grpc'}")
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.channel.close()
         self._witness.socket.close()
         self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
+        self.process.communicate()
 
     def write_bundle(self, name: str, spec: str) -> Path:
         """Have a bundle with any text for a specification."""
@@ -154,11 +160,11 @@ class ServedShim:
         assert task_v3_pb2.ConnectResponse.FromString(payload).shim_pid == self.process.pid
 
     def ensure_running(self, container: str = "box", exec_id: str = "shell") -> None:
-        """Have a running container with a running exec, whatever the last case did to it."""
+        """Have a running container with a running exec, in any state after the last case."""
         peer = self._witness
         if peer.ask("State", task_v3_pb2.StateRequest(id=container)):
-            request = task_v3_pb2.CreateTaskRequest(id=container, bundle=str(self.bundle))
-            assert peer.ask("Create", request) == 0
+            create = task_v3_pb2.CreateTaskRequest(id=container, bundle=str(self.bundle))
+            assert peer.ask("Create", create) == 0
         state = task_v3_pb2.StateRequest(id=container)
         if task_v3_pb2.StateResponse.FromString(peer.call("State", state.SerializeToString())[2]).status == 1:
             assert peer.ask("Start", task_v3_pb2.StartRequest(id=container)) == 0

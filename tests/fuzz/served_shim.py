@@ -14,6 +14,7 @@ import socket
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message_factory import GetMessageClass
@@ -41,58 +42,67 @@ from shim.transport.dispatch import Dispatch, snake_case
 from shim.transport.grpc_server import serve_grpc
 from shim.transport.ttrpc_server import TtrpcServer
 
+if TYPE_CHECKING:
+    from typing import Any
+
+    from hypervisor import Hypervisor
+    from shim.machine.machine import Machine
+    from shim.machine.resizing import Resizer
+    from shim.network.network import Network
+
+
 _SERVICE = agent_pb2.DESCRIPTOR.services_by_name["AgentService"]
 
 
 class HonestAgent:
     """A guest agent in which processes live until they are killed and write nothing."""
 
-    def __init__(self):
-        self._ended = collections.defaultdict(asyncio.Event)
+    def __init__(self) -> None:
+        self._ended: collections.defaultdict[Any, asyncio.Event] = collections.defaultdict(asyncio.Event)
         for method in _SERVICE.methods:
             name = snake_case(method.name)
             if not hasattr(self, name):
                 setattr(self, name, partial(self._agree, GetMessageClass(method.output_type)))
 
-    async def _agree(self, reply, _request):
+    async def _agree(self, reply: Any, _request: Any) -> Any:
         return reply()
 
-    async def get_guest_details(self, _request):
+    async def get_guest_details(self, _request: Any) -> Any:
         details = agent_pb2.AgentDetails(extra_features=["hako"], supports_seccomp=True)
         return agent_pb2.GuestDetailsResponse(agent_details=details)
 
-    async def signal_process(self, request):
+    async def signal_process(self, request: Any) -> Any:
         if request.signal == signal.SIGKILL:
             self._end(request.container_id, request.exec_id)
         return Empty()
 
-    async def remove_container(self, request):
+    async def remove_container(self, request: Any) -> Any:
         self._end(request.container_id, "")
         return Empty()
 
-    def _end(self, container_id, exec_id):
+    def _end(self, container_id: Any, exec_id: Any) -> None:
         for (container, process), ended in self._ended.items():
             if container == container_id and exec_id in {"", process}:
                 ended.set()
 
-    async def create_container(self, request):
+    async def create_container(self, request: Any) -> Any:
         self._ended[request.container_id, request.exec_id] = asyncio.Event()
         return Empty()
 
-    async def wait_process(self, request):
+    async def wait_process(self, request: Any) -> Any:
         await self._ended[request.container_id, request.exec_id].wait()
         return agent_pb2.WaitProcessResponse(status=137)
 
-    async def read_stdout(self, request):
+    async def read_stdout(self, request: Any) -> Any:
         await self._ended[request.container_id, request.exec_id].wait()
         return agent_pb2.ReadStreamResponse()
 
     read_stderr = read_stdout
 
-    async def get_oom_event(self, _request):
+    async def get_oom_event(self, _request: Any) -> None:
         await asyncio.Event().wait()
 
-    async def check(self, _request):
+    async def check(self, _request: Any) -> Any:
         return health_pb2.HealthCheckResponse()
 
 
@@ -101,13 +111,13 @@ class Pretence:
 
     pid = 1
 
-    def __init__(self, directory):
+    def __init__(self, directory: Any) -> None:
         self.share = directory / "share"
 
-    def share_daemons(self):
+    def share_daemons(self) -> Any:
         return []
 
-    async def do_nothing(self, *_):
+    async def do_nothing(self, *_: Any) -> None:
         return
 
     rescan = changed = grow = shrink = switch_off = do_nothing
@@ -116,22 +126,24 @@ class Pretence:
 class MachinelessSandbox(Sandbox):
     """A sandbox without a machine, and an agent that is there from the beginning."""
 
-    def __init__(self, context):
+    def __init__(self, context: Any) -> None:
         self.pretence = Pretence(context.directory)
-        super().__init__(context, self.pretence)
+        super().__init__(context, cast("Machine", self.pretence))
 
-    def containers(self):
-        return Containers(self._context, self, SharedVolumes.of(self.pretence, work=self.work))
+    def containers(self) -> Any:
+        return Containers(
+            self._context, self, SharedVolumes.of(cast("Machine", self.pretence), work=self.work)
+        )
 
-    async def admit(self, agent):
+    async def admit(self, agent: Agent) -> None:
         self.pretence.share.mkdir()
         self._apply(Happening.START)
         self._apply(Happening.READY)
         self._now = RunningMachine(
-            vm=None,
+            vm=cast("Hypervisor", None),
             agent=agent,
-            network=self.pretence,
-            resizer=self.pretence,
+            network=cast("Network", self.pretence),
+            resizer=cast("Resizer", self.pretence),
             accelerator=Accelerator.KVM,
             channel=Channel.VIRTIO_SERIAL,
             began_s=0.0,
@@ -140,20 +152,20 @@ class MachinelessSandbox(Sandbox):
         self._settled.set()
         self.work.spawn(self._end_with(agent), name="end")
 
-    async def _end_with(self, agent):
+    async def _end_with(self, agent: Any) -> None:
         await agent.wait_closed()
         self._apply(Happening.GONE)
         self._conclude(Unavailable("the agent is gone"))
 
 
-def listen(path):
+def listen(path: str) -> Any:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen(100)
     return listener
 
 
-async def serve(directory):
+async def serve(directory: Any) -> None:
     state = directory / "state"
     state.mkdir()
     record = StartRecord(
@@ -205,7 +217,7 @@ async def serve(directory):
             await asyncio.Event().wait()
 
 
-def protect_host(directory):
+def protect_host(directory: Any) -> None:
     """Let hostile requests write nowhere but below ``directory``, and mount nothing that others see."""
     mounts.enter_private_namespace()
     mounts.mount(str(directory), directory, flags=mounts.MS_BIND)
@@ -214,7 +226,7 @@ def protect_host(directory):
         mounts.mount("none", Path(target), flags=mounts.MS_BIND | mounts.MS_REMOUNT | mounts.MS_RDONLY)
 
 
-def main():
+def main() -> None:
     directory = Path(sys.argv[1])
     configure("info")
     protect_host(directory)

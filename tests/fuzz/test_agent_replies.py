@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import socket
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from google.protobuf.message_factory import GetMessageClass
@@ -29,10 +30,21 @@ from shim.sandbox.context import Context
 from shim.sandbox.work import Work
 from shim.services.task import TaskService
 from shim.transport.ttrpc_client import TtrpcClient
-from shim.transport.ttrpc_codec import Frame, FrameDecoder, FrameType, encode_frame
+from shim.transport.ttrpc_codec import Frame, FrameDecoder, FrameType, OversizedFrame, encode_frame
 from tests.fuzz.material import bent, messages
 from tests.fuzz.peers import header
 from tests.fuzz.served_shim import MachinelessSandbox
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+    from typing import Any
+
+    from google.protobuf.message import Message
+
+    from shim.sandbox.guest_container import GuestContainer
+    from shim.telemetry.events import Publisher
+
 
 CASES = settings().max_examples
 CALL_TIMEOUT_S = 0.02
@@ -56,13 +68,13 @@ _ANSWERED = (
 )
 
 
-def response(payload=b"", *, code=0, message=""):
+def response(payload: bytes = b"", *, code: int = 0, message: str = "") -> bytes:
     status = ttrpc_pb2.Status(code=code, message=message) if code else None
     return ttrpc_pb2.Response(payload=payload, status=status).SerializeToString()
 
 
 @st.composite
-def deeds(draw):
+def deeds(draw: Callable[..., Any]) -> tuple[str, bytes, int, dict[str, bytes]]:
     """What the agent does on one request, as a function of its method and stream id."""
     kind = draw(
         st.sampled_from(
@@ -94,7 +106,7 @@ def deeds(draw):
     return kind, noise, code, payloads
 
 
-def answer(deed, method, stream_id):
+def answer(deed: tuple[str, bytes, int, dict[str, Any]], method: str, stream_id: int) -> bytes | None:
     """The bytes of one deed; None for the end of the connection."""
     kind, noise, code, payloads = deed
     honest = encode_frame(stream_id, FrameType.RESPONSE, response())
@@ -119,14 +131,16 @@ def answer(deed, method, stream_id):
 
 
 class HostileAgent:
-    """The guest's end of the connection: honest until the script begins, then whatever it says."""
+    """The guest's end of the connection: honest until the script begins, which it then follows."""
 
-    def __init__(self, connection, script):
+    def __init__(
+        self, connection: socket.socket, script: list[tuple[str, bytes, int, dict[str, Any]]]
+    ) -> None:
         self._connection = connection
         self._script = collections.deque(script)
         self.hostile = False
 
-    async def serve(self):
+    async def serve(self) -> None:
         loop = asyncio.get_running_loop()
         decoder = FrameDecoder()
         with contextlib.suppress(ConnectionError):
@@ -138,7 +152,7 @@ class HostileAgent:
                         return
                     await loop.sock_sendall(self._connection, said)
 
-    def _answer(self, frame):
+    def _answer(self, frame: Frame | OversizedFrame) -> bytes | None:
         assert isinstance(frame, Frame)
         method = ttrpc_pb2.Request.FromString(frame.body).method
         if self.hostile and self._script:
@@ -154,30 +168,30 @@ class HostileAgent:
 class Events:
     """Where the sandbox publishes to."""
 
-    def __init__(self):
-        self.all = []
+    def __init__(self) -> None:
+        self.all: list[tuple[str, bytes]] = []
 
-    def publish(self, topic, message):
+    def publish(self, topic: str, message: Message) -> None:
         self.all.append((topic, message.SerializeToString()))
 
     @property
-    def exits(self):
+    def exits(self) -> list[events_pb2.TaskExit]:
         return [events_pb2.TaskExit.FromString(data) for topic, data in self.all if topic == "/tasks/exit"]
 
 
 class Defects(logging.Handler):
     """Everything logged with a traceback: nothing that a guest says may lead there."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(logging.ERROR)
-        self.found = []
+        self.found: list[str] = []
 
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info:
             self.found.append(self.format(record))
 
 
-CALLS = (
+CALLS: tuple[tuple[str, Any], ...] = (
     ("create", task_v3_pb2.CreateTaskRequest(id="box")),
     ("start", task_v3_pb2.StartRequest(id="box")),
     ("stats", task_v3_pb2.StatsRequest(id="box")),
@@ -200,9 +214,9 @@ for _name, _request in CALLS:
         _request.resources.type_url, _request.resources.value = "LinuxResources", b"{}"
 
 
-async def life(directory, script, begin):
+async def life(directory: Path, script: list[tuple[str, bytes, int, dict[str, Any]]], begin: int) -> Events:
     """One container's life with an agent that turns hostile at call number ``begin``."""
-    failures = []
+    failures: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
@@ -215,7 +229,7 @@ async def life(directory, script, begin):
             context = Context(
                 record=record(directory),
                 config=Config(),
-                publisher=events,
+                publisher=cast("Publisher", events),
                 ledger=ledger,
                 work=Work(group),
                 leave=lambda: None,
@@ -233,7 +247,7 @@ async def life(directory, script, begin):
             finally:
                 theirs.shutdown(socket.SHUT_RDWR)
                 await agent.aclose()
-                for container in list(containers._all.values()):
+                for container in cast("list[GuestContainer]", list(containers._all.values())):
                     await container.init.exited.wait()
                     async with container.lock:  # a delete that its client gave up goes on
                         await container._files.take_back()
@@ -245,7 +259,7 @@ async def life(directory, script, begin):
     return events
 
 
-async def go_through(service, hostile, begin, directory):
+async def go_through(service: TaskService, hostile: HostileAgent, begin: int, directory: Path) -> None:
     for number, (method, request) in enumerate(CALLS, start=1):
         hostile.hostile = hostile.hostile or number >= begin
         if method == "create":
@@ -259,10 +273,11 @@ async def go_through(service, hostile, begin, directory):
             continue
 
 
-def record(directory):
+def record(directory: Path) -> StartRecord:
     names = ("grpc_address", "ttrpc_address", "publish_binary", "config_text", "config_source", "socket_path")
+    empty: dict[str, Any] = dict.fromkeys(names, "")
     return StartRecord(
-        **dict.fromkeys(names, ""),
+        **empty,
         namespace="fuzz",
         id="box",
         bundle=str(directory / "bundle"),
@@ -275,7 +290,7 @@ def record(directory):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if os.geteuid() != 0:
         pytest.skip("a container's root file system is mounted: root is required")
     directory = tmp_path_factory.mktemp("sandbox")
@@ -291,7 +306,7 @@ def place(tmp_path_factory):
 @example(script=[("agree", b"", 0, None)] * 40, begin=2)
 @example(script=[("close", b"", 0, None)], begin=2)
 @example(script=[("huge", b"x", 0, None)] * 20, begin=2)
-def test_any_replies(place, script, begin):
+def test_any_replies(place: Path, script: list[tuple[str, bytes, int, dict[str, Any]]], begin: int) -> None:
     defects = Defects()
     logging.getLogger().addHandler(defects)
     try:
@@ -309,7 +324,7 @@ def test_any_replies(place, script, begin):
 
 
 @pytest.mark.parametrize("status", [-1, 256, 2**31 - 1, -(2**31)])
-async def test_an_exit_status_that_no_process_has_is_unknown(status):
+async def test_an_exit_status_that_no_process_has_is_unknown(status: int) -> None:
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     agent = Agent(await TtrpcClient.over(ours))

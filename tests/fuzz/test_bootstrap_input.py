@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -16,12 +17,18 @@ from shim.bootstrap.wire import NotProtobufError, decode_options, decode_params
 from shim.refusal import Refusal
 from tests.fuzz.material import LONG, bent, json_values, messages, texts
 
+if TYPE_CHECKING:
+    from typing import Any
+
+    import pytest
+
+
 CASES = settings().max_examples
 
 LINE = CommandLine(namespace="default", id="box", address="/run/containerd/containerd.sock")
 
 
-def parameters(**fields):
+def parameters(**fields: Any) -> bootstrap_v1_pb2.BootstrapParams:
     sent = bootstrap_v1_pb2.BootstrapParams(instance_id="box", namespace="default", **fields)
     extension = sent.extensions.add().value
     extension.type_url = "runtimeoptions.v1.Options"
@@ -31,9 +38,9 @@ def parameters(**fields):
     return sent
 
 
-def with_ids(message):
+def with_ids(message: Any) -> bytes:
     message.instance_id, message.namespace = "box", "default"
-    return message.SerializeToString()
+    return bytes(message.SerializeToString())
 
 
 valid = st.one_of(
@@ -49,7 +56,7 @@ inputs = st.one_of(st.binary(max_size=80), valid, bent(valid))
 @example(data=parameters(socket_dir="/run/a\0b").SerializeToString())
 @example(data=parameters(containerd_binary="a\0b").SerializeToString())
 @example(data=parameters(containerd_ttrpc_address="a\0b").SerializeToString())
-def test_any_standard_input(data):
+def test_any_standard_input(data: bytes) -> None:
     for decode in (decode_params, decode_options):
         try:
             decode(data)
@@ -71,7 +78,9 @@ def test_any_standard_input(data):
 @example(text="[" * 5000)
 @example(text='{"annotations": {"io.kubernetes.cri.sandbox-id": "../../x"}}')
 @example(text='{"annotations": {"io.kubernetes.cri.sandbox-id": ["x"]}}')
-def test_any_bundle_gives_a_group_that_is_safe_or_refused(tmp_path_factory, text):
+def test_any_bundle_gives_a_group_that_is_safe_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
     bundle = tmp_path_factory.getbasetemp()
     (bundle / "config.json").write_bytes(text.encode(errors="surrogatepass"))
     try:
@@ -105,7 +114,7 @@ flags = st.sampled_from(
 
 @settings(max_examples=CASES)
 @given(arguments=st.lists(st.one_of(flags, texts), max_size=6))
-def test_any_command_line(arguments):
+def test_any_command_line(arguments: list[str]) -> None:
     try:
         command_line.parse(arguments)
     except Refusal as refusal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import example, given, settings
@@ -13,6 +14,10 @@ from shim.refusal import Refusal
 from tests.fuzz.material import bent, texts
 from tests.waiting import settle
 
+if TYPE_CHECKING:
+    from typing import Any
+
+
 CASES = settings().max_examples
 
 SECTIONS = {"hypervisor": HypervisorConfig, "guest": GuestConfig, "shim": ShimConfig}
@@ -22,9 +27,10 @@ def _toml(value: object) -> str:
     return repr(value).lower() if isinstance(value, bool) else repr(value)
 
 
+KINDS: dict[str, Any] = dict(SECTIONS)
 VALID = "".join(
     f"[{name}]\n" + "".join(f"{key} = {_toml(getattr(kind, key))}\n" for key in kind.fields())
-    for name, kind in SECTIONS.items()
+    for name, kind in KINDS.items()
 )
 
 values = st.one_of(
@@ -32,7 +38,7 @@ values = st.one_of(
     st.integers().map(str),
     texts.map(lambda text: '"' + "".join(f"\\U{ord(mark):08X}" for mark in text) + '"'),
 )
-keys = st.sampled_from(sorted({key for kind in SECTIONS.values() for key in kind.fields()} | {"x", '""'}))
+keys = st.sampled_from(sorted({key for kind in KINDS.values() for key in kind.fields()} | {"x", '""'}))
 assignments = st.builds(lambda key, value: f"{key} = {value}\n", keys, values)
 tables = st.builds(
     lambda name, lines: f"[{name}]\n" + "".join(lines),
@@ -46,11 +52,11 @@ documents = st.one_of(
 )
 
 
-def test_the_text_that_is_bent_is_valid():
+def test_the_text_that_is_bent_is_valid() -> None:
     assert parse(ConfigText(text=VALID, source="test")) == Config()
 
 
-async def deadline(seconds):
+async def deadline(seconds: Any) -> None:
     async with asyncio.timeout(seconds):
         await settle()
 
@@ -65,7 +71,7 @@ async def deadline(seconds):
 @example(text='[shim]\nstate_dir = "/run/\\u0000"')
 @example(text='[hypervisor]\nmachine_options = "a\\u0000"')
 @example(text='[guest]\nkernel_parameters = "a\\nb"')
-def test_any_configuration(text):
+def test_any_configuration(text: str) -> None:
     try:
         config = parse(ConfigText(text=text, source="test"))
     except Refusal as refusal:
@@ -81,6 +87,6 @@ def test_any_configuration(text):
 
 
 @pytest.mark.parametrize("path", ["/a\0b", "/" + "x" * 300, "/proc/self/mem", "/dev"])
-def test_a_path_in_the_options_that_cannot_be_read_is_refused(path):
+def test_a_path_in_the_options_that_cannot_be_read_is_refused(path: str) -> None:
     with pytest.raises(Refusal):
         locate({}, options_path=path)

@@ -1,16 +1,24 @@
-"""Whatever a guest writes to its console is kept within bounds and can be shown on a terminal."""
+"""What a guest writes to its console is bounded and safe to show on a terminal."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hypervisor.console import Console
 from tests.fuzz.peers import MIB
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any
+
+    import pytest
+
 
 CASES = settings().max_examples
 
@@ -25,7 +33,7 @@ chunks = st.lists(
 )
 
 
-async def shown(log, said, *, lines):
+async def shown(log: Any, said: Any, *, lines: Any) -> Any:
     with ExitStack() as handover:
         console = Console(log, handover=handover)
         guest = socket.socket(fileno=socket.dup(console.qemu_fd))
@@ -38,7 +46,9 @@ async def shown(log, said, *, lines):
 
 @settings(max_examples=3 * CASES)
 @given(said=chunks, lines=st.integers(-1, 50))
-def test_any_output_is_shown_as_printable_lines(tmp_path_factory, said, lines):
+def test_any_output_is_shown_as_printable_lines(
+    tmp_path_factory: pytest.TempPathFactory, said: Any, lines: Any
+) -> None:
     log = tmp_path_factory.getbasetemp() / "console.log"
     tail = asyncio.run(shown(log, said, lines=lines))
     assert len(tail) <= max(lines, 0)
@@ -46,7 +56,7 @@ def test_any_output_is_shown_as_printable_lines(tmp_path_factory, said, lines):
     assert log.read_bytes() == b"".join(said)
 
 
-async def flood(log):
+async def flood(log: Any) -> Any:
     with ExitStack() as handover:
         console = Console(log, handover=handover)
         guest = socket.socket(fileno=socket.dup(console.qemu_fd))
@@ -58,7 +68,7 @@ async def flood(log):
     return console.tail(1000)
 
 
-def test_a_flood_without_a_line_end_stays_within_bounds(tmp_path):
+def test_a_flood_without_a_line_end_stays_within_bounds(tmp_path: Path) -> None:
     tail = asyncio.run(flood(tmp_path / "log"))
     assert sum(map(len, tail)) <= MIB
     assert (tmp_path / "log").stat().st_size <= MIB

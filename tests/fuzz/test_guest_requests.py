@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from typing import TYPE_CHECKING
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -14,9 +15,14 @@ from guest.agent.wire import Codec
 from guest.image import schema
 from proto import ttrpc_pb2
 from proto.kata import agent_pb2, oci_pb2
-from shim.transport.ttrpc_codec import FrameDecoder, FrameType, encode_frame, encode_request
+from shim.transport.ttrpc_codec import Frame, FrameDecoder, FrameType, encode_frame, encode_request
 from tests.fuzz.material import bent, messages
 from tests.fuzz.peers import header
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
 
 CASES = settings().max_examples
 CODEC = Codec(schema.messages())
@@ -30,13 +36,13 @@ SERVICE = "grpc.AgentService"
 KINDS = (agent_pb2.CreateContainerRequest, agent_pb2.CreateSandboxRequest, oci_pb2.Spec, ttrpc_pb2.Request)
 
 
-def serialized(kind):
+def serialized(kind: Any) -> Any:
     return messages(kind.DESCRIPTOR).map(lambda message: message.SerializeToString())
 
 
 @settings(max_examples=3 * CASES)
 @given(data=st.data(), kind=st.sampled_from(KINDS))
-def test_any_bytes_are_decoded_or_refused(data, kind):
+def test_any_bytes_are_decoded_or_refused(data: Any, kind: Any) -> None:
     content = data.draw(st.one_of(serialized(kind), bent(serialized(kind)), st.binary(max_size=60)))
     name = kind.DESCRIPTOR.full_name
     try:
@@ -50,20 +56,20 @@ def test_any_bytes_are_decoded_or_refused(data, kind):
 class OverSocket:
     """A byte stream as the agent's own transports are."""
 
-    def __init__(self, connection):
+    def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
 
-    def read(self, size):
+    def read(self, size: int) -> bytes:
         return self._connection.recv(size)
 
-    def write(self, data):
+    def write(self, data: bytes) -> None:
         self._connection.sendall(data)
 
 
-def agree(method):
+def agree(method: str) -> Callable[[Any, Any], Any]:
     reply = METHODS[SERVICE][method][1]
 
-    def handle(request, call):
+    def handle(request: Any, call: Any) -> Any:
         if method == "WaitProcess":
             call.wait(readable=())
         if method == "StatsContainer":
@@ -103,7 +109,7 @@ streams = st.lists(st.one_of(bodies, frames), min_size=1, max_size=5).map(b"".jo
         1, service=SERVICE, method="WaitProcess", payload=b"", timeout_nano=(1 << 63) - 1, metadata={}
     )
 )
-def test_any_stream_is_answered_or_ended(stream):
+def test_any_stream_is_answered_or_ended(stream: Any) -> None:
     ours, theirs = socket.socketpair()
     ours.settimeout(10)
     serving = threading.Thread(target=Connection(OverSocket(theirs), SERVER).serve)
@@ -117,6 +123,7 @@ def test_any_stream_is_answered_or_ended(stream):
     while data := ours.recv(65536):
         received += data
     for frame in FrameDecoder().feed(received):
+        assert isinstance(frame, Frame)
         status = ttrpc_pb2.Response.FromString(frame.body).status
         assert "defect in the agent" not in status.message
     ours.close()

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest
 
 from proto.containerd import task_v3_pb2
 from tests.fuzz.peers import TASK, assert_contract
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from tests.fuzz.peers import ServedShim
+
 
 IDS = {
     "empty": "",
@@ -26,7 +34,7 @@ IDS = {
 identifiers = pytest.mark.parametrize("identifier", IDS.values(), ids=IDS)
 
 
-def refusals(shim, method, request):
+def refusals(shim: ServedShim, method: Any, request: Any) -> Iterator[Any]:
     """The answers to one request, over ttrpc and over gRPC."""
     with shim.connect() as peer:
         yield peer.call(method, request.SerializeToString())[:2]
@@ -36,7 +44,7 @@ def refusals(shim, method, request):
 
 
 @identifiers
-def test_create_refuses(shim, identifier):
+def test_create_refuses(shim: Any, identifier: str) -> None:
     request = task_v3_pb2.CreateTaskRequest(id=identifier, bundle=str(shim.bundle))
     for code, message in refusals(shim, "Create", request):
         assert_contract(code, message)
@@ -45,7 +53,7 @@ def test_create_refuses(shim, identifier):
 
 
 @identifiers
-def test_exec_refuses(shim, identifier):
+def test_exec_refuses(shim: Any, identifier: str) -> None:
     shim.ensure_running()
     request = task_v3_pb2.ExecProcessRequest(id="box", exec_id=identifier)
     request.spec.value = json.dumps({"args": ["true"], "cwd": "/"}).encode()
@@ -55,7 +63,7 @@ def test_exec_refuses(shim, identifier):
         assert message.startswith("exec: exec id")
 
 
-def test_the_longest_id_is_taken(shim):
+def test_the_longest_id_is_taken(shim: Any) -> None:
     with shim.connect() as peer:
         request = task_v3_pb2.CreateTaskRequest(id="x" * 76, bundle=str(shim.bundle))
         assert peer.ask("Create", request) == 0

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import example, given, settings
@@ -17,10 +18,14 @@ from shim.host.ledger import Ledger
 from shim.refusal import Refusal
 from tests.fuzz.material import bent, json_values
 
+if TYPE_CHECKING:
+    from typing import Any
+
+
 CASES = settings().max_examples
 
 
-def lines_of(directory):
+def lines_of(directory: Any) -> Any:
     """A ledger as a sandbox writes it, of things that are not there."""
     return "".join(
         json.dumps(line) + "\n"
@@ -37,12 +42,12 @@ def lines_of(directory):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return Path(os.path.realpath(tmp_path_factory.mktemp("ledger")))
 
 
 @st.composite
-def entries(draw):
+def entries(draw: Any) -> Any:
     """Lines with the right keys and any values."""
     line = {"number": draw(json_values), "kind": draw(st.sampled_from(["file", "mount", "process", "x", 1]))}
     # Never a string: what a well-formed line names is removed.
@@ -77,7 +82,7 @@ texts = st.lists(st.one_of(entries(), statements, json_values.map(json.dumps)), 
 @example(data=b'{"number":1,"kind":"process","name":"x","pid":-1,"start_time":0}', torn=500)
 @example(data=b'{"number": 1, "kind": "file", "name": "/x", "pid": 0, "start_time": 0, "more": 1}', torn=500)
 @example(data=b"[" * 5000, torn=500)
-def test_a_corrupted_ledger_is_read_and_undone(place, data, torn):
+def test_a_corrupted_ledger_is_read_and_undone(place: Any, data: Any, torn: Any) -> None:
     directory = place / "state"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
@@ -96,7 +101,7 @@ def test_a_corrupted_ledger_is_read_and_undone(place, data, torn):
 
 @settings(max_examples=CASES)
 @given(data=st.data())
-def test_a_bent_ledger_never_keeps_delete_from_ending(place, data):
+def test_a_bent_ledger_never_keeps_delete_from_ending(place: Any, data: Any) -> None:
     directory = place / "state"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import example, given, settings
@@ -14,6 +15,10 @@ from shim.agent.oci_process import translate_process
 from shim.errors import InvalidArgument
 from shim.sandbox.inheritance import Inheritance
 from tests.fuzz.material import LONG, PROCESS, RESOURCES, SPEC, bent_json, json_values
+
+if TYPE_CHECKING:
+    from typing import Any
+
 
 NOTHING = Inheritance({}, oom_score_adj=0)
 CASES = settings().max_examples
@@ -30,7 +35,7 @@ limits = st.one_of(
 DEEP = "[" * 5_000 + "]" * 5_000
 
 
-def mounted(**changes):
+def mounted(**changes: str) -> dict[str, Any]:
     entry = {"destination": "/d", "type": "bind", "source": "/etc/hosts", "options": ["rbind"]} | changes
     return SPEC | {"mounts": [entry]}
 
@@ -42,7 +47,7 @@ def mounted(**changes):
 @example(spec=mounted(destination=f"/{'é' * 127}"), seccomp=True)
 @example(spec=mounted(destination="/a\0b"), seccomp=True)
 @example(spec=mounted(destination="/a\nb"), seccomp=True)
-def test_a_specification_is_translated_or_refused(spec, seccomp):
+def test_a_specification_is_translated_or_refused(spec: Any, seccomp: Any) -> None:
     try:
         translation = translate(
             spec,
@@ -62,7 +67,7 @@ def test_a_specification_is_translated_or_refused(spec, seccomp):
 
 @settings(max_examples=2 * CASES)
 @given(process=processes, terminal=st.booleans())
-def test_a_process_is_translated_or_refused(process, terminal):
+def test_a_process_is_translated_or_refused(process: Any, terminal: Any) -> None:
     try:
         translate_process(process, terminal=terminal, inheritance=NOTHING).SerializeToString()
     except InvalidArgument as error:
@@ -71,14 +76,14 @@ def test_a_process_is_translated_or_refused(process, terminal):
 
 @settings(max_examples=2 * CASES)
 @given(resources=limits)
-def test_limits_are_translated_or_refused(resources):
+def test_limits_are_translated_or_refused(resources: Any) -> None:
     try:
         translate_resources(resources).SerializeToString()
     except InvalidArgument as error:
         assert str(error)  # noqa: PT017 - refusing is one of the two right outcomes
 
 
-def as_text(values):
+def as_text(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.one_of(values.map(json.dumps), json_values.map(json.dumps))
 
 
@@ -91,7 +96,7 @@ def as_text(values):
 @example(text=json.dumps(mounted(source="/etc/\0")))
 @example(text=json.dumps(mounted(source=f"/{LONG}")))
 @example(text=json.dumps(mounted(source="/dev/null")))
-def test_a_bundle_with_any_specification(shim, text):
+def test_a_bundle_with_any_specification(shim: Any, text: Any) -> None:
     bundle = shim.write_bundle("specified", text)
     with shim.connect() as peer:
         request = task_v3_pb2.CreateTaskRequest(id="specified", bundle=str(bundle))
@@ -103,7 +108,7 @@ def test_a_bundle_with_any_specification(shim, text):
 @settings(max_examples=2 * CASES)
 @given(text=as_text(processes))
 @example(text=DEEP)
-def test_any_exec(shim, text):
+def test_any_exec(shim: Any, text: Any) -> None:
     shim.ensure_running()
     with shim.connect() as peer:
         request = task_v3_pb2.ExecProcessRequest(id="box", exec_id="hostile")
@@ -121,7 +126,7 @@ def test_any_exec(shim, text):
 @settings(max_examples=2 * CASES)
 @given(text=as_text(limits))
 @example(text=DEEP)
-def test_any_update(shim, text):
+def test_any_update(shim: Any, text: Any) -> None:
     shim.ensure_running()
     with shim.connect() as peer:
         request = task_v3_pb2.UpdateTaskRequest(id="box")
@@ -150,7 +155,7 @@ _ROOTFS = {
 
 
 @pytest.mark.parametrize("mount", _ROOTFS.values(), ids=_ROOTFS)
-def test_a_root_file_system_that_cannot_be_mounted_is_refused(shim, mount):
+def test_a_root_file_system_that_cannot_be_mounted_is_refused(shim: Any, mount: dict[str, Any]) -> None:
     bundle = shim.write_bundle("rooted", json.dumps({"process": PROCESS}))
     (bundle / "rootfs" / "away").unlink(missing_ok=True)
     (bundle / "rootfs" / "away").symlink_to("/etc")

@@ -7,6 +7,7 @@ import contextlib
 import json
 import socket
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,10 @@ from hypothesis import strategies as st
 from hypervisor.errors import QmpError
 from hypervisor.qmp import QmpSession
 from tests.fuzz.material import bent, json_values
+
+if TYPE_CHECKING:
+    from typing import Any
+
 
 CASES = settings().max_examples
 STEP_TIMEOUT_S = 5
@@ -30,7 +35,7 @@ RUNNING = {"return": {"status": "running", "running": True, "singlestep": False}
 REFUSED = {"error": {"class": "GenericError", "desc": "no"}, "id": "ID"}
 
 
-def line(message):
+def line(message: dict[str, Any]) -> bytes:
     return json.dumps(message).encode() + b"\r\n"
 
 
@@ -50,7 +55,7 @@ chunks = st.one_of(valid, shaped, bent(valid), st.binary(max_size=40))
 HONEST_START = [line(GREETING), line({"return": {}})]
 
 
-async def converse(said):
+async def converse(said: Any) -> None:
     """Go through a session's life with a peer that says one thing at first and after each command."""
     failures = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
@@ -73,7 +78,7 @@ async def converse(said):
     assert failures == []
 
 
-async def talk(peer, said):
+async def talk(peer: Any, said: Any) -> None:
     loop = asyncio.get_running_loop()
     # A session that is not answered waits, as it should; then the peer hangs up.
     with contextlib.suppress(ConnectionError, TimeoutError):
@@ -100,5 +105,5 @@ async def talk(peer, said):
 @example(said=[line(GREETING), b"\xff\n"])
 @example(said=[*HONEST_START, line({"return": 1, "id": "other"})])
 @example(said=[*HONEST_START, line(RUNNING) * 3])
-def test_any_conversation(said):
+def test_any_conversation(said: Any) -> None:
     asyncio.run(converse(said))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -13,6 +14,10 @@ from hypothesis import strategies as st
 from proto.containerd import task_v2_pb2, task_v3_pb2
 from tests.fuzz.material import bent, messages
 from tests.fuzz.peers import ANSWER_TIMEOUT_S, assert_contract
+
+if TYPE_CHECKING:
+    from typing import Any
+
 
 CASES = settings().max_examples
 
@@ -25,7 +30,7 @@ _WAIT_S = 0.05
 
 
 @st.composite
-def calls(draw):
+def calls(draw: Any) -> Any:
     """A service, a method of it, and a body that may or may not be its request."""
     service, name = draw(st.sampled_from(sorted(_METHODS)))
     method = _METHODS[service, name]
@@ -35,7 +40,7 @@ def calls(draw):
 
 @settings(max_examples=10 * CASES)
 @given(call=calls())
-def test_over_ttrpc(shim, call):
+def test_over_ttrpc(shim: Any, call: Any) -> None:
     service, method, payload = call
     shim.ensure_running()
     with shim.connect() as peer:
@@ -45,7 +50,7 @@ def test_over_ttrpc(shim, call):
 
 @settings(max_examples=5 * CASES)
 @given(call=calls())
-def test_over_grpc(shim, call):
+def test_over_grpc(shim: Any, call: Any) -> None:
     service, method, payload = call
     shim.ensure_running()
     timeout_s = _WAIT_S if method == "Wait" else ANSWER_TIMEOUT_S
@@ -73,7 +78,7 @@ _TOOL_METHODS = {
 
 
 @given(data=st.data(), path=st.sampled_from(sorted(_TOOL_METHODS)))
-def test_the_services_for_tools(shim, data, path):
+def test_the_services_for_tools(shim: Any, data: Any, path: str) -> None:
     valid = messages(_TOOL_METHODS[path]).map(lambda message: message.SerializeToString())
     payload = data.draw(st.one_of(valid, bent(valid), st.binary(max_size=60)))
     replies = shim.channel.stream_stream(path)(iter([payload]), timeout=ANSWER_TIMEOUT_S)

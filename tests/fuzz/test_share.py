@@ -10,11 +10,19 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from proto.containerd import task_v3_pb2
 from shim.agent.guest_names import agent_id
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from tests.fuzz.peers import ServedShim
+
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +60,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(daemon, 0)[1]))
 """
 
 
-def guest_writes(directory, *, to, read_only=False, recursive=False):
+def guest_writes(directory: Any, *, to: Any, read_only: Any = False, recursive: bool = False) -> Any:
     """What comes of a guest's writing in what it is shown: an error number, or 0."""
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
@@ -68,23 +76,25 @@ def guest_writes(directory, *, to, read_only=False, recursive=False):
 
 
 @pytest.mark.parametrize("recursive", [False, True])
-def test_a_volume_is_as_writable_as_it_was_meant_to_be(tmp_path, recursive):
+def test_a_volume_is_as_writable_as_it_was_meant_to_be(tmp_path: Path, recursive: bool) -> None:
     assert guest_writes(tmp_path, to="volume/link", recursive=recursive) == 0
     assert (tmp_path / "volume" / "link").is_symlink()
 
 
 @pytest.mark.parametrize("recursive", [False, True])
-def test_a_read_only_volume_is_read_only_to_the_daemon_that_serves_it(tmp_path, recursive):
+def test_a_read_only_volume_is_read_only_to_the_daemon_that_serves_it(
+    tmp_path: Path, recursive: bool
+) -> None:
     assert guest_writes(tmp_path, to="volume/link", read_only=True, recursive=recursive) == errno.EROFS
     assert list((tmp_path / "volume").iterdir()) == []
 
 
-def test_a_guest_cannot_put_a_link_in_the_way_of_another_container(tmp_path):
+def test_a_guest_cannot_put_a_link_in_the_way_of_another_container(tmp_path: Path) -> None:
     assert guest_writes(tmp_path, to="next-container") == errno.EROFS
     assert not (tmp_path / "share" / "next-container").is_symlink()
 
 
-def make_socket(path):
+def make_socket(path: str) -> None:
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind(str(path))
 
@@ -103,13 +113,15 @@ SOURCES = {
 }
 
 
-def shared_by(shim):
+def shared_by(shim: ServedShim) -> Any:
     return [path.name for path in (shim.directory / "state" / "share").iterdir()]
 
 
 @pytest.mark.parametrize(("make", "code"), SOURCES.values(), ids=SOURCES)
 @pytest.mark.parametrize("destination", ["/data", "/..", "/a/../../b", f"/{'x' * 300}", "/a\nb"])
-def test_only_files_and_directories_are_shared_and_under_names_of_the_share(shim, make, code, destination):
+def test_only_files_and_directories_are_shared_and_under_names_of_the_share(
+    shim: Any, make: Callable[..., Any], code: int, destination: str
+) -> None:
     source = shim.directory / "source"
     make(source)
     mount = {"destination": destination, "type": "bind", "source": str(source), "options": ["bind", "ro"]}

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proto.containerd import task_v3_pb2
 from tests.fuzz.material import LONG, texts
+
+if TYPE_CHECKING:
+    from typing import Any
+
 
 # Relative to the fixture's directory, so that hostile paths stay in it; and nothing that has no reader.
 PATHS = [
@@ -50,7 +55,9 @@ paths = st.one_of(st.sampled_from(PATHS), texts.map(lambda text: f"DIR/{text}"))
 @example(stdin="", stdout="file://[", stderr="", terminal=False, as_exec=True)
 @example(stdin="", stdout="binary://[", stderr="", terminal=False, as_exec=False)
 @example(stdin="", stdout="binary:///bin/true?a=%00", stderr="", terminal=False, as_exec=False)
-def test_any_stream_paths(shim, *, stdin, stdout, stderr, terminal, as_exec):
+def test_any_stream_paths(
+    shim: Any, *, stdin: Any, stdout: Any, stderr: Any, terminal: Any, as_exec: Any
+) -> None:
     where = str(shim.directory / "streams")
     (shim.directory / "streams").mkdir(exist_ok=True)
     (shim.directory / "streams" / "file").touch()
@@ -71,10 +78,10 @@ def test_any_stream_paths(shim, *, stdin, stdout, stderr, terminal, as_exec):
                 assert not started or peer.call("Wait", wait, timeout_s=10)[0] == 0
                 assert peer.ask("Delete", task_v3_pb2.DeleteRequest(id="box", exec_id="streams")) == 0
         else:
-            request = task_v3_pb2.CreateTaskRequest(
+            create = task_v3_pb2.CreateTaskRequest(
                 id="streams", bundle=str(shim.bundle), terminal=terminal, **names
             )
-            if peer.ask("Create", request) == 0:
+            if peer.ask("Create", create) == 0:
                 assert peer.ask("Start", task_v3_pb2.StartRequest(id="streams")) == 0
                 shim.remove("streams")
     shim.assert_serves()
@@ -87,7 +94,7 @@ BUNDLES = ["", ".", "relative", "/", "/no/such", "/a\0b", f"/{LONG}", "/dev/null
 @example(bundle="")
 @example(bundle="/a\0b")
 @example(bundle=f"/{LONG}")
-def test_a_bundle_that_is_none_is_refused(shim, bundle):
+def test_a_bundle_that_is_none_is_refused(shim: Any, bundle: Any) -> None:
     with shim.connect() as peer:
         assert peer.ask("Create", task_v3_pb2.CreateTaskRequest(id="bundled", bundle=bundle)) == 3
     shim.assert_serves()

@@ -1,8 +1,9 @@
-"""Any bytes on a ttrpc connection are answered, refused or hung up on; nobody else notices."""
+"""Any bytes on a ttrpc connection are answered, refused or hung up on; other connections go on."""
 
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
 
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -21,6 +22,10 @@ from shim.transport.ttrpc_codec import (
 )
 from tests.fuzz.material import bent, messages
 from tests.fuzz.peers import MIB, TASK, assert_contract, header
+
+if TYPE_CHECKING:
+    from typing import Any
+
 
 _METHODS = ("State", "Pids", "Kill", "Stats", "Connect", "CloseIO", "ResizePty", "NoSuchMethod")
 
@@ -47,7 +52,9 @@ hostile = st.one_of(st.binary(max_size=200), streams, bent(streams))
 
 
 @given(stream=hostile, cuts=st.lists(st.integers(0, 400), max_size=8))
-def test_the_decoder_yields_frames_or_refuses_and_holds_no_more_than_it_was_fed(stream, cuts):
+def test_the_decoder_yields_frames_or_refuses_and_holds_no_more_than_it_was_fed(
+    stream: Any, cuts: Any
+) -> None:
     edges = sorted({0, len(stream), *(min(cut, len(stream)) for cut in cuts)})
     decoder = FrameDecoder()
     try:
@@ -62,7 +69,7 @@ def test_the_decoder_yields_frames_or_refuses_and_holds_no_more_than_it_was_fed(
 @given(stream=hostile)
 @example(stream=header(MAX_BODY + 1) + b"x")
 @example(stream=header(0, kind=2))
-def test_a_live_server_answers_by_the_contract_and_serves_the_next_client(shim, stream):
+def test_a_live_server_answers_by_the_contract_and_serves_the_next_client(shim: Any, stream: Any) -> None:
     with shim.connect() as peer:
         for frame in peer.say(stream):
             assert frame.kind is FrameType.RESPONSE
@@ -71,7 +78,7 @@ def test_a_live_server_answers_by_the_contract_and_serves_the_next_client(shim, 
         shim.assert_serves()
 
 
-def test_announced_lengths_cost_no_memory(shim):
+def test_announced_lengths_cost_no_memory(shim: Any) -> None:
     shim.assert_serves()
     before = shim.memory_bytes()
     peers = [shim.connect() for _ in range(50)]

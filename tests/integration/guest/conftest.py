@@ -120,7 +120,7 @@ _numbers = itertools.count(1)
 
 @pytest.fixture
 def new_container(machine: GuestMachine) -> Iterator[Callable[[], Life]]:
-    """Make containers that are removed in the end, whatever the test left of them."""
+    """Make containers that are removed after the test, in any state."""
     lives: list[Life] = []
 
     def make() -> Life:

@@ -165,7 +165,7 @@ async def test_failures_of_a_disk_reach_the_guest_and_the_log(start, loop_device
         "disk disk0: write: No space left on device; the guest was given an I/O error"
     ]
 
-    # Pulled while it is read: whoever reads gets an error, nobody hangs.
+    # Pulled while it is read: the reader gets an error and does not hang.
     endless = f"while dd if=/dev/{name} of=/dev/null bs=4k iflag=direct; do :; done"
     await shell(f"({endless}) >/tmp/dd 2>&1 &")
     await vm.unplug("disk0", timeout_s=UNPLUG_S)

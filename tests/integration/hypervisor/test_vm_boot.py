@@ -66,7 +66,7 @@ def below(root):
     return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
 
 
-async def test_whoever_looks_for_a_containers_files_in_qemu_finds_and_overwrites_none_of_the_hosts(machines):
+async def test_the_root_that_qemu_sees_holds_no_files_of_the_host(machines):
     vm = machines()
     await vm.start(timeout_s=START_S)
     root = Path(f"/proc/{vm.pid}/root")
@@ -115,7 +115,7 @@ async def test_a_second_sandbox_does_not_disturb_the_first(machines, tmp_path):
     assert await ask_agent(connections[1]) == (1, RESPONSE_TYPE)
 
 
-async def test_a_port_nobody_listens_on_times_out_with_the_last_console_line(machines):
+async def test_a_port_without_a_listener_times_out_with_the_last_console_line(machines):
     vm = machines(channel=Channel.VHOST_USER_VSOCK)
     await vm.start(timeout_s=START_S)
     (await vm.connect(AGENT_PORT, timeout_s=BOOT_S)).close()

@@ -220,7 +220,7 @@ def ipv4(source: str, destination: str, *, tags: tuple[int, ...] = ()) -> bytes:
 
 
 @pytest.mark.parametrize("tags", [(), (0x8100,), (0x88A8, 0x8100), (0x8100, 0x8100, 0x8100)], ids=str)
-async def test_nobody_outside_speaks_to_the_localhost_of_the_guest(
+async def test_a_packet_from_outside_does_not_reach_the_guests_localhost(
     empty_pod: Space, outside: Space, ledger: Ledger, machine: Machine, tags: tuple[int, ...]
 ):
     async with far_end("veth", empty_pod, outside) as (far, _), network_of(empty_pod, ledger) as network:
@@ -235,7 +235,7 @@ async def test_nobody_outside_speaks_to_the_localhost_of_the_guest(
         assert (await receive(*machine.queues[card.id]))[len(HEADER) :] == usual
 
 
-async def test_who_connects_to_localhost_in_the_namespace_speaks_to_the_guest(
+async def test_a_connection_to_localhost_in_the_namespace_reaches_the_guest(
     pod: Space, ledger: Ledger, machine: Machine
 ):
     async with network_of(pod, ledger) as network:
