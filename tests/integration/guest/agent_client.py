@@ -13,6 +13,8 @@ from proto.kata import agent_pb2, health_pb2
 from tests.patience import patient
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from google.protobuf.message import Message
 
 HEADER = struct.Struct(">IIBB")
@@ -76,10 +78,10 @@ class AgentClient:
         *,
         service: str = "grpc.AgentService",
         timeout_s: float = 60,
-    ) -> Message:
+    ) -> Any:
         stream = self.begin(method, request, service=service)
-        reply = SERVICES[service].methods_by_name[method].output_type._concrete_class
-        return reply.FromString(self.answer(stream, timeout_s=timeout_s))
+        output: Any = SERVICES[service].methods_by_name[method].output_type
+        return output._concrete_class.FromString(self.answer(stream, timeout_s=timeout_s))
 
     def shut_down(self) -> None:
         """End the connection while calls are pending."""

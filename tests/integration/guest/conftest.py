@@ -14,6 +14,7 @@ from tests.integration.guest.guest_machine import GuestMachine, process, spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Any
 
     from proto.kata import oci_pb2
 
@@ -38,7 +39,7 @@ class Life:
         self.id = name
         self.created = False
 
-    def create(self, *args: str, terminal: bool = False, **fields: object) -> None:
+    def create(self, *args: str, terminal: bool = False, **fields: Any) -> None:
         self.create_from(spec(self.id, process(*args, terminal=terminal, **fields)))
 
     def begin_create(self, *args: str) -> int:
@@ -47,7 +48,7 @@ class Life:
         self.created = True
         return self.client.begin("CreateContainer", request)
 
-    def create_from(self, whole: oci_pb2.Spec, **fields: object) -> None:
+    def create_from(self, whole: oci_pb2.Spec, **fields: Any) -> None:
         request = agent_pb2.CreateContainerRequest(container_id=self.id, exec_id=self.id, OCI=whole, **fields)
         self.client.call("CreateContainer", request)
         self.created = True
@@ -67,11 +68,11 @@ class Life:
 
     def wait(self, exec_id: str = "") -> int:
         request = agent_pb2.WaitProcessRequest(container_id=self.id, exec_id=exec_id)
-        return self.client.call("WaitProcess", request).status
+        return int(self.client.call("WaitProcess", request).status)
 
     def read(self, method: str = "ReadStdout", exec_id: str = "", length: int = 32768) -> bytes:
         request = agent_pb2.ReadStreamRequest(container_id=self.id, exec_id=exec_id, len=length)
-        return self.client.call(method, request).data
+        return bytes(self.client.call(method, request).data)
 
     def read_all(self, method: str = "ReadStdout", exec_id: str = "", length: int = 32768) -> bytes:
         return b"".join(iter(lambda: self.read(method, exec_id, length), b""))

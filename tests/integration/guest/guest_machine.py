@@ -17,6 +17,7 @@ from tests.patience import patient
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Any
 
 SHARE = "/run/kata-containers/shared/containers"
 KERNEL_LINE = (
@@ -230,7 +231,7 @@ class GuestMachine:
 
     def unplug_disk(self, *, port: int) -> None:
         """Take a disk out; returns when the guest has let it go."""
-        removal = {"execute": "device_del", "arguments": {"id": f"disk{port}"}}
+        removal: dict[str, object] = {"execute": "device_del", "arguments": {"id": f"disk{port}"}}
         self._monitor(removal, until=f"disk{port}")
         self._monitor({"execute": "blockdev-del", "arguments": {"node-name": f"node{port}"}})
 
@@ -270,7 +271,7 @@ class GuestMachine:
     def _await(path: Path, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + 10
         while not path.exists():
-            assert process.poll() is None, f"{process.args} ended with {process.returncode}"
+            assert process.poll() is None, f"{process.args!r} ended with {process.returncode}"
             assert time.monotonic() < deadline, f"{path} did not appear"
             time.sleep(0.005)
 
@@ -303,7 +304,7 @@ class GuestMachine:
             (root / "bin" / applet).symlink_to("busybox")
 
 
-def process(*args: str, terminal: bool = False, **fields: object) -> oci_pb2.Process:
+def process(*args: str, terminal: bool = False, **fields: Any) -> oci_pb2.Process:
     """Describe a process with the capabilities a container usually has."""
     return oci_pb2.Process(
         Args=args,

@@ -32,9 +32,13 @@ def address(text: str) -> types_pb2.IPAddress:
 
 
 def interface(name: str, mac: str, *addresses: str, **fields: Any) -> agent_pb2.UpdateInterfaceRequest:
-    wanted = types_pb2.Interface(
-        **{"name": name, "hwAddr": mac, "mtu": 1500, "IPAddresses": map(address, addresses)} | fields
-    )
+    values: dict[str, Any] = {
+        "name": name,
+        "hwAddr": mac,
+        "mtu": 1500,
+        "IPAddresses": map(address, addresses),
+    }
+    wanted = types_pb2.Interface(**values | fields)
     return agent_pb2.UpdateInterfaceRequest(interface=wanted)
 
 

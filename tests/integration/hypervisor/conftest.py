@@ -12,7 +12,7 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,6 +23,11 @@ from tests import host_settings
 from tests.patience import patient
 
 from .guest_shell import PARAMETERS, GuestShell, initrd
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+    from _pytest.mark.structures import ParameterSet
 
 START_S = patient(20)
 BOOT_S = patient(60)
@@ -45,7 +50,7 @@ _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_MULTI_QUEUE = 0x2, 0x1000, 0x4000, 0x1
 
 
 @pytest.fixture(scope="session", autouse=True)
-def subreaper():
+def subreaper() -> Iterator[None]:
     """Orphans come to this process, as they come to the shim."""
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
@@ -54,7 +59,7 @@ def subreaper():
 
 
 @pytest.fixture(scope="session")
-def guest_image():
+def guest_image() -> Path:
     assert (GUEST / "vmlinux").exists(), "no guest image: run `hako image build`"
     return GUEST
 
@@ -65,13 +70,14 @@ def guest_image():
         pytest.param(NEWER_QEMU, id="newer", marks=pytest.mark.nightly),
     ]
 )
-def qemu(request):
+def qemu(request: pytest.FixtureRequest) -> Path:
     """Each QEMU that Hako is held to."""
-    return request.param
+    program: Path = request.param
+    return program
 
 
 @pytest.fixture
-def share():
+def share() -> Iterator[Path]:
     """A directory on a shared mount, as the daemon needs it, with one file in it."""
     with tempfile.TemporaryDirectory(prefix="hako-share-") as name:
         subprocess.run(["/bin/mount", "--bind", name, name], check=True)
@@ -84,7 +90,7 @@ def share():
 
 
 @pytest.fixture
-def make_spec(guest_image, share, tmp_path):
+def make_spec(guest_image: Path, share: Path, tmp_path: Path) -> Callable[..., VmSpec]:
     def make(**changes: Any) -> VmSpec:
         values: dict[str, Any] = {
             "name": "test",
@@ -115,7 +121,7 @@ def make_spec(guest_image, share, tmp_path):
 class Machines:
     """Makes virtual machines and remembers every process that was started for one."""
 
-    make_spec: Any
+    make_spec: Callable[..., VmSpec]
     made: list[QemuHypervisor] = field(default_factory=list)
     started: list[tuple[str, int]] = field(default_factory=list)
 
@@ -135,7 +141,7 @@ def descriptors() -> set[str]:
 
 
 @pytest.fixture
-async def machines(make_spec):
+async def machines(make_spec: Callable[..., VmSpec]) -> AsyncIterator[Machines]:
     before = descriptors()
     machines = Machines(make_spec)
     yield machines
@@ -147,18 +153,20 @@ async def machines(make_spec):
 
 
 @pytest.fixture(scope="session")
-def shell_initrd(guest_image, tmp_path_factory):
+def shell_initrd(guest_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shell") / "initrd"
     path.write_bytes(initrd(guest_image))
     return path
 
 
 @pytest.fixture
-async def start(machines, shell_initrd):
+async def start(
+    machines: Machines, shell_initrd: Path
+) -> AsyncIterator[Callable[..., Awaitable[tuple[QemuHypervisor, GuestShell]]]]:
     """Start a machine whose guest is a shell."""
     with ExitStack() as stack:
 
-        async def start_one(**changes):
+        async def start_one(**changes: Any) -> tuple[QemuHypervisor, GuestShell]:
             parameters = (*PARAMETERS, *changes.get("kernel_parameters", ()))
             vm = machines(initrd=shell_initrd, **{**changes, "kernel_parameters": parameters})
             await vm.start(timeout_s=START_S)
@@ -172,7 +180,7 @@ async def start(machines, shell_initrd):
             await vm.stop()
 
 
-def usable_channels():
+def usable_channels() -> list[ParameterSet]:
     return [
         pytest.param(
             channel,
@@ -189,7 +197,7 @@ def _problem(channel: Channel) -> str | None:
 
 
 @pytest.fixture
-def tap():
+def tap() -> Iterator[Callable[..., tuple[int, ...]]]:
     """Make tap interfaces, by their descriptors; closing these ends them."""
     with ExitStack() as stack:
 
@@ -209,13 +217,15 @@ def tap():
 
 
 @pytest.fixture(scope="session")
-def saved_templates(tmp_path_factory):
+def saved_templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where templates are kept for all tests, by their keys."""
     return tmp_path_factory.mktemp("templates")
 
 
 @pytest.fixture
-async def template_of(make_spec, saved_templates, tmp_path):
+async def template_of(
+    make_spec: Callable[..., VmSpec], saved_templates: Path, tmp_path: Path
+) -> Callable[..., Awaitable[Path]]:
     """Save a template of a machine, unless another test has."""
     one_at_a_time = asyncio.Lock()
 
@@ -232,10 +242,14 @@ async def template_of(make_spec, saved_templates, tmp_path):
 
 
 @pytest.fixture
-async def clone(template_of, start, shell_initrd):
+async def clone(
+    template_of: Callable[..., Awaitable[Path]],
+    start: Callable[..., Awaitable[tuple[QemuHypervisor, GuestShell]]],
+    shell_initrd: Path,
+) -> Callable[..., Awaitable[Any]]:
     """Start a clone of a machine whose guest is a shell."""
 
-    async def clone_one(**changes):
+    async def clone_one(**changes: Any) -> Any:
         shape = {name: value for name, value in changes.items() if name not in {"directory", "share_source"}}
         template = await template_of(initrd=shell_initrd, kernel_parameters=PARAMETERS, **shape)
         return await start(template=template, **changes)

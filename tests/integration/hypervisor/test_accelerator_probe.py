@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,14 +14,18 @@ from hypervisor import Accelerator, architecture, choose_accelerator
 from hypervisor.accelerator import _run
 from hypervisor.argv import probe_argv
 
+if TYPE_CHECKING:
+    from typing import Any
+
+
 QEMU = Path("/usr/bin/qemu-system-x86_64")
 
 
-def commands():
+def commands() -> Any:
     return [path.read_bytes().decode() for path in Path("/proc").glob("[0-9]*/cmdline")]
 
 
-async def test_the_payload_runs_under_tcg_and_reports_through_the_exit_status(tmp_path):
+async def test_the_payload_runs_under_tcg_and_reports_through_the_exit_status(tmp_path: Path) -> None:
     kernel = tmp_path / "kernel"
     kernel.write_bytes(architecture.X86_64.probe_kernel)
     argv = probe_argv(QEMU, Accelerator.TCG, kernel, architecture=architecture.X86_64)
@@ -29,7 +34,7 @@ async def test_the_payload_runs_under_tcg_and_reports_through_the_exit_status(tm
     assert run.elapsed_s > 0
 
 
-async def test_a_payload_that_does_not_end_is_cut_off(tmp_path):
+async def test_a_payload_that_does_not_end_is_cut_off(tmp_path: Path) -> None:
     kernel = tmp_path / "kernel"
     endless = architecture.X86_64.probe_kernel[: -len(b"\xe6\xf4\xf4")] + b"\xeb\xfe"
     kernel.write_bytes(endless.ljust(len(architecture.X86_64.probe_kernel), b"\x90"))
@@ -40,7 +45,7 @@ async def test_a_payload_that_does_not_end_is_cut_off(tmp_path):
     assert not any(str(kernel) in command for command in commands())
 
 
-async def test_an_accelerator_that_cannot_start_fails_with_qemus_words(tmp_path):
+async def test_an_accelerator_that_cannot_start_fails_with_qemus_words(tmp_path: Path) -> None:
     kernel = tmp_path / "kernel"
     kernel.write_bytes(architecture.X86_64.probe_kernel)
     broken = dataclasses.replace(
@@ -48,10 +53,10 @@ async def test_an_accelerator_that_cannot_start_fails_with_qemus_words(tmp_path)
     )
     argv = probe_argv(QEMU, Accelerator.TCG, kernel, architecture=broken)
     run = await _run(argv, expected=broken.probe_status)
-    assert "abacus" in run.failure
+    assert "abacus" in str(run.failure)
 
 
-async def test_this_host_gets_a_verdict_with_a_reason_and_keeps_it(tmp_path):
+async def test_this_host_gets_a_verdict_with_a_reason_and_keeps_it(tmp_path: Path) -> None:
     cache = tmp_path / "accelerator.json"
     verdict = await choose_accelerator(QEMU, cache=cache)
     assert verdict.reason

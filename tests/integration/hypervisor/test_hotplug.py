@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -21,6 +22,14 @@ from proto.extensions import AGENT_PORT
 from tests.patience import patient
 
 from .guest_shell import PARAMETERS, GuestShell
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+    from typing import Any
+
+    from hypervisor import QemuHypervisor
+    from tests.integration.hypervisor.conftest import Machines
+
 
 START_S = patient(20)
 BOOT_S = patient(60)
@@ -35,7 +44,7 @@ def nic(number: int, fds: tuple[int, ...]) -> Nic:
     return Nic(id=f"nic{number}", mac=f"02:00:00:00:00:{number:02x}", tap_fds=fds)
 
 
-def disk(path: Path, number: int = 0, **changes) -> Disk:
+def disk(path: Path, number: int = 0, **changes: Any) -> Disk:
     values = {
         "id": f"disk{number}",
         "path": path,
@@ -65,11 +74,12 @@ async def block_name(shell: GuestShell, pci_path: str) -> str:
     return Path(await shell(f"ls -d {sysfs(pci_path)}/virtio*/block/*")).name
 
 
-def taken(vm) -> set:
-    return vm._running.devices._slots._taken
+def taken(vm: Any) -> set[object]:
+    slots: set[object] = vm._running.devices._slots._taken
+    return slots
 
 
-async def leftovers(vm) -> list[str]:
+async def leftovers(vm: Any) -> list[str]:
     """What of a disk or interface QEMU still has."""
     nodes = await vm._host.qmp.ask(list, "query-named-block-nodes", {"flat": True})
     objects = await vm._host.qmp.ask(list, "qom-list", {"path": "/objects"})
@@ -78,7 +88,9 @@ async def leftovers(vm) -> list[str]:
     ]
 
 
-async def test_a_disk_is_what_it_was_plugged_as(start, tmp_path, qemu):
+async def test_a_disk_is_what_it_was_plugged_as(
+    start: Callable[..., Awaitable[tuple[QemuHypervisor, GuestShell]]], tmp_path: Path, qemu: Path
+) -> None:
     vm, shell = await start(qemu=qemu)
     path = image(tmp_path)
     content = os.urandom(DISK_BYTES)
@@ -123,16 +135,16 @@ async def duration_of_reading(shell: GuestShell, name: str) -> float:
 
 
 @pytest.fixture
-def loop_device(tmp_path):
+def loop_device(tmp_path: Path) -> Iterator[Path]:
     backing = image(tmp_path, 99)
-    command = ["/sbin/losetup", "--find", "--show", backing]
+    command: list[str | Path] = ["/sbin/losetup", "--find", "--show", backing]
     device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     yield Path(device)
     subprocess.run(["/sbin/losetup", "--detach", device], check=True)
 
 
 @pytest.fixture
-def one_mebibyte(tmp_path):
+def one_mebibyte(tmp_path: Path) -> Iterator[Any]:
     """A file system with room for no more."""
     path = tmp_path / "small"
     path.mkdir()
@@ -141,7 +153,12 @@ def one_mebibyte(tmp_path):
     subprocess.run(["/bin/umount", "--lazy", path], check=True)
 
 
-async def test_failures_of_a_disk_reach_the_guest_and_the_log(start, loop_device, one_mebibyte, caplog):
+async def test_failures_of_a_disk_reach_the_guest_and_the_log(
+    start: Callable[..., Awaitable[tuple[QemuHypervisor, GuestShell]]],
+    loop_device: Path,
+    one_mebibyte: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     vm, shell = await start()
 
     pci_path = await vm.plug_disk(disk(loop_device, read_only=True, discard=False))
@@ -177,7 +194,9 @@ async def test_failures_of_a_disk_reach_the_guest_and_the_log(start, loop_device
 @pytest.mark.parametrize(
     "rounds", [pytest.param(20, marks=[pytest.mark.nightly, pytest.mark.timeout(1200)]), 1]
 )
-async def test_no_slot_is_lost_over_rounds_of_thirty_disks(start, tmp_path, rounds):
+async def test_no_slot_is_lost_over_rounds_of_thirty_disks(
+    start: Callable[..., Awaitable[tuple[QemuHypervisor, GuestShell]]], tmp_path: Path, rounds: int
+) -> None:
     vm, shell = await start()
     contents = {image(tmp_path, number): os.urandom(64 * 1024) for number in range(DISKS)}
     for path, content in contents.items():
@@ -205,9 +224,15 @@ async def test_no_slot_is_lost_over_rounds_of_thirty_disks(start, tmp_path, roun
 
 
 @pytest.mark.parametrize("times", [pytest.param(50, marks=pytest.mark.nightly), 5])
-async def test_an_interface_comes_and_goes(start, tap, times, own_namespace, qemu):
+async def test_an_interface_comes_and_goes(
+    start: Callable[..., Awaitable[tuple[QemuHypervisor, GuestShell]]],
+    tap: Callable[..., tuple[int, ...]],
+    times: int,
+    own_namespace: Path,
+    qemu: Path,
+) -> None:
     vm, shell = await start(network_namespace=own_namespace, qemu=qemu)
-    assert network_namespace_of(vm.pid) == own_namespace.stat().st_ino
+    assert network_namespace_of(vm.pid) == inode_of(own_namespace)
     for number in range(times):
         queues = 2 if number == 1 else 1
         pci_path = await vm.plug_nic(nic(number, tap(number, queues=queues)))
@@ -220,21 +245,32 @@ async def test_an_interface_comes_and_goes(start, tap, times, own_namespace, qem
         assert taken(vm) == set()
 
 
+def inode_of(path: Path) -> int:
+    return path.stat().st_ino
+
+
 def network_namespace_of(pid: int) -> int:
-    return Path(f"/proc/{pid}/ns/net").stat().st_ino
+    return inode_of(Path(f"/proc/{pid}/ns/net"))
 
 
 @pytest.fixture
-def own_namespace():
+def own_namespace() -> Iterator[Path]:
     name = f"hako-test-{os.getpid()}"
     subprocess.run(["/sbin/ip", "netns", "add", name], check=True)
     yield Path("/run/netns", name)
     subprocess.run(["/sbin/ip", "netns", "delete", name], check=True)
 
 
-async def test_what_cannot_be_plugged_or_unplugged_says_so_and_leaves_nothing(start, tmp_path, tap, qemu):
+async def test_what_cannot_be_plugged_or_unplugged_says_so_and_leaves_nothing(
+    start: Callable[..., Awaitable[tuple[QemuHypervisor, GuestShell]]],
+    tmp_path: Path,
+    tap: Callable[..., tuple[int, ...]],
+    qemu: Path,
+) -> None:
     vm, shell = await start(qemu=qemu)
     path = image(tmp_path)
+    qmp = vm._host.qmp
+    assert qmp is not None
 
     for wrong, cause in [
         (disk(tmp_path / "none"), "No such file or directory"),
@@ -244,7 +280,7 @@ async def test_what_cannot_be_plugged_or_unplugged_says_so_and_leaves_nothing(st
         with pytest.raises(HotplugError, match=cause):
             await vm.plug_disk(wrong)
     with pytest.raises(HotplugError, match="nic1: qmp: netdev_add"):
-        await vm.plug_nic(nic(1, (vm._host.qmp._stream.fileno(),)))
+        await vm.plug_nic(nic(1, (qmp._stream.fileno(),)))
     with pytest.raises(HotplugError, match="unplug: nothing: no such device is plugged"):
         await vm.unplug("nothing", timeout_s=UNPLUG_S)
     with pytest.raises(HotplugError, match="resize: nothing: no such disk is plugged"):
@@ -258,11 +294,11 @@ async def test_what_cannot_be_plugged_or_unplugged_says_so_and_leaves_nothing(st
         await vm.plug_disk(disk(path, 1))
 
     # A guest that does not answer, and then does.
-    await vm._host.qmp.ask(dict, "stop")
+    await qmp.ask(dict, "stop")
     with pytest.raises(HotplugError, match=r"disk0: the guest did not let go of it within 0\.5 s"):
         await vm.unplug("disk0", timeout_s=0.5)
     assert len(taken(vm)) == 1
-    await vm._host.qmp.ask(dict, "cont")
+    await qmp.ask(dict, "cont")
     await shell.until("! ls -d /sys/block/vd* >/dev/null 2>&1")
     async with asyncio.timeout(UNPLUG_S):
         while taken(vm):  # noqa: ASYNC110  (nobody waits for this one, so nothing tells of its end)
@@ -270,19 +306,22 @@ async def test_what_cannot_be_plugged_or_unplugged_says_so_and_leaves_nothing(st
     assert await leftovers(vm) == []
 
     # The guest need not run to take all slots.
-    await vm._host.qmp.ask(dict, "stop")
+    await qmp.ask(dict, "stop")
     for number in range(SLOTS):
         await vm.plug_nic(nic(number, tap(number)))
     with pytest.raises(HotplugError, match=r"all 62 slots .* are taken"):
         await vm.plug_disk(disk(path))
 
 
-async def test_a_root_port_takes_a_device_and_then_another(start, qemu):
+async def test_a_root_port_takes_a_device_and_then_another(
+    start: Callable[..., Awaitable[tuple[QemuHypervisor, GuestShell]]], qemu: Path
+) -> None:
     vm, shell = await start(root_ports=2, qemu=qemu)
     random = Description(
         id="rng", driver="virtio-rng-pci", properties={}, backend=[], undo=[], needs_port=True
     )
     for _ in range(2):
+        assert vm._running is not None
         pci_path = await vm._running.devices.plug(random)
         assert pci_path.endswith("/00")
         await shell.until(f"ls -d {sysfs(pci_path)}/virtio* >/dev/null 2>&1")
@@ -294,7 +333,9 @@ async def test_a_root_port_takes_a_device_and_then_another(start, qemu):
 
 
 @pytest.mark.parametrize("early_s", [0, 0.5])
-async def test_a_device_may_come_and_go_before_the_guest_is_up(machines, shell_initrd, tmp_path, early_s):
+async def test_a_device_may_come_and_go_before_the_guest_is_up(
+    machines: Machines, shell_initrd: Path, tmp_path: Path, early_s: float
+) -> None:
     vm = machines(initrd=shell_initrd, kernel_parameters=PARAMETERS)
     await vm.start(timeout_s=START_S)
     await asyncio.sleep(early_s)
@@ -313,7 +354,13 @@ async def test_a_device_may_come_and_go_before_the_guest_is_up(machines, shell_i
 @pytest.mark.parametrize(
     "repetition", [*(pytest.param(n, marks=pytest.mark.nightly) for n in range(1, 34)), 0]
 )
-async def test_plugging_may_race_with_the_end(start, tmp_path, tap, end, repetition):
+async def test_plugging_may_race_with_the_end(
+    start: Callable[..., Awaitable[tuple[QemuHypervisor, GuestShell]]],
+    tmp_path: Path,
+    tap: Callable[..., tuple[int, ...]],
+    end: str,
+    repetition: Any,
+) -> None:
     vm, shell = await start()
     stopped = asyncio.create_task(asyncio.sleep(0.02 * (repetition % 8)))
 

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from hypervisor import VmStartError
 from tests.patience import patient
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from hypervisor import QemuHypervisor
+    from tests.integration.hypervisor.conftest import Machines
+
+    from .guest_shell import GuestShell
+
 
 MIB = 1 << 20
 RESERVED = Path("/proc/sys/vm/nr_hugepages")
@@ -21,7 +31,7 @@ def pages(which: str) -> int:
 
 
 @pytest.fixture
-def reserve():
+def reserve() -> Iterator[Callable[[int], None]]:
     """Reserve so many bytes of huge pages for a test."""
     before = RESERVED.read_text()
 
@@ -35,7 +45,9 @@ def reserve():
     RESERVED.write_text(before)
 
 
-async def test_all_memory_is_of_huge_pages(start, reserve):
+async def test_all_memory_is_of_huge_pages(
+    start: Callable[..., Awaitable[tuple[QemuHypervisor, GuestShell]]], reserve: Callable[[int], None]
+) -> None:
     reserve(GROWN)
     vm, shell = await start(memory_bytes=BOOTED, max_memory_bytes=MOST, huge_pages=True)
     used = pages("HugePages_Total") - pages("HugePages_Free")
@@ -46,7 +58,9 @@ async def test_all_memory_is_of_huge_pages(start, reserve):
     assert pages("HugePages_Free") == pages("HugePages_Total")
 
 
-async def test_without_enough_huge_pages_the_reason_is_named(machines, reserve):
+async def test_without_enough_huge_pages_the_reason_is_named(
+    machines: Machines, reserve: Callable[[int], None]
+) -> None:
     reserve(0)
     vm = machines(huge_pages=True)
     with pytest.raises(VmStartError, match="Cannot allocate memory"):

@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,6 +15,15 @@ from hypervisor.vcpus import Vcpus
 from tests.patience import patient
 
 from .conftest import ACCELERATOR
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from typing import Any
+
+    from hypervisor import QemuHypervisor
+
+    from .guest_shell import GuestShell
+
 
 MIB = 1 << 20
 SMALL, LARGE = 256 * MIB, 1024 * MIB
@@ -24,15 +34,15 @@ HUNGRY = 300  # MiB that a file in the guest's memory takes: more than there wou
 ALL_CPUS_ON = "for cpu in /sys/devices/system/cpu/cpu[1-9]*/online; do echo 1 >$cpu; done"
 
 
-async def processors(shell) -> int:
+async def processors(shell: Any) -> int:
     return int(await shell("nproc"))
 
 
-async def memory(shell) -> int:
+async def memory(shell: Any) -> int:
     return int(await shell("grep MemTotal /proc/meminfo | tr -dc 0-9")) * 1024
 
 
-def on_host(vm) -> int:
+def on_host(vm: Any) -> int:
     """Count the bytes of the host that hold the guest's memory."""
     files = [fd for fd in Path(f"/proc/{vm.pid}/fd").iterdir() if "/memfd:" in str(fd.readlink())]
     # A clone's memory is open twice: as it was inherited, and as QEMU opened it.
@@ -41,7 +51,9 @@ def on_host(vm) -> int:
     return sum(mapped.values())
 
 
-async def test_memory_grows_and_shrinks_under_load_and_not_against_the_guests_will(start, qemu):
+async def test_memory_grows_and_shrinks_under_load_and_not_against_the_guests_will(
+    start: Callable[..., Awaitable[tuple[QemuHypervisor, GuestShell]]], qemu: Path
+) -> None:
     vm, shell = await start(qemu=qemu, memory_bytes=SMALL)
     first = await memory(shell)
     for wrong in (SMALL // 2, 8 << 30):
@@ -66,7 +78,9 @@ async def test_memory_grows_and_shrinks_under_load_and_not_against_the_guests_wi
 
 
 @pytest.mark.nightly
-async def test_a_guest_without_virtio_mem_gets_memory_modules(start, qemu):
+async def test_a_guest_without_virtio_mem_gets_memory_modules(
+    start: Callable[..., Awaitable[tuple[QemuHypervisor, GuestShell]]], qemu: Path
+) -> None:
     vm, shell = await start(qemu=qemu, memory_bytes=SMALL, kernel_parameters=("module_blacklist=virtio_mem",))
     first = await memory(shell)
     assert await vm.resize_memory(SMALL + 100 * MIB) == SMALL + 128 * MIB  # a module is no smaller
@@ -78,7 +92,9 @@ async def test_a_guest_without_virtio_mem_gets_memory_modules(start, qemu):
     assert await memory(shell) == first
 
 
-async def test_memory_that_the_guest_frees_is_back_on_the_host(start, qemu):
+async def test_memory_that_the_guest_frees_is_back_on_the_host(
+    start: Callable[..., Awaitable[tuple[QemuHypervisor, GuestShell]]], qemu: Path
+) -> None:
     vm, shell = await start(qemu=qemu, memory_bytes=LARGE)
     before = on_host(vm)
     await shell("mount -t tmpfs -o size=90% none /mnt; dd if=/dev/zero of=/mnt/full bs=1M count=512")
@@ -90,7 +106,9 @@ async def test_memory_that_the_guest_frees_is_back_on_the_host(start, qemu):
         await asyncio.sleep(0.1)
 
 
-async def test_processors_are_added_and_taken_away_as_the_guest_sees_it(start, qemu):
+async def test_processors_are_added_and_taken_away_as_the_guest_sees_it(
+    start: Callable[..., Awaitable[tuple[QemuHypervisor, GuestShell]]], qemu: Path
+) -> None:
     vm, shell = await start(qemu=qemu, vcpus=1, max_vcpus=4)
     await shell(LOAD)
     for wrong in (0, 5):
@@ -100,20 +118,24 @@ async def test_processors_are_added_and_taken_away_as_the_guest_sees_it(start, q
     assert await vm.resize_vcpus(4) == 4
     await shell(ALL_CPUS_ON)
     assert await processors(shell) == 4
-    older = (await vm._host.qmp.ask(dict, "query-version"))["qemu"]["major"] < 10
+    qmp = vm._host.qmp
+    assert qmp is not None
+    older = (await qmp.ask(dict, "query-version"))["qemu"]["major"] < 10
     if older and ACCELERATOR is Accelerator.TCG:
         # Emulated ones stay in this QEMU, which would not survive the next device that is plugged.
         assert await vm.resize_vcpus(1) == 4
 
     # Taken away all the same, as under KVM: it is done, and the last thing done to this machine.
-    vcpus = Vcpus(vm._host.qmp, pid=vm.pid, boot=1, most=4, emulated=False)
+    vcpus = Vcpus(qmp, pid=vm.pid, boot=1, most=4, emulated=False)
     for count in (2, 1):
         assert await vcpus.resize(count) == count
         assert await processors(shell) == count
     assert await shell("cat /sys/devices/system/cpu/present") == "0"
 
 
-async def test_virtual_processors_are_kept_to_processors_of_the_host(start):
+async def test_virtual_processors_are_kept_to_processors_of_the_host(
+    start: Callable[..., Awaitable[tuple[QemuHypervisor, GuestShell]]],
+) -> None:
     vm, _ = await start(vcpus=2)
 
     def allowed() -> list[set[int]]:

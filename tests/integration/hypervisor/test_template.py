@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,6 +23,14 @@ from .test_hotplug import block_name, disk, image, nic, sysfs, taken
 from .test_sizing import ALL_CPUS_ON, BACK_ON_HOST_S, memory, on_host, processors
 from .test_vm_boot import RESPONSE_TYPE, ask_agent
 
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from typing import Any
+
+    from hypervisor import VmSpec
+    from tests.integration.hypervisor.conftest import Machines
+
+
 MIB = 1 << 20
 SOON_S = patient(5)
 UNPLUG_S = patient(20)
@@ -29,7 +38,9 @@ SLACK = 16 * MIB
 
 
 @pytest.mark.parametrize("channel", usable_channels())
-async def test_the_agent_of_a_clone_answers(machines, template_of, channel, qemu):
+async def test_the_agent_of_a_clone_answers(
+    machines: Machines, template_of: Callable[..., Awaitable[Path]], channel: Any, qemu: Path
+) -> None:
     vm = machines(qemu=qemu, channel=channel, template=await template_of(qemu=qemu, channel=channel))
     began = time.monotonic()
     await vm.start(timeout_s=START_S)
@@ -43,7 +54,9 @@ async def test_the_agent_of_a_clone_answers(machines, template_of, channel, qemu
     assert served - {"vhost-device-vsock"} == {"QEMU", "virtio-fs daemon"}, "and nothing that only started it"
 
 
-async def test_clones_at_once_have_nothing_in_common(clone, tmp_path, qemu):
+async def test_clones_at_once_have_nothing_in_common(
+    clone: Callable[..., Awaitable[Any]], tmp_path: Path, qemu: Path
+) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
     first, second = await asyncio.gather(
@@ -54,18 +67,20 @@ async def test_clones_at_once_have_nothing_in_common(clone, tmp_path, qemu):
     assert sums[0] != sums[1]
     assert [
         await shell("echo 3 >/proc/sys/vm/drop_caches; sha256sum </own") for shell in (first, second)
-    ] == sums
+    ] == list(sums)
     third = await clone_shell(clone, qemu, tmp_path)
     assert await third("ls /own 2>&1 | grep -c 'No such file'") == "1", "the template has not changed"
 
 
-async def clone_shell(clone, qemu, directory):
+async def clone_shell(clone: Any, qemu: Any, directory: Path) -> Any:
     _vm, shell = await clone(qemu=qemu, directory=directory)
     return shell
 
 
 @pytest.mark.parametrize("virtiofsd", VIRTIOFSDS, ids=str)
-async def test_a_clone_reads_and_writes_the_share(clone, share, virtiofsd, qemu):
+async def test_a_clone_reads_and_writes_the_share(
+    clone: Callable[..., Awaitable[Any]], share: Path, virtiofsd: Any, qemu: Path
+) -> None:
     _vm, shell = await clone(qemu=qemu, virtiofsd=virtiofsd)
     await shell("mkdir /share")
     await shell.until("mount -t virtiofs kataShared /share")
@@ -76,7 +91,9 @@ async def test_a_clone_reads_and_writes_the_share(clone, share, virtiofsd, qemu)
     assert digest == f"{hashlib.sha256((share / 'back').read_bytes()).hexdigest()}  -"
 
 
-async def test_a_clone_takes_and_gives_devices_processors_and_memory(clone, tap, tmp_path, qemu):
+async def test_a_clone_takes_and_gives_devices_processors_and_memory(
+    clone: Callable[..., Awaitable[Any]], tap: Callable[..., tuple[int, ...]], tmp_path: Path, qemu: Path
+) -> None:
     vm, shell = await clone(qemu=qemu)
     places = set(taken(vm))
     assert len(places) == 1, "the share's"
@@ -104,7 +121,9 @@ async def test_a_clone_takes_and_gives_devices_processors_and_memory(clone, tap,
     assert await processors(shell) == 2
 
 
-async def test_what_the_guest_does_not_use_is_not_in_the_template(clone):
+async def test_what_the_guest_does_not_use_is_not_in_the_template(
+    clone: Callable[..., Awaitable[Any]],
+) -> None:
     vm, shell = await clone()
     free = int(await shell("grep MemFree /proc/meminfo | tr -dc 0-9")) * 1024
     directory = vm._spec.template
@@ -116,7 +135,9 @@ async def test_what_the_guest_does_not_use_is_not_in_the_template(clone):
     assert file.st_blocks * 512 <= described["data_bytes"] + MIB
 
 
-async def test_a_small_machine_with_an_agent_that_serves_fits_into_60_mib(template_of, qemu):
+async def test_a_small_machine_with_an_agent_that_serves_fits_into_60_mib(
+    template_of: Callable[..., Awaitable[Path]], qemu: Path
+) -> None:
     described = json.loads(
         (await template_of(qemu=qemu, memory_bytes=256 * MIB) / "template.json").read_text()
     )
@@ -124,7 +145,9 @@ async def test_a_small_machine_with_an_agent_that_serves_fits_into_60_mib(templa
     assert described["data_bytes"] <= 60 * MIB
 
 
-async def test_what_the_guest_of_a_clone_frees_goes_back_to_the_host(clone):
+async def test_what_the_guest_of_a_clone_frees_goes_back_to_the_host(
+    clone: Callable[..., Awaitable[Any]],
+) -> None:
     vm, shell = await clone()
     before = on_host(vm)
     await shell("mount -t tmpfs -o size=90% none /mnt; dd if=/dev/zero of=/mnt/full bs=1M count=256")
@@ -136,21 +159,21 @@ async def test_what_the_guest_of_a_clone_frees_goes_back_to_the_host(clone):
         await asyncio.sleep(0.1)
 
 
-def without(name):
-    def spoil(directory):
+def without(name: Any) -> Callable[[Any], None]:
+    def spoil(directory: Path) -> None:
         (directory / name).unlink()
 
     return spoil
 
 
-def cut(name, size):
-    def spoil(directory):
+def cut(name: Any, size: Any) -> Callable[[Any], None]:
+    def spoil(directory: Path) -> None:
         os.truncate(directory / name, size)
 
     return spoil
 
 
-def emptied(directory):
+def emptied(directory: Path) -> None:
     path = directory / "memory"
     before = path.stat()
     os.truncate(path, 16 * MIB)
@@ -158,7 +181,7 @@ def emptied(directory):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def one_byte_of_memory_off(directory):
+def one_byte_of_memory_off(directory: Path) -> None:
     path = directory / "memory"
     with path.open("r+b") as memory:
         memory.seek(20 * MIB)
@@ -167,22 +190,22 @@ def one_byte_of_memory_off(directory):
         memory.write(bytes([byte ^ 1]))
 
 
-def described_as(**changes):
-    def spoil(directory):
+def described_as(**changes: Any) -> Callable[[Any], None]:
+    def spoil(directory: Path) -> None:
         path = directory / "template.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
     return spoil
 
 
-def one_byte_of_state_off(directory):
+def one_byte_of_state_off(directory: Path) -> None:
     path = directory / "state"
     state = bytearray(path.read_bytes())
     state[len(state) // 2] ^= 1
     path.write_bytes(state)
 
 
-def gibberish(directory):
+def gibberish(directory: Path) -> None:
     """A state whose checksum is right, but of which QEMU makes nothing."""
     state = (directory / "state").read_bytes()
     broken = bytes(len(state) // 2) + state[len(state) // 2 :]
@@ -190,14 +213,14 @@ def gibberish(directory):
     described_as(state_sha256=hashlib.sha256(broken).hexdigest())(directory)
 
 
-def half_a_state(directory):
+def half_a_state(directory: Path) -> None:
     """One that ends too early for QEMU."""
     broken = (directory / "state").read_bytes()[:100_000]
     (directory / "state").write_bytes(broken)
     described_as(state_sha256=hashlib.sha256(broken).hexdigest(), state_bytes=len(broken))(directory)
 
 
-def no_description(directory):
+def no_description(directory: Path) -> None:
     (directory / "template.json").write_bytes(b"\xff[")
 
 
@@ -221,7 +244,9 @@ def no_description(directory):
         pytest.param(described_as(qemu_version="6.0.0"), "saved by QEMU 6.0.0, not by this", id="other QEMU"),
     ],
 )
-async def test_a_broken_template_is_said_to_be_broken(machines, template_of, tmp_path, spoil, cause):
+async def test_a_broken_template_is_said_to_be_broken(
+    machines: Machines, template_of: Callable[..., Awaitable[Path]], tmp_path: Path, spoil: Any, cause: str
+) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(await template_of(channel=Channel.VHOST_USER_VSOCK), broken)
     spoil(broken)
@@ -246,8 +271,8 @@ async def test_a_broken_template_is_said_to_be_broken(machines, template_of, tmp
     ],
 )
 async def test_what_keeps_any_machine_from_starting_is_not_blamed_on_the_template(
-    machines, template_of, changes, cause
-):
+    machines: Machines, template_of: Callable[..., Awaitable[Path]], changes: dict[str, Any], cause: str
+) -> None:
     channel = Channel.VHOST_USER_VSOCK
     vm = machines(channel=channel, template=await template_of(channel=channel), **changes)
     with pytest.raises(VmStartError, match=cause) as caught:
@@ -271,8 +296,8 @@ def qemus_of(pid: int) -> list[str]:
     ],
 )
 async def test_a_machine_that_cannot_be_saved_leaves_no_template(
-    make_spec, tmp_path, changes, timeout_s, cause
-):
+    make_spec: Callable[..., VmSpec], tmp_path: Path, changes: dict[str, Any], timeout_s: Any, cause: str
+) -> None:
     others = qemus_of(os.getpid())
     with pytest.raises(VmStartError, match=f"^save template: .*{cause}"):
         await save_template(make_spec(**changes), tmp_path, timeout_s=timeout_s)

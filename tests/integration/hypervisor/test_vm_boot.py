@@ -6,6 +6,7 @@ import asyncio
 import struct
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,6 +16,12 @@ from tests.patience import patient
 
 from .conftest import VIRTIOFSDS, usable_channels
 
+if TYPE_CHECKING:
+    from typing import Any
+
+    from tests.integration.hypervisor.conftest import Machines
+
+
 START_S = patient(20)
 BOOT_S = patient(60)
 
@@ -23,7 +30,7 @@ REQUEST = struct.pack(">IIBB", 0, 1, 1, 0)
 RESPONSE_TYPE = 2
 
 
-async def ask_agent(connection):
+async def ask_agent(connection: Any) -> Any:
     loop = asyncio.get_running_loop()
     with connection:
         async with asyncio.timeout(BOOT_S):
@@ -38,7 +45,7 @@ async def ask_agent(connection):
 
 
 @pytest.mark.parametrize("channel", usable_channels())
-async def test_the_agent_answers(machines, channel):
+async def test_the_agent_answers(machines: Machines, channel: Any) -> None:
     vm = machines(channel=channel)
     await vm.start(timeout_s=START_S)
     connection = await vm.connect(AGENT_PORT, timeout_s=BOOT_S)
@@ -47,13 +54,13 @@ async def test_the_agent_answers(machines, channel):
 
 
 @pytest.mark.parametrize("virtiofsd", VIRTIOFSDS, ids=str)
-async def test_either_virtio_fs_daemon_serves(machines, virtiofsd):
+async def test_either_virtio_fs_daemon_serves(machines: Machines, virtiofsd: Any) -> None:
     vm = machines(virtiofsd=virtiofsd)
     await vm.start(timeout_s=START_S)
     assert await ask_agent(await vm.connect(AGENT_PORT, timeout_s=BOOT_S)) == (1, RESPONSE_TYPE)
 
 
-async def test_every_process_is_recorded_and_listed(machines):
+async def test_every_process_is_recorded_and_listed(machines: Machines) -> None:
     vm = machines(channel=Channel.VHOST_USER_VSOCK)
     await vm.start(timeout_s=START_S)
     listed = {(process.name, process.pid) for process in vm.processes()}
@@ -62,11 +69,11 @@ async def test_every_process_is_recorded_and_listed(machines):
     assert ("QEMU", vm.pid) in listed
 
 
-def below(root):
+def below(root: Any) -> Any:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
 
 
-async def test_the_root_that_qemu_sees_holds_no_files_of_the_host(machines):
+async def test_the_root_that_qemu_sees_holds_no_files_of_the_host(machines: Machines) -> None:
     vm = machines()
     await vm.start(timeout_s=START_S)
     root = Path(f"/proc/{vm.pid}/root")
@@ -75,21 +82,21 @@ async def test_the_root_that_qemu_sees_holds_no_files_of_the_host(machines):
         (root / "file").touch()
 
 
-async def test_stop_may_come_at_any_time_and_again(machines):
+async def test_stop_may_come_at_any_time_and_again(machines: Machines) -> None:
     vm = machines()
     await vm.stop()
     await vm.stop()
     assert (await vm.wait()).reason == "stopped"
 
 
-async def test_many_may_stop_it_at_once(machines):
+async def test_many_may_stop_it_at_once(machines: Machines) -> None:
     vm = machines()
     await vm.start(timeout_s=START_S)
     await asyncio.gather(*(vm.stop() for _ in range(8)))
     assert (await vm.wait()).reason == "stopped"
 
 
-async def test_stop_during_start_leaves_nothing(machines):
+async def test_stop_during_start_leaves_nothing(machines: Machines) -> None:
     vm = machines(channel=Channel.VHOST_USER_VSOCK)
     starting = asyncio.create_task(vm.start(timeout_s=START_S))
     while not machines.started:  # noqa: ASYNC110  (any moment in the middle will do)
@@ -100,7 +107,7 @@ async def test_stop_during_start_leaves_nothing(machines):
     assert vm.processes() == []
 
 
-async def test_a_second_sandbox_does_not_disturb_the_first(machines, tmp_path):
+async def test_a_second_sandbox_does_not_disturb_the_first(machines: Machines, tmp_path: Path) -> None:
     directories = [tmp_path / "a", tmp_path / "b"]
     vms = []
     for directory in directories:
@@ -115,7 +122,7 @@ async def test_a_second_sandbox_does_not_disturb_the_first(machines, tmp_path):
     assert await ask_agent(connections[1]) == (1, RESPONSE_TYPE)
 
 
-async def test_a_port_without_a_listener_times_out_with_the_last_console_line(machines):
+async def test_a_port_without_a_listener_times_out_with_the_last_console_line(machines: Machines) -> None:
     vm = machines(channel=Channel.VHOST_USER_VSOCK)
     await vm.start(timeout_s=START_S)
     (await vm.connect(AGENT_PORT, timeout_s=BOOT_S)).close()
@@ -125,7 +132,7 @@ async def test_a_port_without_a_listener_times_out_with_the_last_console_line(ma
     assert time.monotonic() - begin < 1.5
 
 
-async def test_the_console_is_kept_in_a_file_too(machines, tmp_path):
+async def test_the_console_is_kept_in_a_file_too(machines: Machines, tmp_path: Path) -> None:
     vm = machines(channel=Channel.VHOST_USER_VSOCK)
     await vm.start(timeout_s=START_S)
     (await vm.connect(AGENT_PORT, timeout_s=BOOT_S)).close()

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,38 +14,46 @@ from hypervisor import Channel, ChannelError
 from proto.extensions import AGENT_PORT
 from tests.patience import patient
 
+if TYPE_CHECKING:
+    from typing import Any
+
+    from tests.integration.hypervisor.conftest import Machines
+
+
 START_S = patient(20)
 BOOT_S = patient(60)
 AT_ONCE_S = patient(1.0)
 
 
-async def end_of(vm, *, within_s: float):
+async def end_of(vm: Any, *, within_s: float) -> Any:
     async with asyncio.timeout(within_s):
         return await vm.wait()
 
 
 @pytest.fixture
-async def running(machines):
+async def running(machines: Machines) -> Any:
     vm = machines(channel=Channel.VHOST_USER_VSOCK)
     await vm.start(timeout_s=START_S)
     return vm
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
-async def test_qemu_killed(running, number):
+async def test_qemu_killed(running: Any, number: Any) -> None:
     os.kill(running.pid, number)
     end = await end_of(running, within_s=AT_ONCE_S)
     assert end.reason == f"QEMU killed by signal {number.value}"
 
 
-async def test_qemu_asked_to_terminate(running):
+async def test_qemu_asked_to_terminate(running: Any) -> None:
     os.kill(running.pid, signal.SIGTERM)
     end = await end_of(running, within_s=AT_ONCE_S)
     assert end.reason == "QEMU was told to quit (host-signal)"
 
 
 @pytest.mark.parametrize("victim", ["virtio-fs daemon", "vhost-device-vsock"])
-async def test_a_daemon_killed_ends_the_machine_and_is_named(running, machines, victim):
+async def test_a_daemon_killed_ends_the_machine_and_is_named(
+    running: Any, machines: Machines, victim: str
+) -> None:
     # The first of that name is the one the supervisor started; a worker comes after it.
     pid = next(pid for name, pid in machines.started if name == victim)
     os.kill(pid, signal.SIGKILL)
@@ -53,14 +62,16 @@ async def test_a_daemon_killed_ends_the_machine_and_is_named(running, machines, 
     assert running.processes() == [] or [each.name for each in running.processes()] != ["QEMU"]
 
 
-async def test_the_virtio_fs_worker_killed_ends_the_machine_and_names_the_daemon(running, machines):
+async def test_the_virtio_fs_worker_killed_ends_the_machine_and_names_the_daemon(
+    running: Any, machines: Machines
+) -> None:
     pid = [pid for name, pid in machines.started if name == "virtio-fs daemon"][-1]
     os.kill(pid, signal.SIGKILL)
     end = await end_of(running, within_s=2 * AT_ONCE_S)
     assert end.reason.startswith("virtio-fs daemon ")
 
 
-async def test_a_guest_without_init_panics_with_its_line(machines):
+async def test_a_guest_without_init_panics_with_its_line(machines: Machines) -> None:
     vm = machines(kernel_parameters=("rdinit=/nonexistent",), channel=Channel.VHOST_USER_VSOCK)
     await vm.start(timeout_s=START_S)
     # Asked about a vhost-user device meanwhile, QEMU 7.2 may announce its shutdown and then never leave.
@@ -70,7 +81,7 @@ async def test_a_guest_without_init_panics_with_its_line(machines):
     assert "Kernel panic - not syncing: " in end.reason
 
 
-async def test_connecting_fails_with_the_reason_the_moment_the_machine_dies(running):
+async def test_connecting_fails_with_the_reason_the_moment_the_machine_dies(running: Any) -> None:
     connecting = asyncio.create_task(running.connect(4, timeout_s=BOOT_S))
     await asyncio.sleep(0.3)
     begin = time.monotonic()
@@ -80,20 +91,20 @@ async def test_connecting_fails_with_the_reason_the_moment_the_machine_dies(runn
     assert time.monotonic() - begin < AT_ONCE_S
 
 
-async def test_connecting_to_a_machine_that_is_gone_fails_at_once(running):
+async def test_connecting_to_a_machine_that_is_gone_fails_at_once(running: Any) -> None:
     await running.stop()
     with pytest.raises(ChannelError, match="gone: stopped"):
         await running.connect(AGENT_PORT, timeout_s=BOOT_S)
 
 
-async def test_stop_does_not_cover_up_an_end_that_came_before(running):
+async def test_stop_does_not_cover_up_an_end_that_came_before(running: Any) -> None:
     os.kill(running.pid, signal.SIGSEGV)
     await end_of(running, within_s=AT_ONCE_S)
     await running.stop()
     assert (await running.wait()).reason == "QEMU killed by signal 11"
 
 
-async def test_a_machine_that_hangs_is_stopped_all_the_same(running):
+async def test_a_machine_that_hangs_is_stopped_all_the_same(running: Any) -> None:
     os.kill(running.pid, signal.SIGSTOP)
     begin = time.monotonic()
     await running.stop()

@@ -6,15 +6,23 @@ import os
 import subprocess
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from hypervisor import Channel, VmStartError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from tests.integration.hypervisor.conftest import Machines
+
+
 SOON_S = 1.5
 
 
-async def failure_of(vm) -> str:
+async def failure_of(vm: Any) -> str:
     begin = time.monotonic()
     with pytest.raises(VmStartError) as caught:
         await vm.start(timeout_s=20)
@@ -49,16 +57,18 @@ async def failure_of(vm) -> str:
         ),
     ],
 )
-async def test_the_cause_is_named(machines, changes, cause):
+async def test_the_cause_is_named(machines: Machines, changes: dict[str, Any], cause: str) -> None:
     assert cause in await failure_of(machines(**changes))
 
 
-async def test_a_directory_whose_later_mounts_would_stay_unseen_is_refused(machines, tmp_path, unshared):
+async def test_a_directory_whose_later_mounts_would_stay_unseen_is_refused(
+    machines: Machines, tmp_path: Path, unshared: Any
+) -> None:
     assert "not on a shared mount" in await failure_of(machines(share_source=unshared))
 
 
 @pytest.fixture
-def unshared(tmp_path):
+def unshared(tmp_path: Path) -> Iterator[Any]:
     target = tmp_path / "unshared"
     target.mkdir()
     subprocess.run(["/bin/mount", "--bind", target, target], check=True)
@@ -69,10 +79,10 @@ def unshared(tmp_path):
         subprocess.run(["/bin/umount", target], check=True)
 
 
-async def test_a_ledger_that_cannot_be_written_stops_the_start(machines):
+async def test_a_ledger_that_cannot_be_written_stops_the_start(machines: Machines) -> None:
     vm = machines()
 
-    def refuse(name, pid):
+    def refuse(name: Any, pid: Any) -> None:
         machines.started.append((name, pid))
         raise OSError(28, os.strerror(28), "/ledger")
 
@@ -80,7 +90,7 @@ async def test_a_ledger_that_cannot_be_written_stops_the_start(machines):
     assert "/ledger: No space left on device" in await failure_of(vm)
 
 
-async def test_a_machine_that_does_not_answer_is_given_up_in_time(machines, tmp_path):
+async def test_a_machine_that_does_not_answer_is_given_up_in_time(machines: Machines, tmp_path: Path) -> None:
     silent = tmp_path / "qemu"
     silent.write_text("#!/bin/sh\nexec sleep 60\n")
     silent.chmod(0o755)

@@ -8,7 +8,7 @@ import os
 import socket
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -22,12 +22,11 @@ from shim.network.tap import open_tap
 from tests.network_space import Space, add_cable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
-    from google.protobuf.message import Message
-
-    from hypervisor import Nic
+    from hypervisor import Hypervisor, Nic
     from proto.kata import agent_pb2
+    from shim.agent.client import Agent
 
 HEADER = bytes(10)  # virtio_net_hdr of a packet without checksum or segmentation wishes
 ETHERTYPE = 0x88B5  # IEEE 802: free for experiments
@@ -43,10 +42,18 @@ class Machine:
     def __init__(self) -> None:
         self.cards: dict[str, Nic] = {}
         self.queues: dict[str, list[int]] = {}
-        self.told: list[Message] = []
+        self.told: list[Any] = []
         self.requests: list[agent_pb2.UpdateRoutesRequest] = []
         self.refuses = ""
         self.is_hako = False
+
+    @property
+    def vm(self) -> Hypervisor:
+        return cast("Hypervisor", self)
+
+    @property
+    def agent(self) -> Agent:
+        return cast("Agent", self)
 
     async def plug_nic(self, nic: Nic) -> str:
         if self.refuses == "plug":
@@ -66,7 +73,7 @@ class Machine:
                 os.close(descriptor)
         self.queues.clear()
 
-    async def update_interface(self, interface: Message) -> None:
+    async def update_interface(self, interface: Any) -> None:
         if self.refuses == "interface":
             raise Internal("interface: Link not found")
         self.told.append(interface)
@@ -76,7 +83,7 @@ class Machine:
         self.requests.append(request)
         return []
 
-    async def add_arp_neighbors(self, neighbors: Message) -> None:
+    async def add_arp_neighbors(self, neighbors: Any) -> None:
         self.told.append(neighbors)
 
     def names(self) -> list[str]:
@@ -84,7 +91,7 @@ class Machine:
 
 
 @pytest.fixture
-def machine():
+def machine() -> Iterator[Any]:
     machine = Machine()
     yield machine
     machine.die()
@@ -101,12 +108,12 @@ async def network_of(pod: Space, ledger: Ledger, *, queues: int = 1) -> AsyncIte
 
 async def attach(network: Network, machine: Any) -> None:
     await network.prepare()
-    await network.attach(vm=machine, agent=machine)
+    await network.attach(vm=machine.vm, agent=machine.agent)
 
 
 async def test_the_machine_gets_a_card_for_the_interface_and_the_guest_its_configuration(
     pod: Space, ledger: Ledger, machine: Machine
-):
+) -> None:
     pod.ip("neigh add 10.1.0.1 lladdr 02:00:00:00:00:01 dev eth0 nud permanent")
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
@@ -182,7 +189,7 @@ async def receive(*descriptors: int) -> bytes:
 )
 async def test_frames_go_from_card_to_cable_and_back(
     empty_pod: Space, outside: Space, ledger: Ledger, machine: Machine, case: tuple[str, int]
-):
+) -> None:
     kind, queues = case
     async with (
         far_end(kind, empty_pod, outside) as (far, skipped),
@@ -222,7 +229,7 @@ def ipv4(source: str, destination: str, *, tags: tuple[int, ...] = ()) -> bytes:
 @pytest.mark.parametrize("tags", [(), (0x8100,), (0x88A8, 0x8100), (0x8100, 0x8100, 0x8100)], ids=str)
 async def test_a_packet_from_outside_does_not_reach_the_guests_localhost(
     empty_pod: Space, outside: Space, ledger: Ledger, machine: Machine, tags: tuple[int, ...]
-):
+) -> None:
     async with far_end("veth", empty_pod, outside) as (far, _), network_of(empty_pod, ledger) as network:
         await attach(network, machine)
         [card] = machine.cards.values()
@@ -237,7 +244,7 @@ async def test_a_packet_from_outside_does_not_reach_the_guests_localhost(
 
 async def test_a_connection_to_localhost_in_the_namespace_reaches_the_guest(
     pod: Space, ledger: Ledger, machine: Machine
-):
+) -> None:
     async with network_of(pod, ledger) as network:
         machine.is_hako = True
         await attach(network, machine)
@@ -275,7 +282,7 @@ def checksum(header: bytes) -> bytes:
     return struct.pack("!H", ~total & 0xFFFF)
 
 
-async def test_detaching_leaves_the_namespace_as_it_was(pod: Space, ledger: Ledger, machine: Machine):
+async def test_detaching_leaves_the_namespace_as_it_was(pod: Space, ledger: Ledger, machine: Machine) -> None:
     before = pod.configuration()
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
@@ -288,7 +295,7 @@ async def test_detaching_leaves_the_namespace_as_it_was(pod: Space, ledger: Ledg
 @pytest.mark.parametrize("step", ["plug", "interface"])
 async def test_what_the_machine_refuses_leaves_the_namespace_as_it_was(
     pod: Space, ledger: Ledger, machine: Machine, step: str
-):
+) -> None:
     before = pod.configuration()
     machine.refuses = step
     async with network_of(pod, ledger) as network:
@@ -300,7 +307,7 @@ async def test_what_the_machine_refuses_leaves_the_namespace_as_it_was(
 
 async def test_an_interface_that_cannot_be_connected_takes_the_others_back(
     pod: Space, outside: Space, ledger: Ledger, machine: Machine
-):
+) -> None:
     add_cable(pod, outside, "net1", number=2)
     pod.run("tc", "qdisc", "add", "dev", "net1", "ingress")
     before = pod.configuration()
@@ -313,7 +320,7 @@ async def test_an_interface_that_cannot_be_connected_takes_the_others_back(
 
 async def test_a_second_machine_in_one_namespace_is_refused_and_harms_nothing(
     pod: Space, ledger: Ledger, machine: Machine
-):
+) -> None:
     async with network_of(pod, ledger) as network, network_of(pod, ledger) as second:
         await attach(network, machine)
         before = pod.configuration()
@@ -322,7 +329,7 @@ async def test_a_second_machine_in_one_namespace_is_refused_and_harms_nothing(
         assert pod.configuration() == before
 
 
-async def test_an_interface_of_another_kind_is_refused_by_name(pod: Space, ledger: Ledger):
+async def test_an_interface_of_another_kind_is_refused_by_name(pod: Space, ledger: Ledger) -> None:
     pod.ip("link add br0 type bridge")
     pod.ip("link set br0 up")
     async with network_of(pod, ledger) as network:
@@ -332,7 +339,7 @@ async def test_an_interface_of_another_kind_is_refused_by_name(pod: Space, ledge
 
 async def test_a_namespace_without_interfaces_needs_nothing(
     empty_pod: Space, ledger: Ledger, machine: Machine
-):
+) -> None:
     async with network_of(empty_pod, ledger) as network:
         await attach(network, machine)
     assert (machine.cards, machine.told) == ({}, [])
@@ -340,17 +347,17 @@ async def test_a_namespace_without_interfaces_needs_nothing(
 
 async def test_an_interface_that_comes_late_becomes_a_card_at_the_next_scan(
     empty_pod: Space, outside: Space, ledger: Ledger, machine: Machine
-):
+) -> None:
     async with network_of(empty_pod, ledger) as network:
         await attach(network, machine)
         add_cable(empty_pod, outside, "eth0", number=1)
         empty_pod.ip("route add default via 10.1.0.1")
-        await network.rescan(vm=machine, agent=machine)
+        await network.rescan(vm=machine.vm, agent=machine.agent)
         assert machine.names() == ["eth0"]
         assert [each.gateway for each in machine.told[-1].Routes] == ["10.1.0.1"]
 
         add_cable(empty_pod, outside, "net1", number=2)
-        await network.rescan(vm=machine, agent=machine)
+        await network.rescan(vm=machine.vm, agent=machine.agent)
         assert machine.names() == ["eth0", "net1"]
 
 
@@ -360,7 +367,7 @@ def write(pod: Space, parameter: str, value: str) -> None:
 
 async def test_what_changes_after_a_scan_is_noticed(
     pod: Space, outside: Space, ledger: Ledger, machine: Machine
-):
+) -> None:
     changes = {
         "interface": lambda: add_cable(pod, outside, "net1", number=2),
         "address": lambda: pod.ip("addr add 10.1.0.9/32 dev eth0"),
@@ -372,7 +379,7 @@ async def test_what_changes_after_a_scan_is_noticed(
     }
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
-        await network.rescan(vm=machine, agent=machine)
+        await network.rescan(vm=machine.vm, agent=machine.agent)
         for what, change in changes.items():
             noticed = asyncio.create_task(network.changed())
             await asyncio.sleep(0)
@@ -380,39 +387,43 @@ async def test_what_changes_after_a_scan_is_noticed(
             await asyncio.to_thread(change)
             async with asyncio.timeout(DEADLINE_S):
                 await noticed
-            await network.rescan(vm=machine, agent=machine)
+            await network.rescan(vm=machine.vm, agent=machine.agent)
             assert len(machine.told) > told, what
 
 
 async def test_an_interface_that_is_gone_is_unplugged(
     pod: Space, outside: Space, ledger: Ledger, machine: Machine
-):
+) -> None:
     add_cable(pod, outside, "net1", number=2)
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
         pod.ip("link delete net1")
-        await network.rescan(vm=machine, agent=machine)
+        await network.rescan(vm=machine.vm, agent=machine.agent)
         assert [card.mac for card in machine.cards.values()] == [machine.told[0].hwAddr]
 
 
-async def test_an_interface_that_goes_down_is_given_back(pod: Space, ledger: Ledger, machine: Machine):
+async def test_an_interface_that_goes_down_is_given_back(
+    pod: Space, ledger: Ledger, machine: Machine
+) -> None:
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
         pod.ip("link set eth0 down")
-        await network.rescan(vm=machine, agent=machine)
+        await network.rescan(vm=machine.vm, agent=machine.agent)
         assert machine.cards == {}
         assert "ingress" not in pod.run("tc", "qdisc")
 
 
-async def test_a_new_address_reaches_the_guest_at_the_next_scan(pod: Space, ledger: Ledger, machine: Machine):
+async def test_a_new_address_reaches_the_guest_at_the_next_scan(
+    pod: Space, ledger: Ledger, machine: Machine
+) -> None:
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
         told = len(machine.told)
-        await network.rescan(vm=machine, agent=machine)
+        await network.rescan(vm=machine.vm, agent=machine.agent)
         assert len(machine.told) == told
 
         pod.ip("addr add 10.1.0.9/32 dev eth0")
-        await network.rescan(vm=machine, agent=machine)
+        await network.rescan(vm=machine.vm, agent=machine.agent)
         interface, _ = machine.told[told:]
         assert "10.1.0.9" in {each.address for each in interface.IPAddresses}
         assert len(machine.cards) == 1
@@ -420,23 +431,23 @@ async def test_a_new_address_reaches_the_guest_at_the_next_scan(pod: Space, ledg
 
 async def test_a_scan_that_failed_is_made_good_by_the_next(
     pod: Space, outside: Space, ledger: Ledger, machine: Machine
-):
+) -> None:
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
         add_cable(pod, outside, "net1", number=2)
         machine.refuses = "plug"
         with pytest.raises(Internal):
-            await network.rescan(vm=machine, agent=machine)
+            await network.rescan(vm=machine.vm, agent=machine.agent)
         assert len(machine.cards) == 1
         machine.refuses = ""
-        await network.rescan(vm=machine, agent=machine)
+        await network.rescan(vm=machine.vm, agent=machine.agent)
         assert len(machine.cards) == 2
         assert machine.names()[-1] == "net1"
 
 
 async def test_after_a_crash_the_ledger_gives_the_namespace_back(
     pod: Space, state_directory: Path, machine: Machine
-):
+) -> None:
     before = pod.configuration()
     ledger = Ledger(str(state_directory), create=True)
     network = await Network.open(WantedNamespace(pod.path), ledger=ledger, queues=1)
@@ -452,7 +463,9 @@ async def test_after_a_crash_the_ledger_gives_the_namespace_back(
     assert pod.configuration() == before
 
 
-async def test_the_ledger_spares_another_namespace_at_the_same_path(pod: Space, state_directory: Path):
+async def test_the_ledger_spares_another_namespace_at_the_same_path(
+    pod: Space, state_directory: Path
+) -> None:
     pod.run("tc", "qdisc", "add", "dev", "eth0", "ingress")
     ledger = Ledger(str(state_directory), create=True)
     index = int(pod.ip("-oneline link show eth0").partition(":")[0])
@@ -463,7 +476,7 @@ async def test_the_ledger_spares_another_namespace_at_the_same_path(pod: Space, 
     assert "ingress" in pod.run("tc", "qdisc")
 
 
-async def test_a_namespace_that_is_asked_for_without_a_path_is_a_new_one_that_any_process_can_enter():
+async def test_a_namespace_that_is_asked_for_without_a_path_is_a_new_one_that_any_process_can_enter() -> None:
     namespace = await NetworkNamespace.open(WantedNamespace(None))
     try:
         assert namespace.number != HOST_NUMBER
@@ -472,19 +485,19 @@ async def test_a_namespace_that_is_asked_for_without_a_path_is_a_new_one_that_an
         namespace.close()
 
 
-async def test_the_network_of_the_host_is_refused():
+async def test_the_network_of_the_host_is_refused() -> None:
     with pytest.raises(InvalidArgument, match=r"^network: namespace /proc/self/ns/net: it is the host's own"):
         await NetworkNamespace.open(WantedNamespace(HOST))
 
 
-async def test_a_namespace_that_does_not_exist_is_refused_by_its_path(tmp_path: Path):
+async def test_a_namespace_that_does_not_exist_is_refused_by_its_path(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=f"^network: namespace {tmp_path}/x: No such file or directory"):
         await NetworkNamespace.open(WantedNamespace(tmp_path / "x"))
 
 
 async def test_the_guest_is_told_of_rules_and_parameters_once_and_when_they_change(
     pod: Space, ledger: Ledger, machine: Machine
-):
+) -> None:
     machine.is_hako = True
     pod.ip("rule add to 10.9.0.0/16 prohibit")
     write(pod, "net/core/somaxconn", "99")
@@ -495,30 +508,30 @@ async def test_the_guest_is_told_of_rules_and_parameters_once_and_when_they_chan
         assert request.settings.values["net/core/somaxconn"] == "99"
 
         pod.ip("route add blackhole 10.9.0.0/16")
-        await network.rescan(vm=machine, agent=machine)
+        await network.rescan(vm=machine.vm, agent=machine.agent)
         assert not machine.requests[-1].HasField("rules")
         assert not machine.requests[-1].HasField("settings")
 
         pod.ip("rule del to 10.9.0.0/16 prohibit")
-        await network.rescan(vm=machine, agent=machine)
+        await network.rescan(vm=machine.vm, agent=machine.agent)
         assert len(machine.requests[-1].rules.rules) == 5
 
 
 async def test_the_guest_is_told_of_parameters_again_for_a_new_card(
     pod: Space, outside: Space, ledger: Ledger, machine: Machine
-):
+) -> None:
     machine.is_hako = True
     write(pod, "net/ipv4/conf/eth0/rp_filter", "1")
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
         add_cable(pod, outside, "net1", number=2)
-        await network.rescan(vm=machine, agent=machine)
+        await network.rescan(vm=machine.vm, agent=machine.agent)
         assert machine.requests[-1].settings.values["net/ipv4/conf/eth0/rp_filter"] == "1"
 
 
 async def test_a_guest_whose_agent_knows_only_katas_protocol_drops_what_leads_nowhere_and_the_rest_is_named(
     pod: Space, ledger: Ledger, machine: Machine, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     pod.ip("route add blackhole 10.9.0.0/16")
     pod.ip("route add default via 10.1.0.1 table 100")
     pod.ip("rule add from 10.1.0.2 lookup 100")
@@ -526,7 +539,7 @@ async def test_a_guest_whose_agent_knows_only_katas_protocol_drops_what_leads_no
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
         pod.ip("addr add 10.1.0.9/32 dev eth0")
-        await network.rescan(vm=machine, agent=machine)
+        await network.rescan(vm=machine.vm, agent=machine.agent)
     *_, routes = machine.told
     assert ("10.9.0.0/16", "lo") in {(each.dest, each.device) for each in routes.Routes}
     for named in (
@@ -570,14 +583,14 @@ async def test_what_works_on_packets_in_the_namespace_and_not_on_the_guests_is_n
     machine: Machine,
     caplog: pytest.LogCaptureFixture,
     case: tuple[tuple[str, ...], str],
-):
+) -> None:
     commands, named = case
     for command in commands:
         pod.run(*command.format("iptables").split())
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
         pod.ip("addr add 10.1.0.9/32 dev eth0")
-        await network.rescan(vm=machine, agent=machine)
+        await network.rescan(vm=machine.vm, agent=machine.agent)
     found = [line for line in caplog.messages if "pass by" in line]
     assert len(found) == bool(named)
     assert all(named in line for line in found)
@@ -585,14 +598,14 @@ async def test_what_works_on_packets_in_the_namespace_and_not_on_the_guests_is_n
 
 async def test_a_packet_filter_that_comes_later_is_named(
     pod: Space, ledger: Ledger, machine: Machine, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
-        await network.rescan(vm=machine, agent=machine)
+        await network.rescan(vm=machine.vm, agent=machine.agent)
         noticed = asyncio.create_task(network.changed())
         await asyncio.sleep(0)
         await asyncio.to_thread(pod.run, "iptables", "-A", "INPUT", "-j", "ACCEPT")
         async with asyncio.timeout(DEADLINE_S):
             await noticed
-        await network.rescan(vm=machine, agent=machine)
+        await network.rescan(vm=machine.vm, agent=machine.agent)
     assert "packet filter (nftables or iptables-nft)" in caplog.text
