@@ -45,14 +45,17 @@ GROUPS = {
     "bootstrap wire": Group(("shim/bootstrap/wire.py",), ("tests/unit/shim/bootstrap/test_wire.py",)),
     "OCI translation": Group(("shim/agent/oci*.py",), ("tests/unit/shim/agent",)),
     "argv": Group(
-        ("hypervisor/argv.py", "hypervisor/x86_64.py", "hypervisor/machine.py"),
+        ("hypervisor/argv.py", "hypervisor/x86_64.py", "hypervisor/architecture.py"),
         (
             "tests/unit/hypervisor/test_qemu_argv.py",
             "tests/unit/hypervisor/test_vfio.py",
-            "tests/unit/hypervisor/test_host_machine.py",
+            "tests/unit/hypervisor/test_architecture.py",
         ),
     ),
-    "state tables": Group(("shim/sandbox/process.py",), ("tests/unit/shim/sandbox/test_process.py",)),
+    "state tables": Group(
+        ("shim/sandbox/process.py", "shim/sandbox/life.py"),
+        ("tests/unit/shim/sandbox/test_process.py", "tests/unit/shim/sandbox/test_life.py"),
+    ),
     "sizing": Group(
         ("shim/machine/sizing.py", "shim/machine/resizing.py"),
         ("tests/unit/shim/machine/test_sizing.py", "tests/unit/shim/machine/test_resizing.py"),
