@@ -85,7 +85,7 @@ ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "PYTEST_ADDOPTS": os.environ.get("PYTEST_ADDOPTS", ""),  # scripts/test --nightly says so there
 }
-BENCHMARKS = ("clone_over_cold", "run_template_over_cold", "shim_pss_mib", "pod_pss_mib")
+BENCHMARKS = ("clone_over_cold", "run_template_over_cold", "shim_pss_mib", "pod_pss_mib", "host_share")
 
 
 def main(arguments: Sequence[str]) -> int:

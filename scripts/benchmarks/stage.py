@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scripts.benchmarks.taskstats import EndedThreads
 from shim.config import HypervisorConfig
 from tests.e2e import busybox, private
 from tests.e2e.conftest import HAKO, write_config
@@ -48,6 +49,7 @@ class Stage:
     :param state_directory: where Hako keeps the state of its sandboxes.
     :param config: Hako's configuration file.
     :param runner: the event loop of what is asynchronous.
+    :param ended: hears of threads that end, while it is entered.
     """
 
     home: Path
@@ -56,6 +58,7 @@ class Stage:
     state_directory: Path
     config: Path
     runner: asyncio.Runner
+    ended: EndedThreads
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
@@ -204,6 +207,7 @@ def opened(*, rounds: int) -> Iterator[Stage]:
 
     :param rounds: how often each comparison is to be repeated.
     """
+    ended = EndedThreads()
     private.enter()
     with (
         _no_cgroups_left(),
@@ -235,6 +239,7 @@ def opened(*, rounds: int) -> Iterator[Stage]:
                 state_directory=state_directory,
                 config=config,
                 runner=runner,
+                ended=ended,
             )
             stage.configure()
             yield stage
