@@ -221,7 +221,8 @@ class Agent:
 
         :param limit: how many the server may open.
         """
-        await self._connection.diagnose(f"{SHARE_FILES} {limit}")
+        # Nothing waits for the answer, and a busy guest may be slow.
+        await self._connection.diagnose(f"{SHARE_FILES} {limit}", timeout_s=CALL_TIMEOUT_S)
 
     async def timeline(self) -> str:
         """Ask what the agent did and when.
