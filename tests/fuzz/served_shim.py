@@ -117,7 +117,7 @@ class Pretence:
     def share_daemons(self) -> Any:
         return []
 
-    async def do_nothing(self, *_: Any) -> None:
+    async def do_nothing(self, *_: Any, **_named: Any) -> None:
         return
 
     rescan = changed = grow = shrink = switch_off = do_nothing
