@@ -9,7 +9,15 @@ import pytest
 
 from hypervisor import Accelerator, Channel
 from hypervisor.architecture import X86_64
-from hypervisor.argv import Inherited, KernelVsock, SerialPort, UserVsock, boot_argv, kernel_command_line
+from hypervisor.argv import (
+    Inherited,
+    KernelVsock,
+    SerialPort,
+    UserVsock,
+    boot_argv,
+    kernel_command_line,
+    probe_argv,
+)
 from hypervisor.seclusion import OWN_MOUNTS
 
 if TYPE_CHECKING:
@@ -64,6 +72,22 @@ def test_machine_and_memory_backend_agree_on_the_size(make_spec: Callable[..., V
     words = argv(make_spec(memory_bytes=768 << 20))
     assert value_of("-m", words).startswith("size=768M,")
     assert "memory-backend-memfd,id=memory,size=768M,share=on" in words
+
+
+def test_a_machine_that_cannot_grow_has_no_room_for_more_memory(make_spec: Callable[..., VmSpec]) -> None:
+    words = argv(make_spec(memory_bytes=512 << 20, max_memory_bytes=512 << 20))
+    assert value_of("-m", words) == "512M"
+
+
+@pytest.mark.parametrize("accelerator", Accelerator, ids=lambda accelerator: accelerator.value)
+def test_a_probe_runs_its_kernel_on_the_processor_that_a_machine_would_have(
+    make_spec: Callable[..., VmSpec], accelerator: interface.Accelerator
+) -> None:
+    probe = probe_argv(Path("/qemu"), accelerator, Path("/probe"), architecture=X86_64)
+    machine = argv(make_spec(accelerator=accelerator))
+    assert (probe[0], value_of("-kernel", probe)) == ("/qemu", "/probe")
+    for option in ("-accel", "-cpu"):
+        assert value_of(option, probe) == value_of(option, machine)
 
 
 def test_each_root_port_has_a_chassis_of_its_own_and_room_for_large_memory(
