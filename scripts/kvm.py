@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scripts import outer
+from scripts import newer, outer
 from tests import host_settings, patience
 
 if TYPE_CHECKING:
@@ -91,14 +91,17 @@ BENCHMARKS = ("clone_over_cold", "run_template_over_cold", "shim_pss_mib", "pod_
 def main(arguments: Sequence[str]) -> int:
     """Run what the command line says.
 
-    :param arguments: ``test`` or ``bench``, what of it is meant (``--short``), where results are to stay
-        (``--results DIR``), and then what pytest or the benchmarks are given.
+    :param arguments: ``test`` or ``bench``, whether with all that Debian 13 has (``--newer``), what of it is
+        meant (``--short``), where results are to stay (``--results DIR``), and then what pytest or the
+        benchmarks are given.
     :returns: its exit status; 2 if this host cannot have an outer machine.
     """
     if problem := outer.problem():
         print(f"kvm: {problem}", file=sys.stderr)
         return 2
     what, *given = arguments
+    is_newer = given[:1] == ["--newer"]
+    del given[: int(is_newer)]
     is_short = given[:1] == ["--short"]
     del given[: int(is_short)]
     kept = Path(given[1]) if given[:1] == ["--results"] else None
@@ -113,6 +116,7 @@ def main(arguments: Sequence[str]) -> int:
         environment={**ENVIRONMENT, **environment},
         results=results,
         deadline_s=SHORT_DEADLINE_S if is_short else DEADLINE_S,
+        replacements=newer.prepare() if is_newer else {},
     )
     print(f"kvm: exit status {status} after {time.monotonic() - began_s:.0f} s", flush=True)
     if status or kept:

@@ -85,6 +85,7 @@ mount -t virtiofs results {results}
 mount --make-rshared /
 ip link set lo up
 hostname outer
+{replacements}
 cd {tree}
 echo "{up}$(cut -d' ' -f1 /proc/uptime) s"
 {command} </dev/null
@@ -110,20 +111,31 @@ def problem() -> str | None:
     return None
 
 
-def run(command: Sequence[str], *, environment: Mapping[str, str], results: Path, deadline_s: float) -> int:
+def run(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    results: Path,
+    deadline_s: float,
+    replacements: Mapping[Path, Path] | None = None,
+) -> int:
     """Boot the outer machine, run a command in it, and show what it writes.
 
     :param command: the program and its arguments; it runs in this source tree.
     :param environment: what it gets beside the ordinary environment of root.
     :param results: a directory of this machine, which is ``RESULTS`` there.
     :param deadline_s: how long all of it may take, in seconds.
+    :param replacements: files and directories that others take the place of there, and those others; the
+        guest image's kernel is the outer machine's, too.
     :returns: the command's exit status; 1 if the machine did not come to its end.
     """
     settings = [f"{name}={value}" for name, value in environment.items()]
+    replacements = replacements or {}
+    image = replacements.get(_GUEST_IMAGE, _GUEST_IMAGE)
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hako-outer-")))
         initrd, disk = home / "initrd", home / "disk"
-        initrd.write_bytes(_initrd(["env", *settings, *command]))
+        initrd.write_bytes(_initrd(["env", *settings, *command], image=image, replacements=replacements))
         with disk.open("wb") as file:
             file.truncate(_DISK_BYTES)
         # What the outer machine has read it may keep: nobody changes the tree while it runs.
@@ -132,12 +144,18 @@ def run(command: Sequence[str], *, environment: Mapping[str, str], results: Path
             _share(stack, home, "results", results, cache="auto"),
         ]
         limit = ["timeout", "--signal=KILL", f"{deadline_s:.0f}"]
-        return _watch([*limit, *_qemu_argv(initrd, disk, shares)])
+        return _watch([*limit, *_qemu_argv(image / "vmlinux", initrd, disk, shares)])
 
 
-def _initrd(command: Sequence[str]) -> bytes:
+def _initrd(command: Sequence[str], *, image: Path, replacements: Mapping[Path, Path]) -> bytes:
+    mounts = (["mount", "--bind", str(other), str(place)] for place, other in replacements.items())
     begin = _BEGIN.format(
-        tree=shlex.quote(str(TREE)), command=shlex.join(command), results=RESULTS, up=_UP, ended=_ENDED
+        replacements="\n".join(shlex.join(mount) for mount in mounts),
+        tree=shlex.quote(str(TREE)),
+        command=shlex.join(command),
+        results=RESULTS,
+        up=_UP,
+        ended=_ENDED,
     )
     return cpio.archive(
         [
@@ -148,15 +166,15 @@ def _initrd(command: Sequence[str]) -> bytes:
             cpio.regular("/begin", begin.encode(), mode=0o755),
             *(
                 cpio.regular(f"/modules/{number:03}-{file.name}", file.read_bytes())
-                for number, file in enumerate(_modules())
+                for number, file in enumerate(_modules(image))
             ),
         ]
     )
 
 
-def _modules() -> list[Path]:
+def _modules(image: Path) -> list[Path]:
     """List the modules, each after those that it needs; what the image does not have is built in."""
-    [index] = (_GUEST_IMAGE / "modules").glob("*/modules.dep")
+    [index] = (image / "modules").glob("*/modules.dep")
     lines = (line.partition(":") for line in index.read_text(encoding="ascii").splitlines())
     needs = {name: others.split() for name, _, others in lines}
     wanted = [f"{name}.ko" for name in _MODULES if f"{name}.ko" in needs]
@@ -185,7 +203,7 @@ def _share(stack: ExitStack, home: Path, tag: str, source: Path, *, cache: str) 
     ]
 
 
-def _qemu_argv(initrd: Path, disk: Path, shares: Sequence[Sequence[str]]) -> list[str]:
+def _qemu_argv(kernel: Path, initrd: Path, disk: Path, shares: Sequence[Sequence[str]]) -> list[str]:
     kernel_parameters = (
         "console=ttyS0 loglevel=3 panic=-1 no_timer_check intel_iommu=on "
         # Or the kernel takes the HPET for its clock: each look at it is a trip out of the machine. What it
@@ -199,7 +217,7 @@ def _qemu_argv(initrd: Path, disk: Path, shares: Sequence[Sequence[str]]) -> lis
         *("-machine", "q35,memory-backend=memory,kernel-irqchip=split"),
         *("-accel", "tcg,thread=multi,tb-size=512", "-cpu", _PROCESSOR, "-smp", "2", "-m", f"{_MEMORY_MIB}M"),
         *("-object", f"memory-backend-memfd,id=memory,size={_MEMORY_MIB}M,share=on"),
-        *("-kernel", str(_GUEST_IMAGE / "vmlinux"), "-initrd", str(initrd), "-append", kernel_parameters),
+        *("-kernel", str(kernel), "-initrd", str(initrd), "-append", kernel_parameters),
         *("-serial", "stdio", "-device", "virtio-rng-pci", "-device", "intel-iommu,intremap=on"),
         *(word for share in shares for word in share),
         # To give away; a device of virtio's goes round the IOMMU unless it is told to use it.

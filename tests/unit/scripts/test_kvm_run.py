@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,7 +11,6 @@ from scripts import kvm, outer
 from tests import patience
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from typing import Any
 
 
@@ -67,6 +67,17 @@ def test_a_host_that_cannot_have_an_outer_machine_is_told_why(
     assert kvm.main(["test", "--short"]) == 2
     assert started == []
     assert capsys.readouterr().err == "kvm: outer machine: no room; make some\n"
+
+
+def test_newer_programs_take_the_place_of_older_ones(
+    started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replacements = {Path("/usr/bin/older"): Path("/usr/bin/newer")}
+    monkeypatch.setattr(kvm.newer, "prepare", lambda: replacements)
+    kvm.main(["test", "--newer", "--short"])
+    kvm.main(["test", "--short"])
+    assert [given["replacements"] for _, given in started] == [replacements, {}]
+    assert [files(command) for command, _ in started] == [list(kvm.SHORT)] * 2
 
 
 @pytest.mark.parametrize("status", [0, 3])
