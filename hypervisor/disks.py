@@ -127,14 +127,15 @@ class Disks:
 
     :param session: the control connection.
     :param devices: where they are plugged.
+    :param fast_io: whether QEMU may use io_uring; it tries, and there are hosts on which it fails.
     """
 
-    def __init__(self, session: QmpSession, devices: Devices) -> None:
+    def __init__(self, session: QmpSession, devices: Devices, *, fast_io: bool = True) -> None:
         self._session = session
         self._devices = devices
         self._numbers = itertools.count()
         self._disks: dict[str, tuple[Names, Path]] = {}
-        self._aio = _FAST_IO
+        self._aio = _FAST_IO if fast_io else _PLAIN_IO
 
     async def plug(self, disk: Disk) -> str:
         """Add a disk.
@@ -148,11 +149,11 @@ class Disks:
             raise HotplugError(
                 f"plug: {disk.id}: the serial {disk.serial!r} is longer than {_SERIAL_BYTES} bytes; cut it"
             )
-        names = Names(next(self._numbers))
+        names, aio = Names(next(self._numbers)), self._aio
         try:
-            path = await self._plug(disk, names)
+            path = await self._plug(disk, names, aio)
         except HotplugError as error:
-            if self._aio not in str(error) or self._aio == _PLAIN_IO:
+            if aio not in str(error) or aio == _PLAIN_IO:
                 raise
             # QEMU was built without it, or the kernel forbids it. It is not tried again.
             self._aio = _PLAIN_IO
@@ -160,7 +161,7 @@ class Disks:
         self._disks[disk.id] = names, disk.path
         return path
 
-    async def _plug(self, disk: Disk, names: Names) -> str:
+    async def _plug(self, disk: Disk, names: Names, aio: str) -> str:
         block_device = _is_block_device(disk)
         # By descriptor, because QEMU does not see the host's files.
         file = _open(disk)
@@ -169,7 +170,7 @@ class Disks:
         finally:
             os.close(file)
         try:
-            return await self._devices.plug(describe(disk, names, block_device=block_device, aio=self._aio))
+            return await self._devices.plug(describe(disk, names, block_device=block_device, aio=aio))
         except HotplugError:
             with contextlib.suppress(CommandRefusedError):  # refused if undoing the disk has removed it
                 await self._session.ask(dict, "remove-fd", {"fdset-id": names.number})
