@@ -1,10 +1,12 @@
 """The only code that knows what a virtual machine is made of."""
 
 from hypervisor.accelerator import Verdict, choose_accelerator
+from hypervisor.confinement_probe import jail_problem
 from hypervisor.errors import (
     ChannelError,
     GuestLateError,
     HypervisorError,
+    JailError,
     ResizeError,
     ResizeRefusedError,
     TemplateError,
@@ -18,6 +20,7 @@ from hypervisor.interface import (
     DiskLimits,
     HostPciDevice,
     Hypervisor,
+    Identity,
     Nic,
     VmSpec,
 )
@@ -42,6 +45,8 @@ __all__ = [
     "HostPciDevice",
     "Hypervisor",
     "HypervisorError",
+    "Identity",
+    "JailError",
     "Nic",
     "QemuHypervisor",
     "ResizeError",
@@ -54,6 +59,7 @@ __all__ = [
     "channel_problem",
     "choose_accelerator",
     "detect_dialect",
+    "jail_problem",
     "printable",
     "save_template",
     "template_key",

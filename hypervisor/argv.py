@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hypervisor.interface import Accelerator, Channel, VmSpec
-from hypervisor.seclusion import OWN_MOUNTS
 from proto.extensions import RAW_STREAM_PORT, RAW_STREAMS_PARAMETER, SERIAL_PORT, SHARE_TAG
 
 if TYPE_CHECKING:
@@ -139,8 +138,6 @@ def clone_argv(spec: VmSpec, inherited: Inherited, *, architecture: Architecture
 
 def _machine_argv(spec: VmSpec, inherited: Inherited, *, architecture: Architecture) -> list[str]:
     return [
-        *(() if spec.root_ports else OWN_MOUNTS),
-        *_entering(spec.network_namespace),
         str(spec.qemu),
         "-name", f"{_escape(spec.name)},debug-threads=on",
         # Only what is listed here: no file of the host adds a device or an option.
@@ -215,10 +212,6 @@ def kernel_command_line(spec: VmSpec, *, architecture: Architecture) -> str:
     return " ".join((*parameters, *spec.kernel_parameters))
 
 
-def _entering(network_namespace: Path | None) -> list[str]:
-    return ["nsenter", f"--net={network_namespace}", "--"] if network_namespace else []
-
-
 def _bridges() -> list[str]:
     words = []
     for chassis, bus in enumerate(HOTPLUG_BUSES, start=1):
@@ -244,7 +237,8 @@ def _root_ports(spec: VmSpec) -> list[str]:
 
 
 def _machine(spec: VmSpec, architecture: Architecture) -> str:
-    options = f"{architecture.type},memory-backend=memory"
+    # What a guest knows is in no core dump, whatever the host's limits say.
+    options = f"{architecture.type},memory-backend=memory,dump-guest-core=off"
     return f"{options},{spec.machine_options}" if spec.machine_options else options
 
 

@@ -10,7 +10,6 @@ from hypervisor.argv import HOTPLUG_BUSES, Inherited, boot_argv, root_ports
 from hypervisor.console import Console
 from hypervisor.devices import Devices
 from hypervisor.errors import QmpError, VmStartError
-from hypervisor.host_side import QEMU
 from hypervisor.qmp import QmpSession
 from hypervisor.vsock import make_channel
 
@@ -39,7 +38,7 @@ async def boot(spec: VmSpec, host: HostSide) -> Devices:
         listener, share = virtiofsd.connected_pair(spec.directory)
         handover.enter_context(share)
         with listener, host.phase("spawn virtio-fs daemon"):
-            virtiofsd.start(spec.virtiofsd, dialect, listener=listener, source=spec.share_source, host=host)
+            daemon = virtiofsd.start(spec, dialect, listener=listener, host=host)
         host.channel = make_channel(spec, spawn=host.spawn)
         with host.phase("open agent's channel"):
             device = await host.channel.open(handover)
@@ -49,11 +48,11 @@ async def boot(spec: VmSpec, host: HostSide) -> Devices:
             qmp=qmp.qemu_fd, console=host.console.qemu_fd, share=share.fileno(), channel=device
         )
         with host.phase("spawn QEMU"):
-            host.spawn(
-                QEMU,
+            host.spawn_qemu(
+                spec,
                 boot_argv(spec, inherited, architecture=host_architecture),
                 inherit=[inherited.qmp, inherited.console, share.fileno(), device.fd],
-                accelerator=spec.accelerator,
+                boots=True,
             )
     try:
         with host.phase("QMP"):
@@ -64,6 +63,5 @@ async def boot(spec: VmSpec, host: HostSide) -> Devices:
         raise VmStartError(f"start vm: {await host.early_cause(error)}") from error
     if state != "running":
         raise VmStartError(f"start vm: QEMU: the virtual machine is {state}, not running")
-    # By now a sandboxed virtio-fs daemon has the child that serves.
-    host.adopt_workers()
+    await virtiofsd.settle(daemon, spec, host)
     return Devices(qmp, buses=HOTPLUG_BUSES, ports=root_ports(spec))

@@ -16,7 +16,6 @@ from hypervisor.argv import HOTPLUG_BUSES, clone_argv, root_ports
 from hypervisor.console import Console
 from hypervisor.devices import Devices
 from hypervisor.errors import HotplugError, QmpError, TemplateError, TemplateLateError
-from hypervisor.host_side import QEMU
 from hypervisor.interface import Channel
 from hypervisor.qmp import QmpSession
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from hypervisor.argv import ChannelDevice
     from hypervisor.host_side import HostSide
     from hypervisor.interface import VmSpec
+    from hypervisor.process import Process
     from hypervisor.template import TemplateDescription
     from hypervisor.vsock import GuestChannel
 
@@ -102,11 +102,12 @@ async def _clone(
             with host.phase("plug vsock"):
                 await vsock.plug(opening.result(), session=qmp, devices=devices)
         with host.phase("plug virtio-fs"):
-            await virtiofsd.plug(sharing.result(), session=qmp, devices=devices)
+            share, daemon = sharing.result()
+            await virtiofsd.plug(share, session=qmp, devices=devices)
         with host.phase("cont"):
             await qmp.ask(dict, "cont")
-        # A sandboxed virtio-fs daemon has the child that serves, or the share could not have been plugged.
-        host.adopt_workers()
+        # It serves, or the share could not have been plugged.
+        await virtiofsd.settle(daemon, spec, host)
         return devices
 
 
@@ -120,7 +121,7 @@ def _spawn_qemu(
         qmp=qmp.qemu_fd, console=console.qemu_fd, memory=memory, agent=port
     )
     argv = clone_argv(spec, descriptors, architecture=architecture.for_host())
-    host.spawn(QEMU, argv, inherit=inherit, accelerator=spec.accelerator)
+    host.spawn_qemu(spec, argv, inherit=inherit, boots=False)
     return qmp
 
 
@@ -182,13 +183,13 @@ async def _limited(directory: Path, failure: str, *, step_s: float) -> AsyncIter
 
 async def _serve_share(
     spec: VmSpec, host: HostSide, stack: ExitStack, saved: TemplateDescription
-) -> socket.socket:
+) -> tuple[socket.socket, Process]:
     listener, share = virtiofsd.connected_pair(spec.directory)
     stack.enter_context(share)
     with listener, host.phase("spawn virtio-fs daemon"):
         dialect = saved.dialect_of(spec.virtiofsd) or await virtiofsd.detect_dialect(spec.virtiofsd)
-        virtiofsd.start(spec.virtiofsd, dialect, listener=listener, source=spec.share_source, host=host)
-    return share
+        daemon = virtiofsd.start(spec, dialect, listener=listener, host=host)
+    return share, daemon
 
 
 async def _open(channel: GuestChannel, host: HostSide, stack: ExitStack) -> ChannelDevice:

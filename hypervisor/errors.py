@@ -4,6 +4,7 @@
 
     HypervisorError
      ├── UnsupportedHostError  run on another machine
+     ├── JailError             start it without confinement, or mend the host; nothing was left running
      ├── VmStartError          mend the host or the configuration; nothing was left running
      │    └── TemplateError    boot without the template, and make it anew
      │         └── TemplateLateError  the same, unless the host is too busy to tell
@@ -27,6 +28,10 @@ class HypervisorError(Exception):
 
 class UnsupportedHostError(HypervisorError):
     """No virtual machine is described for this machine's architecture."""
+
+
+class JailError(HypervisorError):
+    """A process of the virtual machine could not be confined; every process started for it is gone again."""
 
 
 class VmStartError(HypervisorError):

@@ -7,14 +7,18 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hypervisor import confinement as confinements
+from hypervisor.errors import JailError
 from hypervisor.interface import Accelerator
+from hypervisor.launcher import FAILED, MARK
 from hypervisor.process import Process
-from hypervisor.seclusion import seclude
+from hypervisor.seclusion import entering, seclude
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
+    from hypervisor.confinement import Confinement
     from hypervisor.console import Console
     from hypervisor.errors import HypervisorError
     from hypervisor.interface import VmSpec
@@ -24,6 +28,9 @@ if TYPE_CHECKING:
     Phase = Callable[[str], AbstractContextManager[object]]
 
 QEMU = "QEMU"
+
+_ONLY_AS_ROOT = "can only be used by"
+"""What Rust virtio-fs daemons say that have no mode for another user."""
 
 LAST_WORDS_S = 1.0
 """How much later than its effect on another process the death of a process may be seen."""
@@ -57,6 +64,7 @@ class HostSide:
         self.phase = phase
         self._processes: list[Process] = []
         self.qemu: Process | None = None
+        self._jail_problem = ""
         self.qmp: QmpSession | None = None
         self.console: Console | None = None
         self.channel: GuestChannel | None = None
@@ -89,6 +97,7 @@ class HostSide:
         inherit: Iterable[int] = (),
         accelerator: Accelerator | None = None,
         keeps_capabilities: bool = False,
+        confinement: Confinement | None = None,
     ) -> Process:
         """Start a process; see ``Process.spawn``.
 
@@ -97,18 +106,57 @@ class HostSide:
         :param inherit: descriptors the program gets under the same numbers.
         :param accelerator: how it will run guest instructions, if it is to.
         :param keeps_capabilities: as ``Process.spawn`` takes it.
+        :param confinement: as ``Process.spawn`` takes it.
         :raises OSError: if no process could be made, or it could not be recorded.
         """
         # Emulated guests were measured to gain nothing from them, and half a huge page costs a whole one.
         huge_pages = accelerator is not Accelerator.TCG
-        process = Process.spawn(
-            name, argv, inherit=inherit, huge_pages=huge_pages, keeps_capabilities=keeps_capabilities
-        )
+        try:
+            process = Process.spawn(
+                name,
+                argv,
+                inherit=inherit,
+                huge_pages=huge_pages,
+                keeps_capabilities=keeps_capabilities,
+                confinement=confinement,
+            )
+        except OSError as error:
+            if confinement is not None:
+                self._jail_problem = f"{name}: {error.filename}: {error.strerror}"
+            raise
         self._processes.append(process)  # first, so that destroy() finds it even if a later step fails
         if name == QEMU:
             self.qemu = process
         self._on_process(name, process.pid)
         return process
+
+    def check_jail(self) -> None:
+        """After a failure: find out whether a process that could not be confined is the cause.
+
+        :raises JailError: if it is.
+        """
+        for process in self._processes:
+            if process.exited.done() and process.exited.result().code == FAILED:
+                line = process.output().partition("\n")[0]
+                if line.startswith(MARK):
+                    self._jail_problem = f"{process.name}: {line.removeprefix(MARK)}"
+            elif process.is_confined and _ONLY_AS_ROOT in process.output():
+                self._jail_problem = f"{process.name}: it wants to run as root; install one of version 1.13"
+        if self._jail_problem:
+            raise JailError(self._jail_problem)
+
+    def spawn_qemu(self, spec: VmSpec, argv: Sequence[str], *, inherit: Iterable[int], boots: bool) -> None:
+        """Start QEMU.
+
+        :param spec: its machine.
+        :param argv: the program and its arguments.
+        :param inherit: descriptors it gets under the same numbers.
+        :param boots: whether it loads a kernel.
+        :raises OSError: if no process could be made, or it could not be recorded.
+        """
+        confinement = confinements.of_qemu(spec, boots=boots)
+        words = argv if confinement is not None else [*entering(spec), *argv]
+        self.spawn(QEMU, words, inherit=inherit, accelerator=spec.accelerator, confinement=confinement)
 
     async def seclude_qemu(self, spec: VmSpec) -> None:
         """Take the host's files away from QEMU after its start, unless it will need some later.
@@ -118,7 +166,7 @@ class HostSide:
         assert self.qemu is not None  # noqa: S101  (it has started)
         if not spec.root_ports:
             with self.phase("take files from QEMU"):
-                await seclude(self.qemu.pid, spec.directory)
+                await seclude(self.qemu.pid, spec)
 
     async def run(self, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> Process:
         """Run a program to its end.

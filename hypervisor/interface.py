@@ -28,6 +28,18 @@ class Channel(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """The user and the group that all processes of one sandbox have, and no others.
+
+    :param uid: the user's number.
+    :param gid: the group's.
+    """
+
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VmSpec:
     """The complete description of one virtual machine.
 
@@ -52,6 +64,7 @@ class VmSpec:
         daemons stay in the caller's.
     :param root_ports: how many PCI devices of the host can be plugged. Each port costs boot time.
     :param huge_pages: whether all memory is of huge pages that the host has reserved; not for a clone.
+    :param jail: whom its processes run as, confined; ``None`` for the caller, and not confined.
     :param template: the directory of a template with the same key to clone, or ``None`` to boot.
     """
 
@@ -74,6 +87,7 @@ class VmSpec:
     network_namespace: Path | None
     root_ports: int
     huge_pages: bool = False
+    jail: Identity | None = None
     template: Path | None = None
 
 
@@ -171,6 +185,7 @@ class Hypervisor(abc.ABC):
         :param timeout_s: the longest this may take, in seconds.
         :raises UnsupportedHostError: if this machine's architecture is not supported.
         :raises TemplateError: if the template to clone cannot be used; a machine without one may start.
+        :raises JailError: if one of its processes could not be confined; one without may start.
         :raises VmStartError: if anything failed or the time ran out. Nothing is left running.
         """
 

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from hypervisor.exits import ExitStatus, last_words
+from hypervisor.launcher import launch
 from hypervisor.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+
+    from hypervisor.confinement import Confinement
 
 _OUTPUT_LIMIT = 64 * 1024
 _CAUSE_LINES = 3
@@ -48,6 +51,7 @@ class Process:
     def __init__(self, name: str, pid: int, *, output: int | None = None) -> None:
         self.name = name
         self.pid = pid
+        self.is_confined = False
         self._loop = asyncio.get_running_loop()
         self._pidfd = os.pidfd_open(pid)
         self._output_fd = output
@@ -69,6 +73,7 @@ class Process:
         inherit: Iterable[int] = (),
         huge_pages: bool = True,
         keeps_capabilities: bool = False,
+        confinement: Confinement | None = None,
     ) -> Self:
         """Start a program that the kernel kills when this thread ends.
 
@@ -80,11 +85,25 @@ class Process:
         :param inherit: descriptors the program gets under the same numbers; it gets no others but 0 to 2.
         :param huge_pages: whether its memory may be of huge pages, if it asks for them.
         :param keeps_capabilities: whether a thread keeps its capabilities when it becomes another user.
+        :param confinement: what it may have and do; what this process may, if it is ``None``.
+        :raises NotImplementedError: as ``launch``.
         :raises OSError: if no process could be made. A program that cannot be executed is not an error
             here: the process ends at once with status 127 and says so in its output.
         """
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         try:
+            if confinement is not None:
+                pid = launch(
+                    argv,
+                    _ENVIRONMENT,
+                    output=write_end,
+                    inherit=inherit,
+                    confinement=confinement,
+                    huge_pages=huge_pages,
+                )
+                confined = cls(name, pid, output=read_end)
+                confined.is_confined = True
+                return confined
             with contextlib.nullcontext() if huge_pages else _no_huge_pages():
                 pid = os.posix_spawnp(
                     "setpriv",
@@ -106,12 +125,22 @@ class Process:
                     setsigmask=(),
                     setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
                 )
-        except OSError:
+        except (OSError, NotImplementedError):
             os.close(read_end)
             raise
         finally:
             os.close(write_end)
         return cls(name, pid, output=read_end)
+
+    async def ended_well(self, *, timeout_s: float) -> bool:
+        """Wait for a program that only has something to say, and kill one that takes too long.
+
+        :param timeout_s: how long it may take, in seconds.
+        :returns: whether it ended, with status 0.
+        """
+        await asyncio.wait([self.exited], timeout=timeout_s)
+        self.kill()
+        return (await self.exited).code == 0
 
     @property
     def is_starved(self) -> bool:

@@ -62,11 +62,17 @@ class QemuHypervisor(Hypervisor):
                 await self._start(timeout_s)
         except TimeoutError:
             await self.stop()
+            self._host.check_jail()
             kind = VmStartError if self._spec.template is None else TemplateLateError
             raise kind(f"start vm: QEMU: not running within {timeout_s:g} s") from None
         except OSError as error:
             await self.stop()
+            self._host.check_jail()
             raise VmStartError(f"start vm: {error.filename or 'host'}: {error.strerror}") from error
+        except HypervisorError:
+            await self.stop()
+            self._host.check_jail()
+            raise
         except BaseException:
             await self.stop()
             raise

@@ -13,6 +13,7 @@ from hypervisor.exits import vm_exit_reason
 from hypervisor.host_side import LAST_WORDS_S, cancel
 from hypervisor.interface import Accelerator
 from hypervisor.memory import Memory
+from hypervisor.seclusion import give_devices
 from hypervisor.vcpus import Vcpus
 from hypervisor.vsock import NotListeningError
 from proto.extensions import READY_MARK
@@ -45,13 +46,14 @@ class RunningVm:
     ) -> None:
         parts = host.complete()
         self.qemu = parts.qemu
+        self._spec = spec
         self._host = host
         self._qmp = parts.qmp
         self._console = parts.console
         self._channel = parts.channel
         self._redial_s = _REDIAL_S if spec.template is None else _CLONE_REDIAL_S
         self.devices = devices
-        self.disks = Disks(parts.qmp, devices)
+        self.disks = Disks(parts.qmp, devices, fast_io=spec.jail is None)
         self.vcpus = Vcpus(
             parts.qmp,
             pid=parts.qemu.pid,
@@ -81,6 +83,7 @@ class RunningVm:
 
     async def plug_pci(self, device: HostPciDevice) -> str:
         """Add a PCI device of the host; see ``vfio.plug``."""
+        await give_devices(self.qemu.pid, self._spec, vfio.nodes(device))
         return await vfio.plug(device, devices=self.devices, memory_bytes=await self.memory.total())
 
     async def dial(self, port: int) -> socket.socket:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from hypervisor import architecture, migration, template
 from hypervisor.argv import boot_argv
 from hypervisor.console import Console
-from hypervisor.errors import QmpError, VmStartError
+from hypervisor.errors import HypervisorError, QmpError, VmStartError
 from hypervisor.exits import vm_exit_reason
-from hypervisor.host_side import QEMU, HostSide
+from hypervisor.host_side import LAST_WORDS_S, HostSide
 from hypervisor.interface import Channel
 from hypervisor.memory_copy import data_ranges
 from hypervisor.qmp import QmpSession
@@ -50,12 +50,19 @@ async def save_template(spec: VmSpec, directory: Path, *, timeout_s: float) -> N
         returns, and useless if it raises.
     :param timeout_s: the longest this may take, in seconds.
     :raises UnsupportedHostError: if this machine's architecture is not supported.
+    :raises JailError: if QEMU could not be confined.
     :raises VmStartError: if the machine does not come up, or cannot be saved. Nothing is left running.
     """
     host = HostSide(lambda _name, _pid: None)
     try:
         async with asyncio.timeout(timeout_s):
-            await _save(template.bare_machine(spec), directory, host)
+            try:
+                await _save(template.bare_machine(spec), directory, host)
+            except (HypervisorError, OSError):
+                if host.qemu is not None:
+                    await asyncio.wait([host.qemu.exited], timeout=LAST_WORDS_S)
+                host.check_jail()
+                raise
     except TimeoutError:
         serves = any(READY_MARK in line for line in _tail(host, _CONSOLE_LINES))
         why = "" if serves else ": the guest's agent has not said that it serves, as Hako's does"
@@ -107,10 +114,11 @@ async def _boot(spec: VmSpec, host: HostSide, *, memory: int, port: int | None) 
         descriptors = template.bare_descriptors(
             qmp=qmp.qemu_fd, console=host.console.qemu_fd, agent=port, memory=memory
         )
-        host.spawn(
-            QEMU,
+        host.spawn_qemu(
+            spec,
             boot_argv(spec, descriptors, architecture=architecture.for_host()),
             inherit=[qmp.qemu_fd, host.console.qemu_fd, memory, *([] if port is None else [port])],
+            boots=True,
         )
     await qmp.connect()
     return qmp

@@ -7,16 +7,28 @@ does. There must be nothing to find and nothing to overwrite; not for a guest ei
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hypervisor.confinement import SHARE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from hypervisor.interface import Identity, VmSpec
 
 log = logging.getLogger(__name__)
 
-OWN_MOUNTS = ("unshare", "--mount", "--propagation", "private", "--")
-"""Starts a program in a mount namespace of its own, which is what can be emptied."""
+_OWN_MOUNTS = ("unshare", "--mount", "--propagation", "private", "--")
+_EVERYWHERE = Path("/usr")
+"""A directory that is below the root of each confined process."""
 
 # Of mount(2), umount2(2) and clone(2).
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND = 1, 2, 4, 8, 32, 4096
@@ -26,31 +38,88 @@ _CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-async def seclude(pid: int, place: Path) -> None:
+def entering(spec: VmSpec) -> list[str]:
+    """Begin the command line of a QEMU that is not confined: its mounts, which can be emptied; its network.
+
+    :param spec: its machine. The devices of one with root ports are opened when they are plugged.
+    """
+    network = spec.network_namespace
+    return [
+        *(() if spec.root_ports else _OWN_MOUNTS),
+        *(["nsenter", f"--net={network}", "--"] if network else []),
+    ]
+
+
+async def seclude(pid: int, spec: VmSpec) -> None:
     """Give a process a root with nothing but ``/dev/null``, and that nobody can write to.
 
     What the process has open stays open. If the host cannot do that, a warning says so.
 
-    :param pid: the process; it was started with :data:`OWN_MOUNTS`.
-    :param place: any directory.
+    :param pid: the process; its mounts are its own.
+    :param spec: its machine.
     """
+    place = spec.directory if spec.jail is None else _EVERYWHERE
+    await _inside(pid, partial(_replace_root, place))
+
+
+async def show_share_only(pid: int) -> None:
+    """Make a confined virtio-fs daemon's share its root. What the process has open stays open.
+
+    :param pid: the process, which has told by now that it serves.
+    """
+    await _inside(pid, _make_share_root)
+
+
+async def give_devices(pid: int, spec: VmSpec, nodes: Iterable[Path]) -> None:
+    """Show a confined QEMU device nodes of the host, as its own. One that is not confined sees them anyway.
+
+    :param pid: QEMU.
+    :param spec: its machine, which has root ports.
+    :param nodes: their paths; those that it has already stay.
+    :raises OSError: if one is not there.
+    """
+    if spec.jail is not None:
+        found = [(node, node.stat()) for node in nodes]
+        await _inside(pid, partial(_make_nodes, found, spec.jail))
+
+
+def _make_nodes(found: list[tuple[Path, os.stat_result]], owner: Identity) -> None:
+    for node, status in found:
+        node.parent.mkdir(parents=True, exist_ok=True)
+        node.parent.chmod(0o755)
+        with contextlib.suppress(FileExistsError):
+            os.mknod(node, stat.S_IFCHR | 0o600, status.st_rdev)
+            os.chown(node, owner.uid, owner.gid)
+
+
+async def _inside(pid: int, change: Callable[[], None]) -> None:
     # A thread of its own, for it cannot come back from where it goes.
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seclusion")
     try:
-        await asyncio.get_running_loop().run_in_executor(thread, _replace_root, pid, place)
+        await asyncio.get_running_loop().run_in_executor(thread, _in_mounts_of, pid, change)
     except OSError as error:
-        log.warning("start vm: QEMU still sees the host's files: %s", error)
+        log.warning("start vm: process %d still sees files that it needs no more: %s", pid, error)
     finally:
         thread.shutdown(wait=False)
 
 
-def _replace_root(pid: int, place: Path) -> None:
+def _in_mounts_of(pid: int, change: Callable[[], None]) -> None:
     namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     try:
         _call("unshare", _CLONE_FS)
         _call("setns", namespace, _CLONE_NEWNS)
     finally:
         os.close(namespace)
+    change()
+
+
+def _make_share_root() -> None:
+    os.chdir(SHARE)
+    _call("pivot_root", b".", b".")
+    _call("umount2", b".", _MNT_DETACH)
+
+
+def _replace_root(place: Path) -> None:
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
     _call("mount", b"none", os.fsencode(place), b"tmpfs", flags, b"mode=755")
     os.chdir(place)

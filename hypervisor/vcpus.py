@@ -96,9 +96,12 @@ class Vcpus:
 
     def _own_thread(self, tid: object) -> int:
         """Accept only QEMU's threads: a QEMU that its guest has taken over could name any of the host's."""
-        if not isinstance(tid, int) or not Path(f"/proc/{self._pid}/task/{tid}").is_dir():
-            raise QmpError(f"thread {tid!r} is not one of QEMU's")
-        return tid
+        if isinstance(tid, int):
+            for task in Path(f"/proc/{self._pid}/task").iterdir():
+                # Its numbers in each pid namespace from this process' to its own, which is what QEMU tells.
+                if numbers(task.joinpath("status").read_text(encoding="ascii"))[-1:] == [tid]:
+                    return int(task.name)
+        raise QmpError(f"thread {tid!r} is not one of QEMU's")
 
     async def _count(self) -> int:
         return len(await self._session.ask(list, "query-cpus-fast"))
@@ -144,6 +147,15 @@ class Vcpus:
                     f"resize vcpus: {place.device}: the guest keeps it ({problem}); free it and try again",
                     reached=await self._count(),
                 )
+
+
+def numbers(status: str) -> list[int]:
+    """Find a thread's ids in all pid namespaces that it is in, outermost first.
+
+    :param status: as in proc(5).
+    """
+    line = next((line for line in status.splitlines() if line.startswith("NSpid:")), "")
+    return [int(word) for word in line.split()[1:]]
 
 
 def thread_state(tid: int) -> str:

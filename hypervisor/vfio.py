@@ -18,6 +18,7 @@ _DRIVER = "vfio-pci"
 _IOMMUFD = "iommufd"
 
 _SYSFS = Path("/sys")
+_VFIO = Path("/dev/vfio")
 _IOMMUFD_DEVICE = Path("/dev/iommu")
 """The newer of the kernel's two ways to map a guest's memory for a device; it exists since Linux 6.2."""
 
@@ -85,6 +86,23 @@ def check(device: HostPciDevice, *, sysfs: Path) -> None:
             f"{what}: its driver is {driver}, not {_DRIVER}; bind it with: driverctl set-override "
             f"{device.address} {_DRIVER}"
         )
+
+
+def nodes(device: HostPciDevice, *, sysfs: Path = _SYSFS) -> list[Path]:
+    """List the device nodes through which QEMU drives a device: of both ways, as far as the host has them.
+
+    :param device: the device.
+    :param sysfs: where the kernel's sysfs is mounted.
+    :raises HotplugError: as :func:`check`.
+    """
+    check(device, sysfs=sysfs)
+    place = sysfs / "bus/pci/devices" / device.address
+    found = [_VFIO / "vfio", _IOMMUFD_DEVICE]
+    found += [_VFIO / "devices" / one.name for one in place.glob("vfio-dev/*")]
+    group = place / "iommu_group"
+    if group.is_symlink():
+        found.append(_VFIO / group.readlink().name)
+    return [node for node in found if node.exists()]
 
 
 def describe(device: HostPciDevice, *, iommufd: bool, memory_bytes: int) -> Description:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import enum
 import os
-import resource
+import re
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hypervisor.argv import SHARE_QUEUE
+from hypervisor.confinement import SHARE as SHARE_PLACE
+from hypervisor.confinement import of_share_daemon
 from hypervisor.devices import Command, Description, socket_chardev
 from hypervisor.errors import VmStartError
 from hypervisor.process import Process
+from hypervisor.seclusion import show_share_only
 from proto.extensions import SHARE_TAG
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
     from hypervisor.devices import Devices
     from hypervisor.host_side import HostSide
+    from hypervisor.interface import VmSpec
     from hypervisor.qmp import QmpSession
 
 NAME = "virtio-fs daemon"
@@ -30,6 +34,7 @@ SHARE = "share"
 
 _HELP_TIMEOUT_S = 5.0
 
+_FILE_LIMIT = re.compile(r"^Max open files +(\d+) ", re.MULTILINE)
 _WANTED_FILES = 1_000_000
 """How many files both daemons would like to be able to have open."""
 
@@ -93,24 +98,28 @@ async def detect_dialect(virtiofsd: Path) -> Dialect:
     return dialect
 
 
-def daemon_argv(virtiofsd: Path, dialect: Dialect, *, fd: int, source: Path) -> list[str]:
+def daemon_argv(
+    virtiofsd: Path, dialect: Dialect, *, fd: int, source: Path, is_confined: bool = False
+) -> list[str]:
     """Build the daemon's command line.
 
     :param virtiofsd: the program.
     :param dialect: the language it speaks.
     :param fd: the listening socket it inherits.
-    :param source: the directory it serves.
+    :param source: the directory it serves, as it sees it.
+    :param is_confined: whether it was started in namespaces of its own.
     """
     # Announced submounts: each file system mounted below the directory keeps its own inode numbers.
     # Extended attributes: without them a program's file capabilities are lost. With access control lists, the
     # file system of the host also decides about the umask and the default lists of directories.
     # Set-id bits that a write must clear are cleared by the daemon, in the same request.
-    # The namespace sandbox: the daemon sees nothing of the host but the directory.
+    # The namespace sandbox: the daemon sees nothing of the host but the directory. One that is confined needs
+    # it no more, and has not the right to make it; the Rust one takes no other for any but root.
     match dialect:
         case Dialect.C:
             options = (
                 f"source={source},cache=auto,timeout={_TIMEOUT_S},announce_submounts,xattrmap={_TRUSTED},posix_acl,"
-                "killpriv_v2,sandbox=namespace,log_level=err"
+                f"killpriv_v2,sandbox={'chroot' if is_confined else 'namespace'},log_level=err"
             )
             return [str(virtiofsd), f"--fd={fd}", "-o", options]
         case Dialect.RUST:
@@ -124,32 +133,34 @@ def daemon_argv(virtiofsd: Path, dialect: Dialect, *, fd: int, source: Path) -> 
                 f"--xattrmap={_TRUSTED}",
                 "--posix-acl",
                 "--killpriv-v2",
-                "--sandbox=namespace",
+                f"--sandbox={'none' if is_confined else 'namespace'}",
                 "--log-level=error",
             ]
 
 
-def start(
-    virtiofsd: Path, dialect: Dialect, *, listener: socket.socket, source: Path, host: HostSide
-) -> None:
+def start(spec: VmSpec, dialect: Dialect, *, listener: socket.socket, host: HostSide) -> Process:
     """Start the daemon.
 
-    :param virtiofsd: the program.
+    :param spec: the virtual machine whose share it serves.
     :param dialect: the language it speaks.
     :param listener: the socket it listens on.
-    :param source: the directory it serves.
     :param host: where its process is kept.
+    :returns: its process.
     :raises OSError: if no process could be made.
     """
     fd = listener.fileno()
+    confinement = of_share_daemon(spec, drops_by_itself=dialect is Dialect.C)
+    is_confined = confinement is not None
+    source = SHARE_PLACE if is_confined else spec.share_source
     # The guest's kernel has checked each request by all that it knows of the process. The daemon makes files
     # as that user and group, and knows neither its other groups nor its capabilities: it must not check
     # again with less.
-    host.spawn(
+    return host.spawn(
         NAME,
-        daemon_argv(virtiofsd, dialect, fd=fd, source=source),
+        daemon_argv(spec.virtiofsd, dialect, fd=fd, source=source, is_confined=is_confined),
         inherit=[fd],
         keeps_capabilities=True,
+        confinement=confinement,
     )
 
 
@@ -159,8 +170,30 @@ def file_limit(pids: Iterable[int]) -> int:
     :param pids: its processes. It raises the limit itself, as far as the host lets it.
     :raises ProcessLookupError: if it has ended.
     """
-    limits = [resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] for pid in pids]
-    return min((limit for limit in limits if limit != resource.RLIM_INFINITY), default=_WANTED_FILES)
+    # prlimit(2) of another user's process takes a capability that a host may have kept back.
+    found = [_FILE_LIMIT.search(_limits(pid)) for pid in pids]
+    return min((int(limit[1]) for limit in found if limit is not None), default=_WANTED_FILES)
+
+
+def _limits(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/limits").read_text(encoding="ascii")
+    except FileNotFoundError as error:
+        raise ProcessLookupError(error.errno, error.strerror) from error
+
+
+async def settle(daemon: Process, spec: VmSpec, host: HostSide) -> None:
+    """Do what is left to do once the daemon serves.
+
+    :param daemon: its process.
+    :param spec: the virtual machine whose share it serves.
+    :param host: where its processes are kept.
+    :raises OSError: if one could not be recorded.
+    """
+    if spec.jail is None:
+        host.adopt_workers()  # its own sandbox has the child that serves
+    else:
+        await show_share_only(daemon.pid)
 
 
 def connected_pair(directory: Path) -> tuple[socket.socket, socket.socket]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from hypervisor.argv import ChannelDevice, KernelVsock, SerialPort, UserVsock
+from hypervisor.confinement import of_vsock_daemon
 from hypervisor.devices import Command, Description, socket_chardev
 from hypervisor.errors import ChannelError, VmStartError
 from hypervisor.interface import Channel, VmSpec
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from contextlib import ExitStack
 
+    from hypervisor.confinement import Confinement
     from hypervisor.devices import Devices
     from hypervisor.process import Process
     from hypervisor.qmp import QmpSession
@@ -35,6 +37,9 @@ DEVICE = "vsock"
 """What QEMU calls the device, and the connection to its daemon."""
 
 DAEMON_NAME = "vhost-device-vsock"
+_OWN_DIRECTORY = "vsock"
+"""Below the sandbox's: the one in which a confined daemon can make its sockets."""
+
 _DAEMON_REDIAL_S = 0.002
 _DAEMON_REPLY_TIMEOUT_S = 2.0
 """A request that comes while the guest's driver starts can get lost, and the daemon never says so."""
@@ -56,7 +61,14 @@ _CID_ATTEMPTS = 64
 class Spawn(Protocol):
     """Starts a supervised process and records it."""
 
-    def __call__(self, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> Process:
+    def __call__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        inherit: Iterable[int] = (),
+        confinement: Confinement | None = None,
+    ) -> Process:
         """Start one; see ``Process.spawn``."""
 
 
@@ -155,15 +167,23 @@ class UserVsockChannel(GuestChannel):
     :param daemon: the ``vhost-device-vsock`` program.
     :param directory: where its sockets go.
     :param spawn: starts it.
+    :param confinement: what it may have and do.
     """
 
     # A connection that comes while QEMU still hands over the queues ends the daemon's worker for good:
     # the daemon stays, answers CONNECT, and no byte ever moves (seen with vhost-device-vsock 0.3.0).
     needs_driver = DEVICE
 
-    def __init__(self, daemon: Path, directory: Path, *, spawn: Spawn) -> None:
+    def __init__(
+        self, daemon: Path, directory: Path, *, spawn: Spawn, confinement: Confinement | None = None
+    ) -> None:
         self._daemon = daemon
         self._spawn = spawn
+        self._confinement = confinement
+        if confinement is not None:
+            directory /= _OWN_DIRECTORY
+            directory.mkdir(mode=0o700, exist_ok=True)  # there, if a clone could not be made
+            os.chown(directory, confinement.identity.uid, confinement.identity.gid)
         self._device: socket.socket | None = None
         # Both sides name the sockets through this descriptor: a unix socket's address has 108 bytes at most.
         self._directory_fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -178,7 +198,12 @@ class UserVsockChannel(GuestChannel):
         device = f"/proc/self/fd/{self._directory_fd}/vhost-vsock.sock"
         vm = f"guest-cid={_DAEMON_GUEST_CID},socket={device},uds-path={self._ports}"
         vm += f",tx-buffer-size={_DAEMON_BUFFER_BYTES}"
-        process = self._spawn(DAEMON_NAME, [str(self._daemon), "--vm", vm], inherit=[self._directory_fd])
+        process = self._spawn(
+            DAEMON_NAME,
+            [str(self._daemon), "--vm", vm],
+            inherit=[self._directory_fd],
+            confinement=self._confinement,
+        )
         # Kept: it is the one that QEMU gets, and tells what the daemon has not read yet.
         self._device = stream = socket.socket(socket.AF_UNIX)
         while True:
@@ -310,7 +335,8 @@ def make_channel(spec: VmSpec, *, spawn: Spawn) -> GuestChannel:
                 raise VmStartError(
                     "start vm: channel vhost-user-vsock: no daemon given; install vhost-device-vsock"
                 )
-            return UserVsockChannel(spec.vsock_daemon, spec.directory, spawn=spawn)
+            confinement = of_vsock_daemon(spec, spec.vsock_daemon)
+            return UserVsockChannel(spec.vsock_daemon, spec.directory, spawn=spawn, confinement=confinement)
         case Channel.VIRTIO_SERIAL:
             return SerialChannel()
 

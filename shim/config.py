@@ -168,6 +168,20 @@ class HypervisorConfig(Section):
         meaning="Whether guests' memory is of the huge pages that the host has reserved; "
         "such machines boot cold.",
     )
+    jail: str = _key(
+        "off",
+        "Whether a sandbox's processes must be confined; ``auto`` requires it with KVM, "
+        "and prefers it without.",
+        choices=(_AUTO, "required", "preferred", "off"),
+    )
+    # Above those of people and of the host's services, and below what programs take for a negative number.
+    jail_first_id: int = _key(
+        1_900_000_000,
+        "The first of the user and group ids that sandboxes get, one each; nobody else may have them.",
+        least=1 << 16,
+        most=(1 << 31) - (1 << 20),
+    )
+    jail_ids: int = _key(65_536, "How many there are.", least=1, most=1 << 20)
     virtiofsd: str = _key(_AUTO, "Path of the daemon, or ``auto`` to search for it.", is_path=True)
     vsock_daemon: str = _key(
         _AUTO,

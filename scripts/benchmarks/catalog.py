@@ -10,6 +10,7 @@ from scripts.benchmarks.calls import exec_over_guest, grpc_state_ms, state_over_
 from scripts.benchmarks.commands import delete_ms, start_over_runc
 from scripts.benchmarks.crowds import burst_30, resident_60
 from scripts.benchmarks.host_time import host_share
+from scripts.benchmarks.jail import run_jail_over_off
 from scripts.benchmarks.memory import pod_pss_mib, shim_pss_mib, shim_uss_mib
 from scripts.benchmarks.streams import stdout_over_channel
 from scripts.benchmarks.templates import run_template_over_cold, template_mib
@@ -45,6 +46,7 @@ METRICS = {
     for metric in (
         Metric(clone_over_cold, "s", "cold boot"),
         Metric(run_template_over_cold, "s", "no template"),
+        Metric(run_jail_over_off, "s", "no jail"),
         Metric(cold_over_bare, "s", "bare QEMU"),
         Metric(host_share, "ms", "runc"),
         Metric(start_over_runc, "ms", "runc"),

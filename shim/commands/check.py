@@ -10,11 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hypervisor import Accelerator, VmStartError, detect_dialect, vhost_net_problem, weaknesses
+from hypervisor import (
+    Accelerator,
+    Identity,
+    VmStartError,
+    detect_dialect,
+    jail_problem,
+    vhost_net_problem,
+    weaknesses,
+)
 from shim.agent.oci_namespaces import WantedNamespace
 from shim.errors import FailedPrecondition, Internal
 from shim.host import kernel_limits
-from shim.machine import host_choice
+from shim.machine import host_choice, jail
 from shim.network import redirect
 from shim.network.namespace import NetworkNamespace
 
@@ -24,6 +32,11 @@ if TYPE_CHECKING:
     from shim.config import Config
 
 _VERSION_TIMEOUT_S = 10.0
+_CONFINED = "confines"
+_JAIL_REMEDY = (
+    "give containerd all capabilities, the ids of [hypervisor] jail_first_id and a kernel with pid, ipc, "
+    "network and mount namespaces and seccomp; [hypervisor] jail says whether that is needed"
+)
 _SUPPORTED_MACHINE = "x86_64"
 _MANY_FILES = 200_000  # from so many on a guest's open files are not bounded
 
@@ -58,6 +71,7 @@ async def examine(config: Config) -> list[Finding]:
         "containerd": _containerd,
         "qemu": _qemu,
         "accelerator": _accelerator,
+        "jail": _jail,
         "channel": _channel,
         "virtiofsd": _virtiofsd,
         "network": _network,
@@ -81,6 +95,8 @@ def _warning(name: str, detail: str) -> str:
         return "; ".join(weaknesses()) if is_kvm else host_choice.EMULATION_IS_NO_BOUNDARY
     if name == "virtiofsd":
         return _few_files()
+    if name == "jail" and not detail.startswith(_CONFINED):
+        return f"a guest that takes QEMU over is root on this host; {_JAIL_REMEDY}"
     return ""
 
 
@@ -127,6 +143,20 @@ async def _qemu(config: Config) -> str:
 async def _accelerator(config: Config) -> str:
     verdict = await host_choice.choose_accelerator(config)
     return f"{verdict.accelerator.value}: {verdict.reason}"
+
+
+async def _jail(config: Config) -> str:
+    if config.hypervisor.jail == "off":
+        return "off: set by [hypervisor] jail"
+    first = config.hypervisor.jail_first_id
+    problem = await jail_problem(Identity(uid=first, gid=first))
+    if problem is None:
+        last = first + config.hypervisor.jail_ids - 1
+        return f"{_CONFINED} each sandbox as a user of its own, of ids {first} to {last}"
+    verdict = await host_choice.choose_accelerator(config)
+    if jail.is_required(config, verdict.accelerator):
+        raise FailedPrecondition(f"check: {problem}; {_JAIL_REMEDY}")
+    return f"impossible: {problem}"
 
 
 async def _channel(config: Config) -> str:

@@ -20,6 +20,7 @@ from hypervisor import (
     SHARE_DAEMON,
     Accelerator,
     ChannelError,
+    JailError,
     QemuHypervisor,
     TemplateError,
 )
@@ -33,6 +34,7 @@ from shim.machine import turns
 from shim.machine.cgroup import HostCgroup
 from shim.machine.cloning import Cloning, clone_of, dial_clone
 from shim.machine.host_choice import EMULATION_IS_NO_BOUNDARY, resolve
+from shim.machine.jail import Jail, without
 from shim.machine.resizing import Resizer
 from shim.machine.running import RunningMachine
 from shim.machine.sizing import Size, plan
@@ -43,7 +45,7 @@ from shim.telemetry import postmortem, timeline
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from hypervisor import VmSpec
+    from hypervisor import Identity, VmSpec
     from shim.config import Config
     from shim.host.ledger import Ledger
     from shim.machine.host_choice import HostChoice
@@ -97,6 +99,7 @@ class Machine:
         self._cgroup = HostCgroup([])
         #: Every QEMU that was to be the machine; the last one is.
         self._attempts: list[QemuHypervisor] = []
+        self._jail: Jail | None = None
         self._given_up = asyncio.Event()
         self._undo = contextlib.AsyncExitStack()
         for share in (self.share, self._guest_share):
@@ -125,7 +128,9 @@ class Machine:
         with timeline.phase("network namespace", lane=timeline.MACHINE):
             network = await Network.open(namespace_of(pod.oci), ledger=self._ledger, queues=queue_pairs(spec))
             self._undo.push_async_callback(network.detach)
-        spec = dataclasses.replace(spec, network_namespace=network.namespace_path)
+        spec = dataclasses.replace(
+            spec, network_namespace=network.namespace_path, jail=self._claim_identity(spec)
+        )
         timeout_s = self._config.guest.boot_timeout_s
         try:
             # Waiting for a turn does not count as being late.
@@ -236,6 +241,13 @@ class Machine:
             (self.share / MODULES_NAME).mkdir()
             mounts.bind(modules, self.share / MODULES_NAME, read_only=True, recursive=False)
 
+    def _claim_identity(self, spec: VmSpec) -> Identity | None:
+        self._jail = jail = Jail.of(self._config, spec.accelerator)
+        if jail is None:
+            return None
+        self._undo.callback(jail.close)
+        return jail.identity
+
     def _describe(self, choice: HostChoice, sizes: Plan) -> VmSpec:
         accelerator = choice.accelerator
         log.info("boot: accelerator %s: %s", accelerator.value, choice.accelerator_reason)
@@ -298,7 +310,10 @@ class Machine:
             spec, on_process=self._record_process, phase=partial(timeline.phase, lane=timeline.MACHINE)
         )
         self._attempts.append(vm)
-        await vm.start(timeout_s=timeout_s * (_LOAD_TIMES if is_clone else 1))
+        try:
+            await vm.start(timeout_s=timeout_s * (_LOAD_TIMES if is_clone else 1))
+        except JailError as error:
+            return await self._start(without(spec, str(error), self._jail), timeout_s=left_s())
         self.pid = vm.pid
         if is_clone:
             ends_at_s = time.monotonic() + timeout_s

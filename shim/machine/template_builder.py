@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import shutil
@@ -17,10 +18,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hypervisor import HypervisorError, save_template, template_key
+from hypervisor import HypervisorError, JailError, save_template, template_key
 from shim.errors import Internal
 from shim.host import daemonize
 from shim.machine.host_choice import resolve
+from shim.machine.jail import Jail, without
 from shim.machine.sizing import plan
 from shim.machine.spec import describe
 from shim.refusal import Refusal
@@ -46,6 +48,7 @@ _SANDBOXES_OWN = {
     "virtiofsd",
     "vsock_daemon",
     "network_namespace",
+    "jail",
     "template",
 }
 
@@ -90,13 +93,27 @@ async def _build(config: Config, store: TemplateStore, place: Path) -> Template:
         if found is not None:
             return found
         try:
-            await save_template(spec, built, timeout_s=_BOOT_TIMES * config.guest.boot_timeout_s)
+            await _save(config, spec, built)
         except HypervisorError as error:
             store.fail(key, str(error))
             raise
     except HypervisorError as error:
         raise Internal(f"template: {error}") from error
     return store.publish(key, built, purpose=purpose_of(spec))
+
+
+async def _save(config: Config, spec: VmSpec, directory: Path) -> None:
+    timeout_s = _BOOT_TIMES * config.guest.boot_timeout_s
+    jail = Jail.of(config, spec.accelerator)
+    try:
+        confined = dataclasses.replace(spec, jail=jail.identity if jail is not None else None)
+        try:
+            await save_template(confined, directory, timeout_s=timeout_s)
+        except JailError as error:
+            await save_template(without(confined, str(error), jail), directory, timeout_s=timeout_s)
+    finally:
+        if jail is not None:
+            jail.close()
 
 
 def purpose_of(spec: VmSpec) -> dict[str, object]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from shim import zygote_protocol
 from shim.config import HypervisorConfig
+from shim.machine import jail
 from shim.machine.turns import DIRECTORY as TURNS
 from tests.e2e.containerd import CGROUPS, NAMESPACE
 from tests.e2e.tasks import Tasks
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 SHARED_DIRECTORIES = (Path("/run/containerd/s"), Path("/run/containerd/fifo"), Path("/run/hako"))
 TEMPLATES = Path(HypervisorConfig().template_dir)
 """Not of any container either, but for what a build leaves that did not come to its end."""
+JAIL = Path(jail.DIRECTORY)
+"""Not of any container: its file has a byte for each number that a sandbox can have."""
 ZYGOTES = Path(zygote_protocol.ZYGOTE_DIRECTORY)
 """Not of any container: a zygote outlives those that made it come up."""
 
@@ -91,7 +94,7 @@ def _files(daemon: Containerd, state_directory: Path) -> Iterator[str]:
         *TEMPLATES.glob(".*"),
     ]
     for top in tops:
-        if top in {ZYGOTES, TEMPLATES, TURNS}:
+        if top in {ZYGOTES, TEMPLATES, TURNS, JAIL}:
             continue
         yield f"file {top}"
         # A mount point is counted as a mount; what is seen through it is not a file left behind.

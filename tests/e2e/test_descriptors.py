@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.hako
 
 EXPECTED = {
-    "QEMU": {"/dev/null", "/memfd:hako-memory", "eventfd", "pipe", "signalfd", "socket"},
+    "QEMU": {"/dev/null", "/memfd:hako-memory", "eventfd", "eventpoll", "pipe", "signalfd", "socket"},
     "virtio-fs daemon": {"eventfd", "pipe", "socket", "a file below its root"},
     "vhost-device-vsock": {
         *("/dev/null", "/memfd:hako-memory", "eventfd", "eventpoll", "pipe", "socket"),
-        "the sandbox's directory",
+        "its directory",
     },
 }
 NUMBERED = re.compile(r"^(?:anon_inode:\[)?([a-z]+)(?::\[\d+\]|\])$")
@@ -51,7 +51,9 @@ def kind_of(link: str, *, name: str, sandbox: Path) -> str:
         return numbered[1]
     if name == "virtio-fs daemon":
         return "a file below its root"
-    return "the sandbox's directory" if link == str(sandbox) else link.removesuffix(" (deleted)")
+    return (
+        "its directory" if link in {str(sandbox), str(sandbox / "vsock")} else link.removesuffix(" (deleted)")
+    )
 
 
 def test_each_process_has_the_expected_kinds_of_files_open_and_no_socket_of_the_shim(sandbox: Path) -> None:

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hypervisor import Accelerator, Channel, QemuHypervisor, VmSpec, channel_problem, template_key
+from hypervisor import (
+    Accelerator,
+    Channel,
+    Identity,
+    QemuHypervisor,
+    VmSpec,
+    channel_problem,
+    template_key,
+)
 from hypervisor.saving import save_template
 from proto.extensions import AGENT_PORT
 from tests import host_settings
@@ -28,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from _pytest.mark.structures import ParameterSet
+
+JAIL = Identity(uid=1_900_000_000, gid=1_900_000_000)
 
 START_S = patient(20)
 BOOT_S = patient(60)
@@ -111,6 +121,7 @@ def make_spec(guest_image: Path, share: Path, tmp_path: Path) -> Callable[..., V
             "vsock_daemon": VSOCK_DAEMON,
             "network_namespace": None,
             "root_ports": 0,
+            "jail": JAIL,
         }
         return VmSpec(**{**values, **changes})
 

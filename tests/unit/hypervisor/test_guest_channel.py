@@ -21,10 +21,17 @@ if TYPE_CHECKING:
     from typing import Any
 
     from hypervisor import VmSpec, interface
+    from hypervisor.confinement import Confinement
     from hypervisor.process import Process
 
 
-def no_spawn(name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> Process:
+def no_spawn(
+    name: str,
+    argv: Sequence[str],
+    *,
+    inherit: Iterable[int] = (),
+    confinement: Confinement | None = None,
+) -> Process:
     raise AssertionError("nothing is to be started")
 
 

@@ -18,7 +18,7 @@ from hypervisor.argv import (
     kernel_command_line,
     probe_argv,
 )
-from hypervisor.seclusion import OWN_MOUNTS
+from hypervisor.seclusion import entering
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +56,7 @@ def test_the_command_line_is_the_golden_one(
 
 def test_the_operators_machine_options_come_last(make_spec: Callable[..., VmSpec]) -> None:
     words = argv(make_spec(machine_options="hpet=off,i8042=off"))
-    assert value_of("-machine", words).endswith(",memory-backend=memory,hpet=off,i8042=off")
+    assert value_of("-machine", words).endswith(",dump-guest-core=off,hpet=off,i8042=off")
 
 
 def test_the_operators_kernel_parameters_come_last(make_spec: Callable[..., VmSpec]) -> None:
@@ -105,15 +105,15 @@ def test_each_root_port_has_a_chassis_of_its_own_and_room_for_large_memory(
 
 
 def test_the_network_namespace_is_entered_before_anything_is_opened(make_spec: Callable[..., VmSpec]) -> None:
-    spec = make_spec(network_namespace=Path("/run/netns/pod"))
-    words = argv(spec)
-    assert words[: words.index(str(spec.qemu))] == [*OWN_MOUNTS, "nsenter", "--net=/run/netns/pod", "--"]
+    words = entering(make_spec(network_namespace=Path("/run/netns/pod")))
+    own_mounts = ["unshare", "--mount", "--propagation", "private", "--"]
+    assert words == [*own_mounts, "nsenter", "--net=/run/netns/pod", "--"]
 
 
 def test_a_machine_with_root_ports_keeps_the_hosts_device_files(
     make_spec: Callable[..., VmSpec],
 ) -> None:
-    assert argv(make_spec(root_ports=1))[0] == str(make_spec().qemu)
+    assert entering(make_spec(root_ports=1)) == []
 
 
 def test_memory_is_of_huge_pages_where_they_are_wanted(make_spec: Callable[..., VmSpec]) -> None:

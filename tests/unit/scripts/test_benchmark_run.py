@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 ISSUE = [
-    *("clone_over_cold", "run_template_over_cold", "cold_over_bare", "host_share", "start_over_runc"),
-    "delete_ms",
+    *("clone_over_cold", "run_template_over_cold", "run_jail_over_off", "cold_over_bare"),
+    *("host_share", "start_over_runc", "delete_ms"),
     *("shim_pss_mib", "shim_uss_mib", "pod_pss_mib", "template_mib", "exec_over_guest", "state_over_runc"),
     *("grpc_state_ms", "stdout_over_channel", "burst_30", "resident_60"),
 ]

@@ -60,6 +60,7 @@ def test_an_able_host_gets_a_line_for_each_thing(able_host: Path, capsys: pytest
         "containerd",
         "qemu",
         "accelerator",
+        "jail",
         "channel",
         "virtiofsd",
         "network",

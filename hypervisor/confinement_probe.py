@@ -1,0 +1,32 @@
+"""Whether this host can confine processes, asked of the host itself: one is started that does nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hypervisor.confinement import of_program
+from hypervisor.launcher import MARK
+from hypervisor.process import Process
+
+if TYPE_CHECKING:
+    from hypervisor.interface import Identity
+
+_PROGRAM = Path("/usr/bin/true")
+_TIMEOUT_S = 10.0
+
+
+async def jail_problem(identity: Identity) -> str | None:
+    """Say why processes cannot be confined on this host; ``None`` if they can.
+
+    :param identity: whom the process runs as.
+    """
+    try:
+        process = Process.spawn("jail", [str(_PROGRAM)], confinement=of_program(_PROGRAM, identity))
+    except NotImplementedError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    if await process.ended_well(timeout_s=_TIMEOUT_S):
+        return None
+    return process.last_words().removeprefix(MARK) or process.obituary()

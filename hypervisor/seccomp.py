@@ -1,0 +1,125 @@
+"""The system calls that a confined process is refused, as a program for the kernel (seccomp(2)).
+
+What makes or enters namespaces, mounts, other processes, other kernels' code or other users is refused. What
+is newer than this list is unknown to it, and so to the process: "not implemented".
+"""
+
+from __future__ import annotations
+
+import errno
+import platform
+import struct
+from dataclasses import dataclass
+
+_NEWEST = 462
+"""The last system call that was looked at, of Linux 6.10."""
+
+# fmt: off
+_REFUSED = {
+    # Mounts, and the files of others.
+    "mount": 165, "umount2": 166, "pivot_root": 155, "move_mount": 429, "open_tree": 428, "fsopen": 430,
+    "fsconfig": 431, "fsmount": 432, "fspick": 433, "mount_setattr": 442, "open_by_handle_at": 304,
+    "quotactl": 179, "quotactl_fd": 443, "swapon": 167, "swapoff": 168, "fanotify_init": 300,
+    "statmount": 457, "listmount": 458,
+    # Namespaces; clone(2) and unshare(2) are looked at below.
+    "setns": 308,
+    # Other processes.
+    "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "pidfd_getfd": 438,
+    "pidfd_open": 434, "pidfd_send_signal": 424, "process_madvise": 440, "process_mrelease": 448,
+    "move_pages": 279, "migrate_pages": 256,
+    # Parts of the kernel that are large, young, or make it run what it is given.
+    "bpf": 321, "perf_event_open": 298, "userfaultfd": 323, "io_uring_setup": 425, "io_uring_enter": 426,
+    "io_uring_register": 427, "keyctl": 250, "add_key": 248, "request_key": 249, "memfd_secret": 447,
+    "init_module": 175, "finit_module": 313, "delete_module": 176, "kexec_load": 246, "kexec_file_load": 320,
+    "lookup_dcookie": 212, "modify_ldt": 154, "iopl": 172, "ioperm": 173,
+    # The machine as a whole.
+    "reboot": 169, "sethostname": 170, "setdomainname": 171, "settimeofday": 164, "clock_settime": 227,
+    "clock_adjtime": 305, "adjtimex": 159, "acct": 163, "syslog": 103, "vhangup": 153, "personality": 135,
+    # Obsolete.
+    "uselib": 134, "ustat": 136, "sysfs": 139, "_sysctl": 156, "create_module": 174, "get_kernel_syms": 177,
+    "query_module": 178, "nfsservctl": 180,
+}
+_IDENTITY = {
+    "setuid": 105, "setgid": 106, "setreuid": 113, "setregid": 114, "setresuid": 117, "setresgid": 119,
+    "setgroups": 116, "setfsuid": 122, "setfsgid": 123, "capset": 126, "chroot": 161, "mknod": 133,
+    "mknodat": 259,
+}
+# fmt: on
+_CLONE, _CLONE3, _UNSHARE, _SOCKET, _SOCKETPAIR = 56, 435, 272, 41, 53
+
+_NEW_NAMESPACES = 0x7E02_0080
+"""``CLONE_NEW*`` of clone(2): mount, cgroup, UTS, IPC, user, pid, network and time namespaces."""
+
+_CLONE_FS, _CLONE_FILES = 0x200, 0x400
+_AF_UNIX = 1
+
+_ARCHITECTURE = 0xC000003E  # AUDIT_ARCH_X86_64 of linux/audit.h
+_OTHER_ABI = 0x4000_0000  # __X32_SYSCALL_BIT
+
+# Of linux/filter.h, linux/bpf_common.h and linux/seccomp.h.
+_LOAD, _EQUAL, _GREATER, _ANY_BIT, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
+_NUMBER, _ARCH, _FIRST_ARGUMENT = 0, 4, 16
+_KILL_PROCESS, _ERRNO, _ALLOW = 0x8000_0000, 0x0005_0000, 0x7FFF_0000
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A program for the kernel.
+
+    :param code: its instructions, ``struct sock_filter`` each.
+    """
+
+    code: bytes
+
+    @property
+    def length(self) -> int:
+        """The number of its instructions."""
+        return len(self.code) // _INSTRUCTION.size
+
+
+_INSTRUCTION = struct.Struct("=HBBI")
+
+
+def refused_calls(*, changes_identity: bool) -> dict[str, int]:
+    """List the system calls that a confined process is refused whatever their arguments: names and numbers.
+
+    :param changes_identity: whether it may act as other users, and make device nodes.
+    """
+    return _REFUSED if changes_identity else {**_REFUSED, **_IDENTITY}
+
+
+def confining(*, changes_identity: bool) -> Filter:
+    """Build the filter for a process that a guest talks to.
+
+    :param changes_identity: whether it may act as other users, and make device nodes.
+    :raises NotImplementedError: on another architecture than x86-64.
+    """
+    if platform.machine() != "x86_64":
+        raise NotImplementedError(f"no seccomp filter for {platform.machine()}")
+    refuse = _ERRNO | errno.EPERM
+    absent = _ERRNO | errno.ENOSYS
+    program = [
+        *_instructions((_LOAD, 0, 0, _ARCH), (_EQUAL, 1, 0, _ARCHITECTURE), (_RETURN, 0, 0, _KILL_PROCESS)),
+        *_instructions((_LOAD, 0, 0, _NUMBER), (_GREATER, 0, 1, _NEWEST), (_RETURN, 0, 0, absent)),
+    ]
+    for number in sorted(refused_calls(changes_identity=changes_identity).values()):
+        program += _instructions((_EQUAL, 0, 1, number), (_RETURN, 0, 0, refuse))
+    # Its flags lie in memory, which a filter cannot read; programs then use clone(2).
+    program += _instructions((_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, absent))
+    for number in (_SOCKET, _SOCKETPAIR):
+        program += _if_call(number, (_EQUAL, 1, 0, _AF_UNIX), (_RETURN, 0, 0, refuse))
+    program += _if_call(_CLONE, (_ANY_BIT, 0, 1, _NEW_NAMESPACES), (_RETURN, 0, 0, refuse))
+    others = 0xFFFF_FFFF & ~(_CLONE_FS | _CLONE_FILES)
+    program += _if_call(_UNSHARE, (_ANY_BIT, 0, 1, others), (_RETURN, 0, 0, refuse))
+    program += _instructions((_RETURN, 0, 0, _ALLOW))
+    return Filter(b"".join(program))
+
+
+def _if_call(number: int, *steps: tuple[int, int, int, int]) -> list[bytes]:
+    """Look at a call's first argument; what is not refused is allowed."""
+    body = _instructions((_LOAD, 0, 0, _FIRST_ARGUMENT), *steps, (_RETURN, 0, 0, _ALLOW))
+    return [*_instructions((_EQUAL, 0, len(body), number)), *body]
+
+
+def _instructions(*instructions: tuple[int, int, int, int]) -> list[bytes]:
+    return [_INSTRUCTION.pack(*instruction) for instruction in instructions]

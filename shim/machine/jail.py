@@ -1,0 +1,122 @@
+"""The user of its own that each sandbox's processes run as, and how much an operator insists on that.
+
+A number is taken by a lock on one byte of a file, so that it is free again whenever its shim ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import struct
+from dataclasses import dataclass
+from io import FileIO
+from typing import TYPE_CHECKING, Self
+
+from hypervisor import Accelerator, Identity
+from shim.errors import FailedPrecondition
+from shim.host import private_directory
+
+if TYPE_CHECKING:
+    from hypervisor import VmSpec
+    from shim.config import Config
+
+log = logging.getLogger(__name__)
+
+DIRECTORY = "/run/hako/jail"
+_NUMBERS = "numbers"
+_FLOCK = struct.Struct("=hh4xqqi4x")  # struct flock of fcntl(2) on x86-64
+_ATTEMPTS = 1000
+_REMEDY = "see what `hako check` says of it, or set [hypervisor] jail to preferred or off"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Jail:
+    """What confines the processes of one sandbox.
+
+    :param identity: whom they run as; nobody else on this host does, until :meth:`close`.
+    :param is_required: whether a machine that cannot be confined is not to start.
+    :param lock: an open file that holds the claim.
+    """
+
+    identity: Identity
+    is_required: bool
+    lock: FileIO
+
+    @classmethod
+    def of(cls, config: Config, accelerator: Accelerator) -> Self | None:
+        """Take a number that no other sandbox has.
+
+        :param config: the operator's configuration.
+        :param accelerator: how guest instructions are run.
+        :returns: ``None`` if the sandbox is not to be confined, or there is no number and that may be.
+        :raises FailedPrecondition: if there is no number, and it is required.
+        """
+        if config.hypervisor.jail == "off":
+            return None
+        required = is_required(config, accelerator)
+        first, count = config.hypervisor.jail_first_id, config.hypervisor.jail_ids
+        try:
+            lock, offset = _claim(count)
+        except OSError as error:
+            problem = f"boot: jail: user of its own: {error}"
+            if required:
+                raise FailedPrecondition(f"{problem}; {_REMEDY}") from error
+            log.warning("%s; the sandbox's processes run as root", problem)
+            return None
+        identity = Identity(uid=first + offset, gid=first + offset)
+        return cls(identity=identity, is_required=required, lock=FileIO(lock, "r+"))
+
+    def close(self) -> None:
+        """Give the number back, when no process runs with it any more. May be called repeatedly."""
+        self.lock.close()
+
+
+def is_required(config: Config, accelerator: Accelerator) -> bool:
+    """Tell whether a machine that cannot be confined is not to start.
+
+    :param config: the operator's configuration.
+    :param accelerator: how guest instructions are run. Emulation is no boundary that needs one more.
+    """
+    wish = config.hypervisor.jail
+    return wish == "required" or (wish == "auto" and accelerator is Accelerator.KVM)
+
+
+def without(spec: VmSpec, problem: str, jail: Jail | None) -> VmSpec:
+    """Describe a machine that could not be confined as one that is not.
+
+    :param spec: the machine.
+    :param problem: why it could not.
+    :param jail: what it was to be confined with.
+    :raises FailedPrecondition: if it is not to start then.
+    """
+    if jail is not None and jail.is_required:
+        raise FailedPrecondition(f"boot: jail: {problem}; {_REMEDY}")
+    log.warning("boot: jail: %s; the sandbox's processes run as root", problem)
+    return dataclasses.replace(spec, jail=None)
+
+
+def _claim(count: int) -> tuple[int, int]:
+    """Lock a byte of the file of numbers that is not locked; return the open file and the byte's offset."""
+    private_directory.make(DIRECTORY)
+    file = os.open(f"{DIRECTORY}/{_NUMBERS}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        for _ in range(_ATTEMPTS):
+            offset = secrets.randbelow(count)
+            wish = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
+            try:
+                # The open file's own, not the process': it goes with this descriptor.
+                fcntl.fcntl(file, fcntl.F_OFD_SETLK, wish)
+            except OSError as error:
+                if error.errno not in {errno.EAGAIN, errno.EACCES}:
+                    raise
+            else:
+                return file, offset
+    except BaseException:
+        os.close(file)
+        raise
+    os.close(file)
+    raise OSError(errno.EAGAIN, f"none of {count} numbers is free; raise [hypervisor] jail_ids")

@@ -1,0 +1,124 @@
+"""The processes that a guest talks to are confined as the documentation says."""
+
+from __future__ import annotations
+
+import re
+import resource
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from shim.config import HypervisorConfig
+from shim.host.ledger import Ledger
+from tests.e2e import busybox
+from tests.e2e.conftest import new_id, write_config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.e2e.conftest import Stack
+
+pytestmark = pytest.mark.hako
+
+TABLE = Path(__file__).parents[2] / "docs/security.md"
+FIRST = HypervisorConfig().jail_first_id
+IDS = range(FIRST, FIRST + HypervisorConfig().jail_ids)
+#: In the order of their numbers, linux/capability.h.
+NAMES = (
+    *("chown", "dac_override", "dac_read_search", "fowner", "fsetid", "kill", "setgid", "setuid", "setpcap"),
+    *("linux_immutable", "net_bind_service", "net_broadcast", "net_admin", "net_raw", "ipc_lock"),
+    *("ipc_owner", "sys_module", "sys_rawio", "sys_chroot", "sys_ptrace", "sys_pacct", "sys_admin"),
+    *("sys_boot", "sys_nice", "sys_resource", "sys_time", "sys_tty_config", "mknod", "lease", "audit_write"),
+    *("audit_control", "setfcap"),
+)
+
+
+def documented() -> dict[str, dict[str, str]]:
+    """The rows of the table of the jail, by process."""
+    lines = TABLE.read_text(encoding="utf-8").partition("## The jail")[2].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    heading, _rule, *rest = rows
+    return {row[0]: dict(zip(heading, row, strict=True)) for row in rest}
+
+
+@pytest.fixture
+def sandboxes(one_stack: Stack, tmp_path: Path) -> Iterator[list[dict[str, int]]]:
+    """Two sandboxes with a container each: the processes of each, by name."""
+    config = write_config(
+        tmp_path / "config.toml",
+        state_directory=one_stack.state_directory,
+        hypervisor='jail = "required"\n',
+    )
+    options = ["--detach", "--runtime-config-path", str(config)]
+    names = [new_id(), new_id()]
+    for name in names:
+        started = one_stack.containerd.run(busybox.IMAGE, name, "sleep", "1000", options=options)
+        assert started.code == 0, started.stderr
+    found = []
+    for path in one_stack.state_directory.glob("*/ledger"):
+        ledger = Ledger(str(path.parent))
+        processes = [entry for entry in ledger.entries() if entry.kind == "process"]
+        # Those that made a clone are gone.
+        found.append({entry.name: entry.pid for entry in processes if Path(f"/proc/{entry.pid}").exists()})
+        ledger.close()
+    yield found
+    for name in names:
+        one_stack.containerd.remove(name)
+
+
+def status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def capabilities(mask: str) -> str:
+    held = int(mask, 16)
+    return ", ".join(name for number, name in enumerate(NAMES) if held >> number & 1) or "none"
+
+
+def limit(pid: int, name: str) -> set[int]:
+    text = Path(f"/proc/{pid}/limits").read_text(encoding="ascii")
+    found = re.search(rf"^{name} +(\d+) +(\d+) ", text, re.MULTILINE)
+    assert found, text
+    return set(map(int, found.groups()))
+
+
+def test_each_process_is_confined_as_documented_and_no_two_sandboxes_share_a_user(
+    sandboxes: list[dict[str, int]],
+) -> None:
+    users = []
+    for processes in sandboxes:
+        users.append({status(processes[name])["Uid"] for name in documented()})
+        for name, row in documented().items():
+            pid = processes[name]
+            told = status(pid)
+            assert {row["user"]} == {"the sandbox's"}
+            assert len(set(told["Uid"].split()) | set(told["Gid"].split())) == 1
+            assert int(told["Uid"].split()[0]) in IDS
+            assert capabilities(told["CapEff"]) == capabilities(told["CapPrm"]) == row["capabilities"]
+            assert {int(told[one], 16) for one in ("CapInh", "CapBnd", "CapAmb")} == {0}
+            assert (told["NoNewPrivs"], told["Seccomp"]) == (row["NoNewPrivs"], row["seccomp"])
+            kinds = row["namespaces of its own"].split(", ")
+            own = [Path(f"/proc/{pid}/ns/{kind}").readlink() for kind in kinds]
+            others = [pid for one in sandboxes for pid in one.values()]
+            assert not {
+                link
+                for other in others
+                if other != pid
+                for link in (Path(f"/proc/{other}/ns/{kind}").readlink() for kind in kinds)
+            } & set(own)
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            assert limit(pid, "Max open files") <= {int(row["open files"]), most}
+            assert limit(pid, "Max core file size") == {int(row["core"])}
+    assert [len(each) for each in users] == [1, 1]
+    assert users[0] != users[1]
+
+
+def test_no_process_sees_files_of_the_host_but_what_the_guest_was_given(
+    sandboxes: list[dict[str, int]],
+) -> None:
+    for processes in sandboxes:
+        roots = {name: Path(f"/proc/{processes[name]}/root") for name in documented()}
+        assert not any((root / "etc/shadow").exists() or (root / "root").exists() for root in roots.values())
+        assert {path.name for path in roots["QEMU"].iterdir()} == {"dev"}

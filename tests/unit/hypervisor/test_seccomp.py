@@ -1,0 +1,88 @@
+"""The filter of system calls, run as the kernel would run it."""
+
+from __future__ import annotations
+
+import errno
+import struct
+
+import pytest
+
+from hypervisor.seccomp import confining, refused_calls
+
+ALLOW, KILL, ERRNO = 0x7FFF_0000, 0x8000_0000, 0x0005_0000
+X86_64, I386 = 0xC000003E, 0x40000003
+CLONE_THREAD_OF_A_PROGRAM = 0x3D0F00
+READ, SOCKET, CLONE, UNSHARE, CLONE3, SETRESUID, MKNODAT = 0, 41, 56, 272, 435, 117, 259
+
+
+def run(code: bytes, number: int, argument: int = 0, *, architecture: int = X86_64) -> int:
+    """Interpret a filter: a load, three comparisons and the return are all that it is made of."""
+    data = struct.pack("=iIQQ", number, architecture, 0, argument)
+    program = list(struct.iter_unpack("=HBBI", code))
+    accumulator, place = 0, 0
+    while True:
+        operation, if_true, if_false, value = program[place]
+        place += 1
+        match operation:
+            case 0x20:
+                (accumulator,) = struct.unpack_from("=I", data, value)
+            case 0x06:
+                return int(value)
+            case 0x15 | 0x25 | 0x45:
+                tests = {0x15: accumulator == value, 0x25: accumulator > value, 0x45: accumulator & value}
+                place += if_true if tests[operation] else if_false
+            case _:
+                pytest.fail(f"unknown operation {operation:#x}")
+
+
+@pytest.fixture(params=[True, False], ids=["acts as others", "keeps its identity"])
+def changes_identity(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture
+def code(changes_identity: bool) -> bytes:
+    return confining(changes_identity=changes_identity).code
+
+
+def test_what_leads_out_is_refused_and_the_rest_allowed(code: bytes, changes_identity: bool) -> None:
+    refused = set(refused_calls(changes_identity=changes_identity).values())
+    looked_at = {SOCKET, 53, CLONE, UNSHARE, CLONE3}
+    for number in set(range(463)) - looked_at:
+        assert run(code, number) == (ERRNO | errno.EPERM if number in refused else ALLOW), number
+
+
+def test_only_what_serves_other_users_may_become_them(code: bytes, changes_identity: bool) -> None:
+    expected = ALLOW if changes_identity else ERRNO | errno.EPERM
+    assert {run(code, number) for number in (SETRESUID, MKNODAT)} == {expected}
+
+
+@pytest.mark.parametrize("number", [463, 1000, 0x4000_0000, 0x4000_0000 | READ])
+def test_what_is_unknown_is_not_implemented(code: bytes, number: int) -> None:
+    assert run(code, number) == ERRNO | errno.ENOSYS
+
+
+def test_another_architectures_calls_end_the_process(code: bytes) -> None:
+    assert run(code, READ, architecture=I386) == KILL
+
+
+@pytest.mark.parametrize(
+    ("number", "argument", "answer"),
+    [
+        pytest.param(SOCKET, 1, ALLOW, id="unix socket"),
+        pytest.param(SOCKET, 2, ERRNO | errno.EPERM, id="inet socket"),
+        pytest.param(SOCKET, 40, ERRNO | errno.EPERM, id="vsock socket"),
+        pytest.param(53, 1, ALLOW, id="unix pair"),
+        pytest.param(53, 2, ERRNO | errno.EPERM, id="other pair"),
+        pytest.param(CLONE, CLONE_THREAD_OF_A_PROGRAM, ALLOW, id="thread"),
+        pytest.param(CLONE, 17, ALLOW, id="fork"),
+        pytest.param(CLONE, 0x1000_0000 | 17, ERRNO | errno.EPERM, id="user namespace"),
+        pytest.param(CLONE, 0x2_0000 | 17, ERRNO | errno.EPERM, id="mount namespace"),
+        pytest.param(UNSHARE, 0x200, ALLOW, id="own working directory"),
+        pytest.param(UNSHARE, 0x4000_0000, ERRNO | errno.EPERM, id="network namespace"),
+        pytest.param(UNSHARE, 0x80, ERRNO | errno.EPERM, id="time namespace"),
+        pytest.param(CLONE3, 0, ERRNO | errno.ENOSYS, id="clone3"),
+    ],
+)
+def test_some_are_allowed_by_what_they_ask_for(code: bytes, number: int, argument: int, answer: int) -> None:
+    assert run(code, number, argument) == answer

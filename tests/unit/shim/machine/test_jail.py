@@ -1,0 +1,111 @@
+"""Each sandbox has a user of its own, or a reason why not."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hypervisor import Accelerator, Channel
+from shim.config import Config, HypervisorConfig
+from shim.errors import FailedPrecondition
+from shim.machine import jail
+from shim.machine.host_choice import HostChoice
+from shim.machine.jail import Jail
+from shim.machine.sizing import Size
+from shim.machine.spec import describe
+
+CHOICE = HostChoice(
+    accelerator=Accelerator.KVM,
+    accelerator_reason="",
+    channel=Channel.VHOST_VSOCK,
+    channel_reason="",
+    virtiofsd=Path("/virtiofsd"),
+    vsock_daemon=None,
+)
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "jail"
+    monkeypatch.setattr(jail, "DIRECTORY", str(place))
+    return place
+
+
+def configured(**changes: Any) -> Config:
+    return Config(hypervisor=HypervisorConfig(**{"jail": "auto", **changes}))
+
+
+def taken(config: Config, accelerator: Accelerator = Accelerator.TCG) -> Jail:
+    found = Jail.of(config, accelerator)
+    assert found is not None
+    return found
+
+
+def test_no_two_sandboxes_have_one_number_until_the_first_gives_it_back() -> None:
+    config = configured(jail="required", jail_ids=2)
+    jails = [taken(config) for _ in range(2)]
+    assert {one.identity.uid for one in jails} == {1_900_000_000, 1_900_000_001}
+    assert all(one.identity.uid == one.identity.gid for one in jails)
+    with pytest.raises(FailedPrecondition, match=r"none of 2 numbers is free; raise .* jail_ids"):
+        Jail.of(config, Accelerator.TCG)
+    jails[0].close()
+    again = taken(config)
+    assert again.identity == jails[0].identity
+    for one in (again, jails[1]):
+        one.close()
+
+
+def test_a_sandbox_that_may_do_without_does_if_there_is_no_number(caplog: pytest.LogCaptureFixture) -> None:
+    config = configured(jail="preferred", jail_ids=1)
+    only = taken(config, Accelerator.KVM)
+    assert Jail.of(config, Accelerator.KVM) is None
+    assert "run as root" in caplog.text
+    only.close()
+
+
+def test_nothing_is_taken_for_a_sandbox_that_is_not_to_be_confined(directory: Path) -> None:
+    assert Jail.of(configured(jail="off"), Accelerator.KVM) is None
+    assert not directory.exists()
+
+
+def test_others_cannot_reach_the_numbers(directory: Path) -> None:
+    taken(configured()).close()
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert Path(directory, "numbers").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("wish", "accelerator", "required"),
+    [
+        ("auto", Accelerator.KVM, True),
+        ("auto", Accelerator.TCG, False),
+        ("required", Accelerator.TCG, True),
+        ("preferred", Accelerator.KVM, False),
+    ],
+)
+def test_it_is_required_where_it_is_a_boundary_or_the_operator_says_so(
+    wish: str, accelerator: Accelerator, required: bool
+) -> None:
+    assert jail.is_required(configured(jail=wish), accelerator) == required
+
+
+def test_a_machine_that_cannot_be_confined_starts_without_only_if_it_may(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = configured(jail_ids=3)
+    wanted = taken(config, Accelerator.KVM)
+    size = Size(vcpus=1, memory_bytes=512 << 20)
+    described = describe(
+        Config(), CHOICE, name="s", directory=Path("/d"), share=Path("/s"), size=size, most=size
+    )
+    spec = dataclasses.replace(described, jail=wanted.identity)
+    with pytest.raises(FailedPrecondition, match="QEMU: seccomp: Invalid argument; see what `hako check`"):
+        jail.without(spec, "QEMU: seccomp: Invalid argument", wanted)
+    wanted.close()
+    liked = taken(config)
+    assert jail.without(spec, "QEMU: seccomp: Invalid argument", liked).jail is None
+    assert "QEMU: seccomp: Invalid argument; the sandbox's processes run as root" in caplog.text
+    liked.close()
