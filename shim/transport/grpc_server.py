@@ -11,6 +11,10 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
+# After a fork, grpc would start threads anew in this process: the launcher of confined processes forks in a
+# state in which there can be no new thread, and grpc ends the process then. Its forks only execute programs.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
