@@ -26,6 +26,9 @@ CGROUPS = Path("/sys/fs/cgroup")
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SHIM_DIRECTORY = Path(sys.executable).parent
 CALL_TIMEOUT_S = patient(60.0)
+TIMEOUTS_S = {"shim.cleanup": 5, "shim.load": 5, "shim.shutdown": 3, "task.state": 2}
+"""How long containerd usually waits for a shim's ``delete``, for a connection to it, its end, and a state."""
+
 UNNEEDED_PLUGINS = (
     "io.containerd.grpc.v1.cri",
     "io.containerd.cri.v1.images",
@@ -139,6 +142,8 @@ class Containerd:
             f'[grpc]\naddress = "{self.address}"\n'
             f'[ttrpc]\naddress = "{self.address}.ttrpc"\n'
             '[debug]\nlevel = "info"\n'
+            "[timeouts]\n"
+            + "".join(f'"io.containerd.timeout.{of}" = "{patient(s):.0f}s"\n' for of, s in TIMEOUTS_S.items())
         )
 
     def start(self) -> None:
