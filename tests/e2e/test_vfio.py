@@ -40,6 +40,11 @@ pytestmark = [
 _PCI = Path("/sys/bus/pci")
 FILL = "seq 1 200000 | head -c 1048576 >/tmp/b; dd if=/tmp/b of=/dev/nvme0n1 bs=1M oflag=direct 2>/dev/null; "
 DIGEST = "sha256sum </tmp/b"
+DRIVERS_OF_CARDS = (
+    "cd /sys/bus/pci/devices; for card in $(grep -l 0x1041 */device); do "
+    "basename $(readlink ${card%device}driver); done"
+)
+"""Which drivers the guest has for its network cards (virtio 1.2, 4.1.2). No container sees more of them."""
 
 
 def give_away(address: str) -> str:
@@ -151,8 +156,7 @@ def test_a_group_goes_as_a_whole_or_not_at_all(stack: Stack) -> None:
     assert len(groups) == 1
     try:
         with box(stack, *groups) as name:
-            cards = shell(stack, name, "cat /sys/class/net/*/address").split()
-            assert len([card for card in cards if card.startswith("02:00:00:00:00:2")]) == len(CARDS)
+            assert shell(stack, name, DRIVERS_OF_CARDS).split() == ["virtio-pci"] * len(CARDS)
         bind(CARDS[0], "virtio-pci")
         assert "its driver is virtio-pci" in refusal(stack, *groups)
     finally:
