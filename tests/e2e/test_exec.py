@@ -114,7 +114,10 @@ def test_every_process_is_listed_behind_the_machines_and_an_exec_with_its_id(
     def listed() -> list[str]:
         return one_stack.containerd.ctr("task", "ps", box).stdout.splitlines()[1:]
 
-    until(lambda: any("third" in line for line in listed()), what="the exec in the list")
+    until(
+        lambda: len(lines := listed()) >= 3 and any("third" in line for line in lines),
+        what="all three processes in the list",
+    )
     lines = listed()
     pid = one_stack.containerd.tasks()[box][0]
     assert [int(line.split()[0]) for line in lines] == [pid] * 3
