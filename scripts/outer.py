@@ -45,6 +45,7 @@ _MODULES = (
 _PROCESSOR = "max,-la57,-smap"
 """All but what makes each trip into an inner machine dearer: five levels of page tables, guarded copies."""
 
+_OWN_DIRECTORIES = ("/dev/shm", "/run", "/tmp")  # noqa: S108 - not a file of this machine
 _MEMORY_MIB = 6 << 10
 _DISK_BYTES = 64 << 20
 _MEASURED_S = 0.2
@@ -79,7 +80,7 @@ mount -t devtmpfs devtmpfs /dev
 mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
 ln -s /proc/self/fd /dev/fd
-for directory in /dev/shm /run /tmp; do mount -t tmpfs tmpfs $directory; done
+for directory in {own_directories}; do mount -t tmpfs tmpfs $directory; done
 mkdir -p {results}
 mount -t virtiofs results {results}
 mount --make-rshared /
@@ -99,6 +100,9 @@ while :; do :; done
 
 def problem() -> str | None:
     """Say in one line why this host cannot have an outer machine, and what to do; None if it can."""
+    hidden = next((each for each in _OWN_DIRECTORIES if TREE.is_relative_to(each)), None)
+    if hidden is not None:
+        return f"outer machine: {TREE}: the outer machine has a {hidden} of its own; move the tree elsewhere"
     if not any((_GUEST_IMAGE / "modules").glob("*/modules.dep")):
         return f"outer machine: {_GUEST_IMAGE}: has no kernel modules; run scripts/setup"
     if not _QEMU.exists():
@@ -152,6 +156,7 @@ def _initrd(command: Sequence[str], *, image: Path, replacements: Mapping[Path, 
     begin = _BEGIN.format(
         replacements="\n".join(shlex.join(mount) for mount in mounts),
         tree=shlex.quote(str(TREE)),
+        own_directories=shlex.join(_OWN_DIRECTORIES),
         command=shlex.join(command),
         results=RESULTS,
         up=_UP,

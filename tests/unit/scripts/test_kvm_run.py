@@ -112,3 +112,12 @@ def test_benchmarks_leave_their_results(started: list[Any]) -> None:
     assert command[1:] == [
         *("-m", "scripts.benchmarks", "clone_over_cold", "--json", f"{outer.RESULTS}/results.json")
     ]
+
+
+@pytest.mark.parametrize("tree", ["/tmp/hako", "/run/hako", "/dev/shm/hako"])
+def test_a_tree_that_the_outer_machine_would_hide_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tree: str
+) -> None:
+    monkeypatch.setattr(outer, "TREE", Path(tree))
+
+    assert str(outer.problem()).startswith(f"outer machine: {tree}: ")
