@@ -237,7 +237,7 @@ def _root_ports(spec: VmSpec) -> list[str]:
 
 
 def _machine(spec: VmSpec, architecture: Architecture) -> str:
-    # What a guest knows is in no core dump, whatever the host's limits say.
+    # A core dump never contains the guest's memory, even if the host's limits allow one.
     options = f"{architecture.type},memory-backend=memory,dump-guest-core=off"
     return f"{options},{spec.machine_options}" if spec.machine_options else options
 

@@ -81,7 +81,7 @@ _INSTRUCTION = struct.Struct("=HBBI")
 
 
 def refused_calls(*, changes_identity: bool) -> dict[str, int]:
-    """List the system calls that a confined process is refused whatever their arguments: names and numbers.
+    """List the system calls that a confined process is always refused, with their numbers by name.
 
     :param changes_identity: whether it may act as other users, and make device nodes.
     """

@@ -37,7 +37,7 @@ def prepare() -> Mapping[Path, Path]:
     fetch_package.fetch("virtiofsd", suite=SUITE, directory=_DAEMON_FILES, with_dependencies=True)
     _DAEMON.write_text(_WRAPPER, encoding="utf-8")
     _DAEMON.chmod(0o755)
-    # The builder takes packages from whatever apt knows: here, those of the other suite.
+    # The builder takes packages from the suites that apt knows: here, from the other one.
     words = [option for option in fetch_package.apt_options(SUITE) if option != "-o"]
     settings = (option.split("=", 1) for option in words)
     configuration = fetch_package.CACHE / "apt" / f"{SUITE}.conf"

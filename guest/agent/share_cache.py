@@ -17,7 +17,7 @@ from guest.agent.console import log
 _COUNT = "/sys/kernel/slab/fuse_inode/objects"
 _DROP, _NAMES_AND_INODES = "/proc/sys/vm/drop_caches", "2"  # Documentation/admin-guide/sysctl/vm.rst
 _FILES_OF_A_SECOND = 50_000
-"""More than a guest can look up; 25,000 were measured through one queue."""
+"""How many a guest is taken to look up at most. An assumption: nothing but emulation was tried."""
 _LEAST_S, _MOST_S = 0.05, 10.0
 _AMPLE = 200_000
 """A server that may open as many has enough for all files that a guest of usual size can have open."""
@@ -44,7 +44,7 @@ def keep_below(limit: int) -> None:
 
 
 def interval_s(remembered: int, limit: int) -> float:
-    """Return how long it takes at least until the kernel remembers half as many files as it may.
+    """Return when to count again: before the kernel can remember half as many files as the server may open.
 
     :param remembered: how many it remembers now.
     :param limit: how many the server may have open.

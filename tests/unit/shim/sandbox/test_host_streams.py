@@ -1,4 +1,4 @@
-"""FIFOs carry every byte, in whatever order their ends are opened and closed."""
+"""FIFOs carry every byte, and the order in which their ends are opened and closed does not matter."""
 
 from __future__ import annotations
 
