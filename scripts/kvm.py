@@ -62,7 +62,7 @@ ALL = (
     f"{_E2E}/test_bytes.py::test_an_output_arrives_whole[stdout-vhost-vsock-100MiB]",
     f"{_E2E}/test_bytes.py::test_an_input_arrives_whole[vhost-vsock-100MiB]",
     f"{_E2E}/test_bytes.py::test_a_stalled_reader_loses_nothing_when_it_reads_on[vhost-vsock]",
-    f"{_E2E}/test_bytes.py::test_short_commands_lose_no_line[80-vhost-vsock]",
+    f"{_E2E}/test_bytes.py::test_short_commands_lose_no_line[40-vhost-vsock]",
     f"{_E2E}/test_templates.py::test_the_first_container_leaves_a_template_and_the_second_is_a_clone",
     f"{_E2E}/test_templates.py::test_two_clones_share_neither_randomness_nor_names_and_know_the_time",
     f"{_E2E}/test_templates.py::test_a_clone_grows_to_what_its_container_may_use",
