@@ -169,7 +169,7 @@ class HypervisorConfig(Section):
         "such machines boot cold.",
     )
     jail: str = _key(
-        "off",
+        _AUTO,
         "Whether a sandbox's processes must be confined; ``auto`` requires it with KVM, "
         "and prefers it without.",
         choices=(_AUTO, "required", "preferred", "off"),
