@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from hypervisor import architecture
 from hypervisor.argv import probe_argv
 from hypervisor.interface import Accelerator
-from hypervisor.process import Process
+from hypervisor.process import ChildProcess
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -176,7 +176,7 @@ async def race(run: Callable[[Accelerator], Awaitable[_Run]]) -> Verdict:
 
 async def _run(argv: list[str], *, expected: int) -> _Run:
     begin = time.monotonic()
-    process = Process.spawn("QEMU", argv)
+    process = ChildProcess.spawn("QEMU", argv)
     try:
         status = await asyncio.shield(process.exited)
     finally:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hypervisor.argv import ChannelDevice
     from hypervisor.host_side import HostSide
     from hypervisor.interface import VmSpec
-    from hypervisor.process import Process
+    from hypervisor.process import ChildProcess
     from hypervisor.template import TemplateDescription
     from hypervisor.vsock import GuestChannel
 
@@ -183,7 +183,7 @@ async def _limited(directory: Path, failure: str, *, step_s: float) -> AsyncIter
 
 async def _serve_share(
     spec: VmSpec, host: HostSide, stack: ExitStack, saved: TemplateDescription
-) -> tuple[socket.socket, Process]:
+) -> tuple[socket.socket, ChildProcess]:
     listener, share = virtiofsd.connected_pair(spec.directory)
     stack.enter_context(share)
     with listener, host.phase("spawn virtio-fs daemon"):

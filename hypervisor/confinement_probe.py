@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hypervisor.confinement import of_program
 from hypervisor.launcher import MARK
-from hypervisor.process import Process
+from hypervisor.process import ChildProcess
 
 if TYPE_CHECKING:
     from hypervisor.interface import Identity
@@ -22,7 +22,7 @@ async def jail_problem(identity: Identity) -> str | None:
     :param identity: whom the process runs as.
     """
     try:
-        process = Process.spawn("jail", [str(_PROGRAM)], confinement=of_program(_PROGRAM, identity))
+        process = ChildProcess.spawn("jail", [str(_PROGRAM)], confinement=of_program(_PROGRAM, identity))
     except NotImplementedError as error:
         return str(error)
     except OSError as error:

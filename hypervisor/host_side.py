@@ -11,7 +11,7 @@ from hypervisor import confinement as confinements
 from hypervisor.errors import JailError
 from hypervisor.interface import Accelerator
 from hypervisor.launcher import FAILED, MARK
-from hypervisor.process import Process
+from hypervisor.process import ChildProcess
 from hypervisor.seclusion import entering, seclude
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class HostParts:
     :param channel: the way to the guest's agent.
     """
 
-    qemu: Process
+    qemu: ChildProcess
     qmp: QmpSession
     console: Console
     channel: GuestChannel
@@ -62,20 +62,20 @@ class HostSide:
     def __init__(self, on_process: Callable[[str, int], None], phase: Phase = contextlib.nullcontext) -> None:
         self._on_process = on_process
         self.phase = phase
-        self._processes: list[Process] = []
-        self.qemu: Process | None = None
+        self._processes: list[ChildProcess] = []
+        self.qemu: ChildProcess | None = None
         self._jail_problem = ""
         self.qmp: QmpSession | None = None
         self.console: Console | None = None
         self.channel: GuestChannel | None = None
 
     @property
-    def daemons(self) -> list[Process]:
+    def daemons(self) -> list[ChildProcess]:
         """Every process but QEMU."""
         return [process for process in self._processes if process is not self.qemu]
 
     @property
-    def processes(self) -> list[Process]:
+    def processes(self) -> list[ChildProcess]:
         """Every process that was started or found."""
         return [each for process in self._processes for each in (process, *process.workers)]
 
@@ -98,21 +98,21 @@ class HostSide:
         accelerator: Accelerator | None = None,
         keeps_capabilities: bool = False,
         confinement: Confinement | None = None,
-    ) -> Process:
-        """Start a process; see ``Process.spawn``.
+    ) -> ChildProcess:
+        """Start a process; see ``ChildProcess.spawn``.
 
         :param name: what the process does.
         :param argv: the program and its arguments.
         :param inherit: descriptors the program gets under the same numbers.
         :param accelerator: how it will run guest instructions, if it is to.
-        :param keeps_capabilities: as ``Process.spawn`` takes it.
-        :param confinement: as ``Process.spawn`` takes it.
+        :param keeps_capabilities: as ``ChildProcess.spawn`` takes it.
+        :param confinement: as ``ChildProcess.spawn`` takes it.
         :raises OSError: if no process could be made, or it could not be recorded.
         """
         # Emulated guests were measured to gain nothing from them, and half a huge page costs a whole one.
         huge_pages = accelerator is not Accelerator.TCG
         try:
-            process = Process.spawn(
+            process = ChildProcess.spawn(
                 name,
                 argv,
                 inherit=inherit,
@@ -168,7 +168,7 @@ class HostSide:
             with self.phase("take files from QEMU"):
                 await seclude(self.qemu.pid, spec)
 
-    async def run(self, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> Process:
+    async def run(self, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> ChildProcess:
         """Run a program to its end.
 
         :param name: what the process does.

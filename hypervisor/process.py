@@ -37,7 +37,7 @@ _ENVIRONMENT = {
 }
 
 
-class Process:
+class ChildProcess:
     """A supervised process: its end is an event, its last words are kept.
 
     Must be created on the main thread: the kernel ties the death signal to the thread that spawned the
@@ -56,7 +56,7 @@ class Process:
         self._pidfd = os.pidfd_open(pid)
         self._output_fd = output
         self._output = bytearray()
-        self.workers: list[Process] = []
+        self.workers: list[ChildProcess] = []
         """The processes this one forked, as far as ``adopt_workers`` found them."""
         self.exited: asyncio.Future[ExitStatus] = self._loop.create_future()
         self._loop.add_reader(self._pidfd, self._reap)
@@ -155,7 +155,7 @@ class Process:
         for pid in _children(self.pid):
             if pid not in known:
                 with contextlib.suppress(ProcessLookupError):
-                    self.workers.append(Process(self.name, pid))
+                    self.workers.append(ChildProcess(self.name, pid))
 
     async def destroy(self) -> None:
         """Kill the process and its workers; return when all are gone and none is a zombie."""

@@ -15,7 +15,7 @@ from hypervisor.confinement import SHARE as SHARE_PLACE
 from hypervisor.confinement import of_share_daemon
 from hypervisor.devices import Command, Description, socket_chardev
 from hypervisor.errors import VmStartError
-from hypervisor.process import Process
+from hypervisor.process import ChildProcess
 from hypervisor.seclusion import show_share_only
 from proto.extensions import SHARE_TAG
 
@@ -80,7 +80,7 @@ async def detect_dialect(virtiofsd: Path) -> Dialect:
     :param virtiofsd: the program.
     :raises VmStartError: if it cannot be run, or is no virtio-fs daemon.
     """
-    process = Process.spawn(f"{virtiofsd} --help", [str(virtiofsd), "--help"])
+    process = ChildProcess.spawn(f"{virtiofsd} --help", [str(virtiofsd), "--help"])
     try:
         async with asyncio.timeout(_HELP_TIMEOUT_S):
             status = await process.exited
@@ -138,7 +138,7 @@ def daemon_argv(
             ]
 
 
-def start(spec: VmSpec, dialect: Dialect, *, listener: socket.socket, host: HostSide) -> Process:
+def start(spec: VmSpec, dialect: Dialect, *, listener: socket.socket, host: HostSide) -> ChildProcess:
     """Start the daemon.
 
     :param spec: the virtual machine whose share it serves.
@@ -182,7 +182,7 @@ def _limits(pid: int) -> str:
         raise ProcessLookupError(error.errno, error.strerror) from error
 
 
-async def settle(daemon: Process, spec: VmSpec, host: HostSide) -> None:
+async def settle(daemon: ChildProcess, spec: VmSpec, host: HostSide) -> None:
     """Do what is left to do once the daemon serves.
 
     :param daemon: its process.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from hypervisor.confinement import Confinement
     from hypervisor.devices import Devices
-    from hypervisor.process import Process
+    from hypervisor.process import ChildProcess
     from hypervisor.qmp import QmpSession
 
 VHOST_VSOCK = Path("/dev/vhost-vsock")
@@ -68,8 +68,8 @@ class Spawn(Protocol):
         *,
         inherit: Iterable[int] = (),
         confinement: Confinement | None = None,
-    ) -> Process:
-        """Start one; see ``Process.spawn``."""
+    ) -> ChildProcess:
+        """Start one; see ``ChildProcess.spawn``."""
 
 
 class NotListeningError(Exception):

@@ -75,3 +75,20 @@ UMASK_ANNOTATION = "io.hako.process/umask"
 #: A limit that the host's administrator has raised; the name of the sysctl follows.
 #: Without: the guest's own limits hold.
 AT_LEAST_ANNOTATION = "io.hako.at-least/"
+
+# -- What both sides compute -----------------------------------------------------------------------------
+
+_AMPLE_SHARE_FILES = 200_000
+_SHARE_FILES_PER_OPEN_FILE = 3
+
+
+def most_open_in_guest(share_files: int) -> int | None:
+    """Return how many files a guest may have open, so that the share's server stays within its limit.
+
+    The server has two descriptors for a file that is open in the guest, and the guest cannot forget such a
+    file. The rest is for files that the guest remembers.
+
+    :param share_files: how many files the server may open.
+    :returns: the number of files; None if the limit is high enough for any guest of the usual size.
+    """
+    return None if share_files >= _AMPLE_SHARE_FILES else share_files // _SHARE_FILES_PER_OPEN_FILE

@@ -70,7 +70,7 @@ def agent_words() -> str:
     for line in inspect.getsource(extensions).splitlines():
         if line.startswith("#: "):
             meaning = f"{meaning} {line.removeprefix('#: ')}".strip()
-        elif found := re.match(r"([A-Z_]+) = ", line):
+        elif found := re.match(r"([A-Z][A-Z_]+) = ", line):
             lines.append(f"| {found[1]} | `{getattr(extensions, found[1])}` | {_purpose(meaning)} |")
             meaning = ""
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from hypervisor import (
     vhost_net_problem,
     weaknesses,
 )
+from proto.extensions import most_open_in_guest
 from shim.agent.oci_namespaces import WantedNamespace
 from shim.errors import FailedPrecondition, Internal
 from shim.host import kernel_limits
@@ -38,7 +39,6 @@ _JAIL_REMEDY = (
     "network and mount namespaces and seccomp; [hypervisor] jail says whether that is needed"
 )
 _SUPPORTED_MACHINE = "x86_64"
-_MANY_FILES = 200_000  # from so many on a guest's open files are not bounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +103,11 @@ def _warning(name: str, detail: str) -> str:
 def _few_files() -> str:
     """Say what follows if the file servers of sandboxes may open few files only."""
     limit = kernel_limits.most_open_files()
-    if limit >= _MANY_FILES:
+    most = most_open_in_guest(limit)
+    if most is None:
         return ""
     return (
-        f"it may open {limit} files: a guest that looks at more is slow, and may have {limit // 3} open; "
+        f"it may open {limit} files: a guest that looks at more is slow, and may have {most} open; "
         "raise the limit of containerd's service (LimitNOFILE)"
     )
 

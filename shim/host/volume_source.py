@@ -87,7 +87,7 @@ def found(path: Path | str, writable: GuestWritable) -> Iterator[int]:
     except OSError as error:
         raise InvalidArgument(f"mount: {path}: {error.strerror}; {_REMEDY}") from error
     except ValueError as error:  # a NUL byte
-        raise InvalidArgument(f"mount: {path}: {error}; {_REMEDY}") from error
+        raise InvalidArgument(f"mount: {str(path)!r}: has a NUL byte; {_REMEDY}") from error
     try:
         yield descriptor
     finally:

@@ -79,7 +79,8 @@ class Sandbox:
         self._machine = machine
         self._pod = from_oci({})
         self._files = context.directory / "etc"
-        self._living: asyncio.Task[None] | None = None
+        #: What :meth:`stop` has to end: nothing before the start, and then the task of the machine's life.
+        self._begun = contextlib.AsyncExitStack()
         self._accompanying: list[tuple[str, Accompaniment]] = []
         #: What there is of the machine: it, or why there is none.
         self._now: RunningMachine | ShimError = FailedPrecondition(
@@ -116,7 +117,7 @@ class Sandbox:
         """
         self._apply(Happening.START)
         self._pod = pod
-        self._living = self.work.run(self._live(pod), name="sandbox")
+        self._begun.push_async_callback(_cancelled, self.work.run(self._live(pod), name="sandbox"))
 
     def hold(self, pod: PodSpec) -> None:
         """Let containerd's sandbox service have the machine, and begin to boot it unless it does already.
@@ -243,9 +244,7 @@ class Sandbox:
     async def stop(self) -> None:
         """Switch the machine off and wait until nothing of it is left; stopping twice is harmless."""
         self.work.give_up()
-        if self._living is not None:
-            self._living.cancel()
-            await asyncio.wait({self._living})
+        await self._begun.aclose()
         await self._machine.clear_away()
         self.timeline.write(kept=True)
 
@@ -306,3 +305,9 @@ class Sandbox:
         self.ended_at_s = time.time()
         self._settled.set()
         self.ended.set()
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait for its end."""
+    task.cancel()
+    await asyncio.wait({task})

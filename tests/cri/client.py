@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc
-from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.message_factory import GetMessageClass
-from grpc_tools import protoc
 
 from tests.patience import patient
+from tests.protocol import compiled
 
 if TYPE_CHECKING:
     from google.protobuf.descriptor import MethodDescriptor
@@ -26,12 +24,7 @@ _PROTO = Path(__file__).with_name("runtime.proto")
 
 @functools.cache
 def _methods() -> dict[str, MethodDescriptor]:
-    with tempfile.NamedTemporaryFile(suffix=".pb") as output:
-        arguments = [f"-I{_PROTO.parent}", f"--descriptor_set_out={output.name}"]
-        assert protoc.main(["protoc", *arguments, _PROTO.name]) == 0
-        files = descriptor_pb2.FileDescriptorSet.FromString(Path(output.name).read_bytes())
-    pool = descriptor_pool.DescriptorPool()
-    pool.AddSerializedFile(files.file[0].SerializeToString())
+    pool = compiled(_PROTO)
     services = [pool.FindServiceByName(f"runtime.v1.{name}Service") for name in ("Runtime", "Image")]
     return {method.name: method for service in services for method in service.methods}
 

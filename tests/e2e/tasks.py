@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc
-from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.message_factory import GetMessageClass
-from grpc_tools import protoc
 
 from proto.containerd import events_pb2
 from tests.e2e.containerd import NAMESPACE
 from tests.patience import patient
+from tests.protocol import compiled
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -32,15 +30,7 @@ _SNAPSHOTTER = "overlayfs"
 
 @functools.cache
 def _service(name: str) -> ServiceDescriptor:
-    with tempfile.NamedTemporaryFile(suffix=".pb") as output:
-        well_known = Path(protoc.__file__).parent / "_proto"
-        arguments = [f"-I{_PROTO.parent}", f"-I{well_known}", f"--descriptor_set_out={output.name}"]
-        assert protoc.main(["protoc", *arguments, "--include_imports", _PROTO.name]) == 0
-        files = descriptor_pb2.FileDescriptorSet.FromString(Path(output.name).read_bytes())
-    pool = descriptor_pool.DescriptorPool()
-    for file in files.file:
-        pool.AddSerializedFile(file.SerializeToString())
-    return pool.FindServiceByName(f"containerd.services.{name}")
+    return compiled(_PROTO).FindServiceByName(f"containerd.services.{name}")
 
 
 @dataclass(slots=True)

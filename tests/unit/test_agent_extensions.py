@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 OWN_FIELDS = range(1001, 1100)
 SIDES = ("shim", "hypervisor", "guest")
-WORDS = {name: value for name, value in vars(extensions).items() if name.isupper()}
+WORDS = {name: value for name, value in vars(extensions).items() if name.isupper() and name[0] != "_"}
 #: Too common to tell from others by their value: a port is any number, and "hako" the name of all of this.
 COMMON = {"AGENT_PORT", "FEATURE"}
 

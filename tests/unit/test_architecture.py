@@ -26,7 +26,7 @@ MOST_METHODS = 25
 #: and an error of the guest's agent is the shim's error of the same name once it has crossed.
 SAME_ON_BOTH_SIDES = {
     "Container": {"shim.sandbox.container", "guest.agent.container"},
-    "Process": {"shim.sandbox.process", "guest.agent.process", "hypervisor.process"},
+    "Process": {"shim.sandbox.process", "guest.agent.process"},
     "Sandbox": {"shim.sandbox.sandbox", "guest.agent.sandbox"},
 } | {
     name: {"shim.errors", "guest.agent.errors"}

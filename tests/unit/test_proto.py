@@ -25,6 +25,26 @@ if TYPE_CHECKING:
 FILES = (agent_pb2, health_pb2, task_v2_pb2, task_v3_pb2, sandbox_v1_pb2, events_ttrpc_pb2)
 
 # Notation: "method request response"; gp. is google.protobuf.
+TASK = """
+    State StateRequest StateResponse
+    Create CreateTaskRequest CreateTaskResponse
+    Start StartRequest StartResponse
+    Delete DeleteRequest DeleteResponse
+    Pids PidsRequest PidsResponse
+    Pause PauseRequest gp.Empty
+    Resume ResumeRequest gp.Empty
+    Checkpoint CheckpointTaskRequest gp.Empty
+    Kill KillRequest gp.Empty
+    Exec ExecProcessRequest gp.Empty
+    ResizePty ResizePtyRequest gp.Empty
+    CloseIO CloseIORequest gp.Empty
+    Update UpdateTaskRequest gp.Empty
+    Wait WaitRequest WaitResponse
+    Stats StatsRequest StatsResponse
+    Connect ConnectRequest ConnectResponse
+    Shutdown ShutdownRequest gp.Empty
+"""
+
 SERVICES = {
     "grpc.AgentService": """
         CreateContainer CreateContainerRequest gp.Empty
@@ -74,44 +94,8 @@ SERVICES = {
         Check CheckRequest HealthCheckResponse
         Version CheckRequest VersionCheckResponse
     """,
-    "containerd.task.v2.Task": """
-        State StateRequest StateResponse
-        Create CreateTaskRequest CreateTaskResponse
-        Start StartRequest StartResponse
-        Delete DeleteRequest DeleteResponse
-        Pids PidsRequest PidsResponse
-        Pause PauseRequest gp.Empty
-        Resume ResumeRequest gp.Empty
-        Checkpoint CheckpointTaskRequest gp.Empty
-        Kill KillRequest gp.Empty
-        Exec ExecProcessRequest gp.Empty
-        ResizePty ResizePtyRequest gp.Empty
-        CloseIO CloseIORequest gp.Empty
-        Update UpdateTaskRequest gp.Empty
-        Wait WaitRequest WaitResponse
-        Stats StatsRequest StatsResponse
-        Connect ConnectRequest ConnectResponse
-        Shutdown ShutdownRequest gp.Empty
-    """,
-    "containerd.task.v3.Task": """
-        State StateRequest StateResponse
-        Create CreateTaskRequest CreateTaskResponse
-        Start StartRequest StartResponse
-        Delete DeleteRequest DeleteResponse
-        Pids PidsRequest PidsResponse
-        Pause PauseRequest gp.Empty
-        Resume ResumeRequest gp.Empty
-        Checkpoint CheckpointTaskRequest gp.Empty
-        Kill KillRequest gp.Empty
-        Exec ExecProcessRequest gp.Empty
-        ResizePty ResizePtyRequest gp.Empty
-        CloseIO CloseIORequest gp.Empty
-        Update UpdateTaskRequest gp.Empty
-        Wait WaitRequest WaitResponse
-        Stats StatsRequest StatsResponse
-        Connect ConnectRequest ConnectResponse
-        Shutdown ShutdownRequest gp.Empty
-    """,
+    "containerd.task.v2.Task": TASK,
+    "containerd.task.v3.Task": TASK,
     "containerd.runtime.sandbox.v1.Sandbox": """
         CreateSandbox CreateSandboxRequest CreateSandboxResponse
         StartSandbox StartSandboxRequest StartSandboxResponse

@@ -25,7 +25,7 @@ from hypervisor.confinement import (
     of_vsock_daemon,
 )
 from hypervisor.launcher import launch
-from hypervisor.process import Process
+from hypervisor.process import ChildProcess
 from tests.patience import patient
 
 from .conftest import JAIL
@@ -49,8 +49,8 @@ CONFINED: dict[str, Callable[[VmSpec], Confinement | None]] = {
 }
 
 
-async def run(confinement: Confinement, *argv: str) -> Process:
-    process = Process.spawn("probe", argv, confinement=confinement)
+async def run(confinement: Confinement, *argv: str) -> ChildProcess:
+    process = ChildProcess.spawn("probe", argv, confinement=confinement)
     async with asyncio.timeout(END_S):
         await process.exited
     return process

@@ -13,15 +13,15 @@ import pytest
 
 from hypervisor.exits import ExitStatus
 from hypervisor.printable import printable
-from hypervisor.process import LINE_LIMIT, Process, waits_more_than_it_runs
+from hypervisor.process import LINE_LIMIT, ChildProcess, waits_more_than_it_runs
 from tests.waiting import ends, reached
 
 
-def shell(script: str, **kwargs: Any) -> Process:
-    return Process.spawn("test", ["/bin/sh", "-c", script], **kwargs)
+def shell(script: str, **kwargs: Any) -> ChildProcess:
+    return ChildProcess.spawn("test", ["/bin/sh", "-c", script], **kwargs)
 
 
-async def wait_for_output(process: Process, text: str) -> None:
+async def wait_for_output(process: ChildProcess, text: str) -> None:
     await reached(lambda: text in process.output())
 
 
@@ -80,7 +80,7 @@ async def test_only_listed_descriptors_are_inherited() -> None:
 
 
 async def test_a_program_that_cannot_be_executed_ends_at_once_and_says_so() -> None:
-    process = Process.spawn("test", ["/nonexistent/program"])
+    process = ChildProcess.spawn("test", ["/nonexistent/program"])
     assert (await process.exited).code == 127
     assert "/nonexistent/program" in process.last_words()
 
@@ -107,10 +107,10 @@ async def test_destroying_a_process_ends_the_workers_it_forked() -> None:
 def test_a_child_dies_with_its_parent() -> None:
     script = (
         "import asyncio, os\n"
-        "from hypervisor.process import Process\n"
+        "from hypervisor.process import ChildProcess\n"
         "from tests.waiting import reached\n"
         "async def main():\n"
-        "    child = Process.spawn('child', ['sh', '-c', 'echo up; exec sleep 60'])\n"
+        "    child = ChildProcess.spawn('child', ['sh', '-c', 'echo up; exec sleep 60'])\n"
         "    await reached(lambda: 'up' in child.output())\n"
         "    print(child.pid, flush=True)\n"
         "    os.kill(os.getpid(), 9)\n"
@@ -160,7 +160,7 @@ def test_a_process_that_waits_for_processors_longer_than_it_runs_is_starved(
 
 async def test_each_of_many_processes_on_one_processor_is_starved() -> None:
     busy = ["taskset", "-c", "0", "sh", "-c", "while :; do :; done"]
-    rivals = [Process.spawn("rival", busy) for _ in range(4)]
+    rivals = [ChildProcess.spawn("rival", busy) for _ in range(4)]
     try:
         await reached(lambda: all(rival.is_starved for rival in rivals))
     finally:

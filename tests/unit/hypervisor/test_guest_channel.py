@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from hypervisor import VmSpec, interface
     from hypervisor.confinement import Confinement
-    from hypervisor.process import Process
+    from hypervisor.process import ChildProcess
 
 
 def no_spawn(
@@ -31,7 +31,7 @@ def no_spawn(
     *,
     inherit: Iterable[int] = (),
     confinement: Confinement | None = None,
-) -> Process:
+) -> ChildProcess:
     raise AssertionError("nothing is to be started")
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hypervisor.console import Console
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -31,7 +32,7 @@ async def write(console: Console, guest: socket.socket, data: bytes) -> None:
     guest.settimeout(0)
     console.grew.clear()
     await asyncio.get_running_loop().sock_sendall(guest, data)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WITHIN_S):
         await console.grew.wait()
 
 

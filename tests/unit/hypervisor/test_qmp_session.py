@@ -11,6 +11,7 @@ import pytest
 from hypervisor import qmp
 from hypervisor.errors import QmpError
 from hypervisor.exits import Shutdown
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from typing import Any
@@ -123,7 +124,7 @@ async def test_a_stop_counts_only_if_the_guest_is_broken(connected: tuple[qmp.Qm
         await peer.send(
             {"return": {"status": state, "running": False, "singlestep": False}, "id": query["id"]}
         )
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WITHIN_S):
         assert await broken == "internal-error"
 
 

@@ -18,13 +18,12 @@ from shim.bootstrap import grouping
 from shim.host import host_process
 from shim.host.host_process import HostProcess
 from shim.host.ledger import Ledger
-from tests.waiting import until
+from tests.waiting import WITHIN_S, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-WITHIN_S = 15.0
 PROGRAM = Path(__file__).with_name("shim_with_stub_daemon.py")
 ROOT = Path(__file__).parents[3]
 
@@ -79,7 +78,7 @@ class Containerd:
             env={**os.environ, **self.environment, "PYTHONPATH": str(ROOT)},
             input=stdin,
             capture_output=True,
-            timeout=20,
+            timeout=WITHIN_S,
             check=False,
         )
 
@@ -93,7 +92,7 @@ class Containerd:
             env={**os.environ, **self.environment, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=20,
+            timeout=WITHIN_S,
             check=False,
         )
 
@@ -125,7 +124,7 @@ class Containerd:
         ]
 
     def kill_shims(self) -> None:
-        assert host_process.end(self.shims(), number=signal.SIGKILL, timeout_s=5) == []
+        assert host_process.end(self.shims(), number=signal.SIGKILL, timeout_s=WITHIN_S) == []
 
     def end_all(self) -> None:
         self.kill_shims()

@@ -13,6 +13,7 @@ import pytest
 
 from proto.containerd import types_pb2
 from shim.bootstrap.wire import FEATURES_TYPE
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from typing import Any
@@ -53,7 +54,7 @@ def run(
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        timeout=20,
+        timeout=WITHIN_S,
         check=False,
         **options,
     )
@@ -147,7 +148,7 @@ def test_nothing_heavy_is_imported(containerd: Containerd, tmp_path: Path) -> No
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=20,
+            timeout=WITHIN_S,
             check=False,
         )
         assert (reply.returncode, reply.stderr) == (0, b"")

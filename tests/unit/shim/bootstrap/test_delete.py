@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import time
@@ -13,6 +14,7 @@ import pytest
 from proto.containerd import task_v2_pb2
 from shim.host import host_process
 from shim.host.ledger import Ledger
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from tests.unit.shim.conftest import Containerd
@@ -80,6 +82,16 @@ def hooked(containerd: Containerd, text: str) -> Path:
     return bundle
 
 
+def processes_in(directory: Path) -> list[str]:
+    """The processes whose working directory it is, as a hook's is its bundle."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(FileNotFoundError):  # it has ended
+            if link.readlink() == directory:
+                found.append(link.parent.name)
+    return found
+
+
 def test_poststop_hooks_of_a_deserted_container_run_once(containerd: Containerd) -> None:
     bundle = hooked(containerd, "cat >> told")
     containerd.run("start", "c1")
@@ -100,14 +112,12 @@ def test_poststop_hooks_that_the_shim_ran_are_not_repeated(containerd: Container
     assert not (bundle / "ran").exists()
 
 
-def test_a_slow_poststop_hook_does_not_delay_delete_for_long(containerd: Containerd) -> None:
-    bundle = hooked(containerd, "echo $$ > pid; exec sleep 1000")
+def test_a_slow_poststop_hook_is_killed_by_delete(containerd: Containerd) -> None:
+    bundle = hooked(containerd, "exec sleep 1000")
     containerd.run("start", "c1")
     containerd.kill_shims()
-    before = time.monotonic()
-    delete(containerd)
-    assert time.monotonic() - before < 60, "nobody waited for the hook"
-    assert not Path(f"/proc/{(bundle / 'pid').read_text().strip()}").exists()
+    delete(containerd)  # which may take WITHIN_S
+    assert processes_in(bundle) == []
     assert nothing_is_left(containerd)
 
 
@@ -148,7 +158,7 @@ def test_the_children_of_a_dead_shim_are_killed(containerd: Containerd) -> None:
         ledger.close()
         containerd.kill_shims()
         delete(containerd)
-        assert child.wait(timeout=5) == -9
+        assert child.wait(timeout=WITHIN_S) == -9
 
 
 def test_a_shim_with_other_containers_is_left_alone(containerd: Containerd) -> None:
@@ -234,15 +244,6 @@ def test_a_failure_to_undo_is_one_line_and_stays_on_record(containerd: Container
     target.unlink()
     delete(containerd)
     assert nothing_is_left(containerd)
-
-
-def test_everything_dead_takes_less_than_a_second(containerd: Containerd) -> None:
-    containerd.make_bundle("c1")
-    containerd.run("start", "c1")
-    containerd.kill_shims()
-    before = time.monotonic()
-    delete(containerd)
-    assert time.monotonic() - before < 1
 
 
 @pytest.mark.parametrize("action", ["start", "delete"])

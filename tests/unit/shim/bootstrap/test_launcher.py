@@ -11,6 +11,7 @@ import pytest
 
 from shim.bootstrap import launcher
 from shim.refusal import Refusal
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,14 +28,14 @@ def program(tmp_path: Path) -> Path:
 
 def said(program: Path, *arguments: str) -> tuple[int, bytes, bytes]:
     done = subprocess.run(
-        [str(program), *arguments], cwd="/", env={}, capture_output=True, timeout=20, check=False
+        [str(program), *arguments], cwd="/", env={}, capture_output=True, timeout=WITHIN_S, check=False
     )
     return done.returncode, done.stdout, done.stderr
 
 
 def test_it_answers_as_pips_program_does(program: Path) -> None:
     expected = subprocess.run(
-        [sys.executable, "-m", "shim.bootstrap", "-v"], capture_output=True, timeout=20, check=True
+        [sys.executable, "-m", "shim.bootstrap", "-v"], capture_output=True, timeout=WITHIN_S, check=True
     )
     assert said(program, "-v") == (0, expected.stdout, b"")
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.waiting import WITHIN_S
+
 ROOT = Path(__file__).parents[4]
 PROGRAM = """
 import os, sys
@@ -31,7 +33,7 @@ def said(tmp_path: Path, register: str) -> tuple[int, bytes]:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         pass_fds=[writer],
         capture_output=True,
-        timeout=20,
+        timeout=WITHIN_S,
         check=False,
     )
     os.close(writer)

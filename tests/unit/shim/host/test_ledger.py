@@ -13,6 +13,7 @@ import pytest
 from shim.host import host_process
 from shim.host.host_process import HostProcess
 from shim.host.ledger import Ledger
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,7 +121,7 @@ def test_a_recorded_process_is_killed(ledger: Ledger) -> None:
     with subprocess.Popen(["/bin/sleep", "600"]) as child:
         ledger.process(child.pid, name="qemu")
         assert undo(ledger) == []
-        assert child.wait(timeout=5) == -9
+        assert child.wait(timeout=WITHIN_S) == -9
 
 
 def test_a_recycled_pid_is_left_alone(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +218,10 @@ assert (precious / "file").exists()
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run(
-        ["/usr/bin/unshare", "--mount", sys.executable, "-c", script], check=True, env=environment, timeout=20
+        ["/usr/bin/unshare", "--mount", sys.executable, "-c", script],
+        check=True,
+        env=environment,
+        timeout=WITHIN_S,
     )
 
 

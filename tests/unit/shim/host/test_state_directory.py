@@ -8,6 +8,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from shim.host import state_directory
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +40,7 @@ def test_a_waiter_locks_the_directory_that_replaced_the_old_one(tmp_path: Path) 
     waiting.start()
     path.rmdir()
     os.close(held)
-    waiting.join(timeout=10)
+    waiting.join(timeout=WITHIN_S)
     assert os.path.samestat(os.fstat(taken[0]), path.stat())
     os.close(taken[0])
 

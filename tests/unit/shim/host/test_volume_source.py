@@ -65,7 +65,7 @@ def test_links_and_steps_upwards_are_refused_in_guest_writable_directories(
         ("file/x", "Not a directory"),
         ("dangling", "No such file"),
         ("itself", "Too many levels of symbolic links"),
-        ("nul\0", "null byte"),
+        ("nul\0", "has a NUL byte"),
     ],
 )
 def test_a_special_file_is_refused_by_its_kind(

@@ -13,6 +13,7 @@ import pytest
 from shim.errors import DeadlineExceeded, Unavailable
 from shim.machine import clock
 from shim.machine.clock import Reading, correction, reading, together
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -87,7 +88,7 @@ class Agent:
 
 
 async def wait_until_asked(agent: Agent) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(WITHIN_S):
         await agent.asked.wait()
         agent.asked.clear()
 

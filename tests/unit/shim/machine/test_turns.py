@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shim.machine import turns
-from tests.waiting import reached, settle
+from tests.waiting import WITHIN_S, reached, settle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -65,7 +65,7 @@ def open_files() -> set[str]:
 
 async def test_only_as_many_work_at_once_as_there_are_turns(tmp_path: Path) -> None:
     crowd = Crowd(tmp_path / "turns", at_once=AT_ONCE)
-    async with asyncio.timeout(10), crowd.visitors(10):
+    async with asyncio.timeout(WITHIN_S), crowd.visitors(10):
         await reached(lambda: crowd.present == AT_ONCE)
         await settle()
         assert crowd.present == AT_ONCE
@@ -78,7 +78,7 @@ async def test_the_turn_of_a_killed_process_goes_to_the_next(tmp_path: Path) -> 
     assert holder.stdout is not None
     assert await holder.stdout.readline() == b"held\n"
     crowd = Crowd(tmp_path, at_once=1)
-    async with asyncio.timeout(10), crowd.visitors(1):
+    async with asyncio.timeout(WITHIN_S), crowd.visitors(1):
         await settle()
         waited = crowd.present == 0
         holder.kill()
@@ -89,7 +89,7 @@ async def test_the_turn_of_a_killed_process_goes_to_the_next(tmp_path: Path) -> 
 
 async def test_giving_up_ends_the_wait_at_once(tmp_path: Path) -> None:
     crowd = Crowd(tmp_path, at_once=1)
-    async with asyncio.timeout(10), crowd.visitors(2):
+    async with asyncio.timeout(WITHIN_S), crowd.visitors(2):
         await reached(lambda: crowd.present == 1)
         await settle()
         crowd.given_up.set()
@@ -99,20 +99,20 @@ async def test_giving_up_ends_the_wait_at_once(tmp_path: Path) -> None:
 async def test_a_turn_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "_LONGEST_S", 0.01)
     crowd = Crowd(tmp_path, at_once=1)
-    async with asyncio.timeout(10), crowd.visitors(2):
+    async with asyncio.timeout(WITHIN_S), crowd.visitors(2):
         await reached(lambda: crowd.present == 2)
 
 
 async def test_a_wait_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "_PATIENCE_S", 0.01)
     crowd = Crowd(tmp_path, at_once=1)
-    async with asyncio.timeout(10), crowd.visitors(2):
+    async with asyncio.timeout(WITHIN_S), crowd.visitors(2):
         await reached(lambda: crowd.present == 2)
 
 
 async def test_a_wait_can_be_cancelled_and_leaves_nothing_open(tmp_path: Path) -> None:
     crowd = Crowd(tmp_path, at_once=1)
-    async with asyncio.timeout(10), crowd.visitors(1):
+    async with asyncio.timeout(WITHIN_S), crowd.visitors(1):
         await reached(lambda: crowd.present == 1)
         before = open_files()
         waiting = asyncio.create_task(crowd.visit())
@@ -127,6 +127,6 @@ async def test_without_a_directory_for_turns_machines_start_without_one(
 ) -> None:
     (tmp_path / "file").touch()
     crowd = Crowd(tmp_path / "file", at_once=1)
-    async with asyncio.timeout(10), crowd.visitors(2):
+    async with asyncio.timeout(WITHIN_S), crowd.visitors(2):
         await reached(lambda: crowd.present == 2)
     assert "starts without one" in caplog.text

@@ -10,6 +10,7 @@ import pytest
 
 from shim.sandbox.containers import Containers
 from shim.sandbox.work import Work
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -74,7 +75,7 @@ class Shim:
 
 @pytest.fixture
 async def make() -> AsyncIterator[Callable[..., Shim]]:
-    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(WITHIN_S), asyncio.TaskGroup() as group:
         yield lambda *names, **settings: Shim(group, *names, **settings)
 
 

@@ -11,7 +11,7 @@ import pytest
 from shim.errors import DeadlineExceeded, InvalidArgument
 from shim.sandbox import host_streams, log_driver
 from shim.sandbox.host_streams import HostStreams, Stdio, read_chunk, write_all
-from tests.waiting import settle
+from tests.waiting import WITHIN_S, settle
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ async def test_a_log_driver_reads_both_outputs(tmp_path: Path, scheme: str) -> N
     streams.close_all()
     ended = asyncio.Event()
     asyncio.get_running_loop().add_reader(pidfd, ended.set)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(WITHIN_S):
         await ended.wait()
     asyncio.get_running_loop().remove_reader(pidfd)
     os.close(pidfd)
@@ -211,5 +211,5 @@ async def test_a_log_driver_that_ignores_its_end_is_killed(
     assert process is not None
     streams.close_all()
     await streams.finish()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WITHIN_S):
         await process._exited.wait()

@@ -12,7 +12,7 @@ from hypervisor import ChannelError
 from shim.agent.frames import END, framed
 from shim.agent.guest_streams import LONG_BYTES, LongStreams
 from shim.errors import Unavailable
-from tests.waiting import settle
+from tests.waiting import WITHIN_S, settle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -69,7 +69,7 @@ def streams(agent: Agent, machine: Machine) -> LongStreams:
 
 async def read_all(opened: LongStreams) -> bytes:
     data = b""
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(WITHIN_S):
         while part := await opened.read("stdout"):
             data += part
     return data
@@ -143,7 +143,7 @@ async def test_long_input_continues_over_a_connection_and_its_end_waits_for_the_
     assert not ending.done()
     assert machine.guest.recv(1000) == framed(b"stdin\0box\0exec") + framed(REST) + END
     machine.guest.shutdown(socket.SHUT_WR)
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(WITHIN_S):
         await ending
     assert (agent.written, agent.ended) == (LONG, False)
 

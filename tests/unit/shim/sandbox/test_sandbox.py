@@ -19,6 +19,7 @@ from shim.sandbox.context import Context
 from shim.sandbox.life import Life
 from shim.sandbox.sandbox import Sandbox
 from shim.sandbox.work import Work
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -111,7 +112,7 @@ async def nursery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         right.set()
 
     monkeypatch.setattr(clock, "keep", keep)
-    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(WITHIN_S), asyncio.TaskGroup() as group:
         made = Nursery(tmp_path, group)
         yield made
         await made.sandbox.stop()

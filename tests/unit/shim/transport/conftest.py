@@ -17,6 +17,7 @@ from shim.transport.dispatch import Dispatch
 from shim.transport.grpc_server import serve_grpc
 from shim.transport.ttrpc_client import TtrpcClient
 from shim.transport.ttrpc_server import TtrpcServer
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -166,11 +167,11 @@ class Client:
 
     async def create(self, task_id: str, *, bundle: str = "/bundle") -> task_v3_pb2.CreateTaskResponse:
         request = task_v3_pb2.CreateTaskRequest(id=task_id, bundle=bundle)
-        return await self._ask("Create", request, task_v3_pb2.CreateTaskResponse, timeout_s=10)
+        return await self._ask("Create", request, task_v3_pb2.CreateTaskResponse, timeout_s=WITHIN_S)
 
     async def state(self, task_id: str) -> task_v3_pb2.StateResponse:
         request = task_v3_pb2.StateRequest(id=task_id)
-        return await self._ask("State", request, task_v3_pb2.StateResponse, timeout_s=60)
+        return await self._ask("State", request, task_v3_pb2.StateResponse, timeout_s=WITHIN_S)
 
     async def wait(self, task_id: str, *, timeout_s: float | None = None) -> task_v3_pb2.WaitResponse:
         request = task_v3_pb2.WaitRequest(id=task_id)
@@ -178,7 +179,7 @@ class Client:
 
     async def kill(self, task_id: str, *, signal: int) -> empty_pb2.Empty:
         request = task_v3_pb2.KillRequest(id=task_id, signal=signal)
-        return await self._ask("Kill", request, empty_pb2.Empty, timeout_s=10)
+        return await self._ask("Kill", request, empty_pb2.Empty, timeout_s=WITHIN_S)
 
     async def _ask(
         self, method: str, request: Message, response_type: type[Answer], *, timeout_s: float | None

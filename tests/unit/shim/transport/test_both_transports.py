@@ -20,6 +20,7 @@ from shim.errors import (
     ResourceExhausted,
     Unimplemented,
 )
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from tests.unit.shim.transport.conftest import Client, MemoryTasks, OverGrpc, OverTtrpc
@@ -54,13 +55,13 @@ async def test_each_kind_of_error_keeps_its_kind(client: Client) -> None:
 
 async def test_an_unknown_service_is_unimplemented(client: Client) -> None:
     with pytest.raises(Unimplemented, match=r"^service no\.such\.Service$"):
-        await client.call("no.such.Service", "State", empty_pb2.Empty(), empty_pb2.Empty, timeout_s=5)
+        await client.call("no.such.Service", "State", empty_pb2.Empty(), empty_pb2.Empty, timeout_s=WITHIN_S)
 
 
 @pytest.mark.parametrize("method", ["Pause", "NoSuchMethod"], ids=["not offered", "not in the contract"])
 async def test_an_unknown_method_is_unimplemented(client: Client, method: str) -> None:
     with pytest.raises(Unimplemented, match=f"^method {method}$"):
-        await client.call(TASK, method, empty_pb2.Empty(), empty_pb2.Empty, timeout_s=5)
+        await client.call(TASK, method, empty_pb2.Empty(), empty_pb2.Empty, timeout_s=WITHIN_S)
 
 
 async def test_both_versions_of_the_task_service_reach_the_same_tasks(client: Client) -> None:
@@ -76,7 +77,7 @@ async def test_a_malformed_payload_is_an_invalid_argument(client: Client) -> Non
     broken = empty_pb2.Empty()
     broken.ParseFromString(b"\x0a\x01\xff")
     with pytest.raises(InvalidArgument, match=r"containerd\.task\.v3\.StateRequest"):
-        await client.call(TASK, "State", broken, task_v3_pb2.StateResponse, timeout_s=5)
+        await client.call(TASK, "State", broken, task_v3_pb2.StateResponse, timeout_s=WITHIN_S)
 
 
 async def test_a_parked_call_does_not_hold_up_others(client: Client, tasks: MemoryTasks) -> None:
@@ -167,7 +168,7 @@ async def test_a_defect_in_a_handler_is_one_line_for_the_client_and_a_traceback_
 
 async def test_a_handler_without_a_response_is_a_defect(client: Client) -> None:
     with pytest.raises(Internal, match="CloseIO"):
-        await client.call(TASK, "CloseIO", task_v3_pb2.CloseIORequest(), empty_pb2.Empty, timeout_s=5)
+        await client.call(TASK, "CloseIO", task_v3_pb2.CloseIORequest(), empty_pb2.Empty, timeout_s=WITHIN_S)
 
 
 async def test_a_message_just_under_the_limit_passes_both_ways(client: Client, tasks: MemoryTasks) -> None:
@@ -189,7 +190,9 @@ async def test_a_response_over_the_limit_is_refused_and_the_connection_lives(
 ) -> None:
     tasks.stats_bytes = FOUR_MIB
     with pytest.raises(ResourceExhausted):
-        await client.call(TASK, "Stats", task_v3_pb2.StatsRequest(), task_v3_pb2.StatsResponse, timeout_s=5)
+        await client.call(
+            TASK, "Stats", task_v3_pb2.StatsRequest(), task_v3_pb2.StatsResponse, timeout_s=WITHIN_S
+        )
     await client.create("one")
 
 

@@ -22,6 +22,7 @@ from shim.errors import Internal, Unavailable
 from shim.transport.grpc_on_demand import serve_grpc_on_demand
 from shim.transport.grpc_server import serve_grpc
 from tests.unit.shim.transport.conftest import OverGrpc
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +57,7 @@ async def grpcurl(path: Path, *arguments: Any) -> tuple[int | None, str, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(WITHIN_S):
         stdout, stderr = await process.communicate()
     return process.returncode, stdout.decode(), stderr.decode()
 
@@ -83,7 +84,7 @@ async def test_a_stale_socket_is_replaced(
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
     async with serve(dispatch, path), grpc.aio.insecure_channel(f"unix:{path}") as channel:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WITHIN_S):
             await channel.channel_ready()
 
 
@@ -102,7 +103,7 @@ async def test_a_path_that_cannot_be_listened_on_is_one_clear_line(
 async def test_every_service_is_healthy(grpc_socket: Path, service: str) -> None:
     async with grpc.aio.insecure_channel(f"unix:{grpc_socket}") as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
-        response = await health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+        response = await health.Check(health_pb2.HealthCheckRequest(service=service), timeout=WITHIN_S)
     assert response.status == health_pb2.HealthCheckResponse.SERVING
 
 

@@ -86,6 +86,14 @@ def request_frame(
     )
 
 
+async def begin_wait(client: RawClient, tasks: MemoryTasks) -> None:
+    """Create a task, and begin to wait for it on stream 3."""
+    await client.send(request_frame(1, "Create", task_v3_pb2.CreateTaskRequest(id="one")))
+    await client.receive()
+    await client.send(request_frame(3, "Wait", task_v3_pb2.WaitRequest(id="one")))
+    await tasks.waits_begun.acquire()
+
+
 @pytest.fixture
 async def raw(ttrpc_server: TtrpcServer, tmp_path: Path) -> AsyncIterator[Callable[[], RawClient]]:
     clients = []
@@ -191,10 +199,7 @@ async def test_a_half_closed_connection_is_a_closed_one(
     raw: Callable[[], RawClient], tasks: MemoryTasks
 ) -> None:
     client = raw()
-    await client.send(request_frame(1, "Create", task_v3_pb2.CreateTaskRequest(id="one")))
-    await client.receive()
-    await client.send(request_frame(3, "Wait", task_v3_pb2.WaitRequest(id="one")))
-    await tasks.waits_begun.acquire()
+    await begin_wait(client, tasks)
     client.sock.shutdown(socket.SHUT_WR)
     await tasks.waits_cancelled.acquire()
     assert await client.receive_if_any() is None
@@ -220,10 +225,7 @@ async def test_draining_answers_calls_in_flight_and_ends_the_server(
     ttrpc_server: TtrpcServer, raw: Callable[[], RawClient], tasks: MemoryTasks
 ) -> None:
     client = raw()
-    await client.send(request_frame(1, "Create", task_v3_pb2.CreateTaskRequest(id="one")))
-    await client.receive()
-    await client.send(request_frame(3, "Wait", task_v3_pb2.WaitRequest(id="one")))
-    await tasks.waits_begun.acquire()
+    await begin_wait(client, tasks)
     draining = asyncio.create_task(ttrpc_server.drain(5))
     await settle()
     await client.send(request_frame(5))
@@ -239,10 +241,7 @@ async def test_draining_gives_up_on_handlers_that_do_not_end(
     ttrpc_server: TtrpcServer, raw: Callable[[], RawClient], tasks: MemoryTasks
 ) -> None:
     client = raw()
-    await client.send(request_frame(1, "Create", task_v3_pb2.CreateTaskRequest(id="one")))
-    await client.receive()
-    await client.send(request_frame(3, "Wait", task_v3_pb2.WaitRequest(id="one")))
-    await tasks.waits_begun.acquire()
+    await begin_wait(client, tasks)
     await ttrpc_server.drain(0.05)
     await tasks.waits_cancelled.acquire()
     assert await client.receive_if_any() is None
