@@ -1,11 +1,12 @@
-"""The cgroup of a sandbox on the host: the use of its machine is counted where containerd wants it counted.
+"""The cgroup of a sandbox on the host: its machine is counted where containerd wants it counted, and bounded.
 
-Kubernetes reads a pod's use from the pod's cgroup and limits the pod by it. Only controllers that count are
-used here; limits are set in the cgroups above.
+Kubernetes reads a pod's use from the pod's cgroup and limits the pod by it. The limits here are wider: they
+keep a machine whose processes were taken over from using up the host, whatever else limits it or not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import posixpath
 from pathlib import Path
@@ -18,6 +19,16 @@ log = logging.getLogger(__name__)
 
 _COUNTING = frozenset({"memory", "cpu", "cpuacct", "pids", "blkio"})
 _MOUNTINFO = Path("/proc/self/mountinfo")
+
+OVERHEAD_BYTES = 1 << 30
+"""What the machine's processes may use beside the guest's memory. Idle, they use a tenth of it; the rest is
+for translated code, for files that the share's server has open, and for the host's cache of files."""
+
+MOST_TASKS = 2048
+"""Threads of all its processes: one for each vCPU, up to 64 for each kind of I/O, and some of their own."""
+
+_MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")
+_TASK_LIMITS = ("pids.max",)
 
 
 def normal_path(wanted: str) -> str:
@@ -57,10 +68,13 @@ class HostCgroup:
     """The cgroup of one sandbox, in each hierarchy that counts.
 
     :param directories: existing ones.
+    :param own: those of them that were made for the sandbox; in others, limits are somebody else's.
     """
 
-    def __init__(self, directories: list[Path]) -> None:
+    def __init__(self, directories: list[Path], *, own: list[Path]) -> None:
         self._directories = directories
+        self._own = own
+        self._is_bounded = True
 
     @classmethod
     def make(cls, wanted: str, *, ledger: Ledger) -> HostCgroup:
@@ -70,19 +84,23 @@ class HostCgroup:
         :param ledger: where it is written down.
         """
         path = normal_path(wanted)
-        made = []
+        made, own = [], []
         for root in counting_roots(_MOUNTINFO.read_text(encoding="utf-8")) if path else []:
             directory = root / path
             try:
                 directory.parent.mkdir(parents=True, exist_ok=True)
                 if not directory.exists():
+                    _delegate(root, path)
                     ledger.cgroup(str(directory))
                     directory.mkdir()
+                    own.append(directory)
             except OSError as error:
                 log.warning("cgroup: %s: %s; what the machine uses is not counted there", directory, error)
                 continue
             made.append(directory)
-        return cls(made)
+        cgroup = cls(made, own=own)
+        cgroup._limit(_TASK_LIMITS, MOST_TASKS)
+        return cgroup
 
     def add(self, pid: int) -> None:
         """Count a process and its future children from now on."""
@@ -91,3 +109,38 @@ class HostCgroup:
                 (directory / "cgroup.procs").write_text(str(pid), encoding="ascii")
             except OSError as error:
                 log.warning("cgroup: %s: process %d: %s; it is not counted there", directory, pid, error)
+
+    def limit_memory(self, machine_bytes: int) -> None:
+        """Bound the memory of its processes.
+
+        :param machine_bytes: the guest's memory, now or soon.
+        """
+        self._limit(_MEMORY_LIMITS, machine_bytes + OVERHEAD_BYTES)
+
+    def _limit(self, names: tuple[str, ...], value: int) -> None:
+        files = [directory / name for directory in self._own for name in names]
+        files = [file for file in files if file.exists()]
+        try:
+            for file in files:
+                file.write_text(f"{value}", encoding="ascii")
+        except OSError as error:
+            self._warn(f"{error.filename}: {error.strerror}")
+        if self._own and not files:
+            self._warn(f"{self._own[0]}: the host has no {names[0].partition('.')[0]} controller there")
+
+    def _warn(self, problem: str) -> None:
+        if self._is_bounded:  # one warning is enough
+            log.warning("cgroup: %s; what the machine uses is not bounded there", problem)
+        self._is_bounded = False
+
+
+def _delegate(root: Path, path: str) -> None:
+    """Have version 2 offer its controllers in a cgroup that is about to be made, as each above must agree."""
+    parent = root
+    for name in (".", *path.split("/")[:-1]):
+        parent /= name
+        for controller in ("memory", "pids"):
+            with contextlib.suppress(
+                OSError
+            ):  # version 1, or processes in the parent: what is missing is told
+                (parent / "cgroup.subtree_control").write_text(f"+{controller}", encoding="ascii")

@@ -30,6 +30,7 @@ from shim.agent.guest_paths import MODULES_NAME, WATCHABLE_NAME
 from shim.agent.oci_namespaces import namespace_of
 from shim.errors import DeadlineExceeded, ShimError, Unavailable
 from shim.host import mounts
+from shim.host.oom_score import set_oom_score_adj
 from shim.machine import turns
 from shim.machine.cgroup import HostCgroup
 from shim.machine.cloning import Cloning, clone_of, dial_clone
@@ -96,7 +97,8 @@ class Machine:
         self._guest_share = directory / "guest-share"
         self._config = config
         self._ledger = ledger
-        self._cgroup = HostCgroup([])
+        self._cgroup = HostCgroup([], own=[])
+        self._oom_score_adj: int | None = None
         #: Every QEMU that was to be the machine; the last one is.
         self._attempts: list[QemuHypervisor] = []
         self._jail: Jail | None = None
@@ -141,6 +143,8 @@ class Machine:
                 if self.doom:
                     raise Unavailable(self.doom)
                 self._cgroup = HostCgroup.make(pod.cgroup, ledger=self._ledger)
+                self._cgroup.limit_memory(sizes.boot.memory_bytes)
+                self._oom_score_adj = pod.oom_score_adj
                 bringing_up = self._bring_up(spec, sizes, template, limit=limit)
                 started = await _while_preparing(network, bringing_up)
                 try:
@@ -158,7 +162,7 @@ class Machine:
             vm=started.vm,
             agent=started.agent,
             network=network,
-            resizer=Resizer(started.vm, sizes, size=started.size),
+            resizer=Resizer(started.vm, sizes, size=started.size, limit_memory=self._cgroup.limit_memory),
             accelerator=choice.accelerator,
             channel=choice.channel,
             began_s=began_s,
@@ -342,6 +346,8 @@ class Machine:
     def _record_process(self, name: str, pid: int) -> None:
         self._ledger.process(pid, name=name)
         self._cgroup.add(pid)
+        if self._oom_score_adj is not None:
+            set_oom_score_adj(pid, self._oom_score_adj)
 
     async def _reason_or(self, error: ShimError) -> str:
         """Prefer the machine's own word on its end to what was noticed first."""

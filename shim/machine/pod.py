@@ -50,6 +50,8 @@ class PodSpec:
     :param cgroup: ``linux.cgroupsPath`` of the sandbox on the host; empty for none.
     :param limits: what the pod as a whole may use, as far as it is known.
     :param first: what its first container may use, unless that only stands for the pod.
+    :param oom_score_adj: how readily the host's kernel kills its first process for memory; ``None`` if
+        nobody says.
     :param oci: an OCI specification: the bundle's, or what Kubernetes' description says as one. It has the
         network namespace among ``linux.namespaces``.
     """
@@ -61,6 +63,7 @@ class PodSpec:
     cgroup: str
     limits: Limits = NO_LIMITS
     first: Limits = NO_LIMITS
+    oom_score_adj: int | None = None
     oci: dict[str, Any]
 
 
@@ -89,6 +92,17 @@ def refuses_template(spec: dict[str, Any]) -> bool:
     """Tell whether an OCI specification wants a machine that was not cloned."""
     annotations = spec.get("annotations")
     return isinstance(annotations, dict) and annotations.get(TEMPLATE_ANNOTATION) == "off"
+
+
+def oom_score_adj_of(spec: dict[str, Any]) -> int | None:
+    """Read how readily the kernel is to kill a container's processes for memory.
+
+    :param spec: its OCI specification.
+    :returns: ``process.oomScoreAdj``; ``None`` if it says nothing, or nothing valid.
+    """
+    process = spec.get("process")
+    value = process.get("oomScoreAdj") if isinstance(process, dict) else None
+    return value if type(value) is int and -1000 <= value <= 1000 else None
 
 
 def check_names(spec: dict[str, Any]) -> None:
@@ -131,6 +145,7 @@ def from_oci(spec: dict[str, Any], *, sandbox_id: str = "") -> PodSpec:
         cgroup=cgroup if isinstance(cgroup, str) else "",
         limits=annotated_limits(spec),
         first=NO_LIMITS if is_pause(spec) else limits_of(spec),
+        oom_score_adj=oom_score_adj_of(spec),
         oci=spec,
     )
 

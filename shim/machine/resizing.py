@@ -12,7 +12,7 @@ from shim.errors import ResourceExhausted
 from shim.machine.limits import cpuset_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from hypervisor import Hypervisor
     from shim.agent.client import Agent
@@ -30,10 +30,14 @@ class Resizer:
     :param vm: the machine.
     :param plan: what it must have, and what it may have.
     :param size: what it has now; a clone may have less than it is to have.
+    :param limit_memory: told the guest's memory, in bytes, before it grows and after it has shrunk.
     """
 
-    def __init__(self, vm: Hypervisor, plan: Plan, *, size: Size) -> None:
+    def __init__(
+        self, vm: Hypervisor, plan: Plan, *, size: Size, limit_memory: Callable[[int], None]
+    ) -> None:
         self._vm = vm
+        self._limit_memory = limit_memory
         self._plan = plan
         self._size = size
         self._pinned: tuple[frozenset[int], int] = (frozenset(), size.vcpus)
@@ -110,10 +114,13 @@ class Resizer:
         log.info("resize: %d vCPUs in use of %d", count, reached)
 
     async def _set_memory(self, size: int) -> None:
+        self._limit_memory(max(size, self._size.memory_bytes))
         try:
             reached = await self._vm.resize_memory(size)
         except ResizeRefusedError as error:
             self._size = replace(self._size, memory_bytes=error.reached)
+            self._limit_memory(error.reached)
             raise
+        self._limit_memory(reached)
         self._size = replace(self._size, memory_bytes=size)
         log.info("resize: %d MiB of memory", reached // MIB)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hypervisor import Channel
 from shim.agent.guest_streams import LongStreams, RawStreams, RequestStreams
+from shim.host.oom_score import set_oom_score_adj
 from shim.machine import turns
 from shim.telemetry import timeline
 from shim.telemetry.timeline_model import guest_phases
@@ -126,6 +127,14 @@ class RunningMachine:
         :raises ResourceExhausted: if that is impossible.
         """
         await self._resizer.grow(self.agent, live)
+
+    def set_oom_score_adj(self, value: int) -> None:
+        """Have the host's kernel kill its processes for memory as readily as those of a container.
+
+        :param value: the container's; see ``/proc/PID/oom_score_adj`` in proc(5).
+        """
+        for process in self.vm.processes():
+            set_oom_score_adj(process.pid, value)
 
     async def shrink(self, live: Iterable[Limits]) -> None:
         """Give back what no container needs.

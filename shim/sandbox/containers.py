@@ -11,7 +11,7 @@ from shim.agent import guest_names
 from shim.errors import AlreadyExists, FailedPrecondition, Internal, NotFound, ShimError
 from shim.host import state_directory
 from shim.machine.limits import with_memory
-from shim.machine.pod import check_names, check_pod, is_pause
+from shim.machine.pod import check_names, check_pod, is_pause, oom_score_adj_of
 from shim.sandbox import task_events
 from shim.sandbox.bundle import read_spec
 from shim.sandbox.guest_container import GuestContainer
@@ -91,10 +91,18 @@ class Containers:
             if self._is_joined_without_start:
                 _point_to_state(self._context, bundle)
             await container.create(rootfs)
+            await self._share_oom_scores()
         except BaseException:
             self.forget(container_id)
             raise
         return container
+
+    async def _share_oom_scores(self) -> None:
+        """Protect the machine from being killed for memory as little as its least protected container."""
+        scores = [oom_score_adj_of(one.spec) for one in self._guests()]
+        told = [score for score in scores if score is not None]
+        if told:
+            (await self._sandbox.running()).set_oom_score_adj(max(told))
 
     def _new(self, container_id: str, *, bundle: Path, stdio: Stdio) -> Container:
         spec = read_spec(bundle)

@@ -44,6 +44,7 @@ class ByHand:
     :param mounts: more mounts of its specification.
     :param linux: more of the ``linux`` object of its specification.
     :param capabilities: what its processes may do.
+    :param process: more of the ``process`` object of its specification.
     :param disk: a file with an ext4 file system that is made of its root file system and is to serve as such.
     """
 
@@ -55,6 +56,7 @@ class ByHand:
         mounts: Sequence[dict[str, Any]] = (),
         linux: dict[str, Any] | None = None,
         capabilities: Sequence[str] = (),
+        process: dict[str, Any] | None = None,
         disk: Path | None = None,
     ) -> None:
         self.id = new_id()
@@ -74,7 +76,7 @@ class ByHand:
             self._root = {"type": "ext4", "source": str(disk), "options": ["loop", "rw"]}
         spec = {
             "ociVersion": "1.0.2",
-            "process": {"args": ["sleep", "100000"], **self._process},
+            "process": {"args": ["sleep", "100000"], **self._process, **(process or {})},
             "root": {"path": "rootfs"},
             "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}, *mounts],
             "linux": {

@@ -11,8 +11,12 @@ import pytest
 
 from shim.config import HypervisorConfig
 from shim.host.ledger import Ledger
+from shim.machine.cgroup import MOST_TASKS, OVERHEAD_BYTES, counting_roots
 from tests.e2e import busybox
+from tests.e2e.by_hand import ByHand
 from tests.e2e.conftest import new_id, write_config
+from tests.e2e.containerd import NAMESPACE
+from tests.e2e.test_refusals import configured
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +28,7 @@ pytestmark = pytest.mark.hako
 TABLE = Path(__file__).parents[2] / "docs/security.md"
 FIRST = HypervisorConfig().jail_first_id
 IDS = range(FIRST, FIRST + HypervisorConfig().jail_ids)
+LIMITS = ("pids.max", "memory.max", "memory.limit_in_bytes")
 #: In the order of their numbers, linux/capability.h.
 NAMES = (
     *("chown", "dac_override", "dac_read_search", "fowner", "fsetid", "kill", "setgid", "setuid", "setpcap"),
@@ -42,6 +47,14 @@ def documented() -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(heading, row, strict=True)) for row in rest}
 
 
+def processes_of(directory: Path) -> dict[str, int]:
+    """The processes of a sandbox by name; those that made a clone are gone."""
+    ledger = Ledger(str(directory))
+    processes = [entry for entry in ledger.entries() if entry.kind == "process"]
+    ledger.close()
+    return {entry.name: entry.pid for entry in processes if Path(f"/proc/{entry.pid}").exists()}
+
+
 @pytest.fixture
 def sandboxes(one_stack: Stack, tmp_path: Path) -> Iterator[list[dict[str, int]]]:
     """Two sandboxes with a container each: the processes of each, by name."""
@@ -55,14 +68,7 @@ def sandboxes(one_stack: Stack, tmp_path: Path) -> Iterator[list[dict[str, int]]
     for name in names:
         started = one_stack.containerd.run(busybox.IMAGE, name, "sleep", "1000", options=options)
         assert started.code == 0, started.stderr
-    found = []
-    for path in one_stack.state_directory.glob("*/ledger"):
-        ledger = Ledger(str(path.parent))
-        processes = [entry for entry in ledger.entries() if entry.kind == "process"]
-        # Those that made a clone are gone.
-        found.append({entry.name: entry.pid for entry in processes if Path(f"/proc/{entry.pid}").exists()})
-        ledger.close()
-    yield found
+    yield [processes_of(path.parent) for path in one_stack.state_directory.glob("*/ledger")]
     for name in names:
         one_stack.containerd.remove(name)
 
@@ -122,3 +128,25 @@ def test_no_process_sees_files_of_the_host_but_what_the_guest_was_given(
         roots = {name: Path(f"/proc/{processes[name]}/root") for name in documented()}
         assert not any((root / "etc/shadow").exists() or (root / "root").exists() for root in roots.values())
         assert {path.name for path in roots["QEMU"].iterdir()} == {"dev"}
+
+
+def test_a_machine_is_bounded_in_its_cgroup_and_killed_for_memory_as_readily_as_its_container(
+    one_stack: Stack, tmp_path: Path
+) -> None:
+    group, score = f"{NAMESPACE}/{new_id()}", 777
+    with (
+        configured(one_stack, hypervisor="memory_mib = 192"),
+        ByHand(one_stack, tmp_path, linux={"cgroupsPath": f"/{group}"}, process={"oomScoreAdj": score}),
+    ):
+        [ledger] = one_stack.state_directory.glob("*/ledger")
+        processes = processes_of(ledger.parent)
+        pids = [processes[name] for name in documented()]
+        roots = counting_roots(Path("/proc/self/mountinfo").read_text(encoding="utf-8"))
+        found = [root / group / name for root in roots for name in LIMITS]
+        limits = {file.name: int(file.read_text()) for file in found if file.exists()}
+        members = [set((root / group / "cgroup.procs").read_text().split()) for root in roots]
+        scores = {Path(f"/proc/{pid}/oom_score_adj").read_text().strip() for pid in pids}
+    assert all(inside >= set(map(str, pids)) for inside in members)
+    assert limits.pop("pids.max") == MOST_TASKS
+    assert [*limits.values()] == [(192 << 20) + OVERHEAD_BYTES]
+    assert scores == {f"{score}"}

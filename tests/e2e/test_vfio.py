@@ -74,8 +74,8 @@ def disk() -> Iterator[str]:
 
 @pytest.fixture
 def stack(one_stack: Stack) -> Iterator[Stack]:
-    """Machines that have ports for devices of the host."""
-    with configured(one_stack, hypervisor="root_ports = 3"):
+    """Machines that have ports for devices of the host, and little memory: a device pins all of it."""
+    with configured(one_stack, hypervisor="root_ports = 3\nmemory_mib = 192"):
         yield one_stack
 
 
@@ -130,7 +130,7 @@ def test_a_container_drives_a_disk_of_the_host(stack: Stack) -> None:
 def test_a_machine_with_a_device_grows(stack: Stack, disk: str) -> None:
     with box(stack, disk) as name:
         before = int(shell(stack, name, "grep MemTotal /proc/meminfo").split()[1])
-        value = {"type_url": RESOURCES, "value": json.dumps({"memory": {"limit": 256 * MIB}}).encode()}
+        value = {"type_url": RESOURCES, "value": json.dumps({"memory": {"limit": 64 * MIB}}).encode()}
         with Tasks(stack.containerd.address) as tasks:
             tasks.call("Update", name, resources=value, timeout_s=UPDATE_TIMEOUT_S)
         assert int(shell(stack, name, "grep MemTotal /proc/meminfo").split()[1]) > before

@@ -42,11 +42,8 @@ async def test_the_agent_of_a_clone_answers(
     machines: Machines, template_of: Callable[..., Awaitable[Path]], channel: Any, qemu: Path
 ) -> None:
     vm = machines(qemu=qemu, channel=channel, template=await template_of(qemu=qemu, channel=channel))
-    began = time.monotonic()
     await vm.start(timeout_s=START_S)
     assert await ask_agent(await vm.connect(AGENT_PORT, timeout_s=BOOT_S)) == (1, RESPONSE_TYPE)
-    # Loosely: the benchmark has the bar. A boot takes seconds on any machine that runs this.
-    assert time.monotonic() - began < 3
     # A second one, which finds everything of the first one's in place.
     if channel is not Channel.VIRTIO_SERIAL:
         assert await ask_agent(await vm.connect(AGENT_PORT, timeout_s=BOOT_S)) == (1, RESPONSE_TYPE)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from shim.machine.cgroup import counting_roots, normal_path
+from shim.machine import cgroup
+from shim.machine.cgroup import HostCgroup, counting_roots, normal_path
 
 HYBRID = """\
 31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
@@ -45,3 +46,26 @@ def test_version_1_counts_where_it_has_controllers() -> None:
 
 def test_version_2_counts_where_it_is_alone() -> None:
     assert counting_roots(UNIFIED) == [Path("/sys/fs/cgroup")]
+
+
+@pytest.mark.parametrize("limit", ["memory.max", "memory.limit_in_bytes"], ids=["version 2", "version 1"])
+def test_memory_is_bounded_by_the_guests_and_an_overhead(tmp_path: Path, limit: str) -> None:
+    (tmp_path / limit).touch()
+    HostCgroup([tmp_path], own=[tmp_path]).limit_memory(256 << 20)
+    assert int((tmp_path / limit).read_text()) == (256 << 20) + cgroup.OVERHEAD_BYTES
+
+
+def test_a_cgroup_that_was_there_before_keeps_its_limits(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("max")
+    HostCgroup([tmp_path], own=[]).limit_memory(256 << 20)
+    assert (tmp_path / "memory.max").read_text() == "max"
+
+
+def test_a_host_that_cannot_bound_memory_is_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bounded = HostCgroup([tmp_path], own=[tmp_path])
+    bounded.limit_memory(1)
+    bounded.limit_memory(2)
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"cgroup: {tmp_path}: the host has no memory controller there")

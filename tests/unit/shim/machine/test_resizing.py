@@ -31,6 +31,10 @@ class Machine:
         self.refusal: Exception | None = None
         self.fewest_vcpus = 1
         self.is_hako = True
+        self.memory_limits: list[int] = []
+
+    def limit_memory(self, size: int) -> None:
+        self.memory_limits.append(size // MIB)
 
     @property
     def hypervisor(self) -> Hypervisor:
@@ -79,7 +83,7 @@ def machine() -> Machine:
 @pytest.fixture
 def resizer(machine: Machine) -> Resizer:
     sizes = plan(CONFIG)
-    return Resizer(machine.hypervisor, sizes, size=sizes.boot)
+    return Resizer(machine.hypervisor, sizes, size=sizes.boot, limit_memory=machine.limit_memory)
 
 
 async def test_the_guest_hears_of_memory_before_and_after_it_comes_and_of_processors_after(
@@ -104,6 +108,21 @@ async def test_growing_never_shrinks_and_shrinking_never_grows(machine: Machine,
     assert machine.take() == []
     await resizer.shrink(machine.agent, [])
     assert machine.take() == ["vcpus 1", "memory 256", "follow limits"]
+
+
+async def test_the_host_allows_more_memory_before_it_comes_and_less_once_it_is_gone(
+    machine: Machine, resizer: Resizer
+) -> None:
+    await resizer.grow(machine.agent, [SOME])
+    await resizer.shrink(machine.agent, [])
+    assert machine.memory_limits == [512, 512, 512, 256]
+
+
+async def test_the_host_allows_what_the_guest_kept(machine: Machine, resizer: Resizer) -> None:
+    machine.refusal = ResizeRefusedError("no", reached=320 * MIB)
+    with pytest.raises(ResourceExhausted):
+        await resizer.grow(machine.agent, [Limits(memory_bytes=256 * MIB)])
+    assert machine.memory_limits == [512, 320]
 
 
 async def test_huge_pages_that_do_not_fit_are_refused_before_the_machine_grows(
@@ -180,7 +199,7 @@ async def test_a_processor_that_the_host_does_not_have_does_not_stop_a_container
 
 async def test_a_clone_grows_to_what_its_pod_needs_and_never_shrinks_below(machine: Machine) -> None:
     sizes = plan(CONFIG, pod=Limits(quota_us=100_000, memory_bytes=256 * MIB))
-    resizer = Resizer(machine.hypervisor, sizes, size=sizes.base)
+    resizer = Resizer(machine.hypervisor, sizes, size=sizes.base, limit_memory=machine.limit_memory)
 
     await resizer.grow(machine.agent, [])
     assert machine.take() == ["vcpus 2", "use 2", "online memory", "memory 512", "online memory"]
