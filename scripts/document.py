@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from proto import extensions
 from shim import cli, config
 from shim.agent import oci_fields
-from shim.machine import pod
+from shim.machine import pod_annotations
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -49,10 +49,21 @@ def _value(value: object) -> str:
     return f"`{value}`" if value != "" else ""
 
 
-def pod_annotations() -> str:
-    """Return a table of the pods' annotations."""
-    lines = ["| annotation | values | meaning |", "|---|---|---|"]
-    lines += [f"| `{name}` | {values} | {meaning} |" for name, values, meaning in pod.ANNOTATIONS]
+def annotations_of_pods() -> str:
+    """Return a table of the annotations of pods."""
+    lines = ["| annotation | sets | values | allowed by default |", "|---|---|---|---|"]
+    for each in pod_annotations.ANNOTATIONS.values():
+        values = ", ".join(f"`{value}`" for value in each.only) or _values_of(each.declaration)
+        if each.adds:
+            values = f"{values}, appended"
+        if each.fraction:
+            values = f"{values}, rounded up"
+        allowed = f"no: {each.risk}" if each.risk else "yes"
+        lines.append(f"| `{each.name}` | `[{each.section}] {each.key}` | {values} | {allowed} |")
+    lines += [
+        f"| `{fact.name}` | nothing: Hako always does so | `{', '.join(fact.values)}` | yes |"
+        for fact in pod_annotations.FACTS.values()
+    ]
     return "\n".join(lines)
 
 
@@ -116,7 +127,7 @@ def _helps(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "configuration": configuration,
-    "annotations": pod_annotations,
+    "annotations": annotations_of_pods,
     "oci": oci,
     "commands": commands,
     "agent-words": agent_words,

@@ -223,6 +223,13 @@ class ShimConfig(Section):
     zygote: bool = _key(
         default=True, meaning="Whether shims are forked from a process that has imported everything already."
     )
+    enable_annotations: str = _key(
+        "io.hako.boot_timeout_s io.hako.max_memory_mib io.hako.max_vcpus io.hako.memory_mib "
+        "io.hako.root_ports io.hako.static_sizing io.hako.template io.hako.vcpus "
+        "io.katacontainers.config.hypervisor.default_* io.katacontainers.config.hypervisor.pcie_root_port",
+        "The annotations with which pods may change their machines: whole names, separated by spaces; "
+        "``*`` stands for any text.",
+    )
     state_dir: str = _key("/run/hako", "Sockets, ledgers and shares of running sandboxes.", is_path=True)
     log_dir: str = _key(
         "/var/log/hako",

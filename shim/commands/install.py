@@ -20,7 +20,7 @@ runtime_type = "io.containerd.hako.v2"
 # The devices of the host are not in the machine.
 privileged_without_host_devices = true
 # What a pod may ask of Hako.
-pod_annotations = ["io.hako.*"]
+pod_annotations = ["io.hako.*", "io.katacontainers.*"]
 """
 
 _SECOND = """\
@@ -34,7 +34,7 @@ runtime_type = "io.containerd.hako.v2"
 # The devices of the host are not in the machine.
 privileged_without_host_devices = true
 # What a pod may ask of Hako.
-pod_annotations = ["io.hako.*"]
+pod_annotations = ["io.hako.*", "io.katacontainers.*"]
 # "shim" makes pods without a pause container; "podsandbox" is what every containerd does.
 sandboxer = "podsandbox"
 """

@@ -91,16 +91,17 @@ class Cloning:
         self._id = sandbox_id
         self._config = config.hypervisor
 
-    def find(self, spec: VmSpec, sizes: Plan, pod: PodSpec) -> Template | None:
+    def find(self, spec: VmSpec, sizes: Plan, pod: PodSpec, *, is_usual: bool = True) -> Template | None:
         """Find what a machine can be cloned from, and log why there is nothing.
 
         :param spec: the machine.
         :param sizes: what it starts with, and how it may grow.
         :param pod: what it is for.
+        :param is_usual: whether the machine is as the operator configured it; others get no template built.
         """
         if self._config.template == "off":
             return None
-        if self._config.huge_pages:
+        if spec.huge_pages:
             log.info(
                 "boot: sandbox %s: its memory is of huge pages, which are not copied; boots cold", self._id
             )
@@ -114,7 +115,7 @@ class Cloning:
             if template is None:
                 why = self.templates.failure(key)
                 # Machines of other sizes are too many to have a template of each.
-                self.lacks_template = not why and sizes.most == plan(self._config).most
+                self.lacks_template = not why and is_usual and sizes.most == plan(self._config).most
                 if not why and self.templates.is_building():
                     why, self.lacks_template = "one is being built", False
                 log.info("boot: template %.12s: %s; boots cold", key, why or "there is none yet")

@@ -31,7 +31,7 @@ from shim.agent.oci_namespaces import namespace_of
 from shim.errors import DeadlineExceeded, ShimError, Unavailable
 from shim.host import mounts
 from shim.host.oom_score import set_oom_score_adj
-from shim.machine import turns
+from shim.machine import pod_annotations, turns
 from shim.machine.cgroup import HostCgroup
 from shim.machine.cloning import Cloning, clone_of, dial_clone
 from shim.machine.host_choice import EMULATION_IS_NO_BOUNDARY, resolve
@@ -121,12 +121,14 @@ class Machine:
         :raises HypervisorError: as :class:`ShimError`.
         """
         began_s = time.monotonic()
+        usual = self._config
+        self._config = pod_annotations.applied(usual, pod.oci, phase=f"boot: sandbox {self._id}")
         sizes = plan(self._config.hypervisor, pod=pod.limits, first=pod.first)
         with timeline.phase("share, host's abilities", lane=timeline.MACHINE):
             self._prepare_share()  # before the first await: containers put their files here during the boot
             choice = await resolve(self._config)
             spec = self._describe(choice, sizes)
-            template = self.cloning.find(spec, sizes, pod)
+            template = self.cloning.find(spec, sizes, pod, is_usual=self._config == usual)
         with timeline.phase("network namespace", lane=timeline.MACHINE):
             network = await Network.open(namespace_of(pod.oci), ledger=self._ledger, queues=queue_pairs(spec))
             self._undo.push_async_callback(network.detach)

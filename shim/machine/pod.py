@@ -35,8 +35,6 @@ _MAX_RESOLV_CONF_BYTES = 64 * 1024  # resolv.conf(5) of a pod has at most 3 + 32
 
 #: Says ``off`` for a pod whose machine must boot instead of being cloned from a template.
 TEMPLATE_ANNOTATION = "io.hako.template"
-ANNOTATIONS = ((TEMPLATE_ANNOTATION, "`off`", "the machine boots, and shares no past with others"),)
-"""Each annotation that a pod may have, its values and what it does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,6 +108,7 @@ class Containers:
         spec = read_spec(bundle)
         check_names(spec)
         check_pod(spec, sandbox_id=self._sandbox.id)
+        self._sandbox.check_annotations(spec, container_id=container_id)
         hooks = Hooks(
             container_id,
             bundle=bundle,

@@ -25,7 +25,7 @@ from shim.errors import (
 )
 from shim.host import kernel_limits
 from shim.host.host_process import STATUS_KILLED
-from shim.machine import clock
+from shim.machine import clock, pod_annotations
 from shim.machine.pod import from_oci, with_files, with_sysctls, write_files
 from shim.sandbox.life import OVER, Happening, Life, following
 from shim.telemetry.timeline_files import SandboxTimeline
@@ -163,6 +163,19 @@ class Sandbox:
             if self.is_held:
                 spec = with_files(spec, self._files, sandbox_id=self.id)
         return spec
+
+    def check_annotations(self, spec: dict[str, Any], *, container_id: str) -> None:
+        """Refuse a container whose annotations no machine may have; warn if this machine has others.
+
+        :raises InvalidArgument: with the name of the annotation.
+        """
+        config = self._context.config
+        wanted = pod_annotations.applied(config, spec, phase="create")
+        if wanted not in (config, pod_annotations.applied(config, self._pod.oci, phase="create")):
+            log.warning(
+                "create: container %s: its annotations ask for another machine than its pod's; ignored",
+                container_id,
+            )
 
     async def running(self) -> RunningMachine:
         """Wait for the machine to be up.
