@@ -1,4 +1,4 @@
-"""The only code that knows what a virtual machine is made of."""
+"""The only code that knows the parts of a virtual machine."""
 
 from hypervisor.accelerator import Verdict, choose_accelerator
 from hypervisor.confinement_probe import jail_problem

@@ -92,7 +92,7 @@ async def choose_accelerator(qemu: Path, *, cache: Path) -> Verdict:
 @contextlib.asynccontextmanager
 async def _locked(path: Path) -> AsyncIterator[None]:
     """Hold a lock during a block; go on without it after as long as a measurement may take."""
-    # Nobody else may open it: a lock on it would stop every start.
+    # No other user may open it: a lock on it would stop every start.
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         os.fchmod(lock, 0o600)
@@ -187,7 +187,7 @@ async def _run(argv: list[str], *, expected: int) -> _Run:
 
 
 def _key(qemu: Path) -> list[str | int]:
-    """Say what a verdict holds for: this boot of the host and this build of QEMU."""
+    """Name the scope of a verdict: this boot of the host and this build of QEMU."""
     modified = 0
     with contextlib.suppress(FileNotFoundError):
         modified = qemu.stat().st_mtime_ns
@@ -202,7 +202,7 @@ def _load(cache: Path, key: list[str | int]) -> Verdict | None:
         if kept["key"] == key and (accelerator is Accelerator.KVM or is_fresh):
             return Verdict(accelerator=accelerator, reason=str(kept["reason"]))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        pass  # absent or not ours: measured anew and overwritten
+        pass  # absent or not ours: measured again and overwritten
     return None
 
 

@@ -57,7 +57,7 @@ async def answer(slot: AcpiSlot, events: EventStream, *, leaving: bool, timeout_
                     if status != _EJECT_IN_PROGRESS:
                         return f"ACPI status {status}"
                 elif leaving and event.data.get("device") == slot.device:
-                    # QEMU under TCG never sends it of a processor, which it keeps half alive (seen on 7.2).
+                    # Under TCG, QEMU never sends it for a processor, which stays half alive (seen on 7.2).
                     return "" if event.name == "DEVICE_DELETED" else "it says so"
     except TimeoutError:
         return f"no answer within {timeout_s:g} s"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """What a virtual machine has of one architecture.
+    """The parts of a virtual machine that depend on the architecture.
 
     :param type: QEMU's machine type with the properties that are always set.
     :param cpu_models: the CPU model for each accelerator.

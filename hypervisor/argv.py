@@ -1,4 +1,4 @@
-"""QEMU's command line and the guest kernel's, as pure functions. Nothing else builds an option of either."""
+"""QEMU's command line and the guest kernel's, as pure functions. No other module builds their options."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ _KERNEL_PARAMETERS = (
     # No tree of files for tracing: ten thousand of them, made at boot, are eight megabytes of every machine
     # and an eighth of a second under TCG (measured).
     "initcall_blacklist=tracer_init_tracefs",
-    # The agent and runtime inside use the unified hierarchy; a guest image with systemd is told so too.
+    # The agent and the runtime use the unified hierarchy; this also tells a guest image with systemd to use
+    # it.
     "systemd.unified_cgroup_hierarchy=1",
     "cgroup_no_v1=all",
     # Memory that is added is used at once, up to three times what the guest booted with in a zone of its own
@@ -95,7 +96,7 @@ class Inherited:
     """File descriptors QEMU inherits, by the number they have in QEMU.
 
     :param qmp: one end of a socket pair; the control connection.
-    :param console: one end of a socket pair; what the guest writes to its console.
+    :param console: one end of a socket pair, for the guest's console output.
     :param share: a socket connected to the virtio-fs daemon, or ``None`` for a machine without a share.
     :param channel: the agent channel, or ``None`` for a machine without one.
     :param memory: a file that is the guest's memory, or ``None`` for memory that QEMU makes.
@@ -125,7 +126,7 @@ def boot_argv(spec: VmSpec, inherited: Inherited, *, architecture: Architecture)
 
 
 def clone_argv(spec: VmSpec, inherited: Inherited, *, architecture: Architecture) -> list[str]:
-    """Build the command line that starts a machine which is to be loaded, and let run afterwards.
+    """Build the command line of a machine that waits to be loaded and then runs.
 
     :param spec: the virtual machine.
     :param inherited: the descriptors QEMU will find open.
@@ -140,7 +141,7 @@ def _machine_argv(spec: VmSpec, inherited: Inherited, *, architecture: Architect
     return [
         str(spec.qemu),
         "-name", f"{_escape(spec.name)},debug-threads=on",
-        # Only what is listed here: no file of the host adds a device or an option.
+        # Only these: no file of the host adds a device or an option.
         "-no-user-config",
         "-nodefaults",
         "-display", "none",
@@ -215,7 +216,7 @@ def kernel_command_line(spec: VmSpec, *, architecture: Architecture) -> str:
 def _bridges() -> list[str]:
     words = []
     for chassis, bus in enumerate(HOTPLUG_BUSES, start=1):
-        # Room for the registers of 31 virtio devices: the firmware leaves none behind a bridge by itself.
+        # Room for the registers of 31 virtio devices: by default, the firmware leaves none behind a bridge.
         words += ["-device", f"pci-bridge,id={bus},chassis_nr={chassis},shpc=off,mem-reserve=1M"]
     return words
 
@@ -231,7 +232,7 @@ def root_ports(spec: VmSpec) -> list[str]:
 def _root_ports(spec: VmSpec) -> list[str]:
     words = []
     for chassis, port in enumerate(root_ports(spec), start=len(HOTPLUG_BUSES) + 1):
-        # Room for the memory of an accelerator: the firmware leaves little behind a port by itself.
+        # Room for the memory of an accelerator: by default, the firmware leaves little behind a port.
         words += ["-device", f"pcie-root-port,id={port},chassis={chassis},{_PORT_ROOM}"]
     return words
 

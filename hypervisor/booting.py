@@ -22,8 +22,8 @@ async def boot(spec: VmSpec, host: HostSide) -> Devices:
     """Start a machine; return when it runs.
 
     :param spec: the virtual machine.
-    :param host: where each part is kept as soon as it exists; after an error, the caller ends them.
-    :returns: the devices plugged into it: none yet.
+    :param host: keeps each part from its start on; after an error, the caller ends them.
+    :returns: its plugged devices: none yet.
     :raises UnsupportedHostError: if this machine's architecture is not supported.
     :raises VmStartError: if anything failed.
     :raises OSError: if the host lacks something.

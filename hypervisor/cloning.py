@@ -47,7 +47,7 @@ async def clone(spec: VmSpec, host: HostSide, directory: Path, *, timeout_s: flo
     :param spec: the virtual machine.
     :param host: where each part is kept as soon as it exists; after an error, the caller ends them.
     :param directory: the template's.
-    :param timeout_s: how long all of it may take, in seconds, of which no step may take a large part.
+    :param timeout_s: how long the whole may take, in seconds; each step may take a small part of it.
     :returns: the devices plugged into it, the share and the agent's channel among them.
     :raises UnsupportedHostError: if this machine's architecture is not supported.
     :raises TemplateError: if the template is missing, broken or another machine's, or QEMU cannot load it.
@@ -76,14 +76,14 @@ async def _clone(
         stack.callback(os.close, memory)
         os.ftruncate(memory, saved.memory_bytes)
         host.channel = channel = vsock.make_channel(spec, spawn=host.spawn)
-        # The template has the agent's virtio-serial port. It has no vsock, which QEMU cannot save.
+        # The template has the agent's virtio-serial port. It has no vsock, because QEMU cannot save one.
         in_template = spec.channel is Channel.VIRTIO_SERIAL
         # Once QEMU has its ends, no other process may keep them open: QEMU's death must close them.
         with ExitStack() as handover:
             port = (await channel.open(handover)).fd if in_template else None
             with host.phase("spawn QEMU"):
                 qmp = _spawn_qemu(spec, host, handover, memory=memory, port=port)
-        # QEMU takes longest to start. Everything else happens meanwhile.
+        # QEMU takes longest to start. Everything else happens during that time.
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(_connect(qmp, spec, saved, host, directory, step_s=step_s))

@@ -19,7 +19,7 @@ _TIMEOUT_S = 10.0
 async def jail_problem(identity: Identity) -> str | None:
     """Say why processes cannot be confined on this host; ``None`` if they can.
 
-    :param identity: whom the process runs as.
+    :param identity: the user of the process.
     """
     try:
         process = ChildProcess.spawn("jail", [str(_PROGRAM)], confinement=of_program(_PROGRAM, identity))

@@ -53,7 +53,7 @@ class Description:
     :param properties: its properties but for the id and the place.
     :param backend: what makes the host's side of it, in order.
     :param undo: what removes the host's side again, in order.
-    :param needs_port: whether it must be on a PCIe root port of its own, not behind a bridge.
+    :param needs_port: whether it needs its own PCIe root port, not a slot behind a bridge.
     :param add_timeout_s: how long QEMU may take to add it, in seconds; ``None``: as for any command.
     """
 
@@ -106,7 +106,7 @@ class Devices:
                 await self._heed(await events.next())
 
     async def plug(self, description: Description) -> str:
-        """Add a device and find its place; the guest is told of it at once.
+        """Add a device and find its place; the guest learns of it at once.
 
         :param description: the device. Its backend is removed again if the device cannot be added.
         :returns: its PCI path in the guest.
@@ -117,7 +117,7 @@ class Devices:
         return await self._plug(description, lambda: pci_path(self._session, description.id))
 
     async def attach(self, description: Description) -> None:
-        """Add a device that the guest finds by itself; otherwise like :meth:`plug`.
+        """Add a device that the guest finds without being told; otherwise like :meth:`plug`.
 
         :param description: the device. Its backend is removed again if the device cannot be added.
         :raises NoSlotError: if all slots are taken.
@@ -129,7 +129,7 @@ class Devices:
     async def _plug(self, description: Description, find: Callable[[], Awaitable[_T]]) -> _T:
         name = description.id
         if name in self._plugged:
-            raise HotplugError(f"plug: {name}: a device with this id is there already; unplug it first")
+            raise HotplugError(f"plug: {name}: a device with this id exists already; unplug it first")
         plugged = self._plugged[name] = _Plugged(description, self._slots_for(description).take())
         try:
             for command in description.backend:
@@ -270,7 +270,7 @@ async def pci_path(session: QmpSession, name: str) -> str:
 def socket_chardev(name: str, fd_name: str) -> Command:
     """Build the command by which QEMU uses a connected socket.
 
-    :param name: what it shall be called.
+    :param name: its new name.
     :param fd_name: the name under which QEMU holds the socket.
     """
     backend = {"addr": {"type": "fd", "data": {"str": fd_name}}, "server": False}

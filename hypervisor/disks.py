@@ -69,7 +69,7 @@ def describe(disk: Disk, names: Names, *, block_device: bool, aio: str) -> Descr
             "serial": disk.serial,
             "discard": disk.discard,
             "disable-legacy": "on",
-            # The guest is told of every error. By default, QEMU stops the whole machine when the host's file
+            # The guest gets every error. By default, QEMU stops the whole machine when the host's file
             # system is full, until an operator looks.
             "werror": "report",
             "rerror": "report",

@@ -1,4 +1,4 @@
-"""The reason why a virtual machine ended, from what it left behind. Pure."""
+"""The reason why a virtual machine ended, from the traces that it left. Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WARNING = re.compile(r"(?:^|: )warning: |^\[[^\]]*\bWARN\b", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExitStatus:
-    """How a process ended; exactly one of the two is set, or neither if another process reaped it.
+    """How a process ended. One of the two is set, or neither if another process reaped it.
 
     :param code: the status it exited with.
     :param signal: the number of the signal that killed it.
@@ -52,7 +52,7 @@ class Shutdown:
 def last_words(output: str, status: ExitStatus | None) -> list[str]:
     """Choose the lines of a program's output that may be the cause of its end.
 
-    :param output: what it wrote.
+    :param output: its output.
     :param status: how it ended, or ``None`` if it has not. A program that failed and left nothing but
         warnings may have meant one of them.
     """

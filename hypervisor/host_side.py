@@ -1,4 +1,4 @@
-"""One virtual machine's processes and connections on the host, from the moment they exist to their end."""
+"""One virtual machine's processes and connections on the host, from their beginning to their end."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 QEMU = "QEMU"
 
 _ONLY_AS_ROOT = "can only be used by"
-"""What Rust virtio-fs daemons say that have no mode for another user."""
+"""The message of Rust virtio-fs daemons that cannot run as another user."""
 
 LAST_WORDS_S = 1.0
-"""How much later than its effect on another process the death of a process may be seen."""
+"""A process' death may be seen this much later than its effect on another process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostParts:
-    """What every virtual machine that runs has on the host.
+    """The parts on the host that every running virtual machine has.
 
     :param qemu: QEMU's process.
     :param qmp: the connection that controls it.
-    :param console: what the guest writes.
+    :param console: the guest's output.
     :param channel: the way to the guest's agent.
     """
 
@@ -56,7 +56,7 @@ class HostSide:
     """The host's side of one virtual machine. Each part is kept from the moment it exists.
 
     :param on_process: called with the name and the id of each process right after it was started.
-    :param phase: called with the name of each phase of a start, and entered for its duration.
+    :param phase: gets the name of each phase of a start, and is entered for its duration.
     """
 
     def __init__(self, on_process: Callable[[str, int], None], phase: Phase = contextlib.nullcontext) -> None:
@@ -76,7 +76,7 @@ class HostSide:
 
     @property
     def processes(self) -> list[ChildProcess]:
-        """Every process that was started or found."""
+        """Every process, started or found."""
         return [each for process in self._processes for each in (process, *process.workers)]
 
     def complete(self) -> HostParts:
@@ -101,10 +101,10 @@ class HostSide:
     ) -> ChildProcess:
         """Start a process; see ``ChildProcess.spawn``.
 
-        :param name: what the process does.
+        :param name: the role of the process.
         :param argv: the program and its arguments.
         :param inherit: descriptors the program gets under the same numbers.
-        :param accelerator: how it will run guest instructions, if it is to.
+        :param accelerator: how it will run guest instructions, if it runs any.
         :param keeps_capabilities: as ``ChildProcess.spawn`` takes it.
         :param confinement: as ``ChildProcess.spawn`` takes it.
         :raises OSError: if no process could be made, or it could not be recorded.
@@ -124,14 +124,14 @@ class HostSide:
             if confinement is not None:
                 self._jail_problem = f"{name}: {error.filename}: {error.strerror}"
             raise
-        self._processes.append(process)  # first, so that destroy() finds it even if a later step fails
+        self._processes.append(process)  # first: destroy() must find it even if a later step fails
         if name == QEMU:
             self.qemu = process
         self._on_process(name, process.pid)
         return process
 
     def check_jail(self) -> None:
-        """After a failure: find out whether a process that could not be confined is the cause.
+        """After a failure, find out whether it was caused by a process that could not be confined.
 
         :raises JailError: if it is.
         """
@@ -141,7 +141,7 @@ class HostSide:
                 if line.startswith(MARK):
                     self._jail_problem = f"{process.name}: {line.removeprefix(MARK)}"
             elif process.is_confined and _ONLY_AS_ROOT in process.output():
-                self._jail_problem = f"{process.name}: it wants to run as root; install one of version 1.13"
+                self._jail_problem = f"{process.name}: it must run as root; install version 1.13 or later"
         if self._jail_problem:
             raise JailError(self._jail_problem)
 
@@ -159,9 +159,9 @@ class HostSide:
         self.spawn(QEMU, words, inherit=inherit, accelerator=spec.accelerator, confinement=confinement)
 
     async def seclude_qemu(self, spec: VmSpec) -> None:
-        """Take the host's files away from QEMU after its start, unless it will need some later.
+        """Take the host's files away from a started QEMU, unless it will need some later.
 
-        :param spec: its machine. The devices of one with root ports are opened when they are plugged.
+        :param spec: its machine. If it has root ports, QEMU opens devices when they are plugged.
         """
         assert self.qemu is not None  # noqa: S101  (it has started)
         if not spec.root_ports:
@@ -171,7 +171,7 @@ class HostSide:
     async def run(self, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> ChildProcess:
         """Run a program to its end.
 
-        :param name: what the process does.
+        :param name: the role of the process.
         :param argv: the program and its arguments.
         :param inherit: descriptors the program gets under the same numbers.
         :returns: the process, which has ended.
@@ -207,7 +207,7 @@ class HostSide:
     async def destroy(self) -> None:
         """Kill all processes; return when they are gone."""
         if self.qemu is not None:
-            # QEMU first, so that no daemon's end is taken for a failure.
+            # QEMU first: then the end of a daemon is not taken for a failure.
             await self.qemu.destroy()
         await asyncio.gather(*(process.destroy() for process in self.daemons))
 

@@ -1,4 +1,4 @@
-"""What the shim asks of a virtual machine monitor: one method per intent, nothing without a caller."""
+"""The shim's requests to a virtual machine monitor: one method per intent, each with a caller."""
 
 from __future__ import annotations
 
@@ -51,12 +51,13 @@ class VmSpec:
     :param initrd: the initial RAM file system.
     :param kernel_parameters: the operator's addition to the guest kernel's command line.
     :param accelerator: how guest instructions are run.
-    :param vcpus: the number of virtual CPUs at boot, which is also the least there can be later.
+    :param vcpus: the number of virtual CPUs at boot, and the least that the machine can have later.
     :param max_vcpus: the most there can be.
     :param memory_bytes: guest memory at boot, a multiple of 1 MiB; also the least there can be later.
-    :param max_memory_bytes: the most there can be; what is above ``memory_bytes`` costs nothing until used.
-    :param share_source: the directory the guest sees under the virtio-fs tag ``kataShared``. It must lie
-        on a mount with shared propagation, or the daemon would not see what is mounted there later.
+    :param max_memory_bytes: the most that it can have; memory above ``memory_bytes`` costs nothing until it
+        is used.
+    :param share_source: the directory the guest sees under the virtio-fs tag ``kataShared``. It must lie on a
+        mount with shared propagation: otherwise the daemon would not see later mounts.
     :param virtiofsd: the virtio-fs daemon, of either dialect.
     :param channel: how the guest agent is reached.
     :param vsock_daemon: the ``vhost-device-vsock`` program; needed for ``VHOST_USER_VSOCK`` only.
@@ -64,7 +65,7 @@ class VmSpec:
         daemons stay in the caller's.
     :param root_ports: how many PCI devices of the host can be plugged. Each port costs boot time.
     :param huge_pages: whether all memory is of huge pages that the host has reserved; not for a clone.
-    :param jail: whom its processes run as, confined; ``None`` for the caller, and not confined.
+    :param jail: the user of its confined processes; ``None`` for the caller, without confinement.
     :param template: the directory of a template with the same key to clone, or ``None`` to boot.
     """
 
@@ -127,7 +128,7 @@ class Disk:
 
     :param id: its name among the virtual machine's devices: a letter, then letters, digits, ``-._``.
     :param path: a file or a block device (also a loop device) of the host, with the disk's bytes as they are.
-    :param serial: what the guest reads as the disk's serial number: at most 20 bytes; may be empty.
+    :param serial: the serial number that the guest reads: at most 20 bytes; may be empty.
     :param read_only: whether the guest may only read it.
     :param discard: whether blocks that the guest discards are given back to the host.
     :param limits: how fast it may be read and written.
@@ -167,7 +168,7 @@ class VmExit:
 class VmProcess:
     """A process on the host that serves one virtual machine.
 
-    :param name: what it does: ``QEMU``, ``virtio-fs daemon``, ``vhost-device-vsock``.
+    :param name: its role: ``QEMU``, ``virtio-fs daemon``, ``vhost-device-vsock``.
     :param pid: its process id.
     """
 
@@ -278,12 +279,12 @@ class Hypervisor(abc.ABC):
 
     @abc.abstractmethod
     async def resize_vcpus(self, count: int) -> int:
-        """Change the number of virtual CPUs; the guest takes new ones into use when its agent is told to.
+        """Change the number of virtual CPUs; the guest uses new ones once its agent is told to.
 
         :param count: how many are wanted; the newest go first.
         :returns: how many there are now, by the VMM's count; more than wanted if it cannot take them away
             (emulation); the guest's agent must leave the others unused.
-        :raises ResizeError: if there cannot be so many or so few, or the VMM refuses.
+        :raises ResizeError: if the machine cannot have this number, or the VMM refuses.
         :raises ResizeRefusedError: if the guest refuses or does not answer; it has ``reached``.
         """
 
@@ -301,7 +302,7 @@ class Hypervisor(abc.ABC):
 
         The guest must have the driver; its agent loads it when it is told that memory will be added.
 
-        :param size: how much is wanted, in bytes; rounded up to what the guest can do.
+        :param size: the wanted size, in bytes; rounded up to a size that the guest can have.
         :returns: how much there is now, in bytes, by the VMM's own count.
         :raises ResizeError: if there cannot be so much or so little, or the VMM refuses.
         :raises ResizeRefusedError: if the guest stops before it is reached; it has ``reached``, in bytes.
@@ -310,7 +311,7 @@ class Hypervisor(abc.ABC):
     @property
     @abc.abstractmethod
     def share_file_limit(self) -> int:
-        """How many files the share's server may open: it has one open for each that the guest remembers.
+        """How many files the share's server may open: it has one open for each that the guest knows.
 
         :raises ProcessLookupError: if the server is gone.
         """

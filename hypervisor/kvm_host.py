@@ -1,4 +1,4 @@
-"""What makes a host's KVM slower than it could be, read from its kernel's parameters."""
+"""Reasons why a host's KVM is slower than it could be, from its kernel's parameters."""
 
 from __future__ import annotations
 

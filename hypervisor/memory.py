@@ -1,8 +1,8 @@
-"""The memory of a running virtual machine beyond what it booted with.
+"""The memory that a running virtual machine has gained since its boot.
 
-One virtio-mem device holds it, and the guest takes as much of it as it is told to (virtio 1.2, 5.15). QEMU
-reports each step that the guest makes. Where QEMU or the guest has no virtio-mem, memory modules (pc-dimm)
-are added and taken away whole.
+A virtio-mem device holds it, and the guest takes the requested part of it (virtio 1.2, 5.15). QEMU
+reports each step that the guest makes. If QEMU or the guest has no virtio-mem, whole memory modules (pc-dimm)
+are added and removed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _DRIVER = "virtio-mem-pci"
 _BACKEND = {"qom-type": "memory-backend-memfd", "share": True}
 
 _SILENCE_S = 15.0
-"""How long a guest may take between two steps. Linux tries again by itself only after 50 s."""
+"""How long a guest may take between two steps. Linux retries only after 50 s."""
 
 
 class Memory:
@@ -47,8 +47,8 @@ class Memory:
 
     :param session: the control connection.
     :param devices: where the virtio-mem device is plugged.
-    :param boot_bytes: what it started with.
-    :param most_bytes: what it can have.
+    :param boot_bytes: its memory at boot.
+    :param most_bytes: the most that it can have.
     :param huge_pages: whether all of it is of huge pages that the host has reserved.
     """
 
@@ -65,7 +65,8 @@ class Memory:
         self._devices = devices
         self._boot = boot_bytes
         self._most = most_bytes
-        # Unused memory takes no huge page. If the host has none left, the guest is told, not killed.
+        # Unused memory takes no huge page. If the host has none left, the guest gets an error and is not
+        # killed.
         self._backend = {**_BACKEND, **({"hugetlb": True, "reserve": False} if huge_pages else {})}
         self._properties = {"prealloc": True} if huge_pages else {}
         self._lock = asyncio.Lock()
@@ -76,8 +77,8 @@ class Memory:
     async def resize(self, size: int) -> int:
         """Add or take away memory; return when the guest has done it.
 
-        :param size: what is wanted, in bytes; rounded up to what the guest can do.
-        :returns: what there is then, in bytes, by QEMU's own count.
+        :param size: the wanted size, in bytes; rounded up to a size that the guest can have.
+        :returns: the new size, in bytes, by QEMU's own count.
         :raises ResizeError: if there cannot be so much or so little, or QEMU refuses.
         :raises ResizeRefusedError: if the guest stops before it is reached.
         """
@@ -119,7 +120,7 @@ class Memory:
             reached = await self._follow(wanted, events)
         if reached == wanted:
             return
-        # Otherwise the guest would continue by itself some minutes later, unexpectedly.
+        # Otherwise the guest would continue some minutes later, unexpectedly.
         await self._request(reached)
         if not reached and not await self._session.driver_runs(_DEVICE):
             log.warning("resize memory: the guest has no driver for virtio-mem; using memory modules")
@@ -157,9 +158,9 @@ class Memory:
         await self._session.ask(dict, "qom-set", arguments)
 
     async def _follow(self, wanted: int, events: EventStream) -> int:
-        """Wait until the guest has what was requested, or makes no step any more.
+        """Wait until the guest has the requested size, or makes no more progress.
 
-        :returns: what it has of the device, in bytes.
+        :returns: its part of the device, in bytes.
         """
         with contextlib.suppress(TimeoutError):
             while await self._device_size() != wanted:
@@ -185,7 +186,7 @@ class Memory:
     async def _add_module(self, size: int, events: EventStream) -> None:
         number = next(iter(set(range(MEMORY_MODULES)) - {slot.number for slot, _ in self._modules}), None)
         if number is None:
-            raise ResizeError(f"resize memory: all {MEMORY_MODULES} modules are there; shrink it first")
+            raise ResizeError(f"resize memory: all {MEMORY_MODULES} modules are in use; shrink it first")
         slot = acpi.AcpiSlot("DIMM", number, f"memory-module{number}")
         backend = {**self._backend, "id": f"{slot.device}-ram"}
         await self._session.ask(dict, "object-add", {**backend, "size": size})

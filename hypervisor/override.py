@@ -1,4 +1,4 @@
-"""``@override``, which the type checker reads; the standard library has it from Python 3.12 on only."""
+"""``@override`` for the type checker; the standard library has it only from Python 3.12 on."""
 
 from __future__ import annotations
 

@@ -8,6 +8,6 @@ def printable(text: str, *, limit: int, replacement: str = " ") -> str:
 
     :param text: one line, without its end.
     :param limit: the most characters that are kept.
-    :param replacement: what is shown instead of each such character.
+    :param replacement: the substitute for each such character.
     """
     return "".join(mark if mark.isprintable() else replacement for mark in text[:limit]).rstrip()

@@ -1,4 +1,4 @@
-"""Child processes that cannot outlive this one, cannot be missed when they die, and can say why they did."""
+"""Child processes that end with this one, whose death is an event with a reason."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class ChildProcess:
     """A supervised process: its end is an event, its last words are kept.
 
     Must be created on the main thread: the kernel ties the death signal to the thread that spawned the
-    process. Nothing else in this program may reap children it did not start.
+    process. No other part of this program may reap children that it did not start.
 
-    :param name: what the process does; used in errors and in the ledger.
+    :param name: the role of the process; used in errors and in the ledger.
     :param pid: its process id. The process must not have been reaped.
-    :param output: the read end of the pipe that its output goes to, or ``None`` if it has none of its own.
+    :param output: the read end of the pipe for its output, or ``None`` if it has no pipe.
     """
 
     def __init__(self, name: str, pid: int, *, output: int | None = None) -> None:
@@ -57,7 +57,7 @@ class ChildProcess:
         self._output_fd = output
         self._output = bytearray()
         self.workers: list[ChildProcess] = []
-        """The processes this one forked, as far as ``adopt_workers`` found them."""
+        """The processes that this one has forked, as ``adopt_workers`` found them."""
         self.exited: asyncio.Future[ExitStatus] = self._loop.create_future()
         self._loop.add_reader(self._pidfd, self._reap)
         if output is not None:
@@ -77,18 +77,18 @@ class ChildProcess:
     ) -> Self:
         """Start a program that the kernel kills when this thread ends.
 
-        If this thread ends within the millisecond before ``setpriv`` has asked for that, the program stays:
-        whoever cleans up after a killed shim must still look for the processes it recorded.
+        If this thread ends in the millisecond before ``setpriv`` has asked for that, the program stays. So
+        the cleanup after a killed shim must still look for the recorded processes.
 
-        :param name: what the process does.
+        :param name: the role of the process.
         :param argv: the program and its arguments.
         :param inherit: descriptors the program gets under the same numbers; it gets no others but 0 to 2.
         :param huge_pages: whether its memory may be of huge pages, if it asks for them.
         :param keeps_capabilities: whether a thread keeps its capabilities when it becomes another user.
-        :param confinement: what it may have and do; what this process may, if it is ``None``.
+        :param confinement: its rights; ``None`` for those of this process.
         :raises NotImplementedError: as ``launch``.
         :raises OSError: if no process could be made. A program that cannot be executed is not an error
-            here: the process ends at once with status 127 and says so in its output.
+            here: the process ends at once with status 127 and a line in its output.
         """
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         try:
@@ -117,10 +117,11 @@ class ChildProcess:
                         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                         (os.POSIX_SPAWN_DUP2, write_end, 1),
                         (os.POSIX_SPAWN_DUP2, write_end, 2),
-                        # Onto itself: this is how posix_spawn clears close-on-exec, in the child alone.
+                        # A descriptor duplicated onto itself: posix_spawn then clears close-on-exec, only in
+                        # the child.
                         *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherit),
                     ],
-                    # Signals from a terminal are for this process, which then ends the child in order.
+                    # A signal from a terminal goes to this process only, which then ends the child in order.
                     setsid=True,
                     setsigmask=(),
                     setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
@@ -133,7 +134,7 @@ class ChildProcess:
         return cls(name, pid, output=read_end)
 
     async def ended_well(self, *, timeout_s: float) -> bool:
-        """Wait for a program that only has something to say, and kill one that takes too long.
+        """Wait for a program that only prints something, and kill it if it takes too long.
 
         :param timeout_s: how long it may take, in seconds.
         :returns: whether it ended, with status 0.
@@ -144,13 +145,13 @@ class ChildProcess:
 
     @property
     def is_starved(self) -> bool:
-        """Whether the live process waited for a processor for longer than it had one, since it began."""
+        """Whether the live process has waited for a processor for longer than it has had one."""
         return waits_more_than_it_runs(
             path.read_text(encoding="ascii") for path in Path(f"/proc/{self.pid}/task").glob("*/schedstat")
         )
 
     def adopt_workers(self) -> None:
-        """Find the processes this one has forked by now, so that ``destroy`` ends them too."""
+        """Find the processes that this one has forked so far, so that ``destroy`` ends them, too."""
         known = {worker.pid for worker in self.workers}
         for pid in _children(self.pid):
             if pid not in known:
@@ -164,7 +165,7 @@ class ChildProcess:
         for worker in self.workers:
             worker.kill()
         if self.workers:
-            # A parent that outlives its worker reaps it and then has nothing left to do.
+            # A parent that outlives its worker reaps the worker and ends.
             await asyncio.wait([self.exited], timeout=_REAPING_S)
         self.kill()
         await asyncio.wait([self.exited, *(worker.exited for worker in self.workers)])
@@ -172,7 +173,7 @@ class ChildProcess:
             worker.bury()
 
     def bury(self) -> None:
-        """Reap a process that was another's child until that other one died. May be called repeatedly."""
+        """Reap a process that became a child when its parent died. May be called repeatedly."""
         if self._pidfd >= 0:
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
@@ -186,16 +187,16 @@ class ChildProcess:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def output(self) -> str:
-        """Return the last part of what the process wrote to its standard output and error."""
+        """Return the last part of the process' standard output and error."""
         return self._output.decode(errors="replace")
 
     def last_words(self) -> str:
-        """Return the last lines of the output that may tell why it ended, joined into one."""
+        """Return the last lines of the output that may explain its end, joined into one."""
         lines = last_words(self.output(), self.exited.result() if self.exited.done() else None)
         return "; ".join(printable(line, limit=LINE_LIMIT) for line in lines[-_CAUSE_LINES:])
 
     def obituary(self) -> str:
-        """Say in one line how the process ended; it must have."""
+        """Say in one line how the process ended. It must have ended."""
         words = self.last_words()
         return f"{self.name} {self.exited.result()}" + (f": {words}" if words else "")
 
@@ -203,8 +204,8 @@ class ChildProcess:
         try:
             result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
         except ChildProcessError:
-            # Another process's child: dead, and its status is not ours to know. If its parent dies without
-            # having reaped it, it may become ours; so the descriptor is kept for bury().
+            # The dead child of another process: its status is unknown. If the parent dies without having
+            # reaped it, it may become a child of this process; so the descriptor is kept for bury().
             self._loop.remove_reader(self._pidfd)
             self.exited.set_result(ExitStatus())
             return
@@ -223,8 +224,8 @@ class ChildProcess:
         self.exited.set_result(status)
 
     def _read_output(self) -> None:
-        # One read at a time: a program that floods its output must not keep the event loop. The limit is also
-        # what a pipe holds, so the read at the end misses nothing.
+        # One read at a time: a program that floods its output must not block the event loop. The limit is the
+        # size of a pipe, so the last read misses nothing.
         if self._output_fd is None:
             return
         try:
@@ -246,7 +247,7 @@ class ChildProcess:
 def waits_more_than_it_runs(threads: Iterable[str]) -> bool:
     """Compare the times that threads had a processor and waited for one.
 
-    :param threads: each one's ``schedstat``, which begins with both, see the kernel's sched-stats.rst.
+    :param threads: each one's ``schedstat``, which begins with both times; see the kernel's sched-stats.rst.
     """
     times = [[int(word) for word in thread.split()] for thread in threads]
     return sum(waited for _ran, waited, *_ in times) > sum(ran for ran, *_ in times)
@@ -254,7 +255,7 @@ def waits_more_than_it_runs(threads: Iterable[str]) -> bool:
 
 @contextlib.contextmanager
 def _no_huge_pages() -> Iterator[None]:
-    """Have what is started for the length of a block do without huge pages: programs inherit it."""
+    """Deny huge pages to the programs that are started within a block: they inherit the setting."""
     _libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
     try:
         yield

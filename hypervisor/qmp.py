@@ -29,7 +29,7 @@ _COMMAND_TIMEOUT_S = 10.0
 _DRIVER_OK = "VIRTIO_CONFIG_S_DRIVER_OK"
 
 _BROKEN_STATES = frozenset({"internal-error", "io-error"})
-"""Values of QEMU's ``RunState`` in which the guest will never run again by itself."""
+"""Values of QEMU's ``RunState`` in which the guest never runs again without a command."""
 
 # The library reports a connection that ends as an error; for this program that is the ordinary end of a
 # virtual machine, and every failure that matters is raised to the caller anyway.
@@ -80,7 +80,7 @@ class Event:
     """Something QEMU reported.
 
     :param name: for example ``DEVICE_DELETED``.
-    :param data: what came with it.
+    :param data: its data.
     """
 
     name: str
@@ -205,7 +205,7 @@ class QmpSession:
 
         A failure inside KVM ends no process: QEMU stops the virtual CPUs and waits for an operator.
 
-        :returns: the run state that says so.
+        :returns: that run state.
         """
         while True:
             await self._lifecycle.stopped.wait()

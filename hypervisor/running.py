@@ -1,4 +1,4 @@
-"""A QEMU virtual machine that runs: its parts, what they can do, and why they end."""
+"""A running QEMU virtual machine: its parts, their abilities, and the reason of their end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _CONSOLE_LINES = 50
 
 
 class RunningVm:
-    """What exists of a virtual machine only while it runs.
+    """The parts of a virtual machine that exist only while it runs.
 
     :param spec: the virtual machine.
     :param host: its side of the host, complete.
@@ -73,7 +73,7 @@ class RunningVm:
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def settle(self) -> None:
-        """Return once QEMU's end, which is near, has been reported and the tasks here have ended."""
+        """Wait until QEMU's imminent end has been reported and the tasks here have ended."""
         await asyncio.wait([self._supervisor])
         await cancel(self._watching)
 

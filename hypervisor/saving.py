@@ -36,7 +36,7 @@ _LEFT_IN_GUEST = 16 << 20
 """How much memory the guest is asked to keep, in bytes: less than it can, so that it gives all it can."""
 
 _BALLOON_SILENCE_S = 2.5
-"""While the guest gives or takes pages, QEMU says so every second."""
+"""While the guest gives or takes pages, QEMU reports it every second."""
 
 _CONSOLE_LINES = 50
 _CHUNK = 1 << 20

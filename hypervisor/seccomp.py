@@ -1,7 +1,7 @@
 """The system calls that a confined process is refused, as a program for the kernel (seccomp(2)).
 
-What makes or enters namespaces, mounts, other processes, other kernels' code or other users is refused. What
-is newer than this list is unknown to it, and so to the process: "not implemented".
+Calls are refused that make or enter namespaces, mount, reach other processes, load kernel code or change the
+user. A call that is newer than this list fails as "not implemented".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _REFUSED = {
     "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "pidfd_getfd": 438,
     "pidfd_open": 434, "pidfd_send_signal": 424, "process_madvise": 440, "process_mrelease": 448,
     "move_pages": 279, "migrate_pages": 256,
-    # Parts of the kernel that are large, young, or make it run what it is given.
+    # Parts of the kernel that are large, young, or run code that they are given.
     "bpf": 321, "perf_event_open": 298, "userfaultfd": 323, "io_uring_setup": 425, "io_uring_enter": 426,
     "io_uring_register": 427, "keyctl": 250, "add_key": 248, "request_key": 249, "memfd_secret": 447,
     "init_module": 175, "finit_module": 313, "delete_module": 176, "kexec_load": 246, "kexec_file_load": 320,
@@ -104,7 +104,7 @@ def confining(*, changes_identity: bool) -> Filter:
     ]
     for number in sorted(refused_calls(changes_identity=changes_identity).values()):
         program += _instructions((_EQUAL, 0, 1, number), (_RETURN, 0, 0, refuse))
-    # Its flags lie in memory, which a filter cannot read; programs then use clone(2).
+    # Its flags lie in memory that a filter cannot read; programs then use clone(2).
     program += _instructions((_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, absent))
     for number in (_SOCKET, _SOCKETPAIR):
         program += _if_call(number, (_EQUAL, 1, 0, _AF_UNIX), (_RETURN, 0, 0, refuse))
@@ -116,7 +116,7 @@ def confining(*, changes_identity: bool) -> Filter:
 
 
 def _if_call(number: int, *steps: tuple[int, int, int, int]) -> list[bytes]:
-    """Look at a call's first argument; what is not refused is allowed."""
+    """Check a call's first argument; values that are not refused are allowed."""
     body = _instructions((_LOAD, 0, 0, _FIRST_ARGUMENT), *steps, (_RETURN, 0, 0, _ALLOW))
     return [*_instructions((_EQUAL, 0, len(body), number)), *body]
 

@@ -1,7 +1,7 @@
-"""Taking the host's files away from a QEMU that has started: it needs none of them any more.
+"""Take the host's files away from a started QEMU, which no longer needs them.
 
 Tasks report QEMU's pid, and clients look for a container's files below ``/proc/PID/root``, as ``nerdctl cp``
-does. There must be nothing to find and nothing to overwrite; not for a guest either that has taken QEMU over.
+does. They must find nothing to read or overwrite; the same holds for a guest that has taken over QEMU.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def entering(spec: VmSpec) -> list[str]:
-    """Begin the command line of a QEMU that is not confined: its mounts, which can be emptied; its network.
+    """Begin the command line of an unconfined QEMU: its own mounts, which can be emptied, and its network.
 
-    :param spec: its machine. The devices of one with root ports are opened when they are plugged.
+    :param spec: its machine. If it has root ports, QEMU opens devices when they are plugged.
     """
     network = spec.network_namespace
     return [
@@ -51,9 +51,9 @@ def entering(spec: VmSpec) -> list[str]:
 
 
 async def seclude(pid: int, spec: VmSpec) -> None:
-    """Give a process a root with nothing but ``/dev/null``, and that nobody can write to.
+    """Give a process a read-only root that holds only ``/dev/null``.
 
-    What the process has open stays open. If the host cannot do that, a warning says so.
+    Open files stay open. If the host cannot do that, a warning is logged.
 
     :param pid: the process; its mounts are its own.
     :param spec: its machine.
@@ -63,19 +63,19 @@ async def seclude(pid: int, spec: VmSpec) -> None:
 
 
 async def show_share_only(pid: int) -> None:
-    """Make a confined virtio-fs daemon's share its root. What the process has open stays open.
+    """Make a confined virtio-fs daemon's share its root. Open files stay open.
 
-    :param pid: the process, which has told by now that it serves.
+    :param pid: the process, which serves already.
     """
     await _inside(pid, _make_share_root)
 
 
 async def give_devices(pid: int, spec: VmSpec, nodes: Iterable[Path]) -> None:
-    """Show a confined QEMU device nodes of the host, as its own. One that is not confined sees them anyway.
+    """Give a confined QEMU its own device nodes of the host. An unconfined QEMU sees the host's.
 
     :param pid: QEMU.
     :param spec: its machine, which has root ports.
-    :param nodes: their paths; those that it has already stay.
+    :param nodes: their paths; nodes that it has already stay.
     :raises OSError: if one is not there.
     """
     if spec.jail is not None:
@@ -93,12 +93,12 @@ def _make_nodes(found: list[tuple[Path, os.stat_result]], owner: Identity) -> No
 
 
 async def _inside(pid: int, change: Callable[[], None]) -> None:
-    # A thread of its own, for it cannot come back from where it goes.
+    # In its own thread, because a thread cannot come back from there.
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seclusion")
     try:
         await asyncio.get_running_loop().run_in_executor(thread, _in_mounts_of, pid, change)
     except OSError as error:
-        log.warning("start vm: process %d still sees files that it needs no more: %s", pid, error)
+        log.warning("start vm: process %d still sees files that it no longer needs: %s", pid, error)
     finally:
         thread.shutdown(wait=False)
 
@@ -123,13 +123,13 @@ def _replace_root(place: Path) -> None:
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
     _call("mount", b"none", os.fsencode(place), b"tmpfs", flags, b"mode=755")
     os.chdir(place)
-    # Opened when the first disk is plugged, to learn which locks the kernel has.
+    # QEMU opens it with the first disk, to learn which locks the kernel has.
     null = Path("dev/null")
     null.parent.mkdir()
     null.touch()
     _call("mount", b"/dev/null", b"dev/null", b"none", _MS_BIND, b"")
     _call("mount", b"none", b".", b"tmpfs", flags | _MS_REMOUNT | _MS_RDONLY, b"mode=755")
-    # The new root comes to lie below the old one, which is then taken off: see pivot_root(2), NOTES.
+    # The old root is stacked on the new one and then unmounted: see pivot_root(2), NOTES.
     _call("pivot_root", b".", b".")
     _call("umount2", b".", _MNT_DETACH)
 

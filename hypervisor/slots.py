@@ -34,8 +34,8 @@ class Slots:
 
     :param buses: the QEMU ids of the buses that devices are plugged into, the one to fill first in front.
     :param numbers: the slots of each bus.
-    :param kind: what they are called in an error.
-    :param remedy: what to do if there are no more.
+    :param kind: their name in an error.
+    :param remedy: what to do if none is free.
     """
 
     def __init__(self, buses: Sequence[str], *, numbers: range, kind: str, remedy: str) -> None:

@@ -64,7 +64,7 @@ class TemplateDescription:
     virtiofsd_dialect: str
 
     def dialect_of(self, virtiofsd: Path) -> Dialect | None:
-        """Return the dialect of a virtio-fs daemon if it is the one that the template was made with.
+        """Return the dialect of a virtio-fs daemon if the template was made with that daemon.
 
         :param virtiofsd: the program.
         :returns: ``None`` if it must be asked.
@@ -115,7 +115,7 @@ def bare_machine(spec: VmSpec) -> VmSpec:
 
     :param spec: the virtual machine.
     """
-    # The agent then loads what clones will need, and frees what they will not.
+    # The agent then loads what clones need, and frees the rest.
     return dataclasses.replace(spec, kernel_parameters=(TEMPLATE_PARAMETER, *spec.kernel_parameters))
 
 
@@ -135,7 +135,7 @@ def read_description(directory: Path) -> TemplateDescription:
     """Read a template's description.
 
     :param directory: the template's.
-    :raises TemplateError: if it is missing or not what this program writes.
+    :raises TemplateError: if it is missing, or this program did not write it.
     """
     path = directory / DESCRIPTION
     try:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hypervisor.qmp import EventStream, QmpSession
 
 _ANSWER_S = 20.0
-"""How long the guest may take for one virtual CPU. Under emulation, all others stop meanwhile."""
+"""How long the guest may take for one virtual CPU. Under emulation, all others stop during that time."""
 
 _SAFE_MAJOR = 10
 """The first QEMU that was seen to live on after a virtual CPU was taken away under emulation."""
@@ -48,7 +48,7 @@ class Vcpus:
 
         :param count: how many are wanted.
         :returns: how many there are then, by QEMU's own count: more than wanted if none can be taken away.
-        :raises ResizeError: if there cannot be so many or so few, or QEMU refuses.
+        :raises ResizeError: if the machine cannot have this number, or QEMU refuses.
         :raises ResizeRefusedError: if the guest refuses or does not answer.
         """
         if not self._boot <= count <= self._most:
@@ -98,7 +98,7 @@ class Vcpus:
         """Accept only QEMU's threads: a QEMU that its guest has taken over could name any of the host's."""
         if isinstance(tid, int):
             for task in Path(f"/proc/{self._pid}/task").iterdir():
-                # Its numbers in each pid namespace from this process' to its own, which is what QEMU tells.
+                # Its numbers in each pid namespace, from this process' to its own; QEMU reports the last.
                 if numbers(task.joinpath("status").read_text(encoding="ascii"))[-1:] == [tid]:
                     return int(task.name)
         raise QmpError(f"thread {tid!r} is not one of QEMU's")

@@ -31,7 +31,7 @@ busy; others take a second or less."""
 def pinning_timeout_s(memory_bytes: int) -> float:
     """Return how long QEMU may be busy with memory that devices of the host will reach, in seconds.
 
-    The kernel pins all of it at once, and QEMU answers no command meanwhile.
+    The kernel pins all of it at once, and QEMU answers no command until that is done.
 
     :param memory_bytes: how much memory.
     """

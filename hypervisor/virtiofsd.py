@@ -36,11 +36,11 @@ _HELP_TIMEOUT_S = 5.0
 
 _FILE_LIMIT = re.compile(r"^Max open files +(\d+) ", re.MULTILINE)
 _WANTED_FILES = 1_000_000
-"""How many files both daemons would like to be able to have open."""
+"""How many open files both daemons ask for."""
 
 _TRUSTED = ":map:trusted.:user.virtiofs.:"
-"""Trusted attributes have another name on the host: the daemon may not set them, and an overlay
-that a container mounts with its upper directory on a volume needs them."""
+"""Trusted attributes have another name on the host, because the daemon may not set them. An overlay
+needs them if its upper directory is on a volume."""
 
 _TIMEOUT_S = 0.1
 """How long the guest takes names and attributes for what they were; the daemons' own value is 1 s.
@@ -52,21 +52,21 @@ With 0, Python starts with 9,100 requests instead of 1,600. The Rust daemon has 
 
 
 class Dialect(enum.Enum):
-    """Which of the two programs called virtiofsd this is."""
+    """The two programs that are called virtiofsd."""
 
     C = "c"
-    """The one that came with QEMU until 7.2."""
+    """The program in C, which came with QEMU until 7.2."""
     RUST = "rust"
-    """The one that replaced it."""
+    """The program in Rust, which replaced it."""
 
 
 def dialect_of(help_text: str) -> Dialect | None:
-    """Tell the dialect from the option that each program names its shared directory by.
+    """Recognize the dialect by the option that names the shared directory.
 
-    :param help_text: what the program prints for ``--help``.
+    :param help_text: the program's output for ``--help``.
     :returns: the dialect, or ``None`` for a program of neither kind.
     """
-    # The Rust program's help may mention the old spelling too, as a compatibility option.
+    # The Rust program's help may also mention the old spelling, as a compatibility option.
     if "--shared-dir" in help_text:
         return Dialect.RUST
     if "-o source=" in help_text:
@@ -78,7 +78,7 @@ async def detect_dialect(virtiofsd: Path) -> Dialect:
     """Ask a program which dialect it speaks.
 
     :param virtiofsd: the program.
-    :raises VmStartError: if it cannot be run, or is no virtio-fs daemon.
+    :raises VmStartError: if it cannot be run, or is not a virtio-fs daemon.
     """
     process = ChildProcess.spawn(f"{virtiofsd} --help", [str(virtiofsd), "--help"])
     try:
@@ -107,14 +107,14 @@ def daemon_argv(
     :param dialect: the language it speaks.
     :param fd: the listening socket it inherits.
     :param source: the directory it serves, as it sees it.
-    :param is_confined: whether it was started in namespaces of its own.
+    :param is_confined: whether it was started in its own namespaces.
     """
-    # Announced submounts: each file system mounted below the directory keeps its own inode numbers.
+    # Announced submounts: each file system below the directory keeps its own inode numbers.
     # Extended attributes: without them a program's file capabilities are lost. With access control lists, the
     # file system of the host also decides about the umask and the default lists of directories.
     # Set-id bits that a write must clear are cleared by the daemon, in the same request.
-    # The namespace sandbox: the daemon sees nothing of the host but the directory. One that is confined needs
-    # it no more, and has not the right to make it; the Rust one takes no other for any but root.
+    # The namespace sandbox: the daemon sees nothing of the host but the directory. A confined daemon does not
+    # need it and may not make it; the Rust daemon then accepts only "none" from a user other than root.
     match dialect:
         case Dialect.C:
             options = (
@@ -167,10 +167,10 @@ def start(spec: VmSpec, dialect: Dialect, *, listener: socket.socket, host: Host
 def file_limit(pids: Iterable[int]) -> int:
     """Tell how many files a daemon may have open.
 
-    :param pids: its processes. It raises the limit itself, as far as the host lets it.
+    :param pids: its processes. The daemon raises the limit itself, as far as the host allows.
     :raises ProcessLookupError: if it has ended.
     """
-    # prlimit(2) of another user's process takes a capability that a host may have kept back.
+    # prlimit(2) for another user's process needs a capability that the host may not grant.
     found = [_FILE_LIMIT.search(_limits(pid)) for pid in pids]
     return min((int(limit[1]) for limit in found if limit is not None), default=_WANTED_FILES)
 
@@ -183,7 +183,7 @@ def _limits(pid: int) -> str:
 
 
 async def settle(daemon: ChildProcess, spec: VmSpec, host: HostSide) -> None:
-    """Do what is left to do once the daemon serves.
+    """Finish the set-up once the daemon serves.
 
     :param daemon: its process.
     :param spec: the virtual machine whose share it serves.
@@ -191,17 +191,17 @@ async def settle(daemon: ChildProcess, spec: VmSpec, host: HostSide) -> None:
     :raises OSError: if one could not be recorded.
     """
     if spec.jail is None:
-        host.adopt_workers()  # its own sandbox has the child that serves
+        host.adopt_workers()  # in its own sandbox, a child serves
     else:
         await show_share_only(daemon.pid)
 
 
 def connected_pair(directory: Path) -> tuple[socket.socket, socket.socket]:
-    """Make a listening socket with one connection already waiting in it, and no name left behind.
+    """Make a listening socket without a name, in which one connection already waits.
 
-    QEMU and the daemon inherit an end each: neither has to find, wait for or trust a path.
+    QEMU and the daemon inherit one end each, so neither has to find, await or trust a path.
 
-    :param directory: a private directory for the moment in which the socket has a name.
+    :param directory: a private directory, in which the socket briefly has a name.
     :returns: the listening socket for the daemon, and the connected one for QEMU.
     :raises OSError: if the directory cannot be written to.
     """
@@ -227,9 +227,9 @@ def connected_pair(directory: Path) -> tuple[socket.socket, socket.socket]:
 
 
 async def plug(connection: socket.socket, *, session: QmpSession, devices: Devices) -> None:
-    """Add the share to a machine that was started without.
+    """Add the share to a machine that was started without one.
 
-    :param connection: a socket connected to the daemon; it stays the caller's to close.
+    :param connection: a socket connected to the daemon; the caller closes it.
     :param session: the control connection.
     :param devices: where it is plugged.
     :raises HotplugError: if it cannot be added.
@@ -255,7 +255,7 @@ def describe(fd_name: str) -> Description:
 def check_propagation(source: Path) -> None:
     """Refuse a directory whose later mounts the daemon would not see.
 
-    The daemon serves from a mount namespace of its own. A mount made afterwards reaches it only if the
+    The daemon serves from its own mount namespace. A mount made afterwards reaches it only if the
     directory lies on a mount with shared propagation; otherwise the guest would see empty directories.
 
     :param source: the directory to serve.
@@ -265,7 +265,7 @@ def check_propagation(source: Path) -> None:
         source_id = _mount_id(source)
     except OSError as error:
         raise VmStartError(
-            f"start vm: {source}: {error.strerror}; it is to be shared with the guest"
+            f"start vm: {source}: {error.strerror}; make the directory, which is shared with the guest"
         ) from error
     if not _is_shared(source_id, Path("/proc/self/mountinfo").read_text().splitlines()):
         raise VmStartError(

@@ -1,4 +1,4 @@
-"""The three ways to the guest agent. Each is opened before QEMU starts and dialled once the guest is up."""
+"""The three ways to the guest agent. Each is opened before QEMU starts, and dialled once the guest is up."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ if TYPE_CHECKING:
 VHOST_VSOCK = Path("/dev/vhost-vsock")
 
 DEVICE = "vsock"
-"""What QEMU calls the device, and the connection to its daemon."""
+"""QEMU's names for the device and for the connection to its daemon."""
 
 DAEMON_NAME = "vhost-device-vsock"
 _OWN_DIRECTORY = "vsock"
-"""Below the sandbox's: the one in which a confined daemon can make its sockets."""
+"""Below the sandbox's directory: here, a confined daemon can make its sockets."""
 
 _DAEMON_REDIAL_S = 0.002
 _DAEMON_REPLY_TIMEOUT_S = 2.0
-"""A request that comes while the guest's driver starts can get lost, and the daemon never says so."""
+"""A request that arrives while the guest's driver starts can get lost without an error."""
 _DAEMON_BUFFER_BYTES = 256 * 1024
-"""How much of a connection may be on its way from the guest: four of its largest packets. The daemon's own
-choice is one, after which the guest waits each time."""
+"""How many bytes of a connection may be on their way from the guest: four of its largest packets.
+By default the daemon takes one, and the guest waits after each."""
 _DAEMON_GUEST_CID = 3
-"""Any number does: each daemon serves one guest and is reached by its own socket."""
+"""Any number will do: each daemon serves one guest and has its own socket."""
 
 # linux/vhost.h: _IOW(VHOST_VIRTIO, 0x60, __u64)
 _VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
 _CID_FIRST = 3
 """0 to 2 are the hypervisor, the loopback and the host."""
 _CID_END = 0xFFFFFFFF
-"""The wildcard, which no guest can have."""
+"""The wildcard; a guest cannot have it."""
 _CID_ATTEMPTS = 64
 
 
@@ -73,24 +73,24 @@ class Spawn(Protocol):
 
 
 class NotListeningError(Exception):
-    """Nobody in the guest answers at the port yet; dialling again may succeed."""
+    """The guest does not listen at the port yet; dialling again may succeed."""
 
 
 class GuestChannel(abc.ABC):
     """A way to the guest agent."""
 
     needs_driver: ClassVar[str] = ""
-    """Id of the device that must not be dialled before the guest's driver runs; empty if it may be."""
+    """Id of a device that must not be dialled before the guest's driver runs; empty if there is none."""
 
     def is_handed_over(self) -> bool:
-        """Tell whether who serves the device knows all that QEMU has said of it."""
+        """Tell whether the server of the device has read all messages from QEMU."""
         return True
 
     @abc.abstractmethod
     async def open(self, handover: ExitStack) -> ChannelDevice:
-        """Make the host's side ready, before QEMU is started.
+        """Prepare the host's side before QEMU starts.
 
-        :param handover: closes what only QEMU needs, once QEMU has inherited it.
+        :param handover: closes descriptors that only QEMU needs, once QEMU has inherited them.
         :returns: the device for QEMU's command line.
         :raises VmStartError: if the host's side cannot be made.
         """
@@ -119,7 +119,7 @@ class KernelVsockChannel(GuestChannel):
     async def open(self, handover: ExitStack) -> KernelVsock:
         """Claim a context id.
 
-        The claim is held by the descriptor that QEMU inherits, so two sandboxes can never pick the same.
+        The descriptor that QEMU inherits holds the claim, so two sandboxes never have the same id.
 
         :param handover: closes this process's copy of the descriptor.
         :raises VmStartError: if the device is missing or no id is free.
@@ -167,11 +167,11 @@ class UserVsockChannel(GuestChannel):
     :param daemon: the ``vhost-device-vsock`` program.
     :param directory: where its sockets go.
     :param spawn: starts it.
-    :param confinement: what it may have and do.
+    :param confinement: its rights.
     """
 
-    # A connection that comes while QEMU still hands over the queues ends the daemon's worker for good:
-    # the daemon stays, answers CONNECT, and no byte ever moves (seen with vhost-device-vsock 0.3.0).
+    # A connection that arrives while QEMU hands over the queues ends the daemon's worker. The daemon stays
+    # and answers CONNECT, but moves no data any more (seen with vhost-device-vsock 0.3.0).
     needs_driver = DEVICE
 
     def __init__(
@@ -182,7 +182,7 @@ class UserVsockChannel(GuestChannel):
         self._confinement = confinement
         if confinement is not None:
             directory /= _OWN_DIRECTORY
-            directory.mkdir(mode=0o700, exist_ok=True)  # there, if a clone could not be made
+            directory.mkdir(mode=0o700, exist_ok=True)  # left over if a clone could not be made
             os.chown(directory, confinement.identity.uid, confinement.identity.gid)
         self._device: socket.socket | None = None
         # Both sides name the sockets through this descriptor: a unix socket's address has 108 bytes at most.
@@ -204,14 +204,14 @@ class UserVsockChannel(GuestChannel):
             inherit=[self._directory_fd],
             confinement=self._confinement,
         )
-        # Kept: it is the one that QEMU gets, and tells what the daemon has not read yet.
+        # Kept, because QEMU gets it, and it tells how much the daemon has not read yet.
         self._device = stream = socket.socket(socket.AF_UNIX)
         while True:
             try:
                 stream.connect(device)
             except (FileNotFoundError, ConnectionRefusedError):
-                # The daemon makes its own socket and gives no sign of readiness; bind and listen are two
-                # steps, so even a watch on the directory would have to dial again.
+                # The daemon makes its own socket and does not report that it is ready. Bind and listen are
+                # two steps, so even a watch on the directory would have to dial again.
                 await asyncio.wait([process.exited], timeout=_DAEMON_REDIAL_S)
             else:
                 return UserVsock(fd=stream.fileno())
@@ -221,7 +221,7 @@ class UserVsockChannel(GuestChannel):
     @override
     def is_handed_over(self) -> bool:
         """Tell whether the daemon has read all messages about its queues that QEMU has written."""
-        if self._device is None:  # the guest has answered before
+        if self._device is None:  # the guest has answered already
             return True
         unread = bytearray(4)
         fcntl.ioctl(self._device, termios.TIOCOUTQ, unread)
@@ -232,7 +232,7 @@ class UserVsockChannel(GuestChannel):
         """Try once to connect, in the protocol that Firecracker introduced for vsock over a unix socket.
 
         :param port: the guest's port.
-        :raises NotListeningError: if the daemon hangs up, which it does when the guest refuses.
+        :raises NotListeningError: if the daemon hangs up because the guest refuses.
         """
         loop = asyncio.get_running_loop()
         stream = socket.socket(socket.AF_UNIX)
@@ -263,7 +263,7 @@ class UserVsockChannel(GuestChannel):
         return stream
 
     def _let_go_of_device(self) -> None:
-        """Leave the connection to QEMU alone, so that the daemon sees QEMU's end."""
+        """Leave the connection to QEMU, so that the daemon sees QEMU's end."""
         if self._device is not None:
             self._device.close()
             self._device = None
@@ -321,7 +321,7 @@ class SerialChannel(GuestChannel):
 
 
 def make_channel(spec: VmSpec, *, spawn: Spawn) -> GuestChannel:
-    """Make the channel that a virtual machine asks for.
+    """Make the channel of a virtual machine.
 
     :param spec: the virtual machine.
     :param spawn: starts a daemon if the channel needs one.
@@ -342,9 +342,9 @@ def make_channel(spec: VmSpec, *, spawn: Spawn) -> GuestChannel:
 
 
 async def plug(device: ChannelDevice, *, session: QmpSession, devices: Devices) -> None:
-    """Add the agent's channel to a machine that was started without.
+    """Add the agent's channel to a machine that was started without one.
 
-    :param device: what the channel's ``open`` returned.
+    :param device: the result of the channel's ``open``.
     :param session: the control connection.
     :param devices: where it is plugged.
     :raises HotplugError: if it cannot be added.
@@ -356,9 +356,9 @@ async def plug(device: ChannelDevice, *, session: QmpSession, devices: Devices) 
 def describe(device: ChannelDevice, fd_name: str) -> Description:
     """Describe a vsock device.
 
-    :param device: what the channel's ``open`` returned.
+    :param device: the result of the channel's ``open``.
     :param fd_name: the name under which QEMU holds its descriptor.
-    :raises ValueError: for a virtio-serial port, which is not plugged: a defect of the caller.
+    :raises ValueError: for a virtio-serial port, which cannot be plugged: a defect of the caller.
     """
     match device:
         case KernelVsock(cid=cid):
@@ -378,7 +378,7 @@ def describe(device: ChannelDevice, fd_name: str) -> Description:
                 undo=[Command("chardev-remove", {"id": DEVICE})],
             )
         case SerialPort():
-            raise ValueError("a virtio-serial port is there from the start")
+            raise ValueError("a virtio-serial port is part of the machine from the start")
 
 
 def channel_problem(channel: Channel, *, vsock_daemon: Path | None) -> str | None:

@@ -41,7 +41,7 @@ ALL = (
     f"{_HYPERVISOR}/test_vm_death.py::test_qemu_asked_to_terminate",
     f"{_HYPERVISOR}/test_vm_death.py::test_the_virtio_fs_worker_killed_ends_the_machine_and_names_the_daemon",
     f"{_HYPERVISOR}/test_vm_death.py::test_a_guest_without_init_panics_with_its_line",
-    f"{_HOTPLUG}::test_a_disk_is_what_it_was_plugged_as[distribution]",
+    f"{_HOTPLUG}::test_a_disk_has_the_bytes_and_the_mode_it_was_plugged_with[distribution]",
     f"{_HOTPLUG}::test_an_interface_comes_and_goes[distribution-5]",
     f"{_HOTPLUG}::test_a_root_port_takes_a_device_and_then_another[distribution]",
     f"{_HYPERVISOR}/test_sizing.py::test_processors_are_added_and_taken_away_as_the_guest_sees_it[distribution]",

@@ -60,7 +60,7 @@ def prefix_length(text: str, packed: bytes) -> int:
     :param text: a decimal number.
     :param packed: the address that it belongs to.
     :returns: the length in bits.
-    :raises InvalidArgument: if it is no number, or longer than the address.
+    :raises InvalidArgument: if it is not a number, or is longer than the address.
     """
     longest = len(packed) * 8
     if not (text.isascii() and text.isdecimal()) or int(text) > longest:

@@ -1,7 +1,7 @@
 """Parts of the share that containers are given: each mounted once, for all that ask for it.
 
 The kernel makes a file system of each directory in the share when it is first walked into, and another in
-each mount namespace that does so. So it is walked into here, before a container has a namespace of its own.
+each mount namespace that does so. So it is walked here, before a container has its own namespace.
 What is mounted in another part afterwards appears in every container that was given that part to follow.
 """
 
@@ -39,7 +39,7 @@ def add(source: str, target: str, options: Iterable[str]) -> Callable[[], None]:
 
     :param source: its path in the share.
     :param target: a new name among the volumes, or a path in one that is mounted already.
-    :param options: flags; and ``shared``, if its bind mounts are to show what is mounted in it later.
+    :param options: flags; and ``shared``, if its bind mounts show later mounts in it.
     :returns: what unmounts it.
     :raises AgentError: if there is a link in a path.
     :raises OSError: if there is no such file, or the kernel refuses.
@@ -67,7 +67,7 @@ def add(source: str, target: str, options: Iterable[str]) -> Callable[[], None]:
 
 
 def _mount(source: str, target: str, options: set[str]) -> int:
-    """Mount it and return it, open: its path may lead elsewhere when it is to be unmounted."""
+    """Mount it and return an open descriptor: its path may lead elsewhere by the time it is unmounted."""
     origin = _open(SHARE, source)
     try:
         tree = kernel.clone_mount(origin)
@@ -97,7 +97,7 @@ def _unmount(tree: int) -> None:
     try:
         kernel.unmount(f"/proc/self/fd/{tree}", flags=kernel.MNT_DETACH)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # it has gone with what it was mounted in
+        if error.errno != errno.EINVAL:  # it went with the file system below it
             raise
 
 

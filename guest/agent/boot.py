@@ -1,4 +1,4 @@
-"""What process 1 does before it serves: root, mounts, modules, console, loopback."""
+"""The first steps of process 1, before it serves: root, mounts, modules, console, loopback."""
 
 from __future__ import annotations
 

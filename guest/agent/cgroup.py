@@ -74,7 +74,7 @@ def remove(path: str) -> None:
 
 
 def freeze(path: str, *, frozen: bool) -> None:
-    """Freeze or thaw a cgroup and wait until the kernel says so.
+    """Freeze or thaw a cgroup, and wait until the kernel has done so.
 
     :param path: the cgroup.
     :param frozen: the state wanted.
@@ -159,7 +159,7 @@ def _number(file: str) -> int:
 
 
 def stats(path: str, codec: Codec) -> Message:
-    """Count what a container uses.
+    """Count the resources that a container uses.
 
     :param path: its cgroup.
     :param codec: makes the messages.

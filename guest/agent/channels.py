@@ -1,7 +1,7 @@
 """The pairs of queues of network cards: as many are used as there are processors to serve them.
 
-A card has as many as the machine can have processors, of which its driver uses those that there was a
-processor for when it found the card. Interface: include/uapi/linux/ethtool.h.
+A card has a pair for each processor that the machine can have. Its driver uses as many pairs as there were
+processors when it found the card. Interface: include/uapi/linux/ethtool.h.
 """
 
 from __future__ import annotations

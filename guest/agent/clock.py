@@ -1,6 +1,6 @@
 """The machine's clock: its time, its difference from the host's, and its correction.
 
-Where the host's kernel offers its own clock to the machine (ptp_kvm, under KVM), the difference is read
+If the host's kernel offers its own clock to the machine (ptp_kvm, under KVM), the agent reads the difference
 there. Elsewhere the host finds it out by asking for the time. It tells by how much the clock is to be moved.
 """
 

@@ -218,7 +218,7 @@ class Container:
         return self._cgroup
 
     def remove(self, timeout_s: int) -> None:
-        """Kill the processes left and undo everything but the storages and the bundle, which may hold them.
+        """Kill the remaining processes, and undo everything but the bundle and the storages in it.
 
         :param timeout_s: how long the processes may take to die; 0 for the default.
         :raises AgentError: if they do not, or crun cannot delete the container.

@@ -1,4 +1,4 @@
-"""What the host asks about containers, as methods of the protocol."""
+"""The protocol's methods about containers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ContainerMethods:
 
     def _update(self, request: Message, _call: Call) -> Message:
         container = self._sandbox.container(request.container_id, InvalidArgument)
-        if request.resources is not None:  # as Kata's agent has it: nothing is to be changed
+        if request.resources is not None:  # like Kata's agent: nothing to change
             container.update(request.resources)
         return self._empty
 

@@ -52,7 +52,8 @@ def find(devices: Iterable[Message]) -> tuple[dict[str, Number], list[dict[str, 
 def add(linux: dict[str, Any], nodes: list[dict[str, Any]]) -> None:
     """Give a container nodes that the host does not know, and access to them.
 
-    :param linux: the ``linux`` object of a specification, which is changed; what it names itself has its way.
+    :param linux: the ``linux`` object of a specification, which is changed; devices that it names keep their
+        settings.
     :param nodes: as :func:`find` returns them.
     """
     named = {device["path"] for device in linux.get("devices", [])}

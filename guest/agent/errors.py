@@ -6,7 +6,7 @@ from __future__ import annotations
 
 
 def cause(error: OSError) -> str:
-    """Say what the system refused, without the number that Python puts before it.
+    """Describe a system error, without the number that Python puts before it.
 
     :param error: the refusal.
     """
@@ -57,6 +57,6 @@ class Unavailable(AgentError):
 
 
 class Cancelled(AgentError):
-    """The caller's connection is gone; nobody reads the answer (CANCELLED)."""
+    """The caller's connection is gone, so the answer has no reader (CANCELLED)."""
 
     code = 1

@@ -1,4 +1,4 @@
-"""Long streams: a standard stream leaves the requests for a vsock connection of its own.
+"""Long streams: a standard stream moves from requests to its own vsock connection.
 
 The host begins a connection with a frame that names the stream, and the agent accepts it with an empty one.
 The bytes between travel in frames, an empty frame is the end, and the reader of the end closes first. So the
@@ -124,7 +124,7 @@ def _carry_output(fd: int, output: ProcessOutput, process: Process, *, ended: Ca
 
 
 def _carry_input(fd: int, process: Process) -> None:
-    call = Call(process.end.fd, 0)  # nothing is worth waiting for once the process has ended
+    call = Call(process.end.fd, 0)  # stop waiting once the process has ended
     buffer = memoryview(bytearray(_BUFFER_BYTES))
     try:
         while left := _read_word(fd):

@@ -47,7 +47,7 @@ def reserve(user: str, limits: dict[int, int]) -> None:
 
 
 def release(user: str) -> None:
-    """Give back a user's pages; a user without any is no error.
+    """Give back a user's pages, if the user has any.
 
     :param user: as for :func:`reserve`.
     """

@@ -1,6 +1,6 @@
 """System calls that Python's library lacks, through the part of ctypes that is written in C.
 
-The part in Python defines all types when it is imported, which takes a twentieth of the agent's start.
+The Python part defines all types on import, which takes a twentieth of the agent's start.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ _actions_init, _actions_dup2, _actions_destroy = (
 
 
 def spawn(path: str, argv: list[str], environment: Mapping[str, str], stdio: Iterable[int]) -> int:
-    """Start a program in a session of its own that ignores and blocks no signal, see posix_spawn(3).
+    """Start a program in its own session, with no signal ignored or blocked; see posix_spawn(3).
 
     ``os.posix_spawn`` cannot name signals 32 and 33, and the C library has the program ignore these unless
     they are named.

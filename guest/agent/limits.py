@@ -49,7 +49,7 @@ def derived(memory: int) -> dict[str, tuple[int, ...]]:
     """Compute the limits that the kernel would have chosen.
 
     :param memory: in bytes.
-    :returns: value by name below ``/proc/sys``; 0 in it is no wish.
+    :returns: value by name below ``/proc/sys``; 0 asks for nothing.
     """
     threads = memory // (8 * _STACK)
     # One for 128 KiB; a hash table has a power of two, and TCP no more of them than half a million.
@@ -84,7 +84,7 @@ def tracked_connections(memory: int) -> int:
 
 
 def prepare() -> None:
-    """Raise what every host has raised, and note what the kernel has chosen, before anybody changes it."""
+    """Raise the limits that every host has raised, and note the kernel's choices before they change."""
     for name, most in _OF_ANY_HOST.items():
         _write(f"{_ROOT}/{name}", most)
     for name in derived(0):
@@ -94,7 +94,7 @@ def prepare() -> None:
 
 
 def follow() -> None:
-    """Give every limit the value that suits the memory there is; what the kernel refuses is logged."""
+    """Fit every limit to the present memory; refusals of the kernel are logged."""
     memory = os.sysconf("SC_PHYS_PAGES") * _PAGE
     with _lock:
         for name, wanted in derived(memory).items():
@@ -103,7 +103,7 @@ def follow() -> None:
 
 
 def accept(annotations: dict[str, str]) -> None:
-    """Raise what the host has raised.
+    """Raise the limits that the host has raised.
 
     :param annotations: of a container; a host that knows this agent sends its limits among them.
     """

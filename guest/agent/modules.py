@@ -1,7 +1,7 @@
 """Kernel modules: those that boot needs, in order, and others when something asks for them.
 
-Few are in the image. The others lie on the host, in a directory that it may share: there the kernel finds
-what it asks for by itself, for example when a container makes its first packet filter.
+Few are in the image. The others lie on the host, in a directory that it may share. The kernel finds them
+there when it needs them, for example when a container makes its first packet filter.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def share(directory: str) -> None:
 
 
 def load(wanted: str, *, parameters: str = "") -> bool:
-    """Load one module of the image after those that it depends on; one that is there already is left alone.
+    """Load one module of the image and its dependencies, unless it is loaded already.
 
     :param wanted: its name.
     :param parameters: its settings, as on the kernel's command line.
@@ -81,7 +81,7 @@ def _load_shared(wanted: str, parameters: str) -> bool:
     if not files.exists(tree):
         return False
     for line in files.read(f"{tree}/modules.dep").splitlines():
-        # What has to be there first comes last, see modules.dep(5).
+        # The module that must be loaded first comes last; see modules.dep(5).
         name, *others = line.replace(":", "").split()
         if name == f"{wanted}.ko":
             with _lock:

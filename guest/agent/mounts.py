@@ -70,7 +70,7 @@ class Mounts:
             raise
 
     def release(self, mount_points: list[str]) -> None:
-        """Give storages back; the last user unmounts. A failure is logged, as nobody can do better.
+        """Give storages back; the last user unmounts. A failure is only logged: no caller can do more.
 
         :param mount_points: what :meth:`hold` returned.
         """
@@ -85,7 +85,7 @@ class Mounts:
     def _leave(self, mount_point: str, mount: _Mount) -> None:
         with self._lock:
             mount.users -= 1
-            # A user that came meanwhile waits at the gate and mounts anew.
+            # A user that comes now waits at the gate and mounts it again.
             if not mount.users:
                 del self._mounts[mount_point]
 

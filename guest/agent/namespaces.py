@@ -43,7 +43,7 @@ def share_pid() -> str:
             failures.append(error)
         done.release()
 
-    # On a thread of its own: it makes all later children in that namespace.
+    # In its own thread: the thread makes all later children in that namespace.
     _thread.start_new_thread(make, ())
     done.acquire()
     if failures:

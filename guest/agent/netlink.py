@@ -81,7 +81,7 @@ def message(kind: int, flags: int, body: bytes, *, sequence: int) -> bytes:
 
 
 def messages(datagram: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """Decode what one receive from the kernel gave.
+    """Decode the result of one receive from the kernel.
 
     :param datagram: one or more messages.
     :returns: type, flags, sequence number and body of each.
@@ -103,7 +103,7 @@ def refusal(body: bytes, *, flags: int) -> OSError | None:
 
     :param body: body of a message of type NLMSG_ERROR that repeats no more than the request's header.
     :param flags: flags of that message.
-    :returns: what the kernel says was wrong, or None if nothing was.
+    :returns: the kernel's error, or None if there was none.
     :raises ValueError: if it is too short, or its attributes are malformed.
     """
     if len(body) < _CODE.size:
@@ -173,7 +173,7 @@ class NetlinkChannel:
                 ]
             except ValueError as error:
                 raise _malformed(error) from error
-        raise AgentError(f"netlink: list {kind}: it changed {_DUMP_ATTEMPTS} times meanwhile; ask later")
+        raise AgentError(f"netlink: list {kind}: changed during {_DUMP_ATTEMPTS} attempts; try again later")
 
     def _send(self, kind: int, flags: int, body: bytes) -> None:
         self._sequence += 1

@@ -33,7 +33,7 @@ _LINK_LOCAL = b"\xfe\x80"
 # A caller that names no PCI path asks again on "Link not found", as Kata's runtime does.
 _UNPLACED_TIMEOUT_S = 3.0
 _CARRIER_TIMEOUT_S = 1.0
-# What was to be removed went with its link.
+# It was removed together with its link.
 _GONE = frozenset({errno.ESRCH, errno.ENODEV, errno.EADDRNOTAVAIL})
 _HIGHEST_WEIGHT = 256
 _NOWHERE = frozenset({6, 7, 8, 9})  # blackhole, unreachable, prohibit, throw
@@ -41,7 +41,7 @@ _TYPE_LOOPBACK = "loopback"
 
 
 class GuestNetwork:
-    """What the host has asked for so far.
+    """The host's requests so far.
 
     :param codec: makes the messages of the lists.
     """
@@ -105,7 +105,7 @@ class GuestNetwork:
                 _make(channel, rtnetlink.RTM_NEWLINK, body, what=f"interface: {link.name}, MTU {wanted.mtu}")
             present = [one for one in _addresses(channel) if one.index == link.index]
             for one in asked:
-                one.flags &= ~rtnetlink.IFA_F_NODAD  # nobody else can have them
+                one.flags &= ~rtnetlink.IFA_F_NODAD  # no other link can have them
             # The kernel has some there too, and containers may.
             stale = [one for one in present if (one.index, one.packed, one.prefix) in self._addresses]
             self._set_addresses(channel, link.index, link.name, asked, present=present, stale=stale)
@@ -185,7 +185,7 @@ class GuestNetwork:
         """Enter neighbours whose hardware address the host knows.
 
         :param wanted: types.ARPNeighbor messages.
-        :param complete: remove what was entered before and is not among them.
+        :param complete: remove earlier entries that are not among them.
         :raises InvalidArgument: if one is malformed.
         :raises AgentError: if a device does not exist, or the kernel refuses an entry.
         """
@@ -403,7 +403,7 @@ def _route(message: Message, indexes: dict[str, int]) -> KernelRoute:
     if any(packed and addresses.family_of(packed) != family for packed in (dest, source, senders)):
         raise InvalidArgument(f"route: {message.dest}: it mixes IPv4 and IPv6; send one family")
     if source_prefix != len(source) * 8:
-        raise InvalidArgument(f"route: {message.dest}: source {message.source} is no address; send one")
+        raise InvalidArgument(f"route: {message.dest}: source {message.source} is not an address; send one")
     return KernelRoute(
         family=family,
         dest=dest if prefix else b"",
@@ -458,7 +458,7 @@ def _make(channel: NetlinkChannel, kind: int, body: bytes, *, what: str) -> None
     try:
         channel.change(kind, body, flags=0 if kind == rtnetlink.RTM_NEWLINK else _SET)
     except OSError as error:
-        raise AgentError(f"{what}: {error.strerror}; see what the pod's network has there") from error
+        raise AgentError(f"{what}: {error.strerror}; compare it with the pod's network") from error
 
 
 def _remove(channel: NetlinkChannel, kind: int, body: bytes, *, what: str) -> None:

@@ -1,9 +1,10 @@
 """The protocol's OCI messages as the runtime specification's JSON, for crun.
 
-Left out, because a guest with cgroup v2 and no AppArmor profiles cannot honour them and crun would refuse
-the container for them: kernel and TCP memory, swappiness, the OOM killer switch, realtime CPU time, network
-classes, AppArmor and SELinux labels. Hooks are the host's programs and do not exist here. Sysctls are set by
-the agent (see sysctl): crun knows neither shared namespaces nor those that are the whole machine's.
+A guest with cgroup v2 and no AppArmor profiles cannot honour some fields, and crun would refuse a container
+that has them. So these are left out: kernel and TCP memory, swappiness, the OOM killer switch, realtime CPU
+time, network classes, AppArmor and SELinux labels. Hooks are the host's programs and do not exist here.
+Sysctls are set by the agent (see sysctl): crun knows neither shared namespaces nor those that are the whole
+machine's.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def watch(container_id: str, path: str) -> None:
 
 
 def forget(container_id: str) -> None:
-    """Count no more.
+    """Stop counting.
 
     :param container_id: the container.
     """

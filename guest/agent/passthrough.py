@@ -52,7 +52,7 @@ def nodes(path: str) -> list[dict[str, Any]]:
 
 
 def _complete(path: str) -> str | None:
-    """Find a device's directory in sysfs once its attributes are there: they come after it."""
+    """Find a device's directory in sysfs once it has its attributes, which appear later."""
     directory = uevent.pci_directory(path)
     return directory if directory and files.exists(f"{directory}/modalias") else None
 
@@ -69,7 +69,7 @@ def _comes(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 
 def _settled(directory: str) -> list[dict[str, Any]]:
-    """Wait until no more nodes come: a disk's follow one after the other, and its partitions last."""
+    """Wait until no more nodes appear: a disk's appear one by one, its partitions last."""
     found = list(_below(directory))
     while True:
         time.sleep(_SETTLED_S)

@@ -24,7 +24,7 @@ def give_home(process: dict[str, Any], *, root: str, mounts: Iterable[dict[str, 
 
     :param process: the ``process`` object of the runtime specification.
     :param root: the root directory of the container.
-    :param mounts: what is yet to be mounted there.
+    :param mounts: the mounts that are still to come there.
     """
     env = process["env"]
     if any(entry.startswith(_NAME) and entry != _NAME for entry in env):

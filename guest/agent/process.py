@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Process:
     """A process and its streams.
 
-    :param started: what the runtime left to the agent.
+    :param started: the process and its streams, as the runtime handed them over.
     """
 
     def __init__(self, started: Started) -> None:
@@ -51,7 +51,7 @@ class Process:
         :param size: the most to return.
         :param call: the request being served.
         :returns: output; empty at the end of the stream.
-        :raises AgentError: if nothing is asked for, which would look like the end.
+        :raises AgentError: if the length is 0: the answer would look like the end.
         """
         if size == 0:
             raise AgentError("read: a length of 0 would look like the end of the stream; ask for more")
@@ -59,7 +59,7 @@ class Process:
 
     def end_input(self) -> None:
         """Give the process the end of its input."""
-        # A terminal's only end of input is hang-up, which is not meant here.
+        # On a terminal, the only end of input is a hang-up, which the caller does not mean.
         if not self.streams.is_terminal:
             self.streams.stdin.close()
 

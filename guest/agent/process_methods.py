@@ -1,4 +1,4 @@
-"""What the host asks about processes and their streams, as methods of the protocol."""
+"""The protocol's methods about processes and their streams."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class ProcessMethods:
         status = process.wait(call)
         oom.settle(container.id)
         if process is container.init and container.shares_pid:
-            # In a namespace of its own they would have died with it.
+            # In their own namespace, they would have died with it.
             container.signal_all()
         container.forget_if_done(request.exec_id)
         return self._codec.new("grpc.WaitProcessResponse", status=status)

@@ -40,7 +40,7 @@ def listen(command_line: str) -> None:
 
     :param command_line: the kernel's.
     :raises OSError: if the port is taken.
-    :raises ValueError: if the port is no number.
+    :raises ValueError: if the port is not a number.
     """
     for parameter in command_line.split():
         if parameter.startswith(RAW_STREAMS_PARAMETER):
@@ -119,7 +119,7 @@ class Claims:
         self._fds.clear()
 
     def attach(self, process: Process, *, ended: Callable[[], None]) -> None:
-        """Carry a process' streams over the connections, each by a thread of its own.
+        """Carry a process' streams over the connections, each in its own thread.
 
         :param process: whose.
         :param ended: called whenever an output is at its end.
@@ -147,7 +147,7 @@ def _carry_output(fd: int, output: ProcessOutput, process: Process, ended: Calla
 
 
 def _carry_input(fd: int, process: Process) -> None:
-    call = Call(process.end.fd, 0)  # nothing is worth waiting for once the process has ended
+    call = Call(process.end.fd, 0)  # stop waiting once the process has ended
     try:
         while data := os.read(fd, _READ_BYTES):
             process.streams.stdin.write(data, process.end, call)

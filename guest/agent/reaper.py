@@ -54,7 +54,7 @@ class Exit:
 _OOM_SCORE_ADJ = "/proc/self/oom_score_adj"
 
 _lock = _thread.allocate_lock()
-# A child inherits the agent's own score, which is nobody else's business meanwhile.
+# Until then, a child has the score of the agent, which it must not keep.
 _spawning = _thread.allocate_lock()
 _watched: dict[int, Exit] = {}
 _unclaimed: dict[int, int] = {}

@@ -108,7 +108,7 @@ class LinkAddress:
     :param scope: RT_SCOPE_*; the kernel chooses that of an IPv6 address.
     :param peer: the address at the other end of a point-to-point link; empty if there is none.
     :param broadcast: empty if there is none; None for the last of the network.
-    :param label: what it is listed as; empty for the link's name.
+    :param label: its label in lists; empty for the link's name.
     :param metric: of the route to the network; 0 for the kernel's default.
     :param deprecated: whether it serves old connections only.
     """
@@ -201,7 +201,7 @@ class KernelHop:
     """Where a route leads.
 
     :param index: the link.
-    :param gateway: of either family; empty for what is on the link itself.
+    :param gateway: of either family; empty for destinations on the link itself.
     :param weight: its share among several.
     :param flags: RTNH_F_* bits.
     """

@@ -38,7 +38,7 @@ class Rules:
         :param channel: to the kernel.
         :param wanted: hako.Rule messages.
         :returns: which the kernel refuses, and why.
-        :raises OSError: if it refuses to tell of its own, or to remove one.
+        :raises OSError: if it refuses to list its rules, or to remove one.
         """
         if self._former is None:
             present = [

@@ -52,7 +52,7 @@ class Started:
 
 
 def prepare() -> None:
-    """Do now what the first command would do once."""
+    """Do the one-time work of the first command now."""
     global _ahead  # noqa: PLW0603  there is one, for the first container
     _sealed_crun()
     _ahead = _Ahead()
@@ -62,7 +62,7 @@ def _sealed_crun() -> str:
     """Give the path of a sealed copy of crun.
 
     crun refuses to run from a file that a container could overwrite through /proc: it makes itself a safe
-    copy and starts over. From a sealed one it starts once, which halves its start-up.
+    copy and starts over. From a sealed file it starts once, which halves its start-up.
     """
     global _sealed_fd  # noqa: PLW0603  one copy for the life of the machine
     with _lock:
@@ -137,7 +137,7 @@ def in_words_of_go(message: str, *, program: str) -> str:
     """Spell a message of crun as Go programs do, by which clients tell what is wrong: Docker's exit status.
 
     :param message: as crun has it, with the C library's words for an errno at its end.
-    :param program: what is to be run; crun does not always say.
+    :param program: the program to run, as crun does not always name it.
     :returns: the same with Go's words, which begin with small letters.
     """
     # Go has one phrase for every file that is not a program, directories included.
@@ -170,10 +170,10 @@ def run(*arguments: str) -> None:
 
 
 class _Ahead:
-    """A ``crun create`` that is run before it is known what it is to create.
+    """A ``crun create`` that is started before its container is known.
 
-    It waits for its configuration, which is a FIFO. To load and link the program, and what it does before it
-    reads, takes longer than a quarter of the whole command under emulation: a clone has that behind it.
+    It waits for its configuration on a FIFO. Under emulation, its loading, linking and first steps take more
+    than a quarter of the whole command. In a clone, they are already done.
     """
 
     __slots__ = ("_config_fd", "_end", "_pid", "_pipes")
@@ -199,7 +199,7 @@ class _Ahead:
 
         :param container_id: the container.
         :param config: the content of its ``config.json``.
-        :param program: what its init is to run.
+        :param program: the program that its init runs.
         :returns: its init.
         :raises AgentError: with crun's own message, if it fails.
         """
@@ -259,8 +259,8 @@ def _take_ahead() -> _Ahead | None:
 def start(container_id: str) -> None:
     """Let the init of a created container run.
 
-    All that ``crun start`` does for it is to write to the FIFO at which it waits. That is not worth a
-    program's start, which takes longer under emulation than the rest of the request.
+    For this, ``crun start`` only writes to the FIFO that the container waits on. Under emulation, starting a
+    program for that would take longer than the rest of the request.
 
     :param container_id: the container.
     :raises AgentError: with crun's own message, if it cannot be started.
@@ -270,7 +270,7 @@ def start(container_id: str) -> None:
         # Does not wait for a reader: if there is none, init is dead.
         fd = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            # What tells crun a started container from a created one.
+            # The file by which crun distinguishes a started container from a created one.
             os.unlink(fifo)
             os.write(fd, b"\0")
         finally:
@@ -300,7 +300,7 @@ def launch(command: list[str], operand: str, *, process: dict[str, Any]) -> Star
 
     :param command: the command with its own options.
     :param operand: the container.
-    :param process: the ``process`` object that describes what is run.
+    :param process: the ``process`` object of the specification.
     :returns: the process.
     :raises AgentError: with crun's own message, if it fails.
     """
@@ -342,7 +342,7 @@ def _on_terminal(
         command, *rest = arguments
         arguments = [command, f"--console-socket={scratch}/console", *rest]
         _run(begun, arguments, stdio=(null, null, null), log=f"{scratch}/log", process=process)
-        # crun has ended well, so what it sent waits in the socket.
+        # crun has succeeded, so its message is in the socket.
         return streams.of_terminal(_receive_descriptor(listener))
     finally:
         os.close(null)

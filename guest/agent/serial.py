@@ -50,7 +50,7 @@ class _Stream:
             try:
                 view = view[os.write(self._fd, view) :]
             except BlockingIOError:
-                # The port would keep the answer for the next host, which did not ask.
+                # The port would keep the answer for the next host, which did not ask for it.
                 if self._writable.poll()[0][1] & select.POLLHUP:
                     raise BrokenPipeError("the host has disconnected") from None
 
@@ -68,7 +68,7 @@ def port_changed() -> None:
     try:
         _changed.release()
     except RuntimeError:
-        # Nobody was waiting.
+        # No host was waiting.
         return
 
 

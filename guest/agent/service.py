@@ -150,7 +150,7 @@ class Service:
 
     def _update_ephemeral_mounts(self, request: Message, _call: Call) -> Message:
         for one in request.storages:
-            if one.driver == "bind":  # Hako's own: volumes that the host mounts and unmounts meanwhile
+            if one.driver == "bind":  # Hako's own: volumes that the host mounts and unmounts later
                 self._sandbox.change_volume(one)
             else:
                 storage.resize(one)

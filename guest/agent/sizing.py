@@ -13,10 +13,10 @@ _MEMORY = "/sys/devices/system/memory"
 
 
 def use_cpus(count: int) -> None:
-    """Use so many processors and no others, the oldest of them; wait for those not announced yet.
+    """Use exactly this many processors, the oldest ones; wait for those that are not announced yet.
 
     :param count: how many.
-    :raises AgentError: if there are not so many in time.
+    :raises AgentError: if there are fewer at the deadline.
     :raises OSError: if the kernel refuses.
     """
 
@@ -36,7 +36,7 @@ def use_cpus(count: int) -> None:
 
 
 def online_memory() -> None:
-    """Put all memory to use with the limits that go with it, and be ready to take what the host adds later.
+    """Use all memory, fit the limits to it, and prepare for memory that the host adds later.
 
     :raises OSError: if the kernel refuses.
     """

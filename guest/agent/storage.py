@@ -1,4 +1,4 @@
-"""Storages: what a request wants mounted or made in the guest before it goes on."""
+"""Storages: mounts and files that a request needs in the guest before it goes on."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _make(storage: Message) -> Callable[[], None] | None:
             _mount(storage, storage.source)
             return lambda: kernel.unmount(storage.mount_point, flags=kernel.MNT_DETACH)
         case "bind":
-            # A container may have put a link into the path, which could lead anywhere in the machine.
+            # A container may have put a link into the path, and the link may lead anywhere in the machine.
             source = files.open_path(storage.source)
             try:
                 _mount(storage, f"/proc/self/fd/{source}")
@@ -164,7 +164,7 @@ def _mount(storage: Message, source: str) -> None:
 
 
 def _await_share(source: str, target: str, *, flags: int, data: str) -> None:
-    """Mount a share as soon as its device is there: until then, the kernel does not know the tag."""
+    """Mount a share as soon as its device appears: before that, the kernel does not know the tag."""
 
     def look() -> bool | None:
         try:

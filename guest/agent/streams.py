@@ -30,7 +30,7 @@ _TIOCSWINSZ = 0x5414
 
 
 class ProcessOutput:
-    """Where a process' output is read.
+    """The end from which a process' output is read.
 
     :param fd: a pipe's or terminal's descriptor, owned from now on.
     """
@@ -44,7 +44,7 @@ class ProcessOutput:
         self.ended = False
 
     def read(self, size: int, end: Exit, call: Call) -> bytes:
-        """Read what there is, waiting for the first byte.
+        """Wait for the first byte, and read everything that is available.
 
         Output written before the process ended is never lost: only silence ends the stream early, once the
         drain window after the end has passed.
@@ -112,7 +112,7 @@ class ProcessOutput:
 
 
 class ProcessInput:
-    """Where a process' input is written.
+    """The end to which a process' input is written.
 
     :param fd: a pipe's or terminal's descriptor, owned from now on.
     """
@@ -214,7 +214,7 @@ class Pipes:
         return self._stdin[0], self._stdout[1], self._stderr[1]
 
     def close_child(self) -> None:
-        """Close the process' ends, which it has by now."""
+        """Close this process' copies of the ends that the child has inherited."""
         for fd in self.child:
             os.close(fd)
 

@@ -66,7 +66,8 @@ def apply(parameters: dict[str, str], *, namespaces: Iterable[str]) -> None:
         finally:
             done.release()
 
-    # The kernel shows each thread the parameters of its own namespaces; this one ends with them.
+    # The kernel shows each thread the parameters of its own namespaces, so a thread of its own reads them and
+    # ends.
     _thread.start_new_thread(write, ())
     done.acquire()
     if failures:
@@ -91,7 +92,7 @@ class Settings:
     def update(self, wanted: dict[str, str]) -> list[str]:
         """Replace the host's former values by the given ones.
 
-        What a container has set meanwhile stays, unless the host now asks for another value than before.
+        A value that a container has set stays, unless the host now asks for a new one.
 
         :param wanted: value by name, with slashes.
         :returns: which the kernel refuses, and why.
@@ -110,7 +111,7 @@ class Settings:
 
 
 def _order(name: str) -> tuple[int, str]:
-    # What is set for all links is set in each.
+    # A parameter for all links is set for each link.
     return (0 if "/all/" in name else 1 if "/default/" in name else 2, name)
 
 

@@ -1,4 +1,4 @@
-"""What a future template does before it is saved: all that its clones would otherwise do one by one."""
+"""Work of a future template before it is saved, so that its clones need not repeat it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MODULES = (
 
 
 def prepare(command_line: str) -> None:
-    """Load what the clones will need and let go of what they will not, if this machine is to be a template.
+    """If this machine will be a template, load what the clones need and free the rest.
 
     :param command_line: the kernel's.
     :raises OSError: if the kernel refuses.
@@ -33,7 +33,7 @@ def prepare(command_line: str) -> None:
     runtime.prepare()
     workers.prepare(_WORKERS)
     gc.collect()
-    # What is there now stays: later collections need not look at it, nor write to its pages.
+    # Present objects stay: later collections need not visit them or write to their pages.
     gc.freeze()
     kernel.release_heap()
     files.write("/proc/sys/vm/drop_caches", "3")

@@ -1,6 +1,6 @@
-"""What the agent did and when, for the host's timeline of a start.
+"""The agent's steps and their times, for the host's timeline of a start.
 
-The times are of this machine's monotonic clock, which began with its kernel.
+Times are read from this machine's monotonic clock, which began with its kernel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _lap_s = 0.0
 
 
 def lap(name: str) -> None:
-    """Note what was done since the last lap; the first began when the kernel was done."""
+    """Note the phase since the last lap; the first lap began when the kernel handed over."""
     global _lap_s
     began_s, _lap_s = _lap_s, time.monotonic()
     _noted.append((name, began_s, _lap_s))
@@ -30,7 +30,7 @@ def lap(name: str) -> None:
 def note(name: str, began_s: float) -> None:
     """Note something that ends now, unless it is a request that waits for the world.
 
-    :param name: what it was.
+    :param name: the phase.
     :param began_s: when it began, in seconds of ``time.monotonic()``.
     """
     if len(_noted) < _MOST and name not in _BLOCKING:
@@ -53,7 +53,7 @@ def report() -> str:
 
 
 def _report_kernel(lines: list[str]) -> float:
-    """Add what came before the agent; return when that began."""
+    """Add the phases before the agent; return when they began."""
     messages = kernel.messages()
     booted_s, unpacked_s = _stamp(messages, _BOOTED), _stamp(messages, _UNPACKED)
     lines.append(f"0 {booted_s:.6f} kernel boot")

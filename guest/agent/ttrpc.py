@@ -1,4 +1,4 @@
-"""ttrpc server: frames in, frames out, every request on a thread of its own.
+"""ttrpc server: frames in, frames out, every request in its own thread.
 
 Frame: length (u32), stream id (u32), type (u8), flags (u8), all big-endian, then the payload.
 """
@@ -52,7 +52,7 @@ LONGEST_POLL_MS = 0x7FFFFFFF  # an int in poll(2): a call that allows more than 
 
 
 class Call:
-    """What a handler may know of the request it serves.
+    """The request that a handler serves.
 
     :param closed_fd: becomes readable when the caller is gone.
     :param timeout_ns: the caller's limit; 0 for none.
@@ -139,7 +139,7 @@ class Server:
 
 
 class _Peer:
-    """One host that speaks over a connection: what must end when it goes."""
+    """One host at the other end of a connection, and the requests that end with it."""
 
     __slots__ = ("_calls", "_lock", "closed_fd", "gone", "spoke")
 

@@ -33,12 +33,12 @@ _NOT_READY = frozenset({errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM
 def wait_for(look: Callable[[], Found | None], *, what: str, timeout_s: float = PLUG_TIMEOUT_S) -> Found:
     """Look for something at once and again after each of the kernel's announcements, until it is found.
 
-    None is missed: the announcements are received from before the first look on.
+    None is missed: announcements are received from before the first look.
 
-    :param look: returns what was found, or None.
+    :param look: returns the device, or None.
     :param what: names it in the error, such as ``disk: 02/00``.
     :param timeout_s: when to give up.
-    :returns: what was found.
+    :returns: the device.
     :raises AgentError: if it is not found in time.
     """
     deadline = time.monotonic() + timeout_s

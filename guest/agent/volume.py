@@ -39,7 +39,7 @@ def grow(mount_point: str, size_bytes: int) -> None:
     try:
         grow_mounted(fd, size_bytes // os.fstatvfs(fd).f_bsize)
     except OSError as error:
-        # What ext4 says if it has that size already.
+        # The answer of ext4 if it has that size already.
         if error.errno != errno.EALREADY:
             raise
     finally:

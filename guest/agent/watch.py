@@ -1,10 +1,10 @@
 """ConfigMaps, Secrets and projected volumes, kept up to date, with events for programs that watch them.
 
 The kubelet publishes a new version of such a volume by pointing its ``..data`` link to a new directory. A
-shared filesystem carries that change into the machine, but no inotify event for it. So the volume is copied
-to a filesystem of the guest's own, the link in the share is looked at now and then, and each new version is
-copied and published in the same way as the kubelet does: containers see every file change at once and get
-the events they would get on the host.
+shared filesystem carries that change into the machine, but no inotify event for it. So the agent copies the
+volume to a file system of the guest and looks at the link in the share at intervals. It copies each new
+version and publishes it as the kubelet does: containers see all files change at once, and get the events that
+they would get on the host.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ _following = False
 
 
 def add(source: str, target: str) -> Callable[[], None]:
-    """Mount a copy of a volume and keep it up to date; what the kubelet does not update is bound as it is.
+    """Mount a copy of a volume and keep it up to date; bind other volumes as they are.
+
+    A volume is copied if the kubelet updates it.
 
     :param source: the volume in the share.
     :param target: where to mount the copy.
@@ -105,7 +107,7 @@ def _follow() -> None:
                     if volume in _volumes:
                         volume.refresh()
                 except (OSError, AgentError) as error:
-                    # The next round may find it in order; until then the container has what it had.
+                    # The next round may succeed; until then, the container keeps the old version.
                     log(f"volume: {volume.target}: {error}")
 
 

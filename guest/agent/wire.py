@@ -164,7 +164,7 @@ class Codec:
         return b"".join(parts)
 
     def encode_up_to(self, name: str, message: Message, size: int) -> bytes:
-        """Encode a message but for the content of its last field, which is to follow and need not be copied.
+        """Encode a message except for the content of its last field; the content then follows without a copy.
 
         :param name: full message name; its last field is of bytes.
         :param message: its content; the last field is empty.

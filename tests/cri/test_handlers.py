@@ -39,7 +39,7 @@ def volume(stack: Stack) -> Iterator[Path]:
     path.rmdir()
 
 
-def test_containerd_reports_what_a_handler_says_that_it_can(stack: Stack) -> None:
+def test_containerd_reports_the_features_of_each_handler(stack: Stack) -> None:
     if stack.kind.release.config_version < 3:
         pytest.skip("containerd 1 asks nobody")
     features = {

@@ -126,7 +126,7 @@ def test_it_is_a_tmpfs_of_the_size_and_the_owners_that_the_kubelet_chose(users: 
     assert owners == f"2777 {GROUP}"
 
 
-def test_what_the_kubelet_and_earlier_containers_put_there_is_there(users: Users) -> None:
+def test_a_container_finds_the_files_of_the_kubelet_and_of_earlier_containers(users: Users) -> None:
     assert users.first == ["of the kubelet"]
     assert users.app.shell("cat /cache/seed /cache/by-init").stdout == "of the kubelet\ninit\n"
     assert users.app.shell("stat -c '%a %u %g' /cache/private").stdout == f"700 7 {GROUP}\n"
@@ -149,11 +149,11 @@ def test_the_host_sees_what_a_container_writes_there(users: Users, volume: Volum
     assert (volume.path / "by-app").exists()
 
 
-def test_it_is_read_only_where_that_is_asked_for(users: Users) -> None:
+def test_it_is_read_only_on_request(users: Users) -> None:
     assert "Read-only file system" in users.sidecar.shell("echo x >/read/no").stderr
 
 
-def test_it_holds_no_more_than_its_limit_and_counts_as_memory_of_the_writer(users: Users) -> None:
+def test_it_holds_at_most_its_limit_and_counts_as_memory_of_the_writer(users: Users) -> None:
     held = "awk '$1 == \"shmem\" {print $2}' /sys/fs/cgroup/memory.stat"
     before = users.app.shell(held).stdout
     full = users.app.exec("dd", "if=/dev/zero", "of=/cache/large", "bs=64k", f"count={2 * SIZE_MIB * 16}")
@@ -192,7 +192,7 @@ def test_a_part_that_a_container_has_made_first_is_as_it_made_it(
         late.remove()
 
 
-def test_no_link_leads_a_part_of_it_out(users: Users, pod: Pod, volume: Volume) -> None:
+def test_a_link_in_a_subpath_never_leads_out_of_the_volume(users: Users, pod: Pod, volume: Volume) -> None:
     part = volume.part("astray", "out")  # before a container puts a link there
     assert users.app.shell("rm -rf /cache/out; ln -s /etc /cache/out").code == 0
     if not pod.stack.is_hako:  # the kubelet has bound the directory already

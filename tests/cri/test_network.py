@@ -50,13 +50,13 @@ def test_the_host_reaches_a_pod(duo: Duo, family: int) -> None:
 
 
 @SIZES
-def test_what_pods_send_each_other_arrives_whole(duo: Duo, size: int) -> None:
+def test_pods_exchange_data_without_loss(duo: Duo, size: int) -> None:
     address, _ = duo.pod.addresses()
     assert duo.caller.peer("upload", size, address, timeout_s=1000) == [peer.pattern_hash(size)]
 
 
 @SIZES
-def test_what_the_host_and_a_pod_send_each_other_arrives_whole(duo: Duo, size: int) -> None:
+def test_the_host_and_a_pod_exchange_data_without_loss(duo: Duo, size: int) -> None:
     expected = peer.pattern_hash(size)
     _, address = duo.pod.addresses()
     with inside(duo.pod.stack.network):

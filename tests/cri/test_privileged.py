@@ -53,7 +53,7 @@ def test_it_may_mount(privileged: Container) -> None:
     assert privileged.shell("mkdir /mine && mount -t tmpfs mine /mine && umount /mine").code == 0
 
 
-def test_paths_and_links_lead_no_higher_than_what_is_given(privileged: Container, secret: Path) -> None:
+def test_paths_and_links_never_lead_above_the_given_directory(privileged: Container, secret: Path) -> None:
     tries = (
         "cat /given/../secret",
         f"cat {secret}",

@@ -137,7 +137,7 @@ def test_the_last_words_of_a_container_reach_the_kubelet(user: Container, place:
     assert (place / "termination-log").read_text() == "why it ended\n"
 
 
-def test_a_part_of_a_volume_is_no_more_than_that_part(user: Container, place: Path) -> None:
+def test_a_container_with_a_subpath_sees_only_that_part_of_the_volume(user: Container, place: Path) -> None:
     (place / "data" / "beside").write_text("not yours")
     assert user.shell("touch /part/mine; ls /part /part/..").stdout.count("beside") == 0
     assert (place / "data" / "part" / "mine").exists()

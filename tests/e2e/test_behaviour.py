@@ -75,7 +75,7 @@ def test_the_exit_of_a_task_is_reported_once_and_none_of_a_task_that_could_not_b
         pytest.param("/etc", "permission denied", id="no file of any kind"),
     ],
 )
-def test_the_words_by_which_clients_tell_that_a_program_cannot_be_run(
+def test_the_error_for_a_missing_program_has_the_words_that_clients_look_for(
     one_stack: Stack, box: str, program: str, words: str
 ) -> None:
     # Docker's command makes its exit status of them: 127 and 126.

@@ -137,7 +137,7 @@ def test_a_user_may_open_their_own_streams_again(odd: Described) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_run_is_refused_in_the_same_words(
+def test_a_bad_command_is_refused_in_the_same_words(
     odd: Described, args: list[str], process: dict[str, Any], cause: str
 ) -> None:
     assert re.search(cause, odd.refusal(*args, **process))

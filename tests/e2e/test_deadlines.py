@@ -39,7 +39,7 @@ def life(stack: Stack, home: Path) -> Iterator[Life]:
 
 
 @pytest.mark.alone
-def test_a_state_is_told_at_once_though_the_guest_hangs(life: Life) -> None:
+def test_state_answers_at_once_while_the_guest_hangs(life: Life) -> None:
     life.signal("QEMU", signal.SIGSTOP)
 
     started = time.monotonic()

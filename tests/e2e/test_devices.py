@@ -45,7 +45,7 @@ def test_a_privileged_container_mounts_a_file_through_a_loop_device(box: Interpr
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_a_privileged_container_opens_what_a_module_serves(box: Interpreter, node: str) -> None:
+def test_a_privileged_container_opens_the_device_of_a_kernel_module(box: Interpreter, node: str) -> None:
     box.execute("sh", "-c", f"exec 3<> /dev/{node}")
 
 

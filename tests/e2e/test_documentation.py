@@ -32,7 +32,7 @@ def box(one_stack: Stack) -> Iterator[None]:
     one_stack.containerd.remove(NAME)
 
 
-def test_every_example_that_is_to_be_run_succeeds(one_stack: Stack, box: None, tmp_path: Path) -> None:
+def test_every_runnable_example_succeeds(one_stack: Stack, box: None, tmp_path: Path) -> None:
     templates = tmp_path / "templates"
     templates.mkdir(mode=0o700)
     config = write_config(

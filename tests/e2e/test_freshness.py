@@ -32,7 +32,7 @@ def box(either_stack: Stack, volume: Path) -> Iterator[Interpreter]:
         yield opened
 
 
-def test_what_the_host_has_written_is_read_in_full(box: Interpreter, volume: Path) -> None:
+def test_a_file_written_by_the_host_is_read_in_full(box: Interpreter, volume: Path) -> None:
     last = rewrite(str(volume / "file"), seconds=0.5, pause_s=PAUSE_S).decode()
 
     assert last in (box.execute("cat", "/volume/file") for _ in range(READS))

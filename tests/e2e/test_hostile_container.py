@@ -156,7 +156,7 @@ def test_the_share_itself_is_read_only(attacker: Attacker) -> None:
 
 
 @pytest.mark.parametrize("entries", [{"ro": "/ro"}, {"rro": "/rro", "under": "/rro/under"}])
-def test_a_read_only_volume_stays_so_and_what_is_mounted_below_it_where_that_is_asked_for(
+def test_a_read_only_volume_stays_read_only_and_so_do_the_mounts_below_if_recursive(
     attacker: Attacker, entries: dict[str, str]
 ) -> None:
     for name, volume in entries.items():
@@ -379,7 +379,9 @@ END
     assert said == "256 ENAMETOOLONG\nreached\n"
 
 
-def test_the_daemon_that_serves_files_sees_no_others_itself(attacker: Attacker, one_stack: Stack) -> None:
+def test_the_virtio_fs_daemon_sees_only_the_files_that_it_serves(
+    attacker: Attacker, one_stack: Stack
+) -> None:
     below = [(one, one.command.split()[0]) for one in one_stack.containerd.nursery.descendants()]
     running = [one for one, program in below if program.endswith("virtiofsd") and "--help" not in one.command]
     # It is two processes, of which the younger serves.

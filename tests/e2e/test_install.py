@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.name)
-def test_each_containerd_offers_the_runtime_that_it_is_told_of(release: Release, tmp_path: Path) -> None:
+def test_each_containerd_offers_its_configured_runtime(release: Release, tmp_path: Path) -> None:
     program = release.programs / "containerd"
     configuration = tmp_path / "config.toml"
     configuration.write_text(install.drop_in(install.found_version(str(program))), encoding="utf-8")

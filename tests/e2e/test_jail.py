@@ -90,7 +90,7 @@ def limit(pid: int, name: str) -> set[int]:
     return set(map(int, found.groups()))
 
 
-def test_each_process_is_confined_as_documented_and_no_two_sandboxes_share_a_user(
+def test_each_process_is_confined_as_documented_and_each_sandbox_has_its_own_user(
     sandboxes: list[dict[str, int]],
 ) -> None:
     users = []
@@ -121,7 +121,7 @@ def test_each_process_is_confined_as_documented_and_no_two_sandboxes_share_a_use
     assert users[0] != users[1]
 
 
-def test_no_process_sees_files_of_the_host_but_what_the_guest_was_given(
+def test_the_only_host_files_a_process_sees_are_those_given_to_the_guest(
     sandboxes: list[dict[str, int]],
 ) -> None:
     for processes in sandboxes:

@@ -103,7 +103,7 @@ def test_a_container_can_have_a_configuration_of_its_own(
 
 
 @pytest.mark.mostly_on("1.7-ttrpc")
-def test_what_a_container_writes_is_in_its_own_root_file_system(stack: Stack, container: str) -> None:
+def test_a_container_writes_to_its_own_root_file_system(stack: Stack, container: str) -> None:
     first = stack.containerd.run(
         IMAGE, container, "sh", "-c", "echo mine > /tmp/file; cat /tmp/file; ls /tmp"
     )

@@ -18,9 +18,7 @@ HOST = ["--mount", "type=bind,src=/,dst=/host,options=bind:ro"]
 REDIRECT = "-t nat -A OUTPUT -p tcp -m owner ! --uid-owner 1337 -m tcp"
 
 
-def test_an_interface_of_another_kind_has_the_kernel_load_what_drives_it(
-    stack: Stack, container: str
-) -> None:
+def test_an_interface_of_another_kind_makes_the_kernel_load_its_driver(stack: Stack, container: str) -> None:
     script = "ip link add other type dummy && ip -o link show other; cut -d' ' -f1 /proc/modules | grep dummy"
     result = stack.containerd.run(IMAGE, container, "sh", "-c", script, options=ADMINISTRATOR)
 

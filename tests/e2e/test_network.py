@@ -248,7 +248,7 @@ def test_the_resolver_that_docker_has_on_a_loopback_address_answers_the_guest(
         shell(one_stack, name, "ping -c 1 -W 5 127.0.0.12")
 
 
-def test_what_a_machine_cannot_have_is_refused_in_one_line_and_nothing_is_left(
+def test_an_impossible_device_is_refused_in_one_line_and_leaves_nothing(
     one_stack: Stack, pod: Space, outside: Space
 ) -> None:
     pod.ip("link add br0 type bridge")

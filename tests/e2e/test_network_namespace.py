@@ -110,9 +110,7 @@ def set_parameters(space: Space, values: dict[str, str]) -> None:
     space.inside(write)
 
 
-def test_what_leads_nowhere_in_the_namespace_leads_nowhere_in_the_container(
-    either_stack: Stack, pod: Space
-) -> None:
+def test_a_dropping_route_of_the_namespace_drops_in_the_container(either_stack: Stack, pod: Space) -> None:
     for kind, network in (
         ("blackhole", "192.0.2.1/32"),
         ("unreachable", "192.0.2.2/32"),
@@ -169,9 +167,7 @@ def test_rules_and_other_tables_choose_the_way_as_they_do_in_the_namespace(
         assert box.reached(*targets) == {"192.0.2.1", "fd99::1", "fd99::2"}
 
 
-def test_addresses_are_what_they_are_in_the_namespace(
-    either_stack: Stack, pod: Space, outside: Space
-) -> None:
+def test_addresses_are_those_of_the_namespace(either_stack: Stack, pod: Space, outside: Space) -> None:
     pod.ip("addr add 203.0.113.1/32 dev lo")
     pod.ip("addr add fd77::1/128 dev lo")
     pod.ip("route add local 203.0.113.128/25 dev lo")
@@ -261,7 +257,7 @@ def test_a_namespace_that_has_nothing_but_its_loopback_counts_too(either_stack: 
             assert box.settings("core/somaxconn") == {"core/somaxconn": "99"}
 
 
-def test_what_is_said_of_a_route_or_neighbour_is_true_in_the_container(
+def test_attributes_of_a_route_or_neighbour_hold_in_the_container(
     either_stack: Stack, pod: Space, outside: Space
 ) -> None:
     pod.ip("route add 192.0.2.1 via 10.2.0.1 src 10.1.0.2 metric 5 mtu lock 1300 advmss 900 initcwnd 20")

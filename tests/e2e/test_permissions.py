@@ -45,7 +45,7 @@ def box(either_stack: Stack, volume: Path) -> Iterator[Interpreter]:
     ("program", "place"),
     [("permissions", "/volume"), ("access_lists", "/volume"), ("access_lists", "/root")],
 )
-def test_a_container_may_do_to_files_what_the_host_would_let_its_users_do(
+def test_a_container_has_the_rights_to_files_that_its_users_have_on_the_host(
     box: Interpreter, open_directory: Path, program: str, place: str
 ) -> None:
     with tempfile.TemporaryDirectory(dir=open_directory) as on_host:

@@ -114,7 +114,7 @@ def status(containerd: Containerd, *names: str) -> list[str]:
     return [tasks.get(name, (0, "GONE"))[1] for name in names]
 
 
-def test_a_pod_is_one_machine_whose_containers_come_and_go_by_themselves(pod: Pod) -> None:
+def test_a_pod_is_one_machine_and_its_containers_come_and_go_independently(pod: Pod) -> None:
     containerd = pod.containerd
     first, second, third, fourth = new_id(), new_id(), new_id(), new_id()
     assert pod.machines() == [containerd.tasks()[pod.id][0]], "the task of a pod lives in its machine"

@@ -86,7 +86,7 @@ def test_limits_are_those_of_containerd(defaults: tuple[Described, str]) -> None
     assert box.shell("cat /proc/self/limits").splitlines() == limits.splitlines()
 
 
-def test_a_limit_that_is_asked_for_takes_the_place_of_one_alone(defaults: tuple[Described, str]) -> None:
+def test_a_requested_limit_replaces_only_that_limit(defaults: tuple[Described, str]) -> None:
     box, limits = defaults
     asked_for = [{"type": "RLIMIT_CPU", "soft": 300, "hard": 400}]
     changed = box.shell("cat /proc/self/limits", rlimits=asked_for).splitlines()

@@ -71,7 +71,7 @@ def refusal(stack: Stack, container: str, *, within_s: float, **tables: str) -> 
         ),
     ],
 )
-def test_what_cannot_start_is_refused_with_phase_and_cause(
+def test_a_failed_start_names_the_phase_and_the_cause(
     stack: Stack, container: str, tables: dict[str, str], words: list[str]
 ) -> None:
     line = refusal(stack, container, within_s=MARGIN_S, **tables)
@@ -101,7 +101,9 @@ def test_a_guest_that_never_answers_is_given_up_at_its_deadline(
 
 
 @pytest.mark.mostly_on("1.7-ttrpc")
-def test_a_guest_without_an_init_is_given_up_with_what_its_kernel_said(stack: Stack, container: str) -> None:
+def test_a_guest_without_an_init_fails_with_the_last_words_of_its_kernel(
+    stack: Stack, container: str
+) -> None:
     line = refusal(
         stack,
         container,

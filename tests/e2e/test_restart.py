@@ -78,7 +78,7 @@ def fifos(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("client", ["stays", "leaves_and_comes_back"])
-def test_nothing_of_what_crosses_fifos_is_lost_while_containerd_is_away(
+def test_fifos_lose_nothing_while_containerd_is_away(
     one_stack: Stack, box: str, fifos: dict[str, Path], client: str
 ) -> None:
     containerd = one_stack.containerd

@@ -37,7 +37,7 @@ def mounted(opened: ExitStack, target: Path, options: str) -> Path:
     return target
 
 
-def test_what_docker_makes_for_a_container_is_its_shared_memory(either_stack: Stack, place: Path) -> None:
+def test_the_shared_memory_that_docker_mounts_is_the_containers(either_stack: Stack, place: Path) -> None:
     name = new_id()
     with ExitStack() as opened:
         source = mounted(

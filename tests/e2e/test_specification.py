@@ -142,7 +142,7 @@ def answers(box: Box) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("seen", SEEN, ids=lambda seen: f"{seen.fields.split()[0]}: {seen.command[:30]}")
-def test_a_process_sees_what_was_asked_for(answers: dict[str, str], seen: Seen) -> None:
+def test_a_process_sees_each_field_of_its_specification(answers: dict[str, str], seen: Seen) -> None:
     assert re.search(seen.expected, answers[seen.command])
 
 
@@ -279,7 +279,9 @@ def test_only_files_and_directories_can_be_bound(box: Box, tmp_path: Path, kind:
     ],
     ids=["network of the host", "path of /dev"],
 )
-def test_what_only_the_host_has_is_refused_by_name(one_stack: Stack, options: list[str], words: str) -> None:
+def test_a_request_for_the_hosts_own_objects_is_refused_by_name(
+    one_stack: Stack, options: list[str], words: str
+) -> None:
     assert words in refused(one_stack, *options)
 
 

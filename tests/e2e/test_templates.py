@@ -110,7 +110,7 @@ def node(empty_node: Node, templates: Path) -> Node:
     return empty_node
 
 
-def test_what_a_clone_cannot_run_is_refused_in_the_same_words(node: Node) -> None:
+def test_a_clone_refuses_a_bad_command_in_the_same_words(node: Node) -> None:
     # The template has a runtime waiting for the first container, under a name of its own.
     refused = node.run("/no/such/program")
     assert CLONED in node.log()
@@ -268,7 +268,7 @@ def test_a_template_of_another_image_is_not_used_and_goes_when_there_is_a_new_on
         kernel.unlink()
 
 
-def test_while_one_is_built_others_boot_cold_and_start_no_builder(empty_node: Node) -> None:
+def test_other_machines_boot_cold_while_a_template_is_built(empty_node: Node) -> None:
     node = empty_node
     with building(node) as builder:
         assert node.run("echo", "runs").stdout == "runs\n"
@@ -337,7 +337,7 @@ def test_a_builder_that_is_killed_leaves_nothing(
     assert node.leftovers == []
 
 
-def test_a_builder_is_no_part_of_the_sandbox_that_started_it(empty_node: Node) -> None:
+def test_a_builder_outlives_the_sandbox_that_started_it(empty_node: Node) -> None:
     node = empty_node
     name = new_id()
     containerd = node.stack.containerd

@@ -151,7 +151,7 @@ def test_a_device_survives_the_death_of_its_machine(stack: Stack, disk: str) -> 
         assert shell(stack, name, FILL + DIGEST)
 
 
-def test_a_group_goes_as_a_whole_or_not_at_all(stack: Stack) -> None:
+def test_a_group_is_given_away_as_a_whole_or_not_at_all(stack: Stack) -> None:
     groups = {give_away(card) for card in CARDS}
     assert len(groups) == 1
     try:

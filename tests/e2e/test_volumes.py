@@ -161,7 +161,7 @@ def test_a_file_system_that_the_host_mounts_later_is_seen_where_that_was_asked_f
     ("path", "written"),
     [("ro", False), ("ro/inner", True), ("rro", False), ("rro/inner", False)],
 )
-def test_a_read_only_volume_is_so_with_what_is_mounted_below_it_only_if_that_is_asked_for(
+def test_a_read_only_volume_covers_the_mounts_below_it_only_if_recursive(
     box: ByHand, outer: Path, path: str, written: bool
 ) -> None:
     said = box.output("sh", "-c", f"touch /{path}/file 2>&1 || true")

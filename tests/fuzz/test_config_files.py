@@ -52,7 +52,7 @@ documents = st.one_of(
 )
 
 
-def test_the_text_that_is_bent_is_valid() -> None:
+def test_the_text_to_be_corrupted_is_valid_at_first() -> None:
     assert parse(ConfigText(text=VALID, source="test")) == Config()
 
 

@@ -101,7 +101,7 @@ def test_a_corrupted_ledger_is_read_and_undone(place: Any, data: Any, torn: Any)
 
 @settings(max_examples=CASES)
 @given(data=st.data())
-def test_a_bent_ledger_never_keeps_delete_from_ending(place: Any, data: Any) -> None:
+def test_delete_ends_with_any_corrupted_ledger(place: Any, data: Any) -> None:
     directory = place / "state"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()

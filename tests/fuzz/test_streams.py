@@ -94,7 +94,7 @@ BUNDLES = ["", ".", "relative", "/", "/no/such", "/a\0b", f"/{LONG}", "/dev/null
 @example(bundle="")
 @example(bundle="/a\0b")
 @example(bundle=f"/{LONG}")
-def test_a_bundle_that_is_none_is_refused(shim: Any, bundle: Any) -> None:
+def test_a_directory_that_is_not_a_bundle_is_refused(shim: Any, bundle: Any) -> None:
     with shim.connect() as peer:
         assert peer.ask("Create", task_v3_pb2.CreateTaskRequest(id="bundled", bundle=bundle)) == 3
     shim.assert_serves()

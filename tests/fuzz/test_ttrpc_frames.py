@@ -52,9 +52,7 @@ hostile = st.one_of(st.binary(max_size=200), streams, bent(streams))
 
 
 @given(stream=hostile, cuts=st.lists(st.integers(0, 400), max_size=8))
-def test_the_decoder_yields_frames_or_refuses_and_holds_no_more_than_it_was_fed(
-    stream: Any, cuts: Any
-) -> None:
+def test_the_decoder_yields_frames_or_refuses_and_buffers_only_its_input(stream: Any, cuts: Any) -> None:
     edges = sorted({0, len(stream), *(min(cut, len(stream)) for cut in cuts)})
     decoder = FrameDecoder()
     try:

@@ -77,7 +77,7 @@ async def test_a_call_that_cannot_block_is_not_found(detector: Detector, tmp_pat
     assert detector.found == []
 
 
-async def test_a_test_may_do_what_it_likes(detector: Detector, tmp_path: Path) -> None:
+async def test_a_test_itself_may_block(detector: Detector, tmp_path: Path) -> None:
     run(CALLS["fcntl.flock"], tmp_path, place="tests/example.py")
     assert detector.found == []
 

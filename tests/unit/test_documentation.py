@@ -19,7 +19,7 @@ MERGE_MARK = re.compile(r"^(?:<<<<<<<|>>>>>>>) .*$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)")
 
 
-def test_generated_tables_are_what_the_code_says() -> None:
+def test_generated_tables_agree_with_the_code() -> None:
     stale = [str(page.relative_to(ROOT)) for page in document.stale(pages())]
 
     assert stale == [], "run: .venv/bin/python -m scripts.document"

@@ -281,7 +281,7 @@ def test_interfaces_change_names_addresses_and_flags(network: Pod) -> None:
     assert described(list(listed)) == routes
 
 
-def test_what_cannot_be_is_refused_with_its_cause(network: Pod) -> None:
+def test_an_impossible_request_is_refused_with_its_cause(network: Pod) -> None:
     for wanted, code, cause in (
         (interface("eth9", "02:00:00:00:00:09"), 13, "Link not found"),
         (interface("eth0", "02:00"), 3, "not a hardware address"),

@@ -148,7 +148,7 @@ def test_copied_file_is_seen_by_the_container(
     assert container.read_all() == b"copied"
 
 
-def test_what_a_container_wrote_is_on_the_host_when_it_is_removed(
+def test_a_volume_has_all_written_data_once_the_container_is_removed(
     machine: GuestMachine, new_container: Callable[[], Life]
 ) -> None:
     container = new_container()

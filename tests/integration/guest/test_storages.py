@@ -126,7 +126,7 @@ def test_a_disk_that_comes_late_is_the_root(
     assert content_of(disk, "/kept") == b"kept\n"
 
 
-def test_a_disk_pulled_out_in_use_is_an_error_and_no_hang(
+def test_a_disk_pulled_out_in_use_fails_and_does_not_hang(
     machine: GuestMachine, new_container: Callable[[], Life], tmp_path: Path
 ) -> None:
     rooted, using, port = new_container(), new_container(), 0x14

@@ -145,7 +145,7 @@ async def test_a_crash_is_seen_although_the_process_is_the_first_of_its_namespac
     assert process.exited.result().signal == signal.SIGSEGV
 
 
-async def test_what_cannot_be_confined_says_which_step_failed(make_spec: Callable[..., VmSpec]) -> None:
+async def test_a_failed_confinement_names_the_step(make_spec: Callable[..., VmSpec]) -> None:
     spec = make_spec(network_namespace=Path("/nonexistent/namespace"))
     confinement = of_qemu(spec, boots=False)
     assert confinement is not None

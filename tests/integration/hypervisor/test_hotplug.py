@@ -88,7 +88,7 @@ async def leftovers(vm: Any) -> list[str]:
     ]
 
 
-async def test_a_disk_is_what_it_was_plugged_as(
+async def test_a_disk_has_the_bytes_and_the_mode_it_was_plugged_with(
     start: Callable[..., Awaitable[tuple[QemuHypervisor, GuestShell]]], tmp_path: Path, qemu: Path
 ) -> None:
     vm, shell = await start(qemu=qemu)
@@ -261,7 +261,7 @@ def own_namespace() -> Iterator[Path]:
     subprocess.run(["/sbin/ip", "netns", "delete", name], check=True)
 
 
-async def test_what_cannot_be_plugged_or_unplugged_says_so_and_leaves_nothing(
+async def test_a_failed_plug_or_unplug_is_reported_and_leaves_nothing(
     start: Callable[..., Awaitable[tuple[QemuHypervisor, GuestShell]]],
     tmp_path: Path,
     tap: Callable[..., tuple[int, ...]],

@@ -118,7 +118,7 @@ async def test_a_clone_takes_and_gives_devices_processors_and_memory(
     assert await processors(shell) == 2
 
 
-async def test_what_the_guest_does_not_use_is_not_in_the_template(
+async def test_memory_that_the_guest_does_not_use_is_not_in_the_template(
     clone: Callable[..., Awaitable[Any]],
 ) -> None:
     vm, shell = await clone()
@@ -142,7 +142,7 @@ async def test_a_small_machine_with_an_agent_that_serves_fits_into_60_mib(
     assert described["data_bytes"] <= 60 * MIB
 
 
-async def test_what_the_guest_of_a_clone_frees_goes_back_to_the_host(
+async def test_memory_freed_by_the_guest_of_a_clone_goes_back_to_the_host(
     clone: Callable[..., Awaitable[Any]],
 ) -> None:
     vm, shell = await clone()
@@ -241,7 +241,7 @@ def no_description(directory: Path) -> None:
         pytest.param(described_as(qemu_version="6.0.0"), "saved by QEMU 6.0.0, not by this", id="other QEMU"),
     ],
 )
-async def test_a_broken_template_is_said_to_be_broken(
+async def test_a_broken_template_is_reported_with_its_defect(
     machines: Machines, template_of: Callable[..., Awaitable[Path]], tmp_path: Path, spoil: Any, cause: str
 ) -> None:
     broken = tmp_path / "broken"
@@ -267,7 +267,7 @@ async def test_a_broken_template_is_said_to_be_broken(
         ),
     ],
 )
-async def test_what_keeps_any_machine_from_starting_is_not_blamed_on_the_template(
+async def test_a_failure_of_any_machine_is_not_blamed_on_the_template(
     machines: Machines, template_of: Callable[..., Awaitable[Path]], changes: dict[str, Any], cause: str
 ) -> None:
     channel = Channel.VHOST_USER_VSOCK

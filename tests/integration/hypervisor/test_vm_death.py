@@ -109,7 +109,7 @@ async def test_stop_does_not_cover_up_an_end_that_came_before(running: Any) -> N
     assert (await running.wait()).reason == "QEMU killed by signal 9"
 
 
-async def test_a_machine_that_hangs_is_stopped_all_the_same(running: Any) -> None:
+async def test_a_hanging_machine_can_be_stopped(running: Any) -> None:
     os.kill(running.pid, signal.SIGSTOP)
     begin = time.monotonic()
     await running.stop()

@@ -293,7 +293,7 @@ async def test_detaching_leaves_the_namespace_as_it_was(pod: Space, ledger: Ledg
 
 
 @pytest.mark.parametrize("step", ["plug", "interface"])
-async def test_what_the_machine_refuses_leaves_the_namespace_as_it_was(
+async def test_a_refusal_of_the_machine_leaves_the_namespace_as_it_was(
     pod: Space, ledger: Ledger, machine: Machine, step: str
 ) -> None:
     before = pod.configuration()
@@ -365,7 +365,7 @@ def write(pod: Space, parameter: str, value: str) -> None:
     pod.inside(lambda: Path(f"/proc/sys/{parameter}").write_text(value, encoding="ascii"))
 
 
-async def test_what_changes_after_a_scan_is_noticed(
+async def test_a_change_after_a_scan_is_noticed(
     pod: Space, outside: Space, ledger: Ledger, machine: Machine
 ) -> None:
     changes = {
@@ -476,7 +476,7 @@ async def test_the_ledger_spares_another_namespace_at_the_same_path(
     assert "ingress" in pod.run("tc", "qdisc")
 
 
-async def test_a_namespace_that_is_asked_for_without_a_path_is_a_new_one_that_any_process_can_enter() -> None:
+async def test_a_namespace_without_a_path_is_a_new_one_that_any_process_can_enter() -> None:
     namespace = await NetworkNamespace.open(WantedNamespace(None))
     try:
         assert namespace.number != HOST_NUMBER
@@ -495,7 +495,7 @@ async def test_a_namespace_that_does_not_exist_is_refused_by_its_path(tmp_path: 
         await NetworkNamespace.open(WantedNamespace(tmp_path / "x"))
 
 
-async def test_the_guest_is_told_of_rules_and_parameters_once_and_when_they_change(
+async def test_the_guest_gets_rules_and_parameters_once_and_when_they_change(
     pod: Space, ledger: Ledger, machine: Machine
 ) -> None:
     machine.is_hako = True
@@ -517,7 +517,7 @@ async def test_the_guest_is_told_of_rules_and_parameters_once_and_when_they_chan
         assert len(machine.requests[-1].rules.rules) == 5
 
 
-async def test_the_guest_is_told_of_parameters_again_for_a_new_card(
+async def test_the_guest_gets_parameters_again_for_a_new_card(
     pod: Space, outside: Space, ledger: Ledger, machine: Machine
 ) -> None:
     machine.is_hako = True
@@ -529,7 +529,7 @@ async def test_the_guest_is_told_of_parameters_again_for_a_new_card(
         assert machine.requests[-1].settings.values["net/ipv4/conf/eth0/rp_filter"] == "1"
 
 
-async def test_a_guest_whose_agent_knows_only_katas_protocol_drops_what_leads_nowhere_and_the_rest_is_named(
+async def test_a_stock_agent_gets_dropping_routes_and_other_rules_are_logged(
     pod: Space, ledger: Ledger, machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
     pod.ip("route add blackhole 10.9.0.0/16")
@@ -577,7 +577,7 @@ DOCKERS = (
     ],
     ids=str,
 )
-async def test_what_works_on_packets_in_the_namespace_and_not_on_the_guests_is_named_once(
+async def test_a_packet_filter_that_misses_the_guests_packets_is_named_once(
     pod: Space,
     ledger: Ledger,
     machine: Machine,

@@ -109,7 +109,7 @@ def test_program_no_longer_needs_a_library_that_was_taken_out() -> None:
         assert elf.without_library(without, soname) == without
 
 
-def test_archive_is_read_by_cpio_and_holds_what_was_given(tmp_path: Path) -> None:
+def test_cpio_reads_the_archive_and_finds_every_file(tmp_path: Path) -> None:
     tool = shutil.which("busybox")
     if tool is None:
         pytest.skip("busybox is not installed")

@@ -81,7 +81,7 @@ def test_a_limit_is_the_kernels_own_for_that_memory(name: str) -> None:
         assert its <= ours <= 1.07 * its
 
 
-def test_what_every_host_has_raised_is_raised_at_boot(kernel: Kernel) -> None:
+def test_limits_that_every_host_has_raised_are_raised_at_boot(kernel: Kernel) -> None:
     assert kernel["kernel/pid_max"] == (4194304,)
     assert kernel["kernel/threads-max"] == (3581,)
 

@@ -62,14 +62,14 @@ def test_the_last_user_unmounts(kernel: Recorder) -> None:
 @pytest.mark.parametrize(
     "storage_kept", [at("/a", shared=True), at("/a", driver=KEPT)], ids=["shared", "pod's"]
 )
-def test_what_belongs_to_the_sandbox_stays(kernel: Recorder, storage_kept: Any) -> None:
+def test_entries_of_the_sandbox_stay(kernel: Recorder, storage_kept: Any) -> None:
     mounts = Mounts()
     mounts.release(mounts.hold([storage_kept]))
     mounts.release(mounts.hold([storage_kept]))
     assert kernel.calls == ["+/a"]
 
 
-def test_a_failure_undoes_what_came_before(kernel: Recorder) -> None:
+def test_a_failure_undoes_the_earlier_steps(kernel: Recorder) -> None:
     kernel.failing = "/c"
     mounts = Mounts()
     with pytest.raises(OSError, match="/c fails"):

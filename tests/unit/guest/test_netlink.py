@@ -184,7 +184,7 @@ def channel_to(*datagrams: bytes) -> netlink.NetlinkChannel:
     return channel
 
 
-def test_a_list_that_changed_meanwhile_is_asked_for_again() -> None:
+def test_a_list_that_changed_during_the_dump_is_read_again() -> None:
     link, interrupted, done = (16, 2, LINK), (16, 0x12, LINK), (3, 2, bytes(4))
     datagrams = [
         b"".join(netlink.message(kind, flags, body, sequence=sequence) for kind, flags, body in parts)
@@ -229,7 +229,7 @@ def test_a_malformed_object_is_the_kernel_s_error(body: bytes) -> None:
         ({"gateway": "gateway\0", "device": "eth0"}, "not an IP address"),
     ],
 )
-def test_a_route_that_makes_no_sense_is_refused(fields: dict[str, object], cause: str) -> None:
+def test_a_malformed_route_is_refused(fields: dict[str, object], cause: str) -> None:
     with pytest.raises(InvalidArgument, match=cause):
         route(**fields)
 

@@ -80,7 +80,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_parameters_are_reset_once_the_host_asks_for_them_no_more(root: Path) -> None:
+def test_parameters_are_reset_once_the_host_stops_asking_for_them(root: Path) -> None:
     (root / "net").mkdir()
     for name in ("a", "b"):
         (root / "net" / name).write_text("1", encoding="ascii")

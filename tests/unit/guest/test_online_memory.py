@@ -48,7 +48,7 @@ def test_a_busy_memory_block_does_not_keep_others_from_use(
     assert tried == ["memory32", "memory33"]
 
 
-def test_a_failure_of_the_kernel_is_told(refuse: Callable[[int], list[str]]) -> None:
+def test_a_failure_of_the_kernel_is_reported(refuse: Callable[[int], list[str]]) -> None:
     refuse(errno.EIO)
 
     with pytest.raises(OSError, match="Input/output error"):

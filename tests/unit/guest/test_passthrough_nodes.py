@@ -45,7 +45,7 @@ def test_all_nodes_below_a_device_are_found_with_their_kind_and_number(device: P
     ]
 
 
-def test_a_node_below_a_directory_is_there_by_its_whole_name(tmp_path: Path) -> None:
+def test_a_node_below_a_directory_keeps_its_whole_path(tmp_path: Path) -> None:
     node(tmp_path / "drm/card0", "226:0", subsystem="drm", name="dri/card0")
     assert [each["path"] for each in passthrough._below(str(tmp_path))] == ["/dev/dri/card0"]
 
@@ -63,7 +63,7 @@ def test_a_container_that_may_use_everything_gets_no_rule() -> None:
     assert linux == {"devices": [BLOCK], "resources": {"devices": []}}
 
 
-def test_what_the_specification_has_at_the_path_stays() -> None:
+def test_a_mount_of_the_specification_at_the_path_stays() -> None:
     own = {"path": "/dev/nvme0n1", "type": "c", "major": 1, "minor": 3}
     linux = {"devices": [own]}
     devices.add(linux, [BLOCK])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     ("remembered", "limit", "wanted_s"),
     [(0, 20_000, 0.2), (5_000, 20_000, 0.1), (10_000, 20_000, 0.05), (0, 1_000_000, 10.0)],
 )
-def test_it_looks_again_before_it_can_remember_half_of_what_it_may(
+def test_it_counts_again_before_half_of_the_limit_can_be_reached(
     remembered: int, limit: int, wanted_s: float
 ) -> None:
     assert share_cache.interval_s(remembered, limit) == pytest.approx(wanted_s)

@@ -81,7 +81,7 @@ def test_the_copy_looks_like_the_volume(source: Path, copy: Volume) -> None:
     assert names(copy) == ["..data", "..v2", "deep", "link"]
 
 
-def test_a_version_appears_as_a_whole_and_with_events(
+def test_a_new_version_appears_at_once_and_with_events(
     source: Path, copy: Volume, events: Callable[[], list[tuple[int, str]]]
 ) -> None:
     publish(source, "..v2", {"a": "3", "c": "4"})

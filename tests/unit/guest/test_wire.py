@@ -124,7 +124,7 @@ def same(ours: Message, reference: Reference) -> None:
 @pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.DESCRIPTOR.full_name)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_what_the_runtime_encodes_is_decoded_and_the_reverse(
+def test_messages_survive_a_round_trip_with_the_protobuf_runtime(
     kind: type[Reference], data: st.DataObject
 ) -> None:
     name = kind.DESCRIPTOR.full_name
@@ -137,7 +137,7 @@ def test_what_the_runtime_encodes_is_decoded_and_the_reverse(
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.binary(max_size=60))
-def test_any_bytes_are_refused_or_decode_to_what_encodes_again(data: bytes) -> None:
+def test_any_bytes_are_refused_or_survive_a_round_trip(data: bytes) -> None:
     name = "grpc.CreateContainerRequest"
     with contextlib.suppress(InvalidArgument):
         message = CODEC.decode(name, data)
@@ -145,7 +145,7 @@ def test_any_bytes_are_refused_or_decode_to_what_encodes_again(data: bytes) -> N
 
 
 @pytest.mark.parametrize("payload", [b"", b"x", b"x" * 127, b"x" * 128, b"x" * 70_000])
-def test_a_message_encoded_without_its_last_field_is_whole_with_it(payload: bytes) -> None:
+def test_the_last_field_can_be_appended_to_an_encoded_message(payload: bytes) -> None:
     status = CODEC.new("ttrpc.Status", code=5, message="gone")
     response = CODEC.new("ttrpc.Response", status=status)
     encoded = CODEC.encode_up_to("ttrpc.Response", response, len(payload)) + payload

@@ -133,9 +133,7 @@ _PAGES = "grep THP_enabled /proc/self/status"
 
 
 @pytest.mark.parametrize(("huge_pages", "enabled"), [(True, "1"), (False, "0")])
-async def test_a_program_may_have_to_do_without_huge_pages_and_no_other_has(
-    huge_pages: bool, enabled: str
-) -> None:
+async def test_only_the_chosen_program_runs_without_huge_pages(huge_pages: bool, enabled: str) -> None:
     said = []
     for process in (shell(_PAGES, huge_pages=huge_pages), shell(_PAGES)):
         await process.exited

@@ -73,7 +73,7 @@ async def daemon(tmp_path: Path) -> AsyncIterator[tuple[UserVsockChannel, list[A
     channel.close()
 
 
-async def test_dialling_the_daemon_leaves_what_follows_its_answer_unread(
+async def test_dialling_the_daemon_reads_only_its_answer(
     daemon: tuple[UserVsockChannel, list[Any], dict[str, bytes]],
 ) -> None:
     channel, received, answer = daemon
@@ -130,16 +130,14 @@ async def test_a_daemon_knows_its_queues_once_it_has_read_everything(
         (Channel.VHOST_USER_VSOCK, Path("/nonexistent/daemon"), "/nonexistent/daemon: no such program"),
     ],
 )
-def test_what_a_channel_lacks_on_this_host(
+def test_the_problem_of_a_channel_on_this_host_is_named(
     channel: interface.Channel, daemon_path: Path | None, problem: str | None
 ) -> None:
     found = channel_problem(channel, vsock_daemon=daemon_path)
     assert found == problem if found is None or problem is None else problem in found
 
 
-def test_a_host_without_vhost_vsock_is_told_what_to_load(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_host_without_vhost_vsock_gets_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("hypervisor.vsock.VHOST_VSOCK", tmp_path / "vhost-vsock")
     problem = channel_problem(Channel.VHOST_VSOCK, vsock_daemon=None)
     assert "load the kernel module vhost_vsock" in (problem or "")

@@ -45,7 +45,7 @@ async def test_the_tail_is_the_last_lines_made_printable(
     assert console.tail(0) == []
 
 
-async def test_what_was_written_just_before_the_end_is_still_read(
+async def test_output_written_just_before_the_end_is_still_read(
     console_and_guest: tuple[Console, socket.socket], tmp_path: Path
 ) -> None:
     console, guest = console_and_guest

@@ -46,7 +46,7 @@ def test_a_nested_kvm_is_named(host: Callable[..., list[str]]) -> None:
 @pytest.mark.parametrize(
     ("module", "parameter", "value"), [("kvm_intel", "ept", "N"), ("kvm_amd", "npt", "0")]
 )
-def test_a_kvm_without_nested_paging_is_named_with_the_remedy(
+def test_kvm_without_nested_paging_is_reported_with_the_remedy(
     host: Callable[..., list[str]], module: str, parameter: str, value: str
 ) -> None:
     [warning] = host(module=module, parameter=parameter, value=value)

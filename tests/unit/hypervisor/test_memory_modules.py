@@ -112,5 +112,5 @@ async def test_a_module_that_qemu_refuses_leaves_nothing_behind(qemu: OldQemu, m
 async def test_the_number_of_modules_is_limited(memory: Memory) -> None:
     for number in range(1, MEMORY_MODULES + 1):
         await memory.resize(BOOT + number * 128 * MIB)
-    with pytest.raises(ResizeError, match=r"all 16 modules are there; shrink it first"):
+    with pytest.raises(ResizeError, match=r"all 16 modules are in use; shrink it first"):
         await memory.resize(MOST)

@@ -45,7 +45,7 @@ async def test_a_driver_runs_once_qemu_says_so(
     assert await asking is runs
 
 
-async def test_the_run_state_is_what_qemu_says(connected: tuple[qmp.QmpSession, Peer]) -> None:
+async def test_the_run_state_is_that_reported_by_qemu(connected: tuple[qmp.QmpSession, Peer]) -> None:
     session, peer = connected
     asking = asyncio.create_task(session.run_state())
     query = await peer.receive()

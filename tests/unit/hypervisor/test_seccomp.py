@@ -45,20 +45,22 @@ def code(changes_identity: bool) -> bytes:
     return confining(changes_identity=changes_identity).code
 
 
-def test_what_leads_out_is_refused_and_the_rest_allowed(code: bytes, changes_identity: bool) -> None:
+def test_system_calls_that_lead_out_are_refused_and_the_rest_is_allowed(
+    code: bytes, changes_identity: bool
+) -> None:
     refused = set(refused_calls(changes_identity=changes_identity).values())
     looked_at = {SOCKET, 53, CLONE, UNSHARE, CLONE3}
     for number in set(range(463)) - looked_at:
         assert run(code, number) == (ERRNO | errno.EPERM if number in refused else ALLOW), number
 
 
-def test_only_what_serves_other_users_may_become_them(code: bytes, changes_identity: bool) -> None:
+def test_only_the_virtio_fs_daemon_may_change_its_user(code: bytes, changes_identity: bool) -> None:
     expected = ALLOW if changes_identity else ERRNO | errno.EPERM
     assert {run(code, number) for number in (SETRESUID, MKNODAT)} == {expected}
 
 
 @pytest.mark.parametrize("number", [463, 1000, 0x4000_0000, 0x4000_0000 | READ])
-def test_what_is_unknown_is_not_implemented(code: bytes, number: int) -> None:
+def test_an_unknown_method_is_unimplemented(code: bytes, number: int) -> None:
     assert run(code, number) == ERRNO | errno.ENOSYS
 
 
@@ -84,5 +86,7 @@ def test_another_architectures_calls_end_the_process(code: bytes) -> None:
         pytest.param(CLONE3, 0, ERRNO | errno.ENOSYS, id="clone3"),
     ],
 )
-def test_some_are_allowed_by_what_they_ask_for(code: bytes, number: int, argument: int, answer: int) -> None:
+def test_some_calls_are_allowed_depending_on_their_arguments(
+    code: bytes, number: int, argument: int, answer: int
+) -> None:
     assert run(code, number, argument) == answer

@@ -85,7 +85,9 @@ def test_a_sandboxs_own_values_are_not_in_the_key(
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_what_shapes_the_machine_is_in_the_key(spec: Callable[..., VmSpec], changes: dict[str, Any]) -> None:
+def test_every_setting_that_shapes_the_machine_is_in_the_key(
+    spec: Callable[..., VmSpec], changes: dict[str, Any]
+) -> None:
     assert template_key(spec(**changes)) != template_key(spec())
 
 

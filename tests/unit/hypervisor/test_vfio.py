@@ -36,7 +36,7 @@ def test_a_device_bound_to_vfio_can_be_given_away(sysfs: Path) -> None:
     vfio.check(DEVICE, sysfs=sysfs)
 
 
-def test_a_host_without_an_iommu_is_told_how_to_get_one(sysfs: Path) -> None:
+def test_a_host_without_an_iommu_gets_the_remedy(sysfs: Path) -> None:
     (sysfs / "kernel/iommu_groups/12").rmdir()
     with pytest.raises(HotplugError, match=r"the host has no IOMMU .*; switch it on .* intel_iommu=on"):
         vfio.check(DEVICE, sysfs=sysfs)
@@ -87,7 +87,9 @@ def test_a_device_is_described_with_iommufd() -> None:
     )
 
 
-async def test_a_machine_without_ports_says_what_to_configure(connected: tuple[QmpSession, Peer]) -> None:
+async def test_a_machine_without_ports_is_refused_with_the_key_to_configure(
+    connected: tuple[QmpSession, Peer],
+) -> None:
     session, _peer = connected
     devices = Devices(session, buses=["bus1"], ports=[])
     with pytest.raises(HotplugError, match=r"all 0 PCIe root ports .*; raise root_ports"):

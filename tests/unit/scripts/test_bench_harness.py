@@ -41,7 +41,7 @@ def test_a_ratio_is_that_of_the_medians() -> None:
 
 
 @pytest.mark.parametrize("baseline", [(), (0.0,)], ids=["no-baseline", "nothing"])
-def test_there_is_no_ratio_to_nothing(baseline: tuple[float, ...]) -> None:
+def test_a_missing_baseline_gives_no_ratio(baseline: tuple[float, ...]) -> None:
     assert summarize(Samples(value=(1.0,), baseline=baseline), unit="s").ratio is None
 
 

@@ -88,7 +88,7 @@ def test_a_metric_that_fails_says_so_and_the_others_are_measured(
     }
 
 
-def test_only_what_was_asked_for_is_measured(
+def test_only_the_chosen_numbers_are_measured(
     run: Callable[..., tuple[int, dict[str, dict[str, Any]], CaptureResult[str]]],
 ) -> None:
     status, results, _ = run("good_ms", "good_ms", stage=Stage())

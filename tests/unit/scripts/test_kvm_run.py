@@ -55,12 +55,12 @@ def test_the_tests_that_are_named_run_or_else_those_that_are_listed(
 
 
 @pytest.mark.parametrize("listed", kvm.ALL)
-def test_what_is_listed_is_there(listed: str) -> None:
+def test_every_listed_file_exists(listed: str) -> None:
     file, _, test = listed.partition("::")
     assert f"def {test.partition('[')[0]}" in (outer.TREE / file).read_text(encoding="utf-8")
 
 
-def test_a_host_that_cannot_have_an_outer_machine_is_told_why(
+def test_a_host_without_support_for_an_outer_machine_is_refused_with_the_reason(
     started: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(outer, "problem", lambda: "outer machine: no room; make some")

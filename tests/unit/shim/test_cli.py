@@ -79,7 +79,7 @@ def test_an_able_host_gets_a_line_for_each_thing(able_host: Path, capsys: pytest
         ),
     ],
 )
-def test_a_host_is_able_in_spite_of_a_warning_that_is_shown(
+def test_a_warning_is_shown_and_does_not_fail_the_check(
     able_host: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -95,7 +95,7 @@ def test_a_host_is_able_in_spite_of_a_warning_that_is_shown(
 
 
 @pytest.mark.parametrize(("limit", "warned"), [(20_000, True), (200_000, False)])
-def test_a_host_whose_file_servers_may_open_few_files_is_told_so(
+def test_check_warns_if_file_servers_may_open_few_files(
     able_host: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -116,7 +116,7 @@ def test_a_host_whose_file_servers_may_open_few_files_is_told_so(
         ("/dev/nope", "by QEMU (/dev/nope: No such file or directory; "),
     ],
 )
-def test_who_moves_packets_is_shown(
+def test_check_shows_which_program_moves_packets(
     able_host: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -191,7 +191,7 @@ def test_a_containerd_that_cannot_run_makes_the_host_unable(
     assert "containerd --version: exit status 3; reinstall it" in capsys.readouterr().out
 
 
-def test_a_user_other_than_root_is_told_so(
+def test_check_refuses_a_user_other_than_root(
     able_host: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
@@ -221,7 +221,7 @@ def test_a_wrong_command_line_has_status_2(arguments: list[str], capsys: pytest.
     assert "usage: hako" in capsys.readouterr().err
 
 
-def test_building_an_image_passes_on_what_was_asked_for(
+def test_building_an_image_passes_its_options_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: dict[str, Any] = {}
@@ -291,7 +291,7 @@ def test_an_unknown_key_is_not_explained(capsys: pytest.CaptureFixture[str]) -> 
     assert "no key 'memory'; `hako config explain` lists all" in capsys.readouterr().err
 
 
-def test_a_right_file_is_said_to_be_valid(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_valid_file_is_reported_as_valid(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = config_with(tmp_path, "[hypervisor]\nvcpus = 2\n")
     assert cli.main(["config", "check", path]) == 0
     assert capsys.readouterr().out == f"{path}: valid\n"
@@ -303,7 +303,7 @@ def test_a_wrong_file_is_refused_with_its_mistake(capsys: pytest.CaptureFixture[
     assert "the nearest valid key is 'vcpus'" in capsys.readouterr().err
 
 
-def test_what_is_in_effect_is_shown_with_its_source(
+def test_the_effective_configuration_is_shown_with_its_source(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = config_with(tmp_path, "[hypervisor]\nvcpus = 2\n")
@@ -313,7 +313,9 @@ def test_what_is_in_effect_is_shown_with_its_source(
     assert shown["hypervisor.memory_mib"] == {"value": 512, "source": "default"}
 
 
-def test_what_is_in_effect_is_shown_in_columns(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_effective_configuration_is_shown_in_columns(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     path = config_with(tmp_path, "[hypervisor]\nvcpus = 2\n")
     assert cli.main(["config", "show", "--config", path]) == 0
     heading, *lines = capsys.readouterr().out.splitlines()

@@ -46,7 +46,7 @@ def test_nothing_means_the_defaults() -> None:
     assert Config().guest.kernel == "/var/lib/hako/guest/vmlinux"
 
 
-def test_what_is_given_replaces_only_itself() -> None:
+def test_a_given_value_replaces_only_its_own_default() -> None:
     given = parsed('[hypervisor]\nvcpus = 2\n[guest]\ninitrd = "/i"\n[shim]\nlog_level = "debug"\n')
     assert given.hypervisor == HypervisorConfig(vcpus=2)
     assert given.guest == GuestConfig(initrd="/i")
@@ -119,7 +119,7 @@ def test_a_file_that_was_asked_for_must_exist(tmp_path: Path, given: dict[str, s
         locate(environment, options_path=path if "options" in given else "")
 
 
-def test_a_directory_is_no_configuration(tmp_path: Path) -> None:
+def test_a_directory_is_refused_as_a_configuration(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="Is a directory"):
         locate({"HAKO_CONFIG": str(tmp_path)})
 
@@ -154,7 +154,7 @@ def test_a_mistake_in_a_file_beside_the_default_one_names_that_file(tmp_path: Pa
         parse(locate({}, default=str(tmp_path / "config.toml")))
 
 
-def test_a_file_that_was_asked_for_has_no_others_beside_it(tmp_path: Path) -> None:
+def test_a_file_given_by_name_is_the_only_one_read(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("")
     (tmp_path / "config.d").mkdir()
     (tmp_path / "config.d" / "a.toml").write_text("[hypervisor]\nvcpus = 2\n")
@@ -162,7 +162,7 @@ def test_a_file_that_was_asked_for_has_no_others_beside_it(tmp_path: Path) -> No
     assert parse(locate({"HAKO_CONFIG": str(tmp_path / "config.toml")})) == Config()
 
 
-def test_what_is_in_effect_names_the_file_that_gives_it(tmp_path: Path) -> None:
+def test_the_effective_configuration_names_the_file_of_each_value(tmp_path: Path) -> None:
     default = tmp_path / "config.toml"
     default.write_text("[hypervisor]\nvcpus = 2\nmemory_mib = 256\n")
     (tmp_path / "config.d").mkdir()
@@ -182,7 +182,7 @@ def test_the_defaults_are_written_as_nothing() -> None:
     assert render(Config()) == ""
 
 
-def test_only_what_differs_from_the_defaults_is_written() -> None:
+def test_only_values_other_than_the_defaults_are_written() -> None:
     config = Config(hypervisor=HypervisorConfig(vcpus=2, huge_pages=True), guest=GuestConfig(kernel='/a"b'))
 
     assert render(config) == '[hypervisor]\nvcpus = 2\nhuge_pages = true\n[guest]\nkernel = "/a\\u0022b"\n'

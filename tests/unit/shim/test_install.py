@@ -34,7 +34,7 @@ def test_each_containerd_has_its_own_configuration(version: str, number: int, pl
 
 
 @pytest.mark.parametrize("version", ["1.5.9", "of unknown version", "", "2"])
-def test_what_is_too_old_or_unknown_is_refused(version: str) -> None:
+def test_a_containerd_of_an_old_or_unknown_version_is_refused(version: str) -> None:
     with pytest.raises(Refusal, match=r"install containerd 1\.6 or later"):
         install.drop_in(version)
 
@@ -49,7 +49,7 @@ def test_the_command_asks_the_containerd_that_is_named(
     assert "# containerd 2.1.9: put this into" in capsys.readouterr().out
 
 
-def test_a_containerd_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_containerd_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["install", "--print", "--containerd", "/nonexistent/containerd"]) == 1
     assert capsys.readouterr().err == (
         "install: /nonexistent/containerd: not found; install containerd, or name its program\n"

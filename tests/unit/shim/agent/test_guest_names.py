@@ -41,7 +41,7 @@ def test_the_name_leads_back_to_the_container(identifier: str) -> None:
     assert guest_names.container_id(guest_names.agent_id(identifier)) == identifier
 
 
-def test_no_name_in_the_share_is_given_twice() -> None:
+def test_names_in_the_share_are_unique() -> None:
     volumes = [guest_names.volume_in_share(number, label) for number, label in enumerate([*IDS, *IDS])]
     names = [*GUESTS_OWN, *map(guest_names.agent_id, IDS), *volumes]
     assert len(names) == len(set(names))

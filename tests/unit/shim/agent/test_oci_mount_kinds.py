@@ -52,7 +52,7 @@ def test_an_impossible_mount_is_refused_by_name(mount: dict[str, Any], why: str)
         kind_of(mount)
 
 
-def test_the_options_are_told_apart() -> None:
+def test_the_options_are_distinguished() -> None:
     options = ("rro", "nosuid", "sync", "rprivate", "data=ordered", "_netdev", "x-systemd.automount")
     found = file_system_of(entry("ext4", *options, source="/dev/vdb"))
     assert found.flags == ("ro", "nosuid", "sync")

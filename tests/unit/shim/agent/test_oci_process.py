@@ -92,6 +92,6 @@ def test_the_last_value_of_a_variable_counts(env: list[str] | None, seen: list[s
     ],
     ids=str,
 )
-def test_what_runc_refuses_is_refused_by_name(refused: dict[str, Any], cause: str) -> None:
+def test_requests_that_runc_refuses_are_refused_by_name(refused: dict[str, Any], cause: str) -> None:
     with pytest.raises(InvalidArgument, match=cause):
         init(**refused)

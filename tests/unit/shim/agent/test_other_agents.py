@@ -74,7 +74,7 @@ async def test_hakos_agent_is_not_asked_twice_for_shared_memory() -> None:
     assert not peer.asked("UpdateEphemeralMounts")
 
 
-async def test_the_sandboxs_id_at_the_agent_is_no_containers() -> None:
+async def test_the_sandboxs_id_at_the_agent_differs_from_every_containers() -> None:
     peer = Peer()
     await sandbox_of(peer)
     [request] = peer.asked("CreateSandbox")
@@ -154,7 +154,7 @@ async def test_a_control_file_that_another_agent_would_not_write_is_refused_by_n
 @pytest.mark.parametrize(
     ("feature", "sent"), [("seccomp", [("2MB", 4 << 20)]), ("hako", [("1GB", 0), ("2MB", 4 << 20)])]
 )
-async def test_only_our_agent_is_told_that_no_huge_pages_are_allowed(
+async def test_only_hakos_agent_learns_that_no_huge_pages_are_allowed(
     feature: str, sent: list[tuple[str, int]]
 ) -> None:
     peer = Peer(feature)

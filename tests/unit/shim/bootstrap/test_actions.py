@@ -117,7 +117,7 @@ sys.exit(main())
         ({"machine": "riscv64"}, "its architecture is riscv64; only x86_64 is supported"),
     ],
 )
-def test_a_host_that_cannot_run_it_is_told_so(host: dict[str, Any], line: str) -> None:
+def test_a_host_that_cannot_run_it_is_refused(host: dict[str, Any], line: str) -> None:
     reply = run("-namespace", "n", "-id", "c", "start", program=pretending(**host))
     assert (reply.returncode, reply.stdout) == (1, b"")
     assert reply.stderr.decode() == f"start: host: {line}"

@@ -137,7 +137,7 @@ def test_a_bundle_without_a_log_is_served_too(containerd: Containerd) -> None:
     assert containerd.run("start", "c1").returncode == 0
 
 
-def test_the_record_has_what_the_daemon_needs(containerd: Containerd) -> None:
+def test_the_record_has_all_that_the_daemon_reads(containerd: Containerd) -> None:
     bundle = containerd.make_bundle("c1")
     containerd.environment["TTRPC_ADDRESS"] = "/run/t.sock"
     containerd.run("start", "c1", flags=("-debug",))
@@ -352,7 +352,7 @@ def test_a_sandbox_without_a_spec_is_a_pod(containerd: Containerd) -> None:
     assert bootstrap_v1_pb2.BootstrapResult.FromString(reply.stdout).version == 3
 
 
-def test_a_container_that_joins_a_pod_is_told_the_pods_version(containerd: Containerd) -> None:
+def test_a_container_that_joins_a_pod_gets_the_pods_version(containerd: Containerd) -> None:
     containerd.make_bundle("pod", annotations={**POD, GROUPS[1]: "pod"})
     containerd.make_bundle("member", annotations={GROUPS[1]: "pod"})
     binary = fake_containerd(containerd.directory, "module", "2.1.9")
@@ -360,7 +360,7 @@ def test_a_container_that_joins_a_pod_is_told_the_pods_version(containerd: Conta
     assert replies[0] == replies[1]
 
 
-def test_containerd_1_7_is_told_the_grpc_socket_once_it_listens(containerd: Containerd) -> None:
+def test_containerd_1_7_learns_the_grpc_socket_once_it_listens(containerd: Containerd) -> None:
     bundle = containerd.make_bundle("c1")
     containerd.configure(f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
     binary = fake_containerd(containerd.directory, "github.com/containerd/containerd", "1.7.24~ds1")

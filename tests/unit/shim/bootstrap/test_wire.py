@@ -88,21 +88,21 @@ def test_fields_of_later_versions_are_skipped() -> None:
     assert bootstrap_wire.decode_params(later + b"\x0a\x01a").instance_id == "a"
 
 
-def test_a_result_is_what_protobuf_reads() -> None:
+def test_protobuf_reads_a_result() -> None:
     encoded = bootstrap_wire.encode_result(version=2, address="unix:///" + "a" * 200, protocol="ttrpc")
     assert bootstrap_v1_pb2.BootstrapResult.FromString(encoded) == bootstrap_v1_pb2.BootstrapResult(
         version=2, address="unix:///" + "a" * 200, protocol="ttrpc"
     )
 
 
-def test_a_delete_response_is_what_protobuf_reads() -> None:
+def test_protobuf_reads_a_delete_response() -> None:
     encoded = bootstrap_wire.encode_delete_response(exit_status=137, exited_at=1_700_000_000.25)
     response = task_v2_pb2.DeleteResponse.FromString(encoded)
     assert (response.pid, response.exit_status) == (0, 137)
     assert (response.exited_at.seconds, response.exited_at.nanos) == (1_700_000_000, 250_000_000)
 
 
-def test_runtime_information_is_what_protobuf_reads() -> None:
+def test_protobuf_reads_the_runtime_information() -> None:
     features = json.dumps({"ociVersionMin": "1.0.0"})
     encoded = bootstrap_wire.encode_runtime_info(name="n", version="1", features=features)
     information = types_pb2.RuntimeInfo.FromString(encoded)

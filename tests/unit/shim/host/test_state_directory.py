@@ -19,7 +19,7 @@ def test_the_lock_makes_its_directory(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "state" / "box").stat().st_mode) == 0o700
 
 
-def test_there_is_no_lock_without_a_directory(tmp_path: Path) -> None:
+def test_locking_fails_without_a_directory(tmp_path: Path) -> None:
     assert state_directory.lock_existing(str(tmp_path / "none")) is None
 
 

@@ -44,7 +44,7 @@ def test_a_daemon_is_found_where_distributions_put_it(directory: Path) -> None:
     assert host_choice.find_virtiofsd(Config()) == expected
 
 
-def test_a_configured_daemon_is_used_and_no_other(directory: Path) -> None:
+def test_only_the_configured_daemon_is_used(directory: Path) -> None:
     program(directory / "path" / "virtiofsd")
     expected = program(directory / "mine")
     assert host_choice.find_virtiofsd(configured(virtiofsd=str(expected))) == expected
@@ -120,7 +120,7 @@ def test_a_missing_qemu_is_an_error() -> None:
         host_choice.find_qemu(configured(qemu="/nope"))
 
 
-async def test_a_host_is_resolved_as_a_whole(directory: Path) -> None:
+async def test_all_parts_of_a_host_are_resolved(directory: Path) -> None:
     for name in ("kernel", "initrd"):
         (directory / name).touch()
     qemu = program(directory / "qemu")

@@ -44,7 +44,7 @@ def taken(config: Config, accelerator: Accelerator = Accelerator.TCG) -> Jail:
     return found
 
 
-def test_no_two_sandboxes_have_one_number_until_the_first_gives_it_back() -> None:
+def test_a_number_belongs_to_one_sandbox_until_it_is_given_back() -> None:
     config = configured(jail="required", jail_ids=2)
     jails = [taken(config) for _ in range(2)]
     assert {one.identity.uid for one in jails} == {1_900_000_000, 1_900_000_001}
@@ -58,7 +58,9 @@ def test_no_two_sandboxes_have_one_number_until_the_first_gives_it_back() -> Non
         one.close()
 
 
-def test_a_sandbox_that_may_do_without_does_if_there_is_no_number(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sandbox_with_an_optional_jail_runs_without_one_if_no_number_is_free(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     config = configured(jail="preferred", jail_ids=1)
     only = taken(config, Accelerator.KVM)
     assert Jail.of(config, Accelerator.KVM) is None
@@ -66,7 +68,7 @@ def test_a_sandbox_that_may_do_without_does_if_there_is_no_number(caplog: pytest
     only.close()
 
 
-def test_nothing_is_taken_for_a_sandbox_that_is_not_to_be_confined(directory: Path) -> None:
+def test_a_sandbox_without_a_jail_takes_no_number(directory: Path) -> None:
     assert Jail.of(configured(jail="off"), Accelerator.KVM) is None
     assert not directory.exists()
 

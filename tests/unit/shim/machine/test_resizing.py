@@ -135,7 +135,9 @@ async def test_huge_pages_that_do_not_fit_are_refused_before_the_machine_grows(
     assert "memory 4096" in machine.take()
 
 
-async def test_a_stock_agent_is_not_told_of_memory_that_is_gone(machine: Machine, resizer: Resizer) -> None:
+async def test_a_stock_agent_is_not_asked_to_follow_removed_memory(
+    machine: Machine, resizer: Resizer
+) -> None:
     machine.is_hako = False
     await resizer.grow(machine.agent, [SOME])
     machine.take()

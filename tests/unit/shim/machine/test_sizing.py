@@ -43,7 +43,7 @@ def plan_for(config: HypervisorConfig, oci: dict[str, Any]) -> Plan:
     return plan(config, pod=made.limits, first=made.first)
 
 
-def test_a_machine_without_containers_has_what_the_configuration_says() -> None:
+def test_a_machine_without_containers_has_the_configured_size() -> None:
     assert plan(CONFIG).wanted([]) == size(1, 256)
 
 

@@ -71,7 +71,7 @@ def has_ended(pid: int, *, timeout_s: float = 5.0) -> bool:
         os.close(pidfd)
 
 
-async def test_each_kind_of_hook_is_told_the_current_state(
+async def test_each_kind_of_hook_reads_the_current_state(
     script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
 ) -> None:
     keep = script("keep", 'cat >> states; echo >> states; echo "$1" >> order')

@@ -61,7 +61,7 @@ def test_init_has_the_name_of_its_container_in_the_guest() -> None:
 
 @pytest.mark.parametrize("happening", Input, ids=str)
 @pytest.mark.parametrize("state", State, ids=str)
-def test_what_the_table_lacks_is_refused_before_any_work(state: State, happening: Input) -> None:
+def test_a_field_that_the_table_lacks_is_refused_before_any_work(state: State, happening: Input) -> None:
     process = process_in(state)
     if (state, happening) in TRANSITIONS:
         process.require(happening)

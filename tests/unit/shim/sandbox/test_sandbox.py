@@ -148,7 +148,7 @@ async def test_a_machine_that_does_not_come_up_says_why(nursery: Nursery) -> Non
     assert nursery.machine.kept == ["tests: boot: sandbox box: start: QEMU: no such file"]
 
 
-async def test_all_callers_are_told_the_reason_of_a_death(
+async def test_all_callers_get_the_reason_of_a_death(
     nursery: Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
     await nursery.up()
@@ -166,7 +166,7 @@ async def test_all_callers_are_told_the_reason_of_a_death(
     ]
 
 
-async def test_an_end_that_was_wanted_is_no_failure(nursery: Nursery) -> None:
+async def test_a_requested_end_is_not_a_failure(nursery: Nursery) -> None:
     await nursery.up()
     await nursery.sandbox.end()
     assert nursery.sandbox.state is Life.STOPPED

@@ -59,7 +59,7 @@ def test_a_record_is_one_logfmt_line(root: logging.Logger, fifo: int) -> None:
     assert line.count("\n") == 1
 
 
-def test_what_a_guest_says_moves_no_cursor(root: logging.Logger, fifo: int) -> None:
+def test_output_of_a_guest_cannot_move_the_cursor(root: logging.Logger, fifo: int) -> None:
     log.configure("info", descriptor=fifo)
     logging.getLogger().error("guest: %s", "\x1b[2J\r\x85gone")
     assert b'msg="guest: \\x1b[2J\\r\\x85gone"' in os.read(fifo, 4096)
@@ -127,7 +127,7 @@ def test_a_reader_that_goes_away_does_no_harm(root: logging.Logger, bundle: Path
     os.close(reader)
 
 
-def test_a_bundle_without_a_log_is_no_reason_to_fail(tmp_path: Path) -> None:
+def test_a_bundle_without_a_log_does_not_fail(tmp_path: Path) -> None:
     descriptor = daemonize.open_log(str(tmp_path))
     assert os.write(descriptor, b"nowhere") == 7
     os.close(descriptor)

@@ -35,7 +35,7 @@ def test_containers_are_added_up_and_the_shared_network_is_counted_once() -> Non
     assert [(link.name, link.rx_bytes) for link in metrics.network] == [("eth0", 100)]
 
 
-def test_no_container_uses_nothing() -> None:
+def test_every_container_reports_some_use() -> None:
     metrics = to_metrics(total([]), unified=False)
     assert isinstance(metrics, cgroups_v1_pb2.Metrics)
     assert metrics.memory.usage.usage == 0

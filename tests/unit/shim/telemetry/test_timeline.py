@@ -58,7 +58,7 @@ def test_each_phase_is_written_once(tmp_path: Path) -> None:
     assert [line[1] for line in read(tmp_path)] == ["first", "second"]
 
 
-def test_no_more_is_noted_than_a_start_has(tmp_path: Path) -> None:
+def test_the_timeline_keeps_a_bounded_number_of_phases(tmp_path: Path) -> None:
     for _ in range(3):
         for _ in range(300):
             timeline.mark("again", lane=timeline.SHIM)
@@ -115,7 +115,7 @@ def drawn(text: str, *, title: str = "box") -> ET.Element:
     return ET.fromstring(draw(parse(text, title=title)))  # noqa: S314 - made by the line itself
 
 
-def test_the_picture_has_a_bar_for_each_phase_and_escapes_what_it_names() -> None:
+def test_the_picture_has_a_bar_for_each_phase_and_escapes_names() -> None:
     line = json.dumps(["shim", "<script>&", 10.0, 10.3])
     root = drawn(f"{TEXT}{line}\n", title='"box" <1>')
     space = "{http://www.w3.org/2000/svg}"
@@ -146,7 +146,7 @@ def test_the_guests_clock_is_that_of_the_middle_of_question_and_answer() -> None
     ]
 
 
-def test_what_a_clones_original_did_is_left_out() -> None:
+def test_the_timeline_of_a_clone_leaves_out_its_template() -> None:
     names = [phase.name for phase in guest("0 1 kernel boot", "4 4.5 agent Check", since_s=108.5)]
     assert names == ["Check"]
 
@@ -162,7 +162,7 @@ def test_what_a_clones_original_did_is_left_out() -> None:
         pytest.param("x y agent z", id="no-times"),
     ],
 )
-def test_what_a_guest_cannot_have_done_is_left_out(line: str) -> None:
+def test_impossible_phases_reported_by_a_guest_are_left_out(line: str) -> None:
     assert guest(line) == []
 
 

@@ -110,7 +110,7 @@ async def test_a_request_carries_names_payload_timeout_and_metadata(
 
 
 @pytest.mark.parametrize(("timeout_s", "nano"), [(None, 0), (1e30, (1 << 63) - 1)])
-async def test_the_timeout_sent_is_what_fits_and_0_for_none(
+async def test_the_timeout_sent_is_capped_and_0_means_none(
     client: TtrpcClient, server: ScriptedServer, timeout_s: float | None, nano: int
 ) -> None:
     call = check(client, timeout_s=timeout_s)

@@ -205,7 +205,7 @@ async def test_a_half_closed_connection_is_a_closed_one(
     assert await client.receive_if_any() is None
 
 
-async def test_a_client_that_does_not_read_is_not_served_on_but_loses_nothing(
+async def test_a_client_that_does_not_read_is_paused_and_loses_nothing(
     raw: Callable[[], RawClient], tasks: MemoryTasks
 ) -> None:
     client = raw()
