@@ -220,7 +220,7 @@ def test_a_malformed_object_is_the_kernel_s_error(body: bytes) -> None:
         ({"dest": "10.0.0.0/8", "family": 1, "device": "eth0"}, "mixes IPv4 and IPv6"),
         ({"source": "fe80::1", "device": "eth0"}, "mixes IPv4 and IPv6"),
         ({"family": 2, "device": "eth0"}, "family 2"),
-        ({"source": "10.0.0.0/8", "device": "eth0"}, "no address"),
+        ({"source": "10.0.0.0/8", "device": "eth0"}, "not an address"),
         ({"family": 1, "gateway": "10.0.0.1", "device": "eth0"}, "IPv6 cannot go through IPv4"),
         ({"dest": "10.0.0.0/33", "device": "eth0"}, "not a prefix length"),
         ({"dest": "10.0.0.0/", "device": "eth0"}, "not a prefix length"),
