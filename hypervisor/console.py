@@ -6,6 +6,7 @@ import asyncio
 import socket
 from typing import TYPE_CHECKING
 
+from hypervisor.allowance import Allowance
 from hypervisor.printable import printable
 from hypervisor.process import LINE_LIMIT
 
@@ -15,13 +16,18 @@ if TYPE_CHECKING:
 
 _TAIL_BYTES = 64 * 1024
 _FILE_BYTES = 1024 * 1024
+_BYTES_AT_ONCE, _BYTES_PER_S = 1024 * 1024, 1024 * 1024
+_PAUSE_S = 0.1
+_LAST_READS = 16
+"""Several times what the socket holds."""
 
 
 class Console:
     """The reader of one guest's console.
 
-    QEMU writes to a socket rather than to a file. The reader holds back a guest that floods its console, so
-    the host's disk never fills up, and each new line is an event.
+    QEMU writes to a socket rather than to a file, so the host's disk never fills up, and each new line is an
+    event. Of a guest that writes more than 1 MiB in a second, and goes on, 1 MiB per second is read; QEMU
+    drops the rest.
 
     :param log: the file that keeps a copy; it never grows over 1 MiB, and always holds the newest output.
     :param handover: closes QEMU's end of the socket once QEMU has inherited it.
@@ -37,6 +43,7 @@ class Console:
         self._tail = bytearray()
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._stream, self._read)
+        self._allowance = Allowance(burst=_BYTES_AT_ONCE, per_s=_BYTES_PER_S)
         self.grew = asyncio.Event()
         """Set whenever output arrives. Clear it before waiting for it."""
 
@@ -53,26 +60,40 @@ class Console:
         """Read what is still buffered, then close the stream and the file. May be called repeatedly."""
         if self._stream.fileno() < 0:
             return
-        self._read()
+        for _ in range(_LAST_READS):
+            if not self._take():
+                break
         self._loop.remove_reader(self._stream)
         self._stream.close()
         self._log.close()
 
     def _read(self) -> None:
+        if not self._allowance.take(self._take()):
+            self._loop.remove_reader(self._stream)
+            self._loop.call_later(_PAUSE_S, self._go_on)
+
+    def _go_on(self) -> None:
+        if self._stream.fileno() >= 0:
+            self._loop.add_reader(self._stream, self._read)
+
+    def _take(self) -> int:
+        """Keep what the guest wrote, or a part of it; return how many bytes there were."""
         try:
             chunk = self._stream.recv(_TAIL_BYTES)
         except BlockingIOError:
-            return
+            return 0
         except ConnectionResetError:
             chunk = b""
         if not chunk:
             self._loop.remove_reader(self._stream)
-            return
+            return 0
         self._tail += chunk
         del self._tail[:-_TAIL_BYTES]
         if self._log.tell() + len(chunk) > _FILE_BYTES:
             self._log.seek(0)
             self._log.truncate()
-            chunk = bytes(self._tail)
-        self._log.write(chunk)
+            self._log.write(self._tail)
+        else:
+            self._log.write(chunk)
         self.grew.set()
+        return len(chunk)

@@ -10,12 +10,14 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
+from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPError
 from qemu.qmp.protocol import Runstate
 
+from hypervisor import qmp_client
 from hypervisor.errors import QmpError
 from hypervisor.exits import Shutdown
 from hypervisor.override import override
+from hypervisor.qmp_client import GuardedClient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -52,14 +54,14 @@ class _Lifecycle(EventListener):
         :param event: any event, as QEMU sent it.
         """
         match event["event"]:
-            case "SHUTDOWN":
+            case qmp_client.SHUTDOWN:
                 data: Any = event.get("data")
                 if isinstance(data, dict):  # an exception here would end the session
                     self.shutdown = Shutdown(
                         by_guest=bool(data.get("guest")), cause=str(data.get("reason", "unknown"))
                     )
                 self.shut_down.set()
-            case "STOP":
+            case qmp_client.STOP:
                 self.stopped.set()
 
 
@@ -139,7 +141,7 @@ class QmpSession:
         self._stream, qemu_end = socket.socketpair()
         handover.enter_context(qemu_end)
         self.qemu_fd = qemu_end.fileno()
-        self._client = QMPClient(name)
+        self._client = GuardedClient(name)
         # The library would keep every event as long as it lives; nothing here reads that history.
         self._client.events.event_filter = lambda _event: False
         self._lifecycle = _Lifecycle()
@@ -215,6 +217,13 @@ class QmpSession:
                 if state in _BROKEN_STATES:
                     return state
 
+    async def flooded(self) -> str:
+        """Wait until the guest has caused far more events than in good faith; for ever if it never does.
+
+        :returns: the event that was one too many.
+        """
+        return await asyncio.shield(self._client.flooded)
+
     async def shut_down(self) -> None:
         """Wait for a ``SHUTDOWN`` event; for ever if QEMU ends without one."""
         await self._lifecycle.shut_down.wait()
@@ -240,9 +249,11 @@ class QmpSession:
         """
         stream = EventStream(self, names)
         self._client.register_listener(stream.listener)
+        self._client.wanted.update(names)
         try:
             yield stream
         finally:
+            self._client.wanted.subtract(names)
             self._client.remove_listener(stream.listener)
 
     async def send_fd(self, fd: int) -> str:

@@ -121,11 +121,13 @@ class RunningVm:
         """Wait until QEMU or a daemon ends, end QEMU then, and tell the reason."""
         qemu, daemons = self.qemu, self._host.daemons
         broken = asyncio.create_task(self._qmp.broken())
+        flooded = asyncio.create_task(self._qmp.flooded())
         overdue = asyncio.create_task(self._overdue())
-        ends: list[asyncio.Future[Any]] = [broken, overdue, *(each.exited for each in (qemu, *daemons))]
+        watches = (broken, flooded, overdue)
+        ends: list[asyncio.Future[Any]] = [*watches, *(each.exited for each in (qemu, *daemons))]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        await cancel(broken)
-        await cancel(overdue)
+        for watch in watches:
+            await cancel(watch)
         failed = next((each for each in daemons if each.exited.done()), None)
         if failed is not None and failed.exited.result().code == 0:
             # A daemon ends in good order when QEMU hangs up, and its end may be seen before QEMU's.
@@ -139,6 +141,8 @@ class RunningVm:
         self._console.close()
         if not broken.cancelled():
             reason = f"QEMU stopped the virtual machine ({broken.result()})"
+        elif not flooded.cancelled():
+            reason = f"killed, because its guest flooded the host with {flooded.result()} events"
         elif blamed is not None:
             reason = blamed.obituary()
         else:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hypervisor.allowance import Allowance
 from hypervisor.console import Console
 from tests.waiting import WITHIN_S
 
@@ -60,6 +61,7 @@ async def test_a_flood_is_bounded_in_memory_and_on_disk_and_keeps_the_newest(
     console_and_guest: tuple[Console, socket.socket], tmp_path: Path
 ) -> None:
     console, guest = console_and_guest
+    console._allowance = Allowance(burst=1 << 30, per_s=0)
     for _ in range(48):
         await write(console, guest, b"x" * 65535 + b"\n")
     await write(console, guest, b"the end\n")
@@ -69,3 +71,25 @@ async def test_a_flood_is_bounded_in_memory_and_on_disk_and_keeps_the_newest(
     assert log.read_bytes().endswith(b"the end\n")
     assert console.tail(1) == ["the end"]
     assert len(console._tail) <= 64 * 1024
+
+
+async def test_a_guest_that_goes_on_writing_is_read_slowly(
+    console_and_guest: tuple[Console, socket.socket],
+) -> None:
+    console, guest = console_and_guest
+    console._allowance = Allowance(burst=10, per_s=0)
+    await write(console, guest, b"more than ten bytes\n")
+    assert not asyncio.get_running_loop().remove_reader(console._stream)
+    await write(console, guest, b"read after a pause\n")
+    assert console.tail(1) == ["read after a pause"]
+
+
+async def test_what_was_not_read_yet_at_the_end_is_read_then(
+    console_and_guest: tuple[Console, socket.socket],
+) -> None:
+    console, guest = console_and_guest
+    console._allowance = Allowance(burst=10, per_s=0)
+    await write(console, guest, b"more than ten bytes\n")
+    guest.sendall(b"x" * (100 << 10) + b"\nKernel panic\n")
+    console.close()
+    assert console.tail(1) == ["Kernel panic"]

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hypervisor import qmp
+from hypervisor import qmp, qmp_client
 from hypervisor.errors import QmpError
 from hypervisor.exits import Shutdown
 from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from typing import Any
+
+    from qemu.qmp.message import Message
 
     from tests.unit.hypervisor.conftest import Peer
 
@@ -174,6 +176,92 @@ async def test_a_flood_of_events_is_not_kept(connected: tuple[qmp.QmpSession, Pe
     await session.drained()
     assert session._client.events.history == ()
     assert session._lifecycle.history == ()
+
+
+def event(name: str, number: int) -> bytes:
+    """Write an event as QEMU does."""
+    stamp = f'{{"seconds": {number}, "microseconds": 1}}'
+    return f'{{"timestamp": {stamp}, "event": "{name}", "data": {{"number": {number}}}}}\r\n'.encode()
+
+
+async def test_an_event_that_nobody_waits_for_is_not_decoded(
+    connected: tuple[qmp.QmpSession, Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, peer = connected
+    decoded: list[bytes] = []
+    message = qmp_client.Message
+
+    def decode(line: bytes, *, eager: bool) -> Message:
+        decoded.append(line)
+        return message(line, eager=eager)
+
+    monkeypatch.setattr(qmp_client, "Message", decode)
+    with session.events("DEVICE_DELETED") as events:
+        await peer.send(event("RTC_CHANGE", 1) + event("DEVICE_DELETED", 2))
+        assert (await events.next()).data == {"number": 2}
+    await peer.send(event("DEVICE_DELETED", 3))
+    peer.hang_up()
+    await session.drained()
+    assert decoded == [event("DEVICE_DELETED", 2)]
+
+
+@pytest.mark.parametrize("name", ["ACPI_DEVICE_OST", "GUEST_CRASHLOADED"])
+async def test_far_more_events_than_a_guest_causes_in_good_faith_are_a_flood(
+    connected: tuple[qmp.QmpSession, Peer], name: str
+) -> None:
+    session, peer = connected
+    flooded = asyncio.create_task(session.flooded())
+    with session.events("ACPI_DEVICE_OST") as events:
+        await peer.send(b"".join(event(name, number) for number in range(7000)))
+        assert await flooded == name
+        assert events.listener._queue.qsize() <= 5100
+        await peer.send(event("SHUTDOWN", 1))
+        await asyncio.wait_for(session.shut_down(), 5)
+
+
+async def test_events_of_another_shape_count_as_well(connected: tuple[qmp.QmpSession, Peer]) -> None:
+    session, peer = connected
+    flooded = asyncio.create_task(session.flooded())
+    await peer.send(b'{"event": "ACPI_DEVICE_OST", "data": {}}\r\n' * 7000)
+    assert await flooded == "ACPI_DEVICE_OST"
+
+
+async def test_a_broken_disk_is_no_flood_and_is_heard_of_a_few_times(
+    connected: tuple[qmp.QmpSession, Peer],
+) -> None:
+    session, peer = connected
+    flooded = asyncio.create_task(session.flooded())
+    with session.events("BLOCK_IO_ERROR", "DEVICE_DELETED") as events:
+        await peer.send(b"".join(event("BLOCK_IO_ERROR", number) for number in range(7000)))
+        await peer.send(event("DEVICE_DELETED", 7000))
+        heard: list[qmp.Event] = []
+        while not heard or heard[-1].name != "DEVICE_DELETED":
+            heard.append(await events.next())
+    assert 100 <= len(heard) < 200
+    assert not flooded.done()
+    flooded.cancel()
+
+
+async def test_other_tasks_run_while_a_flood_is_read(connected: tuple[qmp.QmpSession, Peer]) -> None:
+    session, peer = connected
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    counting = asyncio.create_task(count())
+    line = event("RTC_CHANGE", 1)
+    reader = session._client._reader
+    assert reader is not None
+    reader.feed_data(line * 4000)
+    await peer.send(event("SHUTDOWN", 1))
+    before = turns
+    await session.shut_down()
+    assert turns - before >= 4000 / 100
+    counting.cancel()
 
 
 async def test_a_command_may_take_as_long_as_a_longer_one_before_it(

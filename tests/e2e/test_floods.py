@@ -1,0 +1,135 @@
+"""Floods from a guest cost the host little, and a machine that goes on with one is ended."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e import flooding
+from tests.e2e.containerd import SHIM_DIRECTORY
+from tests.e2e.life import Life
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.e2e.conftest import Stack
+
+pytestmark = [pytest.mark.hako, pytest.mark.timeout(240)]
+
+STATE_S = 0.5
+ENDED_WITHIN_S = 15.0
+HELD_BACK_S = 6.0
+CONSOLE_BYTES = 1 << 20
+MOST_GROWTH_KIB = 32 << 10
+# QEMU's docs/specs/acpi_mem_hotplug.rst and acpi_cpu_hotplug.rst: the selector, the command, the status.
+MODULE, MODULE_STATUS = (0xA00, 0), 0xA08
+PROCESSOR, PROCESSOR_COMMAND, PROCESSOR_STATUS = (0xCD8, 0), (0xCDD, 2), 0xCE0
+PANIC_DEVICE = "$(dirname $(grep -l 0x0011 /sys/bus/pci/devices/*/device))/resource0"
+CRASH_LOADED = 2  # QEMU's docs/specs/pvpanic.rst
+CLOCK_SECONDS = (0x70, 0)
+CLOCK_DATA = 0x71
+ENDLESS = {
+    "memory modules": (flooding.as_command(flooding.to_port(MODULE_STATUS, MODULE)), "ACPI_DEVICE_OST"),
+    "processors": (
+        flooding.as_command(flooding.to_port(PROCESSOR_STATUS, PROCESSOR, PROCESSOR_COMMAND)),
+        "ACPI_DEVICE_OST",
+    ),
+    "panic device": (
+        f"mount -t sysfs sysfs /sys; {flooding.as_command(flooding.to_memory(CRASH_LOADED), PANIC_DEVICE)}",
+        "GUEST_CRASHLOADED",
+    ),
+}
+BY_DAY = "processors"
+HELD_BACK = {
+    "console": "mkdir /guest; mount -t devtmpfs dev /guest; yes flood-of-lines >/guest/hvc0 &",
+    "kernel log": "while echo '<0>flood-of-messages' >/guest/kmsg; do :; done &",
+    "clock": flooding.as_command(flooding.to_port(CLOCK_DATA, CLOCK_SECONDS)),
+}
+
+
+@pytest.fixture
+def life(one_stack: Stack, home: Path) -> Iterator[Life]:
+    """A container that runs beside a privileged one in the same machine."""
+    with Life(one_stack, home) as begun:
+        begun.open_door()
+        begun.write_down()
+        begun.tasks.begin_create(begun.id).result()
+        begun.tasks.call("Start", begun.id)
+        yield begun
+
+
+def resident_kib(pid: int) -> int:
+    """Return how much of a process is in memory; 0 if it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    return int(found[1]) if found else 0
+
+
+def ask_for_state(life: Life, *, for_s: float) -> str:
+    """Ask for the state of a task again and again, each time to be told in time, until it has ended."""
+    ends_at = time.monotonic() + for_s
+    state = ""
+    while state != "STOPPED" and time.monotonic() < ends_at:
+        asked_at = time.monotonic()
+        state, _ = life.tasks.state(life.id)
+        assert time.monotonic() - asked_at < STATE_S
+    return state
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(
+    "source", [pytest.param(each, marks=() if each == BY_DAY else pytest.mark.nightly) for each in ENDLESS]
+)
+def test_a_machine_that_floods_qemus_monitor_is_ended(life: Life, one_stack: Stack, source: str) -> None:
+    command, event = ENDLESS[source]
+    qemu, shim = life.pid("QEMU"), life.pid("shim")
+    before = {pid: resident_kib(pid) for pid in (qemu, shim)}
+
+    life.do_as_root(command)
+
+    most = 0
+    ends_at = time.monotonic() + ENDED_WITHIN_S
+    while ask_for_state(life, for_s=0.1) != "STOPPED" and time.monotonic() < ends_at:
+        most = max(most, *(resident_kib(pid) - size for pid, size in before.items()))
+    assert life.tasks.state(life.id) == ("STOPPED", 137)
+    assert most < MOST_GROWTH_KIB
+    sandbox_id = life.all_ids[0]
+    life.remove()
+    reason = f"sandbox {sandbox_id}: killed, because its guest flooded the host with {event} events"
+    assert re.search(f"level=error .*{reason}", life.log())
+    assert re.search(f"wait: container {life.id}: {reason}; its status is 137", life.log())
+    kept = subprocess.run(
+        [SHIM_DIRECTORY / "hako", "logs", sandbox_id, "--config", one_stack.config],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert reason.partition(": ")[2] in kept.stdout
+
+
+@pytest.mark.alone
+def test_floods_that_are_held_back_disturb_nobody(life: Life, one_stack: Stack) -> None:
+    [state] = one_stack.state_directory.iterdir()
+    console = state / "console.log"
+    before = {pid: resident_kib(pid) for pid in (life.pid("QEMU"), life.pid("shim"))}
+
+    for flood in HELD_BACK.values():
+        life.do_as_root(flood)
+
+    assert ask_for_state(life, for_s=HELD_BACK_S) == "RUNNING"
+    for pid, size in before.items():
+        assert resident_kib(pid) - size < MOST_GROWTH_KIB
+    shown = console.read_bytes()
+    assert len(shown) <= CONSOLE_BYTES
+    assert b"flood-of-lines" in shown
+    assert b"flood-of-messages" in shown
+    life.remove()

@@ -1,0 +1,36 @@
+"""What a guest may cause: a lot now and then, a little at any time."""
+
+from __future__ import annotations
+
+from hypervisor.allowance import Allowance
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_as_much_as_the_burst_may_be_used_at_once() -> None:
+    allowance = Allowance(burst=3, per_s=1, clock=Clock())
+    assert [allowance.take() for _ in range(4)] == [True, True, True, False]
+
+
+def test_what_was_used_comes_back_with_time_and_never_exceeds_the_burst() -> None:
+    clock = Clock()
+    allowance = Allowance(burst=3, per_s=2, clock=clock)
+    assert allowance.take(3)
+    clock.now_s += 1
+    assert (allowance.take(2), allowance.take()) == (True, False)
+    clock.now_s += 1000
+    assert (allowance.take(3), allowance.take()) == (True, False)
+
+
+def test_a_refusal_uses_nothing_up() -> None:
+    allowance = Allowance(burst=3, per_s=0, clock=Clock())
+    assert not allowance.take(4)
+    assert allowance.take(3)
