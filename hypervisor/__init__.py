@@ -1,6 +1,7 @@
 """The only code that knows the parts of a virtual machine."""
 
 from hypervisor.accelerator import Verdict, choose_accelerator
+from hypervisor.allowance import Allowance
 from hypervisor.confinement_probe import jail_problem
 from hypervisor.errors import (
     ChannelError,
@@ -37,6 +38,7 @@ from hypervisor.vsock import channel_problem
 __all__ = [
     "SHARE_DAEMON",
     "Accelerator",
+    "Allowance",
     "Channel",
     "ChannelError",
     "Disk",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING
 
@@ -37,3 +38,11 @@ class Allowance:
             return False
         self._left -= amount
         return True
+
+    async def wait(self, amount: float = 1.0) -> None:
+        """Use some of it up, as soon as that much is left.
+
+        :param amount: how much, not more than ``burst``.
+        """
+        while not self.take(amount):  # noqa: ASYNC110 - time is all that it waits for
+            await asyncio.sleep((amount - self._left) / self._per_s)

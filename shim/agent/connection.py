@@ -22,6 +22,8 @@ SERVICE = "grpc.AgentService"
 HEALTH_SERVICE = "grpc.Health"
 
 CALL_TIMEOUT_S = 60.0  # the protocol's customary limit, Kata's create_container_timeout among them
+MOST_ANSWER_BYTES = 2 << 20
+"""What a call for a stream, for routes, or for the processes of a container may have to bring."""
 DIAGNOSIS_TIMEOUT_S = 1.0  # containerd asks for pids within the 5 s that a restart gives a shim
 
 _Reply = TypeVar("_Reply", bound="Message")
@@ -61,6 +63,7 @@ class AgentConnection:
         reply: type[_Reply],
         *,
         timeout_s: float | None = CALL_TIMEOUT_S,
+        most_bytes: int = MOST_ANSWER_BYTES,
     ) -> _Reply:
         """Call a method of the agent's service.
 
@@ -68,12 +71,16 @@ class AgentConnection:
         :param request: its request.
         :param reply: the type of its answer.
         :param timeout_s: how long the answer may take; None for as long as it likes.
+        :param most_bytes: how long it may be: a hostile agent's costs as much time as it has parts.
         :raises DeadlineExceeded: if it takes longer.
         :raises Unavailable: if the connection breaks.
+        :raises ResourceExhausted: if the answer is too long.
         :raises ShimError: of the kind that the agent answers with.
         """
         try:
-            return await self._client.call(SERVICE, method, request, reply, timeout_s=timeout_s)
+            return await self._client.call(
+                SERVICE, method, request, reply, timeout_s=timeout_s, most_bytes=most_bytes
+            )
         except ShimError as error:
             meant = plain(error)
             if meant is error:

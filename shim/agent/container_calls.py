@@ -9,7 +9,7 @@ from google.protobuf.empty_pb2 import Empty
 from proto.extensions import PROCESSES, UNIFIED
 from proto.kata import agent_pb2, oci_pb2
 from shim.agent.connection import CALL_TIMEOUT_S
-from shim.errors import InvalidArgument
+from shim.errors import InvalidArgument, ResourceExhausted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 STATS_TIMEOUT_S = 1.8  # containerd asks for statistics with a limit of 2 s
 REMOVE_TIMEOUT_S = 7.0  # containerd's CRI lets the end of a task, all of Delete included, take 10 s
 
+_MOST_STATS_BYTES = 256 << 10  # ten times what a machine with all its devices has to say
+_MOST_PROCESSES = 32_768  # the kernel's own limit, unless someone raises it
 _MOST_MEMORY = (1 << 63) - 4096  # what a cgroup without a limit shows
 _MANY_PROCESSORS = 1000
 _DEFAULT_PERIOD_US = 100_000  # the kernel's
@@ -101,7 +103,11 @@ class ContainerCalls:
         """Return a container's statistics."""
         request = agent_pb2.StatsContainerRequest(container_id=container_id)
         return await self._connection.call(
-            "StatsContainer", request, agent_pb2.StatsContainerResponse, timeout_s=STATS_TIMEOUT_S
+            "StatsContainer",
+            request,
+            agent_pb2.StatsContainerResponse,
+            timeout_s=STATS_TIMEOUT_S,
+            most_bytes=_MOST_STATS_BYTES,
         )
 
     async def exec_ids(self, container_id: str) -> list[str]:
@@ -111,8 +117,11 @@ class ContainerCalls:
 
         :raises ShimError: of any kind, if the agent cannot tell.
         """
-        lines = await self._connection.diagnose(PROCESSES, container_id=container_id)
-        return [line.partition(" ")[2] for line in lines.splitlines()]
+        text = await self._connection.diagnose(PROCESSES, container_id=container_id)
+        lines = text.split("\n", _MOST_PROCESSES)
+        if len(lines) > _MOST_PROCESSES:
+            raise ResourceExhausted(f"pids: container {container_id}: over {_MOST_PROCESSES} processes")
+        return [line.partition(" ")[2] for line in lines if line]
 
 
 def _lift(resources: oci_pb2.LinuxResources) -> None:

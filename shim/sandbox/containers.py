@@ -7,6 +7,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING
 
+from hypervisor import Allowance
 from shim.agent import guest_names
 from shim.errors import AlreadyExists, FailedPrecondition, Internal, NotFound, ShimError
 from shim.host import state_directory
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 DESERTED_S = 5.0  # containerd ends a shim milliseconds after its last container, if it lives to do so
 LAST_OUTPUTS_TIMEOUT_S = 2.0  # for clients that read; the others lose what is left
+
+_KILLS_AT_ONCE, _KILLS_PER_S = 100, 10  # told to containerd; more of them are told later
 
 
 class Containers:
@@ -257,12 +260,17 @@ class Containers:
             log.debug("shrink: sandbox %s: %s", self._sandbox.id, error)
 
     async def _report_ooms(self, running: RunningMachine) -> None:
-        """Tell containerd of each container in which the guest's kernel killed for memory."""
+        """Tell containerd of each container in which the guest's kernel killed for memory.
+
+        An agent may answer as fast as it likes, so it is not asked faster than this allows.
+        """
+        allowance = Allowance(burst=_KILLS_AT_ONCE, per_s=_KILLS_PER_S)
         try:
             while True:
                 container_id = guest_names.container_id(await running.agent.next_oom())
                 if container_id in self._all:
                     self._sandbox.publish(*task_events.out_of_memory(container_id))
+                await allowance.wait()
         except ShimError as error:
             log.debug("out of memory: no more reports: %s", error)
 

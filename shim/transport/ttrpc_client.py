@@ -38,14 +38,19 @@ class _ServerConnection(TtrpcConnection):
     def __init__(self) -> None:
         super().__init__()
         self.pending: dict[int, asyncio.Future[Frame | OversizedFrame | None]] = {}
+        self.given_up = 0
+        """How many calls were cancelled or timed out whose answers may yet come."""
 
     @override
     def frame_received(self, frame: Frame | OversizedFrame) -> None:
         if frame.kind is not FrameType.RESPONSE:
             raise FrameError(f"a server sent a {frame.kind.name.lower()} frame")
-        # An answer that nobody waits for any more belongs to a call that was cancelled or timed out.
         waiting = self.pending.pop(frame.stream_id, None)
-        if waiting is not None and not waiting.done():
+        if waiting is None:
+            if not self.given_up:
+                raise FrameError(f"a server answered call {frame.stream_id}, which was not made, or twice")
+            self.given_up -= 1
+        elif not waiting.done():
             waiting.set_result(frame)
 
     @override
@@ -79,6 +84,7 @@ class TtrpcClient:
         *,
         timeout_s: float | None,
         metadata: Mapping[str, str] = _NO_METADATA,
+        most_bytes: int = MAX_BODY,
     ) -> M:
         """Call one method and wait for its answer. Cancelling the caller harms no other call.
 
@@ -86,9 +92,10 @@ class TtrpcClient:
         :param method: bare name, such as ``CreateContainer``.
         :param timeout_s: seconds until both sides give the call up; None for calls that wait for an event.
         :param metadata: headers, lower-case.
+        :param most_bytes: how long the answer may be, up to 4 MiB; a longer one is not decoded.
         :raises DeadlineExceeded: if no answer came in time.
         :raises Unavailable: if the connection is lost, before the call or during it.
-        :raises ResourceExhausted: if the request or the answer is over 4 MiB.
+        :raises ResourceExhausted: if the request is over 4 MiB, or the answer too long.
         :raises Internal: if the answer is not the response message.
         :raises ShimError: what the server answers.
         """
@@ -103,9 +110,10 @@ class TtrpcClient:
             raise DeadlineExceeded(f"ttrpc: {name}: no answer within {timeout_s:g} s") from error
         if answer is None:
             raise Unavailable(f"ttrpc: {name}: connection lost: {self._connection.loss_cause}")
-        if isinstance(answer, OversizedFrame):
+        length = answer.length if isinstance(answer, OversizedFrame) else len(answer.body)
+        if isinstance(answer, OversizedFrame) or length > most_bytes:
             raise ResourceExhausted(
-                f"ttrpc: {name}: answer of {answer.length} bytes exceeds the limit of {MAX_BODY}"
+                f"ttrpc: {name}: answer of {length} bytes exceeds the limit of {most_bytes}"
             )
         try:
             response = ttrpc_pb2.Response.FromString(answer.body)
@@ -150,7 +158,8 @@ class TtrpcClient:
         try:
             return await waiting
         finally:
-            connection.pending.pop(stream_id, None)
+            if connection.pending.pop(stream_id, None) is not None:
+                connection.given_up += 1
 
     async def wait_closed(self) -> None:
         """Wait until the connection is lost or closed."""

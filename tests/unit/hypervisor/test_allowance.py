@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from hypervisor.allowance import Allowance
 
 
@@ -34,3 +36,12 @@ def test_a_refusal_uses_nothing_up() -> None:
     allowance = Allowance(burst=3, per_s=0, clock=Clock())
     assert not allowance.take(4)
     assert allowance.take(3)
+
+
+async def test_waiting_ends_when_there_is_enough() -> None:
+    allowance = Allowance(burst=1, per_s=1000)
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    for _ in range(21):
+        await allowance.wait()
+    assert loop.time() - began_s >= 0.019

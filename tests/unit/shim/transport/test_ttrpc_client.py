@@ -232,6 +232,37 @@ async def test_a_server_that_does_not_speak_ttrpc_is_unavailable(
         await call
 
 
+async def test_answers_to_calls_that_nobody_made_end_the_connection(
+    client: TtrpcClient, server: ScriptedServer
+) -> None:
+    with pytest.raises(DeadlineExceeded):
+        await check(client, timeout_s=0.01)
+    call = check(client)
+    await server.receive()
+    stream_id, _ = await server.receive()
+    late = encode_response(1, ANSWER)
+    await server.send(late + encode_response(stream_id, ANSWER))
+    await call
+    await server.send(late)
+    with pytest.raises(Unavailable, match="answered call 1, which was not made, or twice"):
+        await check(client)
+
+
+async def test_an_answer_longer_than_the_call_allows_is_not_decoded(
+    client: TtrpcClient, server: ScriptedServer
+) -> None:
+    call = asyncio.create_task(
+        client.call(
+            "grpc.Health", "Check", health_pb2.CheckRequest(), health_pb2.HealthCheckResponse,
+            timeout_s=5, most_bytes=100,
+        )
+    )  # fmt: skip
+    stream_id, _ = await server.receive()
+    await server.send(encode_frame(stream_id, FrameType.RESPONSE, b"\xff" * 101))
+    with pytest.raises(ResourceExhausted, match="answer of 101 bytes exceeds the limit of 100"):
+        await call
+
+
 async def test_an_oversized_answer_fails_its_call_only(client: TtrpcClient, server: ScriptedServer) -> None:
     call, other = check(client), check(client)
     await server.receive()
