@@ -212,9 +212,9 @@ async def test_far_more_events_than_a_guest_causes_in_good_faith_are_a_flood(
     session, peer = connected
     flooded = asyncio.create_task(session.flooded())
     with session.events("ACPI_DEVICE_OST") as events:
-        await peer.send(b"".join(event(name, number) for number in range(7000)))
+        await peer.send(b"".join(event(name, number) for number in range(10_000)))
         assert await flooded == name
-        assert events.listener._queue.qsize() <= 5100
+        assert events.listener._queue.qsize() < 9000
         await peer.send(event("SHUTDOWN", 1))
         await asyncio.wait_for(session.shut_down(), 5)
 
