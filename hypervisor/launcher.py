@@ -69,7 +69,7 @@ def launch(
 ) -> int:
     """Start a program. The kernel kills it when the calling thread ends, which must be the main one.
 
-    What fails in the child is no error here: it ends with status :data:`FAILED`, and a line in its output.
+    A failure in the child is not raised: the child ends with status :data:`FAILED` and a line of output.
 
     :param argv: the program's absolute path and its arguments.
     :param environment: all of its environment.

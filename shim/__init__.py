@@ -1,1 +1,1 @@
-"""What containerd talks to: the runtime shim of Hako."""
+"""The runtime shim of Hako, which containerd calls."""

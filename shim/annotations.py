@@ -6,5 +6,5 @@ from __future__ import annotations
 GROUP = "io.containerd.runc.v2.group"
 #: containerd's id of the pod that a container belongs to.
 POD = "io.kubernetes.cri.sandbox-id"
-#: What containerd's CRI says of a container: ``sandbox`` of the one that stands for its pod.
+#: The kind of a container, from containerd's CRI: ``sandbox`` for the one that stands for its pod.
 KIND = "io.kubernetes.cri.container-type"

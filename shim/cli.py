@@ -203,7 +203,7 @@ class Progress:
         self._shown = False
 
     def step(self, text: str) -> None:
-        """Say what is done now."""
+        """Report the current step."""
         # Back to the first column and clear to the end of the line: ECMA-48 EL.
         self._stream.write(f"\r\x1b[K{text}" if self._in_place else f"{text}\n")
         self._stream.flush()

@@ -1,7 +1,7 @@
 """The operator's configuration: TOML files in which every key may be left out.
 
-Each key is declared once, with all that is known of it: its default, what it means, its unit, and the values
-that it takes. Reading, refusal, ``hako config`` and the documentation work from these declarations.
+Each key is declared once, with its default, its meaning, its unit, and the values that it takes. Reading,
+refusal, ``hako config`` and the documentation work from these declarations.
 
 This module is on the start path: ``tomllib`` and ``difflib`` are imported only when there is a file.
 """
@@ -31,7 +31,7 @@ _AUTO = "auto"
 
 
 class Key(Record):
-    """What may be written for one key, and what it means."""
+    """The values that one key takes, and their meaning."""
 
     default: str | int | bool
     help: str
@@ -123,13 +123,13 @@ class Section(Record):
     KEYS: ClassVar[dict[str, Key]]
 
     def __init_subclass__(cls) -> None:
-        """Give the section what was declared in its body, in the same order."""
+        """Give the section the keys that its body declares, in the same order."""
         cls.KEYS = dict(zip(cls.fields(), _declared, strict=True))
         _declared.clear()
 
 
 class HypervisorConfig(Section):
-    """How virtual machines are made."""
+    """The settings of virtual machines."""
 
     qemu: str = _key("/usr/bin/qemu-system-x86_64", "QEMU's system emulator.", is_path=True)
     machine_options: str = _key("", "Appended to QEMU's ``-machine``, for example ``usb=off``.")
@@ -145,12 +145,12 @@ class HypervisorConfig(Section):
     )
     # 255 is as many as q35 numbers without an IOMMU; 16 TiB is more than it maps.
     vcpus: int = _key(
-        1, "What a machine has for itself; the limits of its containers come on top.", least=1, most=255
+        1, "The machine's own share; the limits of its containers are added to it.", least=1, most=255
     )
     memory_mib: int = _key(512, "As ``vcpus``.", unit="MiB", least=128, most=1 << 24)
     max_vcpus: int = _key(
         0,
-        "What a machine can grow to; 0 is what the host has. "
+        "The most that a machine can grow to; 0 means all that the host has. "
         "Each vCPU that may come costs the guest half a MiB.",
         least=0,
         most=255,
@@ -177,7 +177,7 @@ class HypervisorConfig(Section):
     # Above those of people and of the host's services, and below what programs take for a negative number.
     jail_first_id: int = _key(
         1_900_000_000,
-        "The first of the user and group ids that sandboxes get, one each; nobody else may have them.",
+        "The first of the user and group ids that sandboxes get, one each; no other user may have them.",
         least=1 << 16,
         most=(1 << 31) - (1 << 20),
     )
@@ -199,7 +199,7 @@ class HypervisorConfig(Section):
 
 
 class GuestConfig(Section):
-    """What runs in a virtual machine."""
+    """The software that runs in a virtual machine."""
 
     kernel: str = _key("/var/lib/hako/guest/vmlinux", "What ``hako image build`` makes.", is_path=True)
     initrd: str = _key("/var/lib/hako/guest/initrd", "As ``kernel``.", is_path=True)
@@ -210,7 +210,7 @@ class GuestConfig(Section):
 
 
 class ShimConfig(Section):
-    """How the shim itself behaves."""
+    """The settings of the shim itself."""
 
     protocol: str = _key(
         "ttrpc", "How containerd drives the shim; only 1.7 can use ``grpc``.", choices=("ttrpc", "grpc")
@@ -257,9 +257,9 @@ class ConfigText(Record):
     """A configuration as it was found."""
 
     text: str
-    #: What names it in messages: its path.
+    #: Its name in messages: the path.
     source: str
-    #: Files beside it, which say more; what a later one gives replaces what an earlier one gave.
+    #: Further files beside it; a value in a later file replaces that of an earlier one.
     drop_ins: tuple[ConfigText, ...] = ()
 
 
@@ -321,7 +321,7 @@ def _drop_ins(directory: str) -> Iterator[ConfigText]:
         if name.endswith(".toml") and not name.startswith("."):
             path = os.path.join(directory, name)
             text = _read(path)
-            if text is not None:  # otherwise it was removed meanwhile
+            if text is not None:  # otherwise it has been removed by now
                 yield ConfigText(text=text, source=path)
 
 
@@ -395,7 +395,7 @@ def render(config: Config) -> str:
     """Write a configuration as TOML, with only what differs from the defaults.
 
     :param config: the configuration.
-    :returns: the text, which is empty for the defaults; :func:`parse` makes the same configuration of it.
+    :returns: the text; empty for the defaults; :func:`parse` makes the same configuration of it.
     """
     lines = []
     for name, section in SECTIONS.items():

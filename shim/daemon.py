@@ -57,7 +57,7 @@ def run(record: StartRecord, socket_descriptor: int | None, ready: Callable[[], 
     with timeline.phase("configuration, mount namespace", lane=timeline.SHIM):
         settings = parse(ConfigText(text=record.config_text, source=record.config_source))
         configure("debug" if record.debug else settings.shim.log_level)
-        host_mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)  # where hooks run
+        host_mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)  # for hooks to run in
         mounts.enter_private_namespace()
     listener = None if socket_descriptor is None else socket.socket(fileno=socket_descriptor)
     try:
@@ -159,7 +159,7 @@ async def _serve_until(
 
 
 def _undo(record: StartRecord) -> None:
-    """Undo what is left, unless ``delete`` has done it or a waiting ``start`` will."""
+    """Undo the remains, unless ``delete`` has done it or a waiting ``start`` will."""
     held = state_directory.lock_existing(record.state_directory, wait=False)
     if held is None:
         return

@@ -1,8 +1,8 @@
 """The entry point: have the zygote do ``start`` or ``delete``, or else do it here.
 
-What is imported here costs containerd's every ``start``: only what is part of the interpreter. ``start`` in a
-process that is warm already takes a tenth of the time that importing its modules takes. Nobody depends on the
-zygote: without one, with one of another version, and whenever it dies, everything is done here.
+Every ``start`` of containerd pays for the imports here, so they are only modules that are built into the
+interpreter. ``start`` in a warm process takes a tenth of the time that importing its modules takes. The
+zygote is optional: without one, with one of another version, and after its death, everything is done here.
 """
 
 import marshal
@@ -17,7 +17,7 @@ _ACCEPT_TIMEOUT_S = 1.0
 
 
 def main() -> int:
-    """Do what the command line says; the entry point of the console script.
+    """Run the action of the command line; the entry point of the console script.
 
     :returns: the exit status.
     """

@@ -1,4 +1,4 @@
-"""The error tree of the shim, split by what the caller can do about it.
+"""The error tree of the shim, split by the caller's remedy.
 
 ::
 

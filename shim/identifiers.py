@@ -1,4 +1,4 @@
-"""What containerd accepts as an identifier."""
+"""The identifiers that containerd accepts."""
 
 from __future__ import annotations
 

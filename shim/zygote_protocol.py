@@ -1,6 +1,7 @@
-"""How a process has the zygote do its work: where its socket is, and what is said there.
+"""The protocol by which a process has the zygote do its work: the socket, and the messages on it.
 
-What is imported here costs containerd's every ``start``: only what is part of the interpreter.
+Every ``start`` of containerd pays for the imports here, so they are only modules that are built into the
+interpreter.
 """
 
 import posix
@@ -19,7 +20,7 @@ DONE = b"\0"
 """The caller's last message: containerd has the answer."""
 
 MAX_ANSWER = 1 << 16
-"""Length of the longest answer: the exit status, and what goes to standard output or error."""
+"""Length of the longest answer: the exit status, and the text for standard output or error."""
 
 _MAX_INPUT = (10 << 20) + 1
 _HASH_MODULUS = (1 << 61) - 1
@@ -37,7 +38,7 @@ def read_input() -> bytes:
 def socket_path(identity: str) -> str:
     """Place the socket of a zygote.
 
-    :param identity: as :func:`identity_of` has it. Two that share a socket are told apart by the zygote.
+    :param identity: as :func:`identity_of` has it. The zygote distinguishes callers that share a socket.
     """
     # hash() differs from run to run, and hashlib takes as long to import as all the rest takes.
     return f"{ZYGOTE_DIRECTORY}/{int.from_bytes(identity.encode(), 'big') % _HASH_MODULUS:x}"

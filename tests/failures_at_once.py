@@ -1,4 +1,4 @@
-"""Show each failure when it happens: nobody need wait for the end of a run of hours to look into it.
+"""Show each failure when it happens, long before the end of a run of hours.
 
 ``pytest -p tests.failures_at_once``; what pytest shows at the end stays the same.
 """
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class FailuresAtOnce:
-    """Writes what failed below the line that says so."""
+    """Writes the failure below the line that reports it."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config

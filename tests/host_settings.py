@@ -1,4 +1,4 @@
-"""What the host of the tests says of the machines in it: one that is emulated has no time for probes."""
+"""The settings that the tests' host gives to its machines: an emulated host has no time for probes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEMORY_MIB = int(os.environ.get(MEMORY_VARIABLE, HypervisorConfig().memory_mib))
 def hypervisor_table(own: str = "") -> str:
     """Return what Hako's configuration has in its table ``hypervisor`` on this host.
 
-    :param own: what a test wants in it, line by line, which counts for more.
+    :param own: the test's own lines, which take precedence.
     """
     lines = [f'accelerator = "{ACCELERATOR}"'] if ACCELERATOR and "accelerator" not in own else []
     if MEMORY_VARIABLE in os.environ and "memory_mib" not in own:

@@ -12,7 +12,7 @@ def publish(volume: Path, version: str, files: dict[str, str]) -> None:
     """Write a version of a volume in the order the kubelet does.
 
     :param volume: the directory that is mounted into containers.
-    :param version: a name for the version, which starts with two dots.
+    :param version: a name for the version; it starts with two dots.
     :param files: content by name.
     """
     old = (volume / "..data").readlink() if (volume / "..data").exists() else None

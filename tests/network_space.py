@@ -33,7 +33,7 @@ class Space:
         self.pid = pid
 
     def run(self, *command: str) -> str:
-        """Run a program in it and return what it writes."""
+        """Run a program in it and return its output."""
         argv = ["nsenter", f"--net={self.path}", *command]
         return subprocess.run(
             argv, check=True, stdout=subprocess.PIPE, text=True, timeout=COMMAND_TIMEOUT_S

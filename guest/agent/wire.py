@@ -80,7 +80,7 @@ class Codec:
         :param name: full message name.
         :param data: its wire form.
         :returns: the message.
-        :raises InvalidArgument: if the data is no such message.
+        :raises InvalidArgument: if the data is not such a message.
         """
         try:
             return self._decode(name, data)

@@ -60,7 +60,7 @@ def vmlinux(image: bytes, *, name: str) -> bytes:
     :param image: a bzImage or an ELF kernel.
     :param name: what to call it in an error.
     :returns: an ELF kernel with a PVH entry.
-    :raises ImageError: if it is no x86 kernel, is compressed in an unknown way or has no PVH entry.
+    :raises ImageError: if it is not an x86 kernel, is compressed in an unknown way or has no PVH entry.
     """
     kernel = image if image[:4] == b"\x7fELF" else _decompress(_payload(image, name), name)
     if not elf.parse(kernel, name=name).has_pvh_entry:

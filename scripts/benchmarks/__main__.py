@@ -42,7 +42,7 @@ def _measure(stage: Stage, names: list[str]) -> dict[str, Summary]:
     for name in names:
         try:
             samples = METRICS[name].measure(stage)
-        except Exception as error:  # noqa: BLE001 - whatever goes wrong with one, the others are measured
+        except Exception as error:  # noqa: BLE001 - if one fails, the others are still measured
             print(f"bench: {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             _clear_away(stage)
             continue

@@ -85,11 +85,11 @@ class Sandbox:
         self._log = os.open(self._bundle / "log", os.O_RDWR | os.O_NONBLOCK)
 
     def __enter__(self) -> Self:
-        """Return the sandbox; leaving the block ends it, in whatever state it is."""
+        """Return the sandbox; leaving the block ends it in any state."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End whatever there is of it."""
+        """End its remaining parts."""
         if self._client is not None:
             with contextlib.suppress(ShimError):
                 self.call("Kill", signal=int(signal.SIGKILL), all=True)

@@ -1,1 +1,1 @@
-"""What is said to the guest: the agent's client, and the OCI specification as its messages."""
+"""The shim's words to the guest: the agent's client, and the OCI specification as its messages."""

@@ -1,4 +1,4 @@
-"""Typed client of the guest's agent: what it is asked about the guest as a whole.
+"""Typed client of the guest's agent, with the calls about the guest as a whole.
 
 Containers, processes and files have calls of their own, over the same connection.
 """
@@ -63,7 +63,7 @@ class Agent:
 
     @property
     def frames_streams(self) -> bool:
-        """Whether the agent carries a stream in frames over a connection of its own."""
+        """Whether the agent carries a stream in frames over its own connection."""
         return self._connection.features.frames_streams
 
     @property
@@ -77,7 +77,7 @@ class Agent:
 
         :param timeout_s: how long the first answer may take.
         :param is_clone: whether other machines have started with the same memory; if so, the guest first gets
-            a random seed of its own and the time.
+            a fresh random seed and the time.
         :raises DeadlineExceeded: if the agent does not answer in time.
         :raises Unavailable: if the connection breaks.
         """
@@ -150,7 +150,7 @@ class Agent:
                 driver="virtio-fs", source=SHARE_TAG, fstype="virtiofs", mount_point=f"{SHARE_DIRECTORY}/"
             ),
             _shm(shm_bytes),
-            # The share is read-only: what the guest keeps up to date by itself is mounted on a part of it.
+            # The share is read-only: copies that the guest keeps up to date are mounted on a part of it.
             agent_pb2.Storage(
                 driver="ephemeral",
                 source="tmpfs",
@@ -206,7 +206,7 @@ class Agent:
         await self._connection.call("OnlineCPUMem", request, Empty)
 
     async def online_memory(self) -> None:
-        """Make the guest ready for memory that is about to be added, or have it use what was added.
+        """Prepare the guest for memory that is about to be added, or have it use added memory.
 
         Hako's agent also adapts the kernel's limits to the memory.
         """
@@ -225,7 +225,7 @@ class Agent:
         await self._connection.diagnose(f"{SHARE_FILES} {limit}", timeout_s=CALL_TIMEOUT_S)
 
     async def timeline(self) -> str:
-        """Ask what the agent did and when.
+        """Ask for the agent's steps and their times.
 
         Kata's protocol has no call for this; Hako's agent answers it as diagnostic data.
 

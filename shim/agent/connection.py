@@ -36,7 +36,7 @@ class AgentFeatures:
     :param is_hako: whether it is Hako's, which keeps a process' streams after its end; a stock agent forgets
         them with the first answer to WaitProcess.
     :param supports_seccomp: whether it applies seccomp profiles.
-    :param frames_streams: whether it carries a stream in frames over a connection of its own.
+    :param frames_streams: whether it carries a stream in frames over its own connection.
     :param tells_time: whether it can be asked for the guest's time.
     """
 
@@ -70,7 +70,7 @@ class AgentConnection:
         :param method: its name in the protocol.
         :param request: its request.
         :param reply: the type of its answer.
-        :param timeout_s: how long the answer may take; None for as long as it likes.
+        :param timeout_s: how long the answer may take; None for no limit.
         :param most_bytes: how long it may be: a hostile agent's costs as much time as it has parts.
         :raises DeadlineExceeded: if it takes longer.
         :raises Unavailable: if the connection breaks.
@@ -90,7 +90,7 @@ class AgentConnection:
     async def diagnose(
         self, log_type: str, *, container_id: str = "", timeout_s: float = DIAGNOSIS_TIMEOUT_S
     ) -> str:
-        """Ask for diagnostic data, which is how Hako's agent takes calls that Kata's protocol lacks.
+        """Ask for diagnostic data; Hako's agent takes calls that Kata's protocol lacks in this form.
 
         :param log_type: the call and its argument.
         :param container_id: the container that it is about, by the agent's id.

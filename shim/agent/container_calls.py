@@ -1,4 +1,4 @@
-"""What the guest's agent is asked about containers."""
+"""Calls to the guest's agent about containers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 STATS_TIMEOUT_S = 1.8  # containerd asks for statistics with a limit of 2 s
 REMOVE_TIMEOUT_S = 7.0  # containerd's CRI lets the end of a task, all of Delete included, take 10 s
 
-_MOST_STATS_BYTES = 256 << 10  # ten times what a machine with all its devices has to say
+_MOST_STATS_BYTES = 256 << 10  # ten times the size with all possible devices
 _MOST_PROCESSES = 32_768  # the kernel's own limit, unless someone raises it
-_MOST_MEMORY = (1 << 63) - 4096  # what a cgroup without a limit shows
+_MOST_MEMORY = (1 << 63) - 4096  # the value that a cgroup without a limit shows
 _MANY_PROCESSORS = 1000
 _DEFAULT_PERIOD_US = 100_000  # the kernel's
 
@@ -52,7 +52,7 @@ class ContainerCalls:
         )
 
     async def remove(self, container_id: str, *, timeout_s: float) -> None:
-        """Kill what is left of a container, write its disks and forget it.
+        """Kill the remaining processes of a container, write its disks and forget it.
 
         :param timeout_s: how long that may take.
         """

@@ -1,4 +1,4 @@
-"""What the guest's agent is asked about file systems and files."""
+"""Calls to the guest's agent about file systems and files."""
 
 from __future__ import annotations
 

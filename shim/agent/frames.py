@@ -29,7 +29,7 @@ class Unframer:
         self.ended = False
 
     def feed(self, data: bytes) -> Iterator[memoryview]:
-        """Yield what the next bytes of the stream carry, in order, without copying it.
+        """Yield the contents of the stream's next bytes, in order and without copying them.
 
         :param data: the bytes that came.
         :raises StreamFrameError: if some of them come after the end.

@@ -15,7 +15,7 @@ _LOOP_CONTROL = (_MISCELLANEOUS, 237)
 _DISK_GROUP = 6
 _LOOPS = 8  # as many as a kernel makes when the module is loaded
 
-# What a privileged container gets, by path: minor number, mode and group, as on an ordinary host.
+# The devices of a privileged container, by path: minor number, mode and group, as on an ordinary host.
 _MODULES_NODES = {
     "/dev/autofs": (235, 0o644, 0),
     "/dev/btrfs-control": (234, 0o660, _DISK_GROUP),
@@ -62,8 +62,8 @@ def is_of_the_guest(device: Mapping[str, Any], linux: Mapping[str, Any]) -> bool
 def offered(linux: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the devices that a privileged container has without naming them; none for others.
 
-    :param linux: the ``linux`` object of a specification. With a user namespace there are none, either:
-        nobody in it could own them.
+    :param linux: the ``linux`` object of a specification. A container with a user namespace gets none either:
+        no user in it could own them.
     """
     kinds = {each.get("type") for each in linux.get("namespaces") or []}
     if not _is_privileged(linux) or "user" in kinds:

@@ -1,6 +1,6 @@
 """The names that a container has in the guest, all made from its id.
 
-A guest has names of its own beside those of its containers: Kata's agent keeps ``sandbox`` and ``shared`` in
+A guest has its own names beside those of its containers: Kata's agent keeps ``sandbox`` and ``shared`` in
 the directory that has one directory per container, and ``watchable`` in the share. It also refuses an id of
 a single character. containerd allows all of these as ids. So every container gets a longer name in the guest,
 with an end that none of the guest's own names has.
@@ -38,6 +38,6 @@ def volume_in_share(number: int, label: str) -> str:
     """Name a volume in the share, unlike any container and any file of the guest's own.
 
     :param number: tells the volumes apart.
-    :param label: tells a reader of the share what it is; it may be cut short.
+    :param label: describes the entry to a reader of the share; it may be cut short.
     """
     return f"+{number}-{label.encode()[:_LABEL_BYTES].decode(errors='ignore')}"  # no id has a plus sign

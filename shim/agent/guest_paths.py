@@ -1,4 +1,4 @@
-"""Paths in the guest of what the shim gives it; both sides know them."""
+"""The guest's paths of files that it gets from the shim; both sides know them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ WATCHABLE_NAME = "watchable"
 WATCHABLE_DIRECTORY = f"{SHARE_DIRECTORY}/{WATCHABLE_NAME}"
 # The guest kernel's modules.
 MODULES_NAME = ".modules"
-# What containers share of the host's volumes is mounted in there once for all of them.
+# Volumes of the host are mounted in there, once for all containers that share them.
 VOLUMES_DIRECTORY = "/run/kata-containers/sandbox/volumes"
 SHM_DIRECTORY = "/run/kata-containers/sandbox/shm"
 # Volumes in memory, and parts of them that containers are given.

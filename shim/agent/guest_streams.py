@@ -59,7 +59,7 @@ class GuestStreams(Protocol):
         """
 
     def close(self) -> None:
-        """Close what is still open. May be called repeatedly."""
+        """Close the streams that are still open. May be called repeatedly."""
 
 
 class RequestStreams:

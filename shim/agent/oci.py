@@ -1,9 +1,9 @@
 """OCI runtime specification to agent message.
 
 Pure: values in, values out. ``oci_fields`` says what becomes of each field. This module rewrites the replaced
-ones before everything is copied. Where the host meant something that only exists on the
-host (a namespace path, a device number, a cgroup), the guest gets its own; a wish that a virtual machine
-cannot honour is refused with the field's name, never dropped in silence.
+ones before everything is copied. For objects that exist only on the host (a namespace path, a device number,
+a cgroup), the guest gets its own. A request that a virtual machine cannot honour is refused with the field's
+name, never dropped in silence.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def translate(
     :param sandbox_id: the id of its sandbox on the host.
     :param terminal: the request's own flag, which wins over the specification's.
     :param seccomp: whether the guest can apply a profile; if not, the profile is left out.
-    :param inheritance: what a process would inherit from a runtime on the host.
-    :raises InvalidArgument: if the specification is malformed or asks for what a guest cannot give.
+    :param inheritance: values that a process would inherit from a runtime on the host.
+    :raises InvalidArgument: if the specification is malformed, or the guest cannot satisfy it.
     """
     with refusing_malformed(f"config.json of {container_id}"):
         ids, shares_hosts_ipc = {container_id, sandbox_id}, shared_memory.shares_hosts_ipc(spec)
@@ -88,7 +88,7 @@ def _translate(
     container_id: str,
     seccomp: bool,
 ) -> Translation:
-    namespace_of(spec)  # a container with the host's network wants to be reached there, which cannot work
+    namespace_of(spec)  # a container with the host's network expects to be reached there, which cannot work
     linux = spec.get("linux") or {}
     disks = disk_devices(linux)
     resources = without_limits_of(linux.get("resources") or {}, [(disk.major, disk.minor) for disk in disks])
@@ -189,6 +189,6 @@ def _device_rules(resources: dict[str, Any]) -> list[dict[str, Any]]:
 def _seccomp(profile: dict[str, Any], *, annotations: dict[str, str]) -> dict[str, Any]:
     if profile.get("defaultErrnoRet") is not None:
         annotations[DEFAULT_ERRNO_ANNOTATION] = str(int(profile["defaultErrnoRet"]))
-    # An agent reads an absent number as 0, which turns a refusal into a success.
+    # An agent reads an absent number as 0 and so turns a refusal into a success.
     syscalls = [{"errnoRet": _EPERM, **rule} for rule in profile.get("syscalls") or []]
     return {**profile, "syscalls": syscalls, "defaultErrnoRet": None}

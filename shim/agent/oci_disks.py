@@ -32,7 +32,7 @@ _THROTTLES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RootDisk:
-    """A root file system on a disk of its own.
+    """A root file system on its own disk.
 
     :param path: the file or block device.
     :param fstype: its file system.
@@ -51,7 +51,7 @@ class RootDisk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskDevice:
-    """A block device of the host that a container wants at a path of its own.
+    """A block device of the host, and the path at which a container wants it.
 
     :param container_path: the path in the container.
     :param major: the host's number of it.
@@ -89,7 +89,7 @@ def root_disk(rootfs: Iterable[Mount]) -> RootDisk | None:
     try:
         mode = os.stat(mount.source).st_mode  # noqa: PTH116 - a path that no file can have is one error more
     except (OSError, ValueError):
-        return None  # mounting it will say what is wrong
+        return None  # the mount will fail with the reason
     if not (stat.S_ISBLK(mode) or stat.S_ISREG(mode)):
         return None
     options = tuple(option for option in mount.options if option != _LOOP)

@@ -74,9 +74,9 @@ _NO_WORD = "the guest's protocol has no word for it; leave it out"
 _HOST_POLICY = "it names a policy loaded in the host's kernel; the guest's kernel has none"
 _HOST_DISK = "the guest sees no block device of the host; limit the machine instead"
 _HOST_PROGRAM = "it is a program of the host, and is run there"
-_NO_SUCH_PLACE = "it is to see the container from inside, which no process of the host can; use createRuntime"
+_NO_SUCH_PLACE = "it must run inside the container, and a process of the host cannot; use createRuntime"
 _NOT_LINUX = "the guest runs Linux; leave it out"
-_CGROUP_V1 = "cgroup v2, which the guest has, knows no such limit; leave it out"
+_CGROUP_V1 = "the guest has cgroup v2, which has no such limit; leave it out"
 
 ROWS: tuple[Row, ...] = (
     _replaced("ociVersion", "it is called Version in the message"),
@@ -130,7 +130,7 @@ ROWS: tuple[Row, ...] = (
     _refused("linux.seccomp.listenerPath", "the listener is on the host and cannot see the guest's calls"),
     _refused("linux.seccomp.listenerMetadata", "the listener is on the host; leave it out"),
     *_sent("linux.seccomp.syscalls", "names", "action"),
-    _replaced("linux.seccomp.syscalls.errnoRet", "an agent takes none for 0, which is success; it is EPERM"),
+    _replaced("linux.seccomp.syscalls.errnoRet", "agents take a missing value for success; EPERM is sent"),
     *_sent("linux.seccomp.syscalls.args", "index", "value", "valueTwo", "op"),
     # linux.resources
     *_sent("linux.resources.devices", "allow", "type", "major", "minor", "access"),
@@ -139,7 +139,7 @@ ROWS: tuple[Row, ...] = (
     _dropped("linux.resources.memory.kernelTCP", "TCP's memory counts against the limit in any case"),
     _dropped("linux.resources.memory.swappiness", "the guest has no swap"),
     _refused("linux.resources.memory.disableOOMKiller", _CGROUP_V1),
-    _dropped("linux.resources.memory.useHierarchy", "cgroup v2, which the guest has, always counts so"),
+    _dropped("linux.resources.memory.useHierarchy", "the guest has cgroup v2, which always does this"),
     _refused("linux.resources.memory.checkBeforeUpdate", _NO_WORD),
     *_sent("linux.resources.cpu", "shares", "quota", "period"),
     _refused("linux.resources.cpu.burst", _NO_WORD),

@@ -44,10 +44,8 @@ _OF_THE_KERNEL = frozenset(
     }
 )
 _GIVE_AS_BIND = "mount it on the host and give it as a bind"
-_NETWORK = (
-    f"it is served over a network, and that of the container is in the guest, which cannot; {_GIVE_AS_BIND}"
-)
-_SERVED = f"it is served by a process or a device, which the container has none of here; {_GIVE_AS_BIND}"
+_NETWORK = f"it is served over a network, which the guest cannot do for a container; {_GIVE_AS_BIND}"
+_SERVED = f"it is served by a process or a device, and the container has neither here; {_GIVE_AS_BIND}"
 _REFUSED = {
     **dict.fromkeys(("afs", "ceph", "cifs", "lustre", "nfs", "nfs4", "smb3"), _NETWORK),
     **dict.fromkeys(("9p", "autofs", "fuse", "fuseblk", "virtiofs"), _SERVED),
@@ -72,7 +70,7 @@ _FOR_PROGRAMS = frozenset(
 class OfTheGuest(dict[str, Any]):
     """An element of a specification's ``mounts`` whose source is a path of the guest already.
 
-    :param part_of: what the guest has to mount at the source first, if that is only a part of something.
+    :param part_of: the mount that the guest makes first, if the source is only a part of it.
     """
 
     def __init__(self, entry: dict[str, Any], *, part_of: str = "") -> None:
@@ -81,7 +79,7 @@ class OfTheGuest(dict[str, Any]):
 
 
 class Kind(enum.Enum):
-    """Who provides a mount."""
+    """The side that provides a mount."""
 
     BIND = "of the host's files"
     GUEST = "by the guest"
@@ -94,10 +92,10 @@ class FileSystem:
 
     :param destination: where the container has it.
     :param fstype: its type.
-    :param source: what it is on: a path, or just a name.
+    :param source: its source: a path, or just a name.
     :param flags: the options that mount(2) has flags for.
     :param data: the file system's own options.
-    :param bind_options: what the container's bind of it has.
+    :param bind_options: the options of the container's bind of it.
     """
 
     destination: str

@@ -39,10 +39,10 @@ def rewrite_mount(entry: dict[str, Any]) -> tuple[dict[str, Any], SharedMount | 
     """Give one mount the source that it has in the guest.
 
     :param entry: an element of the specification's ``mounts``.
-    :returns: the mount to send; and what the host must share for it, which says what is sent instead.
+    :returns: the mount to send; and the source that the host must share for it, if any.
     :raises KeyError: if it has no destination.
     :raises ValueError: if no file can have its source or destination.
-    :raises InvalidArgument: if the host must see what the container mounts below it.
+    :raises InvalidArgument: if the host must see mounts that the container makes below it.
     """
     destination = entry["destination"]
     source = entry.get("source") or ""
@@ -55,7 +55,7 @@ def rewrite_mount(entry: dict[str, Any]) -> tuple[dict[str, Any], SharedMount | 
     for option in options:
         if option in _BOTH_WAYS:
             raise InvalidArgument(
-                f"mounts: {destination}: {option} (Bidirectional): what a container mounts stays in its "
+                f"mounts: {destination}: {option} (Bidirectional): a container's mounts stay in its "
                 "machine; ask for rslave (HostToContainer)"
             )
     if not source or "\0" in f"{source}{destination}":

@@ -1,4 +1,4 @@
-"""OCI process to agent message: what a process asked for, and runc's defaults for the rest."""
+"""OCI process to agent message: the fields of the process, and runc's defaults for the rest."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def translate_process(
 
     :param process: the process as its client describes it.
     :param terminal: the request's own flag, which wins over the description's.
-    :param inheritance: what it would inherit from a runtime on the host.
-    :raises InvalidArgument: if it is malformed, names no program, or asks for what a guest cannot give.
+    :param inheritance: values that it would inherit from a runtime on the host.
+    :raises InvalidArgument: if it is malformed, names no program, or the guest cannot satisfy it.
     """
     message = oci_pb2.Process()
     # Present even when empty: an agent reads an absent message as "as the container has".
@@ -45,7 +45,7 @@ def translate_process(
 
 
 def umask_of(process: dict[str, Any]) -> int | None:
-    """Read the mask of new files that a container's processes are to have; an exec cannot choose its own.
+    """Read the umask of a container's processes; an exec cannot choose its own.
 
     :raises TypeError, ValueError: if it is malformed.
     """
@@ -59,7 +59,7 @@ def translate_exec(process: Process, *, of: dict[str, Any], inheritance: Inherit
     :param process: the exec.
     :param of: the specification of its container. As with runc, the exec takes its OOM score from there, and
         the capabilities if it names none.
-    :param inheritance: what it would inherit from a runtime on the host.
+    :param inheritance: values that it would inherit from a runtime on the host.
     :raises InvalidArgument: as :func:`translate_process` does.
     """
     init = of.get("process") or {}

@@ -1,4 +1,4 @@
-"""What the guest's agent is asked about processes and their streams."""
+"""Calls to the guest's agent about processes and their streams."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ProcessCalls:
             await self.resize_terminal(
                 made.container_id, exec_id=made.exec_id, rows=size.Height, columns=size.Width
             )
-        except ShimError as error:  # the process is there, and may have ended already
+        except ShimError as error:  # the process exists, and may have ended already
             log.warning("terminal: %s of %s: its size stays: %s", made.exec_id, made.container_id, error)
 
     async def signal(self, container_id: str, *, exec_id: str, signal: int) -> None:

@@ -1,4 +1,4 @@
-"""A pod's shared memory: its manager makes a tmpfs on the host, and the guest uses one of its own instead.
+"""A pod's shared memory: its manager makes a tmpfs on the host, and the guest uses its own instead.
 
 A mount is the pod's shared memory because of its source, not its destination: a volume at ``/dev/shm`` is an
 ordinary volume.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DESTINATION = "/dev/shm"  # noqa: S108 - a path of the container's, not a file of ours
 
-# Where managers make one for the sandbox or container that the path names: containerd's CRI; Docker; nerdctl,
+# Managers make one here for the sandbox or container that the path names: containerd's CRI; Docker; nerdctl,
 # below its namespace; Podman and CRI-O.
 _PLACES = re.compile(
     r"(/sandboxes/(?P<cri>[^/]+)"
@@ -87,7 +87,7 @@ def size_of(spec: dict[str, Any], *, container_id: str) -> int:
     """Read the size of the shared memory that a manager made on the host for a sandbox.
 
     :param spec: the specification of the sandbox's first container, decoded and maybe malformed.
-    :param container_id: its id, which is the sandbox's.
+    :param container_id: its id, which is also the sandbox's.
     :returns: how much it holds at most, in bytes; without any, what runc gives.
     """
     try:

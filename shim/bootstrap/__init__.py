@@ -1,1 +1,1 @@
-"""What containerd executes: ``start``, ``delete`` and its questions, with the standard library only."""
+"""The program that containerd executes: ``start``, ``delete`` and queries, with the standard library only."""

@@ -24,13 +24,13 @@ def main(sent: bytes | None = None) -> int:
     assert answer is not None  # noqa: S101 - only a zygote may be told that it is unwanted
     status, text = answer
     if status and os.isatty(2):
-        text += b"\n"  # containerd inserts the text into a line of its own
+        text += b"\n"  # containerd inserts the text into one of its own lines
     zygote_protocol.write(2 if status else 1, text)
     return status
 
 
 def _live(line: CommandLine) -> bool:
-    """Be the daemon of a sandbox or a zygote until its end, if the command line says so."""
+    """Run as the daemon of a sandbox or as a zygote until its end, if the command line says so."""
     if line.state:
         from shim.bootstrap import serve  # noqa: PLC0415 - the actions do without
 

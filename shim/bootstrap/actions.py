@@ -22,7 +22,7 @@ def perform(
 ) -> tuple[int, bytes] | None:
     """Do one action.
 
-    :param invocation: what the program was given.
+    :param invocation: the command line and standard input.
     :param otherwise: serves a command line without an action, and tells whether there was something to do.
     :returns: the exit status and the text for standard output, or for standard error if the status is not 0;
         nothing if this is a zygote's fork and the configuration wants none.

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 class Invocation(Record):
-    """One run of the program, in a process of its own or in a zygote's fork."""
+    """One run of the program, in its own process or in a zygote's fork."""
 
     #: The command line without the program.
     arguments: list[str]
     #: The standard input, if it has been read.
     sent: bytes | None = None
-    #: How a zygote's fork makes a shim; otherwise ``start`` runs the program anew for it.
+    #: Makes a shim in a zygote's fork; otherwise ``start`` runs the program again for it.
     make_shim: MakeShim | None = None
     #: When the process that containerd waits for was forked, in seconds of ``time.monotonic()``, if it is not
     #: this one.
@@ -65,7 +65,7 @@ def parse(arguments: list[str]) -> CommandLine:
     """Read flags up to the first positional argument, which is the action.
 
     :param arguments: the command line without the program.
-    :returns: what was given; the rest keeps its defaults.
+    :returns: the given values; the rest keeps its defaults.
     :raises Refusal: if a flag is unknown, lacks its value, or is a boolean with another value.
     """
     given: dict[str, object] = {}

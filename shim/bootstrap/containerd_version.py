@@ -56,5 +56,5 @@ def _ask(program: str) -> str:
     # "containerd <Go module> <version> <revision>"
     words = output.split()
     if len(words) < 3:
-        raise Refusal(f"start: {program} --version: {output[:80]!r} is no version; {_REMEDY}")
+        raise Refusal(f"start: {program} --version: {output[:80]!r} is not a version; {_REMEDY}")
     return words[2].removeprefix("v")

@@ -28,7 +28,7 @@ _HOOKS_TIMEOUT_S = 3.0
 
 
 def delete(line: CommandLine) -> bytes:
-    """Undo what is left of a container, and of its sandbox when no other container needs it.
+    """Undo the remains of a container, and of its sandbox if no other container needs it.
 
     containerd runs this at the end of every task, and when a shim's connection breaks. A sandbox whose shim
     lives and has other containers is left alone.
@@ -77,7 +77,7 @@ def _found_directory(state_dir: str, line: CommandLine) -> str | None:
     with contextlib.suppress(OSError):
         for name in os.listdir(state_dir):
             directory = os.path.join(state_dir, name)
-            with contextlib.suppress(OSError, ValueError, TypeError):  # not a sandbox's, or gone meanwhile
+            with contextlib.suppress(OSError, ValueError, TypeError):  # not a sandbox's, or gone by now
                 record = state_directory.read_record(directory)
                 caller = (line.namespace, line.address.removeprefix("unix://"))
                 if (record.namespace, record.grpc_address) == caller and _is_on_record(directory, line.id):
@@ -144,7 +144,7 @@ def _remove_if_empty(directory: str) -> None:
 
 
 def _is_needed(ledger: Ledger) -> bool:
-    """Tell whether the shim lives and has other containers; give one without any time to end by itself."""
+    """Tell whether the shim lives and has other containers; give an idle one time to end."""
     shims = [
         HostProcess(pid=entry.pid, start_time=entry.start_time)
         for entry in ledger.entries()
@@ -152,7 +152,7 @@ def _is_needed(ledger: Ledger) -> bool:
     ]
     if ledger.containers():
         return any(host_process.is_running(shim) for shim in shims)
-    # Without the lock: a shim that ends takes it to undo what it made.
+    # Without the lock: a shim that ends takes it to undo its work.
     host_process.end(shims, number=signal.SIGTERM, timeout_s=_GRACE_S)
     return False
 

@@ -1,4 +1,4 @@
-"""How each release of containerd speaks to ``start``, and what reply it understands."""
+"""The request that each release of containerd sends to ``start``, and the reply that it understands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_INPUT = 10 << 20
 
 
 class Caller(Record):
-    """The containerd that runs ``start``, and what it sent."""
+    """The containerd that runs ``start``, and its request."""
 
     #: ``1.6``, ``1.7`` (1.7 to 2.2) or ``2.3`` (and later).
     dialect: str
@@ -32,7 +32,7 @@ def identify_caller(data: bytes, line: CommandLine) -> Caller:
 
     :param data: the whole standard input.
     :param line: the flags.
-    :returns: the dialect, and what the caller sent, in terms of the newest dialect.
+    :returns: the dialect, and the request in terms of the newest dialect.
     :raises Refusal: if the input is none of the known messages.
     """
     dialect = "1.7" if "MAX_SHIM_VERSION" in os.environ else "1.6"
@@ -62,9 +62,7 @@ def identify_caller(data: bytes, line: CommandLine) -> Caller:
 def _check_paths(params: BootstrapParams) -> None:
     for path in (params.ttrpc_address, params.grpc_address, params.binary, params.socket_dir):
         if "\0" in path:
-            raise Refusal(
-                f"start: standard input: {path!r}: holds a NUL byte, which no path can; use containerd's own"
-            )
+            raise Refusal(f"start: standard input: {path!r}: holds a NUL byte; use containerd's own")
 
 
 def version_for(caller: Caller, bundle: str, publish_binary: str) -> int:

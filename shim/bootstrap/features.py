@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-#: No more than crun honours in the guest. Id-mapped mounts do not reach into a virtual machine. Kubernetes
-#: looks for ``rro`` among the mount options, and for ``user`` and ``idmap`` before it lets a pod have a user
-#: namespace.
+#: Only features that crun honours in the guest. Id-mapped mounts do not reach into a virtual machine.
+#: Kubernetes looks for ``rro`` among the mount options, and for ``user`` and ``idmap`` before it lets a pod
+#: have a user namespace.
 FEATURES = (
     '{"ociVersionMin":"1.0.0","ociVersionMax":"1.1.0",'
     '"mountOptions":['

@@ -19,7 +19,7 @@ def group_of(bundle: str, container: str) -> str:
 
     :param bundle: the bundle directory; one without ``config.json`` is a sandbox that containerd made itself.
     :param container: the container's id.
-    :returns: the group, which is the container's own id when no annotation names another.
+    :returns: the group; without an annotation, the container's own id.
     :raises Refusal: if the spec is not JSON, or a pod's container names a group that is not its pod.
     """
     annotations = _annotations_of(bundle) or {}

@@ -1,7 +1,7 @@
 """``python -m shim.bootstrap.launcher``: write a ``containerd-shim-hako-v2`` that starts faster than pip's.
 
-With pip's, the interpreter looks at every installed package before the first line runs, which takes as long
-as all that follows. This one names everything that it needs.
+With pip's launcher, the interpreter looks at every installed package before the first line runs. That takes
+as long as the rest. This one names everything that it needs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def text(interpreter: str) -> str:
 
 
 def fastest_interpreter() -> str:
-    """Find the interpreter that starts fastest, among those that can run what this one can.
+    """Find the interpreter that starts fastest, among those that can run the same code as this one.
 
     The distribution's has sockets built in, where others load a library for them. Shims are run by the
     virtual environment's in any case.

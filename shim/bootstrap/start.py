@@ -35,12 +35,12 @@ _TITLE_BYTES = 2048
 
 
 def start(line: CommandLine, invocation: Invocation) -> bytes | None:
-    """Return the address of the shim that serves the container, which runs when this returns.
+    """Return the address of the running shim that serves the container.
 
     :param line: flags as containerd gives them; the working directory is the bundle.
-    :param invocation: what the program was given.
-    :returns: what goes to standard output, in the dialect of the caller; nothing if this is a zygote's fork
-        and the configuration wants none.
+    :param invocation: the command line and standard input.
+    :returns: the text for standard output, in the dialect of the caller; empty if this is a zygote's fork and
+        the configuration wants no zygote.
     :raises Refusal: if the host, the command line, the input, the configuration or the bundle does not
         allow it; nothing is left behind.
     :raises OSError: if the host fails; nothing is left behind.
@@ -99,7 +99,7 @@ def start(line: CommandLine, invocation: Invocation) -> bytes | None:
             else:
                 continue
             timeline.note("start", lane=timeline.CONTAINERD, began_s=born_at_s, ended_s=time.monotonic())
-            if invocation.make_shim is None:  # otherwise this process will be the shim, which writes it later
+            if invocation.make_shim is None:  # otherwise this process becomes the shim, which writes it later
                 timeline.write(record.state_directory)
         finally:
             os.close(lock)
@@ -127,7 +127,7 @@ def _is_live(path: str) -> bool:
 
 
 def _remove_leftovers(record: StartRecord) -> bool:
-    """Undo what a sandbox of the same name left behind when it and containerd were killed together.
+    """Undo the remains of a sandbox of the same name that was killed together with containerd.
 
     :returns: whether there was something; then the state directory, and the lock with it, is gone.
     """

@@ -60,7 +60,7 @@ def decode_params(data: bytes) -> BootstrapParams:
     }
     for number, value in _fields(data):
         if number == 2:
-            # That of an Any is a message: no text, and no namespace that anything equals.
+            # In an Any it is a message, which never equals a namespace.
             fields["namespace"] = _message(value).decode(errors="replace")
         elif number in names:
             fields[names[number]] = _text(value)

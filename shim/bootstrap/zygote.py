@@ -1,7 +1,7 @@
 """The zygote: a process that has imported what a shim needs, and does ``start`` and ``delete`` at once.
 
-It keeps one fork of itself waiting, the spare. The spare takes the next request, and the zygote forks another
-meanwhile, so that no request waits for a fork. For ``start`` the spare makes the sandbox's socket and record,
+It keeps one fork of itself waiting, the spare. The spare takes the next request while the zygote forks
+another, so that no request waits for a fork. For ``start`` the spare makes the sandbox's socket and record,
 and then becomes its shim. All shims share the memory of the imported modules. The zygote itself never runs
 them: no event loop, no thread and no gRPC object exists before a fork.
 """
@@ -43,17 +43,17 @@ _OWN_PACKAGES = ("shim", "hypervisor", "proto")
 _ARGUMENTS_START = 47  # fields of /proc/self/stat, counted from 0: proc(5)
 _ARGUMENTS_END = 48
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
-#: What the children of a process inherit: lines of /proc/[pid]/status.
+#: The attributes that a process' children inherit: lines of /proc/[pid]/status.
 _INHERITED = (
     *(b"Umask:", b"Uid:", b"Gid:", b"Groups:", b"Cap", b"NoNewPrivs:", b"Seccomp:"),
     *(b"Cpus_allowed:", b"Mems_allowed:"),
 )
-# What a spare tells the zygote.
+# The message of a spare to the zygote.
 _TAKEN, _RETIRE = b"T", b"R"
 
 
 class Request(Record):
-    """What a caller sends, in this order."""
+    """The parts of a caller's request, in this order."""
 
     #: Which zygote it means.
     identity: str
@@ -136,7 +136,7 @@ def _unchanged(files: dict[str, int]) -> bool:
 
 
 def _keep_a_spare(listener: socket.socket, identity: str, *, files: dict[str, int]) -> None:
-    """Fork a spare, and another whenever one is taken; return when there is to be none."""
+    """Fork a spare, and another whenever one is taken; return when no more are needed."""
     said = _TAKEN
     while said == _TAKEN:
         ours, theirs = socket.socketpair()

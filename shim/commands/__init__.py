@@ -1,1 +1,1 @@
-"""What `hako` does for an operator: a module for each command that is more than a few lines."""
+"""The commands of `hako`: a module for each that needs more than a few lines."""

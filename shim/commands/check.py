@@ -47,8 +47,8 @@ class Finding:
 
     :param name: the thing.
     :param ok: whether the host has it.
-    :param detail: what was found, or what is wrong.
-    :param remedy: what to do about it; empty if it is there.
+    :param detail: the finding, or the problem.
+    :param remedy: the remedy; empty if the host has it.
     :param warning: what makes it worse than it could be, and the remedy; empty if nothing does.
     """
 
@@ -60,7 +60,7 @@ class Finding:
 
 
 async def examine(config: Config) -> list[Finding]:
-    """Look at everything that sandboxes need; what is missing hides nothing else.
+    """Check everything that sandboxes need; a missing part does not hide the others.
 
     :param config: the operator's configuration.
     :returns: one finding for each thing, in the order in which a sandbox needs them.
@@ -153,7 +153,7 @@ async def _jail(config: Config) -> str:
     problem = await jail_problem(Identity(uid=first, gid=first))
     if problem is None:
         last = first + config.hypervisor.jail_ids - 1
-        return f"{_CONFINED} each sandbox as a user of its own, of ids {first} to {last}"
+        return f"{_CONFINED} each sandbox as its own user, of ids {first} to {last}"
     verdict = await host_choice.choose_accelerator(config)
     if jail.is_required(config, verdict.accelerator):
         raise FailedPrecondition(f"check: {problem}; {_JAIL_REMEDY}")
@@ -176,7 +176,7 @@ async def _virtiofsd(config: Config) -> str:
 
 
 async def _network(_: Config) -> str:
-    """Connect an interface to a machine that is not there, in a namespace that nobody sees."""
+    """Connect an interface to an imaginary machine, in a namespace that no one else sees."""
     try:
         namespace = await NetworkNamespace.open(WantedNamespace(None))
         try:

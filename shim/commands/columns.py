@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield the lines of a table whose columns are as wide as what is in them.
+    """Yield the lines of a table whose columns are as wide as their contents.
 
     :param rows: the cells, the heading first; all rows have as many. The last column may be of any width.
     """

@@ -1,4 +1,4 @@
-"""``hako config``: what can be configured, whether a file is right, and what is in effect."""
+"""``hako config``: explain the keys, check a file, and show the effective values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Do what was asked for.
+    """Run the chosen subcommand.
 
     :param chosen: the command line.
     :returns: the exit status.

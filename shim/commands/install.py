@@ -1,4 +1,4 @@
-"""``hako install``: what a node's containerd must be told to offer Hako to Kubernetes."""
+"""``hako install``: the configuration with which a node's containerd offers Hako to Kubernetes."""
 
 from __future__ import annotations
 

@@ -38,9 +38,11 @@ def add_to(commands: Any) -> None:
     what = removing.add_mutually_exclusive_group(required=True)
     what.add_argument("key", nargs="?", metavar="KEY", help="the beginning of a template's key is enough")
     what.add_argument("--all", action="store_true", help="every template")
-    building = actions.add_parser("build", help="build the template of the configuration, unless it is there")
+    building = actions.add_parser("build", help="build the template of the configuration, unless it exists")
     building.add_argument(
-        "--background", action="store_true", help="disturb nobody, and leave it if somebody else builds"
+        "--background",
+        action="store_true",
+        help="run at low priority, and stop if another process builds already",
     )
     for each in (listing, removing, building):
         text = "a configuration other than the host's; - for standard input"
@@ -48,7 +50,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Do what was asked for.
+    """Run the chosen subcommand.
 
     :param chosen: the command line.
     :returns: the exit status.

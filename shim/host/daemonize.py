@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     class MakeShim(Protocol):
-        """How ``start`` has a shim made: see :func:`spawn`."""
+        """The function by which ``start`` makes a shim: see :func:`spawn`."""
 
         def __call__(  # noqa: D102 - as above
             self,
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
         ) -> None: ...
 
 
-#: Where the daemon finds its listening socket.
+#: The descriptor of the daemon's listening socket.
 LISTENER_DESCRIPTOR = 3
-#: What the daemon writes to its standard error when its gRPC socket is ready.
+#: The line that the daemon writes to standard error when its gRPC socket is ready.
 READY = b"\0"
 _MAX_OOM_SCORE_ADJ = 1000
 
 
 def take_attributes(*, of: int) -> None:
-    """Give this process a shim's kernel settings; a missing privilege or kernel feature is no error.
+    """Give this process a shim's kernel settings; a missing privilege or kernel feature is ignored.
 
     :param of: the process that runs ``start``: the shim is a little more likely to be killed for memory, as
         containerd's shim contract asks.
@@ -56,7 +56,8 @@ def take_attributes(*, of: int) -> None:
 def open_log(bundle: str) -> int:
     """Open the FIFO that containerd copies to its own log, so that writing never blocks or fails for good.
 
-    Opened for reading too, it has a reader even while containerd is down; what does not fit is dropped.
+    Opened for reading, too, it has a reader even while containerd is down; output that does not fit is
+    dropped.
 
     :param bundle: the bundle with the FIFO ``log``.
     :returns: a descriptor; of the null device if there is no FIFO.
@@ -84,7 +85,7 @@ def spawn(
     :param listener: what becomes descriptor 3.
     :param register: called with the shim's pid while it still waits. If this process dies before it returns,
         the shim dies too, so no shim runs that was not recorded.
-    :raises OSError: if there can be no more processes, or from ``register``.
+    :raises OSError: if the process limit is reached, or from ``register``.
     """
     take_attributes(of=os.getppid())  # the shim inherits them
     fork(lambda: execute(arguments, error_output=error_output, listener=listener), before=register)
@@ -94,9 +95,9 @@ def fork(become: Callable[[], None], *, before: Callable[[int], None]) -> None:
     """Fork a child that does not return.
 
     :param become: what.
-    :param before: called in this process with the child's pid while the child still waits, which it does
-        not survive if this process dies meanwhile.
-    :raises OSError: if there can be no more processes, or from ``before``.
+    :param before: called in this process with the child's pid while the child waits; the child ends if this
+        process dies before it returns.
+    :raises OSError: if the process limit is reached, or from ``before``.
     """
     gate, opener = os.pipe()
     pid = os.fork()
@@ -127,7 +128,7 @@ def environment() -> dict[str, str]:
 
 
 def detach(*, listener: int | None, error_output: int) -> None:
-    """Give this process a session of its own and leave it no descriptors but these.
+    """Give this process its own session, and close all descriptors but these.
 
     :param listener: what becomes descriptor 3.
     :param error_output: what becomes standard error.

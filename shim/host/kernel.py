@@ -31,7 +31,7 @@ def become_subreaper() -> None:
 
 
 def create_core_scheduling_cookie() -> None:
-    """Give this process group a core scheduling cookie of its own; see PR_SCHED_CORE of prctl(2).
+    """Give this process group its own core scheduling cookie; see PR_SCHED_CORE of prctl(2).
 
     :raises OSError: if the kernel has no core scheduling.
     """
@@ -58,7 +58,7 @@ def enter_network_namespace(descriptor: int) -> None:
 
 
 def enter_new_network_namespace() -> None:
-    """Move the calling thread, and only that, into a network namespace of its own; see unshare(2).
+    """Move only the calling thread into a new network namespace; see unshare(2).
 
     :raises OSError: if the kernel refuses.
     """

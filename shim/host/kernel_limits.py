@@ -47,7 +47,7 @@ def most_open_files() -> int:
 
 
 def raised(root: Path = _ROOT) -> dict[str, int]:
-    """Read which limits are higher than the kernel chooses by itself.
+    """Read the limits that are higher than the kernel's defaults.
 
     :param root: where the kernel shows them.
     :returns: value by name.

@@ -1,4 +1,4 @@
-"""What a sandbox has made on the host, on disk before it is made, so that anyone can undo it.
+"""A record of all that a sandbox makes on the host, written first, so that any process can undo it.
 
 The ledger is a file of JSON lines that are appended. A line either records one thing, or says that its
 maker has undone it, or that a container came or went. A crash may tear the last line: it is skipped,
@@ -70,7 +70,7 @@ class Ledger:
         """Record a process right after it was started.
 
         :param pid: its id; the caller has not reaped it yet.
-        :param name: what it is, for messages.
+        :param name: its name in messages.
         :returns: the number of the entry, for ``undone``.
         :raises ProcessLookupError: if there is no such process.
         """
@@ -110,17 +110,17 @@ class Ledger:
         self._append({"undone": number})
 
     def created(self, container: str) -> None:
-        """Say that a container is about to be in the sandbox, which ``delete`` of others then spares."""
+        """Record that a container will be in the sandbox: ``delete`` of another then spares the sandbox."""
         self._append({"created": container})
 
     def deleted(self, container: str) -> None:
-        """Say that a container is no more, or that containerd is done with it."""
+        """Record that a container is gone, or that containerd is done with it."""
         self._append({"deleted": container})
         if os.fstat(self._descriptor).st_size > _LONG_BYTES:
             self._shorten()
 
     def entries(self) -> list[LedgerEntry]:
-        """List what was made and not undone, oldest first."""
+        """List the entries that are not undone, oldest first."""
         entries: dict[int, LedgerEntry] = {}
         for line in self._lines():
             if "kind" in line:
@@ -143,7 +143,7 @@ class Ledger:
         """Undo everything, processes first, then the newest first, the state directory with this ledger last.
 
         The calling process is left alone. Nothing is removed while a process lives that could put
-        symbolic links in the way. What fails stays on record: doing this again goes on where it stopped.
+        symbolic links in the way. Failed entries stay on record: a repetition continues with them.
 
         :param deadline_s: how long to wait for all processes together to die.
         :returns: what could not be undone and why, one line each.
@@ -187,7 +187,7 @@ class Ledger:
             os.write(self._descriptor, json.dumps(line).encode() + b"\n")
 
     def _shorten(self) -> None:
-        """Leave out what was undone and who went."""
+        """Leave out undone entries and ended containers."""
         with self._locked(fcntl.LOCK_EX):
             lines: list[dict[str, object]] = [entry.as_dict() for entry in self.entries()]
             lines += ({"created": container} for container in sorted(self.containers()))
@@ -201,9 +201,9 @@ class Ledger:
 
     @contextlib.contextmanager
     def _locked(self, kind: int) -> Iterator[None]:
-        """Hold a lock on the file that has the name, which may be another by now, for a block."""
+        """Lock the file that has the name now, for a block; it may have been replaced."""
         fcntl.flock(self._descriptor, kind)
-        with contextlib.suppress(FileNotFoundError):  # undone, and nobody reads it any more
+        with contextlib.suppress(FileNotFoundError):  # undone, and no longer read
             while not os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
                 current = os.open(self._path, _FLAGS)
                 os.close(self._descriptor)
@@ -228,7 +228,7 @@ class Ledger:
 
 
 def _is_whole(line: Any) -> bool:
-    """Tell whether a line is one that this class writes; what a crash or a bad disk left may be any JSON."""
+    """Tell whether a line has the form that this class writes; a damaged one may be any JSON."""
     if not isinstance(line, dict):
         return False
     if len(line) == 1:
@@ -264,10 +264,10 @@ def _undo(kind: str, name: str) -> None:
         remove_ingress_in(path, number=int(namespace), index=int(interface))
         return
     if _without_links(name) != name:
-        # A guest can write below shared directories: what it put there must not lead us elsewhere.
+        # A guest can write below shared directories: its links must not lead us elsewhere.
         raise OSError(errno.ELOOP, "a symbolic link is now part of the path")
     if kind in {"mount", "directory"}:
-        # What is mounted below a directory is not ours to remove.
+        # Files in mounts below a directory are not ours to remove.
         kernel.detach_mounts(name)
     try:
         if kind == "directory":

@@ -15,18 +15,18 @@ class MountChanges:
         self._changed = asyncio.Event()
         self._table = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
         # The file is always readable. A change is an exceptional condition, for which asyncio has no call;
-        # and to ask for it is to forget it, so that nobody but the loop may ask.
+        # and a question clears it, so only the loop may ask.
         self._poll = select.epoll()
         self._poll.register(self._table, select.EPOLLPRI)
         self._loop.add_reader(self._poll.fileno(), self._changed.set)
 
     async def wait(self) -> None:
-        """Wait for those that nobody has waited for yet."""
+        """Wait for changes that were not reported yet."""
         await self._changed.wait()
         self._changed.clear()
 
     def close(self) -> None:
-        """Give up what it holds of the kernel's."""
+        """Close its descriptors."""
         self._loop.remove_reader(self._poll.fileno())
         self._poll.close()
         os.close(self._table)

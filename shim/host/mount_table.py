@@ -19,7 +19,7 @@ class HostMount:
 
     :param id: the kernel's number of it.
     :param device: major and minor number of the file system, as ``8:1``.
-    :param root: the path in the file system of what is mounted.
+    :param root: the mounted path within its file system.
     :param point: where it is mounted.
     :param options: of the mount, not of its file system.
     :param fstype: the type of the file system.
@@ -35,7 +35,7 @@ class HostMount:
 
 @dataclass(frozen=True, slots=True)
 class FilePlace:
-    """Where a file is.
+    """The place of a file.
 
     :param mount: through which it was reached.
     :param real: its path without symbolic links.
@@ -73,7 +73,7 @@ class MountTable:
     def locate(self, descriptor: int) -> FilePlace:
         """Find an open file.
 
-        :raises OSError: if its mount has gone meanwhile.
+        :raises OSError: if its mount is gone by now.
         """
         mount = self._mounts.get(mount_id(descriptor))
         if mount is None:
@@ -81,7 +81,7 @@ class MountTable:
         return FilePlace(mount, path_of(descriptor))
 
     def below(self, real: str) -> list[HostMount]:
-        """List what is mounted below a path and not hidden by another mount, the outer before the inner.
+        """List the visible mounts below a path, the outer before the inner.
 
         :param real: a path without symbolic links.
         """
@@ -112,7 +112,7 @@ def _joined(directory: str, below: str) -> str:
 
 def mount_id(descriptor: int) -> int:
     """Return the number of the mount that a descriptor was opened through."""
-    # st_dev is no help: a file system may be mounted below itself.
+    # st_dev does not help: a file system may be mounted below itself.
     lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
 

@@ -155,7 +155,7 @@ def _refused(number: int, what: str) -> ShimError:
 
 
 def unmount(target: Path) -> None:
-    """Detach all mounts at or below ``target``, busy or not; none at all is no error.
+    """Detach all mounts at or below ``target``, busy or not; there may be none.
 
     :raises Internal: if the kernel refuses.
     """
@@ -168,7 +168,7 @@ def unmount(target: Path) -> None:
 async def run_to_the_end(act: Callable[[], None]) -> None:
     """Mount or unmount in a thread: that may have to wait until the host has read or written a file system.
 
-    :param act: what does it. A cancellation takes effect when it is done: half of it is of no use.
+    :param act: makes the change. A cancellation takes effect when it is done: half of it is of no use.
     :raises Exception: what ``act`` raises.
     """
     acting = asyncio.ensure_future(asyncio.to_thread(act))
@@ -184,7 +184,7 @@ async def run_to_the_end(act: Callable[[], None]) -> None:
 
 
 def enter_private_namespace() -> None:
-    """Give this process a mount namespace of its own that still follows the host's mounts.
+    """Give this process its own mount namespace, which still follows the host's mounts.
 
     The root becomes a recursive slave: a volume mounted on the host later is seen here, nothing
     mounted here is seen there.
@@ -249,14 +249,15 @@ def bind_opened(
 
     Set-id programs and device files that a guest makes are neither on the host: the guest's kernel decides
     about them, and the file server needs only to see them.
-    A mount that is to be read-only is so before anybody sees it; see mount_setattr(2). Making it read-only
-    later would not propagate: the virtio-fs daemon, which has a mount namespace of its own, would go on to
-    see a writable one.
+    A read-only mount is read-only before it is visible; see mount_setattr(2). Making it read-only
+    later would not propagate: the virtio-fs daemon has its own mount namespace and would still see a writable
+    mount.
 
     :param source: a descriptor.
-    :param read_only_below: with what is mounted below it, which is as writable as on the host otherwise.
-    :param recursive: with what is mounted below it.
-    :param follows: with what the host will mount below it later, too, which is as writable as there.
+    :param read_only_below: whether the mounts below it become read-only, too; otherwise they are as on the
+        host.
+    :param recursive: with the mounts below it.
+    :param follows: with later mounts of the host below it, too, which are as writable as on the host.
     :param what: words for the error.
     :raises InvalidArgument: if ``target`` does not exist or is of another kind.
     :raises Internal: if the kernel refuses for another reason.
@@ -286,7 +287,7 @@ def bind_opened(
 
 @contextlib.contextmanager
 def cloned(source: int, *, what: str) -> Iterator[int]:
-    """Look at a directory as it is without what is mounted below it.
+    """Look at a directory without the mounts below it.
 
     :param source: a descriptor of it.
     :param what: words for the error.
@@ -306,7 +307,7 @@ def let_write(namespace: int, target: str, inode: tuple[int, int]) -> bool:
 
     :param namespace: the mount namespace, open.
     :param target: the mount point in there.
-    :param inode: the device and the number of what is mounted.
+    :param inode: the device and the inode number of the mounted file.
     :returns: whether that is mounted there.
     :raises Internal: if the kernel refuses.
     """
@@ -362,7 +363,7 @@ def mount_all(mounts: Iterable[Mount], target: Path) -> int:
 
 
 def _below(target: Path, path: str) -> Path:
-    """Find a path in a root file system, where what was mounted before may be symbolic links to anywhere."""
+    """Find a path in a root file system, whose parts may be symbolic links to anywhere."""
     root = os.path.realpath(target)
     where = Path(os.path.realpath(f"{root}/{path}")) if "\0" not in path else None
     if where is None or not where.is_relative_to(root):

@@ -11,16 +11,16 @@ _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def make(path: str) -> None:
-    """Make a directory of mode 0700, with what is missing above it, or accept the one that is there.
+    """Make a directory of mode 0700 and its missing parents, or accept an existing one.
 
     :param path: an absolute path.
-    :raises PermissionError: if it is there and another user owns it, or may write in it.
+    :raises PermissionError: if it exists, and another user owns it or may write in it.
     :raises OSError: if it cannot be made.
     """
     for attempts_left in reversed(range(_MOST_ATTEMPTS)):
         try:
             _make(path)
-        except FileNotFoundError:  # another process has removed it meanwhile, or what is above it
+        except FileNotFoundError:  # another process has just removed it or a parent
             if not attempts_left:
                 raise
         else:

@@ -1,4 +1,4 @@
-"""A bundle's ``config.json``, which a process decodes once.
+"""A bundle's ``config.json``, decoded once per process.
 
 A shim needs it three times in the first milliseconds of its life: to find the sandbox of a container, to boot
 the machine, and to create the container. A specification may have a megabyte.
@@ -22,7 +22,7 @@ def path_in(bundle: str) -> str:
 
 
 def read(bundle: str) -> object:
-    """Decode the file, unless it is the one that was decoded last and has not changed since.
+    """Decode the file, unless it was decoded last and has not changed since.
 
     :param bundle: the bundle directory.
     :returns: the decoded file, for reading only: others may have the same.

@@ -26,7 +26,7 @@ class StartRecord(Record):
     ttrpc_address: str
     #: The containerd executable.
     publish_binary: str
-    #: The configuration that ``start`` found, without what is as by default, and where that was.
+    #: The configuration that ``start`` found, without defaults, and the files that it came from.
     config_text: str
     config_source: str
     #: ``ttrpc`` or ``grpc``: what containerd speaks on ``socket_path``.
@@ -110,7 +110,7 @@ def lock(state_directory: str) -> int:
 
 
 def lock_existing(state_directory: str, *, wait: bool = True) -> int | None:
-    """Take the same lock, unless there is no such state directory, or no more when it is our turn.
+    """Take the same lock, unless the state directory does not exist, or is gone once the lock is free.
 
     :param state_directory: the state directory.
     :param wait: wait until it is our turn. A shim that ends must not: ``start`` holds the lock until the

@@ -9,8 +9,8 @@ The two sets: a directory is *guest-writable* if a guest may write in it, now or
 only the host's users write there, so links in them are as good as the path itself.
 
 The invariant: once the way has entered a guest-writable directory, it only goes down, from one real directory
-to the next; a link or ``..`` ends it with an error. So that nothing can be exchanged meanwhile, each step
-starts from the descriptor of the step before, and what is found is mounted by descriptor, never by path.
+to the next; a link or ``..`` ends it with an error. Each step starts from the descriptor of the step before,
+and the source is mounted by descriptor, never by path. So nothing can be exchanged in between.
 """
 
 from __future__ import annotations
@@ -169,6 +169,6 @@ def _not_followed(path: Path | str, name: str) -> InvalidArgument:
 
 
 def identity(descriptor: int) -> tuple[int, int]:
-    """Tell what is open: its device and its number there."""
+    """Identify an open file by its device and its inode number."""
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino

@@ -1,7 +1,7 @@
 """The cgroup of a sandbox on the host: its machine is counted where containerd wants it counted, and bounded.
 
 Kubernetes reads a pod's use from the pod's cgroup and limits the pod by it. The limits here are wider: they
-keep a machine whose processes were taken over from using up the host, whatever else limits it or not.
+keep a machine whose processes were taken over from using up the host, even if nothing else limits it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class HostCgroup:
                     directory.mkdir()
                     own.append(directory)
             except OSError as error:
-                log.warning("cgroup: %s: %s; what the machine uses is not counted there", directory, error)
+                log.warning("cgroup: %s: %s; the machine's use is not counted there", directory, error)
                 continue
             made.append(directory)
         cgroup = cls(made, own=own)

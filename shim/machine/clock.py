@@ -59,7 +59,7 @@ def reading(answer: str, *, asked_at_ns: int, answered_at_ns: int) -> Reading:
     :param answer: its time in nanoseconds since 1970; then how far that is ahead, if the guest knows.
     :param asked_at_ns: the host's time when it was asked.
     :param answered_at_ns: the host's time when it had answered.
-    :raises ValueError: if it is no such answer.
+    :raises ValueError: if it is not such an answer.
     """
     guests, *ahead = answer.split()
     if ahead:
@@ -142,7 +142,7 @@ async def _set_right(agent: Agent) -> bool:
 
 @contextlib.contextmanager
 def _watching(notify: Callable[[], None], *, pid: int) -> Iterator[None]:
-    """Notice in the block what may have let a guest's clock fall behind.
+    """In the block, notice events that let a guest's clock fall behind.
 
     :param notify: called then.
     :param pid: of QEMU.

@@ -1,4 +1,4 @@
-"""What a machine is cloned from, and whose fault it is if the clone does not answer."""
+"""The template that a machine is cloned from, and the blame if the clone does not answer."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def clone_of(spec: VmSpec, sizes: Plan, template: Template | None) -> VmSpec:
     """Describe the machine that is cloned: one that can grow has the size that any can grow from.
 
     :param spec: the machine as it would boot.
-    :param sizes: what it starts with, and how it may grow.
-    :param template: what it is cloned from, if that is known.
+    :param sizes: its size at the start, and how it may grow.
+    :param template: the template that it is cloned from, if known.
     """
     size = sizes.boot if sizes.most == sizes.boot else sizes.base
     return dataclasses.replace(
@@ -92,18 +92,19 @@ class Cloning:
         self._config = config.hypervisor
 
     def find(self, spec: VmSpec, sizes: Plan, pod: PodSpec, *, is_usual: bool = True) -> Template | None:
-        """Find what a machine can be cloned from, and log why there is nothing.
+        """Find the template for a machine, or log why there is none.
 
         :param spec: the machine.
-        :param sizes: what it starts with, and how it may grow.
-        :param pod: what it is for.
+        :param sizes: its size at the start, and how it may grow.
+        :param pod: its pod.
         :param is_usual: whether the machine is as the operator configured it; others get no template built.
         """
         if self._config.template == "off":
             return None
         if spec.huge_pages:
             log.info(
-                "boot: sandbox %s: its memory is of huge pages, which are not copied; boots cold", self._id
+                "boot: sandbox %s: its memory consists of huge pages, which cannot be cloned; boots cold",
+                self._id,
             )
             return None
         if refuses_template(pod.oci):
@@ -125,10 +126,10 @@ class Cloning:
         return template
 
     def judge(self, template: Template, error: Exception, *, starved: bool) -> None:
-        """Keep or remove the template of a clone that did not come up, and log what was done.
+        """Keep or remove the template of a clone that did not come up, and log the decision.
 
         :param template: the template.
-        :param error: what the clone failed with.
+        :param error: the clone's failure.
         :param starved: whether the clone's QEMU waited for a processor for longer than it had one.
         """
         advice = 'if clones go on to fail on this host, set [hypervisor] template = "off"'

@@ -1,4 +1,4 @@
-"""Find what this host offers for virtual machines, and choose from it; ``hako check`` asks here too."""
+"""Find the means that this host offers for virtual machines, and choose; ``hako check`` uses this, too."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ EMULATION_IS_NO_BOUNDARY = (
     'use a host with KVM, and [hypervisor] accelerator = "kvm" to refuse others'
 )
 _VERDICT = Path("/var/cache/hako/accelerator.json")
-#: Where ``scripts/setup`` puts programs that the distribution does not package.
+#: ``scripts/setup`` puts programs here that the distribution does not package.
 OWN_PROGRAMS = Path("/var/lib/hako/bin")
-#: Where distributions put daemons that are not commands.
+#: Distributions put daemons here that are not commands.
 _DAEMON_DIRECTORIES = (Path("/usr/libexec"), Path("/usr/lib/qemu"), OWN_PROGRAMS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostChoice:
-    """What a sandbox on this host is made with.
+    """The means with which sandboxes are made on this host.
 
     :param accelerator: how guest instructions are run.
     :param accelerator_reason: why that one.
@@ -52,7 +52,7 @@ class HostChoice:
 
 
 async def resolve(config: Config) -> HostChoice:
-    """Choose what a sandbox is made with.
+    """Choose the means with which a sandbox is made.
 
     :param config: the operator's configuration.
     :raises FailedPrecondition: if the host lacks something, with the remedy.

@@ -1,4 +1,4 @@
-"""The user of its own that each sandbox's processes run as, and how much an operator insists on that.
+"""Each sandbox's own user, as which its processes run, and how strictly the operator asks for that.
 
 A number is taken by a lock on one byte of a file, so that it is free again whenever its shim ends.
 """
@@ -35,9 +35,9 @@ _REMEDY = "see what `hako check` says of it, or set [hypervisor] jail to preferr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jail:
-    """What confines the processes of one sandbox.
+    """The confinement of one sandbox's processes.
 
-    :param identity: whom they run as; nobody else on this host does, until :meth:`close`.
+    :param identity: their user; no other process on this host has it until :meth:`close`.
     :param is_required: whether a machine that cannot be confined is not to start.
     :param lock: an open file that holds the claim.
     """
@@ -62,7 +62,7 @@ class Jail:
         try:
             lock, offset = _claim(count)
         except OSError as error:
-            problem = f"boot: jail: user of its own: {error}"
+            problem = f"boot: jail: no user of its own: {error}"
             if required:
                 raise FailedPrecondition(f"{problem}; {_REMEDY}") from error
             log.warning("%s; the sandbox's processes run as root", problem)
@@ -79,7 +79,8 @@ def is_required(config: Config, accelerator: Accelerator) -> bool:
     """Tell whether a machine that cannot be confined is not to start.
 
     :param config: the operator's configuration.
-    :param accelerator: how guest instructions are run. Emulation is no boundary that needs one more.
+    :param accelerator: how guest instructions are run. Emulation is not a security boundary, so a jail beside
+        it gains nothing.
     """
     wish = config.hypervisor.jail
     return wish == "required" or (wish == "auto" and accelerator is Accelerator.KVM)
@@ -90,7 +91,7 @@ def without(spec: VmSpec, problem: str, jail: Jail | None) -> VmSpec:
 
     :param spec: the machine.
     :param problem: why it could not.
-    :param jail: what it was to be confined with.
+    :param jail: its intended confinement.
     :raises FailedPrecondition: if it is not to start then.
     """
     if jail is not None and jail.is_required:

@@ -1,4 +1,4 @@
-"""What a container, or a pod, may use: read once from what its specification or its annotations say. Pure."""
+"""The limits of a container or a pod, read once from its specification or its annotations. Pure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 _DEFAULT_PERIOD_US = 100_000  # the kernel's own, for a quota without a period
 _UNLIMITED = 1 << 60  # control groups write "no limit" as the largest number that they can hold
-_SHARES_PER_CPU = 1024  # what Kubernetes gives a container that requests one processor
+_SHARES_PER_CPU = 1024  # the value of Kubernetes for a container that requests one processor
 _CPU_LIST = re.compile(r"(\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*)?")
-_LEAST_SHARES = 2  # what Kubernetes gives one that requests none
+_LEAST_SHARES = 2  # the value of Kubernetes for one that requests none
 
 # The annotations of a pause container that tell what its pod as a whole may use.
 _QUOTA = "io.kubernetes.cri.sandbox-cpu-quota"
@@ -25,7 +25,7 @@ _MEMORY = "io.kubernetes.cri.sandbox-memory"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one container, or a pod, may use; 0 is no limit.
+    """The limits of one container or pod; 0 means no limit.
 
     :param quota_us: processor time in each period, in microseconds.
     :param period_us: the period, in microseconds.
@@ -46,7 +46,7 @@ class Limits:
         return Fraction(self.quota_us, self.period_us)
 
     def updated(self, resources: Mapping[str, Any]) -> Limits:
-        """Apply an update; what it does not mention stays.
+        """Apply an update; limits that it does not mention stay.
 
         :param resources: the ``linux.resources`` of an OCI specification, or a part of them.
         """
@@ -102,7 +102,7 @@ def cpuset_of(live: Iterable[Limits]) -> frozenset[int]:
 
 
 def limits_of_pod(*, quota_us: int, period_us: int, shares: int, memory_bytes: int) -> Limits:
-    """Combine what the CRI says of a whole pod; a number that is negative or huge is no limit.
+    """Combine the CRI's limits of a whole pod; a negative or huge number means no limit.
 
     A pod without a quota gets as many processors as it requests.
 

@@ -1,4 +1,4 @@
-"""A sandbox's virtual machine on the host: what it needs, how it comes up, and why it ended.
+"""A sandbox's virtual machine on the host: its needs, its start, and the reason of its end.
 
 Its share, its network namespace, its place in the cgroups and its size belong to it and go with it.
 """
@@ -68,7 +68,7 @@ _LOAD_TIMES = 10  # as many times longer its load may take; each of its steps ha
 class _Started:
     """A virtual machine whose agent has answered.
 
-    :param size: what it has; a clone may have less than it is to have.
+    :param size: its current size; a clone may be smaller than wanted.
     """
 
     vm: QemuHypervisor
@@ -116,7 +116,7 @@ class Machine:
     async def boot(self, pod: PodSpec) -> RunningMachine:
         """Bring it up, with its share and its network.
 
-        :param pod: what it is for.
+        :param pod: its pod.
         :raises ShimError: with the reason, if it does not come up.
         :raises HypervisorError: as :class:`ShimError`.
         """
@@ -207,7 +207,7 @@ class Machine:
         await self._undo.aclose()
 
     def keep_reason(self, reason: str, *, namespace: str) -> None:
-        """Leave behind why it ended and what it said last, for ``hako logs``.
+        """Keep the reason of its end and its last words for ``hako logs``.
 
         :param reason: one line.
         :param namespace: containerd's.
@@ -302,7 +302,7 @@ class Machine:
     async def _start(self, spec: VmSpec, *, timeout_s: float) -> _Started:
         """Start the machine and have its agent answer.
 
-        :raises TemplateError: if it is to be a clone and the template is of no use.
+        :raises TemplateError: if it should be a clone and the template is unusable.
         :raises HypervisorError: if it does not start, or does not answer in time.
         :raises ShimError: if its agent does not answer in time.
         """
@@ -333,11 +333,11 @@ class Machine:
         return _Started(vm, agent, Size(vcpus=spec.vcpus, memory_bytes=spec.memory_bytes))
 
     async def _set_up(self, started: _Started, pod: PodSpec, network: Network) -> None:
-        """Tell the guest what it is for, and give it its network cards."""
+        """Tell the guest about its pod, and give it its network cards."""
         with timeline.phase("CreateSandbox", lane=timeline.MACHINE):
             await started.agent.create_sandbox(
                 sandbox_id=self._id,
-                # A pod without a name shares the host's, or has what a new namespace begins with.
+                # A pod without a name shares the host's name, or has that of a new namespace.
                 hostname=pod.hostname or socket.gethostname(),
                 dns=list(pod.dns),
                 shm_bytes=pod.shm_bytes,
@@ -352,7 +352,7 @@ class Machine:
             set_oom_score_adj(pid, self._oom_score_adj)
 
     async def _reason_or(self, error: ShimError) -> str:
-        """Prefer the machine's own word on its end to what was noticed first."""
+        """Prefer the machine's own reason for its end to the first symptom."""
         for vm in self._attempts[-1:]:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REASON_TIMEOUT_S):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _RESOLV_CONF = "/etc/resolv.conf"
-_MAX_NAME_BYTES = 64  # what uname(2) has room for
+_MAX_NAME_BYTES = 64  # the room in uname(2)
 _MAX_RESOLV_CONF_BYTES = 64 * 1024  # resolv.conf(5) of a pod has at most 3 + 32 names
 
 #: Says ``off`` for a pod whose machine must boot instead of being cloned from a template.
@@ -46,7 +46,7 @@ class PodSpec:
     :param sysctls: kernel parameters of the whole pod, which its containers' specifications do not repeat.
     :param shm_bytes: the size of its shared memory.
     :param cgroup: ``linux.cgroupsPath`` of the sandbox on the host; empty for none.
-    :param limits: what the pod as a whole may use, as far as it is known.
+    :param limits: the limits of the whole pod, as far as they are known.
     :param first: what its first container may use, unless that only stands for the pod.
     :param oom_score_adj: how readily the host's kernel kills its first process for memory; ``None`` if
         nobody says.
@@ -69,7 +69,7 @@ def check_pod(spec: dict[str, Any], *, sandbox_id: str) -> None:
     """Refuse a container of another pod than that of this machine.
 
     :param spec: the decoded ``config.json``.
-    :param sandbox_id: the id of the sandbox that it is to join.
+    :param sandbox_id: the id of the sandbox that it joins.
     :raises InvalidArgument: if Kubernetes runs it and its pod is another.
     """
     annotations = spec.get("annotations")
@@ -154,7 +154,7 @@ def from_request(options: AnyMessage, *, sandbox_id: str, network_namespace: str
     :param options: a ``PodSandboxConfig``; anything else says nothing about the pod.
     :param sandbox_id: the sandbox's id.
     :param network_namespace: the path of the pod's network namespace; empty for the host's.
-    :raises InvalidArgument: if it is no valid message, or the machine cannot have its name.
+    :raises InvalidArgument: if it is not a valid message, or the machine cannot have its name.
     """
     config = PodSandboxConfig()
     if options.type_url.rpartition("/")[2] == PodSandboxConfig.DESCRIPTOR.full_name:
@@ -213,7 +213,7 @@ def write_files(pod: PodSpec, directory: Path) -> None:
 def with_files(spec: dict[str, Any], directory: Path, *, sandbox_id: str) -> dict[str, Any]:
     """Give a container the files of its pod in ``/etc``, and the pod's shared memory if it shares its IPC.
 
-    :param spec: the decoded ``config.json``; what it mounts itself stays.
+    :param spec: the decoded ``config.json``; its own mounts stay.
     :param directory: what :func:`write_files` has filled.
     :param sandbox_id: the pod's sandbox.
     """

@@ -28,8 +28,8 @@ class Resizer:
     """The size of one machine.
 
     :param vm: the machine.
-    :param plan: what it must have, and what it may have.
-    :param size: what it has now; a clone may have less than it is to have.
+    :param plan: its least and its greatest size.
+    :param size: its current size; a clone may be smaller than wanted.
     :param limit_memory: told the guest's memory, in bytes, before it grows and after it has shrunk.
     """
 
@@ -49,7 +49,7 @@ class Resizer:
         :param agent: its agent.
         :param live: the limits of each of its containers.
         :raises ResourceExhausted: if it may not be so large, or QEMU or the guest refuses.
-        :raises ShimError: if the guest cannot use what it got.
+        :raises ShimError: if the guest cannot use the new parts.
         """
         live = list(live)
         if problem := self._plan.lack_of_huge_pages(live):

@@ -1,4 +1,4 @@
-"""A machine that is up: what there is only from the first answer of its agent to its end."""
+"""A machine that is up: the parts that exist from the first answer of its agent to its end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RunningMachine:
     :param accelerator: how its instructions are run.
     :param channel: how the agent is reached.
     :param began_s: when its boot began, in seconds of ``time.monotonic()``.
-    :param given_up: set once the machine is to end.
+    :param given_up: set once the machine should end.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class RunningMachine:
         return RequestStreams(self.agent, container_id=container_id, exec_id=exec_id)
 
     async def note_guest(self) -> None:
-        """Note in the timeline what the guest did.
+        """Note the guest's steps in the timeline.
 
         :raises ShimError: if it does not tell.
         """
@@ -110,7 +110,7 @@ class RunningMachine:
                 await self.agent.keep_share_files_below(self.vm.share_file_limit)
 
     async def follow_network(self) -> None:
-        """Take what came to its network namespace meanwhile, as some put it there before a start.
+        """Take over new interfaces of its network namespace: some clients add them just before a start.
 
         :raises ShimError: if it cannot have it.
         """
@@ -137,7 +137,7 @@ class RunningMachine:
             set_oom_score_adj(process.pid, value)
 
     async def shrink(self, live: Iterable[Limits]) -> None:
-        """Give back what no container needs.
+        """Give back resources that no container needs.
 
         :param live: the limits of each.
         """

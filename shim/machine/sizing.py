@@ -1,6 +1,6 @@
-"""How large a sandbox's machine has to be: a pure function of the configuration and of its live containers.
+"""The size of a sandbox's machine: a pure function of the configuration and of its live containers.
 
-The size is computed anew from what there is each time, never by adding to what was computed before.
+The size is always computed from the live containers, never by changing an earlier result.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a machine starts with, and how it may grow.
+    """The size of a machine at its start, and how it may grow.
 
-    :param base: what it has for itself, without the containers' limits.
-    :param boot: what it starts with, which is also the least it can have.
-    :param most: what it can have.
+    :param base: its own share, without the containers' limits.
+    :param boot: its size at the start, which is also its least size.
+    :param most: its greatest size.
     """
 
     base: Size
@@ -71,14 +71,14 @@ class Plan:
 
 
 def plan(config: HypervisorConfig, *, pod: Limits = NO_LIMITS, first: Limits = NO_LIMITS) -> Plan:
-    """Decide what a machine starts with.
+    """Decide the size of a machine at its start.
 
     If the CRI tells the size of a pod, its machine starts with that, and no container has to wait for it to
     grow. With static sizing, the limits of the first container count too, and the size never changes.
 
     :param config: the operator's.
-    :param pod: what the pod as a whole may use, as far as it is known.
-    :param first: what the sandbox's first container may use.
+    :param pod: the limits of the whole pod, as far as they are known.
+    :param first: the limits of the sandbox's first container.
     """
     base = Size(vcpus=config.vcpus, memory_bytes=config.memory_mib * MIB)
     most = _at_least(

@@ -31,15 +31,15 @@ def queue_pairs(spec: VmSpec) -> int:
 def describe(
     config: Config, choice: HostChoice, *, name: str, directory: Path, share: Path, size: Size, most: Size
 ) -> VmSpec:
-    """Describe a machine that is to be booted.
+    """Describe a machine to boot.
 
     :param config: the operator's configuration.
-    :param choice: what this host offers.
+    :param choice: the means of this host.
     :param name: whose it is.
     :param directory: where its sockets and its console's log go.
     :param share: the directory that its guest sees.
-    :param size: what it starts with.
-    :param most: what it can grow to.
+    :param size: its size at the start.
+    :param most: its greatest size.
     """
     return VmSpec(
         name=name,

@@ -117,7 +117,7 @@ async def _save(config: Config, spec: VmSpec, directory: Path) -> None:
 
 
 def purpose_of(spec: VmSpec) -> dict[str, object]:
-    """Describe what was asked for: the settings of the machine, not the contents of its files."""
+    """Describe the request: the settings of the machine, not the contents of its files."""
     settings = {field.name: getattr(spec, field.name) for field in fields(spec)}
     return {
         name: value if isinstance(value, int) else " ".join(value) if isinstance(value, tuple) else str(value)

@@ -1,4 +1,4 @@
-"""Where templates are kept: each in a directory named by its key, which appears whole or not at all.
+"""The store of templates: each is a directory named by its key, which appears whole or not at all.
 
 Reading takes no lock; only one process builds at a time. A running clone does not need its template any more,
 so a template may be removed at any time.
@@ -47,7 +47,7 @@ _LATE = ".late"
 class Template:
     """A template as it was found.
 
-    :param key: what it fits.
+    :param key: the machines that it fits.
     :param path: its directory.
     :param identity: tells it from another that has taken its place since, maybe with its number as a file.
     """
@@ -61,9 +61,9 @@ class Template:
 class TemplateEntry:
     """A template, or a failure to build one, as an entry of a list.
 
-    :param key: what it fits.
-    :param purpose: what was asked for: the settings of its machine, by name.
-    :param size_bytes: what it takes on the disk or in memory, holes not counted.
+    :param key: the machines that it fits.
+    :param purpose: the requested settings of its machine, by name.
+    :param size_bytes: its size on the disk or in memory, holes not counted.
     :param built_at: when, in seconds since 1970.
     :param used_at: when a machine was last cloned from it, in seconds since 1970.
     :param failure: why there is none; empty if there is.
@@ -81,7 +81,7 @@ class TemplateEntry:
 class Building:
     """A build under way.
 
-    :param place: an empty directory, which goes when the build is over.
+    :param place: an empty directory, which is removed when the build is over.
     :param lock: an open file whose lock keeps others from building.
     """
 
@@ -165,13 +165,13 @@ class TemplateStore:
     def is_late(self, template: Template) -> bool:
         """Note that a clone did not come up in time.
 
-        :returns: whether so many in a row did not that the template is to blame.
+        :returns: whether the template is to blame, because too many in a row did not.
         :raises OSError: if it cannot be noted.
         """
         return self._count(template.key, _LATE) >= LATE_TIMES
 
     def answers(self, template: Template) -> None:
-        """Note that a clone has come up, which clears its template of all suspicion."""
+        """Note that a clone has come up: its template is good."""
         for mark in (_LATE, _DISCARDED):
             self._forget(template.key, mark)
 
@@ -234,9 +234,9 @@ class TemplateStore:
     def publish(self, key: str, built: Path, *, purpose: Mapping[str, object]) -> Template:
         """Make a built template available; remove those that it replaces, and those that are too many.
 
-        :param key: what it fits.
+        :param key: the machines that it fits.
         :param built: the directory with its files, below the place of a build under way.
-        :param purpose: what was asked for: the settings of its machine, by name.
+        :param purpose: the requested settings of its machine, by name.
         :raises OSError: if it cannot be done.
         """
         (built / _PURPOSE).write_text(json.dumps(dict(purpose)), encoding="utf-8")
@@ -300,7 +300,7 @@ class TemplateStore:
                 used_at=changed_at,
                 failure="",
             )
-        except FileNotFoundError:  # removed meanwhile, or not written by this program
+        except FileNotFoundError:  # just removed, or not written by this program
             return None
         except ValueError:
             return None
@@ -329,7 +329,7 @@ class TemplateStore:
         return lock
 
     def _clear(self) -> None:
-        """Remove what is left of unfinished builds and removals; the lock is held."""
+        """Remove the remains of unfinished builds and removals; the lock is held."""
         for path in self.directory.iterdir():
             if path.name == _BUILDING or path.name.startswith(_REMOVED):
                 shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Turns: at any time, no more machines of a host work on a start than the host has processors for.
+"""Turns: at any time, only as many machines of a host work on a start as the host has processors for.
 
 A start under emulation takes little but processor time. Machines that share a processor take longer together
 than one after the other: after each switch a machine has a timer interrupt to serve and caches to refill.

@@ -1,8 +1,8 @@
 """Netlink messages to plan: which interfaces are taken, and what of their configuration was set on purpose.
 
-Pure: the messages are mappings as :mod:`shim.network.rtnetlink` decodes them. What the kernel made by itself
-is left out, because the guest's kernel makes it as well; what the guest's kernel would make although the
-pod's namespace does not have it is prevented. The numbers are those of rtnetlink(7) and linux/rtnetlink.h.
+Pure: the messages are mappings as :mod:`shim.network.rtnetlink` decodes them. Entries that the kernel made
+are left out, because the guest's kernel makes them as well. If the pod's namespace lacks one of them, the
+guest's kernel is kept from making it. The numbers are those of rtnetlink(7) and linux/rtnetlink.h.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def decode(
     neighbours: Iterable[Message],
     rules: Iterable[bytes] = (),
 ) -> NetworkPlan:
-    """Decide what the guest gets of a namespace.
+    """Decide which parts of a namespace the guest gets.
 
     :param rules: bodies of the kernel's messages; an empty list stands for the usual rules.
     :raises InvalidArgument: if an interface is up that cannot be connected to a machine.
@@ -80,7 +80,7 @@ def decode(
         for address in endpoint.addresses
         if address.has_route and not address.peer
     } | {
-        # The guest's kernel makes these for each address of its own.
+        # The guest's kernel makes these for each of its addresses.
         (message["index"], ip_network(_own_address(message)))
         for message in addresses
     }

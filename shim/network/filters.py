@@ -1,7 +1,7 @@
 """Find what else works on packets in a namespace but never sees the guest's packets.
 
 An interface is connected to its tap before the namespace's own stack has a packet, so that neither netfilter
-nor IPVS nor IPsec works on it. Where each is found: linux/netfilter/nf_tables.h, linux/netfilter/x_tables.h,
+nor IPVS nor IPsec works on it. Sources: linux/netfilter/nf_tables.h, linux/netfilter/x_tables.h,
 linux/netfilter_ipv4/ip_tables.h, linux/xfrm.h, and /proc/net.
 """
 
@@ -39,11 +39,11 @@ _ACCEPT = -2
 _ERROR = b"ERROR"
 _IPVS_HEADER_LINES = 3
 _DOCKERS_OWN = b"DOCKER_"
-"""Docker's names of the chains that lead to its resolver, which the guest reaches in another way."""
+"""Docker's names of the chains that lead to its resolver; the guest reaches it in another way."""
 
 
 def find() -> list[str]:
-    """List what there is in the calling thread's namespace, a line each."""
+    """List the filters in the calling thread's namespace, a line each."""
     found = []
     if _has_nftables_rules():
         found.append("packet filter (nftables or iptables-nft)")

@@ -45,7 +45,7 @@ _TO_HOST_SIDE = "0xa9fefffe/0xffffffff+16"
 _TO_RESOLVER = "0x7f00000b/0xffffffff+16"
 _TO_LOOPBACK = "0x7f000000/0xff000000+16"
 _RTM_NEWROUTE = 24
-_PREPEND = 0x1 | 0x4 | 0x400  # NLM_F_REQUEST, NLM_F_ACK, NLM_F_CREATE: in front of what is there
+_PREPEND = 0x1 | 0x4 | 0x400  # NLM_F_REQUEST, NLM_F_ACK, NLM_F_CREATE: before the existing ones
 _TABLE_LOCAL = 255
 _SCOPE_LINK = 253
 
@@ -64,8 +64,8 @@ def lead_to_guest(netlink: IPRoute, *, endpoint: Endpoint, tap: int, tap_name: s
     except OSError as error:
         log.warning("network: %s: %s: ports will not be forwarded", settings, error.strerror)
         return
-    # The guest's localhost listens on this link, so only this host may speak to it there. What comes from
-    # outside goes up the namespace's stack, which drops it as a kernel does. So does what has a VLAN tag:
+    # The guest's localhost listens on this link, so only this host may speak to it there. Packets from
+    # outside go up the namespace's stack, which drops them as a kernel does. So do packets with a VLAN tag:
     # a guest would look below tags that say nothing, as a filter cannot.
     _pass(netlink, interface=endpoint.index, priority=1, keys=[_IS_IPV4, _TO_LOOPBACK])
     _pass(netlink, interface=endpoint.index, priority=2, protocol=_ETH_P_8021Q, keys=[_EVERYTHING])
@@ -86,7 +86,7 @@ def lead_to_guest(netlink: IPRoute, *, endpoint: Endpoint, tap: int, tap_name: s
 
 
 def way_to(address: str, *, interface: str) -> tuple[Route, Neighbour]:
-    """Describe what the guest needs for its localhost to speak over a link to an address of the namespace.
+    """Describe how the guest's localhost speaks over a link to an address of the namespace.
 
     :param address: the host's side, to answer it; or the resolver, to ask it.
     :param interface: the name of the endpoint whose tap it is.

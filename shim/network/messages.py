@@ -1,4 +1,4 @@
-"""Plan to the guest agent's messages: Kata's protocol, with fields of our own for what it cannot express."""
+"""Plan to the guest agent's messages: Kata's protocol, with Hako's fields for attributes that it lacks."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def loopback(addresses: Iterable[Address], *, mtu: int) -> types_pb2.Interface:
 def routes(planned: Iterable[Route]) -> agent_pb2.Routes:
     """Put routes into the order in which an agent can add them one by one.
 
-    A gateway is reachable only after the routes without one are there. An agent that does not know metrics
+    A gateway is reachable only once the routes without one exist. An agent that does not know metrics
     keeps the last of the routes to a destination, so the one with the lowest metric comes last.
     """
     ordered = sorted(planned, key=lambda route: (any(hop.gateway for hop in route.hops), -route.metric))

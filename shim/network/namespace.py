@@ -1,4 +1,4 @@
-"""The network namespace of a sandbox: the pod's, or one of its own, and work done inside it.
+"""The network namespace of a sandbox, which is the pod's or a new one, and work inside it.
 
 Only a thread enters it, and never leaves it: the process stays where it was, also after a failure.
 """
@@ -53,7 +53,7 @@ class NetworkNamespace:
             return cls(await _make(), wanted_path=None)
         try:
             descriptor = os.open(wanted.path, os.O_RDONLY | os.O_CLOEXEC)
-        except (OSError, ValueError) as error:  # a path may hold a NUL byte, which no file's name has
+        except (OSError, ValueError) as error:  # a path with a NUL byte
             reason = error.strerror if isinstance(error, OSError) else error
             raise InvalidArgument(
                 f"network: namespace {wanted.path}: {reason}; make it before the container"
@@ -73,14 +73,14 @@ class NetworkNamespace:
 
     @property
     def number(self) -> int:
-        """Its inode number, which no other network namespace has."""
+        """Its inode number, unique among network namespaces."""
         return os.fstat(self._descriptor).st_ino
 
     async def run(self, job: Callable[[], _T]) -> _T:
         """Run a short job in a thread inside the namespace, after all earlier jobs.
 
         :param job: the job; it runs to its end even if the caller is cancelled.
-        :returns: what the job returns; what it raises is raised.
+        :returns: the job's result; its errors are raised.
         :raises Internal: if the namespace cannot be entered, or the job takes too long.
         """
         try:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _UNKNOWN = NetworkPlan(rules=(), neighbours=(Neighbour(interface="", ip=""),), settings=(("", ""),))
-"""What the guest has after a failure: no scan equals it."""
+"""The state after a failure: no scan equals it."""
 
 UNPLUG_TIMEOUT_S = 5.0  # the guest answers within milliseconds, or never
 
@@ -102,11 +102,11 @@ class Network:
 
     @property
     def namespace_path(self) -> Path:
-        """Where the machine's process enters the namespace."""
+        """The path at which the machine's process enters the namespace."""
         return self._namespace.path
 
     async def prepare(self) -> None:
-        """Find what the namespace has and connect each interface to a tap; the machine may boot meanwhile.
+        """Read the namespace and connect each interface to a tap; the machine may boot at the same time.
 
         :raises ShimError: if one cannot be connected; nothing is changed then.
         """
@@ -208,7 +208,7 @@ class Network:
             if connection.pci_path and vm is not None:
                 try:
                     await vm.unplug(connection.device, timeout_s=UNPLUG_TIMEOUT_S)
-                except HypervisorError as error:  # it is disconnected all the same
+                except HypervisorError as error:  # disconnect it anyway
                     log.warning("network: %s: %s", connection.endpoint.name, error)
             connection.pci_path = ""
             try:
@@ -239,7 +239,7 @@ class Network:
     async def _configure(self, plan: NetworkPlan, *, former: NetworkPlan, agent: Agent) -> None:
         """Have the guest set up everything but its cards.
 
-        :param former: what it had before.
+        :param former: its former state.
         """
         if not agent.is_hako:
             plan = messages.for_stock_agent(plan, former=former)

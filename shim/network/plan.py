@@ -60,7 +60,7 @@ class Endpoint:
     :param index: its number in the namespace.
     :param name: its name there, and in the guest.
     :param kind: ``veth``, ``macvlan``, ``macvtap`` or ``tap``.
-    :param mac: its hardware address, which the guest's card gets too.
+    :param mac: its hardware address, also that of the guest's card.
     :param mtu: in bytes.
     :param arp: whether neighbours are looked up on it.
     :param addresses: in order: the first of a prefix is the primary one.
@@ -98,7 +98,7 @@ class Route:
     """A route; every number is one of rtnetlink(7).
 
     :param destination: the prefix.
-    :param hops: its ways, which share the traffic; empty if it leads nowhere.
+    :param hops: its next hops, which share the traffic; empty for a route that drops.
     :param type: RTN_*: unicast, blackhole, local and so on.
     :param table: 254 is the main one.
     :param source: the preferred source address; empty for the kernel's choice.
@@ -163,14 +163,14 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkPlan:
-    """Everything the guest shall have: what one scan of the namespace found.
+    """The guest's whole network, as one scan of the namespace found it.
 
     :param loopback: addresses of ``lo`` beside the kernel's own.
     :param loopback_mtu: of ``lo``, in bytes; 0 for the kernel's default.
     :param rules: in order; None if they are those that every namespace begins with.
-    :param settings: kernel parameters below ``net/`` that differ from what a namespace begins with.
-    :param has_resolver: whether Docker's resolver is there.
-    :param unserved: what the guest cannot have, a line each.
+    :param settings: kernel parameters below ``net/`` that differ from those of a new namespace.
+    :param has_resolver: whether it has Docker's resolver.
+    :param unserved: the parts that the guest cannot have, a line each.
     """
 
     endpoints: tuple[Endpoint, ...] = ()

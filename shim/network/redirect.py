@@ -1,9 +1,9 @@
 """Connect an interface of a namespace to a tap: every packet that arrives on one leaves by the other.
 
 Traffic control does it in the kernel, with an ingress filter on each that matches everything, because a
-bridge would need an address of its own and would learn, age and filter. All of this runs in a thread that is
-in the namespace. pyroute2 is imported when there is an interface to work on: it costs every shim that has
-none 90 ms and 12 MiB.
+bridge would need its own address and would learn, age and filter. All of this runs in a thread that is in the
+namespace. pyroute2 is imported when there is an interface to work on: it costs every shim that has none 90 ms
+and 12 MiB.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def connect(endpoint: Endpoint, *, queues: int, has_localhost: bool = False) -> 
         if error.errno in {errno.EBUSY, errno.EEXIST}:
             raise FailedPrecondition(
                 f"network: {endpoint.name}: its incoming packets are redirected already, perhaps to another "
-                "machine or by a filter (ingress or clsact); give each machine a namespace of its own"
+                "machine or by a filter (ingress or clsact); give each machine its own namespace"
             ) from error
         raise Internal(
             f"network: {endpoint.name}: connecting it to a machine: {error.strerror}; its kernel needs "
@@ -84,7 +84,7 @@ def _connect(endpoint: Endpoint, *, queues: int, has_localhost: bool) -> tuple[i
         netlink.tc("add", "ingress", index=endpoint.index)
         undo.callback(remove_ingress, endpoint.index)
         tap = socket.if_nametoindex(name)
-        # Without addresses of its own the tap sends nothing of its own to the guest. Some hosts cannot
+        # Without an address, the tap sends no packets of its own to the guest. Some hosts cannot
         # write here, and some have no IPv6: then the guest sees a few multicast packets that it ignores.
         with contextlib.suppress(OSError):
             Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1", encoding="ascii")

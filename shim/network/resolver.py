@@ -1,4 +1,4 @@
-"""Carry the guest's questions to Docker's resolver, which listens on a loopback address of the namespace.
+"""Carry the guest's queries to Docker's resolver on a loopback address of the namespace.
 
 In networks that a user has made, Docker writes ``nameserver 127.0.0.11`` into resolv.conf and answers there
 for the names of containers. The guest sends its questions to that address over the first link, from its

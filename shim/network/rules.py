@@ -42,8 +42,8 @@ def decode_rules(bodies: Iterable[bytes]) -> tuple[tuple[Rule, ...] | None, tupl
     """Decide which rules the guest shall have.
 
     :param bodies: of the kernel's messages, in their order.
-    :returns: the rules, or None if they are those that every namespace begins with; and what the guest cannot
-        have.
+    :returns: the rules, or None if they are those of a new namespace; and a line for each rule that the guest
+        cannot have.
     """
     rules: list[Rule] = []
     unserved: list[str] = []
@@ -52,7 +52,7 @@ def decode_rules(bodies: Iterable[bytes]) -> tuple[tuple[Rule, ...] | None, tupl
         found |= {kind: value for kind, value in attributes(body[_HEADER.size :]) if _says(kind, value)}
         rule = Rule(body=_normal(body, found), text=_text(body, found))
         if _L3MDEV in found or not found.keys() <= _KNOWN:
-            unserved.append(f"{rule.text}: it asks for what the guest's kernel does not know")
+            unserved.append(f"{rule.text}: the guest's kernel does not know one of its attributes")
         else:
             rules.append(rule)
     usual = {rule.body for rule in USUAL} == {rule.body for rule in rules}

@@ -1,4 +1,4 @@
-"""Read a network namespace: what the guest shall have of it, and what it cannot have."""
+"""Read a network namespace: the parts that the guest gets, and those that it cannot have."""
 
 from __future__ import annotations
 

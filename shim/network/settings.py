@@ -1,4 +1,4 @@
-"""The kernel parameters of a network namespace: those that differ from what a namespace begins with.
+"""The kernel parameters of a network namespace that differ from those of a new one.
 
 A new namespace inherits IPv4's parameters of interfaces from the host, and a machine does not: these are
 compared with the kernel's own defaults (ip-sysctl.rst, devconf_inherit_init_net), all others with those of a
@@ -64,7 +64,7 @@ def read(mtus: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
 
     :param mtus: in bytes, of each interface whose own parameters count.
     :returns: names, with slashes from ``net/`` on, and values, in the order in which they can be set.
-    :raises OSError: if there can be no namespace to compare with.
+    :raises OSError: if no namespace can be made for the comparison.
     """
     chosen = choose(_read({_ALL, _DEFAULT, *mtus}), first=_first(), mtus=mtus)
     return tuple((name, value) for name, value in chosen if _is_writable(name))
@@ -73,7 +73,7 @@ def read(mtus: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
 def choose(
     found: Mapping[str, str], *, first: Mapping[str, str], mtus: Mapping[str, int]
 ) -> list[tuple[str, str]]:
-    """Choose what differs from what a namespace begins with.
+    """Choose the parameters that differ from those of a new namespace.
 
     :param found: the parameters of the namespace.
     :param first: those of a new one.
@@ -92,7 +92,7 @@ def choose(
         elif implied == value and setting in _SPREADING:
             chosen.pop(name, None)
         elif implied is not None:
-            # Interfaces that come to the guest later begin with what is set there.
+            # Interfaces that are added to the guest later begin with these values.
             chosen[name] = value
     return sorted(chosen.items(), key=lambda item: _order(item[0]))
 

@@ -1,4 +1,4 @@
-"""What containerd leaves for a runtime in a container's bundle directory."""
+"""The files that containerd leaves for a runtime in a container's bundle directory."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What containerd sees of any container: its init, its execs, and the order of their events.
+"""Any container as containerd sees it: its init, its execs, and the order of their events.
 
 There are two kinds: :class:`~shim.sandbox.guest_container.GuestContainer` runs in the guest, and
 :class:`~shim.sandbox.pause_container.PauseContainer` only stands for its pod.
 
-A lock per container orders what must not interleave: start against exit (so that the start event is
+A lock per container orders steps that must not interleave: start against exit (so that the start event is
 queued first), delete against exec. Kill, State and Wait take no lock and never wait for one.
 """
 
@@ -42,7 +42,7 @@ class Siblings(Protocol):
         """Tell whether the machine serves anything beside a container."""
 
     def forget(self, container_id: str) -> None:
-        """Let go of a container of which nothing is left."""
+        """Forget a container that is completely gone."""
 
     async def grow(self) -> None:
         """Make the machine large enough for all containers.
@@ -51,7 +51,7 @@ class Siblings(Protocol):
         """
 
     async def shrink(self) -> None:
-        """Take from the machine what no container needs."""
+        """Shrink the machine to the size that its containers need."""
 
     async def stats(self) -> agent_pb2.StatsContainerResponse:
         """Measure all containers together.
@@ -158,7 +158,7 @@ class Container(abc.ABC):
             self._sandbox.publish(*task_events.resumed(self.id))
 
     async def delete(self) -> None:
-        """Remove the container from the guest and take back what was shown to it.
+        """Remove the container from the guest, and take back the files that were shown to it.
 
         :raises NotFound: if its creation failed, or it is deleted already.
         :raises FailedPrecondition: if init is running.
@@ -199,7 +199,8 @@ class Container(abc.ABC):
     async def update(self, resources: dict[str, Any]) -> None:
         """Change the container's limits.
 
-        :param resources: as ``linux.resources`` of an OCI specification; what it does not mention stays.
+        :param resources: as ``linux.resources`` of an OCI specification; limits that it does not mention
+            stay.
         :raises ShimError: if they are malformed or refused, or the container has ended.
         """
 
@@ -246,7 +247,7 @@ class Container(abc.ABC):
 
     @abc.abstractmethod
     async def _bring_up(self, rootfs: Iterable[Mount]) -> None:
-        """Make init, which waits to be started; if this fails, nothing of it is left."""
+        """Make init, which then waits to be started; a failure leaves nothing behind."""
 
     @abc.abstractmethod
     async def _run(self) -> None:
@@ -262,11 +263,11 @@ class Container(abc.ABC):
 
     @abc.abstractmethod
     async def _remove(self) -> None:
-        """Remove the container from where it runs, which ends an init that was never started."""
+        """Remove the container from its machine; this ends an init that was never started."""
 
     @abc.abstractmethod
     async def _take_back(self) -> None:
-        """Undo what the host did for the container."""
+        """Undo the host's work for the container."""
 
     def _require_alive_for(self, what: str) -> None:
         """Refuse what only a container can do that has not ended.

@@ -1,4 +1,4 @@
-"""The containers of one sandbox: what they share, what they need together, and when the shim may end."""
+"""The containers of one sandbox: their shared files, their total needs, and the end of the shim."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DESERTED_S = 5.0  # containerd ends a shim milliseconds after its last container, if it lives to do so
-LAST_OUTPUTS_TIMEOUT_S = 2.0  # for clients that read; the others lose what is left
+LAST_OUTPUTS_TIMEOUT_S = 2.0  # for clients that read; the others lose the rest
 
 _KILLS_AT_ONCE, _KILLS_PER_S = 100, 10  # told to containerd; more of them are told later
 
@@ -46,9 +46,9 @@ _KILLS_AT_ONCE, _KILLS_PER_S = 100, 10  # told to containerd; more of them are t
 class Containers:
     """The containers of one sandbox.
 
-    :param context: what the daemon gives them.
+    :param context: their surroundings, made by the daemon.
     :param sandbox: the life of the machine that they are in.
-    :param volumes: what they share of the host's files.
+    :param volumes: the host's files that they share.
     """
 
     def __init__(self, context: Context, sandbox: Sandbox, volumes: SharedVolumes) -> None:
@@ -155,7 +155,7 @@ class Containers:
         return container_id in self._all
 
     async def delete(self, container_id: str, *, exec_id: str = "") -> None:
-        """Remove a container that has ended or one of its execs, also if the caller goes away meanwhile.
+        """Remove a container that has ended or one of its execs, even if the caller goes away.
 
         Where containers join without a ``start``, containerd asks the shim to shut down only after the pod's
         own task. If that went first, the shim ends with the last container.
@@ -217,7 +217,7 @@ class Containers:
         await (await self._sandbox.running()).grow(self._live_limits())
 
     async def shrink(self) -> None:
-        """Take from the machine what no container needs."""
+        """Shrink the machine to the size that its containers need."""
         await (await self._sandbox.running()).shrink(self._live_limits())
 
     async def stats(self) -> agent_pb2.StatsContainerResponse:
@@ -247,7 +247,7 @@ class Containers:
         return with_memory(live.values(), self._volumes.memory.needed_bytes(live))
 
     async def _grow_at_first(self, running: RunningMachine) -> None:
-        """Give a clone, which may be smaller, the size that its containers are known to need."""
+        """Give a clone, which may be too small, the size that its known containers need."""
         try:
             await running.grow(self._live_limits())
         except ShimError as error:  # the next container tries again, and fails if need be
@@ -272,12 +272,12 @@ class Containers:
                     self._sandbox.publish(*task_events.out_of_memory(container_id))
                 await allowance.wait()
         except ShimError as error:
-            log.debug("out of memory: no more reports: %s", error)
+            log.debug("out of memory: reports end: %s", error)
 
     async def _follow_network(self, running: RunningMachine) -> None:
-        """Give the machine what comes to its network namespace later, as ``docker network connect`` does.
+        """Follow changes of the network namespace, as ``docker network connect`` makes them.
 
-        Once all containers have ended, what goes from the namespace goes because of that.
+        Once all containers have ended, removals from the namespace are a consequence of that.
         """
         while True:
             await running.network_changed()
@@ -306,7 +306,7 @@ def _point_to_state(context: Context, bundle: Path) -> None:
 
 
 async def _measure(container: GuestContainer) -> agent_pb2.StatsContainerResponse | None:
-    """Measure one container of many; one that ends meanwhile counts for nothing."""
+    """Measure one container of many; one that ends during this counts as zero."""
     try:
         return await container.stats()
     except ShimError as error:

@@ -1,4 +1,4 @@
-"""What the daemon gives its sandbox."""
+"""The surroundings of a sandbox, made by the daemon."""
 
 from __future__ import annotations
 

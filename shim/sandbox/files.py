@@ -1,4 +1,4 @@
-"""What one container is given of the host's files: through the share, or as disks of the machine.
+"""The host's files that one container gets, through the share or as disks of the machine.
 
 Everything is taken back in reverse, when the container is gone from the guest.
 """
@@ -65,7 +65,7 @@ class ContainerFiles:
 
     :param container_id: whose.
     :param bundle: its bundle directory.
-    :param entries: what the guest has of the host's files beside root file systems.
+    :param entries: the host's files in the guest, beside root file systems.
     :param followed: those that it keeps up with the host's mounts.
     """
 
@@ -87,7 +87,7 @@ class ContainerFiles:
 
     @property
     def has_disks(self) -> bool:
-        """Whether it has disks, which the guest writes back when the container goes."""
+        """Whether it has disks; the guest writes them back when the container is removed."""
         return bool(self._plugged)
 
     def announce(self, request: agent_pb2.CreateContainerRequest) -> None:

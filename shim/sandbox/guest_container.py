@@ -1,6 +1,6 @@
 """A container that runs in the guest: its files are shown there, its processes live there.
 
-Its streams and its exit are followed by a task per process, which ends after both.
+One task per process follows its streams and its exit, and ends after both.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class GuestContainer(Container):
     :param sandbox: the machine it runs in.
     :param siblings: all containers of the sandbox.
     :param hooks: programs of the host that its specification names.
-    :param volumes: what they share of the host's files.
+    :param volumes: the host's files that containers share.
     """
 
     def __init__(
@@ -191,9 +191,10 @@ class GuestContainer(Container):
 
     @override
     async def update(self, resources: dict[str, Any]) -> None:
-        """Change the container's limits and resize the machine, which is never smaller than they are.
+        """Change the container's limits and resize the machine, which is never smaller than the limits.
 
-        :param resources: as ``linux.resources`` of an OCI specification; what it does not mention stays.
+        :param resources: as ``linux.resources`` of an OCI specification; limits that it does not mention
+            stay.
         :raises InvalidArgument: if they are malformed, or one of them is refused.
         :raises ResourceExhausted: if the machine cannot be made large enough.
         :raises FailedPrecondition: if it has ended.

@@ -1,8 +1,8 @@
 """Hooks of the OCI runtime specification: programs of the host that a specification wants to be run.
 
 They run where runc would run them: in containerd's mount namespace instead of the shim's, in the bundle, and
-in a process group of their own. They are told the pid of the machine, which is in the sandbox's network
-namespace: the container has what they put there from its start on.
+in a process group of their own. They get the pid of the machine, which is in the sandbox's network namespace.
+So the container has their interfaces from its start on.
 
 https://github.com/opencontainers/runtime-spec/blob/v1.2.0/config.md#posix-platform-hooks
 https://github.com/opencontainers/runtime-spec/blob/v1.2.0/runtime.md#lifecycle
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULT_TIMEOUT_S = 60.0  # half of what the kubelet gives a request; runc waits for ever
+DEFAULT_TIMEOUT_S = 60.0  # half of the kubelet's timeout for a request; runc waits for ever
 KILL_TIMEOUT_S = 2.0  # for a killed hook to be gone
 VERSION = "1.2.0"
 _BEFORE_START = ("prestart", "createRuntime")
@@ -73,7 +73,7 @@ def parse(spec: dict[str, Any]) -> dict[str, tuple[Hook, ...]]:
     """
     hooks = spec.get("hooks") or {}
     with refusing_malformed("spec: hooks"):
-        copy({"hooks": hooks}, oci_pb2.Spec(), path="")  # refuses what the table refuses
+        copy({"hooks": hooks}, oci_pb2.Spec(), path="")  # refuses the fields that the table refuses
         return {
             kind: tuple(
                 _parse_hook(each, name=f"hooks.{kind}[{number}]")
@@ -121,7 +121,7 @@ class Hooks:
     :param bundle: its bundle.
     :param spec: its decoded ``config.json``.
     :param mount_namespace: an open mount namespace to run them in; None is this process's own.
-    :param ledger: where they are on record while they run; None if nothing would undo them.
+    :param ledger: where they are on record while they run; None if there is no ledger.
     :raises InvalidArgument: if one is malformed, or cannot be run on the host.
     """
 
@@ -143,7 +143,7 @@ class Hooks:
         self._is_undone = True
 
     async def created(self, *, pid: int) -> None:
-        """Run what comes between a container's creation and its start, up to the first failure.
+        """Run the hooks between a container's creation and its start, up to the first failure.
 
         :param pid: the machine's.
         :raises Internal: if one fails.
@@ -255,7 +255,7 @@ class _Running:
         return cls(process, output=read_end)
 
     async def wait(self, *, timeout_s: float) -> str:
-        """Wait for its end, but not for that of what it leaves running.
+        """Wait for its end, but not for processes that it leaves running.
 
         :returns: why it failed; empty if it did not.
         """
@@ -304,7 +304,7 @@ class _Running:
 def _spawn(
     hook: Hook, directory: Path, mount_namespace: int | None, *, standard_input: int, output: int
 ) -> subprocess.Popen[bytes]:
-    """Start a hook in a thread of its own, which enters its namespace for it.
+    """Start a hook in its own thread, which enters the namespace for it.
 
     :raises OSError: if it cannot be executed.
     """

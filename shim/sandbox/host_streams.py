@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 
 OPEN_TIMEOUT_S = 30.0  # containerd's runc shim gives a client this long to open its end
 _FILE_SCHEME = "file://"
-CHUNK_BYTES = (
-    256 * 1024
-)  # the capacity of an input's pipe: the more is read at once, the less each byte costs
+CHUNK_BYTES = 256 * 1024  # the capacity of an input's pipe: larger reads cost less per byte
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,7 @@ class HostStreams:
         self._close_kept(name)
 
     async def finish(self) -> None:
-        """Let a log driver, once both outputs are closed, write what it has and end."""
+        """Once both outputs are closed, let a log driver write the rest and end."""
         if self.driver is not None:
             await self.driver.finish()
             self.driver = None
@@ -211,7 +209,7 @@ async def _ready(descriptor: int, add: Callable[..., None], remove: Callable[[in
 
 
 async def read_chunk(descriptor: int) -> bytes:
-    """Read what is there, waiting for the first byte; empty means end of file."""
+    """Wait for the first byte, and read all that is available; empty means end of file."""
     loop = asyncio.get_running_loop()
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What a container's processes inherit: they have it from this process, as from a runtime that starts them.
+"""The attributes that a container's processes inherit from this process, as from any runtime.
 
 The first process of a machine has the kernel's own values instead, so the guest is sent this process's.
 """
@@ -22,7 +22,7 @@ _TYPES = (
     *("CPU", "FSIZE", "DATA", "STACK", "CORE", "RSS", "NPROC", "NOFILE"),
     *("MEMLOCK", "AS", "LOCKS", "SIGPENDING", "MSGQUEUE", "NICE", "RTPRIO", "RTTIME"),
 )
-# What the first process of a machine of any size has; every process of the guest inherits it by default.
+# The value in the first process of a machine of any size; every process of the guest inherits it by default.
 _KERNELS = {
     **dict.fromkeys(("CPU", "FSIZE", "DATA", "RSS", "AS", "LOCKS", "RTTIME"), _WITHOUT),
     "STACK": (8 << 20, _UNLIMITED),
@@ -35,7 +35,7 @@ _KERNELS = {
 
 @dataclass(frozen=True, slots=True)
 class Inheritance:
-    """What a process has unless its specification says otherwise.
+    """The attributes of a process unless its specification says otherwise.
 
     :param rlimits: soft and hard limit by type, without those that the guest's kernel gives anyway.
     :param oom_score_adj: how readily the kernel kills it for memory.
@@ -46,7 +46,7 @@ class Inheritance:
 
 
 def handed_down(agent: Agent) -> Inheritance:
-    """Read what this process hands down to those of a guest.
+    """Read the attributes that this process hands down to those of a guest.
 
     :param agent: the guest's; one that is not Hako's raises no limit of its kernel beforehand.
     :raises OSError: if ``/proc`` is not mounted.

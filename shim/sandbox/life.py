@@ -8,7 +8,7 @@ from shim.errors import FailedPrecondition
 
 
 class Life(enum.Enum):
-    """Where the machine of a sandbox is in its life."""
+    """The state of a sandbox's machine."""
 
     AWAITED = "not created yet"
     BOOTING = "booting"
@@ -21,7 +21,7 @@ class Life(enum.Enum):
 
 
 class Happening(enum.Enum):
-    """What can happen to the machine."""
+    """The events in the machine's life."""
 
     START = "start"
     READY = "ready"

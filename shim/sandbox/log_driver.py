@@ -40,14 +40,14 @@ class DriverUri:
 def parse_uri(uri: str) -> DriverUri:
     """Read ``binary:///path?key=value&...``: each key and its first value are two arguments.
 
-    :raises InvalidArgument: if it is no URI, its path is not absolute, or it holds a NUL byte.
+    :raises InvalidArgument: if it is not a URI, its path is not absolute, or it holds a NUL byte.
     """
     try:
         parts = urlsplit(uri)
     except ValueError as error:
         raise InvalidArgument(f"log driver: {uri}: {error}") from error
     if "\0" in unquote(uri):
-        raise InvalidArgument(f"log driver: {uri}: it holds a NUL byte, which no argument can")
+        raise InvalidArgument(f"log driver: {uri}: it holds a NUL byte; leave it out")
     if parts.netloc or not parts.path.startswith("/"):
         raise InvalidArgument(f"log driver: {uri}: the program's path must be absolute")
     first: dict[str, str] = {}

@@ -1,7 +1,7 @@
 """The container that stands for a pod: it runs nothing, because the machine is what holds the pod together.
 
-To containerd it is a task like any other. What it would run, Kubernetes' pause program, only waits and ends
-with status 0 on SIGTERM and SIGINT; so does this.
+To containerd it is a task like any other. Kubernetes' pause program only waits, and ends with status 0 on
+SIGTERM and SIGINT; so does this.
 """
 
 from __future__ import annotations

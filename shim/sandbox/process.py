@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class State(enum.Enum):
-    """Where a process is in its life."""
+    """The state of a process."""
 
     CREATED = "created"
     RUNNING = "running"
@@ -37,7 +37,7 @@ class State(enum.Enum):
 
 
 class Input(enum.Enum):
-    """What can happen to a process."""
+    """The events in the life of a process."""
 
     START = "start"
     PAUSE = "pause"

@@ -51,7 +51,7 @@ END_TIMEOUT_S = 10.0  # for a machine that is killed to be gone
 class Sandbox:
     """The machine of one shim.
 
-    :param context: what the daemon gives it.
+    :param context: its surroundings, made by the daemon.
     :param machine: the machine, which boots when the sandbox is started.
     """
 
@@ -79,10 +79,10 @@ class Sandbox:
         self._machine = machine
         self._pod = from_oci({})
         self._files = context.directory / "etc"
-        #: What :meth:`stop` has to end: nothing before the start, and then the task of the machine's life.
+        #: Ends the task of the machine's life, once there is one.
         self._begun = contextlib.AsyncExitStack()
         self._accompanying: list[tuple[str, Accompaniment]] = []
-        #: What there is of the machine: it, or why there is none.
+        #: The running machine, or the reason why there is none.
         self._now: RunningMachine | ShimError = FailedPrecondition(
             f"sandbox {self.id}: not created yet; call CreateSandbox first"
         )
@@ -101,7 +101,7 @@ class Sandbox:
 
     @property
     def exit_status(self) -> int:
-        """How the machine ended: 0 if containerd wanted that, otherwise as a process that was killed."""
+        """The status of the machine's end: 0 if containerd wanted it, otherwise that of a killed process."""
         return STATUS_KILLED if self.state is Life.DIED else 0
 
     @property
@@ -112,8 +112,8 @@ class Sandbox:
     def start(self, pod: PodSpec) -> None:
         """Begin to boot the machine; :meth:`running` waits for it.
 
-        :param pod: what it is for.
-        :raises FailedPrecondition: if it was started before, or is to end.
+        :param pod: its pod.
+        :raises FailedPrecondition: if it was started before, or should end.
         """
         self._apply(Happening.START)
         self._pod = pod
@@ -122,7 +122,7 @@ class Sandbox:
     def hold(self, pod: PodSpec) -> None:
         """Let containerd's sandbox service have the machine, and begin to boot it unless it does already.
 
-        :param pod: what it is for.
+        :param pod: its pod.
         :raises AlreadyExists: if the service has it.
         :raises FailedPrecondition: if the machine has ended.
         :raises Internal: if the files of the pod cannot be written.
@@ -152,7 +152,7 @@ class Sandbox:
         self._accompanying.append((name, work))
 
     def complete(self, spec: dict[str, Any]) -> dict[str, Any]:
-        """Add to a container's specification what it shares with its pod, and what the host allows.
+        """Add the pod's shared files and parameters, and the host's limits, to a container's specification.
 
         :raises ShimError: if the specification is malformed.
         """
@@ -180,7 +180,7 @@ class Sandbox:
     async def running(self) -> RunningMachine:
         """Wait for the machine to be up.
 
-        :raises FailedPrecondition: if it is not known yet what the machine is for.
+        :raises FailedPrecondition: if the machine's pod is not known yet.
         :raises ShimError: with the reason, if the machine did not come up or is gone.
         """
         if self.state is not Life.AWAITED:
@@ -204,9 +204,9 @@ class Sandbox:
         await (await self.agent()).check(timeout_s=PING_TIMEOUT_S)
 
     async def make_ready(self) -> None:
-        """Prepare a start: take what came to the network namespace, and await that the clock is right.
+        """Prepare a start: take over new network interfaces, and wait until the clock is right.
 
-        :raises ShimError: if the machine cannot have what came to its network namespace.
+        :raises ShimError: if the machine cannot have a new interface.
         """
         await (await self.running()).follow_network()
         with contextlib.suppress(TimeoutError):

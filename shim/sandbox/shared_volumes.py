@@ -1,4 +1,4 @@
-"""What the containers of one sandbox share of the host's files."""
+"""The host's files that the containers of one sandbox share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class SharedVolumes:
     """The volumes of one sandbox.
 
-    :param entries: what the guest can reach of the host's files.
+    :param entries: the host's files that the guest can reach.
     :param followed: those of them that keep up with the host's mounts.
     :param memory: volumes in memory, which the guest holds.
     """
@@ -29,7 +29,7 @@ class SharedVolumes:
 
     @classmethod
     def of(cls, machine: Machine, *, work: Work) -> SharedVolumes:
-        """Make them for a machine, which need not be up yet.
+        """Make them for a machine; it need not be up yet.
 
         :param machine: whose share they go through.
         :param work: runs what follows the host's mounts.

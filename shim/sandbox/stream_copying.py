@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 10.0  # containerd's runc shim lets Delete wait this long for output to be read
-GUEST_TIMEOUT_S = 60.0  # for a guest to hand over what a process wrote; on a busy host it may stall
+GUEST_TIMEOUT_S = 60.0  # for a guest to hand over a process' output; on a busy host it may stall
 
 
 class StreamCopier:
@@ -90,7 +90,7 @@ class StreamCopier:
         now_s = asyncio.get_running_loop().time
         moved_at_s = self._moved_at_s or now_s()
         while pending and (left_s := moved_at_s + self._patience_s - now_s()) > 0:
-            # Meanwhile it may begin to wait for the guest instead of the client, or the reverse.
+            # During that time, it may begin to wait for the guest instead of the client, or the reverse.
             _, pending = await asyncio.wait(pending, timeout=min(left_s, DRAIN_TIMEOUT_S))
             moved_at_s = self._moved_at_s or moved_at_s
         return not pending

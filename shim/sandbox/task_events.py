@@ -1,4 +1,4 @@
-"""The events that containerd is told of a task, as topic and message. Pure.
+"""The events about a task for containerd, as topic and message. Pure.
 
 Topics and messages are those of containerd's runtime v2 README; the order per container is the caller's.
 """
@@ -82,7 +82,7 @@ def exited(process: Process, *, pid: int) -> Event:
 
 
 def deleted(init: Process, *, pid: int) -> Event:
-    """Tell that a container is no more."""
+    """Report that a container is gone."""
     return "/tasks/delete", events_pb2.TaskDelete(
         container_id=init.container_id,
         pid=pid,

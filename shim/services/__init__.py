@@ -1,1 +1,1 @@
-"""The wire services: translation of requests, replies and errors, nothing else."""
+"""The wire services: they only translate requests, replies and errors."""

@@ -1,4 +1,4 @@
-"""containerd's Sandbox service: it creates, queries and ends the machine without a container of its own."""
+"""containerd's Sandbox service: it creates, queries and ends the machine without a container."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SandboxService:
     """Translates requests to the sandbox and its answers to replies.
 
     :param sandbox: the machine of this shim.
-    :param containers: what is in it.
+    :param containers: its containers.
     """
 
     def __init__(self, sandbox: Sandbox, containers: Containers) -> None:
@@ -57,7 +57,7 @@ class SandboxService:
         return api.PlatformResponse(platform=types_pb2.Platform(os="linux", architecture="amd64"))
 
     async def stop_sandbox(self, request: api.StopSandboxRequest) -> api.StopSandboxResponse:
-        """Switch the machine off, which is faster than any timeout in a request; repeating it is harmless."""
+        """Switch the machine off, faster than any timeout in a request; repeating it is harmless."""
         self._require(request.sandbox_id, what="stop")
         await self._containers.end()
         return api.StopSandboxResponse()
@@ -71,7 +71,7 @@ class SandboxService:
         )
 
     async def sandbox_status(self, request: api.SandboxStatusRequest) -> api.SandboxStatusResponse:
-        """Tell the state from what the shim knows, without asking the guest."""
+        """Tell the state as the shim knows it, without asking the guest."""
         self._require(request.sandbox_id, what="status")
         sandbox = self._sandbox
         response = api.SandboxStatusResponse(

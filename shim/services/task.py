@@ -37,7 +37,7 @@ class TaskService:
     """Translates requests to the containers, and their answers to replies.
 
     :param sandbox: the machine of this shim.
-    :param containers: what is in it.
+    :param containers: its containers.
     """
 
     def __init__(self, sandbox: Sandbox, containers: Containers) -> None:
@@ -69,7 +69,7 @@ class TaskService:
         return task_v3_pb2.StartResponse(pid=self._sandbox.pid)
 
     async def state(self, request: task_v3_pb2.StateRequest) -> task_v3_pb2.StateResponse:
-        """Tell the state from what the shim knows, without asking the guest."""
+        """Tell the state as the shim knows it, without asking the guest."""
         container = self._containers.get(request.id)
         process = container.process(request.exec_id)
         return task_v3_pb2.StateResponse(

@@ -41,7 +41,7 @@ def pack(message: Message) -> Any:
 class Publisher:
     """The events of one shim.
 
-    :param address: path of containerd's ttrpc socket ("" when nobody listens: events are dropped).
+    :param address: path of containerd's ttrpc socket ("" without a listener: events are dropped).
     :param namespace: containerd namespace, put on every envelope and every call.
     """
 
@@ -97,7 +97,7 @@ class Publisher:
                 except ShimError as error:  # containerd understood and refused: trying again cannot help
                     log.warning("events: %s refused: %s", envelope.topic, error)
                 delay_s = RETRY_FIRST_S
-                if self._queue[0] is envelope:  # a full queue may have given it up meanwhile
+                if self._queue[0] is envelope:  # a full queue may have dropped it by now
                     self._queue.popleft()
                 if not self._queue:
                     self._filled.clear()

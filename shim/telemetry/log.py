@@ -1,4 +1,4 @@
-"""The daemon's log: lines on standard error, which is containerd's FIFO, and never a reason to wait."""
+"""The daemon's log: lines on standard error, which is containerd's FIFO; a write never waits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _VERBOSE_LIBRARIES = ("asyncio", "pyroute2")
 
 
 class PipeHandler(logging.Handler):
-    """Write one logfmt line per record; drop it when nobody reads, and count what was dropped.
+    """Write one logfmt line per record; without a reader, drop and count it.
 
     :param descriptor: where to; it does not block.
     """

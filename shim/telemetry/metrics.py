@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 _NS_PER_US = 1000
-# How each version says that memory has no limit; consumers take any other value for a limit.
+# The value by which each version reports that memory has no limit; consumers take any other value for a
+# limit.
 _NO_LIMIT_V1 = (1 << 63) - (1 << 12)
 _NO_LIMIT_V2 = (1 << 64) - 1
 # memory.stat keys of cgroup v2 that the v2 message has fields for under the same name.
@@ -54,7 +55,7 @@ def host_has_cgroup_v2(root: Path = Path("/sys/fs/cgroup")) -> bool:
 
 
 def total(containers: Iterable[agent_pb2.StatsContainerResponse]) -> agent_pb2.StatsContainerResponse:
-    """Add up what the containers of a pod use; limits are each container's own and stay out.
+    """Add up the use of a pod's containers, without their limits.
 
     :param containers: the agent's statistics of each.
     """

@@ -1,4 +1,4 @@
-"""What is kept of a sandbox after a bad end: the reason and the guest's last console lines.
+"""The record of a sandbox after a bad end: the reason and the guest's last console lines.
 
 The state directory goes with the sandbox; an operator asks later. One small file per sandbox id, the
 newest hundred of them.
@@ -25,7 +25,7 @@ def path_of(log_dir: Path, *, namespace: str, sandbox_id: str, suffix: str = ".l
 
 
 def write(log_dir: Path, *, namespace: str, sandbox_id: str, reason: str, console: Sequence[str]) -> None:
-    """Keep the reason of an end; it replaces what was kept for the same id before.
+    """Keep the reason of an end; it replaces an earlier record of the same id.
 
     :param reason: one line.
     :param console: the guest's last console lines, oldest first.
@@ -52,7 +52,7 @@ def keep(path: Path, text: str) -> None:
 
 
 def read(log_dir: Path, *, sandbox_id: str, namespace: str = "*") -> str:
-    """Return what was kept of a sandbox, in every namespace with the id unless one is given.
+    """Return the records of a sandbox, in every namespace with the id unless one is given.
 
     :returns: the text; empty if nothing was kept.
     """
@@ -65,5 +65,5 @@ def read(log_dir: Path, *, sandbox_id: str, namespace: str = "*") -> str:
 def _modified(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:  # pruned by another shim meanwhile
+    except FileNotFoundError:  # just pruned by another shim
         return 0.0

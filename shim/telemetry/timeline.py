@@ -1,6 +1,6 @@
-"""Where the time of a sandbox's start goes: each process notes its phases in memory.
+"""The phases of a sandbox's start: each process notes its own in memory.
 
-Each appends what it noted to one file beside the sandbox's state. All times are of CLOCK_MONOTONIC, which is
+Each appends its notes to one file beside the sandbox's state. All times are of CLOCK_MONOTONIC, which is
 the same for all processes of a host. ``start`` imports this module, so it avoids slow imports.
 """
 
@@ -35,8 +35,8 @@ def container_lane(container_id: str) -> str:
 def note(name: str, *, lane: str, began_s: float, ended_s: float) -> None:
     """Note a phase that is over.
 
-    :param name: what was done.
-    :param lane: by whom.
+    :param name: the phase.
+    :param lane: the lane of the process that did it.
     :param began_s: when it began, in seconds of ``time.monotonic()``.
     :param ended_s: when it ended.
     """
@@ -82,10 +82,10 @@ def path_of(state_directory: str) -> str:
 
 
 def write(state_directory: str) -> None:
-    """Append what was noted since the last time to the file of a sandbox.
+    """Append the notes since the last time to the file of a sandbox.
 
     :param state_directory: the sandbox's, which exists.
-    :raises OSError: if the file cannot be written; what was noted is lost.
+    :raises OSError: if the file cannot be written; the notes are lost.
     """
     global _written  # noqa: PLW0603 - one timeline per process
     lines = "".join(json.dumps(entry) + "\n" for entry in _noted).encode()

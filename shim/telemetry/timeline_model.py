@@ -1,4 +1,4 @@
-"""A timeline as data: phases in lanes, read from what the processes of a sandbox wrote."""
+"""A timeline as data: phases in lanes, read from the notes of a sandbox's processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Phase:
     """Something that took time; a moment took none.
 
     :param lane: who did it.
-    :param name: what was done.
+    :param name: its name.
     :param began_s: in seconds since the beginning of the timeline.
     :param ended_s: likewise, not before it began.
     """
@@ -33,7 +33,7 @@ class Phase:
 
     @property
     def took_s(self) -> float:
-        """How long it took."""
+        """Its duration."""
         return self.ended_s - self.began_s
 
     @property
@@ -44,7 +44,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
-    """What one party did.
+    """The phases of one party.
 
     :param name: who.
     :param rows: phases, those that overlap in rows below each other; each row in the order of time.
@@ -95,10 +95,10 @@ def parse(text: str, *, title: str) -> Timeline:
 
 
 def guest_phases(report: str, *, asked_s: float, answered_s: float, since_s: float) -> list[Phase]:
-    """Read what the guest's agent says of itself, in the host's time.
+    """Read the report of the guest's agent, in the host's time.
 
-    The guest's clock is taken to be in the middle of question and answer. What happened before the machine of
-    the sandbox existed, happened to the one it was cloned from.
+    The guest's clock is taken to be in the middle of question and answer. Phases from before the sandbox's
+    machine existed belong to its template.
 
     :param report: the time now, then a line ``BEGAN ENDED WHO NAME`` for each phase; all in seconds.
     :param asked_s: when the question was sent, in seconds of ``time.monotonic()``.

@@ -96,7 +96,7 @@ def _lane(lane: Lane, *, top: int, scale: float, colour: str) -> Iterable[str]:
 
 
 def _bar(phase: Phase, left: float, right: float, *, y: int, scale: float, colour: str) -> Iterator[str]:
-    """Draw a phase; its name may take what is left between its neighbours."""
+    """Draw a phase; its name may fill the gap between its neighbours."""
     x, width = _LEFT + phase.began_s * scale, phase.took_s * scale
     yield f"<g><title>{escape(_phrase(phase))}</title>"
     if phase.is_moment:

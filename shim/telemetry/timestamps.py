@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-GO_ZERO_TIME_S = -62_135_596_800  # year 1: what a Go program prints for "never"
+GO_ZERO_TIME_S = -62_135_596_800  # year 1: a Go program's zero time, "never"
 
 
 def to_timestamp(seconds: float | None) -> Timestamp:

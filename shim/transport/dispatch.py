@@ -42,7 +42,7 @@ class Method:
     async def answer(self, payload: bytes, *, timeout_s: float | None) -> bytes:
         """Run the handler on a serialized request, the same way for every transport.
 
-        :param timeout_s: what the client allows, in seconds; None is no limit.
+        :param timeout_s: the client's limit, in seconds; None for no limit.
         :returns: the serialized response.
         :raises InvalidArgument: if the payload is not the request message.
         :raises DeadlineExceeded: if the handler did not finish in time; it was cancelled.

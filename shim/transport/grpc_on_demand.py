@@ -99,7 +99,7 @@ async def _serve(dispatch: Dispatch, path: Path, listener: socket.socket, over: 
     from shim.transport.grpc_server import serve_grpc  # noqa: PLC0415
 
     own = path.with_name(f"{path.name}.own")
-    # The server ends first: what it still answers has to get through.
+    # The server ends first: its last answers have to get through.
     async with asyncio.TaskGroup() as relays, serve_grpc(dispatch, own):
         os.rename(own, path)  # noqa: PTH104 - as Path.rename, but known not to block
         with contextlib.suppress(BlockingIOError):

@@ -1,7 +1,7 @@
 """The gRPC server: the same dispatch table on a unix socket, with health and reflection for tools.
 
-Nothing else imports grpc. Importing it starts no thread: a process may import this module, fork, and serve in
-the child.
+No other module imports grpc. Importing it starts no thread: a process may import this module, fork, and serve
+in the child.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
-# After a fork, grpc would start threads anew in this process: the launcher of confined processes forks in a
-# state in which there can be no new thread, and grpc ends the process then. Its forks only execute programs.
+# After a fork, grpc would start its threads again in this process. The launcher of confined processes forks
+# in a state in which no thread can start, and grpc then ends the process. Its forks only execute programs.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 import grpc
@@ -39,7 +39,8 @@ _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE),
     ("grpc.max_send_message_length", MAX_MESSAGE),
-    # By default grpc cancels some of the calls that wait behind a thousand others; here a burst is no attack.
+    # By default, grpc cancels some of the calls that wait behind a thousand others; here, a burst is
+    # legitimate.
     ("grpc.server.max_pending_requests", 1 << 20),
     ("grpc.server.max_pending_requests_hard_limit", 1 << 20),
 ]
@@ -48,7 +49,7 @@ _Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
 class _TableHandler(grpc.GenericRpcHandler):
-    """Answers every path with the dispatch table, which also refuses what it does not know."""
+    """Answers every path with the dispatch table, which refuses unknown paths."""
 
     def __init__(self, dispatch: Dispatch) -> None:
         self._dispatch = dispatch

@@ -97,7 +97,7 @@ class TtrpcClient:
         :raises Unavailable: if the connection is lost, before the call or during it.
         :raises ResourceExhausted: if the request is over 4 MiB, or the answer too long.
         :raises Internal: if the answer is not the response message.
-        :raises ShimError: what the server answers.
+        :raises ShimError: if the server answers with it.
         """
         name = f"{service}/{method}"
         payload = request.SerializeToString()
@@ -140,7 +140,7 @@ class TtrpcClient:
             return None
         stream_id = self._next_stream_id
         if stream_id > MAX_STREAM_ID:
-            connection.drop("all stream ids of the connection are used up; connect anew")
+            connection.drop("all stream ids of the connection are used up; connect again")
             return None
         timeout_nano = 0 if timeout_s is None else min(max(int(timeout_s * 1e9), 1), _MAX_NANO)
         frame = encode_request(

@@ -26,7 +26,7 @@ _HEADER = struct.Struct(">IIBB")
 
 
 class FrameType(IntEnum):
-    """What a frame carries."""
+    """The content of a frame."""
 
     REQUEST = 1
     RESPONSE = 2
@@ -135,7 +135,7 @@ def encode_request(
 ) -> bytes:
     """Build the frame of a call that is not streamed.
 
-    :param timeout_nano: time the server may take, in nanoseconds; 0 is no limit.
+    :param timeout_nano: time the server may take, in nanoseconds; 0 for no limit.
     :raises ResourceExhausted: if the message is over the limit.
     """
     request = ttrpc_pb2.Request(

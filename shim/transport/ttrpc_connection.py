@@ -1,4 +1,4 @@
-"""What both ends of a ttrpc connection share: the decoder, back-pressure and the end of the connection."""
+"""The common part of both ends of a ttrpc connection: the decoder, back-pressure and the end."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class TtrpcConnection(asyncio.Protocol):
             self.transport.write(frame)
 
     def drop(self, cause: str) -> None:
-        """End the connection now, without sending what is still buffered.
+        """End the connection now, without sending the buffered rest.
 
         :param cause: the error for later calls on it.
         """

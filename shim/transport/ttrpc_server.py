@@ -121,7 +121,7 @@ class _ClientConnection(TtrpcConnection):
         return await method.answer(request.payload, timeout_s=timeout_s)
 
     def refuse_requests(self) -> None:
-        """Take no more requests."""
+        """Refuse further requests."""
         self._draining = True
 
     async def finish(self) -> None:

@@ -1,1 +1,1 @@
-"""A container's volumes: what the guest is shown of the host's files, once for all that use it."""
+"""A container's volumes: the host's files that the guest sees, once for all containers that use them."""

@@ -1,7 +1,7 @@
-"""A container's volumes: what the guest mounts for each of its bind mounts, as runc would on the host.
+"""A container's volumes: the guest's mounts for each of its bind mounts, as runc would make them on the host.
 
 An option that sets a flag replaces those that the source's own mount has; without one they are inherited.
-What is mounted below the source is mounted below the destination, each with the flags that it has there.
+Mounts below the source appear below the destination, each with its own flags.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _PROPAGATION = frozenset(
     f"{recursive}{kind}" for recursive in ("", "r") for kind in ("private", "slave", "shared", "unbindable")
 )
 _PRIVATE = frozenset({"private", "rprivate", "unbindable", "runbindable"})
-# Of mount_setattr(2), on what is mounted below, too.
+# Of mount_setattr(2), on the mounts below, too.
 _RECURSIVE = frozenset(
     {"rro", "rnosuid", "rnodev", "rnoexec", "rnoatime", "rnodiratime", "rrelatime", "rstrictatime"}
     | {"rrw", "rsuid", "rdev", "rexec", "ratime", "rdiratime", "rnosymfollow", "rsymfollow"}
@@ -53,11 +53,11 @@ _RECURSIVE = frozenset(
 
 @dataclass(slots=True)
 class Shown:
-    """What the guest is told of a container's bind mounts.
+    """The description of a container's bind mounts for the guest.
 
     :param mounts: for the container's specification, in their order.
-    :param storages: what the guest mounts before, each for all containers that ask for it.
-    :param is_slave: whether a mount is to see what comes to the guest's own mounts.
+    :param storages: mounts that the guest makes first, each for all containers that ask for it.
+    :param is_slave: whether a mount follows later mounts of the guest.
     """
 
     mounts: list[oci_pb2.Mount] = field(default_factory=list)
@@ -69,8 +69,8 @@ class Shown:
 class _View:
     """One mount of the host to be shown to a container.
 
-    :param source: what is mounted.
-    :param destination: where the container is to have it.
+    :param source: its source.
+    :param destination: its path in the container.
     :param flags: those of the container's mount.
     :param others: its further options.
     :param points: where the host has mounted something below it that is shown, too.
@@ -83,7 +83,7 @@ class _View:
     points: list[str]
 
     def wish(self, *, in_parts: bool) -> Wish:
-        """Describe how its source is to be shared."""
+        """Describe how its source must be shared."""
         return Wish(
             label=posixpath.basename(self.destination.rstrip("/")) or "root",
             write="ro" not in self.flags and "rro" not in self.others,
@@ -95,10 +95,10 @@ class _View:
 class Volumes:
     """The volumes of one container.
 
-    :param entries: what the sandbox's guest can reach.
+    :param entries: the files that the sandbox's guest can reach.
     :param followed: the volumes that it keeps up with the host's mounts.
     :param agent: the guest's.
-    :param shown: collects what the guest is to be told.
+    :param shown: collects the description for the guest.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Volumes:
         return part
 
     def _copy(self, part: Part, view: _View) -> None:
-        """Have the guest keep a copy of what the kubelet updates."""
+        """Have the guest keep a copy of a volume that the kubelet updates."""
         source = f"{WATCHABLE_DIRECTORY}/{part.stage}"
         self._shown.storages.append(_storage("watchable-bind", part, source))
         self._mount(view.destination, source, ["bind", "rprivate", *view.flags, *view.others])
@@ -178,7 +178,7 @@ class Volumes:
             self._bind_parts(view, part, view.points)
 
     def _bind_inner(self, outer: _View, mount: HostMount, below: list[HostMount], table: MountTable) -> None:
-        """Show what the host has mounted below a source, with the flags that it has there."""
+        """Show the host's mounts below a source, with their flags."""
         way = inside(mount.point, outer.source.place.real) or ""
         try:
             with walk_down(outer.source.descriptor, way) as descriptor:
@@ -191,7 +191,7 @@ class Volumes:
             OSError,
             ValueError,
             InvalidArgument,
-        ) as error:  # it is gone meanwhile, or cannot be bound or named
+        ) as error:  # it is gone, or cannot be bound or named
             log.warning("mount: %s is not shown: %s", mount.point, error)
 
     def _bind_parts(self, view: _View, part: Part, points: Iterable[str]) -> None:
@@ -205,7 +205,7 @@ class Volumes:
     def _bind_one(self, part: Part, destination: str, view: _View) -> None:
         source = part.path
         if part.below or part.entry.is_directory:
-            # Each container would get a file system of its own if the guest itself did not mount it before.
+            # Each container would get its own file system if the guest did not mount it first.
             source = f"{VOLUMES_DIRECTORY}/{part.stage}"
             driver = "bind" if self._agent.is_hako else "virtio-fs"
             self._shown.storages.append(_storage(driver, part, source))

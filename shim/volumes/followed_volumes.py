@@ -1,8 +1,8 @@
 """Volumes that follow the host: it mounts and unmounts below them while containers have them.
 
-runc's containers see such changes through mounts with slave propagation. Here the guest keeps a mount of such
-a volume for itself, the containers' mounts are slaves of it, and the guest mounts in it what the host has
-mounted below. All of them are copies in the share, which do not keep the host from unmounting its own.
+runc's containers see such changes through mounts with slave propagation. Here the guest keeps its own mount
+of such a volume, of which the containers' mounts are slaves. The guest repeats the host's mounts below the
+volume in it. All of them are copies in the share, which do not keep the host from unmounting its own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FLAGS = frozenset({"ro", "nosuid", "nodev", "noexec", "noatime", "nodiratime"})
 
 
 class Below(enum.Enum):
-    """How to treat the mounts that are below a volume when a container gets it."""
+    """The treatment of mounts that are below a volume when a container gets it."""
 
     AS_THEY_ARE = "as they are"
     READ = "read-only"
@@ -84,7 +84,7 @@ class FollowedVolumes:
         """Have the guest keep a volume until :meth:`release`.
 
         :param source: the volume, a directory.
-        :param wish: how its entry is to be had.
+        :param wish: how its entry must be made.
         :param below: how to treat the mounts that are below it now.
         :param agent: the guest's.
         :raises ShimError: if something cannot be mounted.
@@ -137,7 +137,7 @@ class FollowedVolumes:
         self._volumes.remove(one)
         if not self._volumes:
             self.stop()
-        # The host first: the guest then drops what is no longer there.
+        # The host first: the guest then drops mounts that are gone.
         ways = sorted(one.shown, reverse=True)
         for way in ways:
             await self._release(one.shown[way][1])
@@ -177,7 +177,7 @@ class FollowedVolumes:
             return
         try:
             source = Source.of(descriptor, table)
-            if source.place.mount.id != mount.id:  # it is gone meanwhile, which the next change reports
+            if source.place.mount.id != mount.id:  # it is gone by now, which the next change reports
                 return
             flags = mount.options & FLAGS
             if mount.id in one.read:

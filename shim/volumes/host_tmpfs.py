@@ -31,7 +31,7 @@ _FLAGS = {
 
 @dataclass(frozen=True, slots=True)
 class TmpfsPlace:
-    """Where a file is in such a volume.
+    """The place of a file in such a volume.
 
     :param volume: where the host has the volume.
     :param below: the path of the file in it; empty for the volume itself.
@@ -73,8 +73,8 @@ def find(descriptor: int) -> TmpfsPlace | None:
     """Find the volume in memory that a file is in.
 
     :param descriptor: the file, open.
-    :returns: its place; None if it is in no such volume.
-    :raises OSError: if its mount has gone meanwhile.
+    :returns: its place; None if it is not in such a volume.
+    :raises OSError: if its mount is gone by now.
     """
     table = MountTable.read()
     place = table.locate(descriptor)
@@ -82,7 +82,7 @@ def find(descriptor: int) -> TmpfsPlace | None:
         return None
     for name in table.names_of(place):
         match = _VOLUME.fullmatch(name)
-        # Such a volume has a tmpfs of its own.
+        # Such a volume is a tmpfs of its own.
         if match is not None and f"/{match['below'] or ''}" == place.path:
             return TmpfsPlace(Path(match["volume"]), match["below"] or "")
     return None
@@ -114,10 +114,10 @@ def options_of(volume: Path) -> list[str]:
 
 
 def content_of(volume: Path) -> list[File] | None:
-    """List what is in a volume, each directory before what is in it.
+    """List the files of a volume, each directory before its contents.
 
     :returns: the files; None if they are too many or too large to be copied, or are not all plain files.
-    :raises OSError: if one goes meanwhile.
+    :raises OSError: if one disappears during that.
     """
     files: list[File] = []
     size = 0

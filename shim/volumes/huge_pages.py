@@ -36,7 +36,7 @@ def volume(
     :param spec: the container's specification as it is sent.
     :param inherits_group: whether the agent can have new files belong to the volume's group; no option of the
         file system does that.
-    :returns: the mount, and what the guest mounts before; None for any other volume.
+    :returns: the mount, and the mount that the guest makes first; None for any other volume.
     :raises InvalidArgument: if the file system is the host's own, or a part of one.
     """
     page_bytes = _page_bytes(path)

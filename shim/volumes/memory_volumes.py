@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class User(Protocol):
-    """A container that uses volumes, with its id and what it may use."""
+    """A container that uses volumes, with its id and its limits."""
 
     id: str
     limits: Limits
@@ -64,8 +64,8 @@ class MemoryVolumes:
     """The volumes in memory of one sandbox.
 
     :param writable: what its guest writes in.
-    :param host_bytes: the host's memory, if not what it says. The kubelet gives a volume without a limit
-        about all of it.
+    :param host_bytes: the host's memory, if it is not the real one. The kubelet gives a volume without a
+        limit about all of it.
     """
 
     def __init__(self, writable: GuestWritable, *, host_bytes: int = 0) -> None:
@@ -112,8 +112,8 @@ class MemoryVolumes:
     def needed_bytes(self, live: Mapping[str, Limits]) -> int:
         """Tell how much memory they need beyond the limits of the live containers.
 
-        As on a host, what a container writes there counts against its limit. For a container without a limit,
-        the size of the volume counts. What a container with a limit left there counts after its end, but
+        As on a host, a container's files there count against its limit. For a container without a limit,
+        the size of the volume counts. The files of a container with a limit still count after its end, but
         never more than the pod's containers had before.
 
         :param live: the limits of the live containers, by id.
@@ -162,7 +162,7 @@ class MemoryVolumes:
         return volume
 
     async def _part(self, volume: _Volume, place: TmpfsPlace, agent: Agent) -> str:
-        """Make in the guest's volume what the kubelet has made for a subPath, unless it is there."""
+        """Make the kubelet's file or directory for a subPath in the guest's volume, unless it exists."""
         try:
             for one in host_tmpfs.way_to(place):
                 if not await agent.files.has_file(f"{volume.path}/{one.below}"):

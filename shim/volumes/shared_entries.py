@@ -1,9 +1,9 @@
 """The volumes of the host that a sandbox's guest can reach: each file or directory once, for all its users.
 
-The virtio-fs daemon makes a file system of every mount that it serves, with sockets, locks and events of its
-own. What containers share on the host is therefore mounted once in the share, and a part of it (a subPath) is
-a path in the same mount. An entry is a copy of one mount without those below it, which have entries of their
-own. Later mounts and unmounts of the host do not change it, and it does not prevent them.
+The virtio-fs daemon makes a separate file system of every mount that it serves, with separate sockets, locks
+and events. So a volume that containers share is mounted once in the share, and a part of it (a subPath) is a
+path in the same mount. An entry is a copy of one mount; the mounts below it have their own entries. Later
+mounts and unmounts of the host do not change it, and it does not prevent them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Source:
     :param descriptor: opened with O_PATH, see open(2).
     :param place: where it is.
     :param inode: its device and its number there.
-    :param is_directory: what it is.
+    :param is_directory: whether it is a directory or a file.
     """
 
     descriptor: int
@@ -54,7 +54,7 @@ class Source:
     def of(cls, descriptor: int, table: MountTable) -> Source:
         """Look at an open file.
 
-        :raises OSError: if its mount has gone meanwhile.
+        :raises OSError: if its mount is gone by now.
         """
         is_directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
         return cls(descriptor, table.locate(descriptor), identity(descriptor), is_directory)
@@ -68,7 +68,7 @@ class SharedEntry:
     :param file_system: of the host; see :attr:`shim.host.mount_table.FilePlace.file_system`.
     :param path: in that file system.
     :param inode: its device and its number there.
-    :param is_directory: what it is.
+    :param is_directory: whether it is a directory or a file.
     :param is_pods: whether it belongs to the pod alone.
     :param writable: whether the guest may write in it.
     :param covers: paths in it where a mount hides files that no container was given.
@@ -101,7 +101,7 @@ class Part:
 
     @property
     def path(self) -> str:
-        """Where the guest's share has it."""
+        """Its path in the guest's share."""
         return f"{SHARE_DIRECTORY}/{self.entry.name}/{self.below}".rstrip("/")
 
     @property
@@ -112,10 +112,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """How a source is to be shared.
+    """How a source must be shared.
 
     :param label: the last part of a new entry's name, for an operator who looks at the share.
-    :param write: whether the guest is to write in it.
+    :param write: whether the guest may write in it.
     :param hidden: paths in the source where a mount hides files from the guest.
     :param in_parts: whether the guest can mount a part of an entry without following links in it.
     """
@@ -127,7 +127,7 @@ class Wish:
 
 
 class SharedEntries:
-    """The entries of one sandbox. What undoes them may be called from any thread.
+    """The entries of one sandbox. Their undoing may be called from any thread.
 
     :param share: the directory that the guest sees.
     :param daemons: lists the processes that may be the virtio-fs daemon.
@@ -147,7 +147,7 @@ class SharedEntries:
         self._own.add(str(path.resolve()))
 
     def below(self, place: FilePlace, table: MountTable) -> list[HostMount]:
-        """List what the host has mounted below a place, the outer before the inner."""
+        """List the host's mounts below a place, the outer before the inner."""
         return [
             mount
             for mount in table.below(place.real)
@@ -178,7 +178,7 @@ class SharedEntries:
         """Hold the older entries of files in a source, so that all users see the same.
 
         :param source: a directory.
-        :param part: what was held for it.
+        :param part: the part that was held for it.
         :param wish: how.
         :param without: paths in the source on which something is mounted.
         :returns: by the path in the source.
@@ -210,7 +210,7 @@ class SharedEntries:
             self._drop_unused(part.entry)
 
     def uncover(self, part: Part, below: str) -> None:
-        """Show what a mount that is gone has hidden in a source.
+        """Show the part of a source that a removed mount had hidden.
 
         :param below: where the mount was.
         :raises ShimError: if the cover cannot be unmounted.

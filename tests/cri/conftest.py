@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before those that are not meant are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave to the night what one stack shows by day."""
+    """Leave repetitions on other stacks to the night."""
     for item in items:
         mainly = item.get_closest_marker("mainly")
         if mainly is None or not isinstance(item, pytest.Function) or "stack" not in item.callspec.params:
@@ -140,7 +140,7 @@ def containerd_log(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def new_pod(stack: Stack) -> Iterator[Callable[..., Pod]]:
-    """Run pods, which are removed after the test, and see that nothing is left of them."""
+    """Run pods, remove them after the test, and check that nothing is left of them."""
     with _new_pods(stack) as make:
         yield make
 

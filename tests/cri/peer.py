@@ -24,7 +24,7 @@ TIMEOUT_S = 30.0
 
 
 def new_digest() -> Any:
-    """Return a SHA-256 digest; what it needs is read only when it is needed, which takes long in a guest."""
+    """Return a SHA-256 digest; the module is imported only when needed, as that takes long in a guest."""
     import hashlib
 
     return hashlib.sha256()
@@ -140,7 +140,7 @@ def datagram(host: Any, port: Any, size: Any) -> Any:
 
 
 def main(verb: Any, port: Any, rest: Any = "", *hosts: Any) -> None:
-    """Do what the command line says, and print one word for each host."""
+    """Run the command line's request, and print one word for each host."""
     if verb == "serve":
         serve(int(port))
     for host in hosts:

@@ -34,7 +34,7 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a command in a container left."""
+    """The result of a command in a container."""
 
     code: int
     stdout: str
@@ -161,7 +161,7 @@ class Pod:
         """Create a container.
 
         :param name: its name in the pod.
-        :param command: what it runs.
+        :param command: its command.
         :param fields: further fields of its configuration.
         """
         attempt = next(self.attempts)
@@ -182,7 +182,7 @@ class Pod:
         return Container(self, reply.container_id, log)
 
     def linux(self, **security: Any) -> dict[str, Any]:
-        """Return the field of that name for a container which shares what the pod wants to be shared.
+        """Return the field for a container that shares the namespaces that the pod shares.
 
         :param security: further fields of its security context.
         """
@@ -252,8 +252,8 @@ def pod_config(stack: Stack, name: str, *, processes: int = CONTAINER_SCOPE, **l
 
     :param stack: the stack that will run it.
     :param name: its name, which is its host name, too.
-    :param processes: who shares a namespace of processes; nobody does by default in Kubernetes.
-    :param linux: further fields of what is special to Linux.
+    :param processes: who shares a PID namespace; by default in Kubernetes, no container does.
+    :param linux: further fields of its Linux section.
     """
     return {
         "metadata": {"name": name, "uid": str(uuid.uuid4()), "namespace": "tests"},

@@ -1,8 +1,8 @@
 """One side of what two containers do through a volume that both have: sockets, FIFOs, locks, memory, events.
 
 Run as a program in a container, whose Python has little more than what this imports. ``serve DIRECTORY...``
-waits in each directory for the other side, which ``meet DIRECTORY...`` is: it prints a JSON object that tells
-for each directory what the other side was seen to do.
+waits in each directory for the other side, ``meet DIRECTORY...``. That one prints a JSON object with its
+observations of the first side, by directory.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Served:
         libc.inotify_add_watch(self.events, os.fsencode(path), IN_CREATE)
 
     def answer(self, ready: Any) -> None:
-        """Tell the peers what has happened; a new peer lets the page of memory change."""
+        """Report the events to the peers; a new peer makes the page of memory change."""
         if self.listener in ready:
             self.peers.append(self.listener.accept()[0])
             self.page[0] = self.page[0] + 1
@@ -87,7 +87,7 @@ def is_locked(lock: Any, path: Any) -> Any:
 
 
 def meet(path: Any) -> Any:
-    """Return what was seen of the other side in a directory."""
+    """Return the observations of the other side in a directory."""
     seen = []
     page = mmap.mmap(os.open(f"{path}/page", os.O_RDONLY), mmap.PAGESIZE, prot=mmap.PROT_READ)
     before = page[0]

@@ -117,7 +117,7 @@ class Stack:
 
     @property
     def logs(self) -> Path:
-        """Where the pods' logs go."""
+        """The directory of the pods' logs."""
         return self.containerd.home / "logs"
 
     def census(self) -> frozenset[str]:
@@ -129,7 +129,7 @@ class Stack:
         )
 
     def _is_own(self, line: str) -> bool:
-        """Leave out what belongs to another daemon of the tests, which may come or go meanwhile."""
+        """Leave out things of another daemon of the tests, which may come and go at any time."""
         home = re.search(rf"\S*/{HOME_PREFIX}[^/]+/", line)
         own = (self.containerd.home, self.state_directory, self.network)
         return home is None or any(str(path) in line for path in own)
@@ -227,7 +227,7 @@ def opened_stack(
     """Keep a containerd of a kind running for a block, with the images it needs.
 
     :param home: the directory below which it lives.
-    :param nursery: the ancestor of what it starts.
+    :param nursery: the ancestor of its processes.
     :param archives: the images.
     :param kind: which containerd.
     :param handler: what runs the pods.

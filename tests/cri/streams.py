@@ -33,7 +33,7 @@ SUBPROTOCOL = "v4.channel.k8s.io"
 class Stream:
     """A connection to containerd's streaming server, from the network that it listens in.
 
-    :param url: what the runtime interface answered.
+    :param url: the answer of the runtime interface.
     :param network: the file of the network namespace.
     :raises ConnectionError: if the server does not speak the protocol.
     """
@@ -161,7 +161,7 @@ class Stream:
         self._buffer += chunk
 
     def _send_frame(self, kind: int, content: bytes) -> None:
-        # A client has to mask what it sends; a mask of zeros changes nothing.
+        # A client must mask its messages; a mask of zeros changes nothing.
         size = len(content)
         if size < 126:
             head = struct.pack("!BB", 0x80 | kind, 0x80 | size)

@@ -1,4 +1,4 @@
-"""The life of a container in a pod: order, logs, restart, stop, limits, and what it sees of the others."""
+"""The life of a container in a pod: order, logs, restart, stop, limits, and its view of the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What containerd 2 finds out about each handler, and tells the kubelet, which refuses a pod by that."""
+"""The features of each handler: containerd 2 reports them, and the kubelet refuses pods by them."""
 
 from __future__ import annotations
 

@@ -37,13 +37,13 @@ def mount(*, container_path: str, host_path: Path, **more: Any) -> dict[str, Any
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """The volume on the host, what the kubelet binds for its subPaths, and the pod's directory there."""
+    """The volume on the host, the kubelet's bind mounts for its subPaths, and the pod's directory there."""
 
     path: Path
     kubelet: Path
 
     def part(self, container: str, below: str, *, mode: int = 0o2777) -> Path:
-        """Make what a container is given for a subPath."""
+        """Make the bind mount that a container gets for a subPath."""
         source, target = self.path / below, self.kubelet / "volume-subpaths" / "cache" / container / "0"
         if not source.exists():
             source.mkdir()

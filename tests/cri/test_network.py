@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tests.cri.conftest import Duo
 
 NEWEST = pytest.mark.mainly("2.1-podsandbox")
-# A pod's network is a namespace, which containerd names in one of two ways.
+# A pod's network is a namespace that containerd names in one of two ways.
 pytestmark = pytest.mark.mainly("2.1-podsandbox", "2.1-shim")
 MIB = 1 << 20
 LARGEST_DATAGRAM = 1400

@@ -1,4 +1,4 @@
-"""The life of a pod as a whole: what survives containerd, what a dead one is, what a removed one leaves."""
+"""The life of a pod: it survives containerd, its death is reported, and its removal leaves nothing."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_pod_whose_own_task_is_killed_is_not_ready_and_leaves_nothing_when_it_
     stack: Stack, new_pod: Callable[..., Pod]
 ) -> None:
     if stack.kind.sandboxer == "shim":
-        pytest.skip("it has no task of its own")
+        pytest.skip("it does not have its own task")
     if not stack.is_hako:
         pytest.skip("runc's shim outlives the pod's own task")
     pod = new_pod("headless")
@@ -178,7 +178,7 @@ def test_removing_a_pod_ends_its_running_containers_and_leaves_nothing(
     listed = pod.stack.cri.call("ListContainers", filter={"pod_sandbox_id": pod.id}).containers
     assert list(listed) == []
     assert not pod.is_known()
-    pod.stack.cri.call("RemovePodSandbox", pod_sandbox_id=pod.id)  # once more, which is no error
+    pod.stack.cri.call("RemovePodSandbox", pod_sandbox_id=pod.id)  # once more, which must succeed
 
 
 @pytest.mark.mainly
@@ -190,7 +190,7 @@ def test_a_stopped_pod_is_not_ready_and_keeps_its_containers_exits(new_pod: Call
     pod.stop()
     assert pod.state() == "NOTREADY"
     assert (done.wait_for_exit(), running.wait_for_exit()) == (4, 137)
-    pod.stop()  # once more, which is no error
+    pod.stop()  # once more, which must succeed
 
 
 @pytest.mark.mainly

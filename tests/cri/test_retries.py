@@ -25,7 +25,7 @@ GROWTH_KIB = 4096
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Held:
-    """What a process holds."""
+    """The resources that a process holds."""
 
     descriptors: int
     threads: int
@@ -33,7 +33,7 @@ class Held:
 
 
 def held(pid: int) -> Held:
-    """Count what a process holds."""
+    """Count the resources that a process holds."""
     place = Path(f"/proc/{pid}")
     return Held(
         descriptors=len(list((place / "fd").iterdir())),
@@ -65,7 +65,7 @@ def processes_of(stack: Stack) -> dict[int, str]:
 
 
 def files_of(stack: Stack) -> set[Path]:
-    """Return what is in the sandboxes' state."""
+    """Return the files in the sandboxes' state directories."""
     return set(stack.state_directory.rglob("*"))
 
 

@@ -1,4 +1,4 @@
-"""What a pod's containers share on the host they share as two processes of the host would."""
+"""A pod's containers share files of the host as two processes on the host would."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ READ = (ALL - {"inotify"}) | {"Read-only file system"}
 
 @dataclass(frozen=True)
 class Pair:
-    """A directory of the host that two containers have, of whom the first is created before the second.
+    """A directory of the host that two containers have; the first is created before the second.
 
-    :param first: what the first container is given: a path on the host, and where in that the directory is.
-    :param second: what the second is given.
+    :param first: the first container's volume: a path on the host, and the directory's place in it.
+    :param second: the same for the second container.
     :param served_by: in which of them the serving program runs.
     :param readonly: whether the other one cannot write in it.
     """
@@ -101,7 +101,7 @@ def mounts(place: Path, side: str) -> list[dict[str, Any]]:
 
 
 def run(pod: Pod, name: str, place: Path, sides: tuple[str, ...]) -> Container:
-    """Run a container that has one side of the pairs or both, and serves what that side is to serve."""
+    """Run a container that has one side of the pairs or both, and serves its side."""
     pairs = enumerate(PAIRS.values())
     served = [pair.in_container(number, pair.served_by) for number, pair in pairs if pair.served_by in sides]
     given = [mount for side in sides for mount in mounts(place, side)]
@@ -111,7 +111,7 @@ def run(pod: Pod, name: str, place: Path, sides: tuple[str, ...]) -> Container:
 
 
 def meet(container: Container, sides: tuple[str, ...]) -> dict[str, list[str]]:
-    """Return what a container sees of the other side of the pairs that are not served from these sides."""
+    """Return a container's observations of the pairs that are not served from these sides."""
     met = {
         pair.in_container(number, other): name
         for number, (name, pair) in enumerate(PAIRS.items())
@@ -125,7 +125,7 @@ def meet(container: Container, sides: tuple[str, ...]) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def seen(either_stack: Stack, place: Path) -> Iterator[dict[str, dict[str, list[str]]]]:
-    """What was seen of each other, by the arrangement and the kind of pair."""
+    """The observations of each other, by arrangement and kind of pair."""
     pods: list[Pod] = []
     with counted(either_stack):
         try:

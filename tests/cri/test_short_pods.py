@@ -70,7 +70,7 @@ def end_at_once(pod: Pod, data: Path) -> None:
 
 
 def be_killed_by_a_probe(pod: Pod, data: Path) -> None:
-    """A container is stopped and started anew, which does not take the state of the one before away."""
+    """A container is stopped and started again; the state of the old one stays."""
     script = "trap 'echo bye; echo bye > /data/bye; exit 5' TERM; echo up; while :; do sleep 0.1; done"
     container = run_in(pod, data, "probed", script)
     container.wait_for_line("up", timeout_s=TIMEOUT_S)
@@ -86,7 +86,7 @@ def be_killed_by_a_probe(pod: Pod, data: Path) -> None:
 
 
 def end_with_the_pod(pod: Pod, data: Path) -> None:
-    """A container writes until its pod is stopped: all that it wrote is there, and its exit is told."""
+    """A container writes until its pod is stopped: its whole output is kept, and its exit is reported."""
     container = run_in(pod, data, "counter", COUNTER)
     container.wait_for_line("5", timeout_s=TIMEOUT_S)
     pod.stop()

@@ -46,7 +46,7 @@ def test_a_slow_unmount_delays_no_other_pod_and_leaves_nothing(
     stack: Stack, new_pod: Callable[..., Pod], tmp_path: Path
 ) -> None:
     if not stack.is_hako:
-        pytest.skip("what is traced is Hako's shim")
+        pytest.skip("this traces Hako's shim")
     pod = new_pod("slow")
     gone, other = (pod.run(name, "sleep", "100000") for name in ("gone", "other"))
     words = (f"-id {pod.id}", "-state ")

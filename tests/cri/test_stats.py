@@ -1,4 +1,4 @@
-"""What the runtime interface says that containers and pods use, held against a known load."""
+"""The use of containers and pods, as the runtime interface reports it, compared with a known load."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_use_of_all_containers_is_listed(duo: Duo, load: Container) -> None:
     assert {"server", "worker", "load"} <= set(use)
     assert 0 < use["worker"].memory.working_set_bytes.value < 32 * MIB
     assert use["load"].memory.working_set_bytes.value > HELD
-    assert use["worker"].memory.available_bytes.value == 0  # which is said of what has no limit
+    assert use["worker"].memory.available_bytes.value == 0  # reported for memory without a limit
     assert all(entry.cpu.usage_core_nano_seconds.value > 0 for entry in stats)
 
 

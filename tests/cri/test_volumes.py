@@ -68,7 +68,7 @@ def disk(place: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def fields(place: Path, config_map: Path, memory: Path, disk: Path) -> dict[str, Any]:
-    """What two containers of the pod are given."""
+    """The volumes of two containers of the pod."""
     (place / "termination-log").touch()
     (place / "data" / "part").mkdir(parents=True)
     mounts = {

@@ -73,7 +73,7 @@ def spoil(path):
 
 @dataclass(frozen=True, slots=True)
 class Sentinel:
-    """A file that nobody was given: what it holds, and who may do what with it."""
+    """A file that no container was given: its content and its attributes."""
 
     path: Path
     content: bytes
@@ -86,7 +86,7 @@ class Sentinel:
         return cls(path, path.read_bytes(), cls._status(path))
 
     def assert_untouched(self) -> None:
-        """Compare it with what it was."""
+        """Compare it with its original state."""
         assert (self.path.read_bytes(), self._status(self.path)) == (self.content, self.status), self.path
 
     @staticmethod

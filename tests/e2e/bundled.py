@@ -39,7 +39,7 @@ def specification(
 
     :param place: what :func:`unpacked` has made.
     :param script: its lines.
-    :param mounts: what it has beside /proc and /dev.
+    :param mounts: its mounts beside /proc and /dev.
     :param annotations: what else is said of it.
     """
     return {
@@ -73,11 +73,11 @@ def run(
     """Run a script in a container to its end.
 
     :param place: what :func:`unpacked` has made.
-    :param mounts: what it has beside /proc and /dev.
+    :param mounts: its mounts beside /proc and /dev.
     :param name: the container's id; by default a new one.
     :param annotations: what else is said of it.
-    :param fails: whether it is to fail.
-    :returns: what it prints; if it is to fail, what ctr reports.
+    :param fails: whether it must fail.
+    :returns: its output; if it must fail, the error of ctr.
     """
     name = name or new_id()
     config = _write(place, name, specification(place, script, mounts, annotations or {}))

@@ -19,7 +19,7 @@ PYTHON_MOUNTS = [
     {"destination": target, "type": "bind", "source": source, "options": ["rbind", "ro"]}
     for source, target in (("/usr", "/usr"), ("/usr/lib", "/lib"), ("/usr/lib64", "/lib64"))
 ]
-"""What lends a container the interpreter of the machine that the tests run on, for what no shell can do."""
+"""Lends a container the interpreter of the tests' machine, for tasks that a shell cannot do."""
 PYTHON_OPTIONS = [
     word
     for one in PYTHON_MOUNTS
@@ -29,7 +29,7 @@ PYTHON = ("/usr/bin/python3", "-ISc")
 
 
 def rootfs_archive() -> bytes:
-    """Return a tar archive of a root file system: busybox, a link per applet and what a shell expects."""
+    """Return a tar archive of a root file system: busybox, a link per applet, and files for a shell."""
     applets = subprocess.run([BUSYBOX, "--list"], check=True, capture_output=True, text=True).stdout.split()
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
@@ -62,7 +62,7 @@ def add(
     :param archive: the archive.
     :param name: the member's path.
     :param kind: its type.
-    :param content: what a regular file holds.
+    :param content: the content of a regular file.
     :param mode: its permissions, or 0 for the usual ones of its type.
     :param link: where a symbolic link leads.
     """

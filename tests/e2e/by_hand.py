@@ -45,7 +45,8 @@ class ByHand:
     :param linux: more of the ``linux`` object of its specification.
     :param capabilities: what its processes may do.
     :param process: more of the ``process`` object of its specification.
-    :param disk: a file with an ext4 file system that is made of its root file system and is to serve as such.
+    :param disk: a file that becomes an ext4 file system with its root file system, and then serves as its
+        root.
     """
 
     def __init__(
@@ -167,7 +168,7 @@ class ByHand:
         return int(status)
 
     def output(self, *command: str) -> str:
-        """Run a process that ends well, and return what it printed."""
+        """Run a process that must succeed, and return its output."""
         path = self.place / f"output-{next(self._numbers)}"
         exec_id = self.execute(*command, stdout=f"file://{path}", stderr=f"file://{path}")
         status = self.finish(exec_id)

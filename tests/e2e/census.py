@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 SHARED_DIRECTORIES = (Path("/run/containerd/s"), Path("/run/containerd/fifo"), Path("/run/hako"))
 TEMPLATES = Path(HypervisorConfig().template_dir)
-"""Not of any container either, but for what a build leaves that did not come to its end."""
+"""Not of any container either, except for the remains of an unfinished build."""
 JAIL = Path(jail.DIRECTORY)
 """Not of any container: its file has a byte for each number that a sandbox can have."""
 ZYGOTES = Path(zygote_protocol.ZYGOTE_DIRECTORY)
 """Not of any container: a zygote outlives those that made it come up."""
 
 SETTLE_S = patient(8.0)
-"""How long containerd may take to finish what it does after it has answered."""
+"""How long containerd may take for its work after it has answered."""
 
 
 def take(daemon: Containerd, *, state_directory: Path) -> frozenset[str]:
@@ -56,7 +56,7 @@ def take(daemon: Containerd, *, state_directory: Path) -> frozenset[str]:
 def difference(before: frozenset[str], daemon: Containerd, *, state_directory: Path) -> list[str]:
     """Return what changed since ``before``, once containerd had time to settle.
 
-    :returns: one line per change, ``+`` for what is new and ``-`` for what is gone; empty if none.
+    :returns: one line per change, ``+`` for new things and ``-`` for missing ones; empty if none.
     """
     deadline = time.monotonic() + SETTLE_S
     while (after := take(daemon, state_directory=state_directory)) != before and time.monotonic() < deadline:
@@ -97,7 +97,7 @@ def _files(daemon: Containerd, state_directory: Path) -> Iterator[str]:
         if top in {ZYGOTES, TEMPLATES, TURNS, JAIL}:
             continue
         yield f"file {top}"
-        # A mount point is counted as a mount; what is seen through it is not a file left behind.
+        # A mount point is counted as a mount; the files seen through it are not left behind.
         for directory, names, files in os.walk(top):
             names[:] = [name for name in names if not Path(directory, name).is_mount()]
             yield from (f"file {directory}/{name}" for name in [*names, *files])

@@ -87,7 +87,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before those that are not meant are left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what another runtime cannot do, and leave to the night what one stack shows by day."""
+    """Leave out tests that another runtime cannot pass, and repeat others on more stacks only nightly."""
     for item in items:
         if item.get_closest_marker("hako") and config.getoption("--runtime") != HAKO:
             item.add_marker(pytest.mark.skip(reason="only Hako is meant"))
@@ -163,7 +163,7 @@ def stack(
 def one_stack(
     request: pytest.FixtureRequest, home: Path, nursery: Nursery, image_archive: Path
 ) -> Iterator[Stack]:
-    """The newest containerd over ttrpc, for what does not depend on containerd."""
+    """The newest containerd over ttrpc, for tests that do not depend on containerd."""
     with _stack(
         home,
         nursery,
@@ -226,7 +226,7 @@ def stack_of_few_files(
 
 
 def _templates(request: pytest.FixtureRequest, release: Release) -> Path | None:
-    """Find what a stack's machines are cloned from: those of one release boot cold."""
+    """Find the templates of a stack's machines: those of one release boot cold."""
     if release.name == COLD_RELEASE or request.config.getoption("--runtime") != HAKO:
         return None
     found: Path = request.getfixturevalue("templates")
@@ -312,7 +312,7 @@ def new_id() -> str:
 
 @pytest.fixture
 def container(stack: Stack) -> Iterator[str]:
-    """An unused container id; what a failed test leaves under it is removed."""
+    """An unused container id; the remains of a failed test under it are removed."""
     name = new_id()
     yield name
     if name in stack.containerd.containers():

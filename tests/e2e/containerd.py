@@ -65,7 +65,7 @@ RELEASES = (
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a command left: its exit code and its two outputs, kept apart."""
+    """The result of a command: its exit code and its two outputs."""
 
     code: int
     stdout: str
@@ -73,7 +73,7 @@ class Result:
 
 
 def converse(argv: Sequence[str], *, timeout_s: float = CALL_TIMEOUT_S) -> int:
-    """Run a ``cat`` in a container, see that what it is sent comes back and that it ends with its input.
+    """Run ``cat`` in a container; check that it echoes its input and ends with it.
 
     The end of the input waits for the echo: some ctr forget an end that comes before the process exists.
 
@@ -97,7 +97,7 @@ def converse(argv: Sequence[str], *, timeout_s: float = CALL_TIMEOUT_S) -> int:
 class Containerd:
     """A daemon below ``home``, and the ``ctr`` commands that talk to it.
 
-    ``launcher`` is a command that becomes the one which follows it.
+    ``launcher`` is a command that executes the one after it.
     """
 
     release: Release
@@ -126,7 +126,7 @@ class Containerd:
 
     @property
     def log(self) -> Path:
-        """What the daemon, and through it every shim, wrote."""
+        """The output of the daemon and, through it, of every shim."""
         return self.home / "containerd.log"
 
     def configuration(self, *, unneeded: Sequence[str] = UNNEEDED_PLUGINS) -> str:
@@ -191,7 +191,7 @@ class Containerd:
 
         :param arguments: what follows the address and the namespace.
         :param timeout_s: how long it may take.
-        :param stdin: what it reads, or None for an empty input.
+        :param stdin: its input, or None for an empty one.
         :raises subprocess.TimeoutExpired: if it takes longer.
         """
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A container that is described by a specification of its own, and execs that are described whole."""
+"""A container with its own specification, and execs with complete process descriptions."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Described:
 
         :param args: its command line.
         :param process: the rest of its description, where it is not that of a plain process of root.
-        :returns: its exit status and what it says on either output.
+        :returns: its exit status and both outputs.
         :raises grpc.RpcError: if it cannot be started.
         """
         described = {**ROOT, "args": args, **process}
@@ -98,7 +98,7 @@ class Described:
         return status, "".join(output.read_text() for output in outputs)
 
     def shell(self, script: str, **process: Any) -> str:
-        """Run a script that must succeed, and return what it says."""
+        """Run a script that must succeed, and return its output."""
         status, said = self.exec("sh", "-c", script, **process)
         assert status == 0, said
         return said

@@ -34,16 +34,16 @@ class Interpreter:
         self._numbers = itertools.count(1)
 
     def run(self, program: str, *arguments: str) -> str:
-        """Run a program to its end, which must be a good one.
+        """Run a program that must succeed.
 
         :param program: a module of ``tests.e2e.programs``.
-        :param arguments: what it is given.
+        :param arguments: its arguments.
         :returns: its output.
         """
         return self.execute(*_command("/tree", program), *arguments)
 
     def execute(self, *command: str) -> str:
-        """Run a command to its end, which must be a good one, and return its output."""
+        """Run a command that must succeed, and return its output."""
         exec_id = f"exec-{next(self._numbers)}"
         result = self.stack.containerd.ctr(
             *("task", "exec", "--exec-id", exec_id, self.name, *command), timeout_s=PROGRAM_TIMEOUT_S

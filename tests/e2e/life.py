@@ -51,7 +51,7 @@ class Life:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove what is left of the containers."""
+        """Remove the remains of the containers."""
         self.tasks.__exit__()
         if self._door >= 0:
             os.close(self._door)
@@ -126,7 +126,7 @@ class Life:
         return sorted(running, key=lambda process: process.start_time)
 
     def wait_for_log(self, text: str) -> None:
-        """Wait until containerd's log, which has the shims' too, says something."""
+        """Wait for a text in containerd's log, which includes the shims' lines."""
 
         def said() -> bool:
             with self._containerd.log.open("rb") as log:
@@ -169,8 +169,8 @@ class Life:
             assert deleted.code == 0, deleted.stderr
 
     def _find(self, victim: str) -> Process | None:
-        # A virtio-fs daemon is two processes, of which the younger serves; one that is asked for its options
-        # serves nobody.
+        # A virtio-fs daemon has two processes, of which the younger serves; one that only prints its options
+        # does not serve.
         found = [each for each in self.processes(PROGRAMS[victim]) if "--help" not in each.command]
         if victim == "shim":
             found = [each for each in found if " -state " in each.command]

@@ -82,7 +82,7 @@ class Nursery:
         self._program = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
-        #: How long each program took that was waited for, from its fork to its end, in seconds.
+        #: How long each awaited program took from its fork to its end, in seconds.
         self.took_s: dict[int, float] = {}
         self._exits: dict[int, int] = {}
         self._buffer = b""
@@ -92,7 +92,7 @@ class Nursery:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the subreaper, which kills what is left below it."""
+        """End the subreaper, which kills all processes below it."""
         self._program.communicate(timeout=START_S)
 
     def spawn(
@@ -197,7 +197,7 @@ def _start(request: dict[str, Any]) -> dict[str, object]:
 
 
 def main() -> None:
-    """Serve requests until standard input ends, then kill what is left."""
+    """Serve requests until standard input ends, then kill the remaining processes."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     ours, theirs = socket.socketpair()
     ours.setblocking(False)

@@ -21,7 +21,7 @@ OTHERS = ("/run/netns/", "/tmp/")
 def enter() -> None:
     """Give this thread, and all that it starts, mounts and a network of their own.
 
-    What appears in either is then made by the tests, and nothing in it belongs to another process: sockets,
+    Everything in them is then made by the tests, and nothing belongs to another process: sockets,
     names and temporary mounts of others are out of sight. The root of the mounts is shared, as on a host with
     systemd. ``/sys`` shows the interfaces of the new network.
 

@@ -126,11 +126,11 @@ LIMITS = "cd /sys/fs/cgroup && grep -H . memory.max memory.low memory.swap.max c
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What shows a process that fields arrived.
+    """A command that shows whether fields arrived.
 
     :param fields: their rows.
-    :param command: what the process runs.
-    :param expected: a pattern found in what it prints, on either output.
+    :param command: the command of the process.
+    :param expected: a pattern that must occur in either output.
     """
 
     fields: str

@@ -44,7 +44,7 @@ class Terminal:
         os.write(self._master, text.encode())
 
     def expect(self, pattern: str, *, timeout_s: float = 60.0) -> re.Match[str]:
-        """Read until ``pattern`` matches what was not yet expected, and forget everything up to its end.
+        """Read until ``pattern`` matches the unread part, and drop everything up to the end of the match.
 
         :raises AssertionError: if the program ends or ``timeout_s`` passes first.
         """

@@ -190,7 +190,7 @@ def test_a_slow_reader_loses_nothing_even_after_the_exit(pod: ByHand, pool: Thre
     size = 900 * KIB  # fits into the guest's pipe, so that the process can end at once
     expected = write_random(pod.rootfs / "slow", size)
     fifo = pod.fifo()
-    read = pool.submit(read_all, fifo, pace_s=1.0)  # 64 KiB a second: longer than Delete waits for nobody
+    read = pool.submit(read_all, fifo, pace_s=1.0)  # 64 KiB a second: longer than Delete waits
 
     exec_id = pod.execute("cat", "/slow", stdout=fifo)
     deleted = pool.submit(pod.finish, exec_id)

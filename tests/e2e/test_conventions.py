@@ -1,4 +1,4 @@
-"""What runc does with what a specification leaves open, or asks for in an odd way."""
+"""runc's conventions for fields that a specification leaves out or fills in an odd way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What dies without warning is noticed at once, and what it leaves is cleaned."""
+"""A sudden death of any process is noticed at once, and its remains are cleaned up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes that a guest talks to have open: nothing of the shim's, and nothing of the host's."""
+"""Open files of the processes that a guest talks to: none of the shim's, and none of the host's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a privileged container may mount, and device files that it need not make ready for that."""
+"""The file systems that a privileged container may mount, and the device files that it finds for that."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the host mounts and unmounts below a volume while a container has it."""
+"""Mounts and unmounts of the host below a volume while a container has it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a container reads of a file that the host changes."""
+"""A container reads a file while the host changes it."""
 
 from __future__ import annotations
 

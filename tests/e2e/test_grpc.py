@@ -62,7 +62,7 @@ def test_grpcurl_lists_and_calls_the_services(one_stack: Stack) -> None:
 
 
 def grpcurl(path: Path, *words: str, body: dict[str, str] | None = None) -> str:
-    """Run ``grpcurl`` against a unix socket, and return what it prints."""
+    """Run ``grpcurl`` against a unix socket, and return its output."""
     data = ["-d", json.dumps(body)] if body is not None else []
     argv: list[str | Path] = [SHIM_DIRECTORY / "grpcurl", "-plaintext", "-unix", *data, path, *words]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
@@ -83,7 +83,7 @@ class Recorder:
 
 
 class Shim:
-    """What containerd does with a shim, done by hand and over gRPC."""
+    """containerd's calls to a shim, made by hand and over gRPC."""
 
     def __init__(self, stack: Stack, home: Path, *, container: str) -> None:
         self.bundle = home / "bundle"
@@ -110,7 +110,7 @@ class Shim:
         return source
 
     def act(self, action: str, *flags: str | Path) -> bytes:
-        """Run the shim's executable, and return what it prints."""
+        """Run the shim's executable, and return its output."""
         program = SHIM_DIRECTORY / "containerd-shim-hako-v2"
         nursery = self._stack.containerd.nursery
         self._output.write_bytes(b"")

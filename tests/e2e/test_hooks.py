@@ -1,4 +1,4 @@
-"""Programs of the host prepare a container's network when it is created, and clear away what it leaves."""
+"""Hooks on the host prepare a container's network when it is created, and clean up after its end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def outside() -> Iterator[Space]:
 
 @pytest.fixture
 def run(one_stack: Stack, tmp_path: Path) -> Callable[..., Result]:
-    """Run a container with hooks: scripts of the shell, each next to a file of what it is told."""
+    """Run a container with hooks: shell scripts, each of which stores its input in a file beside it."""
     with tarfile.open(fileobj=io.BytesIO(rootfs_archive())) as archive:
         archive.extractall(tmp_path / "rootfs", filter="fully_trusted")  # noqa: S202 - made by this test
 
@@ -95,7 +95,7 @@ def test_a_container_has_the_interface_that_a_hook_puts_next_to_its_task(
         assert creating["annotations"] == {"com.example.key": "value"}
         assert creating["pid"] == daemon.tasks()[name][0]
         assert running == {**creating, "status": "running"}
-        # What a hook mounts is there for everybody: it is not in the mounts that the shim has for itself.
+        # A hook's mounts are visible to all processes: they are not in the shim's own mount namespace.
         assert (tmp_path / "mounts").read_text().strip() == str(Path(f"/proc/{daemon.pid}/ns/mnt").readlink())
         assert not (tmp_path / "poststop").exists()
     finally:

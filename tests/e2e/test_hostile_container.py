@@ -1,8 +1,8 @@
 """A container with every privilege, and root of its machine with that, reaches no file that it was not given.
 
 Everything is really tried, in one machine: from inside the container, and from the machine's own namespaces,
-which a privileged container can enter. Files of random content lie on the host next to what is shared, on the
-same file system; they may neither show up in any output nor change.
+which a privileged container can enter. Files of random content lie on the host next to the shared
+directories, on the same file system. They must neither appear in any output nor change.
 """
 
 from __future__ import annotations
@@ -339,7 +339,7 @@ def test_attributes_and_handles_of_files_open_nothing(attacker: Attacker) -> Non
         for number in (1, 2, {attacker.sentinels[0].path.stat().st_ino}):
             attempt(open_by_handle_at, number, 0)
     """)
-    # What a guest may trust is an ordinary attribute on the host, where nothing trusts it.
+    # An attribute that a guest may trust is an ordinary one on the host, where nothing trusts it.
     named = [
         name
         for path in (attacker.place / "volume").rglob("*")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 GROUP = "io.containerd.runc.v2.group"
 IDS = (
     *("a", "A", "7", "0.0_0-0", "x" * 76),
-    # Names that the guest has uses of its own for.
+    # Names that the guest itself uses.
     *("watchable", "sandbox", "shared", "rootfs"),
 )
 

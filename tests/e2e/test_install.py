@@ -1,4 +1,4 @@
-"""What ``hako install`` prints is what each containerd reads."""
+"""Each containerd reads the output of ``hako install``."""
 
 from __future__ import annotations
 

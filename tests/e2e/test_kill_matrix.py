@@ -168,8 +168,8 @@ def test_a_restarted_containerd_takes_a_task_up_where_it_was(stack: Stack, home:
         life.remove()
         exits = life.exits.of(life.id)
         assert set(exits) <= {128 + signal.SIGKILL}
-        # 1.6 does not end a shim that has deleted its container meanwhile; it ends by itself, and containerd
-        # says once more what it says of every shim that it loses.
+        # 1.6 does not end a shim that has just deleted its container. The shim ends on its own, and
+        # containerd logs the loss as for every shim.
         is_told_twice = stack.containerd.release.name == "1.6" and phase == "during delete"
         assert len(exits) <= (2 if is_told_twice else 1)
 

@@ -1,4 +1,4 @@
-"""A cloned sandbox of which a process dies ends as a booted one does."""
+"""If a process of a cloned sandbox dies, the sandbox ends as a booted one does."""
 
 from __future__ import annotations
 

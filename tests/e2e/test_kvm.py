@@ -1,4 +1,4 @@
-"""Containers under KVM: what differs there from emulation, in one machine that boots and one that is cloned.
+"""Containers under KVM: the differences from emulation, in one machine that boots and one that is cloned.
 
 ``scripts/test --kvm`` runs this in an outer machine; a host with KVM, vhost-vsock and vhost-net needs none.
 """

@@ -1,4 +1,4 @@
-"""What ``ctr run`` shows of a container: its kernel, its output and its exit code."""
+"""A container as ``ctr run`` shows it: its kernel, its output and its exit code."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ COUNT = FEW_FILES + FEW_FILES // 4
 
 @pytest.fixture(scope="module")
 def place(home: Path) -> Iterator[Path]:
-    """A root file system, and room for what is mounted."""
+    """A root file system, and a place for mounts."""
     with unpacked(home) as directory:
         yield directory
 

@@ -1,4 +1,4 @@
-"""What a container's kernel finds among the modules on the host: packet filters, kinds of interfaces."""
+"""A container's kernel loads modules from the host: packet filters, kinds of interfaces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flags of a bind mount and of what is mounted below it are those that runc's would have."""
+"""A bind mount and the mounts below it have the same flags as under runc."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mounts that a specification asks for by their type: who mounts them, and what is refused by name."""
+"""Mounts that a specification requests by type: host or guest makes them, or they are refused by name."""
 
 from __future__ import annotations
 

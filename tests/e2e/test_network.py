@@ -1,4 +1,4 @@
-"""Containers reach what the interfaces of their network namespace lead to, and are reached there."""
+"""Containers reach the networks of their namespace's interfaces, and are reached from there."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def pod() -> Iterator[Space]:
 
 @contextlib.contextmanager
 def box_in(stack: Stack, pod: Space) -> Iterator[str]:
-    """A container whose network is the pod's, and that answers with the SHA-256 of what it is sent."""
+    """A container in the pod's network that answers with the SHA-256 of its input."""
     name = new_id()
     options = ["--detach", "--null-io", f"--with-ns=network:{pod.path}"]
     command = ["nc", "-ll", "-p", str(PORT), "-e", "sha256sum"]
@@ -243,7 +243,7 @@ def test_the_resolver_that_docker_has_on_a_loopback_address_answers_the_guest(
                 assert "10.1.0.77" in shell(one_stack, name, f"nslookup {asked} {RESOLVER}")
         with resolver(pod, "10.1.0.78"):  # on another port, as after a restart of dockerd
             assert "10.1.0.78" in shell(one_stack, name, f"nslookup three.example {RESOLVER}")
-        # What else is on the loopback network is the guest's own.
+        # Other addresses of the loopback network belong to the guest.
         assert "127.0.0.12" in shell(one_stack, name, "ip route get 127.0.0.12")
         shell(one_stack, name, "ping -c 1 -W 5 127.0.0.12")
 

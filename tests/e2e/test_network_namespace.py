@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PROGRAMS = "type=bind,src=/usr,dst=/host,options=rbind:ro"
 LIBRARIES = "/host/lib/x86_64-linux-gnu"
 IP = f"{LIBRARIES}/ld-linux-x86-64.so.2 --library-path {LIBRARIES} /host/bin/ip -N"
-# What a kernel makes of a link by itself, and the way of forwarded ports to localhost.
+# Entries that a kernel makes for a link, and the route of forwarded ports to localhost.
 NOBODYS = re.compile(
     r"hako\d|169\.254\.255\.254|fe80::|ff00::|^(anycast|broadcast) |valid_lft|link/|^\d+: \w+: <"
     r"|^local .* proto (kernel|2)"
@@ -64,7 +64,7 @@ class Box:
         return result.stdout
 
     def ip(self, *commands: str) -> list[list[str]]:
-        """Run ``ip``, and read what it says of what somebody has made."""
+        """Run ``ip``, and read the entries that were not made by the kernel."""
         script = "; echo ==; ".join(f"{IP} {command}" for command in commands)
         return [_made(text) for text in self.run(script).split("==\n")]
 
@@ -295,7 +295,7 @@ def test_a_network_as_plugins_make_it_works(either_stack: Stack, outside: Space)
         outside.ip("link set below up")
         outside.ip(f"link add link below name macvlan netns {pod.pid} type macvlan mode bridge")
         for space in (pod, outside):
-            # Nobody is asked who has an address there.
+            # No neighbour is asked for an address there.
             space.ip("link set static arp off")
             for name in ("calico", "ptp", "jumbo", "small", "static"):
                 space.ip(f"link set {name} up")

@@ -1,4 +1,4 @@
-"""A process that the guest's kernel kills for memory: how it ends, and what containerd is told."""
+"""A process that the guest's kernel kills for memory: its exit, and the event for containerd."""
 
 from __future__ import annotations
 

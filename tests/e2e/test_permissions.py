@@ -1,4 +1,4 @@
-"""Who may do what to files that a container is given: what the host's kernel says is right."""
+"""Permissions to the files of a container's volumes: the host's kernel sets the standard."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Pod:
             self.members.remove(name)
 
     def remove_all(self) -> None:
-        """Remove what is left, the sandbox last, as containerd's CRI does."""
+        """Remove the remains, the sandbox last, as containerd's CRI does."""
         for name in [*self.members, self.id]:
             if name in self.containerd.containers():
                 self.containerd.remove(name)
@@ -102,7 +102,7 @@ class Pod:
 
 @pytest.fixture
 def pod(stack: Stack) -> Iterator[Pod]:
-    """A pod without containers; what is left of it is removed."""
+    """A pod without containers; its remains are removed."""
     made = Pod(stack)
     yield made
     made.remove_all()

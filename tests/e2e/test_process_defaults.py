@@ -1,4 +1,4 @@
-"""What a process has that asks for nothing: the same as under runc, which hands down what containerd has."""
+"""The default attributes of a process: the same as under runc, which hands down containerd's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot work says so in one line, in time, and leaves nothing behind (the census sees to that)."""
+"""An impossible start fails in time with one line, and leaves nothing behind (the census checks that)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.hako
 BOOT_TIMEOUT_S = 6
 PANIC_TIMEOUT_S = 30
 MARGIN_S = 6.0
-"""What may pass besides the boot itself: containerd, the shim's start, the end of the machine."""
+"""Time for the rest beside the boot: containerd, the shim's start, the end of the machine."""
 
 
 @contextlib.contextmanager

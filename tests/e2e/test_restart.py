@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from tests.e2e.conftest import Stack
 
-PIPE_BYTES = 64 << 10  # what a FIFO holds
+PIPE_BYTES = 64 << 10  # the capacity of a FIFO
 LINES = 100_000
 MUCH = "".join(f"{number}\n" for number in range(1, LINES + 1)).encode()
 SCRIPT = "echo first; read order; $order; read order; echo $order; exit 7"

@@ -1,4 +1,4 @@
-"""What ``ctr`` prints about a task under Hako is what it prints under runc."""
+"""``ctr`` prints the same about a task under Hako as under runc."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def transcript(containerd: Containerd) -> list[tuple[str, int, str, str]]:
         return re.sub(r"[ \t]+", " ", re.sub(r"\b\d{2,}\b(?= +(RUNNING|STOPPED|CREATED|-))", "PID", text))
 
     def note(command: str, result: Result) -> None:
-        # The words of an error are the runtime's own; what it is called at the end is containerd's.
+        # The text of an error is the runtime's own; the name at its end is containerd's.
         kind = mask(result.stderr).strip().rpartition(": ")[2]
         steps.append((mask(command), result.code, mask(result.stdout), kind))
 

@@ -246,7 +246,7 @@ def test_a_killed_container_that_waits_for_a_slow_host_ends_alone(pod: SandboxBy
     pod.run("sh", "-c", "while :; do cat /file; sleep 0.1; done")
     waiting = pod.begin_task("Wait")
     with stopped(*pod.daemons()):
-        time.sleep(2)  # what the guest knows of the file is good for a second
+        time.sleep(2)  # the guest's knowledge of the file is valid for a second
         pod.task("Kill", signal=signal.SIGKILL, all=True)
         with pytest.raises(grpc.FutureTimeoutError):
             waiting.result(ALONE_TIMEOUT_S + 1)

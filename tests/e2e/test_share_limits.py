@@ -1,4 +1,4 @@
-"""What a share does not pass on: each of these works in runc's containers, and is a row of docs/limits.md."""
+"""Features that a share lacks: each of these works in runc's containers, and is a row of docs/limits.md."""
 
 from __future__ import annotations
 

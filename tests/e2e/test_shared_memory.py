@@ -1,4 +1,4 @@
-"""What is mounted at ``/dev/shm``: a container's shared memory, or a volume like any other."""
+"""The mount at ``/dev/shm``: a container's shared memory, or a volume like any other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHOW = "grep ' /dev/shm ' /proc/mounts; df -k /dev/shm | tail -n 1; ls -A /dev/s
 
 @pytest.fixture(scope="module")
 def place(home: Path) -> Iterator[Path]:
-    """A root file system, and room for what is mounted."""
+    """A root file system, and a place for mounts."""
     with unpacked(home) as directory:
         yield directory
 

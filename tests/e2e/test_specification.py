@@ -1,4 +1,4 @@
-"""What a specification asks for is what a process in the container sees, field by field."""
+"""A process in the container sees every field of the specification."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ROWS_OF_EXEC, COLUMNS_OF_EXEC = 31, 97
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A container with that specification, and what is the host's side of it."""
+    """A container with that specification, and its side on the host."""
 
     stack: Stack
     name: str
@@ -113,7 +113,7 @@ def place(home: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def box(one_stack: Stack, place: Path) -> Iterator[Box]:
-    """One container that asks for everything; what it leaves behind is counted when it is gone."""
+    """One container that asks for everything; a census follows its end."""
     name = new_id()
     spec = specification(rootfs=place / "rootfs", volume=place / "volume", file=place / "file")
     config = place / "config.json"
@@ -132,7 +132,7 @@ def box(one_stack: Stack, place: Path) -> Iterator[Box]:
 
 @pytest.fixture(scope="module")
 def answers(box: Box) -> dict[str, str]:
-    """What every command of ``SEEN`` prints, all of them run by one exec."""
+    """The output of every command of ``SEEN``, all run by one exec."""
     commands = sorted({seen.command for seen in SEEN})
     script = "".join(f"echo; echo '@ {number}'; ({line}) 2>&1\n" for number, line in enumerate(commands))
     result = box.stack.containerd.exec(box.name, "answers", "sh", "-c", script)

@@ -58,7 +58,7 @@ class Node:
         )
 
     def log(self) -> str:
-        """What was logged since the last container was asked for."""
+        """The log since the last container was requested."""
         with self.stack.containerd.log.open("rb") as log:
             log.seek(self.log_start)
             return log.read().decode(errors="replace")
@@ -73,7 +73,7 @@ class Node:
 
     @property
     def leftovers(self) -> list[str]:
-        """What is in the store beside templates."""
+        """The files in the store beside templates."""
         kept = {"lock", "log", *(path.name for path in self.templates)}
         return [path.name for path in self.store.glob("*") if path.name not in kept]
 

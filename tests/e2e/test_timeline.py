@@ -1,4 +1,4 @@
-"""Where the time of a start goes is known afterwards, from ``start`` to the first byte of output."""
+"""A timeline shows how a start spends its time, from ``start`` to the first byte of output."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_timeline_of_a_sandbox_that_runs_is_shown_and_goes_on_with_each_cont
 
 
 def _unexplained_s(timeline: Timeline) -> float:
-    """Add up the time in which nobody did anything but wait."""
+    """Add up the time in which every party only waited."""
     ended_s = unexplained_s = 0.0
     for phase in timeline.phases:
         if phase.lane == "containerd" or phase.name in {"wait for the machine", "guest boots"}:

@@ -1,6 +1,6 @@
-"""Devices of the host in a container's machine: one in a group of its own, and a group of two.
+"""Devices of the host in a container's machine: one alone in its group, and a group of two.
 
-They are those that ``scripts/test --kvm`` has to give away, so that no host loses a device of its own.
+They are those of the outer machine of ``scripts/test --kvm``, so no real host loses a device.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def shell(stack: Stack, name: str, script: str) -> str:
 
 
 def on_host() -> str:
-    """Digest what the disk begins with, on the host, which drives it again."""
+    """Digest the beginning of the disk on the host, which drives it again."""
     node = Path("/dev/nvme0n1")
     until(node.exists, what="the host's own driver has the disk", timeout_s=patient(10))
     with node.open("rb") as opened:

@@ -1,4 +1,4 @@
-"""What of the host's files a container is given, and how it follows what happens to them there."""
+"""The host's files in a container, and how they follow changes on the host."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def main(place: str) -> None:
 
 
 def enforcement(path: str) -> None:
-    """See whom lists let in."""
+    """Check which users access control lists let in."""
     for mode, text in LISTS.items():
         Path(path).write_text("content", encoding="ascii")
         os.chmod(path, mode)
@@ -111,7 +111,7 @@ MAKING = {
 
 
 def inheritance(directory: str, user: tuple[int, int, tuple[int, ...]]) -> None:
-    """See what a directory's list gives to what is made in it."""
+    """Check what new files inherit from a directory's list."""
     os.mkdir(directory)
     os.chown(directory, 0, 266)
     os.chmod(directory, 0o2755)

@@ -13,11 +13,11 @@ Identity = tuple[int, int, tuple[int, ...]]
 
 
 def attempts_as(identity: Identity, attempts: Iterable[Callable[[], object]]) -> list[str]:
-    """Try things in a process of its own.
+    """Run attempts in a separate process.
 
     :param identity: its user, group and further groups.
-    :param attempts: what it tries.
-    :returns: of each attempt what it returned, or the name of its error.
+    :param attempts: the attempts.
+    :returns: each attempt's result, or the name of its error.
     """
     read_end, write_end = os.pipe()
     child = os.fork()
@@ -37,7 +37,7 @@ def attempts_as(identity: Identity, attempts: Iterable[Callable[[], object]]) ->
 
 
 def attempt_one(attempt: Callable[[], object]) -> str:
-    """Try something, and return what it returned or the name of its error."""
+    """Run one attempt, and return its result or the name of its error."""
     try:
         return str(attempt())
     except OSError as error:
@@ -45,7 +45,7 @@ def attempt_one(attempt: Callable[[], object]) -> str:
 
 
 def shown(path: str) -> str:
-    """Say which mode and owners a file has, if it is there."""
+    """Return the mode and the owners of a file, if it exists."""
     try:
         status = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""Print what users may do to directories and files, and what comes of it.
+"""Print the users' rights to directories and files, and the effects of their changes.
 
 The first argument is a directory that is not there yet.
 """

@@ -217,7 +217,7 @@ class GuestMachine:
         return f"{port:02x}/00"
 
     def plug_nvme(self, image: Path, *, port: int) -> str:
-        """Plug a disk with a PCI interface of its own into one of PORTS, as a host's might be given away.
+        """Plug a disk with its own PCI interface into one of PORTS, like a device of the host.
 
         :returns: its PCI path.
         """

@@ -220,7 +220,7 @@ def test_containers_share_a_pid_namespace_if_asked(new_container: Callable[[], L
     assert seen[0][3] != "1" != seen[1][3]
     assert seen[2][3] == "1"
     assert seen[0][1:3] == seen[1][1:3] == seen[2][1:3]
-    # Process 1 is nobody's container: it outlives the first, takes over orphans, and leads nowhere.
+    # Process 1 belongs to no container: it outlives the first, takes over orphans, and leads nowhere.
     first.execute("orphan", "sh", "-c", "(sleep 0.1; exit 7) & sleep 1000 & echo $!")
     orphan = first.read_until(b"\n", "orphan").decode().strip()
     script = (

@@ -1,4 +1,4 @@
-"""The guest's network, through a tap device in a network namespace of its own."""
+"""The guest's network, through a tap device in a separate network namespace."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Pod:
         self.machine.make_rootfs(name)
         whole = spec(name, process("sh", "-c", " ".join(("exec 2>&1;", *args))))
         whole.Linux.Sysctl.update(sysctl or {})
-        # The guest's own file, as no other is given.
+        # The guest's own file, because the request has none.
         whole.Mounts.add(destination="/etc/resolv.conf", source="/etc/resolv.conf", options=["bind", "ro"])
         for capabilities in ("Bounding", "Effective", "Permitted"):
             getattr(whole.Process.Capabilities, capabilities).append("CAP_NET_RAW")

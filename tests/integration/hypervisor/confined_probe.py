@@ -1,4 +1,4 @@
-"""What a confined process can do: run in place of one, and prints its findings as JSON.
+"""Probe the rights of a confined process: runs in its place, and prints the findings as JSON.
 
     confined_probe.py HOST_PID ABSTRACT_SOCKET PATH...
 

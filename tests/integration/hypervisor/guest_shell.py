@@ -1,4 +1,4 @@
-"""A guest that is but a shell on the agent's port: it shows what the guest's kernel makes of a device."""
+"""A guest with only a shell on the agent's port: it shows how the guest's kernel handles a device."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class GuestShell:
         self._lock = asyncio.Lock()
 
     async def __call__(self, command: str, *, timeout_s: float = patient(30)) -> str:
-        """Run a command; return what it wrote."""
+        """Run a command; return its output."""
         loop = asyncio.get_running_loop()
         async with self._lock, asyncio.timeout(timeout_s):
             await loop.sock_sendall(self._connection, command.encode() + b"\necho '" + END + b"'\n")

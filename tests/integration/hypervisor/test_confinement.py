@@ -60,7 +60,7 @@ async def run(confinement: Confinement, *argv: str) -> ChildProcess:
 async def found(
     request: pytest.FixtureRequest, make_spec: Callable[..., VmSpec], tmp_path: Path
 ) -> dict[str, Any]:
-    """What the probe found in the place of each process."""
+    """The probe's findings in the place of each process."""
     confinement = CONFINED[request.param](make_spec())
     assert confinement is not None
     secret = tmp_path / "secret"
@@ -92,7 +92,7 @@ async def test_a_confined_process_owns_nothing_of_the_host(found: dict[str, Any]
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
     # Its own processes are all that there are.
     assert (found["pid"], found["processes"]) == (1, ["1"])
-    # No file of the host's, by whichever root.
+    # No file of the host, through either root.
     assert set(map(tuple, found["read"].values())) == {("ENOENT",)}
     assert set(found["root"]) <= {
         *(

@@ -80,7 +80,7 @@ def taken(vm: Any) -> set[object]:
 
 
 async def leftovers(vm: Any) -> list[str]:
-    """What of a disk or interface QEMU still has."""
+    """The parts of a disk or interface that QEMU still has."""
     nodes = await vm._host.qmp.ask(list, "query-named-block-nodes", {"flat": True})
     objects = await vm._host.qmp.ask(list, "qom-list", {"path": "/objects"})
     return [node["node-name"] for node in nodes] + [
@@ -107,7 +107,7 @@ async def test_a_disk_has_the_bytes_and_the_mode_it_was_plugged_with(
     assert digest == f"{hashlib.sha256(path.read_bytes()).hexdigest()}  -"
     assert path.read_bytes() != content
 
-    # What the guest discards is given back.
+    # Blocks that the guest discards are given back.
     before = path.stat().st_blocks
     await shell(f"blkdiscard /dev/{name}")
     assert path.stat().st_blocks < before / 2
@@ -145,7 +145,7 @@ def loop_device(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def one_mebibyte(tmp_path: Path) -> Iterator[Any]:
-    """A file system with room for no more."""
+    """A file system without free space."""
     path = tmp_path / "small"
     path.mkdir()
     subprocess.run(["/bin/mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path], check=True)
@@ -172,7 +172,7 @@ async def test_failures_of_a_disk_reach_the_guest_and_the_log(
     assert await vm.resize_disk("disk0") == DISK_BYTES
     await vm.unplug("disk0", timeout_s=UNPLUG_S)
 
-    # The host runs out of space: the guest is told, and so is the log, once.
+    # The host runs out of space: the guest gets an error, and the log one line.
     name = await block_name(shell, await vm.plug_disk(disk(image(one_mebibyte))))
     write = f"dd if=/dev/zero of=/dev/{name} bs=1M count=3 oflag=direct 2>&1"
     with caplog.at_level(logging.ERROR, logger="hypervisor"):

@@ -1,4 +1,4 @@
-"""A running machine becomes larger and smaller, and its kernel agrees with what is reported."""
+"""A running machine grows and shrinks, and its kernel agrees with the reported size."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_a_guest_without_virtio_mem_gets_memory_modules(
 ) -> None:
     vm, shell = await start(qemu=qemu, memory_bytes=SMALL, kernel_parameters=("module_blacklist=virtio_mem",))
     first = await memory(shell)
-    assert await vm.resize_memory(SMALL + 100 * MIB) == SMALL + 128 * MIB  # a module is no smaller
+    assert await vm.resize_memory(SMALL + 100 * MIB) == SMALL + 128 * MIB  # a module has at least this size
     assert await memory(shell) - first == 128 * MIB
     assert await vm.resize_memory(LARGE) == LARGE
     assert await memory(shell) - first == LARGE - SMALL
@@ -125,7 +125,7 @@ async def test_processors_are_added_and_taken_away_as_the_guest_sees_it(
         # Emulated ones stay in this QEMU, which would not survive the next device that is plugged.
         assert await vm.resize_vcpus(1) == 4
 
-    # Taken away all the same, as under KVM: it is done, and the last thing done to this machine.
+    # Removed here, too, as under KVM; it is the last change to this machine.
     vcpus = Vcpus(qmp, pid=vm.pid, boot=1, most=4, emulated=False)
     for count in (2, 1):
         assert await vcpus.resize(count) == count

@@ -1,4 +1,4 @@
-"""Machines start from a saved one, each its own from then on; what cannot be used is said to be so."""
+"""Machines start from a saved one and are then independent; an unusable template is reported."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def one_byte_of_state_off(directory: Path) -> None:
 
 
 def gibberish(directory: Path) -> None:
-    """A state whose checksum is right, but of which QEMU makes nothing."""
+    """A state with a valid checksum that QEMU cannot load."""
     state = (directory / "state").read_bytes()
     broken = bytes(len(state) // 2) + state[len(state) // 2 :]
     (directory / "state").write_bytes(broken)

@@ -1,4 +1,4 @@
-"""What keeps a virtual machine from starting is named in one line, soon, and nothing is left."""
+"""A failed start of a virtual machine is explained in one line, soon, and leaves nothing behind."""
 
 from __future__ import annotations
 

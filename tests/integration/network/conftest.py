@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def outside() -> Iterator[Space]:
-    """What the pod's cables lead to."""
+    """The other end of the pod's cables."""
     with new_space() as space:
         yield space
 

@@ -37,7 +37,7 @@ HOST_NUMBER = HOST.stat().st_ino
 
 
 class Machine:
-    """What the network is given to: it keeps what it is told, and refuses what it is told to refuse."""
+    """A stand-in for the machine: it records calls, and refuses those that a test names."""
 
     def __init__(self) -> None:
         self.cards: dict[str, Nic] = {}
@@ -133,7 +133,7 @@ async def test_the_machine_gets_a_card_for_the_interface_and_the_guest_its_confi
 
 @contextlib.asynccontextmanager
 async def far_end(kind: str, pod: Space, outside: Space) -> AsyncIterator[tuple[int, int]]:
-    """Give the pod one interface, and open what is at the other end of it.
+    """Give the pod one interface, and open its other end.
 
     :returns: a descriptor to read and write frames, and how many bytes precede each.
     """

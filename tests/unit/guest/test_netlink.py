@@ -306,7 +306,7 @@ def test_routes_without_gateway_come_first_and_former_ones_go_before(recorder: R
     routes.update_routes([far, near, old])
     assert recorder.changes == [(add, encoded(near)), (add, encoded(old)), (add, encoded(far))]
     key = rtnetlink.encode_route_key(network._route(old, INDEXES))
-    # It is gone already, with its link: that is no error.
+    # It is gone already, with its link, which is accepted.
     recorder.changes.clear()
     recorder.refused[key] = errno.ESRCH
     routes.update_routes([far, near])

@@ -251,8 +251,8 @@ async def test_a_hook_is_on_record_while_it_runs(
         ({"prestart": ["/a"]}, "hooks.prestart[0]: not an object"),
         ({"prestart": 1}, "hooks: malformed"),
         (["/a"], "hooks: malformed"),
-        ({"createContainer": [{"path": "/a"}]}, "hooks.createContainer: it is to see the container from"),
-        ({"startContainer": [{"path": "/a"}]}, "hooks.startContainer: it is to see the container from"),
+        ({"createContainer": [{"path": "/a"}]}, "hooks.createContainer: it must run inside the container"),
+        ({"startContainer": [{"path": "/a"}]}, "hooks.startContainer: it must run inside the container"),
     ],
     ids=str,
 )

@@ -307,6 +307,6 @@ async def test_a_call_that_waits_for_room_still_has_its_deadline(client: TtrpcCl
 
 async def test_a_connection_without_stream_ids_left_is_given_up(client: TtrpcClient) -> None:
     client._next_stream_id = MAX_STREAM_ID + 2
-    with pytest.raises(Unavailable, match="connect anew"):
+    with pytest.raises(Unavailable, match="connect again"):
         await check(client)
     await client.wait_closed()

@@ -1,0 +1,43 @@
+"""Prose avoids constructions that make a reader stop: this finds those that can be found without a doubt."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PLACES = ("shim", "hypervisor", "guest", "proto", "scripts", "tests", "docs")
+#: "Whoever" and its relatives, and "a name that is no number" instead of "a name that is not a number".
+AVOIDED = re.compile(
+    r"\bwh(?:o|om|at|ich)ever\b|\b(?:that|which|who|what) (?:is|are|was|were) no (?!longer\b|more\b)",
+    re.IGNORECASE,
+)
+
+
+def avoided(text: str) -> list[str]:
+    """Each avoided construction in a text, with the word that follows."""
+    joined = re.sub(r"\n\s*(?:#:?|//)? *", " ", text)
+    return [joined[found.start() : found.end() + 20] for found in AVOIDED.finditer(joined)]
+
+
+@pytest.mark.parametrize(
+    "text", ["whoever asks", "Whatever it is", "a name that is no path", "a file, which\n    # is no link"]
+)
+def test_an_avoided_construction_is_found(text: str) -> None:
+    assert len(avoided(text)) == 1
+
+
+@pytest.mark.parametrize("text", ["there is no file", "a file that is no longer there", "that is not a file"])
+def test_plain_words_are_left_alone(text: str) -> None:
+    assert avoided(text) == []
+
+
+def test_prose_is_plain() -> None:
+    files = [path for place in PLACES for path in (ROOT / place).rglob("*") if path != Path(__file__)]
+    prose = [ROOT / "README.md", *(path for path in files if path.suffix in {".py", ".md", ".proto"})]
+    found = {str(path.relative_to(ROOT)): avoided(path.read_text(encoding="utf-8")) for path in prose}
+
+    assert len(prose) > 500
+    assert {path: words for path, words in found.items() if words} == {}
