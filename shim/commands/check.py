@@ -24,6 +24,7 @@ from shim.agent.oci_namespaces import WantedNamespace
 from shim.errors import FailedPrecondition, Internal
 from shim.host import kernel_limits
 from shim.machine import host_choice, jail
+from shim.machine.cgroup import missing_controllers
 from shim.network import redirect
 from shim.network.namespace import NetworkNamespace
 
@@ -36,8 +37,10 @@ _VERSION_TIMEOUT_S = 10.0
 _CONFINED = "confines"
 _JAIL_REMEDY = (
     "give containerd all capabilities, the ids of [hypervisor] jail_first_id and a kernel with pid, ipc, "
-    "network and mount namespaces and seccomp; [hypervisor] jail says whether that is needed"
+    "network and mount namespaces, seccomp and the memory and pids controllers; [hypervisor] jail says "
+    "whether that is needed"
 )
+_MOUNTINFO = Path("/proc/self/mountinfo")
 _SUPPORTED_MACHINE = "x86_64"
 
 
@@ -151,6 +154,9 @@ async def _jail(config: Config) -> str:
         return "off: set by [hypervisor] jail"
     first = config.hypervisor.jail_first_id
     problem = await jail_problem(Identity(uid=first, gid=first))
+    if problem is None:
+        missing = missing_controllers(await asyncio.to_thread(_MOUNTINFO.read_text, encoding="utf-8"))
+        problem = f"cgroups of the host cannot limit {' and '.join(missing)}" if missing else None
     if problem is None:
         last = first + config.hypervisor.jail_ids - 1
         return f"{_CONFINED} each sandbox as its own user, of ids {first} to {last}"

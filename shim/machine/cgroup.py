@@ -12,12 +12,17 @@ import posixpath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shim.machine import device_access
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from shim.host.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
-_COUNTING = frozenset({"memory", "cpu", "cpuacct", "pids", "blkio"})
+_USED = frozenset({"memory", "cpu", "cpuacct", "pids", "blkio", "devices"})
+_BOUNDING = ("memory", "pids")
 _MOUNTINFO = Path("/proc/self/mountinfo")
 
 OVERHEAD_BYTES = 1 << 30
@@ -48,20 +53,40 @@ def normal_path(wanted: str) -> str:
 
 
 def counting_roots(mountinfo: str) -> list[Path]:
-    """Find the hierarchies that count: those of version 1 with such controllers, or else that of version 2.
+    """Find the hierarchies that count or limit: those of version 1 that do, or else that of version 2.
 
     :param mountinfo: as in proc(5).
     """
-    first, second = [], []
+    first, second = _hierarchies(mountinfo)
+    return [*first] or second[:1]
+
+
+def missing_controllers(mountinfo: str) -> list[str]:
+    """List the controllers that this host lacks to bound a machine.
+
+    :param mountinfo: as in proc(5).
+    :raises OSError: if the hierarchy of version 2 cannot be read.
+    """
+    first, second = _hierarchies(mountinfo)
+    found = set().union(*first.values())
+    if not first and second:
+        found = set((second[0] / "cgroup.controllers").read_text(encoding="ascii").split())
+    return [name for name in _BOUNDING if name not in found]
+
+
+def _hierarchies(mountinfo: str) -> tuple[dict[Path, set[str]], list[Path]]:
+    """Find the hierarchies of version 1 that are used here, with their controllers, and of version 2."""
+    first, second = {}, []
     for line in mountinfo.splitlines():
         fields = line.split()
         separator = fields.index("-")
         point, kind, options = fields[4], fields[separator + 1], fields[separator + 3]
-        if kind == "cgroup" and _COUNTING.intersection(options.split(",")):
-            first.append(Path(point))
+        controllers = set(options.split(","))
+        if kind == "cgroup" and controllers & _USED:
+            first[Path(point)] = controllers
         elif kind == "cgroup2":
             second.append(Path(point))
-    return first or second[:1]
+    return first, second
 
 
 class HostCgroup:
@@ -74,18 +99,20 @@ class HostCgroup:
     def __init__(self, directories: list[Path], *, own: list[Path]) -> None:
         self._directories = directories
         self._own = own
-        self._is_bounded = True
+        self.problem = ""
+        """Why what its processes use is not bounded, if it is not."""
 
     @classmethod
-    def make(cls, wanted: str, *, ledger: Ledger) -> HostCgroup:
+    def make(cls, wanted: str, *, otherwise: str, ledger: Ledger) -> HostCgroup:
         """Make the cgroup; on a host where that is impossible, the sandbox has none.
 
-        :param wanted: ``linux.cgroupsPath``; empty for none.
+        :param wanted: ``linux.cgroupsPath``.
+        :param otherwise: its name if that is empty, below the root.
         :param ledger: where it is written down.
         """
-        path = normal_path(wanted)
+        path = normal_path(wanted) or otherwise
         made, own = [], []
-        for root in counting_roots(_MOUNTINFO.read_text(encoding="utf-8")) if path else []:
+        for root in counting_roots(_MOUNTINFO.read_text(encoding="utf-8")):
             directory = root / path
             try:
                 directory.parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +126,8 @@ class HostCgroup:
                 continue
             made.append(directory)
         cgroup = cls(made, own=own)
+        if not made:
+            cgroup._warn(f"{path}: it could not be made")
         cgroup._limit(_TASK_LIMITS, MOST_TASKS)
         return cgroup
 
@@ -117,6 +146,20 @@ class HostCgroup:
         """
         self._limit(_MEMORY_LIMITS, machine_bytes + OVERHEAD_BYTES)
 
+    def limit_devices(self, allowed: Iterable[device_access.Number]) -> None:
+        """Have its processes open no devices but some.
+
+        :param allowed: the character devices.
+        """
+        allowed = tuple(allowed)
+        try:
+            can = [device_access.limit(directory, allowed) for directory in self._own]
+        except OSError as error:
+            self._warn(f"{error.filename or self._own[0]}: devices: {error.strerror}")
+        else:
+            if self._own and not any(can):
+                self._warn(f"{self._own[0]}: the host has no devices controller there")
+
     def _limit(self, names: tuple[str, ...], value: int) -> None:
         files = [directory / name for directory in self._own for name in names]
         files = [file for file in files if file.exists()]
@@ -129,9 +172,9 @@ class HostCgroup:
             self._warn(f"{self._own[0]}: the host has no {names[0].partition('.')[0]} controller there")
 
     def _warn(self, problem: str) -> None:
-        if self._is_bounded:  # one warning is enough
+        if not self.problem:  # one warning is enough
             log.warning("cgroup: %s; what the machine uses is not bounded there", problem)
-        self._is_bounded = False
+            self.problem = problem
 
 
 def _delegate(root: Path, path: str) -> None:
@@ -140,7 +183,6 @@ def _delegate(root: Path, path: str) -> None:
     for name in (".", *path.split("/")[:-1]):
         parent /= name
         for controller in ("memory", "pids"):
-            with contextlib.suppress(
-                OSError
-            ):  # version 1, or processes in the parent: what is missing is told
+            # Not in version 1, nor where the parent has processes: what is missing is told of later.
+            with contextlib.suppress(OSError):
                 (parent / "cgroup.subtree_control").write_text(f"+{controller}", encoding="ascii")

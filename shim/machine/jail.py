@@ -100,6 +100,17 @@ def without(spec: VmSpec, problem: str, jail: Jail | None) -> VmSpec:
     return dataclasses.replace(spec, jail=None)
 
 
+def refuse_unbounded(problem: str, jail: Jail | None) -> None:
+    """Refuse a machine that could use up the host, if it must be confined.
+
+    :param problem: why it is not bounded; empty if it is.
+    :param jail: what confines it.
+    :raises FailedPrecondition: if it is not to start then.
+    """
+    if problem and jail is not None and jail.is_required:
+        raise FailedPrecondition(f"boot: jail: cgroup: {problem}; {_REMEDY}")
+
+
 def _claim(count: int) -> tuple[int, int]:
     """Lock a byte of the file of numbers that is not locked; return the open file and the byte's offset."""
     private_directory.make(DIRECTORY)

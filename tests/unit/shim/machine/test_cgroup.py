@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shim.machine import cgroup
-from shim.machine.cgroup import HostCgroup, counting_roots, normal_path
+from shim.machine.cgroup import HostCgroup, counting_roots, missing_controllers, normal_path
 
 HYBRID = """\
 31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
@@ -69,3 +69,31 @@ def test_a_host_that_cannot_bound_memory_is_told_of_once(
     bounded.limit_memory(2)
     [line] = [record.getMessage() for record in caplog.records]
     assert line.startswith(f"cgroup: {tmp_path}: the host has no memory controller there")
+
+
+def test_a_host_lacks_the_controllers_that_no_hierarchy_of_version_1_has() -> None:
+    assert missing_controllers(HYBRID) == ["pids"]
+
+
+@pytest.mark.parametrize(("offered", "missing"), [("cpu memory pids\n", []), ("cpu\n", ["memory", "pids"])])
+def test_a_host_lacks_the_controllers_that_version_2_does_not_offer(
+    tmp_path: Path, offered: str, missing: list[str]
+) -> None:
+    (tmp_path / "cgroup.controllers").write_text(offered)
+    assert missing_controllers(UNIFIED.replace("/sys/fs/cgroup", str(tmp_path))) == missing
+
+
+def test_devices_of_version_1_are_first_denied_and_then_allowed(tmp_path: Path) -> None:
+    for name in ("devices.allow", "devices.deny"):
+        (tmp_path / name).touch()
+    bounded = HostCgroup([tmp_path], own=[tmp_path])
+    bounded.limit_devices([(1, 3)])
+    assert (tmp_path / "devices.deny").read_text() == "a"
+    assert (tmp_path / "devices.allow").read_text() == "c 1:3 rw"
+    assert bounded.problem == ""
+
+
+def test_a_host_that_cannot_limit_devices_is_told_of(tmp_path: Path) -> None:
+    bounded = HostCgroup([tmp_path], own=[tmp_path])
+    bounded.limit_devices([])
+    assert bounded.problem == f"{tmp_path}: the host has no devices controller there"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,13 @@ def test_a_machine_that_cannot_be_confined_starts_without_only_if_it_may(
     assert jail.without(spec, "QEMU: seccomp: Invalid argument", liked).jail is None
     assert "QEMU: seccomp: Invalid argument; the sandbox's processes run as root" in caplog.text
     liked.close()
+
+
+def test_a_machine_that_cannot_be_bounded_starts_only_if_it_may() -> None:
+    config = configured(jail_ids=2)
+    with contextlib.closing(taken(config, Accelerator.KVM)) as wanted:
+        jail.refuse_unbounded("", wanted)
+        with pytest.raises(FailedPrecondition, match="boot: jail: cgroup: no memory controller; see what"):
+            jail.refuse_unbounded("no memory controller", wanted)
+    with contextlib.closing(taken(config)) as liked:
+        jail.refuse_unbounded("no memory controller", liked)
