@@ -86,7 +86,7 @@ def processes_in(directory: Path) -> list[str]:
     """The processes whose working directory it is, as a hook's is its bundle."""
     found = []
     for link in Path("/proc").glob("[0-9]*/cwd"):
-        with contextlib.suppress(FileNotFoundError):  # it has ended
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # it has ended, or is not ours
             if link.readlink() == directory:
                 found.append(link.parent.name)
     return found
