@@ -32,6 +32,7 @@ _NAME = "ledger"
 _LONG_BYTES = 1 << 16
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC
 _CGROUP_EMPTY_S, _CGROUP_RETRY_S = 1.0, 0.005
+_LOCK_S, _LOCK_RETRY_S = 0.1, 0.001
 _PID_MAX = 1 << 22  # PID_MAX_LIMIT of the kernel, see proc(5)
 _REDIRECTION = re.compile(r"(/.*) ([0-9]{1,10}) ([0-9]{1,9})", re.DOTALL)
 
@@ -183,12 +184,15 @@ class Ledger:
         return number
 
     def _append(self, line: dict[str, object]) -> None:
+        # Without the lock, a line is lost only if another process shortens the file in this very moment.
         with self._locked(fcntl.LOCK_SH):
             os.write(self._descriptor, json.dumps(line).encode() + b"\n")
 
     def _shorten(self) -> None:
-        """Leave out undone entries and ended containers."""
-        with self._locked(fcntl.LOCK_EX):
+        """Leave out undone entries and ended containers; later if the file is in use."""
+        with self._locked(fcntl.LOCK_EX) as is_locked:
+            if not is_locked:
+                return
             lines: list[dict[str, object]] = [entry.as_dict() for entry in self.entries()]
             lines += ({"created": container} for container in sorted(self.containers()))
             new = f"{self._path}.new"
@@ -200,19 +204,35 @@ class Ledger:
             os.rename(new, self._path)
 
     @contextlib.contextmanager
-    def _locked(self, kind: int) -> Iterator[None]:
-        """Lock the file that has the name now, for a block; it may have been replaced."""
-        fcntl.flock(self._descriptor, kind)
+    def _locked(self, kind: int) -> Iterator[bool]:
+        """Lock the file that has the name now, for a block; it may have been replaced.
+
+        Others hold it for the length of one write, unless they are stopped: the event loop waits here, so it
+        does not wait for them. The block is told whether it has the lock.
+        """
+        is_locked = self._lock(kind)
         with contextlib.suppress(FileNotFoundError):  # undone, and no longer read
             while not os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
                 current = os.open(self._path, _FLAGS)
                 os.close(self._descriptor)
                 self._descriptor = current
-                fcntl.flock(self._descriptor, kind)
+                is_locked = self._lock(kind)
         try:
-            yield
+            yield is_locked
         finally:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def _lock(self, kind: int) -> bool:
+        give_up_at = time.monotonic() + _LOCK_S
+        while True:
+            try:
+                fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > give_up_at:
+                    return False
+                time.sleep(_LOCK_RETRY_S)
+            else:
+                return True
 
     def _lines(self) -> list[dict[str, Any]]:
         content = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)

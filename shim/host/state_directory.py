@@ -5,12 +5,17 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 
 from shim.host import private_directory
 from shim.record import Record
+from shim.refusal import Refusal
 
 _RECORD = "sandbox.json"
 _POINTER = "hako"
+LOCK_TIMEOUT_S = 90.0
+"""Longer than a start may take, which holds the lock until its shim is ready."""
+_RETRY_S = 0.005
 
 
 class StartRecord(Record):
@@ -101,6 +106,7 @@ def lock(state_directory: str) -> int:
 
     :param state_directory: the state directory, which is also the lock; made with mode 0700 if missing.
     :returns: a descriptor that holds the lock until it is closed.
+    :raises Refusal: if it is not our turn in time.
     """
     while True:
         private_directory.make(state_directory)
@@ -116,17 +122,44 @@ def lock_existing(state_directory: str, *, wait: bool = True) -> int | None:
     :param wait: wait until it is our turn. A shim that ends must not: ``start`` holds the lock until the
         shim is ready or dead, and its holder undoes what a dead shim made.
     :returns: a descriptor that holds the lock until it is closed, or nothing.
+    :raises Refusal: if it is not our turn in time.
     """
     try:
         descriptor = os.open(state_directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor, state_directory, timeout_s=LOCK_TIMEOUT_S if wait else 0.0)
         # The holder before us may have removed the directory that we opened.
         if os.path.samestat(os.fstat(descriptor), os.stat(state_directory)):
             return descriptor
     except (BlockingIOError, FileNotFoundError):
         pass
+    except BaseException:
+        os.close(descriptor)
+        raise
     os.close(descriptor)
     return None
+
+
+def _lock(descriptor: int, path: str, *, timeout_s: float) -> None:
+    """Lock a directory.
+
+    :raises BlockingIOError: if it is locked, and there is no time to wait.
+    :raises Refusal: if it is locked for as long as that.
+    """
+    give_up_at = time.monotonic() + timeout_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not timeout_s:
+                raise
+            if time.monotonic() > give_up_at:
+                raise Refusal(
+                    f"lock: {path}: another start or delete has held it for {timeout_s:g} s; "
+                    "find it with `fuser` and end it"
+                ) from None
+            time.sleep(_RETRY_S)
+        else:
+            return

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from shim.host import host_process
+from shim.host import ledger as ledger_module
 from shim.host.host_process import HostProcess
 from shim.host.ledger import Ledger
 from tests.waiting import WITHIN_S
+
+STATE_S = 0.5
+"""Within which containerd is told a state: the event loop waits with the line."""
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -250,3 +256,17 @@ def test_a_cgroup_that_is_briefly_busy_is_removed(
     monkeypatch.setattr(os, "rmdir", busy_at_first)
     assert ledger.undo_all(deadline_s=1) == []
     assert not cgroup.exists()
+
+
+@pytest.mark.parametrize("kind", [fcntl.LOCK_SH, fcntl.LOCK_EX])
+def test_a_process_that_holds_the_lock_for_good_delays_a_line_but_a_moment(
+    ledger: Ledger, state: Path, monkeypatch: pytest.MonkeyPatch, kind: int
+) -> None:
+    monkeypatch.setattr(ledger_module, "_LONG_BYTES", 0)
+    with (state / "ledger").open("rb") as other:
+        fcntl.flock(other, kind)
+        began_s = time.monotonic()
+        ledger.created("one")
+        ledger.deleted("other")  # would shorten the file, too
+        assert time.monotonic() - began_s < STATE_S
+        assert ledger.containers() == {"one"}

@@ -7,7 +7,10 @@ import stat
 import threading
 from typing import TYPE_CHECKING
 
+import pytest
+
 from shim.host import state_directory
+from shim.refusal import Refusal
 from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
@@ -30,6 +33,16 @@ def test_a_held_lock_is_not_waited_for_if_not_asked(tmp_path: Path) -> None:
     again = state_directory.lock_existing(str(tmp_path), wait=False)
     assert again is not None
     os.close(again)
+
+
+def test_a_lock_that_is_held_for_good_is_waited_for_only_so_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_directory, "LOCK_TIMEOUT_S", 0.02)
+    held = state_directory.lock(str(tmp_path))
+    with pytest.raises(Refusal, match="another start or delete has held it"):
+        state_directory.lock(str(tmp_path))
+    os.close(held)
 
 
 def test_a_waiter_locks_the_directory_that_replaced_the_old_one(tmp_path: Path) -> None:
