@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hypervisor.interface import Accelerator, Channel, VmSpec
-from proto.extensions import RAW_STREAM_PORT, RAW_STREAMS_PARAMETER, SERIAL_PORT, SHARE_TAG
+from proto.extensions import (
+    PRIVILEGED_PARAMETER,
+    RAW_STREAM_PORT,
+    RAW_STREAMS_PARAMETER,
+    SERIAL_PORT,
+    SHARE_TAG,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -209,7 +215,7 @@ def kernel_command_line(spec: VmSpec, *, architecture: Architecture) -> str:
     if spec.channel is Channel.VHOST_VSOCK:
         # An agent tells the connections apart by the ports they come from, which only the kernel's vsock
         # shows to both sides.
-        parameters.append(f"{RAW_STREAMS_PARAMETER}{RAW_STREAM_PORT}")
+        parameters += (f"{RAW_STREAMS_PARAMETER}{RAW_STREAM_PORT}", PRIVILEGED_PARAMETER)
     return " ".join((*parameters, *spec.kernel_parameters))
 
 

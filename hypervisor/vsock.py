@@ -56,6 +56,11 @@ _CID_FIRST = 3
 _CID_END = 0xFFFFFFFF
 """The wildcard; a guest cannot have it."""
 _CID_ATTEMPTS = 64
+_ANY_CID = 0xFFFFFFFF
+_PRIVILEGED_PORTS = range(1, 1024)
+"""vsock(7): a process needs CAP_NET_BIND_SERVICE for them. A host has each of them once."""
+_STREAM_PORTS = range(256, 1024)
+"""Those for streams, which have another way if no port is left; the agent has none."""
 
 
 class Spawn(Protocol):
@@ -147,10 +152,12 @@ class KernelVsockChannel(GuestChannel):
 
         :param port: the guest's port.
         :raises NotListeningError: if the guest refuses, or its driver is not up.
+        :raises ChannelError: if no privileged port is free, or may be used.
         """
         stream = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
         try:
             stream.settimeout(0)
+            bind_privileged(stream, _PRIVILEGED_PORTS if port == AGENT_PORT else _STREAM_PORTS)
             await asyncio.get_running_loop().sock_connect(stream, (self._cid, port))
         except OSError as error:
             stream.close()
@@ -159,6 +166,30 @@ class KernelVsockChannel(GuestChannel):
             stream.close()
             raise
         return stream
+
+
+def bind_privileged(stream: socket.socket, ports: range) -> None:
+    """Have a connection come from a privileged port, so that the agent takes it.
+
+    :param stream: a vsock socket.
+    :param ports: which ones may be used.
+    :raises ChannelError: if none is free, or this process may not use them.
+    """
+    first = secrets.randbelow(len(ports))
+    for number in range(len(ports)):
+        try:
+            stream.bind((_ANY_CID, ports[(first + number) % len(ports)]))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise ChannelError(
+                    f"connect guest: vsock port: {error.strerror}; give the shim CAP_NET_BIND_SERVICE"
+                ) from error
+        else:
+            return
+    raise ChannelError(
+        f"connect guest: vsock ports {ports.start} to {ports.stop - 1} are all in use on this host; use "
+        '[hypervisor] channel = "vhost-user-vsock" for some machines'
+    )
 
 
 class UserVsockChannel(GuestChannel):

@@ -26,6 +26,10 @@ RAW_STREAM_PORT = 1027
 #: The port for framed streams: the same in frames, over a vsock that knows no half-closed connection.
 #: Without: streams travel in requests.
 FRAMED_STREAM_PORT = 1028
+#: The kernel parameter of a machine whose agent is reached through the kernel's vsock, which any user of the
+#: host can dial: the agent takes connections from privileged ports (below 1024) only.
+#: Without: any local user of the host reaches the agent.
+PRIVILEGED_PARAMETER = "hako.privileged-ports"
 #: How each line starts that the agent writes to the guest's console. Without: the host shows all lines alike.
 CONSOLE_MARK = "hako-agent: "
 #: The agent writes it to the console once it serves, so that the host dials at the right moment.

@@ -7,7 +7,6 @@ channel need not know half-closed connections, nor deliver bytes after a close.
 
 from __future__ import annotations
 
-import _socket
 import _thread
 import os
 import select
@@ -16,7 +15,7 @@ import struct
 from guest.agent.console import log
 from guest.agent.errors import AgentError
 from guest.agent.ttrpc import Call
-from guest.agent.vsock import ANY_CID
+from guest.agent.vsock import Listener
 from proto.extensions import FRAMED_STREAM_PORT
 
 TYPE_CHECKING = False
@@ -35,21 +34,19 @@ _BUFFER_BYTES = 1 << 18
 """For a frame with its head: four of vsock's largest packets, so that none of them is nearly empty."""
 
 
-def listen(find: Callable[[str], Container]) -> None:
+def listen(find: Callable[[str], Container], command_line: str) -> None:
     """Accept connections, each served by a thread.
 
     :param find: finds a container by its id.
+    :param command_line: the kernel's.
     :raises OSError: if the port is taken.
     """
-    listener = _socket.socket(_socket.AF_VSOCK, _socket.SOCK_STREAM)
-    listener.bind((ANY_CID, FRAMED_STREAM_PORT))
-    listener.listen(16)
-    _thread.start_new_thread(_accept, (listener, find))
+    _thread.start_new_thread(_accept, (Listener(FRAMED_STREAM_PORT, command_line), find))
 
 
-def _accept(listener: _socket.socket, find: Callable[[str], Container]) -> None:
+def _accept(listener: Listener, find: Callable[[str], Container]) -> None:
     while True:
-        fd, _address = listener._accept()  # type: ignore[attr-defined]  # noqa: SLF001  as in vsock
+        fd, _port = listener.accept()
         _thread.start_new_thread(serve, (fd, find))
 
 

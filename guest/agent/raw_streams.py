@@ -7,14 +7,13 @@ the port.
 
 from __future__ import annotations
 
-import _socket
 import _thread
 import os
 
 from guest.agent.console import log
 from guest.agent.errors import AgentError, Cancelled
 from guest.agent.ttrpc import Call
-from guest.agent.vsock import ANY_CID
+from guest.agent.vsock import Listener
 from proto.extensions import RAW_STREAMS_PARAMETER
 
 TYPE_CHECKING = False
@@ -44,15 +43,13 @@ def listen(command_line: str) -> None:
     """
     for parameter in command_line.split():
         if parameter.startswith(RAW_STREAMS_PARAMETER):
-            listener = _socket.socket(_socket.AF_VSOCK, _socket.SOCK_STREAM)
-            listener.bind((ANY_CID, int(parameter.removeprefix(RAW_STREAMS_PARAMETER))))
-            listener.listen(16)
+            listener = Listener(int(parameter.removeprefix(RAW_STREAMS_PARAMETER)), command_line)
             _thread.start_new_thread(_accept, (listener,))
 
 
-def _accept(listener: _socket.socket) -> None:
+def _accept(listener: Listener) -> None:
     while True:
-        fd, (_cid, port) = listener._accept()  # type: ignore[attr-defined]  # noqa: SLF001  as in vsock
+        fd, port = listener.accept()
         arrive(port, fd)
 
 

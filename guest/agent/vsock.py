@@ -1,4 +1,4 @@
-"""The agent's vsock listener: as many connections as the host likes."""
+"""The agent's vsock listeners: as many connections as the host likes, and none from anybody else."""
 
 from __future__ import annotations
 
@@ -7,14 +7,49 @@ import _thread
 import os
 
 from guest.agent import workers
+from guest.agent.console import log
 from guest.agent.ttrpc import Connection
-from proto.extensions import AGENT_PORT
+from proto.extensions import AGENT_PORT, PRIVILEGED_PARAMETER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from guest.agent.ttrpc import Server
 
-ANY_CID = 0xFFFFFFFF
+_ANY_CID = 0xFFFFFFFF
+_HOST_CID = 2
+_PRIVILEGED_END = 1024  # vsock(7): a process needs CAP_NET_BIND_SERVICE for a port below
+
+
+class Listener:
+    """A port that only the host can connect to; a container could reach it through the guest's loopback.
+
+    :param port: the port.
+    :param command_line: the kernel's, which may say that unprivileged users of the host can connect, too.
+    :raises OSError: if the kernel has no vsock, or the port is taken.
+    """
+
+    def __init__(self, port: int, command_line: str) -> None:
+        self._port = port
+        self._ports_end = _PRIVILEGED_END if PRIVILEGED_PARAMETER in command_line.split() else _ANY_CID
+        self._socket = _socket.socket(_socket.AF_VSOCK, _socket.SOCK_STREAM)
+        self._socket.bind((_ANY_CID, port))
+        self._socket.listen(16)
+        self._refused = False
+
+    def accept(self) -> tuple[int, int]:
+        """Wait for a connection of the host's; others are closed.
+
+        :returns: its descriptor, the caller's to close, and the port that it comes from.
+        """
+        while True:
+            # That of the base class of socket.socket: the guest has no other.
+            fd, (cid, port) = self._socket._accept()  # type: ignore[attr-defined]  # noqa: SLF001
+            if cid == _HOST_CID and port < self._ports_end:
+                return fd, port
+            os.close(fd)
+            if not self._refused:  # once: who is refused may try again without an end
+                self._refused = True
+                log(f"vsock: port {self._port}: refused a connection from CID {cid}, port {port}")
 
 
 class _Stream:
@@ -37,21 +72,19 @@ class _Stream:
         os.close(self._fd)
 
 
-def listen(server: Server) -> None:
+def listen(server: Server, command_line: str) -> None:
     """Accept connections on the agent's port, each served by a thread.
 
     :param server: the services on offer.
+    :param command_line: the kernel's.
     :raises OSError: if the kernel has no vsock, or the port is taken.
     """
-    listener = _socket.socket(_socket.AF_VSOCK, _socket.SOCK_STREAM)
-    listener.bind((ANY_CID, AGENT_PORT))
-    listener.listen(16)
-    _thread.start_new_thread(_accept, (listener, server))
+    _thread.start_new_thread(_accept, (Listener(AGENT_PORT, command_line), server))
 
 
-def _accept(listener: _socket.socket, server: Server) -> None:
+def _accept(listener: Listener, server: Server) -> None:
     while True:
-        fd, _address = listener._accept()  # type: ignore[attr-defined]  # noqa: SLF001  the base class of socket.socket
+        fd, _port = listener.accept()
         _serve(_Stream(fd), server)
 
 

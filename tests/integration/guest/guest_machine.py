@@ -10,6 +10,7 @@ import subprocess
 import time
 from typing import TYPE_CHECKING
 
+from proto.extensions import PRIVILEGED_PARAMETER
 from proto.kata import agent_pb2, health_pb2, oci_pb2
 from tests import host_settings
 from tests.integration.guest.agent_client import AgentClient
@@ -67,10 +68,17 @@ class GuestMachine:
     :param image: directory of the image to boot.
     :param channel: ``serial`` or ``vsock``.
     :param network_namespace: that in which QEMU runs; None for the test's own.
+    :param kernel_parameters: more of the guest's; with one that keeps this client out, nothing is connected.
     """
 
     def __init__(
-        self, directory: Path, image: Path, *, channel: str, network_namespace: Path | None = None
+        self,
+        directory: Path,
+        image: Path,
+        *,
+        channel: str,
+        network_namespace: Path | None = None,
+        kernel_parameters: str = "",
     ) -> None:
         self.share = directory / "share"
         self.share.mkdir()
@@ -78,6 +86,8 @@ class GuestMachine:
         self._agent_socket = directory / "agent.sock"
         self._qmp_socket = directory / "qmp.sock"
         self._channel = channel
+        self._kernel_line = f"{KERNEL_LINE} {kernel_parameters}"
+        self._is_let_in = PRIVILEGED_PARAMETER not in kernel_parameters
         self._inside = ("nsenter", f"--net={network_namespace}") if network_namespace else ()
         self._stack = contextlib.ExitStack()
         self.client: AgentClient
@@ -113,7 +123,14 @@ class GuestMachine:
             *("-cpu", "host" if ACCELERATOR == "kvm" else "max", "-m", "512"),
             *["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"],
             *("-object", "memory-backend-memfd,id=ram,size=512M,share=on"),
-            *("-kernel", str(image / "vmlinux"), "-initrd", str(image / "initrd"), "-append", KERNEL_LINE),
+            *(
+                "-kernel",
+                str(image / "vmlinux"),
+                "-initrd",
+                str(image / "initrd"),
+                "-append",
+                self._kernel_line,
+            ),
             *("-device", "virtio-serial-pci", "-chardev", f"file,id=console,path={self.console}"),
             *("-device", "virtconsole,chardev=console"),
             *channel,
@@ -127,6 +144,9 @@ class GuestMachine:
             ),
         )
         self._await(self._agent_socket, self.qemu)
+        if not self._is_let_in:
+            self.await_line(SERVING)
+            return
         self.client = self.connect()
         self.client.call("Check", health_pb2.CheckRequest(), service="grpc.Health", timeout_s=BOOT_TIMEOUT_S)
 
@@ -158,6 +178,25 @@ class GuestMachine:
         client = AgentClient(connection)
         self._stack.callback(client.close)
         return client
+
+    def await_line(self, text: str) -> None:
+        """Wait until the console shows a text."""
+        deadline = time.monotonic() + BOOT_TIMEOUT_S
+        while text not in (said := self.console.read_text() if self.console.exists() else ""):
+            assert time.monotonic() < deadline, f"the console does not show {text!r}: {said}"
+            time.sleep(0.02)
+
+    def knock(self, port: int, *, until: str) -> None:
+        """Connect to a port, each time from another, until the console shows a text."""
+        deadline = time.monotonic() + BOOT_TIMEOUT_S
+        while until not in (said := self.console.read_text()):
+            assert time.monotonic() < deadline, f"the console does not show {until!r}: {said}"
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(1)
+                connection.connect(str(self._agent_socket))
+                connection.sendall(f"CONNECT {port}\n".encode())
+                with contextlib.suppress(ConnectionError, TimeoutError):
+                    connection.recv(64)
 
     def _serves(self) -> bool:
         return self.console.exists() and SERVING in self.console.read_text()

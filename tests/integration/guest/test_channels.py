@@ -6,6 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from proto.extensions import (
+    AGENT_PORT,
+    FRAMED_STREAM_PORT,
+    PRIVILEGED_PARAMETER,
+    RAW_STREAM_PORT,
+    RAW_STREAMS_PARAMETER,
+)
 from proto.kata import agent_pb2, health_pb2
 from tests.integration.guest.agent_client import StatusError
 from tests.integration.guest.conftest import IMAGE, Life
@@ -13,6 +20,7 @@ from tests.integration.guest.guest_machine import GuestMachine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +42,19 @@ def test_container_life_over_vsock(vsock_machine: GuestMachine) -> None:
     assert container.read_all() == b"through vsock"
     assert container.wait() == 3
     container.remove()
+
+
+def test_unprivileged_ports_are_refused_on_each_listener_where_the_command_line_says_so(
+    tmp_path: Path,
+) -> None:
+    """The daemon's connections soon come from such ports, as unprivileged users' do over vhost-vsock."""
+    parameters = f"{PRIVILEGED_PARAMETER} {RAW_STREAMS_PARAMETER}{RAW_STREAM_PORT}"
+    machine = GuestMachine(tmp_path, IMAGE, channel="vsock", kernel_parameters=parameters)
+    try:
+        for port in (AGENT_PORT, RAW_STREAM_PORT, FRAMED_STREAM_PORT):
+            machine.knock(port, until=f"vsock: port {port}: refused a connection from CID 2")
+    finally:
+        machine.close()
 
 
 def test_vsock_serves_many_connections(vsock_machine: GuestMachine) -> None:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from unittest.mock import Mock
 
 import pytest
 
 from hypervisor import Channel, ChannelError, VmStartError, channel_problem
-from hypervisor.vsock import NotListeningError, SerialChannel, UserVsockChannel, make_channel
+from hypervisor.vsock import (
+    NotListeningError,
+    SerialChannel,
+    UserVsockChannel,
+    bind_privileged,
+    make_channel,
+)
 from proto.extensions import AGENT_PORT
 
 if TYPE_CHECKING:
@@ -45,6 +52,38 @@ async def test_virtio_serial_carries_one_connection_to_the_agents_port() -> None
             assert stream.getblocking() is False
         with pytest.raises(ChannelError, match="one connection only"):
             await channel.dial(AGENT_PORT)
+
+
+class Binding:
+    """A socket that finds some ports in use, or may use none."""
+
+    def __init__(self, *, taken: Iterable[int] = (), error: int = errno.EADDRINUSE) -> None:
+        self.bound = 0
+        self._taken = set(taken)
+        self._error = error
+
+    def bind(self, address: tuple[int, int]) -> None:
+        if address[1] in self._taken:
+            raise OSError(self._error, os.strerror(self._error))
+        self.bound = address[1]
+
+
+def test_a_connection_comes_from_a_privileged_port_that_is_free() -> None:
+    stream = Binding(taken=set(range(1, 1024)) - {700})
+    bind_privileged(cast("socket.socket", stream), range(1, 1024))
+    assert stream.bound == 700
+
+
+def test_a_host_without_free_privileged_ports_is_told() -> None:
+    stream = Binding(taken=range(1024))
+    with pytest.raises(ChannelError, match="vsock ports 1 to 1023 are all in use"):
+        bind_privileged(cast("socket.socket", stream), range(1, 1024))
+
+
+def test_a_shim_that_may_not_use_privileged_ports_is_told() -> None:
+    stream = Binding(taken=range(1024), error=errno.EACCES)
+    with pytest.raises(ChannelError, match="give the shim CAP_NET_BIND_SERVICE"):
+        bind_privileged(cast("socket.socket", stream), range(1, 1024))
 
 
 def test_a_vsock_daemon_that_was_not_given_is_named(make_spec: Callable[..., VmSpec]) -> None:
