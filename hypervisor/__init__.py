@@ -23,6 +23,7 @@ from hypervisor.interface import (
     Hypervisor,
     Identity,
     Nic,
+    VmProcess,
     VmSpec,
 )
 from hypervisor.kvm_host import weaknesses
@@ -56,6 +57,7 @@ __all__ = [
     "TemplateError",
     "TemplateLateError",
     "Verdict",
+    "VmProcess",
     "VmSpec",
     "VmStartError",
     "channel_problem",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from typing import TYPE_CHECKING
 
 from hypervisor.allowance import Allowance
@@ -20,6 +21,10 @@ _BYTES_AT_ONCE, _BYTES_PER_S = 1024 * 1024, 1024 * 1024
 _PAUSE_S = 0.1
 _LAST_READS = 16
 """Several times what the socket holds."""
+_TIMES_BYTES = 256 * 1024
+_TIMES_APART_S = 0.1
+TIMES_SUFFIX = ".times"
+"""Of the file beside the log that says when output came: a line `OFFSET SECONDS`, ten per second at most."""
 
 
 class Console:
@@ -29,13 +34,16 @@ class Console:
     event. Of a guest that writes more than 1 MiB in a second, and goes on, 1 MiB per second is read; QEMU
     drops the rest.
 
-    :param log: the file that keeps a copy; it never grows over 1 MiB, and always holds the newest output.
+    :param log: the file that keeps a copy; it never grows over 1 MiB, and always holds the newest output. The
+        times of its parts go into a file beside it.
     :param handover: closes QEMU's end of the socket once QEMU has inherited it.
     :raises OSError: if the file cannot be made.
     """
 
     def __init__(self, log: Path, *, handover: ExitStack) -> None:
         self._log = log.open("wb", buffering=0)
+        self._times = log.with_suffix(TIMES_SUFFIX).open("wb", buffering=0)
+        self._noted_at_s = 0.0
         self._stream, qemu_end = socket.socketpair()
         handover.enter_context(qemu_end)
         self.qemu_fd = qemu_end.fileno()
@@ -66,6 +74,7 @@ class Console:
         self._loop.remove_reader(self._stream)
         self._stream.close()
         self._log.close()
+        self._times.close()
 
     def _read(self) -> None:
         if not self._allowance.take(self._take()):
@@ -89,11 +98,21 @@ class Console:
             return 0
         self._tail += chunk
         del self._tail[:-_TAIL_BYTES]
-        if self._log.tell() + len(chunk) > _FILE_BYTES:
-            self._log.seek(0)
-            self._log.truncate()
+        if self._log.tell() + len(chunk) > _FILE_BYTES or self._times.tell() > _TIMES_BYTES:
+            for file in (self._log, self._times):
+                file.seek(0)
+                file.truncate()
+            self._noted_at_s = 0.0
+            self._note_time()
             self._log.write(self._tail)
         else:
+            self._note_time()
             self._log.write(chunk)
         self.grew.set()
         return len(chunk)
+
+    def _note_time(self) -> None:
+        now_s = time.time()
+        if not 0 <= now_s - self._noted_at_s < _TIMES_APART_S:
+            self._times.write(f"{self._log.tell()} {now_s:.3f}\n".encode())
+            self._noted_at_s = now_s

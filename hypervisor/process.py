@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 from pathlib import Path
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
     from hypervisor.confinement import Confinement
 
+log = logging.getLogger("hypervisor.output")
+
 _OUTPUT_LIMIT = 64 * 1024
+_LOGGED_LINES = 1000  # of a process: one that an attacker has taken over may flood its output
 _CAUSE_LINES = 3
 LINE_LIMIT = 400
 """Characters of a line that is shown."""
@@ -56,6 +60,7 @@ class ChildProcess:
         self._pidfd = os.pidfd_open(pid)
         self._output_fd = output
         self._output = bytearray()
+        self._lines_to_log = _LOGGED_LINES
         self.workers: list[ChildProcess] = []
         """The processes that this one has forked, as ``adopt_workers`` found them."""
         self.exited: asyncio.Future[ExitStatus] = self._loop.create_future()
@@ -236,6 +241,14 @@ class ChildProcess:
             self._close_output()
         self._output += chunk
         del self._output[:-_OUTPUT_LIMIT]
+        self._log_output(chunk)
+
+    def _log_output(self, chunk: bytes) -> None:
+        for line in chunk.decode(errors="replace").splitlines()[: self._lines_to_log]:
+            self._lines_to_log -= 1
+            log.debug("%s: %s", self.name, printable(line, limit=LINE_LIMIT))
+            if not self._lines_to_log:
+                log.debug("%s: goes on; its further output is not logged", self.name)
 
     def _close_output(self) -> None:
         if self._output_fd is not None:

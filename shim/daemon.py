@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,9 +33,12 @@ from shim.telemetry.log import configure
 from shim.transport.dispatch import Dispatch
 from shim.transport.grpc_on_demand import serve_grpc_on_demand
 from shim.transport.ttrpc_server import TtrpcServer
+from shim.version import version
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from google.protobuf.descriptor import ServiceDescriptor
 
     from shim.config import Config
     from shim.host.state_directory import StartRecord
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MANAGEMENT = "hako.management.v1.Management"
 REPLIES_TIMEOUT_S = 3.0  # for answers in flight at the end; no new request is accepted then
 EVENTS_TIMEOUT_S = 5.0  # containerd's own shims give the last events as long
 UNDO_TIMEOUT_S = 3.0  # for killed processes to be gone; below containerd's 5 s for `delete`
@@ -56,7 +61,8 @@ def run(record: StartRecord, socket_descriptor: int | None, ready: Callable[[], 
     """
     with timeline.phase("configuration, mount namespace", lane=timeline.SHIM):
         settings = parse(ConfigText(text=record.config_text, source=record.config_source))
-        configure("debug" if record.debug else settings.shim.log_level)
+        level = "debug" if record.debug else settings.shim.log_level
+        configure(level, kept_in=Path(record.state_directory))
         host_mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)  # for hooks to run in
         mounts.enter_private_namespace()
     listener = None if socket_descriptor is None else socket.socket(fileno=socket_descriptor)
@@ -98,7 +104,8 @@ async def _serve(
             found = _pod_of(Path(record.bundle), record.id)
             if found is not None:  # otherwise CreateSandbox describes it
                 sandbox.start(found)
-            dispatch = _dispatch(sandbox, containers)
+            management = partial(_management, context, machine, sandbox, containers, over)
+            dispatch = _dispatch(sandbox, containers, management=management)
             await _serve_until(over, dispatch, record, listener=listener, ready=ready)
             await containers.stop()
             await publisher.drain(timeout_s=EVENTS_TIMEOUT_S)
@@ -117,7 +124,9 @@ def _pod_of(bundle: Path, sandbox_id: str) -> PodSpec | None:
         return pod.from_oci({})
 
 
-def _dispatch(sandbox: Sandbox, containers: Containers) -> Dispatch:
+def _dispatch(
+    sandbox: Sandbox, containers: Containers, *, management: Callable[[], tuple[ServiceDescriptor, object]]
+) -> Dispatch:
     task = TaskService(sandbox, containers)
     return Dispatch(
         [
@@ -127,8 +136,26 @@ def _dispatch(sandbox: Sandbox, containers: Containers) -> Dispatch:
                 sandbox_v1_pb2.DESCRIPTOR.services_by_name["Sandbox"],
                 SandboxService(sandbox, containers),
             ),
-        ]
+        ],
+        late={MANAGEMENT: management},
     )
+
+
+def _management(
+    context: Context, machine: Machine, sandbox: Sandbox, containers: Containers, over: asyncio.Event
+) -> tuple[ServiceDescriptor, object]:
+    """Make what operators' tools ask."""
+    from shim.services import management  # noqa: PLC0415 - nothing else needs it, and a zygote has it
+
+    service = management.ManagementService(
+        context.record,
+        machine=machine,
+        sandbox=sandbox,
+        containers=containers,
+        feed=context.publisher.feed,
+        over=over,
+    )
+    return management.SERVICE, service
 
 
 async def _serve_until(
@@ -153,6 +180,7 @@ async def _serve_until(
 
                 await stack.enter_async_context(serve_grpc(dispatch, Path(record.socket_path)))
         ready()
+        version()  # before another one can be installed
         await over.wait()
         if listener is not None:
             await server.drain(REPLIES_TIMEOUT_S)

@@ -109,7 +109,11 @@ def _warm() -> None:
     from shim import daemon  # noqa: F401, PLC0415 - as above
     from shim.bootstrap import delete, start  # noqa: F401, PLC0415 - importing them is the point
     from shim.host import kernel  # noqa: F401, PLC0415 - as above
+    from shim.services import management  # noqa: F401, PLC0415 - shims that are asked share it
     from shim.transport import grpc_server  # noqa: F401, PLC0415 - as above
+    from shim.version import version  # noqa: PLC0415 - as above
+
+    version()  # its shims tell this one, too, when another has been installed
 
     # All objects that exist by now stay: if the collector does not look at them, it does not write to their
     # memory, which would end the sharing.

@@ -47,7 +47,7 @@ from shim.telemetry import postmortem, timeline
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from hypervisor import Identity, VmSpec
+    from hypervisor import Identity, VmProcess, VmSpec
     from shim.config import Config
     from shim.host.ledger import Ledger
     from shim.machine.host_choice import HostChoice
@@ -69,12 +69,16 @@ _LOAD_TIMES = 10  # as many times longer its load may take; each of its steps ha
 class _Started:
     """A virtual machine whose agent has answered.
 
-    :param size: its current size; a clone may be smaller than wanted.
+    :param spec: what it was made after: what it has; a clone may have less than it is to have.
     """
 
     vm: QemuHypervisor
     agent: Agent
-    size: Size
+    spec: VmSpec
+
+    @property
+    def size(self) -> Size:
+        return Size(vcpus=self.spec.vcpus, memory_bytes=self.spec.memory_bytes)
 
 
 class Machine:
@@ -108,6 +112,10 @@ class Machine:
         for share in (self.share, self._guest_share):
             unmount = functools.partial(mounts.unmount, share)
             self._undo.push_async_callback(mounts.run_to_the_end, unmount)
+
+    def processes(self) -> list[VmProcess]:
+        """List its processes on the host."""
+        return [process for vm in self._attempts[-1:] for process in vm.processes()]
 
     def share_daemons(self) -> list[int]:
         """List the processes of the virtio-fs daemon, which has a mount namespace of its own."""
@@ -165,8 +173,8 @@ class Machine:
             agent=started.agent,
             network=network,
             resizer=Resizer(started.vm, sizes, size=started.size, limit_memory=self._cgroup.limit_memory),
-            accelerator=choice.accelerator,
-            channel=choice.channel,
+            spec=started.spec,
+            template_key=template.key if template and started.spec.template else "",
             began_s=began_s,
             given_up=self._given_up,
         )
@@ -341,7 +349,7 @@ class Machine:
             # A clone that took longer than its time did so because it had no processor.
             left_to_answer_s = timeout_s if is_clone else left_s()
             agent = await Agent.over(connection, timeout_s=left_to_answer_s, is_clone=is_clone)
-        return _Started(vm, agent, Size(vcpus=spec.vcpus, memory_bytes=spec.memory_bytes))
+        return _Started(vm, agent, spec)
 
     async def _set_up(self, started: _Started, pod: PodSpec, network: Network) -> None:
         """Tell the guest about its pod, and give it its network cards."""

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from proto.cri.pod_pb2 import PodSandboxConfig
 from shim.agent import shared_memory
 from shim.agent.guest_paths import SHM_BYTES
-from shim.annotations import KIND, POD
+from shim.annotations import KIND, POD, POD_NAME, POD_NAMESPACE, POD_UID
 from shim.errors import InvalidArgument
 from shim.machine.limits import NO_LIMITS, Limits, annotated_limits, limits_of, limits_of_pod
 
@@ -188,10 +188,18 @@ def from_request(options: AnyMessage, *, sandbox_id: str, network_namespace: str
         ),
         oci={
             "hostname": config.hostname,
-            "annotations": dict(config.annotations),
+            "annotations": {**config.annotations, **_names(config)},
             "linux": {"namespaces": namespaces},
         },
     )
+
+
+def _names(config: PodSandboxConfig) -> dict[str, str]:
+    """Return the pod's names as the annotations that containerd gives its containers."""
+    if not config.HasField("metadata"):
+        return {}
+    metadata = config.metadata
+    return {POD_NAME: metadata.name, POD_NAMESPACE: metadata.namespace, POD_UID: metadata.uid}
 
 
 def write_files(pod: PodSpec, directory: Path) -> None:

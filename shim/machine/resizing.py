@@ -43,6 +43,11 @@ class Resizer:
         self._pinned: tuple[frozenset[int], int] = (frozenset(), size.vcpus)
         self._lock = asyncio.Lock()
 
+    @property
+    def size(self) -> Size:
+        """What the machine has now."""
+        return self._size
+
     async def grow(self, agent: Agent, live: Iterable[Limits]) -> None:
         """Make the machine large enough.
 

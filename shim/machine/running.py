@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from contextlib import AbstractAsyncContextManager
 
-    from hypervisor import Accelerator, Hypervisor
+    from hypervisor import Hypervisor, VmSpec
     from shim.agent.client import Agent
     from shim.agent.guest_streams import GuestStreams
     from shim.machine.limits import Limits
     from shim.machine.resizing import Resizer
+    from shim.machine.sizing import Size
     from shim.network.network import Network
+    from shim.network.plan import Endpoint
 
 
 class RunningMachine:
@@ -33,8 +35,8 @@ class RunningMachine:
     :param agent: its agent, which has answered.
     :param network: its network, which is attached.
     :param resizer: changes its size.
-    :param accelerator: how its instructions are run.
-    :param channel: how the agent is reached.
+    :param spec: what it was made after.
+    :param template_key: of the template that it was cloned from; empty if it booted.
     :param began_s: when its boot began, in seconds of ``time.monotonic()``.
     :param given_up: set once the machine should end.
     """
@@ -46,27 +48,38 @@ class RunningMachine:
         agent: Agent,
         network: Network,
         resizer: Resizer,
-        accelerator: Accelerator,
-        channel: Channel,
+        spec: VmSpec,
+        template_key: str,
         began_s: float,
         given_up: asyncio.Event,
     ) -> None:
         self.vm = vm
         self.agent = agent
+        self.spec = spec
+        self.template_key = template_key
         self._network = network
         self._resizer = resizer
-        self._accelerator = accelerator
         self._began_s = began_s
         self._given_up = given_up
-        self._takes_raw_streams = channel is Channel.VHOST_VSOCK
-        self._takes_long_streams = channel is Channel.VHOST_USER_VSOCK and agent.frames_streams
+        self._takes_raw_streams = spec.channel is Channel.VHOST_VSOCK
+        self._takes_long_streams = spec.channel is Channel.VHOST_USER_VSOCK and agent.frames_streams
+
+    @property
+    def size(self) -> Size:
+        """What it has now."""
+        return self._resizer.size
+
+    @property
+    def endpoints(self) -> list[Endpoint]:
+        """The interfaces of its network namespace that it has as cards."""
+        return self._network.endpoints
 
     def turn(self, *, lane: str) -> AbstractAsyncContextManager[None]:
         """Do the block when the host has a processor for it; see :func:`shim.machine.turns.turn_of`.
 
         :param lane: of the timeline, where the wait is noted.
         """
-        return turns.turn_of(self._accelerator, lane=lane, given_up=self._given_up)
+        return turns.turn_of(self.spec.accelerator, lane=lane, given_up=self._given_up)
 
     async def open_guest_streams(self, *, terminal: bool, container_id: str, exec_id: str) -> GuestStreams:
         """Choose how the streams of a process about to be made travel.

@@ -105,6 +105,11 @@ class Network:
         """The path at which the machine's process enters the namespace."""
         return self._namespace.path
 
+    @property
+    def endpoints(self) -> list[Endpoint]:
+        """The interfaces that are connected to the machine."""
+        return [each.endpoint for each in self._connections.values()]
+
     async def prepare(self) -> None:
         """Read the namespace and connect each interface to a tap; the machine may boot at the same time.
 

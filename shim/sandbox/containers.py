@@ -56,7 +56,8 @@ class Containers:
         self._sandbox = sandbox
         self._ledger = context.ledger
         self._leave = context.leave
-        self._all: dict[str, Container] = {}
+        #: Every container by its id, also one that is being created.
+        self.all: dict[str, Container] = {}
         self._volumes = volumes
         #: Version 3 of the shim protocol: containerd creates further containers without a ``start``.
         self._is_joined_without_start = context.record.version >= 3
@@ -69,11 +70,11 @@ class Containers:
     @property
     def is_needed(self) -> bool:
         """Whether containerd has a container in the sandbox, or holds it by its sandbox service."""
-        return bool(self._all) or self._sandbox.is_held
+        return bool(self.all) or self._sandbox.is_held
 
     def has_other_uses(self, container_id: str) -> bool:
         """Tell whether the machine serves another container, or containerd's sandbox service."""
-        return self._sandbox.is_held or any(other != container_id for other in self._all)
+        return self._sandbox.is_held or any(other != container_id for other in self.all)
 
     async def create(
         self, container_id: str, *, bundle: Path, rootfs: Iterable[Mount], stdio: Stdio
@@ -85,10 +86,10 @@ class Containers:
         """
         if self._sandbox.state is Life.AWAITED:
             raise FailedPrecondition(f"create: container {container_id}: its sandbox is not created yet")
-        if container_id in self._all:
+        if container_id in self.all:
             raise AlreadyExists(f"create: container {container_id}: already exists")
         container = self._new(container_id, bundle=bundle, stdio=stdio)
-        self._all[container_id] = container
+        self.all[container_id] = container
         self._ledger.created(container_id)
         try:
             if self._is_joined_without_start:
@@ -146,13 +147,13 @@ class Containers:
         :raises NotFound: if there is none.
         """
         try:
-            return self._all[container_id]
+            return self.all[container_id]
         except KeyError:
             raise NotFound(f"container {container_id}: not found") from None
 
     def has(self, container_id: str) -> bool:
         """Tell whether a container has been created, or is being created."""
-        return container_id in self._all
+        return container_id in self.all
 
     async def delete(self, container_id: str, *, exec_id: str = "") -> None:
         """Remove a container that has ended or one of its execs, even if the caller goes away.
@@ -174,9 +175,9 @@ class Containers:
 
     def forget(self, container_id: str) -> None:
         """Let go of a container: nothing of it is left, or its creation failed."""
-        self._all.pop(container_id, None)
+        self.all.pop(container_id, None)
         self._ledger.deleted(container_id)
-        if self._all:  # the machine of the last one goes as a whole
+        if self.all:  # the machine of the last one goes as a whole
             self._sandbox.work.spawn(self._shrink_if_alive(), name="shrink")
         else:
             asyncio.get_running_loop().call_later(DESERTED_S, self._leave_if_deserted)
@@ -240,7 +241,7 @@ class Containers:
             self._leave()
 
     def _guests(self) -> list[GuestContainer]:
-        return [one for one in self._all.values() if isinstance(one, GuestContainer)]
+        return [one for one in self.all.values() if isinstance(one, GuestContainer)]
 
     def _live_limits(self) -> list[Limits]:
         live = {one.id: one.limits for one in self._guests() if not one.init.exited.is_set()}
@@ -268,7 +269,7 @@ class Containers:
         try:
             while True:
                 container_id = guest_names.container_id(await running.agent.next_oom())
-                if container_id in self._all:
+                if container_id in self.all:
                     self._sandbox.publish(*task_events.out_of_memory(container_id))
                 await allowance.wait()
         except ShimError as error:
@@ -281,7 +282,7 @@ class Containers:
         """
         while True:
             await running.network_changed()
-            if all(one.init.exited.is_set() for one in self._all.values()):
+            if all(one.init.exited.is_set() for one in self.all.values()):
                 continue
             try:
                 await running.follow_network()
@@ -290,7 +291,7 @@ class Containers:
 
     async def _deliver_last_outputs(self) -> None:
         """Give the clients what ended processes wrote: it is lost with the machine."""
-        processes = [each for one in self._all.values() for each in (one.init, *one.execs.values())]
+        processes = [each for one in self.all.values() for each in (one.init, *one.execs.values())]
         exits = [each.exited.wait() for each in processes if each.ended.is_set() and not each.exited.is_set()]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_OUTPUTS_TIMEOUT_S):

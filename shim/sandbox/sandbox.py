@@ -28,6 +28,7 @@ from shim.host.host_process import STATUS_KILLED
 from shim.machine import clock, pod_annotations
 from shim.machine.pod import from_oci, with_files, with_sysctls, write_files
 from shim.sandbox.life import OVER, Happening, Life, following
+from shim.telemetry import event_feed
 from shim.telemetry.timeline_files import SandboxTimeline
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class Sandbox:
         self.ended_at_s: float | None = None
         self._context = context
         self._machine = machine
-        self._pod = from_oci({})
+        #: What the machine is for.
+        self.pod = from_oci({})
         self._files = context.directory / "etc"
         #: Ends the task of the machine's life, once there is one.
         self._begun = contextlib.AsyncExitStack()
@@ -116,7 +118,7 @@ class Sandbox:
         :raises FailedPrecondition: if it was started before, or should end.
         """
         self._apply(Happening.START)
-        self._pod = pod
+        self.pod = pod
         self._begun.push_async_callback(_cancelled, self.work.run(self._live(pod), name="sandbox"))
 
     def hold(self, pod: PodSpec) -> None:
@@ -158,8 +160,8 @@ class Sandbox:
         """
         with refusing_malformed("config.json"):
             spec = kernel_limits.announce(spec, kernel_limits.raised())
-            if self._pod.sysctls:
-                spec = with_sysctls(spec, self._pod.sysctls)
+            if self.pod.sysctls:
+                spec = with_sysctls(spec, self.pod.sysctls)
             if self.is_held:
                 spec = with_files(spec, self._files, sandbox_id=self.id)
         return spec
@@ -171,7 +173,7 @@ class Sandbox:
         """
         config = self._context.config
         wanted = pod_annotations.applied(config, spec, phase="create")
-        if wanted not in (config, pod_annotations.applied(config, self._pod.oci, phase="create")):
+        if wanted not in (config, pod_annotations.applied(config, self.pod.oci, phase="create")):
             log.warning(
                 "create: container %s: its annotations ask for another machine than its pod's; ignored",
                 container_id,
@@ -282,6 +284,7 @@ class Sandbox:
         self._apply(Happening.READY)
         self._now = running
         self._settled.set()
+        self._context.publisher.feed.note(event_feed.READY)
         log.info("boot: sandbox %s: ready", self.id)
         keeping_time = clock.keep(running.agent, pid=self.pid, right=self._clock_is_right)
         accompanying = [
@@ -316,6 +319,7 @@ class Sandbox:
         """Tell everything that waits that there is no machine any more."""
         self._now = reason
         self.ended_at_s = time.time()
+        self._context.publisher.feed.note(event_feed.END, text=str(reason))
         self._settled.set()
         self.ended.set()
 

@@ -19,6 +19,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from proto.containerd import events_ttrpc_pb2
 from shim.errors import DeadlineExceeded, ShimError, Unavailable
+from shim.telemetry.event_feed import EventFeed
 from shim.transport.ttrpc_client import TtrpcClient
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Publisher:
     def __init__(self, address: str, *, namespace: str) -> None:
         self._address = address.removeprefix("unix://")
         self._namespace = namespace
+        #: The same events for those who watch the sandbox, and those of its machine.
+        self.feed = EventFeed()
         self._queue: collections.deque[events_ttrpc_pb2.Envelope] = collections.deque(maxlen=QUEUE_LENGTH)
         self._filled = asyncio.Event()
         self._drained = asyncio.Event()
@@ -58,6 +61,7 @@ class Publisher:
 
         :param topic: for example ``/tasks/exit``.
         """
+        self.feed.note(topic, message)
         if not self._address:
             return
         now = Timestamp()

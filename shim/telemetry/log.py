@@ -1,13 +1,26 @@
-"""The daemon's log: lines on standard error, which is containerd's FIFO; a write never waits."""
+"""The daemon's log: lines on standard error, which is containerd's FIFO, and never a reason to wait.
+
+The last lines are also kept in a file beside the sandbox's state, for ``hako logs``.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from shim.override import override
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KEPT_NAME = "shim.log"
+CONSOLE_NAME = "console.log"  # so the hypervisor calls it
+OUTPUT_LOGGER = "hypervisor.output"
+"""What QEMU and the daemons say: kept, and sent to containerd at debug level."""
+
+_KEPT_BYTES = 256 * 1024
 # A write of up to PIPE_BUF bytes is done whole or not at all; see pipe(7).
 _MAX_LINE = 4096
 # Their debug lines would bury the shim's: hundreds of long lines for each interface.
@@ -39,6 +52,47 @@ class PipeHandler(logging.Handler):
             self._dropped = 0
 
 
+class KeptLog(logging.Handler):
+    """Keep the last lines in a file, which never grows over 256 KiB.
+
+    :param path: the file; it is made when there is a line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._descriptor = -1
+        self._size = 0
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record; what cannot be written is lost."""
+        line = f"{self.format(record)[:_MAX_LINE]}\n".encode(errors="replace")
+        try:
+            if self._descriptor < 0:
+                flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+                self._descriptor = os.open(self._path, flags, 0o600)
+                self._size = os.fstat(self._descriptor).st_size
+            if self._size + len(line) > _KEPT_BYTES:
+                self._forget_half()
+            self._size += os.write(self._descriptor, line)
+        except OSError:  # the sandbox's directory is gone, or there is no room
+            return
+
+    def _forget_half(self) -> None:
+        rest = os.pread(self._descriptor, _KEPT_BYTES, self._size // 2).partition(b"\n")[2]
+        os.ftruncate(self._descriptor, 0)
+        self._size = os.write(self._descriptor, rest)
+
+    @override
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        super().close()
+
+
 class LogfmtFormatter(logging.Formatter):
     """``time=... level=... msg="..."``, as containerd and its own shims write."""
 
@@ -57,14 +111,28 @@ class LogfmtFormatter(logging.Formatter):
         return f'time="{time}" level={record.levelname.lower()} msg="{quoted}" logger={record.name}'
 
 
-def configure(level: str, *, descriptor: int = 2) -> None:
+def files(directory: Path) -> dict[str, Path]:
+    """Name the files that hold the log lines of a sandbox, by what is in them.
+
+    :param directory: its state directory.
+    """
+    return {"log": directory / KEPT_NAME, "console": directory / CONSOLE_NAME}
+
+
+def configure(level: str, *, descriptor: int = 2, kept_in: Path | None = None) -> None:
     """Send all logging to standard error.
 
     :param level: the lowest level that is written: ``debug``, ``info``, ``warning`` or ``error``.
     :param descriptor: standard error, which ``start`` made non-blocking.
+    :param kept_in: the directory in which the last lines are kept, too.
     """
-    handler = PipeHandler(descriptor)
-    handler.setFormatter(LogfmtFormatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    handlers: list[logging.Handler] = [PipeHandler(descriptor)]
+    handlers[0].setLevel(level.upper())
+    if kept_in is not None:
+        handlers.append(KeptLog(kept_in / KEPT_NAME))
+        logging.getLogger(OUTPUT_LOGGER).setLevel(logging.DEBUG)
+    for handler in handlers:
+        handler.setFormatter(LogfmtFormatter())
+    logging.basicConfig(level=level.upper(), handlers=handlers, force=True)
     for library in _VERBOSE_LIBRARIES:
         logging.getLogger(library).setLevel(max(logging.INFO, logging.getLogger().level))

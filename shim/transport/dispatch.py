@@ -2,6 +2,8 @@
 
 A service implementation is an object whose methods are snake_case coroutines that take the request message,
 return the response message and raise :class:`~shim.errors.ShimError`. A method it lacks is unimplemented.
+The method of a stream is an asynchronous generator: it takes an iterator over the client's messages and
+yields its own. Only gRPC carries streams.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from hypervisor import printable
 from shim.errors import DeadlineExceeded, Internal, InvalidArgument, ShimError, Unimplemented
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 
     from google.protobuf.descriptor import ServiceDescriptor
+
+    Service = tuple[ServiceDescriptor, object]
 
 MAX_STATUS_TEXT = 2048
 """Longest error text sent, in bytes: gRPC escapes it, tripled at worst, into headers of at most 8 KiB."""
@@ -84,6 +88,45 @@ class Method:
             ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One method that takes or returns any number of messages."""
+
+    name: str
+    request_class: type[Message]
+    handler: Callable[[AsyncIterator[Message]], AsyncIterator[Message]]
+
+    async def answer(self, payloads: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Run the handler on serialized messages, as :meth:`Method.answer` does.
+
+        :param payloads: the client's messages.
+        :returns: the serialized answers.
+        :raises InvalidArgument: if a payload is not the request message.
+        :raises Internal: if the handler failed in an unforeseen way, which is logged with its traceback.
+        :raises ShimError: as the handler raises it on purpose.
+        """
+        try:
+            async for answer in self.handler(self._requests(payloads)):
+                yield answer.SerializeToString()
+        except ShimError:
+            raise
+        except Exception as error:  # the boundary: any defect becomes an answer
+            logger.exception("call: %s: unexpected failure", self.name)
+            cause = " ".join(f"{type(error).__name__}: {error}".split())
+            raise Internal(f"call: {self.name}: {cause}; see the log") from error
+
+    async def _requests(self, payloads: AsyncIterator[bytes]) -> AsyncIterator[Message]:
+        async for payload in payloads:
+            try:
+                request = self.request_class.FromString(payload)
+            except DecodeError as error:
+                expected = self.request_class.DESCRIPTOR.full_name
+                raise InvalidArgument(
+                    f"call: {self.name}: request is not a valid {expected}: {error}"
+                ) from error
+            yield request
+
+
 class Dispatch:
     """Finds the method for a request.
 
@@ -92,26 +135,46 @@ class Dispatch:
     listed; those of the others go through the same classes, so their messages must be equal on the wire.
 
     :param services: each service's descriptor with its implementation.
+    :param late: the same by its full name, for services that are made when they are first asked for.
     """
 
-    def __init__(self, services: Iterable[tuple[ServiceDescriptor, object]]) -> None:
+    def __init__(
+        self, services: Iterable[Service], *, late: Mapping[str, Callable[[], Service]] | None = None
+    ) -> None:
         self._services: dict[str, dict[str, Method]] = {}
-        request_classes: dict[tuple[int, str], type[Message]] = {}
+        self._streams: dict[tuple[str, str], Stream] = {}
+        self._request_classes: dict[tuple[int, str], type[Message]] = {}
+        self._late = dict(late or {})
         for service, implementation in services:
-            methods = self._services[service.full_name] = {}
-            for method in service.methods:
-                handler = getattr(implementation, snake_case(method.name), None)
-                if handler is None or method.client_streaming or method.server_streaming:
-                    continue
-                request_class = request_classes.setdefault(
-                    (id(implementation), method.name), GetMessageClass(method.input_type)
-                )
-                methods[method.name] = Method(f"{service.full_name}/{method.name}", request_class, handler)
+            self._add(service, implementation)
+
+    def _add(self, service: ServiceDescriptor, implementation: object) -> None:
+        methods = self._services[service.full_name] = {}
+        for method in service.methods:
+            handler = getattr(implementation, snake_case(method.name), None)
+            if handler is None:
+                continue
+            name = f"{service.full_name}/{method.name}"
+            request_class = self._request_classes.setdefault(
+                (id(implementation), method.name), GetMessageClass(method.input_type)
+            )
+            if method.client_streaming or method.server_streaming:
+                self._streams[service.full_name, method.name] = Stream(name, request_class, handler)
+            else:
+                methods[method.name] = Method(name, request_class, handler)
 
     @property
     def service_names(self) -> list[str]:
-        """Full names of all services, in the order given."""
+        """Full names of all services, in the order given; those that are late come to be by that."""
+        for name in list(self._late):
+            self._make(name)
         return list(self._services)
+
+    def _make(self, name: str) -> None:
+        """Make a service that is late, if it is one."""
+        make = self._late.pop(name, None)
+        if make is not None:
+            self._add(*make())
 
     def find(self, service: str, method: str) -> Method:
         """Look up one method.
@@ -120,6 +183,7 @@ class Dispatch:
         :param method: bare name, such as ``Create``.
         :raises Unimplemented: if there is no such service or the service does not offer the method.
         """
+        self._make(service)
         methods = self._services.get(service)
         if methods is None:
             raise Unimplemented(f"service {service}")
@@ -127,6 +191,11 @@ class Dispatch:
         if found is None:
             raise Unimplemented(f"method {method}")
         return found
+
+    def find_stream(self, service: str, method: str) -> Stream | None:
+        """Look up a method that is a stream; see :meth:`find`."""
+        self._make(service)
+        return self._streams.get((service, method))
 
 
 def snake_case(name: str) -> str:

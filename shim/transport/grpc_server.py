@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from shim.transport.dispatch import Stream
+
 MAX_MESSAGE = 4 << 20
 """Longest message in either direction, in bytes."""
 
@@ -57,12 +59,25 @@ class _TableHandler(grpc.GenericRpcHandler):
     @override
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
         service, _, method = details.method.removeprefix("/").partition("/")
+        stream = self._dispatch.find_stream(service, method)
+        if stream is not None:
+            # What a client that sends one message does is the same on the wire.
+            return grpc.stream_stream_rpc_method_handler(partial(self._converse, stream))
         return grpc.unary_unary_rpc_method_handler(partial(self._call, service, method))
 
     async def _call(self, service: str, method: str, payload: bytes, context: _Context) -> bytes:
         try:
             # grpc itself cancels the handler at the client's deadline.
             return await self._dispatch.find(service, method).answer(payload, timeout_s=None)
+        except ShimError as error:
+            await _abort(context, error)
+
+    async def _converse(
+        self, stream: Stream, payloads: AsyncIterator[bytes], context: _Context
+    ) -> AsyncIterator[bytes]:
+        try:
+            async for answer in stream.answer(payloads):
+                yield answer
         except ShimError as error:
             await _abort(context, error)
 

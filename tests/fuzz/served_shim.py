@@ -14,6 +14,7 @@ import socket
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 from google.protobuf.empty_pb2 import Empty
@@ -45,7 +46,7 @@ from shim.transport.ttrpc_server import TtrpcServer
 if TYPE_CHECKING:
     from typing import Any
 
-    from hypervisor import Hypervisor
+    from hypervisor import Hypervisor, VmSpec
     from shim.machine.machine import Machine
     from shim.machine.resizing import Resizer
     from shim.network.network import Network
@@ -144,8 +145,8 @@ class MachinelessSandbox(Sandbox):
             agent=agent,
             network=cast("Network", self.pretence),
             resizer=cast("Resizer", self.pretence),
-            accelerator=Accelerator.KVM,
-            channel=Channel.VIRTIO_SERIAL,
+            spec=cast("VmSpec", SimpleNamespace(accelerator=Accelerator.KVM, channel=Channel.VIRTIO_SERIAL)),
+            template_key="",
             began_s=0.0,
             given_up=asyncio.Event(),
         )

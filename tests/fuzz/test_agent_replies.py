@@ -247,7 +247,7 @@ async def life(directory: Path, script: list[tuple[str, bytes, int, dict[str, An
             finally:
                 theirs.shutdown(socket.SHUT_RDWR)
                 await agent.aclose()
-                for container in cast("list[GuestContainer]", list(containers._all.values())):
+                for container in cast("list[GuestContainer]", list(containers.all.values())):
                     await container.init.exited.wait()
                     async with container.lock:  # a delete that its client gave up goes on
                         await container._files.take_back()

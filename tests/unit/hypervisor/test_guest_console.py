@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -93,3 +94,17 @@ async def test_what_was_not_read_yet_at_the_end_is_read_then(
     guest.sendall(b"x" * (100 << 10) + b"\nKernel panic\n")
     console.close()
     assert console.tail(1) == ["Kernel panic"]
+
+
+async def test_when_output_came_is_noted_beside_it(
+    console_and_guest: tuple[Console, socket.socket], tmp_path: Path
+) -> None:
+    console, guest = console_and_guest
+    began_s = time.time()
+    await write(console, guest, b"one\n")
+    await write(console, guest, b"at once\n")
+
+    [note] = (tmp_path / "console.times").read_text().splitlines()
+    offset, at_s = note.split()
+    assert offset == "0"
+    assert began_s - 0.001 <= float(at_s) <= time.time() + 0.001

@@ -66,7 +66,7 @@ class Shim:
         )
         volumes: Any = SimpleNamespace(bound_files=None)
         self.containers = Containers(context, self.sandbox, volumes)
-        everyone: dict[str, Any] = self.containers._all
+        everyone: dict[str, Any] = self.containers.all
         everyone |= {name: Ended(name, self.containers) for name in names}
 
     def _leave(self) -> None:

@@ -19,6 +19,7 @@ from shim.sandbox.context import Context
 from shim.sandbox.life import Life
 from shim.sandbox.sandbox import Sandbox
 from shim.sandbox.work import Work
+from shim.telemetry.events import Publisher
 from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Nursery:
             record=record,
             config=Config(),
             ledger=SimpleNamespace(),  # type: ignore[arg-type]  # not written to
-            publisher=SimpleNamespace(publish=None),  # type: ignore[arg-type]  # nothing is published
+            publisher=Publisher("", namespace="tests"),
             work=Work(group),
             leave=lambda: None,
         )

@@ -131,3 +131,28 @@ def test_a_bundle_without_a_log_does_not_fail(tmp_path: Path) -> None:
     descriptor = daemonize.open_log(str(tmp_path))
     assert os.write(descriptor, b"nowhere") == 7
     os.close(descriptor)
+
+
+def test_the_last_lines_are_kept_beside_the_state(root: logging.Logger, fifo: int, tmp_path: Path) -> None:
+    log.configure("info", descriptor=fifo, kept_in=tmp_path)
+    logging.getLogger("shim.x").info("a fact")
+    logging.getLogger("shim.x").debug("a step")
+    logging.getLogger(log.OUTPUT_LOGGER).debug("QEMU: a warning")
+
+    kept = (tmp_path / log.KEPT_NAME).read_text()
+    assert [line.partition(" msg=")[2] for line in kept.splitlines()] == [
+        '"a fact" logger=shim.x',
+        '"QEMU: a warning" logger=hypervisor.output',
+    ]
+    assert os.read(fifo, 4096).count(b"\n") == 1
+
+
+def test_what_is_kept_does_not_grow_without_end(root: logging.Logger, fifo: int, tmp_path: Path) -> None:
+    log.configure("info", descriptor=fifo, kept_in=tmp_path)
+    for number in range(3000):
+        logging.getLogger().info("%d %s", number, "x" * 200)
+
+    lines = (tmp_path / log.KEPT_NAME).read_text().splitlines()
+    assert sum(map(len, lines)) < 256 * 1024
+    assert ' msg="2999 ' in lines[-1]
+    assert all(line.startswith("time=") for line in lines)

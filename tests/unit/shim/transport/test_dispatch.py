@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 from proto.containerd import task_v2_pb2, task_v3_pb2
+from proto.hako import management_pb2
 from proto.kata import agent_pb2
-from shim.errors import DeadlineExceeded, Internal, Unimplemented
+from shim.errors import DeadlineExceeded, Internal, InvalidArgument, NotFound, Unimplemented
 from shim.transport.dispatch import Dispatch, snake_case
 from tests.waiting import settle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
     from typing import Any
+
+    from google.protobuf.descriptor import ServiceDescriptor
 
 
 TASK_V2 = task_v2_pb2.DESCRIPTOR.services_by_name["Task"]
@@ -95,6 +98,52 @@ def test_a_method_that_is_not_offered_is_unimplemented(service: str, method: str
     with pytest.raises(Unimplemented) as raised:
         Dispatch([(TASK_V3, Recorder())]).find(service, method)
     assert str(raised.value) == text
+
+
+def test_a_late_service_is_made_when_it_is_first_asked_for() -> None:
+    made = []
+
+    def make() -> tuple[ServiceDescriptor, object]:
+        made.append(1)
+        return TASK_V2, Recorder()
+
+    dispatch = Dispatch([(TASK_V3, Recorder())], late={TASK_V2.full_name: make})
+    dispatch.find("containerd.task.v3.Task", "State")
+    assert not made
+    dispatch.find("containerd.task.v2.Task", "State")
+    assert dispatch.service_names == ["containerd.task.v3.Task", "containerd.task.v2.Task"]
+    assert len(made) == 1
+
+
+class Counting:
+    async def events(
+        self, requests: AsyncIterator[management_pb2.EventsRequest]
+    ) -> AsyncIterator[management_pb2.Event]:
+        async for request in requests:
+            if not request.follow:
+                raise NotFound("no such event")
+            yield management_pb2.Event(number=1)
+
+
+async def payloads(*requests: bytes) -> AsyncIterator[bytes]:
+    for request in requests:
+        yield request
+
+
+async def test_a_stream_takes_and_yields_messages() -> None:
+    service = management_pb2.DESCRIPTOR.services_by_name["Management"]
+    dispatch = Dispatch([(service, Counting())])
+    stream = dispatch.find_stream(service.full_name, "Events")
+    assert stream is not None
+    asked = management_pb2.EventsRequest(follow=True).SerializeToString()
+
+    assert [each async for each in stream.answer(payloads(asked, asked))] == [b"\x38\x01", b"\x38\x01"]
+    with pytest.raises(NotFound):
+        [each async for each in stream.answer(payloads(b""))]
+    with pytest.raises(InvalidArgument, match="not a valid"):
+        [each async for each in stream.answer(payloads(b"\xff"))]
+    with pytest.raises(Unimplemented):  # over ttrpc
+        dispatch.find(service.full_name, "Events")
 
 
 class Misbehaving:

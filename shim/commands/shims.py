@@ -1,0 +1,222 @@
+"""Ask the shims of this host's sandboxes: all at once, and none for longer than it may take."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from hypervisor import printable
+from shim import config
+from shim.errors import DeadlineExceeded, ShimError, Unavailable, from_code
+from shim.host import state_directory
+from shim.refusal import Refusal
+from shim.transport.ttrpc_client import TtrpcClient
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+
+    import grpc.aio
+
+    from shim.config import Config
+    from shim.host.state_directory import StartRecord
+
+SERVICE = "hako.management.v1.Management"
+TIMEOUT_S = 1.0
+"""How long a shim may take to answer: one that is stopped holds no command up."""
+
+_MESSAGE = 200  # characters of an error
+_M = TypeVar("_M", bound=Message)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[_T]):
+    """What became of a question to one shim.
+
+    :param record: how the shim was started.
+    :param value: the answer; none if there is none.
+    :param problem: why there is none, in one line.
+    """
+
+    record: StartRecord
+    value: _T | None = None
+    problem: str = ""
+
+
+def add_config_to(parser: argparse.ArgumentParser) -> None:
+    """Offer the option that names another configuration."""
+    parser.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
+
+
+def add_sandbox_to(parser: argparse.ArgumentParser) -> None:
+    """Offer what names one sandbox."""
+    parser.add_argument("id", metavar="ID", help="the sandbox: a pod's, or that of a container on its own")
+    parser.add_argument("--namespace", default="*", metavar="NAME", help="containerd's namespace (any)")
+    add_config_to(parser)
+
+
+def settings_of(chosen: argparse.Namespace) -> Config:
+    """Read the configuration that a command line names.
+
+    :raises Refusal: if it is wrong.
+    """
+    environment = {config.ENVIRONMENT_VARIABLE: chosen.config} if chosen.config else os.environ
+    return config.parse(config.locate(environment))
+
+
+def records(state_dir: str) -> list[StartRecord]:
+    """List the sandboxes of this host by how they were started, oldest first.
+
+    :param state_dir: where they keep their state.
+    :raises Refusal: if that cannot be read.
+    """
+    try:
+        directories = list(Path(state_dir).iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise Refusal(f"sandboxes: {state_dir}: {error.strerror}; run this as root") from error
+    found = []
+    for directory in directories:
+        # One that begins has no record yet; one that ends has none any more.
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            found.append(state_directory.read_record(str(directory)))
+    return sorted(found, key=lambda record: record.started_at)
+
+
+def one(chosen: argparse.Namespace) -> StartRecord:
+    """Find the sandbox that a command line names, by its id or by a beginning that no other has.
+
+    :raises Refusal: if there is none, or more than one.
+    """
+    command, namespace, wanted = chosen.command, chosen.namespace, chosen.id
+    known = [
+        each for each in records(settings_of(chosen).shim.state_dir) if namespace in {"*", each.namespace}
+    ]
+    found = [each for each in known if each.id == wanted]
+    found = found or [each for each in known if wanted and each.id.startswith(wanted)]
+    if not found:
+        raise Refusal(f"{command}: {printable(wanted, limit=_MESSAGE)}: no such sandbox; see `hako ps`")
+    if len(found) > 1:
+        names = ", ".join(f"{each.id} in {each.namespace}" for each in found)
+        raise Refusal(
+            f"{command}: {wanted}: more than one sandbox: {names}; give the whole id and --namespace"
+        )
+    return found[0]
+
+
+async def ask(
+    record: StartRecord, method: str, request: Message, reply: type[_M], *, timeout_s: float = TIMEOUT_S
+) -> _M:
+    """Ask a shim over the socket that containerd uses.
+
+    :param record: how it was started.
+    :param method: of the management API; none that is a stream.
+    :param timeout_s: how long the answer may take.
+    :raises DeadlineExceeded: if it does not answer in time.
+    :raises Unavailable: if it is gone.
+    :raises ShimError: what it answers.
+    """
+    if record.protocol == "grpc":
+        return await _ask_over_grpc(record, method, request, reply, timeout_s=timeout_s)
+    try:
+        async with asyncio.timeout(timeout_s):
+            client = await TtrpcClient.over(await _connect(record.socket_path))
+            try:
+                return await client.call(SERVICE, method, request, reply, timeout_s=timeout_s)
+            finally:
+                await client.aclose()
+    except (TimeoutError, DeadlineExceeded) as error:
+        raise _late(timeout_s) from error
+
+
+async def _connect(path: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.setblocking(False)  # noqa: FBT003 - its only spelling
+    try:
+        await asyncio.get_running_loop().sock_connect(connection, path)
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, OSError):
+            raise Unavailable(f"its shim is gone: {error.strerror}") from error
+        raise
+    return connection
+
+
+async def _ask_over_grpc(
+    record: StartRecord, method: str, request: Message, reply: type[_M], *, timeout_s: float
+) -> _M:
+    async with channel_to(record.socket_path) as channel:
+        call: Callable[..., Awaitable[_M]] = channel.unary_unary(
+            f"/{SERVICE}/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=reply.FromString,
+        )
+        with errors_of_grpc(timeout_s):
+            return await call(request, timeout=timeout_s)
+
+
+@contextlib.asynccontextmanager
+async def channel_to(path: str) -> AsyncIterator[grpc.aio.Channel]:
+    """Connect to a gRPC socket for a block.
+
+    :param path: the socket.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it says to the terminal is said better here
+    import grpc.aio  # noqa: PLC0415 - most commands do without
+
+    async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
+        yield channel
+
+
+@contextlib.contextmanager
+def errors_of_grpc(timeout_s: float = TIMEOUT_S) -> Any:
+    """Raise in a block the error that an error of gRPC stands for.
+
+    :param timeout_s: the deadline of the calls in it.
+    :raises ShimError: for an error of gRPC.
+    """
+    import grpc.aio  # noqa: PLC0415 - as above
+
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise _late(timeout_s) from error
+        raise from_code(error.code().value[0], error.details() or "") from error
+
+
+def _late(timeout_s: float) -> DeadlineExceeded:
+    return DeadlineExceeded(f"its shim does not answer within {timeout_s:g} s")
+
+
+async def ask_all(
+    asked: Iterable[StartRecord], question: Callable[[StartRecord], Awaitable[_T]]
+) -> list[Answer[_T]]:
+    """Ask many shims at once.
+
+    :param asked: which.
+    :param question: asks one of them, with a deadline.
+    :returns: an answer for each, in the same order, or why there is none.
+    """
+
+    async def answer(record: StartRecord) -> Answer[_T]:
+        try:
+            return Answer(record, await question(record))
+        except ShimError as error:
+            return Answer(record, problem=printable(str(error), limit=_MESSAGE))
+
+    return await asyncio.gather(*(answer(each) for each in asked))
+
+
+def state_of(record: StartRecord) -> Path:
+    """Return the state directory of a sandbox."""
+    return Path(record.state_directory)
