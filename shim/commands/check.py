@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from hypervisor import (
     weaknesses,
 )
 from proto.extensions import most_open_in_guest
+from shim import config
 from shim.agent.oci_namespaces import WantedNamespace
 from shim.errors import FailedPrecondition, Internal
 from shim.host import kernel_limits
@@ -29,7 +31,9 @@ from shim.network import redirect
 from shim.network.namespace import NetworkNamespace
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Awaitable, Callable
+    from typing import Any
 
     from shim.config import Config
 
@@ -62,10 +66,42 @@ class Finding:
     warning: str = ""
 
 
-async def examine(config: Config) -> list[Finding]:
+def add_to(commands: Any) -> None:
+    """Offer the command.
+
+    :param commands: what ``add_subparsers`` returned.
+    """
+    parser = commands.add_parser("check", help="say whether this host can run sandboxes, and with what")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Say what was found.
+
+    :param chosen: the command line.
+    :returns: the exit status: 1 if this host cannot run sandboxes.
+    """
+    environment = {config.ENVIRONMENT_VARIABLE: chosen.config} if chosen.config else os.environ
+    findings = asyncio.run(examine(config.parse(config.locate(environment))))
+    able = all(finding.ok for finding in findings)
+    if chosen.json:
+        print(json.dumps({"able": able, "findings": [asdict(finding) for finding in findings]}, indent=2))
+        return 0 if able else 1
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        remedy = f"; {finding.remedy}" if finding.remedy else ""
+        print(f"{'ok' if finding.ok else 'no':<3}{finding.name:<{width}}  {finding.detail}{remedy}")
+        if finding.warning:
+            print(f"{'':<3}{'':<{width}}  warning: {finding.warning}")
+    print("This host can run sandboxes." if able else "This host cannot run sandboxes.")
+    return 0 if able else 1
+
+
+async def examine(settings: Config) -> list[Finding]:
     """Check everything that sandboxes need; a missing part does not hide the others.
 
-    :param config: the operator's configuration.
+    :param settings: the operator's configuration.
     :returns: one finding for each thing, in the order in which a sandbox needs them.
     """
     probes: dict[str, Callable[[Config], Awaitable[str]]] = {
@@ -83,7 +119,7 @@ async def examine(config: Config) -> list[Finding]:
     findings = []
     for name, probe in probes.items():
         try:
-            detail = await probe(config)
+            detail = await probe(settings)
             findings.append(Finding(name=name, ok=True, detail=detail, warning=_warning(name, detail)))
         except (FailedPrecondition, VmStartError) as error:
             # One line: phase, object, cause, remedy. The phase is this check.
@@ -137,42 +173,42 @@ async def _containerd(_: Config) -> str:
     return f"{found}, version {''.join(line.split()[2:3])}"
 
 
-async def _qemu(config: Config) -> str:
-    qemu = host_choice.find_qemu(config)
+async def _qemu(settings: Config) -> str:
+    qemu = host_choice.find_qemu(settings)
     # The line reads: QEMU emulator version <version> (<package>).
     line = await asyncio.to_thread(_version_line, qemu)
     return f"{qemu}, version {line.partition(' version ')[2]}"
 
 
-async def _accelerator(config: Config) -> str:
-    verdict = await host_choice.choose_accelerator(config)
+async def _accelerator(settings: Config) -> str:
+    verdict = await host_choice.choose_accelerator(settings)
     return f"{verdict.accelerator.value}: {verdict.reason}"
 
 
-async def _jail(config: Config) -> str:
-    if config.hypervisor.jail == "off":
+async def _jail(settings: Config) -> str:
+    if settings.hypervisor.jail == "off":
         return "off: set by [hypervisor] jail"
-    first = config.hypervisor.jail_first_id
+    first = settings.hypervisor.jail_first_id
     problem = await jail_problem(Identity(uid=first, gid=first))
     if problem is None:
         missing = missing_controllers(await asyncio.to_thread(_MOUNTINFO.read_text, encoding="utf-8"))
         problem = f"cgroups of the host cannot limit {' and '.join(missing)}" if missing else None
     if problem is None:
-        last = first + config.hypervisor.jail_ids - 1
+        last = first + settings.hypervisor.jail_ids - 1
         return f"{_CONFINED} each sandbox as its own user, of ids {first} to {last}"
-    verdict = await host_choice.choose_accelerator(config)
-    if jail.is_required(config, verdict.accelerator):
+    verdict = await host_choice.choose_accelerator(settings)
+    if jail.is_required(settings, verdict.accelerator):
         raise FailedPrecondition(f"check: {problem}; {_JAIL_REMEDY}")
     return f"impossible: {problem}"
 
 
-async def _channel(config: Config) -> str:
-    channel, reason = host_choice.choose_channel(config)
+async def _channel(settings: Config) -> str:
+    channel, reason = host_choice.choose_channel(settings)
     return f"{channel.value}: {reason}"
 
 
-async def _virtiofsd(config: Config) -> str:
-    virtiofsd = host_choice.find_virtiofsd(config)
+async def _virtiofsd(settings: Config) -> str:
+    virtiofsd = host_choice.find_virtiofsd(settings)
     try:
         dialect = await detect_dialect(virtiofsd)
     except OSError as error:
@@ -196,8 +232,8 @@ async def _network(_: Config) -> str:
     return f"traffic control redirects an interface to a tap; packets are moved {mover}"
 
 
-async def _guest(config: Config) -> str:
-    kernel, initrd = host_choice.find_guest(config)
+async def _guest(settings: Config) -> str:
+    kernel, initrd = host_choice.find_guest(settings)
     return f"{kernel}, {initrd}"
 
 

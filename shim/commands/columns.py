@@ -1,11 +1,20 @@
-"""Tables for people: aligned columns of text."""
+"""Tables for people: aligned columns of text, and values as people read them."""
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+_MIB = 1 << 20
+_AGES = ((86400, "d"), (3600, "h"), (60, "min"))
+_LONG_ID = 24  # people give shorter ones
+_SHOWN_ID = 13  # as crictl shows them
+_CELL = 400
+_BOLD, _PLAIN = "\x1b[1m", "\x1b[0m"  # ECMA-48 SGR
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -17,3 +26,41 @@ def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row[:-1], widths[:-1], strict=True))
         yield "  ".join([*cells, row[-1]])
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; its heading stands out on a terminal."""
+    heading, *others = aligned(rows)
+    print(f"{_BOLD}{heading}{_PLAIN}" if is_coloured() else heading)
+    for line in others:
+        print(line)
+
+
+def is_coloured() -> bool:
+    """Tell whether the output is a terminal whose user wants colours, see no-color.org."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def text(value: str) -> str:
+    """Return what others chose in a form that is safe to print."""
+    from hypervisor import printable  # noqa: PLC0415 - many commands do without the hypervisor
+
+    return printable(value, limit=_CELL)
+
+
+def shown_id(identifier: str) -> str:
+    """Shorten an id that no person chose."""
+    return identifier[:_SHOWN_ID] if len(identifier) > _LONG_ID else identifier
+
+
+def mib(size_bytes: float) -> str:
+    """Write a size in bytes as people read it."""
+    return f"{size_bytes / _MIB:.0f} MiB"
+
+
+def age(seconds: float) -> str:
+    """Write a length of time as people read it."""
+    for length, unit in _AGES:
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

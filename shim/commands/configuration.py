@@ -8,7 +8,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from shim import config
-from shim.commands.columns import aligned
+from shim.commands.columns import print_table
 from shim.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def add_to(commands: Any) -> None:
     check.add_argument("file", metavar="FILE", help="a configuration; - for standard input")
     show = actions.add_parser("show", help="show every value that is in effect, and the file that gives it")
     show.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
-    for each in (explain, show):
+    for each in (explain, check, show):
         each.add_argument("--json", action="store_true", help="for programs")
 
 
@@ -48,7 +48,9 @@ def run(chosen: argparse.Namespace) -> int:
             _explain(chosen.key, as_json=chosen.json)
         case "check":
             config.parse(config.located_at(chosen.file))
-            print(f"{chosen.file}: valid")
+            print(
+                json.dumps({"file": chosen.file, "valid": True}) if chosen.json else f"{chosen.file}: valid"
+            )
         case _:
             _show(chosen.config, as_json=chosen.json)
     return 0
@@ -79,8 +81,7 @@ def _show(path: str, *, as_json: bool) -> None:
         print(json.dumps({name: each.as_dict() for name, each in shown.items()}, indent=2))
         return
     rows = [(name, config.toml(each.value), each.source) for name, each in shown.items()]
-    for line in aligned([("KEY", "VALUE", "FROM"), *rows]):
-        print(line)
+    print_table([("KEY", "VALUE", "FROM"), *rows])
 
 
 def _keys() -> Iterator[tuple[str, config.Key]]:

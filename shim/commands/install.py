@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from typing import TYPE_CHECKING
 
 from shim.refusal import Refusal
+
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
 
 _VERSION_TIMEOUT_S = 10.0
 
@@ -38,6 +43,31 @@ pod_annotations = ["io.hako.*", "io.katacontainers.*"]
 # "shim" makes pods without a pause container; "podsandbox" is what every containerd does.
 sandboxer = "podsandbox"
 """
+
+
+def add_to(commands: Any) -> None:
+    """Offer the command.
+
+    :param commands: what ``add_subparsers`` returned.
+    """
+    parser = commands.add_parser("install", help="say what containerd must be told to offer Hako")
+    parser.add_argument(
+        "--print", action="store_true", required=True, help="print it: files are left to the operator"
+    )
+    parser.add_argument(
+        "--containerd", default="containerd", metavar="PROGRAM", help="another than the one in PATH"
+    )
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Print it.
+
+    :param chosen: the command line.
+    :returns: the exit status.
+    :raises Refusal: if there is no such containerd, or Hako does not work with it.
+    """
+    print(drop_in(found_version(chosen.containerd)), end="")
+    return 0
 
 
 def drop_in(version: str) -> str:

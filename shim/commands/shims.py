@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from google.protobuf.message import Message
 
 from hypervisor import printable
+from proto.hako import management_pb2 as api
 from shim import config
 from shim.errors import DeadlineExceeded, ShimError, Unavailable, from_code
 from shim.host import state_directory
@@ -215,6 +216,24 @@ async def ask_all(
             return Answer(record, problem=printable(str(error), limit=_MESSAGE))
 
     return await asyncio.gather(*(answer(each) for each in asked))
+
+
+async def stream_events(
+    record: StartRecord, *, follow: bool, timeout_s: float | None
+) -> AsyncIterator[api.Event]:
+    """Yield the events of a sandbox; see :func:`errors_of_grpc`.
+
+    :param follow: go on with each event as it happens.
+    :param timeout_s: how long that may take; None for as long as it likes.
+    """
+    async with channel_to(str(state_of(record) / "grpc.sock")) as channel:
+        call = channel.unary_stream(
+            f"/{SERVICE}/Events",
+            request_serializer=api.EventsRequest.SerializeToString,
+            response_deserializer=api.Event.FromString,
+        )
+        async for event in call(api.EventsRequest(follow=follow), timeout=timeout_s):
+            yield event
 
 
 def state_of(record: StartRecord) -> Path:

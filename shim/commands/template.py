@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shim import config
-from shim.commands.columns import aligned
+from shim.commands.columns import age, print_table
 from shim.errors import ShimError
 from shim.machine.template_store import TemplateStore
 from shim.refusal import Refusal
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 _SHOWN = 12  # characters of a key: enough to tell a few templates apart
 _MIB = 1 << 20
-_UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
 
 
 def add_to(commands: Any) -> None:
@@ -44,6 +44,7 @@ def add_to(commands: Any) -> None:
         action="store_true",
         help="run at low priority, and stop if another process builds already",
     )
+    listing.add_argument("--json", action="store_true", help="for programs")
     for each in (listing, removing, building):
         text = "a configuration other than the host's; - for standard input"
         each.add_argument("--config", default="", metavar="PATH", help=text)
@@ -61,7 +62,7 @@ def run(chosen: argparse.Namespace) -> int:
     try:
         match chosen.action:
             case "ls":
-                _print(store.entries())
+                _print(store.entries(), as_json=chosen.json)
             case "rm":
                 for key in store.remove(chosen.key or ""):
                     print(key)
@@ -94,22 +95,28 @@ def _build(settings: Config, store: TemplateStore, *, in_background: bool) -> in
     return 0
 
 
-def _print(entries: list[TemplateEntry]) -> None:
+def _print(entries: list[TemplateEntry], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([_values(entry) for entry in entries], indent=2))
+        return
     rows = [("KEY", "SIZE", "BUILT", "USED", "FOR")]
     now = time.time()
     for entry in entries:
-        used = "-" if entry.failure else _age(now - entry.used_at)
+        used = "-" if entry.failure else f"{age(now - entry.used_at)} ago"
         size = "-" if entry.failure else f"{entry.size_bytes / _MIB:.0f} MiB"
-        rows.append((entry.key[:_SHOWN], size, _age(now - entry.built_at), used, _what_for(entry)))
-    for line in aligned(rows):
-        print(line)
+        rows.append((entry.key[:_SHOWN], size, f"{age(now - entry.built_at)} ago", used, _what_for(entry)))
+    print_table(rows)
 
 
-def _age(seconds: float) -> str:
-    for length, unit in _UNITS:
-        if seconds >= length:
-            return f"{seconds // length:.0f} {unit} ago"
-    return f"{max(seconds, 0):.0f} s ago"
+def _values(entry: TemplateEntry) -> dict[str, Any]:
+    return {
+        "key": entry.key,
+        "size_bytes": entry.size_bytes,
+        "built_at_s": entry.built_at,
+        "used_at_s": entry.used_at,
+        "failure": entry.failure,
+        "purpose": dict(entry.purpose),
+    }
 
 
 def _what_for(entry: TemplateEntry) -> str:

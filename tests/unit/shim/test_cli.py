@@ -11,6 +11,7 @@ import pytest
 
 from guest.image import ImageError
 from shim import cli, config
+from shim.commands.image import Progress
 from shim.machine import host_choice
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ def test_progress_on_a_terminal_stays_on_one_line() -> None:
             return True
 
     terminal = Terminal()
-    progress = cli.Progress(terminal)
+    progress = Progress(terminal)
     progress.step("one")
     progress.step("two")
     progress.end()

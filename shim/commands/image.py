@@ -1,0 +1,83 @@
+"""``hako image``: make what runs inside the virtual machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shim import config
+from shim.refusal import Refusal
+
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any, TextIO
+
+_GUEST_DIRECTORY = Path(config.GuestConfig().kernel).parent
+_CACHE_DIRECTORY = Path("/var/cache/hako")
+
+
+def add_to(commands: Any) -> None:
+    """Offer the command.
+
+    :param commands: what ``add_subparsers`` returned.
+    """
+    image = commands.add_parser("image", help="make what runs inside the virtual machines")
+    build = image.add_subparsers(dest="image_command", required=True, metavar="COMMAND").add_parser(
+        "build", help="build the guest's kernel and initrd from the distribution's packages"
+    )
+    for option, default, text in (
+        ("--output", _GUEST_DIRECTORY, "where they go"),
+        ("--cache", _CACHE_DIRECTORY, "where downloaded packages are kept"),
+    ):
+        build.add_argument(option, type=Path, default=default, metavar="DIR", help=f"{text} ({default})")
+    build.add_argument("--kernel", type=Path, metavar="FILE", help="a kernel of your own")
+    build.add_argument("--modules", type=Path, metavar="DIR", help="its lib/modules/RELEASE")
+    build.add_argument("--json", action="store_true", help="for programs")
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Do what was asked for.
+
+    :param chosen: the command line.
+    :returns: the exit status.
+    :raises Refusal: if the image cannot be built.
+    """
+    from guest.image import ImageError, build  # noqa: PLC0415 - the help does without
+
+    progress = Progress(sys.stderr)
+    try:
+        build(
+            chosen.output, chosen.cache, kernel=chosen.kernel, modules=chosen.modules, progress=progress.step
+        )
+    except ImageError as error:
+        raise Refusal(str(error)) from error
+    finally:
+        progress.end()
+    print(json.dumps({"output": str(chosen.output)}) if chosen.json else chosen.output)
+    return 0
+
+
+class Progress:
+    """Show the step that is under way: one line that changes on a terminal, a line each elsewhere.
+
+    :param stream: where to.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._in_place = stream.isatty()
+        self._shown = False
+
+    def step(self, text: str) -> None:
+        """Report the current step."""
+        # Back to the first column and clear to the end of the line: ECMA-48 EL.
+        self._stream.write(f"\r\x1b[K{text}" if self._in_place else f"{text}\n")
+        self._stream.flush()
+        self._shown = True
+
+    def end(self) -> None:
+        """Leave the last step to be read, with the cursor below it."""
+        if self._in_place and self._shown:
+            self._stream.write("\n")

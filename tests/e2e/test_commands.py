@@ -1,0 +1,253 @@
+"""What an operator's commands say of sandboxes that run: to people, and to programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import tarfile
+import time
+from typing import IO, TYPE_CHECKING, Any, cast
+
+import pytest
+
+from proto.hako import management_pb2 as api
+from shim import cli
+from shim.commands import shims
+from shim.host.state_directory import read_record
+from tests.e2e.busybox import IMAGE
+from tests.e2e.conftest import _census, new_id
+from tests.e2e.containerd import SHIM_DIRECTORY, SYSTEM_PATH
+from tests.e2e.life import until
+from tests.e2e.test_management import ANSWER_S, POD, ask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from shim.host.state_directory import StartRecord
+    from tests.e2e.conftest import Stack
+
+    Hako = Callable[..., tuple[int, str, str]]
+
+pytestmark = pytest.mark.hako
+
+SECRET_VARIABLE, SECRET_ARGUMENT = "swordfish-of-a-variable", "swordfish-of-an-argument"
+INTERVAL_S = 4.0
+
+
+@pytest.fixture(scope="module")
+def box(one_stack: Stack) -> Iterator[StartRecord]:
+    """The sandbox of a container that the tests of this module share."""
+    name = new_id()
+    options = [f"--annotation=io.kubernetes.cri.sandbox-{key}={value}" for key, value in POD.items()]
+    options += ["--detach", "--env", f"PLAIN={SECRET_VARIABLE}"]
+    with _census(one_stack):
+        command = ("sh", "-c", "sleep 100000", SECRET_ARGUMENT)
+        started = one_stack.containerd.run(IMAGE, name, *command, options=options)
+        try:
+            assert started.code == 0, started.stderr
+            [path] = one_stack.state_directory.glob("*/sandbox.json")
+            yield read_record(str(path.parent))
+        finally:
+            one_stack.containerd.remove(name)
+
+
+@pytest.fixture
+def hako(one_stack: Stack, capsys: pytest.CaptureFixture[str]) -> Hako:
+    """Run a command with the configuration of the stack."""
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        status = cli.main([*map(str, words), "--config", str(one_stack.config)])
+        told = capsys.readouterr()
+        return status, told.out, told.err
+
+    return run
+
+
+@pytest.fixture
+def stopped(box: StartRecord) -> Iterator[None]:
+    """Have the shim stopped for the duration of a test."""
+    found = ask(box, "Describe", api.DescribeRequest(), api.DescribeResponse)
+    pid = found.processes[0].pid
+    os.kill(pid, signal.SIGSTOP)
+    yield
+    os.kill(pid, signal.SIGCONT)
+    ask(box, "Describe", api.DescribeRequest(), api.DescribeResponse)
+
+
+def test_ps_lists_the_sandbox_with_its_pod_and_containers(box: StartRecord, hako: Hako) -> None:
+    status, shown, _ = hako("ps")
+    heading, row = shown.splitlines()
+    assert status == 0
+    assert heading.split()[:4] == ["SANDBOX", "NAMESPACE", "POD", "STATE"]
+    assert row.split()[:4] == [box.id, box.namespace, f"{POD['namespace']}/{POD['name']}", "running"]
+    assert row.endswith(f"{box.id} (running)")
+
+    [found] = json.loads(hako("ps", "--json")[1])
+    assert {key: type(value) for key, value in found.items()} == {
+        "id": str,
+        "namespace": str,
+        "pod": dict,
+        "state": str,
+        "created_at_s": float,
+        "memory_bytes": int,
+        "version": str,
+        "containers": list,
+        "problem": str,
+    }
+    assert found["memory_bytes"] > 20 << 20
+    assert found["containers"] == [
+        {"id": box.id, "name": "", "kind": "guest", "state": "running", "exit_status": 0}
+    ]
+
+
+def test_inspect_shows_everything(box: StartRecord, hako: Hako) -> None:
+    status, shown, _ = hako("inspect", box.id)
+    found = json.loads(shown)
+    assert status == 0
+    assert (found["id"], found["state"], found["pod"]) == (box.id, "running", POD)
+    assert found["machine"]["vcpus"] >= 1
+    assert {each["name"] for each in found["processes"]} >= {"shim", "QEMU", "virtio-fs daemon"}
+    assert [each["id"] for each in found["containers"]] == [box.id]
+    assert found["usage"]["processes"]
+    assert {each["kind"] for each in found["logs"]} == {"log", "console"}
+    assert SECRET_VARIABLE not in shown
+    assert SECRET_ARGUMENT not in shown
+
+
+@pytest.mark.parametrize("command", ["inspect", "logs", "events", "timeline"])
+def test_a_sandbox_that_is_not_there_is_named_in_one_line(hako: Hako, command: str, one_stack: Stack) -> None:
+    status, shown, told = hako(command, "nobody")
+    assert (status, shown) == (1, "")
+    assert told.startswith(f"{command}: nobody: ")
+    assert told.endswith("see `hako ps`\n")
+    assert told.count("\n") == 1
+
+
+def test_logs_are_merged_by_time(box: StartRecord, hako: Hako) -> None:
+    status, shown, _ = hako("logs", box.id, "--json")
+    lines = [json.loads(line) for line in shown.splitlines()]
+    assert status == 0
+    assert [set(line) for line in lines] == [{"at_s", "source", "level", "text"}] * len(lines)
+    assert sorted(lines, key=lambda line: line["at_s"]) == lines
+    assert "shim" in {line["source"] for line in lines}
+    assert any(f"sandbox {box.id}: ready" in line["text"] for line in lines)
+    assert all(abs(line["at_s"] - time.time()) < 3600 for line in lines)
+
+    assert f"sandbox {box.id}: ready" in hako("logs", box.id)[1]
+    assert hako("logs", box.id, "--since", "2100-01-01T00:00:00Z")[:2] == (0, "")
+    assert hako("logs", box.id, "--since", "soon")[0] == 1
+
+
+def test_logs_go_on_until_the_sandbox_ends(one_stack: Stack, tmp_path: Path) -> None:
+    """And events show a sandbox that begins after them."""
+    containerd, name = one_stack.containerd, new_id()
+    environment = {"HAKO_CONFIG": str(one_stack.config), "PATH": f"{SHIM_DIRECTORY}:{SYSTEM_PATH}"}
+    with (tmp_path / "events").open("wb") as events, (tmp_path / "logs").open("wb") as logs:
+        watching = subprocess.Popen(
+            [SHIM_DIRECTORY / "hako", "events", "--json"], env=environment, stdout=events, stderr=events
+        )
+        try:
+            started = containerd.run(IMAGE, name, "sleep", "100000", options=["--detach"])
+            assert started.code == 0, started.stderr
+            following = subprocess.Popen(
+                [SHIM_DIRECTORY / "hako", "logs", "-f", name], env=environment, stdout=logs, stderr=logs
+            )
+            until(lambda: "ready" in (tmp_path / "logs").read_text(), what="the lines so far")
+            until(
+                lambda: "/tasks/start" in topics(tmp_path / "events", name),
+                what="the events of a new sandbox",
+            )
+            containerd.remove(name)
+            assert following.wait(timeout=ANSWER_S) == 0
+            assert "/tasks/exit" in topics(tmp_path / "events", name)
+        finally:
+            watching.send_signal(signal.SIGINT)
+            assert watching.wait(timeout=ANSWER_S) == 130
+
+
+def topics(path: Path, sandbox: str) -> list[str]:
+    """The topics of a sandbox's events in the output of ``hako events --json``."""
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    return [each["topic"] for each in events if each["sandbox"] == sandbox]
+
+
+def test_events_that_are_past_are_shown(box: StartRecord, hako: Hako) -> None:
+    status, shown, _ = hako("events", box.id, "--past", "--json")
+    events = [json.loads(line) for line in shown.splitlines()]
+    assert status == 0
+    assert [each["number"] for each in events] == list(range(1, len(events) + 1))
+    assert {each["topic"] for each in events} >= {"/tasks/create", "/tasks/start", "/sandbox/ready"}
+    assert {each["sandbox"] for each in events} == {box.id}
+    assert f"/tasks/start  container={box.id}" in hako("events", "--past")[1]
+
+
+def test_top_agrees_with_a_load_and_with_statistics(box: StartRecord, hako: Hako, one_stack: Stack) -> None:
+    load = ("tasks", "exec", "--detach", "--exec-id", "load", box.id, "sh", "-c", "while :; do :; done")
+    assert one_stack.containerd.ctr(*load).code == 0
+    try:
+        before = usage(box)
+        began_s = time.monotonic()
+        status, shown, _ = hako("top", "--json", "--interval", str(INTERVAL_S))
+        took_s = time.monotonic() - began_s
+        after = usage(box)
+        [found] = json.loads(shown)
+    finally:
+        one_stack.containerd.ctr("tasks", "kill", "--exec-id", "load", "-s", "SIGKILL", box.id)
+    assert (status, found["id"], found["problem"]) == (0, box.id, "")
+    assert found["pod"] == f"{POD['namespace']}/{POD['name']}"
+    counted = 100 * (after.containers[0].cpu_s - before.containers[0].cpu_s) / took_s
+    assert found["guest_cpu_percent"] == pytest.approx(counted, rel=0.1)
+    assert found["guest_memory_bytes"] == pytest.approx(after.containers[0].memory_bytes, rel=0.1)
+    parts = found["qemu_bytes"] + found["daemons_bytes"] + found["shim_bytes"]
+    assert parts == found["memory_bytes"]
+    assert found["cpu_percent"] > 0
+
+
+def usage(box: StartRecord) -> Any:
+    return ask(box, "Usage", api.UsageRequest(guest_timeout_s=ANSWER_S), api.UsageResponse)
+
+
+def test_collect_writes_all_but_what_is_secret(box: StartRecord, hako: Hako, tmp_path: Path) -> None:
+    output = tmp_path / "report.tar.gz"
+    status, shown, _ = hako("collect", "--output", output, "--json")
+    told = json.loads(shown)
+    assert (status, told["output"]) == (0, str(output))
+    assert output.stat().st_mode & 0o777 == 0o600
+    with tarfile.open(output) as archive:
+        texts = {
+            member.name: cast("IO[bytes]", archive.extractfile(member)).read().decode()
+            for member in archive.getmembers()
+        }
+    place = f"hako/sandboxes/{box.namespace}__{box.id}"
+    assert {f"hako/{name}" for name in told["files"]} == set(texts)
+    assert set(texts) >= {
+        *("hako/versions.json", "hako/config.toml", "hako/check.json"),
+        *(f"{place}/{name}" for name in ("description.json", "shim.log", "timeline")),
+    }
+    assert json.loads(texts[f"{place}/description.json"])["state"] == "running"
+    for name, text in texts.items():
+        assert SECRET_VARIABLE not in text, name
+        assert SECRET_ARGUMENT not in text, name
+    assert hako("collect", "--output", output)[0] == 1  # it is there already
+
+
+@pytest.mark.parametrize("command", [("ps",), ("top", "--interval", "0.1"), ("events", "--past")])
+def test_a_shim_that_is_stopped_holds_no_command_up(
+    box: StartRecord, hako: Hako, stopped: None, command: tuple[str, ...]
+) -> None:
+    status, shown, told = hako(*command)
+    assert status == 1
+    assert box.id in shown + told
+    assert f"does not answer within {shims.TIMEOUT_S:g} s" in shown + told
+
+
+def test_logs_of_a_shim_that_is_stopped_are_what_it_has_written(
+    box: StartRecord, hako: Hako, stopped: None
+) -> None:
+    status, shown, told = hako("logs", box.id)
+    assert status == 0
+    assert f"sandbox {box.id}: ready" in shown
+    assert "does not answer" in told
