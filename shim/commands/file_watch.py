@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 from typing import TYPE_CHECKING
@@ -48,4 +49,6 @@ class FileWatch:
         """Wait until something has changed since this returned last, or since it was watched first."""
         await self._changed.wait()
         self._changed.clear()
-        os.read(self._descriptor, _BUFFER)
+        # The loop may have called back again since the changes were read.
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._descriptor, _BUFFER)
