@@ -185,8 +185,11 @@ def test_events_that_are_past_are_shown(box: StartRecord, hako: Hako) -> None:
 
 
 def test_top_agrees_with_a_load_and_with_statistics(box: StartRecord, hako: Hako, one_stack: Stack) -> None:
-    load = ("tasks", "exec", "--detach", "--exec-id", "load", box.id, "sh", "-c", "while :; do :; done")
-    assert one_stack.containerd.ctr(*load).code == 0
+    program = "echo busy; while :; do :; done"
+    argv = one_stack.containerd.ctr_argv("tasks", "exec", "--exec-id", "load", box.id, "sh", "-c", program)
+    load = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    assert load.stdout is not None
+    assert load.stdout.readline() == b"busy\n"
     try:
         before = usage(box)
         began_s = time.monotonic()
@@ -196,6 +199,7 @@ def test_top_agrees_with_a_load_and_with_statistics(box: StartRecord, hako: Hako
         [found] = json.loads(shown)
     finally:
         one_stack.containerd.ctr("tasks", "kill", "--exec-id", "load", "-s", "SIGKILL", box.id)
+        load.communicate(timeout=ANSWER_S)
     assert (status, found["id"], found["problem"]) == (0, box.id, "")
     assert found["pod"] == f"{POD['namespace']}/{POD['name']}"
     counted = 100 * (after.containers[0].cpu_s - before.containers[0].cpu_s) / took_s
