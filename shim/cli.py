@@ -25,6 +25,7 @@ COMMANDS = {
     "collect": "collect",
     "config": "configuration",
     "install": "install",
+    "uninstall": "uninstall",
     "image": "image",
     "template": "template",
     "version": "show_version",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from proto.containerd import sandbox_v1_pb2, task_v2_pb2, task_v3_pb2
 from shim.config import ConfigText, parse
 from shim.errors import ShimError
-from shim.host import mounts, state_directory
+from shim.host import mounts, releases, state_directory
 from shim.host.ledger import Ledger
 from shim.machine import pod
 from shim.machine.machine import Machine
@@ -70,6 +70,7 @@ def run(record: StartRecord, socket_descriptor: int | None, ready: Callable[[], 
         asyncio.run(_serve(record, settings, listener=listener, host_mounts=host_mounts, ready=ready))
     finally:
         _undo(record)
+        releases.leave()
 
 
 async def _serve(

@@ -24,7 +24,7 @@ import sys
 sys.path[:0] = {own!r}
 sys.path += {libraries!r}
 sys.executable = {executable!r}
-sys.orig_argv = [sys.executable, *sys.argv]
+{renaming}sys.orig_argv = [sys.executable, *sys.argv]
 from shim.entry import main
 sys.exit(main())
 """
@@ -40,7 +40,27 @@ def text(interpreter: str) -> str:
         raise Refusal(f"launcher: {interpreter}: its path is too long for a script; use pip's program")
     own = str(Path(__file__).resolve().parents[2])
     libraries = [path for path in sys.path if path.endswith("-packages") and path != own]
-    return _TEXT.format(interpreter=interpreter, own=[own], libraries=libraries, executable=sys.executable)
+    return render(interpreter=interpreter, own=own, libraries=libraries, executable=sys.executable)
+
+
+def render(
+    *, interpreter: str, own: str, libraries: list[str], executable: str, name: str | None = None
+) -> str:
+    """Return the program, for given paths.
+
+    :param interpreter: what runs it.
+    :param own: where Hako's packages are.
+    :param libraries: where the others are.
+    :param executable: the interpreter that finds all of these by itself.
+    :param name: what the program calls itself, if not by the path that it is run by.
+    """
+    return _TEXT.format(
+        interpreter=interpreter,
+        own=[own],
+        libraries=libraries,
+        executable=executable,
+        renaming="" if name is None else f"sys.argv[0] = {name!r}\n",
+    )
 
 
 def fastest_interpreter() -> str:

@@ -19,6 +19,7 @@ from shim.host.state_directory import StartRecord
 from shim.identifiers import check_identifier
 from shim.refusal import Refusal
 from shim.telemetry import timeline
+from shim.version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def start(line: CommandLine, invocation: Invocation) -> bytes | None:
         debug=line.debug or caller.params.log_level < 0,
         dialect=caller.dialect,
         started_at=time.time(),
+        hako_version=VERSION,
     )
     timeline.note(
         "input, configuration, bundle", lane=timeline.START, began_s=began_s, ended_s=time.monotonic()

@@ -24,7 +24,7 @@ from shim import zygote_protocol
 from shim.bootstrap import actions
 from shim.bootstrap import serve as daemon_life
 from shim.bootstrap.command_line import Invocation
-from shim.host import daemonize, state_directory
+from shim.host import daemonize, releases, state_directory
 from shim.host.ledger import Ledger
 from shim.record import Record
 from shim.refusal import Refusal
@@ -98,6 +98,7 @@ def serve(address: str) -> None:
             _keep_a_spare(listener, identity, files=_files())
         finally:
             os.unlink(path)
+    releases.leave()
 
 
 def _warm() -> None:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import argparse
     from typing import Any, TextIO
 
-_GUEST_DIRECTORY = Path(config.GuestConfig().kernel).parent
-_CACHE_DIRECTORY = Path("/var/cache/hako")
+GUEST_DIRECTORY = Path(config.GuestConfig().kernel).parent
+CACHE_DIRECTORY = Path("/var/cache/hako")
 
 
 def add_to(commands: Any) -> None:
@@ -28,8 +28,8 @@ def add_to(commands: Any) -> None:
         "build", help="build the guest's kernel and initrd from the distribution's packages"
     )
     for option, default, text in (
-        ("--output", _GUEST_DIRECTORY, "where they go"),
-        ("--cache", _CACHE_DIRECTORY, "where downloaded packages are kept"),
+        ("--output", GUEST_DIRECTORY, "where they go"),
+        ("--cache", CACHE_DIRECTORY, "where downloaded packages are kept"),
     ):
         build.add_argument(option, type=Path, default=default, metavar="DIR", help=f"{text} ({default})")
     build.add_argument("--kernel", type=Path, metavar="FILE", help="a kernel of your own")
@@ -44,19 +44,30 @@ def run(chosen: argparse.Namespace) -> int:
     :returns: the exit status.
     :raises Refusal: if the image cannot be built.
     """
-    from guest.image import ImageError, build  # noqa: PLC0415 - the help does without
+    build(chosen.output, chosen.cache, kernel=chosen.kernel, modules=chosen.modules)
+    print(json.dumps({"output": str(chosen.output)}) if chosen.json else chosen.output)
+    return 0
+
+
+def build(output: Path, cache: Path, *, kernel: Path | None = None, modules: Path | None = None) -> None:
+    """Build the guest's kernel and initrd, and show the step that is under way.
+
+    :param output: where they go.
+    :param cache: where downloaded packages are kept.
+    :param kernel: a kernel of the operator's own.
+    :param modules: its ``lib/modules/RELEASE``.
+    :raises Refusal: if they cannot be built.
+    """
+    from guest.image import ImageError  # noqa: PLC0415 - the help does without
+    from guest.image import build as build_image  # noqa: PLC0415 - as above
 
     progress = Progress(sys.stderr)
     try:
-        build(
-            chosen.output, chosen.cache, kernel=chosen.kernel, modules=chosen.modules, progress=progress.step
-        )
+        build_image(output, cache, kernel=kernel, modules=modules, progress=progress.step)
     except ImageError as error:
         raise Refusal(str(error)) from error
     finally:
         progress.end()
-    print(json.dumps({"output": str(chosen.output)}) if chosen.json else chosen.output)
-    return 0
 
 
 class Progress:

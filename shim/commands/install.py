@@ -1,26 +1,47 @@
-"""``hako install``: the configuration with which a node's containerd offers Hako to Kubernetes."""
+"""``hako install``: tell a node's containerd to offer Hako to Kubernetes."""
 
 from __future__ import annotations
 
+import copy
+import os
 import shutil
 import subprocess
-from typing import TYPE_CHECKING
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from shim import config
+from shim.commands import containerd_config, image, kubernetes
 from shim.refusal import Refusal
 
 if TYPE_CHECKING:
     import argparse
-    from typing import Any
 
+_SHIPPED_GUEST = Path("/usr/share/hako/guest")
+"""The image that a package brings along."""
 _VERSION_TIMEOUT_S = 10.0
+MAIN = Path("/etc/containerd/config.toml")
+"""containerd's main file."""
 
-_FIRST = """\
-# containerd {version}: append this to /etc/containerd/config.toml. As an imported file it would
-# replace all that is said of the plugin there.
+_FIRST_PLUGIN = "io.containerd.grpc.v1.cri"
+_SECOND_PLUGIN = "io.containerd.cri.v1.runtime"
+_HANDLER = "hako"
+_MARK = "# Written by `hako install`"
+DROP_IN = "conf.d/hako.toml"
+"""Beside containerd's main file."""
+
+_HEAD = """\
+{mark} for containerd {version}, which reads it if {main} says, before its first table:
+#     imports = ["{directory}/*.toml"]
 # containerd must find containerd-shim-hako-v2 in its PATH.
-version = 2
+version = {number}
+"""
 
-[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.hako]
+# As an imported file, it replaces all that the main file says of the plugin.
+_CARRIED = "# What containerd has by {main} and by default; run `hako install` again after a change there."
+
+_RUNTIME = """
+[plugins."{plugin}".containerd.runtimes.{handler}]
 runtime_type = "io.containerd.hako.v2"
 # The devices of the host are not in the machine.
 privileged_without_host_devices = true
@@ -28,18 +49,7 @@ privileged_without_host_devices = true
 pod_annotations = ["io.hako.*", "io.katacontainers.*"]
 """
 
-_SECOND = """\
-# containerd {version}: put this into /etc/containerd/conf.d/hako.toml, and make sure that
-# /etc/containerd/config.toml says: imports = ["/etc/containerd/conf.d/*.toml"]
-# containerd must find containerd-shim-hako-v2 in its PATH.
-version = 3
-
-[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.hako]
-runtime_type = "io.containerd.hako.v2"
-# The devices of the host are not in the machine.
-privileged_without_host_devices = true
-# What a pod may ask of Hako.
-pod_annotations = ["io.hako.*", "io.katacontainers.*"]
+_SANDBOXER = """\
 # "shim" makes pods without a pause container; "podsandbox" is what every containerd does.
 sandboxer = "podsandbox"
 """
@@ -50,38 +60,192 @@ def add_to(commands: Any) -> None:
 
     :param commands: what ``add_subparsers`` returned.
     """
-    parser = commands.add_parser("install", help="say what containerd must be told to offer Hako")
-    parser.add_argument(
-        "--print", action="store_true", required=True, help="print it: files are left to the operator"
+    parser = commands.add_parser("install", help="tell containerd of Hako, and build the guest's image")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--print", action="store_true", help="say what containerd would be told, and change nothing"
+    )
+    what.add_argument(
+        "--kubernetes", action="store_true", help="print the RuntimeClass, and how to label this node"
     )
     parser.add_argument(
         "--containerd", default="containerd", metavar="PROGRAM", help="another than the one in PATH"
     )
+    parser.add_argument(
+        "--containerd-config",
+        type=Path,
+        default=MAIN,
+        metavar="FILE",
+        help=f"its main file, which is never changed ({MAIN})",
+    )
+    parser.add_argument("--no-image", action="store_true", help="leave the guest's image as it is")
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Print it.
+    """Build or copy the guest's image, as containerd must not offer what cannot run, and tell containerd.
 
-    :param chosen: the command line.
+    :param chosen: the command line; it may ask for texts only.
     :returns: the exit status.
-    :raises Refusal: if there is no such containerd, or Hako does not work with it.
+    :raises Refusal: if Hako does not work with that containerd, or it would not read the drop-in, or lose
+        something by it, or there can be no image; then containerd is told nothing.
     """
-    print(drop_in(found_version(chosen.containerd)), end="")
+    if chosen.kubernetes:
+        print(kubernetes.objects(config.parse(config.locate(os.environ))), end="")
+        return 0
+    if not (chosen.print or chosen.no_image):
+        found_version(chosen.containerd)
+        if (_SHIPPED_GUEST / "image.json").exists():
+            copy_image(_SHIPPED_GUEST, image.GUEST_DIRECTORY)
+        else:
+            image.CACHE_DIRECTORY.mkdir(parents=True, exist_ok=True)
+            image.build(image.GUEST_DIRECTORY, image.CACHE_DIRECTORY)
+    return _tell(chosen)
+
+
+def _tell(chosen: argparse.Namespace) -> int:
+    """Print what containerd must be told, or tell it."""
+    version, main = found_version(chosen.containerd), chosen.containerd_config
+    target = main.parent / DROP_IN
+    plugin = _plugin_of(version)
+    before = _content(target)
+    if before is not None and not before.startswith(_MARK):
+        raise Refusal(f"install: {target}: it is not of `hako install`; move it away")
+    # containerd 2 merges what two files say of a plugin.
+    carried = {} if plugin == _SECOND_PLUGIN else containerd_config.said_of(main, plugin)
+    handlers = containerd_config.handlers(containerd_config.dump(chosen.containerd, main), plugin)
+    text = drop_in(version, main=main, carried=_with_handlers(carried, handlers))
+    if chosen.print:
+        print(f"install: would write this as {target}", file=sys.stderr)
+        print(text, end="")
+        return 0
+    _write(target, text, before=before, program=chosen.containerd, main=main, plugin=plugin)
+    print(f"{'unchanged' if before == text else 'written'}: {target}")
+    if before != text:
+        print("containerd offers the runtime once it is restarted: systemctl restart containerd")
     return 0
 
 
-def drop_in(version: str) -> str:
-    """Write the configuration for a containerd.
+def copy_image(shipped: Path, output: Path) -> None:
+    """Put the image that a package brings along in its place, unless it is there.
 
-    :param version: its version, such as ``1.7.24``.
-    :returns: TOML with comments that say where it goes.
-    :raises Refusal: if Hako does not work with it.
+    :param shipped: the package's.
+    :param output: the place; an image there is replaced.
+    :raises Refusal: if that fails.
     """
+    name = "image.json"  # written last: its presence vouches for the rest
+    try:
+        if _content(output / name) == _content(shipped / name):
+            return
+        output.mkdir(parents=True, exist_ok=True)
+        for path in sorted(shipped.iterdir(), key=lambda path: path.name == name):
+            if path.is_dir():
+                shutil.rmtree(output / path.name, ignore_errors=True)
+                shutil.copytree(path, output / path.name)
+            else:
+                new = output / f".{path.name}.new"
+                shutil.copyfile(path, new)
+                new.replace(output / path.name)
+    except OSError as error:
+        raise Refusal(
+            f"install: {error.filename}: {error.strerror}; make room, or make it writable"
+        ) from error
+
+
+def remove(main: Path) -> Path | None:
+    """Remove the drop-in.
+
+    :param main: containerd's main file.
+    :returns: its path; None if there is none of ``hako install``.
+    :raises Refusal: if it cannot be removed.
+    """
+    target = main.parent / DROP_IN
+    if not (_content(target) or "").startswith(_MARK):
+        return None
+    containerd_config.replace(target, None)
+    return target
+
+
+def _with_handlers(said: dict[str, Any], handlers: dict[str, Any]) -> dict[str, Any]:
+    """Add the other handlers: where one is named, containerd's own default of runc goes."""
+    others = {name: each for name, each in handlers.items() if name != _HANDLER}
+    if not others:
+        return said
+    table = said.get("containerd", {})
+    return {**said, "containerd": {**table, "runtimes": {**others, **table.get("runtimes", {})}}}
+
+
+def _write(target: Path, text: str, *, before: str | None, program: str, main: Path, plugin: str) -> None:
+    """Write the drop-in, unless containerd would not read it or would read other things otherwise."""
+    containerd_config.replace(target, None)
+    kept = before
+    try:
+        without = containerd_config.dump(program, main)
+        containerd_config.take_out(without, plugin, _HANDLER)
+        containerd_config.replace(target, text)
+        found = containerd_config.dump(program, main)
+        if containerd_config.take_out(found, plugin, _HANDLER) is None:
+            raise Refusal(
+                f"install: {main}: it does not import {target}; {_remedy(main, target)}, and run this again"
+            )
+        if found != without:
+            raise Refusal(
+                f"install: {target}: containerd would read other files' settings otherwise; "
+                f"add the table that `hako install --print` shows to {main} instead"
+            )
+        kept = text
+    finally:
+        containerd_config.replace(target, kept)
+
+
+def _remedy(main: Path, target: Path) -> str:
+    line = f'imports = ["{target.parent}/*.toml"]'
+    if not main.exists():
+        number = 2  # every containerd reads it
+        return f"make that file of the lines `version = {number}` and `{line}`"
+    return f"put the line `{line}` before its first table, or add the path to those that it imports"
+
+
+def _content(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise Refusal(f"install: {path}: {error}; make it readable") from error
+
+
+def _plugin_of(version: str) -> str:
     major, _, rest = version.partition(".")
     minor = rest.partition(".")[0]
     if not (major.isdigit() and minor.isdigit()) or (int(major), int(minor)) < (1, 6):
         raise Refusal(f"install: containerd {version}: not supported; install containerd 1.6 or later")
-    return (_FIRST if int(major) == 1 else _SECOND).format(version=version)
+    return _FIRST_PLUGIN if int(major) == 1 else _SECOND_PLUGIN
+
+
+def drop_in(version: str, *, main: Path = MAIN, carried: dict[str, Any] | None = None) -> str:
+    """Write the configuration for a containerd.
+
+    :param version: its version, such as ``1.7.24``.
+    :param main: its main file.
+    :param carried: what that says of the plugin, if it would be lost.
+    :returns: TOML with comments that say where it goes.
+    :raises Refusal: if Hako does not work with it.
+    """
+    plugin = _plugin_of(version)
+    text = _HEAD.format(
+        mark=_MARK,
+        version=version,
+        main=main,
+        directory=(main.parent / DROP_IN).parent,
+        number=2 if plugin == _FIRST_PLUGIN else 3,
+    )
+    if carried:
+        kept = copy.deepcopy(carried)
+        containerd_config.take_out({"plugins": {plugin: kept}}, plugin, _HANDLER)
+        lines = [_CARRIED.format(main=main), *containerd_config.tables(("plugins", plugin), kept)]
+        text += "\n" + "\n".join(lines) + "\n"
+    text += _RUNTIME.format(plugin=plugin, handler=_HANDLER)
+    return text + (_SANDBOXER if plugin == _SECOND_PLUGIN else "")
 
 
 def found_version(program: str) -> str:

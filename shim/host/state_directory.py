@@ -46,6 +46,8 @@ class StartRecord(Record):
     dialect: str
     #: Seconds since the epoch.
     started_at: float
+    #: Hako's own, such as ``0.1.0``; empty if that did not say yet.
+    hako_version: str = ""
 
 
 def path_of(state_dir: str, socket_name: str) -> str:
@@ -66,11 +68,12 @@ def read_record(state_directory: str) -> StartRecord:
     """Read the record back.
 
     :param state_directory: the state directory of the sandbox.
-    :returns: what ``write_record`` wrote.
+    :returns: what ``write_record`` wrote, possibly that of a newer version of Hako, without what is new.
     :raises FileNotFoundError: if the sandbox is gone.
     """
     with open(os.path.join(state_directory, _RECORD), encoding="utf-8") as file:
-        return StartRecord(**json.load(file))
+        values = json.load(file)
+    return StartRecord(**{name: values[name] for name in StartRecord.fields() if name in values})
 
 
 def write_atomically(path: str, text: str) -> None:

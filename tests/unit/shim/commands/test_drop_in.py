@@ -43,10 +43,11 @@ def test_the_command_asks_the_containerd_that_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = tmp_path / "containerd"
-    program.write_text("#!/bin/sh\necho containerd github.com/containerd/containerd/v2 v2.1.9 abc\n")
+    said = "containerd github.com/containerd/containerd/v2 v2.1.9 abc"
+    program.write_text(f"#!/bin/sh\n[ $1 = --version ] || exit 0\necho {said}\n")
     program.chmod(0o700)
     assert cli.main(["install", "--print", "--containerd", str(program)]) == 0
-    assert "# containerd 2.1.9: put this into" in capsys.readouterr().out
+    assert "for containerd 2.1.9, which reads it if" in capsys.readouterr().out
 
 
 def test_a_missing_containerd_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,48 @@
+"""``hako install --kubernetes``: what a cluster must be told."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shim.config import Config
+
+LABEL = "hako.io/runtime"
+HOST_MIB = 128
+"""What QEMU, the daemons and the shim of a machine take beside its memory; docs/kubernetes.md."""
+_HOST_MILLICPUS = 250
+
+_TEXT = """\
+# Once for the cluster: kubectl apply -f -
+apiVersion: node.k8s.io/v1
+kind: RuntimeClass
+metadata:
+  name: hako
+handler: hako
+overhead:
+  podFixed:
+    memory: {memory_mib}Mi  # {machine_mib} of the machine itself, {host_mib} of the processes on the host
+    cpu: {millicpus}m
+scheduling:
+  nodeSelector:
+    {label}: "true"
+# For each node on which `hako check` succeeds:
+#   kubectl label node {node} {label}=true
+"""
+
+
+def objects(config: Config) -> str:
+    """Write the RuntimeClass for nodes with a configuration, and how this one is labelled.
+
+    :param config: the configuration.
+    """
+    machine = config.hypervisor.memory_mib
+    return _TEXT.format(
+        memory_mib=machine + HOST_MIB,
+        machine_mib=machine,
+        host_mib=HOST_MIB,
+        millicpus=_HOST_MILLICPUS,
+        label=LABEL,
+        node=os.uname().nodename,
+    )

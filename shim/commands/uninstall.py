@@ -1,0 +1,136 @@
+"""``hako uninstall``: take back what ``hako install`` and sandboxes have left on this host."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shim import config, zygote_protocol
+from shim.commands import install
+from shim.host import releases, state_directory
+from shim.host.ledger import Ledger
+from shim.machine.template_store import TemplateStore
+from shim.refusal import Refusal
+
+if TYPE_CHECKING:
+    import argparse
+
+    from shim.config import Config
+
+_CONNECT_TIMEOUT_S = 1.0
+_UNDO_TIMEOUT_S = 10.0
+_CACHE = Path("/var/cache/hako")
+
+
+def add_to(commands: Any) -> None:
+    """Offer the command.
+
+    :param commands: what ``add_subparsers`` returned.
+    """
+    parser = commands.add_parser("uninstall", help="take back what `hako install` did; no sandbox may run")
+    parser.add_argument("--print", action="store_true", help="say what would be removed, and change nothing")
+    parser.add_argument("--keep-image", action="store_true", help="leave the guest's image and its packages")
+    parser.add_argument(
+        "--containerd-config",
+        type=Path,
+        default=install.MAIN,
+        metavar="FILE",
+        help=f"containerd's main file ({install.MAIN})",
+    )
+    parser.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Remove it, a line for each thing.
+
+    :param chosen: the command line.
+    :returns: the exit status.
+    :raises Refusal: if a sandbox runs, or something cannot be removed.
+    """
+    environment = {config.ENVIRONMENT_VARIABLE: chosen.config} if chosen.config else os.environ
+    settings = config.parse(config.locate(environment))
+    state = Path(settings.shim.state_dir)
+    ended = _ended(state)
+    image = [] if chosen.keep_image else [Path(settings.guest.kernel).parent, _CACHE]
+    if chosen.print:
+        _say(settings, chosen.containerd_config, ended=ended, image=image)
+        return 0
+    for directory in ended:
+        _undo(directory)
+    removed = install.remove(chosen.containerd_config)
+    if removed is not None:
+        print(f"removed: {removed}; containerd forgets the runtime once it is restarted")
+    try:
+        _end_zygotes()
+        TemplateStore(Path(settings.hypervisor.template_dir)).remove("")
+        for path in (Path(settings.hypervisor.template_dir), Path(zygote_protocol.ZYGOTE_DIRECTORY), *image):
+            if path.exists():
+                shutil.rmtree(path)
+                print(f"removed: {path}")
+    except OSError as error:
+        raise Refusal(f"uninstall: {error.filename}: {error.strerror}; remove it by hand") from error
+    with contextlib.suppress(OSError):  # something else is there
+        state.rmdir()
+    return 0
+
+
+def _say(settings: Config, main: Path, *, ended: list[Path], image: list[Path]) -> None:
+    paths = [main.parent / install.DROP_IN, Path(settings.hypervisor.template_dir), *ended, *image]
+    for path in paths:
+        if path.exists():
+            print(f"would remove: {path}")
+
+
+def _ended(state: Path) -> list[Path]:
+    """Return the state directories that sandboxes left behind.
+
+    :raises Refusal: if one of them runs.
+    """
+    found = sorted(path.parent for path in state.glob("*/sandbox.json"))
+    running = {path: record for path in found if (record := _running(path)) is not None}
+    if running:
+        names = ", ".join(f"{each.id} of namespace {each.namespace}" for each in running.values())
+        raise Refusal(f"uninstall: sandboxes run: {names}; stop them first")
+    return found
+
+
+def _running(directory: Path) -> state_directory.StartRecord | None:
+    try:
+        record = state_directory.read_record(str(directory))
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(_CONNECT_TIMEOUT_S)
+            probe.connect(record.socket_path)
+    except TimeoutError:
+        return record  # it is stopped, and not gone
+    except (OSError, ValueError, TypeError):
+        return None
+    return record
+
+
+def _undo(directory: Path) -> None:
+    held = state_directory.lock_existing(str(directory), wait=False)
+    if held is None:
+        return
+    try:
+        ledger = Ledger(str(directory))
+        failures = ledger.undo_all(deadline_s=_UNDO_TIMEOUT_S)
+        ledger.close()
+    except OSError as error:
+        raise Refusal(f"uninstall: {directory}: {error.strerror}; remove it by hand") from error
+    finally:
+        os.close(held)
+    if failures:
+        raise Refusal(f"uninstall: {failures[0]}")
+    print(f"removed: {directory}")
+
+
+def _end_zygotes() -> None:
+    """End the zygotes of an installed package; those of a source tree end by themselves."""
+    root = releases.root()
+    if root is not None:
+        releases.retire_zygotes(root, also_current=True)
+    releases.remove_dead_sockets(zygote_protocol.ZYGOTE_DIRECTORY)

@@ -1,0 +1,198 @@
+"""The releases of Hako that its Debian package keeps side by side, each in a directory of its own.
+
+An upgrade leaves the directory of the old release to the processes that run from it, so that they find every
+file as it was when they started. The last of them removes it. It is on the end of each shim's life.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CURRENT = "current"
+"""The link to the release that new processes take."""
+
+_PRISTINE = "package"  # what dpkg owns, of which releases are made
+_PACKAGES = "packages"
+#: The programs that say their release on no command line: a ``start``, a ``delete``, a command.
+_PROGRAMS = (b"/containerd-shim-hako-v2", b"/hako")
+_INTERPRETER = b"python"
+#: containerd ends a ``start`` or a ``delete`` that takes longer.
+_SHORT_S = 10.0
+
+
+def _own() -> str:
+    """Return the directory that this process's packages are in."""
+    packages = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    return os.path.dirname(packages) if os.path.basename(packages) == _PACKAGES else ""
+
+
+def root() -> str | None:
+    """Return the directory of all releases; nothing if this process is not of a package."""
+    directory = os.path.dirname(_own())
+    return directory if directory and _current(directory) is not None else None
+
+
+def leave() -> None:
+    """Remove this process's release if another one is current and nobody else runs from it."""
+    directory = root()
+    if directory is not None and _current(directory) != os.path.basename(_own()):
+        prune(directory, wait_s=0.0)
+
+
+def prune(root: str, *, wait_s: float = _SHORT_S) -> list[str]:
+    """Remove the releases from which nothing runs, but for the current one.
+
+    :param root: the directory of all releases.
+    :param wait_s: how long to wait for processes that began before the current release was, and that do not
+        show which one they run from, in seconds. If one is left, nothing is removed.
+    :returns: the names of those removed.
+    """
+    current = _current(root)
+    old = [name for name in sorted(os.listdir(root)) if name not in {current, CURRENT, _PRISTINE}]
+    if not old or current is None or not _are_gone(_unnamed(root), wait_s):
+        return []
+    used = {name for _, name, _ in _running(root)}
+    removed = [name for name in old if name not in used]
+    import shutil  # noqa: PLC0415 - few ends of shims need it
+
+    for name in removed:
+        shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+    return removed
+
+
+def retire_zygotes(root: str, *, also_current: bool = False) -> None:
+    """End the zygotes of releases; a request that one of their forks serves is not disturbed.
+
+    :param root: the directory of all releases.
+    :param also_current: whether those of the current one end, too.
+    """
+    current = _current(root)
+    found = {
+        pid: name
+        for pid, name, words in _running(root)
+        if b"-zygote" in words and (also_current or name != current)
+    }
+    for pid in found:
+        if _parent(pid) not in found:  # a fork that waits ends with its zygote
+            _end(pid)
+
+
+def remove_dead_sockets(directory: str) -> None:
+    """Remove what zygotes left that have ended.
+
+    :param directory: of the zygotes' sockets.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        for name in sorted(os.listdir(directory)):
+            path = os.path.join(directory, name)
+            if path.endswith(".lock"):
+                _remove_if_dead(path)
+
+
+def _remove_if_dead(path: str) -> None:
+    with contextlib.suppress(OSError):
+        lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+            os.unlink(path.removesuffix(".lock"))
+        finally:
+            os.close(lock)
+
+
+def _current(root: str) -> str | None:
+    try:
+        return os.path.basename(os.readlink(os.path.join(root, CURRENT)))
+    except OSError:
+        return None
+
+
+def _running(root: str) -> Iterator[tuple[int, str, list[bytes]]]:
+    """Return the other processes that run from a release: pid, name of the release, command line."""
+    prefix = os.fsencode(root) + b"/"
+    for pid, words in _processes():
+        if words[0].startswith(prefix):
+            yield pid, os.fsdecode(words[0].removeprefix(prefix).partition(b"/")[0]), words
+
+
+def _unnamed(root: str) -> list[int]:
+    """Return the processes that may run from an old release and do not say so."""
+    switched_at = os.lstat(os.path.join(root, CURRENT)).st_mtime
+    prefix = os.fsencode(root) + b"/"
+    return [
+        pid
+        for pid, words in _processes()
+        if not words[0].startswith(prefix)
+        and os.path.basename(words[0]).startswith(_INTERPRETER)
+        and any(os.path.realpath(word).startswith(prefix) for word in words[1:3] if word.endswith(_PROGRAMS))
+        and _began_at(pid) <= switched_at
+    ]
+
+
+def _processes() -> Iterator[tuple[int, list[bytes]]]:
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as file:
+                words = file.read().split(b"\0")
+                yield int(name), words
+
+
+def _fields(pid: int) -> list[bytes]:
+    """Return the fields of /proc/[pid]/stat after the program's name: proc(5)."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(_fields(pid)[1])
+    except OSError:
+        return 0
+
+
+def _began_at(pid: int) -> float:
+    """Return when a process began, in seconds since the epoch; long ago if it has ended."""
+    try:
+        since_boot_s = int(_fields(pid)[19]) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return 0.0
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot_s
+
+
+def _are_gone(pids: list[int], wait_s: float) -> bool:
+    deadline = time.monotonic() + wait_s
+    for pid in pids:
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                return False
+        finally:
+            os.close(descriptor)
+    return True
+
+
+def _end(pid: int) -> None:
+    """End a process, and wait until it is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            poll.poll(_SHORT_S * 1000)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,113 @@
+"""What the package is made of, as far as no wheel is needed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tomllib
+from typing import TYPE_CHECKING
+
+import pytest
+
+from scripts.debian import commands, completion, control, manual, package
+from shim import cli, config
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HAKO = commands.described(cli.parser())
+
+
+def test_every_command_and_option_is_in_the_manual() -> None:
+    text = manual.hako(HAKO, version="1.2.3").replace("\\-", "-")
+
+    for command in HAKO.all():
+        if not command.commands:
+            assert f".SS {' '.join(command.words)}\n" in text
+        for argument in command.arguments:
+            if "--help" not in argument.flags:
+                assert all(flag in text for flag in argument.flags)
+
+
+@pytest.mark.skipif(shutil.which("groff") is None, reason="needs groff")
+@pytest.mark.parametrize("page", [manual.hako(HAKO, version="1.2.3"), manual.shim(version="1.2.3")])
+def test_a_page_is_formatted_without_a_warning(page: str) -> None:
+    argv = ["groff", "-man", "-Tutf8", "-ww", "-z"]
+    done = subprocess.run(argv, input=page, capture_output=True, text=True, check=True)
+
+    assert done.stderr == ""
+
+
+def completed(script: Path, *words: str) -> list[str]:
+    """Ask bash what may stand at the last of the words."""
+    line = " ".join(f"'{word}'" for word in words)
+    program = f"""
+        compopt() {{ COMPREPLY+=(FILES); }}
+        source {script}
+        COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}
+        _hako; printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["/usr/bin/bash", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("hako", "inst"), ["install"]),
+        (("hako", "template", "b"), ["build"]),
+        (("hako", "template", "build", "--b"), ["--background"]),
+        (("hako", "check", "--config", ""), ["FILES"]),
+        (("hako", "image", "build", "--out"), ["--output"]),
+    ],
+)
+def test_bash_completes_commands_options_and_files(
+    tmp_path: Path, words: tuple[str, ...], expected: list[str]
+) -> None:
+    script = tmp_path / "hako"
+    script.write_text(completion.bash(HAKO), encoding="utf-8")
+
+    assert completed(script, *words) == expected
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_the_other_shells_are_offered_every_command_and_option(shell: str) -> None:
+    text = {"zsh": completion.zsh, "fish": completion.fish}[shell](HAKO)
+
+    for command in HAKO.all():
+        assert " ".join(command.words) in text
+        for argument in command.arguments:
+            for flag in argument.flags:
+                assert (flag if shell == "zsh" else f" {flag.lstrip('-')} ") in text
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_the_other_shells_can_read_their_completion(shell: str, tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    script = tmp_path / "hako"
+    script.write_text({"zsh": completion.zsh, "fish": completion.fish}[shell](HAKO), encoding="utf-8")
+
+    subprocess.run([shell, "-n", script], check=True)
+
+
+@pytest.mark.parametrize("name", ["postinst", "prerm", "postrm"])
+def test_a_script_of_the_package_is_plain_shell(name: str, tmp_path: Path) -> None:
+    script = tmp_path / name
+    script.write_text(control.scripts(version="1.2.3", release="1.2.3-0")[name], encoding="utf-8")
+
+    subprocess.run(["/bin/sh", "-n", script], check=True)
+
+
+def test_the_example_configuration_names_every_key_and_changes_nothing() -> None:
+    text = package.example_configuration()
+
+    assert config.parse(config.ConfigText(text=text, source="example")) == config.Config()
+    uncommented = "\n".join(
+        line[1:] if line[:1] == "#" and line[1:2] != " " else line for line in text.splitlines()
+    )
+    document = tomllib.loads(uncommented)
+    assert {name: set(table) for name, table in document.items()} == {
+        name: set(section.KEYS) for name, section in config.SECTIONS.items()
+    }

@@ -1,0 +1,139 @@
+"""``hako install`` changes nothing unless containerd reads it, and loses nothing of what it read before."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from typing import TYPE_CHECKING
+
+import pytest
+
+from shim import cli
+from shim.commands import containerd_config
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Reads files as containerd 1.7 does: what an imported file says of a plugin replaces all that others said.
+CONTAINERD = """#!/usr/bin/python3
+import glob, json, sys, tomllib
+if sys.argv[1:] == ["--version"]:
+    print("containerd github.com/containerd/containerd v1.7.24 abc")
+    sys.exit()
+document = {}
+if sys.argv[1] == "--config":
+    document = tomllib.load(open(sys.argv[2], "rb"))
+    for pattern in document.get("imports", []):
+        for path in sorted(glob.glob(pattern)):
+            document.setdefault("plugins", {}).update(tomllib.load(open(path, "rb")).get("plugins", {}))
+plugin = document.setdefault("plugins", {}).setdefault("io.containerd.grpc.v1.cri", {})
+runc = {"runtime_type": "io.containerd.runc.v2"}
+plugin.setdefault("containerd", {}).setdefault("runtimes", {"runc": runc})
+sys.path.insert(0, ROOT)
+from shim.commands.containerd_config import tables
+print("\\n".join(tables(("plugins",), document["plugins"])))
+"""
+CNI = '[plugins."io.containerd.grpc.v1.cri".cni]\nbin_dir = "/opt/cni"\n'
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Path:
+    from scripts.document import ROOT
+
+    program = tmp_path / "containerd"
+    program.write_text(CONTAINERD.replace("ROOT", repr(str(ROOT))), encoding="utf-8")
+    program.chmod(0o755)
+    return tmp_path
+
+
+def install(node: Path, *options: str) -> int:
+    main = ["--containerd-config", str(node / "config.toml")]
+    return cli.main(["install", "--no-image", "--containerd", str(node / "containerd"), *main, *options])
+
+
+def importing(node: Path, text: str = "") -> Path:
+    main = node / "config.toml"
+    main.write_text(f'version = 2\nimports = ["{node}/conf.d/*.toml"]\n{text}', encoding="utf-8")
+    return main
+
+
+def test_it_writes_what_containerd_reads_and_keeps_what_was_said(node: Path) -> None:
+    main = importing(node, CNI)
+    before = main.read_text(encoding="utf-8")
+
+    assert install(node) == 0
+
+    plugin = tomllib.loads((node / "conf.d/hako.toml").read_text(encoding="utf-8"))["plugins"]
+    assert plugin["io.containerd.grpc.v1.cri"]["cni"] == {"bin_dir": "/opt/cni"}
+    assert "hako" in plugin["io.containerd.grpc.v1.cri"]["containerd"]["runtimes"]
+    assert "runc" in plugin["io.containerd.grpc.v1.cri"]["containerd"]["runtimes"]
+    assert main.read_text(encoding="utf-8") == before
+
+
+def test_the_second_time_changes_nothing(node: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    importing(node, CNI)
+    install(node)
+    capsys.readouterr()
+
+    assert install(node) == 0
+    assert capsys.readouterr().out == f"unchanged: {node}/conf.d/hako.toml\n"
+
+
+def test_a_main_file_that_imports_nothing_is_one_line(node: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (node / "config.toml").write_text("version = 2\n", encoding="utf-8")
+
+    assert install(node) == 1
+    assert f'put the line `imports = ["{node}/conf.d/*.toml"]`' in capsys.readouterr().err
+    assert not (node / "conf.d/hako.toml").exists()
+
+
+def test_a_setting_of_another_file_that_would_be_lost_is_refused(
+    node: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    importing(node)
+    (node / "conf.d").mkdir()
+    (node / "conf.d/cni.toml").write_text(CNI, encoding="utf-8")
+
+    assert install(node) == 1
+    assert "containerd would read other files' settings otherwise" in capsys.readouterr().err
+    assert not (node / "conf.d/hako.toml").exists()
+
+
+def test_a_file_of_somebody_else_is_left_alone(node: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    importing(node)
+    (node / "conf.d").mkdir()
+    (node / "conf.d/hako.toml").write_text("version = 2\n", encoding="utf-8")
+
+    assert install(node) == 1
+    assert "move it away" in capsys.readouterr().err
+    assert (node / "conf.d/hako.toml").read_text(encoding="utf-8") == "version = 2\n"
+
+
+def test_print_changes_nothing(node: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    importing(node)
+
+    assert install(node, "--print") == 0
+    assert capsys.readouterr().err == f"install: would write this as {node}/conf.d/hako.toml\n"
+    assert not (node / "conf.d").exists()
+
+
+def test_kubernetes_is_told_the_overhead_of_the_configured_machine(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = tmp_path / "hako.toml"
+    chosen.write_text("[hypervisor]\nmemory_mib = 1024\n", encoding="utf-8")
+    monkeypatch.setenv("HAKO_CONFIG", str(chosen))
+
+    assert cli.main(["install", "--kubernetes"]) == 0
+    assert "memory: 1152Mi" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "value", ['"', "\\", "\n", "é", True, 3, 1.5, ["a", 1], [{"b": "c"}], {}, {"x y": {"z": 1}}]
+)
+def test_a_table_is_written_as_it_was_read(value: object) -> None:
+    document = {"plugins": {"a.b": {"key": value}}}
+
+    written = "\n".join(containerd_config.tables(("plugins",), document["plugins"]))
+
+    assert tomllib.loads(written) == json.loads(json.dumps(document))

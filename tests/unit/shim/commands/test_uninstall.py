@@ -1,0 +1,84 @@
+"""``hako uninstall`` refuses while a sandbox runs, and otherwise leaves nothing."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from shim import cli, config, zygote_protocol
+from shim.host import state_directory
+from shim.host.ledger import Ledger
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from shim.host.state_directory import StartRecord
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StartRecord:
+    """The state of a sandbox called box, whose socket nobody serves yet."""
+    monkeypatch.setattr(zygote_protocol, "ZYGOTE_DIRECTORY", str(tmp_path / "run/zygote"))
+    directory = tmp_path / "run/0123"
+    directory.mkdir(parents=True)
+    (tmp_path / "etc/conf.d").mkdir(parents=True)
+    (tmp_path / "etc/conf.d/hako.toml").write_text("# Written by `hako install`\n", encoding="utf-8")
+    (tmp_path / "run/templates").mkdir(mode=0o700)
+    (tmp_path / "hako.toml").write_text(
+        f'[shim]\nstate_dir = "{tmp_path}/run"\n[hypervisor]\ntemplate_dir = "{tmp_path}/run/templates"\n',
+        encoding="utf-8",
+    )
+    record = state_directory.StartRecord(
+        namespace="default",
+        id="box",
+        bundle="/b",
+        grpc_address="/g",
+        ttrpc_address="/t",
+        publish_binary="containerd",
+        config_text="",
+        config_source=config.DEFAULTS,
+        protocol="ttrpc",
+        socket_path=str(tmp_path / "s"),
+        state_directory=str(directory),
+        debug=False,
+        dialect="1.7",
+        started_at=0.0,
+    )
+    state_directory.write_record(record)
+    Ledger(str(directory), create=True).close()
+    return record
+
+
+def uninstall(tmp_path: Path, *options: str) -> int:
+    main = ("--containerd-config", str(tmp_path / "etc/config.toml"))
+    return cli.main(["uninstall", "--keep-image", "--config", str(tmp_path / "hako.toml"), *main, *options])
+
+
+def test_a_running_sandbox_is_named_and_nothing_is_removed(
+    sandbox: StartRecord, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket(socket.AF_UNIX) as shim:
+        shim.bind(sandbox.socket_path)
+        shim.listen()
+
+        assert uninstall(tmp_path) == 1
+    assert "sandboxes run: box of namespace default; stop them first" in capsys.readouterr().err
+    assert (tmp_path / "etc/conf.d/hako.toml").exists()
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_what_is_left_of_ended_sandboxes_goes_with_templates_and_the_drop_in(tmp_path: Path) -> None:
+    assert uninstall(tmp_path) == 0
+
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "etc/conf.d/hako.toml").exists()
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_print_removes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert uninstall(tmp_path, "--print") == 0
+
+    assert f"would remove: {tmp_path}/run/0123\n" in capsys.readouterr().out
+    assert (tmp_path / "run/0123").exists()
