@@ -1,6 +1,6 @@
 """Build the Debian package: ``scripts/package``.
 
-The same tree gives the same bytes. Wheels come from PyPI, in the versions of ``scripts/constraints.txt``.
+Times and owners are fixed. Wheels come from PyPI, in the versions of ``scripts/constraints.txt``.
 """
 
 from __future__ import annotations
