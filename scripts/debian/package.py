@@ -191,7 +191,7 @@ def _files(directory: Path) -> Iterable[Path]:
 
 
 def _write_programs(pristine: Path, release: str) -> None:
-    """Write what makes a virtual environment for whichever Python there is, and the programs in it."""
+    """Write what makes a virtual environment for the Python that is there, and the programs in it."""
     final = f"/{control.ROOT}/{release}"
     programs = pristine / "bin"
     programs.mkdir()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from proto.containerd import bootstrap_v1_pb2, runtime_options_pb2
+from shim.version import version
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -145,6 +146,7 @@ def test_the_record_has_all_that_the_daemon_reads(containerd: Containerd) -> Non
     assert record.pop("started_at") > 0
     assert record == {
         "namespace": "tests",
+        "hako_version": version(),
         "id": "c1",
         "bundle": str(bundle),
         "grpc_address": containerd.address,
