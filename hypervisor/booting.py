@@ -42,7 +42,7 @@ async def boot(spec: VmSpec, host: HostSide) -> Devices:
         host.channel = make_channel(spec, spawn=host.spawn)
         with host.phase("open agent's channel"):
             device = await host.channel.open(handover)
-        host.qmp = qmp = QmpSession(spec.name, handover=handover)
+        host.qmp = qmp = QmpSession(spec.name, handover=handover, on_command=host.on_command)
         host.console = Console(spec.directory / "console.log", handover=handover)
         inherited = Inherited(
             qmp=qmp.qemu_fd, console=host.console.qemu_fd, share=share.fileno(), channel=device

@@ -114,7 +114,7 @@ async def _clone(
 def _spawn_qemu(
     spec: VmSpec, host: HostSide, handover: ExitStack, *, memory: int, port: int | None
 ) -> QmpSession:
-    host.qmp = qmp = QmpSession(spec.name, handover=handover)
+    host.qmp = qmp = QmpSession(spec.name, handover=handover, on_command=host.on_command)
     host.console = console = Console(spec.directory / "console.log", handover=handover)
     inherit = [qmp.qemu_fd, console.qemu_fd, memory, *([] if port is None else [port])]
     descriptors = template.bare_descriptors(

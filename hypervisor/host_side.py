@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hypervisor.vsock import GuestChannel
 
     Phase = Callable[[str], AbstractContextManager[object]]
+    OnCommand = Callable[[str, float], None]
 
 QEMU = "QEMU"
 
@@ -57,11 +58,18 @@ class HostSide:
 
     :param on_process: called with the name and the id of each process right after it was started.
     :param phase: gets the name of each phase of a start, and is entered for its duration.
+    :param on_command: called with the name of each command to QEMU, and how many seconds it took.
     """
 
-    def __init__(self, on_process: Callable[[str, int], None], phase: Phase = contextlib.nullcontext) -> None:
+    def __init__(
+        self,
+        on_process: Callable[[str, int], None],
+        phase: Phase = contextlib.nullcontext,
+        on_command: OnCommand | None = None,
+    ) -> None:
         self._on_process = on_process
         self.phase = phase
+        self.on_command = on_command
         self._processes: list[ChildProcess] = []
         self.qemu: ChildProcess | None = None
         self._jail_problem = ""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Coroutine
 
-    from hypervisor.host_side import Phase
+    from hypervisor.host_side import OnCommand, Phase
     from hypervisor.interface import Disk, DiskLimits, HostPciDevice, Nic
 
 _T = TypeVar("_T")
@@ -41,13 +41,19 @@ class QemuHypervisor(Hypervisor):
     :param spec: the virtual machine.
     :param on_process: called with the name and the id of each process right after it was started.
     :param phase: called with the name of each phase of the start, and entered for its duration.
+    :param on_command: called with the name of each command to QEMU, and how many seconds it took.
     """
 
     def __init__(
-        self, spec: VmSpec, *, on_process: Callable[[str, int], None], phase: Phase = contextlib.nullcontext
+        self,
+        spec: VmSpec,
+        *,
+        on_process: Callable[[str, int], None],
+        phase: Phase = contextlib.nullcontext,
+        on_command: OnCommand | None = None,
     ) -> None:
         self._spec = spec
-        self._host = HostSide(on_process, phase)
+        self._host = HostSide(on_process, phase, on_command)
         self._running: RunningVm | None = None
         self._stopping = False
         self._was_starved = False

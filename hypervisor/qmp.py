@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from qemu.qmp.message import Message
 
+    from hypervisor.host_side import OnCommand
+
 _T = TypeVar("_T")
 
 _COMMAND_TIMEOUT_S = 10.0
@@ -133,9 +135,11 @@ class QmpSession:
 
     :param name: the virtual machine's name, for the library's log.
     :param handover: closes QEMU's end of the socket once QEMU has inherited it.
+    :param on_command: called with the name of each command that is over, and how many seconds it took.
     """
 
-    def __init__(self, name: str, *, handover: ExitStack) -> None:
+    def __init__(self, name: str, *, handover: ExitStack, on_command: OnCommand | None = None) -> None:
+        self._on_command = on_command
         # A pair rather than a path: it is connected before QEMU exists, so that QEMU's death at any moment is
         # an end of file, and no other process can connect.
         self._stream, qemu_end = socket.socketpair()
@@ -318,6 +322,8 @@ class QmpSession:
         finally:
             if self._busy_until_s == ends_s:
                 self._busy_until_s = 0.0
+            if self._on_command is not None:
+                self._on_command(command, asyncio.get_running_loop().time() - now_s)
         if not isinstance(reply, kind):
             raise QmpError(f"qmp: {command}: unexpected reply {reply!r}")
         return reply

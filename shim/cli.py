@@ -23,6 +23,8 @@ COMMANDS = {
     "timeline": "timeline",
     "check": "check",
     "collect": "collect",
+    "monitor": "monitor",
+    "metrics": "metrics",
     "config": "configuration",
     "install": "install",
     "uninstall": "uninstall",

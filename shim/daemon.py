@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proto.containerd import sandbox_v1_pb2, task_v2_pb2, task_v3_pb2
+from proto.hako import metrics_pb2
 from shim.config import ConfigText, parse
 from shim.errors import ShimError
 from shim.host import mounts, releases, state_directory
@@ -25,9 +26,10 @@ from shim.sandbox.context import Context
 from shim.sandbox.sandbox import Sandbox
 from shim.sandbox.shared_volumes import SharedVolumes
 from shim.sandbox.work import Work
+from shim.services.metrics import MetricsService
 from shim.services.sandbox import SandboxService
 from shim.services.task import TaskService
-from shim.telemetry import timeline
+from shim.telemetry import latency, timeline
 from shim.telemetry.events import Publisher
 from shim.telemetry.log import configure
 from shim.transport.dispatch import Dispatch
@@ -106,7 +108,8 @@ async def _serve(
             if found is not None:  # otherwise CreateSandbox describes it
                 sandbox.start(found)
             management = partial(_management, context, machine, sandbox, containers, over)
-            dispatch = _dispatch(sandbox, containers, management=management)
+            metrics = MetricsService(sandbox, containers, machine)
+            dispatch = _dispatch(sandbox, containers, metrics, management=management)
             await _serve_until(over, dispatch, record, listener=listener, ready=ready)
             await containers.stop()
             await publisher.drain(timeout_s=EVENTS_TIMEOUT_S)
@@ -126,7 +129,11 @@ def _pod_of(bundle: Path, sandbox_id: str) -> PodSpec | None:
 
 
 def _dispatch(
-    sandbox: Sandbox, containers: Containers, *, management: Callable[[], tuple[ServiceDescriptor, object]]
+    sandbox: Sandbox,
+    containers: Containers,
+    metrics: MetricsService,
+    *,
+    management: Callable[[], tuple[ServiceDescriptor, object]],
 ) -> Dispatch:
     task = TaskService(sandbox, containers)
     return Dispatch(
@@ -137,8 +144,10 @@ def _dispatch(
                 sandbox_v1_pb2.DESCRIPTOR.services_by_name["Sandbox"],
                 SandboxService(sandbox, containers),
             ),
+            (metrics_pb2.DESCRIPTOR.services_by_name["Metrics"], metrics),
         ],
         late={MANAGEMENT: management},
+        observe=latency.SHIM.observe,
     )
 
 

@@ -15,6 +15,7 @@ from guest.agent import (
     clock,
     copy_file,
     files,
+    guest_metrics,
     kernel,
     limits,
     oom,
@@ -81,6 +82,7 @@ class Service:
             "DestroySandbox": self._destroy_sandbox,
             "GetDiagnosticData": self._diagnostic_data,
             "GetGuestDetails": self._guest_details,
+            "GetMetrics": self._metrics,
             "GetOOMEvent": self._next_oom,
             "GetVolumeStats": self._volume_stats,
             "ListInterfaces": self._list_interfaces,
@@ -205,6 +207,9 @@ class Service:
         if shift:
             clock.move(int(shift), at_once=not self._sandbox.is_used)
         return clock.report()
+
+    def _metrics(self, _request: Message, _call: Call) -> Message:
+        return self._codec.new("grpc.Metrics", metrics=guest_metrics.report())
 
     def _guest_details(self, request: Message, _call: Call) -> Message:
         details = self._codec.new(

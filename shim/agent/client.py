@@ -233,6 +233,14 @@ class Agent:
         """
         return await self._connection.diagnose(TIMELINE)
 
+    async def metrics(self) -> str:
+        """Ask for the guest's and the agent's own numbers, in Prometheus' text format.
+
+        :raises Unimplemented: if the agent counts nothing.
+        """
+        request = agent_pb2.GetMetricsRequest()
+        return (await self._connection.call("GetMetrics", request, agent_pb2.Metrics)).metrics
+
     async def next_oom(self) -> str:
         """Block until the guest kernel kills a process for memory.
 

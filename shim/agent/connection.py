@@ -6,12 +6,14 @@ streams. These long calls share the connection with all others.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from proto.kata import agent_pb2, health_pb2
 from shim.agent.stock_errors import plain
 from shim.errors import ShimError
+from shim.telemetry import latency
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -77,6 +79,7 @@ class AgentConnection:
         :raises ResourceExhausted: if the answer is too long.
         :raises ShimError: of the kind that the agent answers with.
         """
+        began_s = time.monotonic()
         try:
             return await self._client.call(
                 SERVICE, method, request, reply, timeout_s=timeout_s, most_bytes=most_bytes
@@ -86,6 +89,9 @@ class AgentConnection:
             if meant is error:
                 raise
             raise meant from error
+        finally:
+            if timeout_s is not None:  # the others wait for events
+                latency.AGENT.observe(method, time.monotonic() - began_s)
 
     async def diagnose(
         self, log_type: str, *, container_id: str = "", timeout_s: float = DIAGNOSIS_TIMEOUT_S

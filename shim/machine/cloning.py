@@ -88,6 +88,8 @@ class Cloning:
         self.templates = TemplateStore(Path(config.hypervisor.template_dir))
         #: Whether the machine could have been cloned, had there been a template.
         self.lacks_template = False
+        #: Whether a template was looked for and found: ``hit`` or ``miss``; empty if none was wanted.
+        self.outcome = ""
         self._id = sandbox_id
         self._config = config.hypervisor
 
@@ -113,6 +115,7 @@ class Cloning:
         try:
             key = template_key(clone_of(spec, sizes, None))
             template = self.templates.find(key)
+            self.outcome = "hit" if template else "miss"
             if template is None:
                 why = self.templates.failure(key)
                 # Machines of other sizes are too many to have a template of each.
@@ -132,6 +135,7 @@ class Cloning:
         :param error: the clone's failure.
         :param starved: whether the clone's QEMU waited for a processor for longer than it had one.
         """
+        self.outcome = "miss"
         advice = 'if clones go on to fail on this host, set [hypervisor] template = "off"'
         to_blame = blames_template(error, starved=starved)
         try:

@@ -42,7 +42,7 @@ from shim.machine.running import RunningMachine
 from shim.machine.sizing import Size, plan
 from shim.machine.spec import describe, queue_pairs
 from shim.network.network import Network
-from shim.telemetry import postmortem, timeline
+from shim.telemetry import latency, postmortem, timeline
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -332,7 +332,10 @@ class Machine:
             return max(ends_at_s - time.monotonic(), 0.0)
 
         vm = QemuHypervisor(
-            spec, on_process=self._record_process, phase=partial(timeline.phase, lane=timeline.MACHINE)
+            spec,
+            on_process=self._record_process,
+            phase=partial(timeline.phase, lane=timeline.MACHINE),
+            on_command=latency.QMP.observe,
         )
         self._attempts.append(vm)
         try:

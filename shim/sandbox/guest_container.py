@@ -100,11 +100,14 @@ class GuestContainer(Container):
             container_id, bundle=bundle, entries=volumes.entries, followed=volumes.followed
         )
         self._ending = False
+        #: How long Create took, and both Create and Start.
+        self._created_in_s = self._started_in_s = 0.0
 
     @override
     async def _bring_up(self, rootfs: Iterable[Mount]) -> None:
         """Show the file systems, create the container in the guest and follow its init."""
         lane = timeline.container_lane(self.id)
+        asked_at_s = time.monotonic()
         try:
             disk = root_disk(rootfs)
             with timeline.phase("mounts", lane=lane):
@@ -152,6 +155,7 @@ class GuestContainer(Container):
             self.init.close_streams()
             await self._files.take_back()
             raise
+        self._created_in_s = time.monotonic() - asked_at_s
         self._follow(self.init, agent)
 
     async def _run_hooks(self) -> None:
@@ -169,12 +173,15 @@ class GuestContainer(Container):
         with timeline.phase("network", lane=lane):
             await self._sandbox.make_ready()
         with timeline.phase("StartContainer", lane=lane):
+            began_s = time.monotonic()
             await agent.containers.start(self.init.agent_id)
+        self._started_in_s = self._created_in_s + time.monotonic() - began_s
         self._sandbox.work.spawn(self._conclude_start(), name=f"timeline of {self.id}")
 
     async def _conclude_start(self) -> None:
         """Record where the time went, once there is output or there will be none. No request waits for it."""
         self._sandbox.timeline.write()
+        self._sandbox.counting.container_started(self._started_in_s)
         ends = [asyncio.ensure_future(event.wait()) for event in (self.init.heard, self.init.ended)]
         await asyncio.wait(ends, timeout=SETTLED_S, return_when=asyncio.FIRST_COMPLETED)
         for end in ends:

@@ -27,8 +27,10 @@ from shim.host import kernel_limits
 from shim.host.host_process import STATUS_KILLED
 from shim.machine import clock, pod_annotations
 from shim.machine.pod import from_oci, with_files, with_sysctls, write_files
+from shim.sandbox.counting import Counting
 from shim.sandbox.life import OVER, Happening, Life, following
 from shim.telemetry import event_feed
+from shim.telemetry.journal import Journal
 from shim.telemetry.timeline_files import SandboxTimeline
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ class Sandbox:
             namespace=record.namespace,
             sandbox_id=record.id,
         )
+        self.counting = Counting(Journal(Path(context.config.shim.log_dir)), created_at_s=record.started_at)
         self.state = Life.AWAITED
         #: Whether containerd's sandbox service has it: then only that ends the shim.
         self.is_held = False
@@ -262,6 +265,7 @@ class Sandbox:
         await self._begun.aclose()
         await self._machine.clear_away()
         self.timeline.write(kept=True)
+        self.counting.ended()
 
     async def _live(self, pod: PodSpec) -> None:
         """Boot, then wait for the end of the machine."""
@@ -278,6 +282,8 @@ class Sandbox:
             running = await self._machine.boot(pod)
         except (ShimError, HypervisorError) as error:
             reason = error if isinstance(error, ShimError) else Internal(f"boot: sandbox {self.id}: {error}")
+            if self.state is not Life.ENDING:
+                self.counting.failed("boot", cause=type(error).__name__)
             self._report_end(str(reason))
             await self._machine.kill()
             return reason
@@ -285,6 +291,7 @@ class Sandbox:
         self._now = running
         self._settled.set()
         self._context.publisher.feed.note(event_feed.READY)
+        self.counting.started(self._machine.cloning.outcome)
         log.info("boot: sandbox %s: ready", self.id)
         keeping_time = clock.keep(running.agent, pid=self.pid, right=self._clock_is_right)
         accompanying = [
@@ -298,6 +305,8 @@ class Sandbox:
             self.work.spawn(building, name="template")
         try:
             ended = f"sandbox {self.id}: {await self._machine.reason_of_end(running)}"
+            if self.state is not Life.ENDING:
+                self.counting.failed("run", cause="Died")
             self._report_end(ended)
             return Unavailable(ended)
         finally:

@@ -52,7 +52,7 @@ class TaskService:
         stdio = Stdio(
             stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal
         )
-        with timeline.phase("Create", lane=timeline.CONTAINERD):
+        with timeline.phase("Create", lane=timeline.CONTAINERD), self._sandbox.counting.failures("create"):
             await self._containers.create(
                 request.id, bundle=Path(request.bundle), rootfs=list(request.rootfs), stdio=stdio
             )
@@ -62,9 +62,10 @@ class TaskService:
         """Start a container's init, or an exec."""
         container = self._containers.get(request.id)
         if request.exec_id:
-            await container.start_exec(request.exec_id)
+            with self._sandbox.counting.failures("exec"):
+                await container.start_exec(request.exec_id)
         else:
-            with timeline.phase("Start", lane=timeline.CONTAINERD):
+            with timeline.phase("Start", lane=timeline.CONTAINERD), self._sandbox.counting.failures("start"):
                 await container.start()
         return task_v3_pb2.StartResponse(pid=self._sandbox.pid)
 

@@ -19,6 +19,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from proto.containerd import events_ttrpc_pb2
 from shim.errors import DeadlineExceeded, ShimError, Unavailable
+from shim.telemetry import latency
 from shim.telemetry.event_feed import EventFeed
 from shim.transport.ttrpc_client import TtrpcClient
 
@@ -70,6 +71,7 @@ class Publisher:
             log.warning(
                 "events: queue full at %d; dropping the oldest, %s", QUEUE_LENGTH, self._queue[0].topic
             )
+            latency.drop("events")
         self._queue.append(
             events_ttrpc_pb2.Envelope(
                 timestamp=now, namespace=self._namespace, topic=topic, event=pack(message)

@@ -60,6 +60,14 @@ def phase(name: str, *, lane: str) -> Iterator[None]:
         note(name, lane=lane, began_s=began_s, ended_s=time.monotonic())
 
 
+def durations() -> list[tuple[str, str, float]]:
+    """List the phases that this process noted and has not written yet.
+
+    :returns: the lane, the name and how many seconds it took, of each.
+    """
+    return [(lane, name, ended_s - began_s) for lane, name, began_s, ended_s in _noted if ended_s > began_s]
+
+
 def born_at_s() -> float:
     """Find out when this process was forked.
 

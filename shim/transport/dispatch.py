@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 MAX_STATUS_TEXT = 2048
 """Longest error text sent, in bytes: gRPC escapes it, tripled at worst, into headers of at most 8 KiB."""
 
+_WAITING = {"Wait", "WaitSandbox"}
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 logger = logging.getLogger(__name__)
@@ -42,8 +44,20 @@ class Method:
     name: str
     request_class: type[Message]
     handler: Callable[[Message], Awaitable[Message]]
+    #: Told the bare name and the seconds of each call that is over.
+    observe: Callable[[str, float], None] | None = None
 
     async def answer(self, payload: bytes, *, timeout_s: float | None) -> bytes:
+        """Run the handler, see :meth:`_answer`, and say how long it took."""
+        if self.observe is None:
+            return await self._answer(payload, timeout_s=timeout_s)
+        began_s = time.monotonic()
+        try:
+            return await self._answer(payload, timeout_s=timeout_s)
+        finally:
+            self.observe(self.name.rpartition("/")[2], time.monotonic() - began_s)
+
+    async def _answer(self, payload: bytes, *, timeout_s: float | None) -> bytes:
         """Run the handler on a serialized request, the same way for every transport.
 
         :param timeout_s: the client's limit, in seconds; None for no limit.
@@ -136,15 +150,21 @@ class Dispatch:
 
     :param services: each service's descriptor with its implementation.
     :param late: the same by its full name, for services that are made when they are first asked for.
+    :param observe: told the name and the seconds of each call that is over and did not wait for an end.
     """
 
     def __init__(
-        self, services: Iterable[Service], *, late: Mapping[str, Callable[[], Service]] | None = None
+        self,
+        services: Iterable[Service],
+        *,
+        late: Mapping[str, Callable[[], Service]] | None = None,
+        observe: Callable[[str, float], None] | None = None,
     ) -> None:
         self._services: dict[str, dict[str, Method]] = {}
         self._streams: dict[tuple[str, str], Stream] = {}
         self._request_classes: dict[tuple[int, str], type[Message]] = {}
         self._late = dict(late or {})
+        self._observe = observe
         for service, implementation in services:
             self._add(service, implementation)
 
@@ -161,7 +181,8 @@ class Dispatch:
             if method.client_streaming or method.server_streaming:
                 self._streams[service.full_name, method.name] = Stream(name, request_class, handler)
             else:
-                methods[method.name] = Method(name, request_class, handler)
+                observed = None if method.name in _WAITING else self._observe
+                methods[method.name] = Method(name, request_class, handler, observed)
 
     @property
     def service_names(self) -> list[str]:

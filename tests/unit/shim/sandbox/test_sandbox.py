@@ -39,7 +39,7 @@ class Machine:
         self.up: asyncio.Future[Any] = loop.create_future()
         self.gone: asyncio.Future[str] = loop.create_future()
         self.kept: list[str] = []
-        self.cloning = SimpleNamespace(build_what_lacks=None)
+        self.cloning = SimpleNamespace(build_what_lacks=None, outcome="")
 
     async def boot(self, _pod: object) -> Any:
         return await self.up

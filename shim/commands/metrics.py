@@ -1,0 +1,41 @@
+"""``hako metrics``: what ``hako monitor`` would serve now, of this node or of one sandbox."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from shim.commands import shims
+
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
+
+
+def add_to(commands: Any) -> None:
+    """Offer the command.
+
+    :param commands: what ``add_subparsers`` returned.
+    """
+    parser = commands.add_parser("metrics", help="print the metrics of this host, or of one sandbox")
+    parser.add_argument("id", nargs="?", default="", metavar="ID", help="the sandbox (all)")
+    parser.add_argument("--namespace", default="*", metavar="NAME", help="containerd's namespace (any)")
+    shims.add_config_to(parser)
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Print them.
+
+    :param chosen: the command line.
+    :returns: the exit status.
+    :raises Refusal: if there is no such sandbox.
+    """
+    from prometheus_client import CollectorRegistry, generate_latest  # noqa: PLC0415 - the help does without
+
+    from shim.commands.monitor import NodeCollector  # noqa: PLC0415 - as above
+
+    only = shims.one(chosen).id if chosen.id else ""
+    registry = CollectorRegistry()
+    registry.register(NodeCollector(shims.settings_of(chosen).shim, only=only))
+    sys.stdout.write(generate_latest(registry).decode())
+    return 0

@@ -1,0 +1,236 @@
+"""``hako monitor``: Prometheus' metrics of this node."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from hypervisor import printable
+from proto.hako.metrics_pb2 import ReadRequest, ReadResponse
+from shim.commands import process_numbers, shims
+from shim.commands.exposition import History, sandbox_metrics
+from shim.errors import ShimError
+from shim.host import state_directory
+from shim.override import override
+from shim.refusal import Refusal
+from shim.telemetry.journal import Journal
+from shim.transport.ttrpc_client import TtrpcClient
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+    from typing import Any
+
+    from prometheus_client.metrics_core import Metric
+
+    from shim.config import ShimConfig
+    from shim.host.state_directory import StartRecord
+
+_LISTEN = "127.0.0.1:8090"
+SERVICE = "hako.metrics.v1.Metrics"
+SHIM_TIMEOUT_S = 1.2
+"""One that is stopped must not hold up a scrape, which may take 2 s."""
+GUEST_TIMEOUT_S = 0.8
+_LONGEST_PROBLEM = 200
+
+
+def add_to(commands: Any) -> None:
+    """Offer the command.
+
+    :param commands: what ``add_subparsers`` returned.
+    """
+    parser = commands.add_parser("monitor", help="serve the metrics of this host to Prometheus")
+    parser.add_argument(
+        "--listen", default=_LISTEN, metavar="ADDRESS:PORT", help=f"where they are served ({_LISTEN})"
+    )
+    shims.add_config_to(parser)
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Serve them until a signal asks for the end.
+
+    :param chosen: the command line.
+    :returns: the exit status.
+    :raises Refusal: if the configuration or the address is of no use.
+    """
+    return _serve(shims.settings_of(chosen).shim, chosen.listen)
+
+
+def _serve(settings: ShimConfig, listen: str) -> int:
+    address, _, port = listen.rpartition(":")
+    if not (address and port.isascii() and port.isdecimal() and int(port) < 1 << 16):
+        raise Refusal(f"monitor: {listen!r} is no address and port; give for example 127.0.0.1:8090")
+    registry = CollectorRegistry()
+    registry.register(NodeCollector(settings, scrapes=registry))
+    over = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: over.set())
+    try:
+        server, thread = start_http_server(int(port), address.strip("[]"), registry)
+    except OSError as error:
+        raise Refusal(f"monitor: {listen}: {error.strerror}; choose another with --listen") from error
+    print(f"monitor: http://{address}:{server.server_port}/metrics", flush=True)
+    over.wait()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a shim answered, or why it did not.
+
+    :param record: how it was started.
+    :param reply: its numbers.
+    :param problem: one line.
+    """
+
+    record: StartRecord
+    reply: ReadResponse | None
+    problem: str = ""
+
+
+class NodeCollector(Collector):
+    """Asks every sandbox of the node when it is scraped, all at once.
+
+    :param settings: where sandboxes keep their state and their journal.
+    :param only: the one sandbox to ask; empty for all.
+    :param scrapes: where the monitor registers what it measures of itself; None for nothing.
+    """
+
+    def __init__(
+        self, settings: ShimConfig, *, only: str = "", scrapes: CollectorRegistry | None = None
+    ) -> None:
+        self._state_dir = Path(settings.state_dir)
+        self._journal = Journal(Path(settings.log_dir))
+        self._history = History()
+        self._only = only
+        self._counts = {"kata_monitor_scrape": 0, "kata_monitor_scrape_failed": 0}
+        self._lock = threading.Lock()
+        self._durations = scrapes and Histogram(
+            "kata_monitor_scrape_durations_histogram_milliseconds",
+            "How long scrapes take.",
+            buckets=[float(1 << power) for power in range(13)],
+            registry=scrapes,
+        )
+
+    def describe(self) -> list[Metric]:
+        """Name nothing before the first scrape, which would be one itself."""
+        return []
+
+    @override
+    def collect(self) -> Iterator[Metric]:
+        """Ask the sandboxes and yield the metrics."""
+        began_s = time.monotonic()
+        answers = asyncio.run(_ask_all(self.records()))
+        with self._lock:  # two may scrape at once
+            self._counts["kata_monitor_scrape"] += 1
+            self._counts["kata_monitor_scrape_failed"] += sum(not answer.reply for answer in answers)
+            for entry in self._journal.read():
+                self._history.add(entry)
+            yield from _of_scrape(answers)
+            replies = [answer.reply for answer in answers if answer.reply is not None]
+            numbers = {}
+            for process in (process for reply in replies for process in reply.processes):
+                with contextlib.suppress(OSError, KeyError, ValueError):  # it has just ended
+                    numbers[process.pid] = process_numbers.read(process.pid)
+            yield from sandbox_metrics(replies, numbers)
+            if self._only:
+                return
+            yield from self._history.metrics()
+            for name, count in self._counts.items():
+                yield CounterMetricFamily(name, "Scrapes, and sandboxes that were missing in one.", count)
+        if self._durations:
+            self._durations.observe((time.monotonic() - began_s) * 1000)
+
+    def records(self) -> list[StartRecord]:
+        """List the sandboxes that are to be asked."""
+        found = []
+        for path in self._state_dir.glob("*/sandbox.json"):
+            # One that begins has no record yet; one that ends has none any more.
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                found.append(state_directory.read_record(str(path.parent)))
+        return [record for record in found if self._only in {"", record.id}]
+
+
+def _of_scrape(answers: list[Answer]) -> Iterator[Metric]:
+    labels = ["sandbox_id", "namespace"]
+    answered = GaugeMetricFamily("hako_sandbox_up", "Whether the shim has answered.", labels=labels)
+    missing = GaugeMetricFamily(
+        "hako_sandbox_missing", "A sandbox without numbers, and why.", labels=[*labels, "missing", "reason"]
+    )
+    states: dict[str, int] = {}
+    for answer in answers:
+        of = [answer.record.id, answer.record.namespace]
+        answered.add_metric(of, int(answer.reply is not None))
+        if answer.reply is None:
+            missing.add_metric([*of, "shim", answer.problem], 1)
+            continue
+        states[answer.reply.state] = states.get(answer.reply.state, 0) + 1
+        if answer.reply.problem:
+            missing.add_metric([*of, "guest", printable(answer.reply.problem, limit=_LONGEST_PROBLEM)], 1)
+    sandboxes = GaugeMetricFamily("hako_sandboxes", "Sandboxes that answer, by state.", labels=["state"])
+    for state, count in sorted(states.items()):
+        sandboxes.add_metric([state], count)
+    running = sum(answer.reply is not None for answer in answers)
+    yield GaugeMetricFamily("kata_monitor_running_shim_count", "Shims that answer.", running)
+    yield from (answered, missing, sandboxes)
+
+
+async def _ask_all(records: list[StartRecord]) -> list[Answer]:
+    return await asyncio.gather(*map(_ask, records))
+
+
+async def _ask(record: StartRecord) -> Answer:
+    asking = _ask_by_grpc if record.protocol == "grpc" else _ask_by_ttrpc
+    try:
+        async with asyncio.timeout(SHIM_TIMEOUT_S):
+            return Answer(record, await asking(record, ReadRequest(guest_timeout_s=GUEST_TIMEOUT_S)))
+    except TimeoutError:
+        problem = f"its shim does not answer within {SHIM_TIMEOUT_S:g} s"
+    except (OSError, ShimError) as error:
+        problem = str(error)
+    return Answer(record, None, printable(problem, limit=_LONGEST_PROBLEM))
+
+
+async def _ask_by_ttrpc(record: StartRecord, request: ReadRequest) -> ReadResponse:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.setblocking(False)  # noqa: FBT003 - its only spelling
+    try:
+        await asyncio.get_running_loop().sock_connect(connection, record.socket_path)
+    except BaseException:
+        connection.close()
+        raise
+    client = await TtrpcClient.over(connection)
+    try:
+        return await client.call(SERVICE, "Read", request, ReadResponse, timeout_s=SHIM_TIMEOUT_S)
+    finally:
+        await client.aclose()
+
+
+async def _ask_by_grpc(record: StartRecord, request: ReadRequest) -> ReadResponse:
+    import grpc.aio  # noqa: PLC0415 - only containerd 1.7 with another protocol than usual needs it
+
+    async with grpc.aio.insecure_channel(f"unix:{record.socket_path}") as channel:
+        call = channel.unary_unary(
+            f"/{SERVICE}/Read",
+            request_serializer=ReadRequest.SerializeToString,
+            response_deserializer=ReadResponse.FromString,
+        )
+        try:
+            answer: ReadResponse = await call(request, timeout=SHIM_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise ConnectionError(error.details()) from error
+        return answer
