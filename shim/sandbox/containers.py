@@ -72,11 +72,6 @@ class Containers:
         """Whether containerd has a container in the sandbox, or holds it by its sandbox service."""
         return bool(self.all) or self._sandbox.is_held
 
-    @property
-    def all(self) -> list[Container]:
-        """Every container, also one that is being created."""
-        return list(self._all.values())
-
     def has_other_uses(self, container_id: str) -> bool:
         """Tell whether the machine serves another container, or containerd's sandbox service."""
         return self._sandbox.is_held or any(other != container_id for other in self.all)

@@ -44,7 +44,7 @@ class MetricsService:
 
     async def read(self, request: metrics_pb2.ReadRequest) -> Reply:
         """Return the shim's numbers, and the guest's if it tells them in time."""
-        sandbox, containers = self._sandbox, self._containers.all
+        sandbox, containers = self._sandbox, self._containers.all.values()
         reply = Reply(
             id=sandbox.id,
             namespace=sandbox.namespace,

@@ -58,6 +58,12 @@ def scrape(url: str) -> dict[str, dict[str, float]]:
     return found
 
 
+def value_of(shown: str, name: str) -> int:
+    """A number that containerd's Stats has; 0 if it is of the other version of cgroups."""
+    match = re.search(rf"^{re.escape(name)}\s+(\d+)\s*$", shown, re.MULTILINE)
+    return int(match[1]) if match else 0
+
+
 def shim_of(container: str) -> int:
     """The process that serves a container, as its command line says."""
     state = f"{container}".encode()
@@ -84,9 +90,9 @@ def test_a_node_is_scraped_while_one_of_its_shims_is_stopped(one_stack: Stack) -
             found = scrape(url)
             shown = containerd.ctr("tasks", "metrics", busy).stdout
             assert found["hako_sandbox_up"][busy] == found["hako_sandbox_up"][stopped] == 1
-            match = re.search(r"^memory\.usage\S*\s+(\d+)$", shown, re.MULTILINE)
-            assert match, shown
-            usage = int(match[1])
+            cpu_s = value_of(shown, "cpuacct.usage") / 1e9 + value_of(shown, "cpu.usage_usec") / 1e6
+            usage = value_of(shown, "memory.usage_in_bytes") + value_of(shown, "memory.usage")
+            assert found["hako_container_cpu_seconds_total"][busy] == pytest.approx(cpu_s, rel=0.1)
             assert found["hako_container_memory_bytes"][busy] == pytest.approx(usage, rel=0.1)
             assert found["hako_process_memory_bytes"][f"{busy} QEMU"] > usage
             assert found["kata_guest_meminfo"][f"{busy} memtotal"] > 40 << 20
