@@ -78,7 +78,7 @@ def shim_of(container: str) -> int:
 def test_a_node_is_scraped_while_one_of_its_shims_is_stopped(one_stack: Stack) -> None:
     containerd = one_stack.containerd
     busy, stopped = new_id(), new_id()
-    refused = containerd.run(IMAGE, new_id(), "true", options=["--annotation", "io.hako.vcpus=0"])
+    refused = containerd.run(IMAGE, new_id(), "true", options=["--rm", "--annotation", "io.hako.vcpus=0"])
     assert refused.code == 1
     try:
         for name in (busy, stopped):
