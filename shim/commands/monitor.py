@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import socket
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +18,9 @@ from hypervisor import printable
 from proto.hako.metrics_pb2 import ReadRequest, ReadResponse
 from shim.commands import process_numbers, shims
 from shim.commands.exposition import History, sandbox_metrics
-from shim.errors import ShimError
-from shim.host import state_directory
 from shim.override import override
 from shim.refusal import Refusal
 from shim.telemetry.journal import Journal
-from shim.transport.ttrpc_client import TtrpcClient
 
 if TYPE_CHECKING:
     import argparse
@@ -88,20 +83,6 @@ def _serve(settings: ShimConfig, listen: str) -> int:
     return 0
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a shim answered, or why it did not.
-
-    :param record: how it was started.
-    :param reply: its numbers.
-    :param problem: one line.
-    """
-
-    record: StartRecord
-    reply: ReadResponse | None
-    problem: str = ""
-
-
 class NodeCollector(Collector):
     """Asks every sandbox of the node when it is scraped, all at once.
 
@@ -113,7 +94,7 @@ class NodeCollector(Collector):
     def __init__(
         self, settings: ShimConfig, *, only: str = "", scrapes: CollectorRegistry | None = None
     ) -> None:
-        self._state_dir = Path(settings.state_dir)
+        self._state_dir = settings.state_dir
         self._journal = Journal(Path(settings.log_dir))
         self._history = History()
         self._only = only
@@ -134,14 +115,14 @@ class NodeCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Ask the sandboxes and yield the metrics."""
         began_s = time.monotonic()
-        answers = asyncio.run(_ask_all(self.records()))
+        answers = asyncio.run(shims.ask_all(self.records(), _ask))
         with self._lock:  # two may scrape at once
             self._counts["kata_monitor_scrape"] += 1
-            self._counts["kata_monitor_scrape_failed"] += sum(not answer.reply for answer in answers)
+            self._counts["kata_monitor_scrape_failed"] += sum(not answer.value for answer in answers)
             for entry in self._journal.read():
                 self._history.add(entry)
             yield from _of_scrape(answers)
-            replies = [answer.reply for answer in answers if answer.reply is not None]
+            replies = [answer.value for answer in answers if answer.value is not None]
             numbers = {}
             for process in (process for reply in replies for process in reply.processes):
                 with contextlib.suppress(OSError, KeyError, ValueError):  # it has just ended
@@ -157,15 +138,10 @@ class NodeCollector(Collector):
 
     def records(self) -> list[StartRecord]:
         """List the sandboxes that are to be asked."""
-        found = []
-        for path in self._state_dir.glob("*/sandbox.json"):
-            # One that begins has no record yet; one that ends has none any more.
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                found.append(state_directory.read_record(str(path.parent)))
-        return [record for record in found if self._only in {"", record.id}]
+        return [record for record in shims.records(self._state_dir) if self._only in {"", record.id}]
 
 
-def _of_scrape(answers: list[Answer]) -> Iterator[Metric]:
+def _of_scrape(answers: list[shims.Answer[ReadResponse]]) -> Iterator[Metric]:
     labels = ["sandbox_id", "namespace"]
     answered = GaugeMetricFamily("hako_sandbox_up", "Whether the shim has answered.", labels=labels)
     missing = GaugeMetricFamily(
@@ -174,63 +150,21 @@ def _of_scrape(answers: list[Answer]) -> Iterator[Metric]:
     states: dict[str, int] = {}
     for answer in answers:
         of = [answer.record.id, answer.record.namespace]
-        answered.add_metric(of, int(answer.reply is not None))
-        if answer.reply is None:
+        answered.add_metric(of, int(answer.value is not None))
+        if answer.value is None:
             missing.add_metric([*of, "shim", answer.problem], 1)
             continue
-        states[answer.reply.state] = states.get(answer.reply.state, 0) + 1
-        if answer.reply.problem:
-            missing.add_metric([*of, "guest", printable(answer.reply.problem, limit=_LONGEST_PROBLEM)], 1)
+        states[answer.value.state] = states.get(answer.value.state, 0) + 1
+        if answer.value.problem:
+            missing.add_metric([*of, "guest", printable(answer.value.problem, limit=_LONGEST_PROBLEM)], 1)
     sandboxes = GaugeMetricFamily("hako_sandboxes", "Sandboxes that answer, by state.", labels=["state"])
     for state, count in sorted(states.items()):
         sandboxes.add_metric([state], count)
-    running = sum(answer.reply is not None for answer in answers)
+    running = sum(answer.value is not None for answer in answers)
     yield GaugeMetricFamily("kata_monitor_running_shim_count", "Shims that answer.", running)
     yield from (answered, missing, sandboxes)
 
 
-async def _ask_all(records: list[StartRecord]) -> list[Answer]:
-    return await asyncio.gather(*map(_ask, records))
-
-
-async def _ask(record: StartRecord) -> Answer:
-    asking = _ask_by_grpc if record.protocol == "grpc" else _ask_by_ttrpc
-    try:
-        async with asyncio.timeout(SHIM_TIMEOUT_S):
-            return Answer(record, await asking(record, ReadRequest(guest_timeout_s=GUEST_TIMEOUT_S)))
-    except TimeoutError:
-        problem = f"its shim does not answer within {SHIM_TIMEOUT_S:g} s"
-    except (OSError, ShimError) as error:
-        problem = str(error)
-    return Answer(record, None, printable(problem, limit=_LONGEST_PROBLEM))
-
-
-async def _ask_by_ttrpc(record: StartRecord, request: ReadRequest) -> ReadResponse:
-    connection = socket.socket(socket.AF_UNIX)
-    connection.setblocking(False)  # noqa: FBT003 - its only spelling
-    try:
-        await asyncio.get_running_loop().sock_connect(connection, record.socket_path)
-    except BaseException:
-        connection.close()
-        raise
-    client = await TtrpcClient.over(connection)
-    try:
-        return await client.call(SERVICE, "Read", request, ReadResponse, timeout_s=SHIM_TIMEOUT_S)
-    finally:
-        await client.aclose()
-
-
-async def _ask_by_grpc(record: StartRecord, request: ReadRequest) -> ReadResponse:
-    import grpc.aio  # noqa: PLC0415 - only containerd 1.7 with another protocol than usual needs it
-
-    async with grpc.aio.insecure_channel(f"unix:{record.socket_path}") as channel:
-        call = channel.unary_unary(
-            f"/{SERVICE}/Read",
-            request_serializer=ReadRequest.SerializeToString,
-            response_deserializer=ReadResponse.FromString,
-        )
-        try:
-            answer: ReadResponse = await call(request, timeout=SHIM_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise ConnectionError(error.details()) from error
-        return answer
+async def _ask(record: StartRecord) -> ReadResponse:
+    request = ReadRequest(guest_timeout_s=GUEST_TIMEOUT_S)
+    return await shims.ask(record, "Read", request, ReadResponse, timeout_s=SHIM_TIMEOUT_S, service=SERVICE)

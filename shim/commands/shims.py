@@ -115,24 +115,31 @@ def one(chosen: argparse.Namespace) -> StartRecord:
 
 
 async def ask(
-    record: StartRecord, method: str, request: Message, reply: type[_M], *, timeout_s: float = TIMEOUT_S
+    record: StartRecord,
+    method: str,
+    request: Message,
+    reply: type[_M],
+    *,
+    timeout_s: float = TIMEOUT_S,
+    service: str = SERVICE,
 ) -> _M:
     """Ask a shim over the socket that containerd uses.
 
     :param record: how it was started.
-    :param method: of the management API; none that is a stream.
+    :param method: of the service; none that is a stream.
     :param timeout_s: how long the answer may take.
+    :param service: the management API, or another by its full name.
     :raises DeadlineExceeded: if it does not answer in time.
     :raises Unavailable: if it is gone.
     :raises ShimError: what it answers.
     """
     if record.protocol == "grpc":
-        return await _ask_over_grpc(record, method, request, reply, timeout_s=timeout_s)
+        return await _ask_over_grpc(record, f"/{service}/{method}", request, reply, timeout_s=timeout_s)
     try:
         async with asyncio.timeout(timeout_s):
             client = await TtrpcClient.over(await _connect(record.socket_path))
             try:
-                return await client.call(SERVICE, method, request, reply, timeout_s=timeout_s)
+                return await client.call(service, method, request, reply, timeout_s=timeout_s)
             finally:
                 await client.aclose()
     except (TimeoutError, DeadlineExceeded) as error:
@@ -153,11 +160,11 @@ async def _connect(path: str) -> socket.socket:
 
 
 async def _ask_over_grpc(
-    record: StartRecord, method: str, request: Message, reply: type[_M], *, timeout_s: float
+    record: StartRecord, path: str, request: Message, reply: type[_M], *, timeout_s: float
 ) -> _M:
     async with channel_to(record.socket_path) as channel:
         call: Callable[..., Awaitable[_M]] = channel.unary_unary(
-            f"/{SERVICE}/{method}",
+            path,
             request_serializer=type(request).SerializeToString,
             response_deserializer=reply.FromString,
         )
