@@ -173,7 +173,7 @@ def test_mounts_of_a_container_that_the_host_is_to_see_are_refused_by_name(duo: 
         mounts = [{"container_path": "/both", "host_path": str(path), "propagation": BIDIRECTIONAL}]
         container = duo.pod.create("refused", "true", mounts=mounts, linux=duo.pod.linux(privileged=True))
         try:
-            with pytest.raises(grpc.RpcError, match=r"mounts: /both: rshared \(Bidirectional\): .* stays in"):
+            with pytest.raises(grpc.RpcError, match=r"mounts: /both: rshared \(Bidirectional\): .* stay in"):
                 container.start()
         finally:
             container.remove()
