@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import re
 import socket
 import statistics
 import subprocess
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from proto.extensions import AGENT_PORT, RAW_STREAM_PORT
 from shim.telemetry.timeline_model import parse
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import new_id
@@ -22,6 +25,7 @@ from tests.e2e.containerd import NAMESPACE
 from tests.e2e.test_network import digesting_server
 from tests.host_settings import MEMORY_MIB
 from tests.network_space import add_cable, new_space
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +45,7 @@ CLONES, REPORTED = 100, 10
 OF_A_CLONE = ("load template", "copy memory", "clone goes on", "first answer")
 """The phases of a clone's start, each with a limit of its own."""
 
+HIGHEST_PRIVILEGED_PORT = 1023
 SENT = bytes(range(256)) * 4096
 DISK = b"on the host's disk\n".ljust(MIB, b".")
 TALK = "cat /data/bytes | nc -w 60 10.1.0.1 7000"
@@ -120,6 +125,21 @@ def test_a_machine_runs_under_kvm_with_the_kernels_vsock_and_network(one_stack: 
     assert b"kvm,kernel-irqchip=on" in (qemu / "cmdline").read_bytes().split(b"\0")
     opened = {str(entry.readlink()) for entry in (qemu / "fd").iterdir()}
     assert {"anon_inode:kvm-vm", "/dev/vhost-vsock", "/dev/vhost-net"} <= opened
+
+
+@pytest.mark.parametrize("port", [AGENT_PORT, RAW_STREAM_PORT], ids=["agent", "streams"])
+def test_the_guest_hangs_up_on_callers_without_a_privileged_port(
+    one_stack: Stack, booted: str, port: int
+) -> None:
+    command = Path(f"/proc/{one_stack.containerd.tasks()[booted][0]}/cmdline").read_text(encoding="utf-8")
+    found = re.search(r"guest-cid=(\d+)", command)
+    assert found, command
+    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as caller:
+        caller.settimeout(patient(10))
+        caller.connect((int(found[1]), port))  # from a port that any user may have
+        assert caller.getsockname()[1] > HIGHEST_PRIVILEGED_PORT
+        with contextlib.suppress(ConnectionResetError):
+            assert caller.recv(1) == b""
 
 
 def test_an_exec_has_its_streams_and_its_exit_code(one_stack: Stack, booted: str) -> None:
