@@ -95,10 +95,11 @@ class Containers:
             if self._is_joined_without_start:
                 _point_to_state(self._context, bundle)
             await container.create(rootfs)
-            await self._share_oom_scores()
         except BaseException:
             self.forget(container_id)
             raise
+        with contextlib.suppress(ShimError):  # a machine that is gone is told of by its container's end
+            await self._share_oom_scores()
         return container
 
     async def _share_oom_scores(self) -> None:

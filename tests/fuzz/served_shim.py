@@ -141,7 +141,7 @@ class MachinelessSandbox(Sandbox):
         self._apply(Happening.START)
         self._apply(Happening.READY)
         self._now = RunningMachine(
-            vm=cast("Hypervisor", None),
+            vm=cast("Hypervisor", SimpleNamespace(processes=list)),
             agent=agent,
             network=cast("Network", self.pretence),
             resizer=cast("Resizer", self.pretence),

@@ -29,6 +29,7 @@ from shim.host.state_directory import StartRecord
 from shim.sandbox.context import Context
 from shim.sandbox.work import Work
 from shim.services.task import TaskService
+from shim.telemetry.event_feed import EventFeed
 from shim.transport.ttrpc_client import TtrpcClient
 from shim.transport.ttrpc_codec import Frame, FrameDecoder, FrameType, OversizedFrame, encode_frame
 from tests.fuzz.material import bent, messages
@@ -170,6 +171,7 @@ class Events:
 
     def __init__(self) -> None:
         self.all: list[tuple[str, bytes]] = []
+        self.feed = EventFeed()
 
     def publish(self, topic: str, message: Message) -> None:
         self.all.append((topic, message.SerializeToString()))
