@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from shim.host.state_directory import StartRecord
 
 _SOCKET = "grpc.sock"
+_INTERRUPTED = 128 + signal.SIGINT  # as shells count it
 _KEPT_TIMEOUT_S = 5.0  # the server starts with the first connection
 
 
@@ -52,6 +55,8 @@ def run(chosen: argparse.Namespace) -> int:
     if chosen.past:
         return asyncio.run(_show_past(_wanted(chosen), as_json=chosen.json))
     wanted = _wanted(chosen)[0].id if chosen.id else ""
+    # Each line is written at once and nothing is left to do, but streams of gRPC may be slow to be cancelled.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
     asyncio.run(_follow(chosen, wanted))
     return 0
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.hako, pytest.mark.mostly_on("1.7-ttrpc")]
 
+VSOCK_BY_NIGHT = pytest.param("vsock daemon", marks=pytest.mark.nightly)
+
 STATE_S = 0.5
 KILL_S = 12.0
 DELETE_S = 10.0  # containerd's CRI gives up on a task that has exited after as long
@@ -49,7 +51,7 @@ def test_state_answers_at_once_while_the_guest_hangs(life: Life) -> None:
     life.remove()
 
 
-@pytest.mark.parametrize("deaf", ["QEMU", "virtio-fs daemon", "vsock daemon"])
+@pytest.mark.parametrize("deaf", ["QEMU", "virtio-fs daemon", VSOCK_BY_NIGHT])
 def test_sigkill_ends_a_task_while_a_process_of_its_sandbox_hangs(life: Life, deaf: str) -> None:
     life.signal(deaf, signal.SIGSTOP)
 
@@ -64,7 +66,7 @@ def test_sigkill_ends_a_task_while_a_process_of_its_sandbox_hangs(life: Life, de
     life.remove()
 
 
-@pytest.mark.parametrize("deaf", ["QEMU", "virtio-fs daemon", "vsock daemon"])
+@pytest.mark.parametrize("deaf", ["QEMU", "virtio-fs daemon", VSOCK_BY_NIGHT])
 def test_a_stopped_task_can_be_deleted_while_a_process_of_its_sandbox_hangs(life: Life, deaf: str) -> None:
     life.tasks.call("Kill", life.id, signal=signal.SIGKILL)
     life.wait_for_state({"STOPPED"}, timeout_s=KILL_S)

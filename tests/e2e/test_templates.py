@@ -242,6 +242,7 @@ def test_a_broken_template_is_replaced_and_its_container_boots_cold(
     assert CLONED in node.log()
 
 
+@pytest.mark.nightly
 def test_a_template_of_another_image_is_not_used_and_goes_when_there_is_a_new_one(
     node: Node, home: Path
 ) -> None:
@@ -337,6 +338,7 @@ def test_a_builder_that_is_killed_leaves_nothing(
     assert node.leftovers == []
 
 
+@pytest.mark.nightly
 def test_a_builder_outlives_the_sandbox_that_started_it(empty_node: Node) -> None:
     node = empty_node
     name = new_id()

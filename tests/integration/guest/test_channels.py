@@ -105,10 +105,10 @@ def test_check_answers_while_a_container_is_created(
 
 @pytest.mark.parametrize(
     ("service", "method", "code"),
-    [("grpc.AgentService", "GetMetrics", 12), ("grpc.AgentService", "NoSuch", 12), ("no.Such", "Check", 3)],
+    [("grpc.AgentService", "GetIPTables", 12), ("grpc.AgentService", "NoSuch", 12), ("no.Such", "Check", 3)],
 )
 def test_unknown_calls_are_refused(machine: GuestMachine, service: str, method: str, code: int) -> None:
-    stream = machine.client.begin(method, agent_pb2.GetMetricsRequest(), service=service)
+    stream = machine.client.begin(method, agent_pb2.GetIPTablesRequest(), service=service)
     with pytest.raises(StatusError) as refused:
         machine.client.answer(stream, timeout_s=10)
     assert refused.value.code == code

@@ -288,7 +288,7 @@ async def test_a_failed_plug_or_unplug_is_reported_and_leaves_nothing(
     assert (taken(vm), await leftovers(vm)) == (set(), [])
 
     await vm.plug_disk(disk(path))
-    with pytest.raises(HotplugError, match="there already"):
+    with pytest.raises(HotplugError, match="exists already"):
         await vm.plug_disk(disk(path))
     with pytest.raises(HotplugError, match="lock"):
         await vm.plug_disk(disk(path, 1))

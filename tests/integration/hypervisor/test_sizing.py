@@ -51,6 +51,7 @@ def on_host(vm: Any) -> int:
     return sum(mapped.values())
 
 
+@pytest.mark.nightly
 async def test_memory_grows_and_shrinks_under_load_and_not_against_the_guests_will(
     start: Callable[..., Awaitable[tuple[QemuHypervisor, GuestShell]]], qemu: Path
 ) -> None:
