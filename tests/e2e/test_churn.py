@@ -55,7 +55,8 @@ def test_containers_beside_each_other_leave_nothing(stack: Stack, start: str) ->
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("count", [40, pytest.param(400, marks=NIGHTLY)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("count", [40, 400])
 def test_many_execs_leave_a_shim_as_it_was(stack: Stack, home: Path, count: int) -> None:
     with Life(stack, home) as life:
         life.write_down()

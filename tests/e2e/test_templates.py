@@ -269,6 +269,7 @@ def test_a_template_of_another_image_is_not_used_and_goes_when_there_is_a_new_on
         kernel.unlink()
 
 
+@pytest.mark.nightly
 def test_other_machines_boot_cold_while_a_template_is_built(empty_node: Node) -> None:
     node = empty_node
     with building(node) as builder:
