@@ -98,12 +98,12 @@ class Containers:
         except BaseException:
             self.forget(container_id)
             raise
-        with contextlib.suppress(ShimError):  # a machine that is gone is told of by its container's end
+        with contextlib.suppress(ShimError):  # the machine is gone: the container's end says so
             await self._share_oom_scores()
         return container
 
     async def _share_oom_scores(self) -> None:
-        """Protect the machine from being killed for memory as little as its least protected container."""
+        """Let the kernel kill the machine for memory as readily as its least protected container."""
         scores = [oom_score_adj_of(one.spec) for one in self._guests()]
         told = [score for score in scores if score is not None]
         if told:
