@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from prometheus_client.metrics_core import Metric
-    from proto.hako.metrics_pb2 import ReadResponse
 
+    from proto.hako.metrics_pb2 import ReadResponse
     from shim.commands.process_numbers import ProcessNumbers
 
 SANDBOX_LABELS = ("sandbox_id", "cri_uid", "cri_name", "cri_namespace")

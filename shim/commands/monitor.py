@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
-from proto.hako.metrics_pb2 import ReadRequest, ReadResponse
 
 from hypervisor import printable
+from proto.hako.metrics_pb2 import ReadRequest, ReadResponse
 from shim.commands import process_numbers, shims
 from shim.commands.exposition import History, sandbox_metrics
 from shim.override import override

@@ -11,8 +11,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
-from proto.hako.metrics_pb2 import ReadResponse
 
+from proto.hako.metrics_pb2 import ReadResponse
 from shim.commands.exposition import History, sandbox_metrics
 from shim.commands.process_numbers import ProcessNumbers
 from shim.telemetry.latency import BOUNDS_MS
