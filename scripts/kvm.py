@@ -31,6 +31,7 @@ SHORT_MEMORY_MIB = 128
 
 SHORT_DEADLINE_S = 1200.0
 _HYPERVISOR, _E2E, _CRI = "tests/integration/hypervisor", "tests/e2e", "tests/cri"
+_MATRIX = f"{_E2E}/test_kill_matrix_of_clones.py"
 _HOTPLUG, _TEMPLATE = f"{_HYPERVISOR}/test_hotplug.py", f"{_HYPERVISOR}/test_template.py"
 ALL = (
     *SHORT,
@@ -67,7 +68,10 @@ ALL = (
     f"{_E2E}/test_templates.py::test_two_clones_share_neither_randomness_nor_names_and_know_the_time",
     f"{_E2E}/test_templates.py::test_a_clone_grows_to_what_its_container_may_use",
     f"{_E2E}/test_templates.py::test_a_broken_template_is_replaced_and_its_container_boots_cold[garble_memory]",
-    f"{_E2E}/test_kill_matrix_of_clones.py",
+    *(
+        f"{_MATRIX}::test_the_death_of_a_clone_ends_the_task_once_and_leaves_nothing[{case}]"
+        for case in ("shim-during exec", "QEMU-created", "virtio-fs daemon-paused", "guest-stopping")
+    ),
     f"{_CRI}/test_pods.py::test_pods_and_containers_survive_a_restart_of_containerd[2.1-podsandbox]",
     f"{_CRI}/test_pods.py::test_a_pod_whose_machine_dies_is_not_ready_and_can_be_removed_at_once[2.1-podsandbox]",
     f"{_CRI}/test_streams.py::test_a_streamed_command_has_all_its_streams_and_an_exit_code[2.1-podsandbox]",
@@ -75,6 +79,8 @@ ALL = (
     f"{_CRI}/test_streams.py::test_a_port_of_the_pod_is_forwarded[2.1-podsandbox]",
 )
 """One or two tests of each kind, as a machine takes half a minute to start; with --nightly some have more."""
+
+BY_NIGHT = (_MATRIX,)
 
 DEADLINE_S = 6 * 3600.0
 ENVIRONMENT = {
@@ -106,7 +112,7 @@ def main(arguments: Sequence[str]) -> int:
     del given[: int(is_short)]
     kept = Path(given[1]) if given[:1] == ["--results"] else None
     del given[: 2 if kept else 0]
-    command = _benchmarks(given) if what == "bench" else _tests(given, SHORT if is_short else ALL)
+    command = _benchmarks(given) if what == "bench" else _tests(given, SHORT if is_short else _whole_list())
     environment = {host_settings.MEMORY_VARIABLE: f"{SHORT_MEMORY_MIB}"} if is_short else {}
     results = kept or Path(tempfile.mkdtemp(prefix="hako-kvm-"))
     results.mkdir(exist_ok=True)
@@ -124,6 +130,11 @@ def main(arguments: Sequence[str]) -> int:
     else:
         shutil.rmtree(results)
     return status
+
+
+def _whole_list() -> tuple[str, ...]:
+    """List the tests of a run that names none, by night if ``scripts/test --nightly`` has said so."""
+    return (*ALL, *BY_NIGHT) if os.environ.get("HAKO_FUZZ") == "nightly" else ALL
 
 
 def _tests(given: list[str], listed: Sequence[str]) -> list[str]:
