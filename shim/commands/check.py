@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import shutil
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +24,7 @@ from shim import config
 from shim.agent.oci_namespaces import WantedNamespace
 from shim.errors import FailedPrecondition, Internal
 from shim.host import kernel_limits
+from shim.host.program_version import version_line
 from shim.machine import host_choice, jail
 from shim.machine.cgroup import missing_controllers
 from shim.network import redirect
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     from shim.config import Config
 
-_VERSION_TIMEOUT_S = 10.0
 _CONFINED = "confines"
 _JAIL_REMEDY = (
     "give containerd all capabilities, the ids of [hypervisor] jail_first_id and a kernel with pid, ipc, "
@@ -169,14 +168,14 @@ async def _containerd(_: Config) -> str:
     if found is None:
         raise FailedPrecondition("check: containerd: not found in PATH; install containerd 1.6 or later")
     # The line reads: containerd <Go module> <version> <revision>.
-    line = await asyncio.to_thread(_version_line, Path(found))
+    line = await _version_of(Path(found))
     return f"{found}, version {''.join(line.split()[2:3])}"
 
 
 async def _qemu(settings: Config) -> str:
     qemu = host_choice.find_qemu(settings)
     # The line reads: QEMU emulator version <version> (<package>).
-    line = await asyncio.to_thread(_version_line, qemu)
+    line = await _version_of(qemu)
     return f"{qemu}, version {line.partition(' version ')[2]}"
 
 
@@ -237,23 +236,12 @@ async def _guest(settings: Config) -> str:
     return f"{kernel}, {initrd}"
 
 
-def _version_line(program: Path) -> str:
-    """Run ``--version``: neither program tells its version in another way without starting to work."""
+async def _version_of(program: Path) -> str:
+    """Ask a program: neither tells its version in another way without starting to work.
+
+    :raises FailedPrecondition: if it does not tell.
+    """
     try:
-        done = subprocess.run(
-            [program, "--version"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_VERSION_TIMEOUT_S,
-            check=False,
-        )
+        return await asyncio.to_thread(version_line, str(program))
     except OSError as error:
-        raise FailedPrecondition(f"check: {program}: {error.strerror}; reinstall it") from error
-    except subprocess.TimeoutExpired as error:
-        raise FailedPrecondition(
-            f"check: {program} --version: no answer within {_VERSION_TIMEOUT_S:g} s; reinstall it"
-        ) from error
-    if done.returncode != 0:
-        raise FailedPrecondition(f"check: {program} --version: exit status {done.returncode}; reinstall it")
-    return done.stdout.partition("\n")[0]
+        raise FailedPrecondition(f"check: {error}; reinstall it") from error

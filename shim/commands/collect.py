@@ -8,8 +8,6 @@ import json
 import os
 import platform
 import re
-import shutil
-import subprocess
 import tarfile
 import time
 from dataclasses import asdict
@@ -20,6 +18,7 @@ from shim import config
 from shim.commands import shims
 from shim.commands.inspect_sandbox import everything
 from shim.commands.logs import files_of
+from shim.host.program_version import version_line
 from shim.refusal import Refusal
 from shim.telemetry import timeline
 from shim.version import version
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from shim.config import Config
     from shim.host.state_directory import StartRecord
 
-_PROGRAM_TIMEOUT_S = 10.0
 _REDACTED = "(redacted)"
 _SECRET = re.compile(
     r"(?i)((?:password|passwd|secret|token|api[-_]?key|credential|authorization)[\w-]*\s*[=:]\s*)"
@@ -117,7 +115,7 @@ def _versions(settings: Config) -> dict[str, str]:
         "python": platform.python_version(),
         "kernel": " ".join(platform.uname()[2:4]),
         "distribution": _distribution(),
-        **{name: _first_line(program) for name, program in programs.items()},
+        **{name: _version_of(program) for name, program in programs.items()},
     }
 
 
@@ -128,22 +126,11 @@ def _distribution() -> str:
         return ""
 
 
-def _first_line(program: str) -> str:
-    path = shutil.which(program)
-    if path is None:
-        return "not found"
+def _version_of(program: str) -> str:
     try:
-        done = subprocess.run(
-            [path, "--version"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_PROGRAM_TIMEOUT_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
+        return version_line(program)
+    except OSError as error:
         return str(error)
-    return done.stdout.partition("\n")[0]
 
 
 async def _check(settings: Config) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
+from hypervisor import SHARE_DAEMON
 from shim.telemetry.latency import BOUNDS_MS
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from proto.hako.metrics_pb2 import ReadResponse
-    from shim.commands.process_numbers import ProcessNumbers
+    from shim.host.process_usage import ProcessDetails
 
 SANDBOX_LABELS = ("sandbox_id", "cri_uid", "cri_name", "cri_namespace")
 START_BOUNDS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 60.0)
@@ -30,7 +31,7 @@ _OF_GUEST = ("kata_guest_", "kata_agent_")
 _MOST_GUEST_SAMPLES, _MOST_GUEST_LABELS, _LONGEST_LABEL = 2000, 4, 100
 _MOST_LABELS_OF_JOURNAL = 200
 #: Kata's names for what each process of a sandbox counts as.
-_KATA_PROCESSES = {"shim": "shim", "QEMU": "hypervisor", "virtiofsd": "virtiofsd"}
+_KATA_PROCESSES = {"shim": "shim", "QEMU": "hypervisor", SHARE_DAEMON: "virtiofsd"}
 
 
 class _Buckets:
@@ -115,7 +116,7 @@ class History:
 
 
 def sandbox_metrics(
-    replies: Iterable[ReadResponse], processes: Mapping[int, ProcessNumbers]
+    replies: Iterable[ReadResponse], processes: Mapping[int, ProcessDetails]
 ) -> Iterator[Metric]:
     """Yield the metrics of the sandboxes that have answered.
 
@@ -159,22 +160,22 @@ def sandbox_metrics(
 
 
 def _add_processes(
-    families: _Families, labels: tuple[str, ...], reply: ReadResponse, processes: Mapping[int, ProcessNumbers]
+    families: _Families, labels: tuple[str, ...], reply: ReadResponse, processes: Mapping[int, ProcessDetails]
 ) -> None:
     on_host_s, on_host_bytes = 0.0, 0
     for process in reply.processes:
         numbers = processes.get(process.pid)
         if numbers is None:  # it has just ended
             continue
-        on_host_s += numbers.cpu_s
-        on_host_bytes += numbers.memory_bytes
+        on_host_s += numbers.usage.cpu_s
+        on_host_bytes += numbers.usage.memory_bytes
         of = {"process": process.name}
-        families.counter("hako_process_cpu_seconds", "Processor time.", labels, numbers.cpu_s, **of)
+        families.counter("hako_process_cpu_seconds", "Processor time.", labels, numbers.usage.cpu_s, **of)
         families.gauge(
             "hako_process_memory_bytes",
             "Memory: own pages, and a part of those that are shared (PSS).",
             labels,
-            numbers.memory_bytes,
+            numbers.usage.memory_bytes,
             **of,
         )
         kata = _KATA_PROCESSES.get(process.name)

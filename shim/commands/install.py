@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shim import config
 from shim.commands import containerd_config, image, kubernetes
+from shim.host.program_version import version_line
 from shim.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _SHIPPED_GUEST = Path("/usr/share/hako/guest")
 """The image that a package brings along."""
-_VERSION_TIMEOUT_S = 10.0
 MAIN = Path("/etc/containerd/config.toml")
 """containerd's main file."""
 
@@ -254,20 +253,12 @@ def found_version(program: str) -> str:
     :param program: its name or path.
     :raises Refusal: if it is not there or does not tell.
     """
-    path = shutil.which(program)
-    if path is None:
-        raise Refusal(f"install: {program}: not found; install containerd, or name its program")
     try:
-        done = subprocess.run(
-            [path, "--version"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_VERSION_TIMEOUT_S,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise Refusal(f"install: {path} --version: {error}; reinstall containerd") from error
+        line = version_line(program)
+    except FileNotFoundError as error:
+        raise Refusal(f"install: {error}; install containerd, or name its program") from error
+    except OSError as error:
+        raise Refusal(f"install: {error}; reinstall containerd") from error
     # "containerd <Go module> <version> <revision>"
-    words = done.stdout.split()
+    words = line.split()
     return words[2].removeprefix("v") if len(words) > 2 else "of unknown version"

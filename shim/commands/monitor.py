@@ -16,8 +16,9 @@ from prometheus_client.registry import Collector
 
 from hypervisor import printable
 from proto.hako.metrics_pb2 import ReadRequest, ReadResponse
-from shim.commands import process_numbers, shims
+from shim.commands import shims
 from shim.commands.exposition import History, sandbox_metrics
+from shim.host import process_usage
 from shim.override import override
 from shim.refusal import Refusal
 from shim.telemetry.journal import Journal
@@ -126,7 +127,7 @@ class NodeCollector(Collector):
             numbers = {}
             for process in (process for reply in replies for process in reply.processes):
                 with contextlib.suppress(OSError, KeyError, ValueError):  # it has just ended
-                    numbers[process.pid] = process_numbers.read(process.pid)
+                    numbers[process.pid] = process_usage.measure_in_detail(process.pid)
             yield from sandbox_metrics(replies, numbers)
             if self._only:
                 return

@@ -12,9 +12,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from hypervisor import SHARE_DAEMON
 from proto.hako.metrics_pb2 import ReadResponse
 from shim.commands.exposition import History, sandbox_metrics
-from shim.commands.process_numbers import ProcessNumbers
+from shim.host.process_usage import ProcessDetails, ProcessUsage
 from shim.telemetry.latency import BOUNDS_MS
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -34,9 +35,8 @@ START = {
     "template": "hit",
     "phases": [["machine", "clone goes on", 0.1]],
 }
-NUMBERS = ProcessNumbers(
-    memory_bytes=1000,
-    cpu_s=2.5,
+NUMBERS = ProcessDetails(
+    usage=ProcessUsage(memory_bytes=1000, resident_bytes=2000, cpu_s=2.5),
     threads=3,
     descriptors=4,
     status={"vmrss": 5},
@@ -56,7 +56,7 @@ def reply(**changes: Any) -> ReadResponse:
         "processes": [
             ReadResponse.Process(name="shim", pid=1),
             ReadResponse.Process(name="QEMU", pid=2),
-            ReadResponse.Process(name="virtiofsd", pid=3),
+            ReadResponse.Process(name=SHARE_DAEMON, pid=3),
         ],
         "containers": {"running": 2},
         "usage": [ReadResponse.ContainerUsage(id="c", memory_bytes=300, cpu_s=0.5, processes=2)],

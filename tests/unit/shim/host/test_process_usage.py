@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
+from typing import TYPE_CHECKING
 
 import pytest
 
 from shim.host import process_usage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def test_a_process_is_measured() -> None:
@@ -18,9 +23,21 @@ def test_a_process_is_measured() -> None:
     assert used.cpu_s == pytest.approx(own.ru_utime + own.ru_stime, abs=0.5)
 
 
-def test_a_process_that_is_gone_is_not_measured() -> None:
+def test_a_process_is_measured_in_detail() -> None:
+    found = process_usage.measure_in_detail(os.getpid())
+
+    assert 0 < found.usage.memory_bytes <= found.usage.resident_bytes
+    assert found.threads == threading.active_count()
+    assert found.descriptors >= 3
+    assert found.status["vmrss"] == pytest.approx(found.usage.resident_bytes, rel=0.2)
+    assert found.stat["utime"] > 0
+    assert found.io["rchar"] > 0
+
+
+@pytest.mark.parametrize("measure", [process_usage.measure, process_usage.measure_in_detail])
+def test_a_process_that_is_gone_is_not_measured(measure: Callable[[int], object]) -> None:
     pid = os.posix_spawnp("true", ["true"], {"PATH": "/bin"})
     os.waitpid(pid, 0)
 
     with pytest.raises(ProcessLookupError):
-        process_usage.measure(pid)
+        measure(pid)
