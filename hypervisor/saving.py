@@ -25,6 +25,7 @@ from hypervisor.virtiofsd import detect_dialect
 from proto.extensions import READY_MARK
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from hypervisor.interface import VmSpec
@@ -42,18 +43,25 @@ _CONSOLE_LINES = 50
 _CHUNK = 1 << 20
 
 
-async def save_template(spec: VmSpec, directory: Path, *, timeout_s: float) -> None:
+async def save_template(
+    spec: VmSpec,
+    directory: Path,
+    *,
+    timeout_s: float,
+    on_process: Callable[[str, int], None] = lambda _name, _pid: None,
+) -> None:
     """Boot a machine, and save it as soon as its agent serves.
 
     :param spec: the virtual machine; its share and its template are not looked at.
     :param directory: an existing, empty directory for the template's files. It is complete when this
         returns, and useless if it raises.
     :param timeout_s: the longest this may take, in seconds.
+    :param on_process: called with the name and the id of each process right after it was started.
     :raises UnsupportedHostError: if this machine's architecture is not supported.
     :raises JailError: if QEMU could not be confined.
     :raises VmStartError: if the machine does not come up, or cannot be saved. Nothing is left running.
     """
-    host = HostSide(lambda _name, _pid: None)
+    host = HostSide(on_process)
     try:
         async with asyncio.timeout(timeout_s):
             try:

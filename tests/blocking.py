@@ -29,7 +29,7 @@ LONGEST_S = 0.5
 _BASELINE_S = 0.02
 _NANO = 1e-9
 _ALLOWED = {
-    ("shim/host/ledger.py", "_lock"),  # it sleeps for 0.1 s at most, and only while another process writes
+    ("shim/host/file_lock.py", "take"),  # for 0.1 s at most, and only while another process writes
 }
 _ENDLESS = {"socket.getaddrinfo", "socket.gethostbyname", "os.system"}
 

@@ -86,10 +86,9 @@ def _build(settings: Config, store: TemplateStore, *, in_background: bool) -> in
         template_builder.go_to_the_background(settings)
     elif store.is_building():
         print("template: another is being built; waiting for that", file=sys.stderr)
+    wait_s = 0.0 if in_background else template_builder.longest_s(settings)
     try:
-        print(template_builder.build(settings, store, wait=not in_background).path)
-    except BlockingIOError as error:
-        raise Refusal("template: another is being built; try again later") from error
+        print(template_builder.build(settings, store, wait_s=wait_s).path)
     except ShimError as error:
         raise Refusal(str(error)) from error
     return 0

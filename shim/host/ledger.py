@@ -17,7 +17,7 @@ import re
 import signal
 import time
 
-from shim.host import host_process, kernel
+from shim.host import file_lock, host_process, kernel
 from shim.host.host_process import HostProcess
 from shim.record import Record
 
@@ -32,7 +32,7 @@ _NAME = "ledger"
 _LONG_BYTES = 1 << 16
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC
 _CGROUP_EMPTY_S, _CGROUP_RETRY_S = 1.0, 0.005
-_LOCK_S, _LOCK_RETRY_S = 0.1, 0.001
+_LOCK_S = 0.1
 _PID_MAX = 1 << 22  # PID_MAX_LIMIT of the kernel, see proc(5)
 _REDIRECTION = re.compile(r"(/.*) ([0-9]{1,10}) ([0-9]{1,9})", re.DOTALL)
 
@@ -210,29 +210,17 @@ class Ledger:
         Others hold it for the length of one write, unless they are stopped: the event loop waits here, so it
         does not wait for them. The block is told whether it has the lock.
         """
-        is_locked = self._lock(kind)
+        is_locked = file_lock.take(self._descriptor, kind, timeout_s=_LOCK_S)
         with contextlib.suppress(FileNotFoundError):  # undone, and no longer read
             while not os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
                 current = os.open(self._path, _FLAGS)
                 os.close(self._descriptor)
                 self._descriptor = current
-                is_locked = self._lock(kind)
+                is_locked = file_lock.take(self._descriptor, kind, timeout_s=_LOCK_S)
         try:
             yield is_locked
         finally:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-
-    def _lock(self, kind: int) -> bool:
-        give_up_at = time.monotonic() + _LOCK_S
-        while True:
-            try:
-                fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > give_up_at:
-                    return False
-                time.sleep(_LOCK_RETRY_S)
-            else:
-                return True
 
     def _lines(self) -> list[dict[str, Any]]:
         content = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)

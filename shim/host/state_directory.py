@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import time
 
-from shim.host import private_directory
+from shim.host import file_lock, private_directory
 from shim.record import Record
 from shim.refusal import Refusal
 
@@ -15,7 +13,6 @@ _RECORD = "sandbox.json"
 _POINTER = "hako"
 LOCK_TIMEOUT_S = 90.0
 """Longer than a start may take, which holds the lock until its shim is ready."""
-_RETRY_S = 0.005
 
 
 class StartRecord(Record):
@@ -132,37 +129,19 @@ def lock_existing(state_directory: str, *, wait: bool = True) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        _lock(descriptor, state_directory, timeout_s=LOCK_TIMEOUT_S if wait else 0.0)
+        is_locked = file_lock.take(descriptor, timeout_s=LOCK_TIMEOUT_S if wait else 0.0)
+        if wait and not is_locked:
+            raise Refusal(
+                f"lock: {state_directory}: another start or delete has held it for {LOCK_TIMEOUT_S:g} s; "
+                "find it with `fuser` and end it"
+            )
         # The holder before us may have removed the directory that we opened.
-        if os.path.samestat(os.fstat(descriptor), os.stat(state_directory)):
+        if is_locked and os.path.samestat(os.fstat(descriptor), os.stat(state_directory)):
             return descriptor
-    except (BlockingIOError, FileNotFoundError):
+    except FileNotFoundError:
         pass
     except BaseException:
         os.close(descriptor)
         raise
     os.close(descriptor)
     return None
-
-
-def _lock(descriptor: int, path: str, *, timeout_s: float) -> None:
-    """Lock a directory.
-
-    :raises BlockingIOError: if it is locked, and there is no time to wait.
-    :raises Refusal: if it is locked for as long as that.
-    """
-    give_up_at = time.monotonic() + timeout_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not timeout_s:
-                raise
-            if time.monotonic() > give_up_at:
-                raise Refusal(
-                    f"lock: {path}: another start or delete has held it for {timeout_s:g} s; "
-                    "find it with `fuser` and end it"
-                ) from None
-            time.sleep(_RETRY_S)
-        else:
-            return

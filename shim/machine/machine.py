@@ -32,11 +32,11 @@ from shim.errors import DeadlineExceeded, ShimError, Unavailable
 from shim.host import mounts
 from shim.host.oom_score import set_oom_score_adj
 from shim.machine import pod_annotations, turns
+from shim.machine.bounds import bounded
 from shim.machine.cgroup import HostCgroup
 from shim.machine.cloning import Cloning, clone_of, dial_clone
-from shim.machine.device_access import HARMLESS, KVM
 from shim.machine.host_choice import EMULATION_IS_NO_BOUNDARY, resolve
-from shim.machine.jail import Jail, refuse_unbounded, without
+from shim.machine.jail import Jail, without
 from shim.machine.resizing import Resizer
 from shim.machine.running import RunningMachine
 from shim.machine.sizing import Size, plan
@@ -153,7 +153,13 @@ class Machine:
             ):
                 if self.doom:
                     raise Unavailable(self.doom)
-                self._cgroup = self._make_cgroup(pod, spec, sizes)
+                self._cgroup = bounded(
+                    spec,
+                    self._jail,
+                    wanted=pod.cgroup,
+                    otherwise=f"hako-{self._directory.name}",
+                    ledger=self._ledger,
+                )
                 self._oom_score_adj = pod.oom_score_adj
                 bringing_up = self._bring_up(spec, sizes, template, limit=limit)
                 started = await _while_preparing(network, bringing_up)
@@ -261,17 +267,6 @@ class Machine:
             return None
         self._undo.callback(jail.close)
         return jail.identity
-
-    def _make_cgroup(self, pod: PodSpec, spec: VmSpec, sizes: Plan) -> HostCgroup:
-        own_name = f"hako-{self._directory.name}"
-        cgroup = HostCgroup.make(pod.cgroup, otherwise=own_name, ledger=self._ledger)
-        cgroup.limit_memory(sizes.boot.memory_bytes)
-        # With root ports, the devices that it will be given are unknown yet; QEMU sees no other nodes.
-        if self._jail is not None and spec.root_ports == 0:
-            kvm = (KVM,) if spec.accelerator is Accelerator.KVM else ()
-            cgroup.limit_devices((*HARMLESS, *kvm))
-        refuse_unbounded(cgroup.problem, self._jail)
-        return cgroup
 
     def _describe(self, choice: HostChoice, sizes: Plan) -> VmSpec:
         accelerator = choice.accelerator

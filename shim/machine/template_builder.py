@@ -10,21 +10,25 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import math
 import os
-import shutil
 import signal
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hypervisor import HypervisorError, JailError, save_template, template_key
 from shim.errors import Internal
 from shim.host import daemonize
+from shim.host.ledger import Ledger
+from shim.machine.bounds import bounded
 from shim.machine.host_choice import resolve
 from shim.machine.jail import Jail, without
 from shim.machine.sizing import plan
 from shim.machine.spec import describe
+from shim.machine.template_store import remove_remains
 from shim.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -53,23 +57,31 @@ _SANDBOXES_OWN = {
 }
 
 
-def build(config: Config, store: TemplateStore, *, wait: bool) -> Template:
+def longest_s(config: Config) -> float:
+    """Tell how long a build may take, in seconds.
+
+    :param config: how long a boot may take.
+    """
+    return _BOOT_TIMES * config.guest.boot_timeout_s + _GRACE_S
+
+
+def build(config: Config, store: TemplateStore, *, wait_s: float) -> Template:
     """Make the template for machines of the size that the configuration gives them, unless there is one.
 
     :param config: the operator's.
     :param store: where it goes.
-    :param wait: until others have built theirs.
+    :param wait_s: how long to wait until others have built theirs, in seconds.
     :returns: the template.
-    :raises BlockingIOError: if another process builds and ``wait`` is not set.
     :raises ShimError: if the host lacks something, or the machine does not come up or cannot be saved.
-    :raises Refusal: if the store cannot be trusted, or machines of this configuration are not cloned.
+    :raises Refusal: if another process builds for that long, or the store cannot be trusted, or machines of
+        this configuration are not cloned.
     :raises OSError: if the store cannot be written.
     """
     if config.hypervisor.huge_pages:
         raise Refusal(
             "template: [hypervisor] huge_pages: such machines are not cloned; switch it off, or build none"
         )
-    with store.building(wait=wait) as building, _guarding(building):
+    with store.building(wait_s=wait_s) as building, _guarding(building):
         return asyncio.run(_build(config, store, building.place))
 
 
@@ -103,17 +115,30 @@ async def _build(config: Config, store: TemplateStore, place: Path) -> Template:
 
 
 async def _save(config: Config, spec: VmSpec, directory: Path) -> None:
-    timeout_s = _BOOT_TIMES * config.guest.boot_timeout_s
-    jail = Jail.of(config, spec.accelerator)
-    try:
+    with contextlib.ExitStack() as stack:
+        ledger = Ledger(str(directory.parent), create=True)
+        stack.callback(ledger.close)
+        jail = Jail.of(config, spec.accelerator)
+        if jail is not None:
+            stack.callback(jail.close)
+        name = f"hako-template-{os.getpid()}"
+        cgroup = bounded(spec, jail, wanted="", otherwise=name, ledger=ledger)
+
+        def record(name: str, pid: int) -> None:
+            ledger.process(pid, name=name)
+            cgroup.add(pid)
+
+        save = partial(
+            save_template,
+            directory=directory,
+            timeout_s=_BOOT_TIMES * config.guest.boot_timeout_s,
+            on_process=record,
+        )
         confined = dataclasses.replace(spec, jail=jail.identity if jail is not None else None)
         try:
-            await save_template(confined, directory, timeout_s=timeout_s)
+            await save(confined)
         except JailError as error:
-            await save_template(without(confined, str(error), jail), directory, timeout_s=timeout_s)
-    finally:
-        if jail is not None:
-            jail.close()
+            await save(without(confined, str(error), jail))
 
 
 def purpose_of(spec: VmSpec) -> dict[str, object]:
@@ -188,7 +213,7 @@ def go_to_the_background(config: Config) -> None:
     os.close(null)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(_FIRST_TO_GO), encoding="ascii")
-    signal.alarm(_BOOT_TIMES * config.guest.boot_timeout_s + _GRACE_S)
+    signal.alarm(math.ceil(longest_s(config)))
 
 
 @contextlib.contextmanager
@@ -220,4 +245,4 @@ def _guard(building: Building, watched: int) -> None:
     os.closerange(kept[0] + 1, kept[1])
     os.closerange(kept[1] + 1, os.sysconf("SC_OPEN_MAX"))
     os.read(watched, 1)  # returns when the other end is closed: nothing is ever written
-    shutil.rmtree(building.place, ignore_errors=True)
+    remove_remains(building.place)

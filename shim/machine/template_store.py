@@ -17,6 +17,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from shim.host import file_lock
+from shim.host.ledger import Ledger
 from shim.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ RETRY_S = 600.0
 """How long a failure keeps templates of that key from being built in the background, the first time."""
 _LONGER_EACH_TIME = 6
 _DAY_S = 86_400.0
+_UNDO_S = 10.0
 LATE_TIMES = 3
 """How many clones in a row may be late before their template is blamed: the host may be busy."""
 
@@ -125,13 +128,13 @@ class TemplateStore:
     def is_building(self) -> bool:
         """Tell whether a process builds now."""
         try:
-            lock = self._open_lock(fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+            lock = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
-        os.close(lock)
-        return False
+        try:
+            return not file_lock.take(lock, fcntl.LOCK_SH, timeout_s=0)
+        finally:
+            os.close(lock)
 
     def open_log(self) -> int:
         """Open the log of a background builder; the log of the one before is lost.
@@ -199,27 +202,35 @@ class TemplateStore:
         return keys
 
     @contextlib.contextmanager
-    def building(self, *, wait: bool) -> Iterator[Building]:
+    def building(self, *, wait_s: float) -> Iterator[Building]:
         """Take the lock for building, and make a directory that is removed at the end of the block.
 
-        Leftovers of builders that were killed are removed.
+        What builders that were killed have left is removed, on the host as well.
 
-        :param wait: until others are done.
+        :param wait_s: how long to wait until others are done, in seconds.
         :returns: where to build.
-        :raises BlockingIOError: if another process builds and ``wait`` is not set.
-        :raises Refusal: if another user can write to the store.
+        :raises Refusal: if another process builds for that long, or another user can write to the store, or
+            what others have left cannot be removed.
         :raises OSError: if the directory cannot be made.
         """
         self._make()
-        lock = self._open_lock(fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), create=True)
+        path = self.directory / _LOCK
+        lock = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_CREAT, 0o600)
         try:
+            if not file_lock.take(lock, timeout_s=wait_s):
+                raise Refusal(
+                    f"template: {path}: another build has held it for {wait_s:g} s; "
+                    "find it with `fuser` and end it"
+                    if wait_s
+                    else "template: another is being built; try again later"
+                )
             self._clear()
             place = self.directory / _BUILDING
             place.mkdir(mode=0o700)
             try:
                 yield Building(place=place, lock=lock)
             finally:
-                shutil.rmtree(place, ignore_errors=True)  # the guard may be removing it as well
+                remove_remains(place)  # the guard may be removing it as well
         finally:
             os.close(lock)
 
@@ -318,21 +329,12 @@ class TemplateStore:
                 "write to; correct that, or set [hypervisor] template_dir"
             )
 
-    def _open_lock(self, how: int, *, create: bool = False) -> int:
-        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
-        lock = os.open(self.directory / _LOCK, flags, 0o600)
-        try:
-            fcntl.flock(lock, how)
-        except BaseException:
-            os.close(lock)
-            raise
-        return lock
-
     def _clear(self) -> None:
         """Remove the remains of unfinished builds and removals; the lock is held."""
         for path in self.directory.iterdir():
             if path.name == _BUILDING or path.name.startswith(_REMOVED):
-                shutil.rmtree(path, ignore_errors=True)
+                for failure in remove_remains(path):
+                    raise Refusal(f"template: {failure}")
             elif path.suffix in {_FAILED, _DISCARDED, _LATE} and _age_s(path) > _DAY_S:
                 path.unlink(missing_ok=True)
 
@@ -345,6 +347,22 @@ class TemplateStore:
             grave = self.directory / f"{_REMOVED}{os.getpid()}-{time.monotonic_ns()}"
             path.rename(grave)
             shutil.rmtree(grave, ignore_errors=True)
+
+
+def remove_remains(place: Path) -> list[str]:
+    """Undo a build: what its ledger tells of, if it has come so far, and its directory.
+
+    :param place: the directory.
+    :returns: what could not be undone and why, one line each; then its ledger stays.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        ledger = Ledger(str(place))
+        try:
+            return ledger.undo_all(deadline_s=_UNDO_S)
+        finally:
+            ledger.close()
+    shutil.rmtree(place, ignore_errors=True)
+    return []
 
 
 def _identity(path: Path) -> tuple[int, int]:

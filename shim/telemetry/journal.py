@@ -6,14 +6,13 @@ the file is long, it is kept beside a new one until that is long as well.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from shim.host import private_directory
+from shim.host import file_lock, private_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ log = logging.getLogger(__name__)
 
 NAME = "starts.journal"
 MOST_BYTES = 4 << 20  # some ten thousand starts
+_LOCK_S = 0.1
 
 
 class Journal:
@@ -56,8 +56,9 @@ class Journal:
             log.warning("journal: %s: %s: %s; metrics lack it", self.path, kind, error.strerror)
 
     def _begin_anew(self, descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # Another shim may have done it while this one waited.
+        # Another shim may be doing it, and if it hangs, the file stays long.
+        if not file_lock.take(descriptor, timeout_s=_LOCK_S):
+            return
         if os.fstat(descriptor).st_ino == self.path.stat().st_ino:
             self.path.rename(self._older)
 

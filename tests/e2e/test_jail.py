@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import resource
+import signal
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,16 +19,19 @@ from shim.machine.cgroup import MOST_TASKS, OVERHEAD_BYTES, counting_roots
 from tests.e2e import busybox
 from tests.e2e.by_hand import ByHand
 from tests.e2e.conftest import new_id, write_config
-from tests.e2e.containerd import NAMESPACE
+from tests.e2e.containerd import NAMESPACE, SHIM_DIRECTORY
+from tests.e2e.nursery import descendants
 from tests.e2e.test_refusals import configured
+from tests.waiting import ends, until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from tests.e2e.conftest import Stack
 
 pytestmark = pytest.mark.hako
 
+BUILDER = "template's QEMU"
 TABLE = Path(__file__).parents[2] / "docs/security.md"
 FIRST = HypervisorConfig().jail_first_id
 IDS = range(FIRST, FIRST + HypervisorConfig().jail_ids)
@@ -45,6 +52,11 @@ def documented() -> dict[str, dict[str, str]]:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     heading, _rule, *rest = rows
     return {row[0]: dict(zip(heading, row, strict=True)) for row in rest}
+
+
+def in_a_sandbox() -> dict[str, dict[str, str]]:
+    """Those of them that a sandbox has."""
+    return {name: row for name, row in documented().items() if name != BUILDER}
 
 
 def processes_of(directory: Path) -> dict[str, int]:
@@ -90,42 +102,87 @@ def limit(pid: int, name: str) -> set[int]:
     return set(map(int, found.groups()))
 
 
+def assert_confined(pid: int, row: dict[str, str], *, others: Iterable[int]) -> None:
+    """Compare a process with its row of the table, and its namespaces with those of other processes."""
+    told = status(pid)
+    assert len(set(told["Uid"].split()) | set(told["Gid"].split())) == 1
+    assert int(told["Uid"].split()[0]) in IDS
+    assert capabilities(told["CapEff"]) == capabilities(told["CapPrm"]) == row["capabilities"]
+    assert {int(told[one], 16) for one in ("CapInh", "CapBnd", "CapAmb")} == {0}
+    assert (told["NoNewPrivs"], told["Seccomp"]) == (row["NoNewPrivs"], row["seccomp"])
+    for kind in row["namespaces of its own"].split(", "):
+        own = Path(f"/proc/{pid}/ns/{kind}").readlink()
+        assert own not in [Path(f"/proc/{other}/ns/{kind}").readlink() for other in others if other != pid]
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert limit(pid, "Max open files") <= {int(row["open files"]), most}
+    assert limit(pid, "Max core file size") == {int(row["core"])}
+
+
 def test_each_process_is_confined_as_documented_and_each_sandbox_has_its_own_user(
     sandboxes: list[dict[str, int]],
 ) -> None:
     users = []
+    everything = [os.getpid(), *(pid for processes in sandboxes for pid in processes.values())]
     for processes in sandboxes:
-        users.append({status(processes[name])["Uid"] for name in documented()})
-        for name, row in documented().items():
-            pid = processes[name]
-            told = status(pid)
-            assert {row["user"]} == {"the sandbox's"}
-            assert len(set(told["Uid"].split()) | set(told["Gid"].split())) == 1
-            assert int(told["Uid"].split()[0]) in IDS
-            assert capabilities(told["CapEff"]) == capabilities(told["CapPrm"]) == row["capabilities"]
-            assert {int(told[one], 16) for one in ("CapInh", "CapBnd", "CapAmb")} == {0}
-            assert (told["NoNewPrivs"], told["Seccomp"]) == (row["NoNewPrivs"], row["seccomp"])
-            kinds = row["namespaces of its own"].split(", ")
-            own = [Path(f"/proc/{pid}/ns/{kind}").readlink() for kind in kinds]
-            others = [pid for one in sandboxes for pid in one.values()]
-            assert not {
-                link
-                for other in others
-                if other != pid
-                for link in (Path(f"/proc/{other}/ns/{kind}").readlink() for kind in kinds)
-            } & set(own)
-            most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            assert limit(pid, "Max open files") <= {int(row["open files"]), most}
-            assert limit(pid, "Max core file size") == {int(row["core"])}
+        users.append({status(processes[name])["Uid"] for name in in_a_sandbox()})
+        for name, row in in_a_sandbox().items():
+            assert row["user"] == "the sandbox's"
+            assert_confined(processes[name], row, others=everything)
     assert [len(each) for each in users] == [1, 1]
     assert users[0] != users[1]
+
+
+@contextlib.contextmanager
+def building(stack: Stack, tmp_path: Path) -> Iterator[tuple[int, int]]:
+    """Stop a build of a template while its machine boots: the processes of builder and QEMU."""
+    config = write_config(
+        tmp_path / "config.toml",
+        state_directory=stack.state_directory,
+        hypervisor='jail = "required"\n',
+        templates=tmp_path / "templates",
+    )
+    argv: list[str | Path] = [SHIM_DIRECTORY / "hako", "template", "build", "--config", config]
+
+    def booting() -> int | None:
+        for one in descendants(builder.pid):
+            if " -name template," in one.command:
+                return one.pid
+        return None
+
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as builder:
+        try:
+            qemu = until(booting)
+            assert qemu is not None
+            os.kill(qemu, signal.SIGSTOP)
+            yield builder.pid, qemu
+        finally:
+            builder.kill()
+    assert ends(qemu)
+    # The process that removes the rest outlives the builder.
+    until(lambda: not (tmp_path / "templates/.building").exists())
+
+
+def test_a_machine_that_becomes_a_template_is_confined_and_bounded_as_documented(
+    one_stack: Stack, tmp_path: Path
+) -> None:
+    row = documented()[BUILDER]
+    roots = counting_roots(Path("/proc/self/mountinfo").read_text(encoding="utf-8"))
+    with building(one_stack, tmp_path) as (builder, qemu):
+        assert row["user"] == "its own"
+        assert_confined(qemu, row, others=[os.getpid(), builder])
+        assert not Path(f"/proc/{qemu}/root/etc/shadow").exists()
+        groups = [root / f"hako-template-{builder}" for root in roots]
+        assert all(str(qemu) in (group / "cgroup.procs").read_text().split() for group in groups)
+        found = [group / name for group in groups for name in LIMITS]
+        assert {file.name for file in found if file.exists() and file.read_text() != "max\n"} >= {"pids.max"}
+    assert not any(group.exists() for group in groups)
 
 
 def test_the_only_host_files_a_process_sees_are_those_given_to_the_guest(
     sandboxes: list[dict[str, int]],
 ) -> None:
     for processes in sandboxes:
-        roots = {name: Path(f"/proc/{processes[name]}/root") for name in documented()}
+        roots = {name: Path(f"/proc/{processes[name]}/root") for name in in_a_sandbox()}
         assert not any((root / "etc/shadow").exists() or (root / "root").exists() for root in roots.values())
         assert {path.name for path in roots["QEMU"].iterdir()} == {"dev"}
 
@@ -140,7 +197,7 @@ def test_a_machine_is_bounded_in_its_cgroup_and_killed_for_memory_as_readily_as_
     ):
         [ledger] = one_stack.state_directory.glob("*/ledger")
         processes = processes_of(ledger.parent)
-        pids = [processes[name] for name in documented()]
+        pids = [processes[name] for name in in_a_sandbox()]
         roots = counting_roots(Path("/proc/self/mountinfo").read_text(encoding="utf-8"))
         found = [root / group / name for root in roots for name in LIMITS]
         limits = {file.name: int(file.read_text()) for file in found if file.exists()}

@@ -65,7 +65,7 @@ def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
 
 
 def build(cloning: Cloning, spec: VmSpec) -> None:
-    with cloning.templates.building(wait=False) as building:
+    with cloning.templates.building(wait_s=0) as building:
         built = building.place / "template"
         built.mkdir()
         cloning.templates.publish(key_of(spec), built, purpose={})
@@ -127,7 +127,7 @@ def test_a_template_that_is_being_built_is_not_built_twice(
     choose: Callable[..., tuple[Cloning, VmSpec]],
 ) -> None:
     cloning, _ = choose({})
-    with cloning.templates.building(wait=False):
+    with cloning.templates.building(wait_s=0):
         assert not choose({})[0].lacks_template
 
 

@@ -11,10 +11,12 @@ import pytest
 
 from hypervisor import ChannelError, GuestLateError, TemplateError, TemplateLateError
 from shim.errors import DeadlineExceeded
+from shim.host.ledger import Ledger
 from shim.machine import template_store
 from shim.machine.cloning import blames_template
 from shim.machine.template_store import KEPT, TemplateStore
 from shim.refusal import Refusal
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +38,7 @@ def store(tmp_path: Path) -> TemplateStore:
 def publish(
     store: TemplateStore, key: str, *, purpose: dict[str, Any] = PURPOSE, content: str = "memory"
 ) -> template_store.Template:
-    with store.building(wait=False) as building:
+    with store.building(wait_s=0) as building:
         built = building.place / "template"
         built.mkdir()
         (built / "memory").write_text(content)
@@ -71,7 +73,7 @@ def test_a_store_that_others_can_write_to_is_not_trusted(
 
     with pytest.raises(Refusal, match="no other can write to; correct that"):
         store.find(KEY)
-    with pytest.raises(Refusal), store.building(wait=False):
+    with pytest.raises(Refusal), store.building(wait_s=0):
         pass
 
 
@@ -86,7 +88,7 @@ def test_a_link_is_not_accepted_as_the_store(store: TemplateStore, tmp_path: Pat
 
 def test_a_build_that_fails_leaves_nothing(store: TemplateStore) -> None:
     def build() -> None:
-        with store.building(wait=False) as building:
+        with store.building(wait_s=0) as building:
             (building.place / "memory").write_text("half")
             raise ZeroDivisionError
 
@@ -102,16 +104,16 @@ def test_the_next_build_removes_what_a_killed_one_left(store: TemplateStore) -> 
         (store.directory / name).mkdir()
         (store.directory / name / "memory").touch()
 
-    with store.building(wait=False) as building:
+    with store.building(wait_s=0) as building:
         assert list(building.place.iterdir()) == []
     assert sorted(path.name for path in store.directory.iterdir()) == [KEY, "lock"]
 
 
 def test_only_one_process_builds_at_a_time(store: TemplateStore) -> None:
     assert not store.is_building()
-    with store.building(wait=False):
+    with store.building(wait_s=0):
         assert store.is_building()
-        with pytest.raises(BlockingIOError), store.building(wait=False):
+        with pytest.raises(Refusal, match="another is being built"), store.building(wait_s=0):
             pass
     assert not store.is_building()
 
@@ -120,16 +122,38 @@ def test_a_builder_that_waits_builds_after_the_other(store: TemplateStore) -> No
     order = []
 
     def second() -> None:
-        with store.building(wait=True):
+        with store.building(wait_s=WITHIN_S):
             order.append("second")
 
-    with store.building(wait=False):
+    with store.building(wait_s=0):
         thread = threading.Thread(target=second)
         thread.start()
         thread.join(0.2)
         order.append("first")
     thread.join(10)
     assert order == ["first", "second"]
+
+
+def test_a_builder_that_hangs_is_waited_for_only_so_long(store: TemplateStore) -> None:
+    with (
+        store.building(wait_s=0),
+        pytest.raises(Refusal, match=r"lock: another build has held it for 0\.02 s; find it"),
+        store.building(wait_s=0.02),
+    ):
+        pass
+
+
+def test_what_a_killed_builder_has_made_on_the_host_is_undone(store: TemplateStore, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    left = store.directory / ".building"
+    left.mkdir(parents=True)
+    ledger = Ledger(str(left), create=True)
+    ledger.directory(str(made))
+    ledger.close()
+    with store.building(wait_s=0) as building:
+        assert not made.exists()
+        assert list(building.place.iterdir()) == []
 
 
 def test_a_new_template_for_the_same_purpose_replaces_the_old_one(store: TemplateStore) -> None:

@@ -1,0 +1,35 @@
+"""What the processes of one machine may use of the host, whether a sandbox's or a template's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hypervisor import Accelerator
+from shim.machine.cgroup import HostCgroup
+from shim.machine.device_access import HARMLESS, KVM
+from shim.machine.jail import refuse_unbounded
+
+if TYPE_CHECKING:
+    from hypervisor import VmSpec
+    from shim.host.ledger import Ledger
+    from shim.machine.jail import Jail
+
+
+def bounded(spec: VmSpec, jail: Jail | None, *, wanted: str, otherwise: str, ledger: Ledger) -> HostCgroup:
+    """Make the cgroup of a machine, with its limits.
+
+    :param spec: the machine.
+    :param jail: what confines its processes.
+    :param wanted: ``linux.cgroupsPath``.
+    :param otherwise: the cgroup's name if that is empty, below the root.
+    :param ledger: where it is written down.
+    :raises FailedPrecondition: if the machine cannot be bounded, and must be.
+    """
+    cgroup = HostCgroup.make(wanted, otherwise=otherwise, ledger=ledger)
+    cgroup.limit_memory(spec.memory_bytes)
+    # With root ports, the devices that it will be given are unknown yet; QEMU sees no other nodes.
+    if jail is not None and spec.root_ports == 0:
+        kvm = (KVM,) if spec.accelerator is Accelerator.KVM else ()
+        cgroup.limit_devices((*HARMLESS, *kvm))
+    refuse_unbounded(cgroup.problem, jail)
+    return cgroup
