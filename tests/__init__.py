@@ -4,5 +4,5 @@ from __future__ import annotations
 
 import os
 
-# Before any test imports grpc, and for the reason that shim/transport/grpc_server.py gives.
+# Must come before any test imports grpc; shim/transport/grpc_server.py gives the reason.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"

@@ -1,8 +1,8 @@
-"""Finds calls that hold an event loop: everything that it serves would wait with them.
+"""Finds calls that block an event loop, and with it everything that the loop serves.
 
-Two kinds are found. A callback that was blocked for long is: what its thread neither computed nor waited for
-a processor is time that it spent in a blocking call. A call of this project's that may block without an end
-is, even if it happens to return at once: of a lock, a name server, a FIFO, a clock.
+It finds two kinds. The first is a callback that was blocked for long: the time in which its thread neither
+computed nor waited for a processor was spent in a blocking call. The second is a call from this project's
+code that may block forever (on a lock, a name server, a FIFO or a clock), even if it returned at once.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ def _waited_for_a_processor() -> float:
             with open(f"/proc/self/task/{thread}/schedstat", "rb") as file:  # noqa: PTH123 (called often)
                 waited += int(file.read().split()[1])
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it has ended
+            continue  # the thread has ended
     return waited * _NANO
 
 
 class Detector:
-    """What has held the event loops of this process.
+    """Records what has blocked the event loops of this process.
 
-    The clock alone cannot tell: on a loaded machine a callback that only computes takes long, too. So what
-    the process computed meanwhile is taken off, and what its threads waited for processors; a callback that
-    had to read pages from a disk is let go. What remains is a lower bound: what is found was blocked.
+    The clock alone cannot tell: on a loaded machine, a callback that only computes takes long, too. So two
+    times are subtracted: what the process computed meanwhile, and what its threads waited for processors.
+    A callback that had to read pages from a disk is ignored. What remains is a lower bound.
 
     :param longest_s: how long a callback may be blocked, in seconds.
     """
@@ -62,7 +62,7 @@ class Detector:
         self._baseline = (0.0, 0.0)
 
     def watch(self, handle: Any, run: Any) -> None:
-        """Run a callback, and note if it was blocked."""
+        """Run a callback, and record it if it was blocked."""
         start, computed = time.perf_counter(), time.process_time()
         faults = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
         if start - self._baseline[0] > _BASELINE_S:
@@ -79,7 +79,7 @@ class Detector:
             self.found.append(f"a callback was blocked for {blocked_s:.3f} s: {handle!r}")
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Note a call of this project's that may block without an end, if a loop runs in this thread."""
+        """Record a call from this project's code that may block forever, if a loop runs in this thread."""
         if asyncio._get_running_loop() is None or not _may_block(event, arguments):
             return
         frame: FrameType | None = sys._getframe(2)
@@ -121,17 +121,17 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextmanager
 def detected(detector: Detector) -> Iterator[Detector]:
-    """Let a detector watch every event loop of this process for a block."""
+    """Let a detector watch every event loop of this process for blocking calls."""
     before = asyncio.Handle._run, time.sleep
 
     def replace(run: Any, sleep: Any) -> None:
         vars(time)["sleep"] = sleep
-        setattr(asyncio.Handle, "_run", run)  # noqa: B010 (all callbacks of a loop are run by this method)
+        setattr(asyncio.Handle, "_run", run)  # noqa: B010 (a loop runs all its callbacks by this method)
 
     def watched(handle: Any) -> None:
         detector.watch(handle, _RUN)
 
-    def slept(seconds: float) -> None:  # only newer interpreters audit it
+    def slept(seconds: float) -> None:  # older interpreters raise no audit event for it
         detector.hear("time.sleep", (seconds,))
         _SLEEP(seconds)
 

@@ -1,6 +1,7 @@
 """Lanes: ``pytest -n 2`` runs the tests in two processes at once.
 
-What they share of the machine each lane has for itself (``private_machine`` of ``tests/e2e``), or in turns.
+Each lane has its own copy of the machine's state (``private_machine`` of ``tests/e2e``), or waits for its
+turn.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ TURNS = pytest.StashKey["Turns"]()
 
 
 class ByFileAndStack(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
-    """Gives a lane the tests of one file on one stack at a time, in the order in which pytest has them.
+    """Gives a lane the tests of one file on one stack at a time, in pytest's order.
 
-    So what a module shares is made once, and each lane goes from stack to stack once. The files of
+    So the fixtures of a module are made once, and each lane goes from stack to stack once. The files of
     ``tests/cri`` share their pods, too.
     """
 
@@ -43,9 +44,9 @@ class ByFileAndStack(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no
 
 
 class Turns:
-    """When a lane may run a test: beside the others, or by itself.
+    """Decides when a lane may run a test: beside the others, or alone.
 
-    A test that must run alone holds the door until the room is empty, so that no other enters before it.
+    A test that must run alone holds the door until the room is empty, so that no other test enters before it.
 
     :param directory: one that all lanes know.
     """
@@ -65,12 +66,12 @@ class Turns:
         self._alone = alone
 
     def leave(self) -> None:
-        """Let the other lanes run theirs."""
+        """Let the other lanes run their tests."""
         fcntl.flock(self._room, fcntl.LOCK_UN)
         self._alone = False
 
     def close(self) -> None:
-        """Take part no longer."""
+        """Stop taking part."""
         self._door.close()
         self._room.close()
 
@@ -83,7 +84,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFileAndSta
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the marks of all directories, and join the other lanes if this process is one."""
-    config.addinivalue_line("markers", "inherent(ID): a row of docs/limits.md: runc passes and Hako cannot")
+    config.addinivalue_line("markers", "inherent(ID): runc passes, Hako cannot; docs/limits.md has a row ID")
     config.addinivalue_line("markers", "each_release: runs beside runc on each containerd by day, too")
     config.addinivalue_line(
         "markers", "alone: measures how long something takes, or needs every processor; the other lanes wait"
@@ -94,7 +95,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before nightly tests are deselected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Expect Hako to fail where only runc can pass, leave to the night, and wait longer on a slow host."""
+    """Mark tests that only runc can pass and nightly tests, and prolong timeouts on a slow host."""
     for item in items:
         if _is_for_the_night(item):
             item.add_marker(pytest.mark.nightly)
@@ -153,7 +154,7 @@ def _alone(item: pytest.Item) -> bool:
 
 
 def _is_for_the_night(item: pytest.Item) -> bool:
-    """Tell whether a test compares Hako with runc on another containerd than the newest."""
+    """Tell whether a test compares Hako with runc on a containerd that is not the newest."""
     if not isinstance(item, pytest.Function) or item.get_closest_marker("each_release"):
         return False
     if "either_stack" not in item.fixturenames:

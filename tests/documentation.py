@@ -14,9 +14,9 @@ _EXAMPLE = re.compile(r"(?:<!-- (run|not run: [^\n]+) -->\n)?```console\n(.*?)``
 class Example:
     """A block of commands.
 
-    :param page: where it stands, below the root of the tree.
-    :param mark: ``run``, ``not run: <reason>``, or empty if it says neither.
-    :param commands: its lines that begin with a prompt.
+    :param page: the page's path below the root of the tree.
+    :param mark: ``run``, ``not run: <reason>``, or empty if it has no mark.
+    :param commands: the lines that begin with a prompt.
     """
 
     page: str
@@ -25,7 +25,7 @@ class Example:
 
 
 def examples() -> list[Example]:
-    """List the examples of all pages in their order."""
+    """List the examples of all pages in order."""
     return [
         Example(
             page=str(page.relative_to(ROOT)),

@@ -1,6 +1,6 @@
-"""Show each failure when it happens, long before the end of a run of hours.
+"""Show each failure when it happens, not only at the end of a run that takes hours.
 
-``pytest -p tests.failures_at_once``; what pytest shows at the end stays the same.
+``pytest -p tests.failures_at_once``; pytest's report at the end stays the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class FailuresAtOnce:
 
     @pytest.hookimpl(trylast=True)  # after the line
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Write the failure of a test, or of what a fixture does, with what was captured."""
+        """Write the failure of a test or a fixture, with the output that was captured."""
         if not report.failed:
             return
         terminal = cast("TerminalReporter", self._config.pluginmanager.get_plugin("terminalreporter"))
@@ -32,5 +32,5 @@ class FailuresAtOnce:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Take part in the run."""
+    """Register the plugin."""
     config.pluginmanager.register(FailuresAtOnce(config))

@@ -1,4 +1,4 @@
-"""The settings that the tests' host gives to its machines: an emulated host has no time for probes."""
+"""The settings for machines on the host of the tests; an emulated host is too slow for probes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from shim.config import HypervisorConfig
 ACCELERATOR_VARIABLE, MEMORY_VARIABLE = "HAKO_TEST_ACCELERATOR", "HAKO_TEST_MEMORY_MIB"
 
 ACCELERATOR = os.environ.get(ACCELERATOR_VARIABLE, "")
-"""The accelerator that tests are held to; empty where Hako is to find it out."""
+"""The accelerator that tests must use; empty if Hako should detect it."""
 
 MEMORY_MIB = int(os.environ.get(MEMORY_VARIABLE, HypervisorConfig().memory_mib))
 """The memory of a machine, without that of its containers."""
 
 
 def hypervisor_table(own: str = "") -> str:
-    """Return what Hako's configuration has in its table ``hypervisor`` on this host.
+    """Return the table ``hypervisor`` of Hako's configuration for this host.
 
     :param own: the test's own lines, which take precedence.
     """

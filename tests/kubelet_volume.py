@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def publish(volume: Path, version: str, files: dict[str, str]) -> None:
-    """Write a version of a volume in the order the kubelet does.
+    """Write a version of a volume in the kubelet's order.
 
     :param volume: the directory that is mounted into containers.
     :param version: a name for the version; it starts with two dots.

@@ -1,4 +1,4 @@
-"""Network namespaces that only their makers know: pods', and one with the other ends of their cables."""
+"""Unnamed network namespaces: one for each pod, and one with the other ends of their cables."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ COMMAND_TIMEOUT_S = patient(10.0)
 class Space:
     """A network namespace.
 
-    :param path: where it is.
-    :param pid: of a process in it.
+    :param path: its path.
+    :param pid: the pid of a process in it.
     """
 
     def __init__(self, path: Path, *, pid: int = 0) -> None:
@@ -44,7 +44,7 @@ class Space:
         return self.run("ip", *command.split())
 
     def inside(self, work: Callable[[], _T]) -> _T:
-        """Call a function in it: sockets that it opens stay there."""
+        """Call a function in it; sockets that the function opens stay there."""
         outcome: list[_T] = []
 
         def enter_and_work() -> None:
@@ -73,7 +73,7 @@ class Space:
 
 @contextlib.contextmanager
 def new_space() -> Iterator[Space]:
-    """Make a network namespace that has nothing but its loopback, up."""
+    """Make a network namespace with nothing but its loopback, which is up."""
     argv = ["unshare", "--net", "sh", "-c", "ip link set lo up && echo; exec sleep infinity"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
@@ -85,7 +85,7 @@ def new_space() -> Iterator[Space]:
 
 
 def add_cable(pod: Space, outside: Space, name: str, *, number: int, mtu: int = 1400) -> None:
-    """Connect two namespaces by an interface of the same name in each.
+    """Connect two namespaces by an interface that has the same name in both.
 
     :param number: of its networks, 10.N.0.0/24 and fd00:N::/64; the pod is 2 in both, the outside 1.
     """
@@ -95,10 +95,10 @@ def add_cable(pod: Space, outside: Space, name: str, *, number: int, mtu: int = 
     outside.ip(f"link set {name} addrgenmode none up")
     pod.ip(f"addr add 10.{number}.0.2/24 dev {name}")
     pod.ip(f"addr add fd00:{number}::2/64 dev {name} nodad")
-    # Its kernel's own address would appear some time after the rest.
+    # The kernel's own address would appear some time after the rest.
     pod.ip(f"link set {name} addrgenmode none up")
     deadline = time.monotonic() + COMMAND_TIMEOUT_S
-    # The last thing that the kernel does, a while after the other end of the cable came up.
+    # The kernel does this last, some time after the other end of the cable came up.
     while f"multicast ff00::/8 dev {name} " not in pod.ip("-6 route show table all"):
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""How long tests wait: on a slow host all deadlines are longer by one factor, which its owner sets."""
+"""How long tests wait: on a slow host one factor, which its owner sets, prolongs all deadlines."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ FACTOR = float(os.environ.get(VARIABLE, "1"))
 def patient(seconds: float) -> float:
     """Return a deadline for this host.
 
-    :param seconds: the deadline on an ordinary one, in seconds.
+    :param seconds: the deadline on an ordinary host, in seconds.
     """
     return seconds * FACTOR

@@ -1,4 +1,4 @@
-"""The services of protocols that only the tests speak, from their definitions."""
+"""Compiles the services of protocols that only the tests speak."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a unit test waits: for what happens, with a deadline, and never for time alone."""
+"""How a unit test waits: for an event, with a deadline, and never for time alone."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ async def settle() -> None:
 
 
 async def reached(condition: Callable[[], T], *, within_s: float = WITHIN_S) -> T:
-    """Wait, while the loop runs, until a condition is true; for states of which no event tells.
+    """Wait, while the loop runs, until a condition is true; for changes that raise no event.
 
-    :param condition: what is asked again and again.
+    :param condition: it is asked again and again.
     :param within_s: how long it may take, in seconds.
     :returns: the true value.
     :raises TimeoutError: if it stays false.
     """
     async with asyncio.timeout(within_s):
-        while not (found := condition()):  # noqa: ASYNC110  (no event tells of it)
+        while not (found := condition()):  # noqa: ASYNC110  (it raises no event)
             await asyncio.sleep(_LOOK_AGAIN_S)
     return found
 
 
 def until(condition: Callable[[], T], *, within_s: float = WITHIN_S) -> T:
-    """Wait, outside of a loop, until a condition is true; for states of which no event tells.
+    """Wait, outside a loop, until a condition is true; for changes that raise no event.
 
-    :param condition: what is asked again and again.
+    :param condition: it is asked again and again.
     :param within_s: how long it may take, in seconds.
     :returns: the true value.
     :raises TimeoutError: if it stays false.
@@ -58,7 +58,7 @@ def until(condition: Callable[[], T], *, within_s: float = WITHIN_S) -> T:
 
 
 def ends(pid: int, *, within_s: float = WITHIN_S) -> bool:
-    """Wait for the end of a process, which need not be a child.
+    """Wait for the end of a process, child or not.
 
     :param pid: its process id.
     :param within_s: how long it may take, in seconds.

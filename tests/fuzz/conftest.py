@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _NIGHTLY = "nightly"
 _TEST_TIMEOUT_NIGHTLY_S = 3600
 
-# One case that takes as long as this is a hang, however busy the machine is.
+# A case that takes this long hangs, however busy the machine is.
 _CASE_DEADLINE = timedelta(seconds=20)
 
 _HEALTH = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example)
@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items: list[Function | Coroutine]) -> None:
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A process with the real services over a sandbox whose machine is a well-behaved agent."""
     if os.geteuid() != 0:
-        pytest.skip("a shim mounts file systems: root is required")
+        pytest.skip("a shim mounts file systems, which needs root")
     with ServedShim(tmp_path_factory.mktemp("shim")) as served:
         yield served
         served.assert_sound()
@@ -69,8 +69,8 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def nothing_blocks_a_loop() -> Iterator[None]:
-    """Fail a test in which a call has held the event loop."""
+    """Fail a test in which a call blocked the event loop."""
     with detected(Detector()) as detector:
         yield
     if detector.found:
-        pytest.fail("\n".join(["the event loop was held:", *detector.found]), pytrace=False)
+        pytest.fail("\n".join(["the event loop was blocked:", *detector.found]), pytrace=False)

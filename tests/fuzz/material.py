@@ -1,4 +1,4 @@
-"""What the cases are made of: messages of any kind, JSON of any shape, and valid things bent a little."""
+"""Strategies for the cases: messages of any kind, JSON of any shape, and slightly corrupted valid values."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _scalars(field: FieldDescriptor) -> st.SearchStrategy[Any]:
 
 @st.composite
 def messages(draw: Callable[..., Any], descriptor: Any, *, depth: int = 4) -> Message:
-    """A message with any of its fields set to anything of the right type."""
+    """A message in which any fields have any value of the right type."""
     message = GetMessageClass(descriptor)()
     fields = [field for field in descriptor.fields if depth or field.message_type is None]
     for field in draw(st.lists(st.sampled_from(fields), unique_by=lambda f: f.number)) if fields else ():
@@ -146,9 +146,9 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 @st.composite
 def bent_json(draw: Any, valid: Any) -> Any:
-    """A valid value in which some parts are missing, doubled or something else.
+    """A valid value in which some parts are missing, doubled or replaced.
 
-    :param valid: the value, of dicts, lists and scalars.
+    :param valid: the value, made of dicts, lists and scalars.
     """
     value = copy.deepcopy(valid)
     for _ in range(draw(st.integers(1, 3))):

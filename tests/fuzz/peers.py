@@ -1,4 +1,4 @@
-"""Clients that send a served shim any bytes, and the rules that every answer follows."""
+"""Clients that send any bytes to a served shim, and the rules that every answer follows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ANSWER_TIMEOUT_S = 15.0
 MIB = 1 << 20
 
 CONTRACT_CODES = frozenset({0, 3, 4, 5, 6, 8, 9, 12, 14})
-"""What a client's own mistake may be answered with: not Unknown, and not Internal."""
+"""The status codes for a client's own mistake: neither Unknown nor Internal."""
 
 _ROOT = Path(__file__).parents[2]
 _DEFECTS = ("unexpected failure", "Traceback", "was never retrieved", "Exception in callback")
@@ -41,7 +41,7 @@ def assert_contract(code: int, message: str) -> None:
 
 
 class TtrpcPeer:
-    """One connection over which anything can be sent."""
+    """A connection that can send anything."""
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
@@ -58,7 +58,7 @@ class TtrpcPeer:
         self.socket.close()
 
     def call(self, method: str, payload: bytes, *, service: str = TASK, timeout_s: float = 0) -> Any:
-        """Make one call and return code, message and payload of its answer."""
+        """Make one call and return the code, message and payload of its answer."""
         self._stream_id += 2
         self.socket.sendall(
             encode_request(
@@ -90,7 +90,7 @@ class TtrpcPeer:
         return self._frames.pop(0)
 
     def say(self, data: bytes) -> list[Frame | OversizedFrame]:
-        """Send bytes of any kind while reading; return what is answered at once."""
+        """Send any bytes while reading, and return what is answered at once."""
         self.socket.setblocking(False)
         frames: list[Frame | OversizedFrame] = []
         view = memoryview(data)
@@ -112,7 +112,7 @@ class TtrpcPeer:
 class ServedShim:
     """The process of ``served_shim`` and the sockets it serves.
 
-    :param directory: where its sockets, its state and the bundles are.
+    :param directory: holds its sockets, its state and the bundles.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -142,7 +142,7 @@ class ServedShim:
         self.process.communicate()
 
     def write_bundle(self, name: str, spec: str) -> Path:
-        """Have a bundle with any text for a specification."""
+        """Write a bundle with any text as its specification."""
         bundle = self.directory / name
         (bundle / "rootfs").mkdir(parents=True, exist_ok=True)
         (bundle / "config.json").write_text(spec)
@@ -152,7 +152,7 @@ class ServedShim:
         return TtrpcPeer(self.directory / "ttrpc")
 
     def assert_serves(self) -> None:
-        """The next valid request of another client is answered."""
+        """Check that another client's next valid request is answered."""
         code, message, payload = self._witness.call(
             "Connect", task_v3_pb2.ConnectRequest(id="box").SerializeToString()
         )
@@ -160,7 +160,7 @@ class ServedShim:
         assert task_v3_pb2.ConnectResponse.FromString(payload).shim_pid == self.process.pid
 
     def ensure_running(self, container: str = "box", exec_id: str = "shell") -> None:
-        """Have a running container with a running exec, in any state after the last case."""
+        """Make sure that a container and an exec run, whatever the last case did."""
         peer = self._witness
         if peer.ask("State", task_v3_pb2.StateRequest(id=container)):
             create = task_v3_pb2.CreateTaskRequest(id=container, bundle=str(self.bundle))
@@ -175,7 +175,7 @@ class ServedShim:
             peer.ask("Start", task_v3_pb2.StartRequest(id=container, exec_id=exec_id))
 
     def remove(self, container: str) -> None:
-        """Leave no container of this id."""
+        """Remove the container of this id if there is one."""
         peer = self._witness
         peer.ask("Kill", task_v3_pb2.KillRequest(id=container, signal=9, all=True))
         peer.call("Wait", task_v3_pb2.WaitRequest(id=container).SerializeToString(), timeout_s=5)
@@ -187,7 +187,7 @@ class ServedShim:
         return pages * os.sysconf("SC_PAGESIZE")
 
     def assert_sound(self) -> None:
-        """It lives, and nothing went wrong in it that its answers did not tell."""
+        """Check that the process lives and has logged no defect."""
         assert self.process.poll() is None
         for line in self._log.read_text(errors="replace").splitlines():
             of_grpc_itself = "servicer method [/grpc." in line

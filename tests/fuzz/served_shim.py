@@ -1,8 +1,8 @@
 """The program behind the ``shim`` fixture: everything of the daemon but the virtual machine.
 
 Run as ``python -m tests.fuzz.served_shim DIRECTORY``. It serves ``DIRECTORY/ttrpc`` and ``DIRECTORY/grpc``,
-and writes a line to standard output when both listen. The agent is an honest one, spoken to over a socket:
-it keeps the lives of processes and agrees to everything else.
+and writes a line to standard output when both listen. An honest agent answers over a socket: it keeps track
+of processes and agrees to everything else.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class HonestAgent:
 
 
 class Pretence:
-    """A machine, its network and its size, of which there is nothing; it ends with its agent."""
+    """Stands for a machine, its network and its size; it ends with its agent."""
 
     pid = 1
 
@@ -125,7 +125,7 @@ class Pretence:
 
 
 class MachinelessSandbox(Sandbox):
-    """A sandbox without a machine, and an agent that is there from the beginning."""
+    """A sandbox without a machine, whose agent is there from the beginning."""
 
     def __init__(self, context: Any) -> None:
         self.pretence = Pretence(context.directory)
@@ -219,7 +219,7 @@ async def serve(directory: Any) -> None:
 
 
 def protect_host(directory: Any) -> None:
-    """Let hostile requests write nowhere but below ``directory``, and mount nothing that others see."""
+    """Let hostile requests write only below ``directory``, and hide what they mount from other processes."""
     mounts.enter_private_namespace()
     mounts.mount(str(directory), directory, flags=mounts.MS_BIND)
     targets = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]

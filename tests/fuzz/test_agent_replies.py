@@ -1,4 +1,4 @@
-"""A hostile guest agent spoils its own sandbox only: every call and every process ends, once."""
+"""A hostile guest agent harms only its own sandbox: every call ends, and every process ends once."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ _METHODS = {
     for descriptor, name in ((agent_pb2.DESCRIPTOR, "AgentService"), (health_pb2.DESCRIPTOR, "Health"))
     for method in descriptor.services_by_name[name].methods
 }
-# What these answer ends something: an honest agent takes its time with them.
+# An answer to these ends something: an honest agent answers them late.
 _LONG = ("WaitProcess", "ReadStdout", "ReadStderr", "GetOOMEvent")
-# Those of which the shim reads the answer.
+# The shim reads the answers of these.
 _ANSWERED = (
     "WaitProcess",
     "ReadStdout",
@@ -99,8 +99,8 @@ def deeds(draw: Callable[..., Any]) -> tuple[str, bytes, int, dict[str, bytes]]:
     code = draw(st.sampled_from([1, 2, 3, 5, 13, 16, 17, 999, -1, 2**31 - 1]))
     payloads = {}
     if kind in {"any", "bent"}:
-        # Drawn for each kind of reply, though only one is sent: which one depends on what the shim asks at
-        # that moment, and what is drawn must not.
+        # Draw a reply for every method, though only one is sent: which one depends on what the shim asks at
+        # that moment, and hypothesis must draw the same each time.
         for name in _ANSWERED:
             valid = messages(_METHODS[name].DESCRIPTOR).map(lambda message: message.SerializeToString())
             payloads[name] = draw(valid if kind == "any" else bent(valid))
@@ -108,11 +108,11 @@ def deeds(draw: Callable[..., Any]) -> tuple[str, bytes, int, dict[str, bytes]]:
 
 
 def answer(deed: tuple[str, bytes, int, dict[str, Any]], method: str, stream_id: int) -> bytes | None:
-    """The bytes of one deed; None for the end of the connection."""
+    """Return the bytes of one action; None for the end of the connection."""
     kind, noise, code, payloads = deed
     honest = encode_frame(stream_id, FrameType.RESPONSE, response())
     if kind in {"any", "bent"}:
-        # A method that answers with nothing gets what another one would.
+        # A method with an empty answer gets the answer of another one.
         payload = payloads.get(method, payloads["WaitProcess"])
         return encode_frame(stream_id, FrameType.RESPONSE, response(payload))
     return {
@@ -132,7 +132,7 @@ def answer(deed: tuple[str, bytes, int, dict[str, Any]], method: str, stream_id:
 
 
 class HostileAgent:
-    """The guest's end of the connection: honest until the script begins, which it then follows."""
+    """The guest's end of the connection: honest until the script begins, then follows the script."""
 
     def __init__(
         self, connection: socket.socket, script: list[tuple[str, bytes, int, dict[str, Any]]]
@@ -167,7 +167,7 @@ class HostileAgent:
 
 
 class Events:
-    """Where the sandbox publishes to."""
+    """Receives the events that the sandbox publishes."""
 
     def __init__(self) -> None:
         self.all: list[tuple[str, bytes]] = []
@@ -182,7 +182,7 @@ class Events:
 
 
 class Defects(logging.Handler):
-    """Everything logged with a traceback: nothing that a guest says may lead there."""
+    """Collects everything logged with a traceback; a guest's answers must not cause one."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -217,7 +217,7 @@ for _name, _request in CALLS:
 
 
 async def life(directory: Path, script: list[tuple[str, bytes, int, dict[str, Any]]], begin: int) -> Events:
-    """One container's life with an agent that turns hostile at call number ``begin``."""
+    """Run one container with an agent that turns hostile at call number ``begin``."""
     failures: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
     ours, theirs = socket.socketpair()
@@ -251,7 +251,7 @@ async def life(directory: Path, script: list[tuple[str, bytes, int, dict[str, An
                 await agent.aclose()
                 for container in cast("list[GuestContainer]", list(containers.all.values())):
                     await container.init.exited.wait()
-                    async with container.lock:  # a delete that its client gave up goes on
+                    async with container.lock:  # a delete goes on after its client gave up
                         await container._files.take_back()
                 ledger.close()
     finally:
@@ -270,8 +270,8 @@ async def go_through(service: TaskService, hostile: HostileAgent, begin: int, di
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 (await getattr(service, method)(request)).SerializeToString()
         except ShimError as error:
-            assert str(error)  # noqa: PT017 - refusing is one of the two right outcomes
-        except TimeoutError:  # as a client's own deadline
+            assert str(error)  # noqa: PT017 - a refusal is one of the two right outcomes
+        except TimeoutError:  # as if the client's deadline had passed
             continue
 
 
@@ -294,7 +294,7 @@ def record(directory: Path) -> StartRecord:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if os.geteuid() != 0:
-        pytest.skip("a container's root file system is mounted: root is required")
+        pytest.skip("mounting a container's root file system needs root")
     directory = tmp_path_factory.mktemp("sandbox")
     (directory / "bundle" / "rootfs").mkdir(parents=True)
     spec = {"process": {"args": ["true"], "cwd": "/"}, "root": {"path": "rootfs"}}
@@ -326,7 +326,7 @@ def test_any_replies(place: Path, script: list[tuple[str, bytes, int, dict[str, 
 
 
 @pytest.mark.parametrize("status", [-1, 256, 2**31 - 1, -(2**31)])
-async def test_an_exit_status_that_no_process_has_is_unknown(status: int) -> None:
+async def test_an_impossible_exit_status_becomes_255(status: int) -> None:
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     agent = Agent(await TtrpcClient.over(ours))

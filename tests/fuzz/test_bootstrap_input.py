@@ -1,4 +1,4 @@
-"""Any standard input of ``start`` and any bundle is understood or refused; so is any command line."""
+"""Any standard input of ``start``, any bundle and any command line is understood or refused."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_any_standard_input(data: bytes) -> None:
         try:
             decode(data)
         except NotProtobufError as error:
-            assert str(error)  # noqa: PT017 - refusing is one of the two right outcomes
+            assert str(error)  # noqa: PT017 - a refusal is one of the two right outcomes
     try:
         params = identify_caller(data, LINE).params
     except Refusal as refusal:
@@ -78,7 +78,7 @@ def test_any_standard_input(data: bytes) -> None:
 @example(text="[" * 5000)
 @example(text='{"annotations": {"io.kubernetes.cri.sandbox-id": "../../x"}}')
 @example(text='{"annotations": {"io.kubernetes.cri.sandbox-id": ["x"]}}')
-def test_any_bundle_gives_a_group_that_is_safe_or_refused(
+def test_any_bundle_gives_a_safe_group_or_is_refused(
     tmp_path_factory: pytest.TempPathFactory, text: str
 ) -> None:
     bundle = tmp_path_factory.getbasetemp()

@@ -1,4 +1,4 @@
-"""Any text for a configuration is taken or refused in one line; what is taken, the shim can work with."""
+"""Any text for a configuration is accepted or refused in one line; what is accepted is usable."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ documents = st.one_of(
 )
 
 
-def test_the_text_to_be_corrupted_is_valid_at_first() -> None:
+def test_the_text_is_valid_before_it_is_corrupted() -> None:
     assert parse(ConfigText(text=VALID, source="test")) == Config()
 
 
@@ -75,7 +75,7 @@ def test_any_configuration(text: str) -> None:
     try:
         config = parse(ConfigText(text=text, source="test"))
     except Refusal as refusal:
-        assert str(refusal).startswith("config: test")  # noqa: PT017 - refusing is one of two right outcomes
+        assert str(refusal).startswith("config: test")  # noqa: PT017 - a refusal is one of the two right outcomes
         return
     assert parse(ConfigText(text=render(config), source="test")) == config
     for section in (config.hypervisor, config.guest, config.shim):
@@ -87,6 +87,6 @@ def test_any_configuration(text: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/a\0b", "/" + "x" * 300, "/proc/self/mem", "/dev"])
-def test_a_path_in_the_options_that_cannot_be_read_is_refused(path: str) -> None:
+def test_an_unreadable_path_in_the_options_is_refused(path: str) -> None:
     with pytest.raises(Refusal):
         locate({}, options_path=path)

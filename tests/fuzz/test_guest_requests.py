@@ -1,4 +1,4 @@
-"""The guest agent's own codec and server against any bytes: an answer, a refusal or the end."""
+"""The guest agent's codec and server answer or refuse any bytes, or end the connection."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def test_any_bytes_are_decoded_or_refused(data: Any, kind: Any) -> None:
     try:
         message = CODEC.decode(name, content)
     except InvalidArgument as error:
-        assert name in str(error)  # noqa: PT017 - refusing is one of the two right outcomes
+        assert name in str(error)  # noqa: PT017 - a refusal is one of the two right outcomes
         return
     CODEC.encode(name, message)
 
 
 class OverSocket:
-    """A byte stream as the agent's own transports are."""
+    """A byte stream like the agent's own transports."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection

@@ -1,4 +1,4 @@
-"""Ids that could name something else than one container are refused, in one line, on every way in."""
+"""An id that could name anything but one container is refused in one line, at every entry point."""
 
 from __future__ import annotations
 

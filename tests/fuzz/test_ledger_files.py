@@ -1,4 +1,4 @@
-"""A ledger torn or corrupted anywhere is still read, appended to and undone."""
+"""A ledger that is torn or corrupted anywhere can still be read, appended to and undone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CASES = settings().max_examples
 
 
 def lines_of(directory: Any) -> Any:
-    """A ledger as a sandbox writes it, of things that are not there."""
+    """Write a ledger as a sandbox does; the things that it names do not exist."""
     return "".join(
         json.dumps(line) + "\n"
         for line in (
@@ -50,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def entries(draw: Any) -> Any:
     """Lines with the right keys and any values."""
     line = {"number": draw(json_values), "kind": draw(st.sampled_from(["file", "mount", "process", "x", 1]))}
-    # Never a string: what a well-formed line names is removed.
+    # Never a string: delete removes what a well-formed line names.
     line["name"] = draw(json_values.filter(lambda value: not isinstance(value, str)))
     line |= {"pid": draw(json_values), "start_time": draw(json_values)}
     for key in draw(st.lists(st.sampled_from(sorted(line)), max_size=2, unique=True)):
@@ -91,7 +91,7 @@ def test_a_corrupted_ledger_is_read_and_undone(place: Any, data: Any, torn: Any)
     number = ledger.file(str(directory / "new"))
     (directory / "new").touch()
     ledger.created("other")
-    # What is appended after the damage is whole again.
+    # Lines that are appended after the damage are whole.
     assert number in {entry.number for entry in ledger.entries()}
     assert "other" in ledger.containers()
     assert ledger.undo_all(deadline_s=1) == []
@@ -106,7 +106,7 @@ def test_delete_ends_with_any_corrupted_ledger(place: Any, data: Any) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     content = data.draw(bent(st.just(lines_of(directory))))
-    # Bending must not make a well-formed line that names something else of this machine.
+    # The corrupted text must not name anything else on this machine.
     named = {word for word in content.replace(b"\\", b'"').split(b'"') if b"/" in word}
     if not all(word.startswith(f"{directory}/".encode()) and b".." not in word for word in named):
         return
@@ -118,6 +118,6 @@ def test_delete_ends_with_any_corrupted_ledger(place: Any, data: Any) -> None:
     try:
         delete.delete(CommandLine(namespace="default", id="box", bundle=str(bundle)))
     except Refusal as refusal:
-        assert str(refusal).startswith("delete: ")  # noqa: PT017 - what is left must be named
+        assert str(refusal).startswith("delete: ")  # noqa: PT017 - a refusal must name what is left
         return
     assert not directory.exists()

@@ -1,4 +1,4 @@
-"""Any specification is translated or refused by the name of what is wrong; the share's names stay in it."""
+"""Any specification is translated, or refused by naming what is wrong; paths stay inside the share."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_specification_is_translated_or_refused(spec: Any, seccomp: Any) -> No
             inheritance=NOTHING,
         )
     except InvalidArgument as error:
-        assert str(error)  # noqa: PT017 - refusing is one of the two right outcomes
+        assert str(error)  # noqa: PT017 - a refusal is one of the two right outcomes
         return
     translation.spec.SerializeToString()
     for mount, share in zip(translation.spec.Mounts, translation.shared_mounts, strict=True):
@@ -71,7 +71,7 @@ def test_a_process_is_translated_or_refused(process: Any, terminal: Any) -> None
     try:
         translate_process(process, terminal=terminal, inheritance=NOTHING).SerializeToString()
     except InvalidArgument as error:
-        assert str(error)  # noqa: PT017 - refusing is one of the two right outcomes
+        assert str(error)  # noqa: PT017 - a refusal is one of the two right outcomes
 
 
 @settings(max_examples=2 * CASES)
@@ -80,7 +80,7 @@ def test_limits_are_translated_or_refused(resources: Any) -> None:
     try:
         translate_resources(resources).SerializeToString()
     except InvalidArgument as error:
-        assert str(error)  # noqa: PT017 - refusing is one of the two right outcomes
+        assert str(error)  # noqa: PT017 - a refusal is one of the two right outcomes
 
 
 def as_text(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:

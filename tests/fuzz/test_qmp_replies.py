@@ -1,4 +1,4 @@
-"""A QEMU that says anything on its control connection is an error of that connection, and never a hang."""
+"""Anything that QEMU says on its control connection at worst breaks that connection; it never hangs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ HONEST_START = [line(GREETING), line({"return": {}})]
 
 
 async def converse(said: Any) -> None:
-    """Go through a session's life with a peer that says one thing at first and after each command."""
+    """Run a session with a peer that says one thing first and after each command."""
     failures = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
     with ExitStack() as handover:
@@ -80,7 +80,7 @@ async def converse(said: Any) -> None:
 
 async def talk(peer: Any, said: Any) -> None:
     loop = asyncio.get_running_loop()
-    # A session that is not answered waits, as it should; then the peer hangs up.
+    # Without an answer the session waits, as it should, until the peer hangs up.
     with contextlib.suppress(ConnectionError, TimeoutError):
         for index, chunk in enumerate(said):
             received = b"{}"

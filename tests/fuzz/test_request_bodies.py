@@ -1,4 +1,4 @@
-"""Any body to any method of any service is answered by the contract, over both transports."""
+"""Every service answers any request body as the contract says, over both transports."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_over_grpc(shim: Any, call: Any) -> None:
     shim.assert_serves()
 
 
-# These services are grpc's own, which answers what it cannot parse with Unknown or Internal.
+# These services are grpc's own; grpc answers a body that it cannot parse with Unknown or Internal.
 _TOOL_CODES = {
     grpc.StatusCode.OK,
     grpc.StatusCode.CANCELLED,

@@ -1,4 +1,4 @@
-"""What a guest may do with the directory it shares with the host: nothing outside it, nothing read-only."""
+"""A guest cannot write outside the directory it shares with the host, nor where that is read-only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 
-# As in a shim and its virtio-fs daemon, which clones the mount namespace before there is any container.
+# Like a shim and its virtio-fs daemon, which clones the mount namespace before any container exists.
 PROGRAM = """
 import ctypes, os, sys
 from pathlib import Path
@@ -61,7 +61,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(daemon, 0)[1]))
 
 
 def guest_writes(directory: Any, *, to: Any, read_only: Any = False, recursive: bool = False) -> Any:
-    """What comes of a guest's writing in what it is shown: an error number, or 0."""
+    """Write as a guest would; return the error number, or 0."""
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
     ran = subprocess.run(
@@ -76,7 +76,7 @@ def guest_writes(directory: Any, *, to: Any, read_only: Any = False, recursive: 
 
 
 @pytest.mark.parametrize("recursive", [False, True])
-def test_a_volume_is_as_writable_as_it_was_meant_to_be(tmp_path: Path, recursive: bool) -> None:
+def test_a_writable_volume_can_be_written_to(tmp_path: Path, recursive: bool) -> None:
     assert guest_writes(tmp_path, to="volume/link", recursive=recursive) == 0
     assert (tmp_path / "volume" / "link").is_symlink()
 
@@ -89,7 +89,7 @@ def test_a_read_only_volume_is_read_only_to_the_daemon_that_serves_it(
     assert list((tmp_path / "volume").iterdir()) == []
 
 
-def test_a_guest_cannot_put_a_link_in_the_way_of_another_container(tmp_path: Path) -> None:
+def test_a_guest_cannot_redirect_another_container_by_a_link(tmp_path: Path) -> None:
     assert guest_writes(tmp_path, to="next-container") == errno.EROFS
     assert not (tmp_path / "share" / "next-container").is_symlink()
 
@@ -119,7 +119,7 @@ def shared_by(shim: ServedShim) -> Any:
 
 @pytest.mark.parametrize(("make", "code"), SOURCES.values(), ids=SOURCES)
 @pytest.mark.parametrize("destination", ["/data", "/..", "/a/../../b", f"/{'x' * 300}", "/a\nb"])
-def test_only_files_and_directories_are_shared_and_under_names_of_the_share(
+def test_only_files_and_directories_are_shared(
     shim: Any, make: Callable[..., Any], code: int, destination: str
 ) -> None:
     source = shim.directory / "source"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-# Relative to the fixture's directory, so that hostile paths stay in it; and nothing that has no reader.
+# Relative to the fixture's directory, so that hostile paths stay in it. No FIFO lacks a reader.
 PATHS = [
     "",
     "DIR/file",

@@ -1,4 +1,4 @@
-"""Any bytes on a ttrpc connection are answered, refused or hung up on; other connections go on."""
+"""Any bytes on a ttrpc connection get an answer, a refusal or a hang-up; other connections go on."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ hostile = st.one_of(st.binary(max_size=200), streams, bent(streams))
 
 
 @given(stream=hostile, cuts=st.lists(st.integers(0, 400), max_size=8))
-def test_the_decoder_yields_frames_or_refuses_and_buffers_only_its_input(stream: Any, cuts: Any) -> None:
+def test_the_decoder_yields_frames_or_refuses_and_buffers_little(stream: Any, cuts: Any) -> None:
     edges = sorted({0, len(stream), *(min(cut, len(stream)) for cut in cuts)})
     decoder = FrameDecoder()
     try:
@@ -61,13 +61,13 @@ def test_the_decoder_yields_frames_or_refuses_and_buffers_only_its_input(stream:
                 assert isinstance(frame, Frame | OversizedFrame)
             assert decoder.buffered <= end
     except FrameError as error:
-        assert str(error).isprintable()  # noqa: PT017 - refusing is one of the two right outcomes
+        assert str(error).isprintable()  # noqa: PT017 - a refusal is one of the two right outcomes
 
 
 @given(stream=hostile)
 @example(stream=header(MAX_BODY + 1) + b"x")
 @example(stream=header(0, kind=2))
-def test_a_live_server_answers_by_the_contract_and_serves_the_next_client(shim: Any, stream: Any) -> None:
+def test_a_server_answers_by_the_contract_and_serves_the_next_client(shim: Any, stream: Any) -> None:
     with shim.connect() as peer:
         for frame in peer.say(stream):
             assert frame.kind is FrameType.RESPONSE

@@ -1,4 +1,4 @@
-"""What holds an event loop fails the unit test in which it does."""
+"""A unit test fails if a call blocks the event loop."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def nothing_blocks_a_loop() -> Iterator[None]:
-    """Fail a test in which a call has held the event loop."""
+    """Fail a test in which a call blocked the event loop."""
     with detected(Detector()) as detector:
         yield
     if detector.found:
-        pytest.fail("\n".join(["the event loop was held:", *detector.found]), pytrace=False)
+        pytest.fail("\n".join(["the event loop was blocked:", *detector.found]), pytrace=False)

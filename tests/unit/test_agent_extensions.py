@@ -1,4 +1,4 @@
-"""What Hako adds to Kata's protocol is defined once, under ``proto/``, and documented."""
+"""Hako's additions to Kata's protocol are defined once, under ``proto/``, and documented."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 OWN_FIELDS = range(1001, 1100)
 SIDES = ("shim", "hypervisor", "guest")
 WORDS = {name: value for name, value in vars(extensions).items() if name.isupper() and name[0] != "_"}
-#: Too common to tell from others by their value: a port is any number, and "hako" the name of all of this.
+#: Too common to be recognized by their value: any number may be a port, and "hako" names the whole project.
 COMMON = {"AGENT_PORT", "FEATURE"}
 
 
-#: What one side only needs. The agent is told the port of raw streams and the tag of the share; the host
+#: Only one side needs these. The agent is told the port of raw streams and the tag of the share; the host
 #: reads the console without telling its lines apart.
 ONE_SIDED = {"shim": {"CONSOLE_MARK"}, "guest": {"RAW_STREAM_PORT", "SHARE_TAG"}}
 
 
 def literals(path: Path) -> Iterator[object]:
-    """Every text and number in a module's code, but for docstrings."""
+    """Yield every text and number in a module's code, except docstrings."""
     pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while pending:
         node = pending.pop()
@@ -50,7 +50,7 @@ def literals_of_both_sides() -> dict[str, set[object]]:
 
 
 def repeats(literal: object, word: str | int) -> bool:
-    """Whether a literal is a word, or has it in it."""
+    """Whether a literal is a word or contains it."""
     if isinstance(word, str):
         return isinstance(literal, str) and bool(re.search(rf"(?<![\w.]){re.escape(word)}", literal))
     return literal == word
@@ -82,14 +82,14 @@ def test_each_word_is_used_by_both_sides(side: str) -> None:
     assert WORDS.keys() - names == ONE_SIDED[side]
 
 
-def test_each_word_has_a_purpose() -> None:
+def test_each_word_has_a_docstring() -> None:
     rows = document.agent_words().splitlines()[2:]
 
     assert len(rows) == len(WORDS)
     assert [row for row in rows if not row.split("|")[3].strip()] == []
 
 
-def test_each_field_of_hakos_own_is_documented() -> None:
+def test_each_field_that_hako_adds_is_documented() -> None:
     files = (agent_pb2.DESCRIPTOR, csi_pb2.DESCRIPTOR, oci_pb2.DESCRIPTOR, types_pb2.DESCRIPTOR)
     messages = [message for file in files for message in file.message_types_by_name.values()]
     own = {(one.name, field.name) for one in messages for field in one.fields if field.number in OWN_FIELDS}

@@ -1,4 +1,4 @@
-"""The arrows between the packages point one way."""
+"""Imports between the packages go one way."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import hypervisor
 ROOT = Path(__file__).resolve().parents[2]
 MOST_LINES = 500
 MOST_MODULES_OUTSIDE = 16
-#: The rooms of shim/, from the top down: each may import from those after it.
+#: The rooms of shim/, from the top down: each may import from those that follow.
 ROOMS = (
     *("commands", "bootstrap", "services", "sandbox", "volumes", "machine", "network"),
     *("agent", "telemetry", "transport", "host"),
 )
-#: What a sandbox's shim, an operator or containerd starts with; they may import from every room.
+#: Entry points of a sandbox's shim, an operator and containerd; they may import from every room.
 DOORS = {"entry", "daemon", "cli"}
 MOST_METHODS = 25
-#: What host and guest both have, and each side models: a container and its processes are the same ones,
-#: and an error of the guest's agent is the shim's error of the same name once it has crossed.
+#: Things that host and guest both model: a container and its processes are the same on both sides, and an
+#: error of the guest's agent becomes the shim's error of the same name.
 SAME_ON_BOTH_SIDES = {
     "Container": {"shim.sandbox.container", "guest.agent.container"},
     "Process": {"shim.sandbox.process", "guest.agent.process"},
@@ -44,7 +44,7 @@ ARROWS = {
     "guest": {"guest", "proto"},
     "proto": {"proto"},
 }
-# The operator's command builds the guest image; nothing that runs with a sandbox may reach there.
+# The operator's command builds the guest image; a sandbox's own processes must not import the builder.
 EXCEPTIONS = {("shim/commands/image.py", "guest.image")}
 
 
@@ -72,7 +72,7 @@ def test_a_package_imports_only_what_its_arrows_allow(package: str) -> None:
 
 
 def modules() -> dict[str, Path]:
-    """Every module of ours by its name."""
+    """Every module of this project by its name."""
     found = {}
     for package in OURS:
         for path in (ROOT / package).rglob("*.py"):
@@ -83,7 +83,7 @@ def modules() -> dict[str, Path]:
 
 
 def run_time_imports(path: Path, known: set[str]) -> set[str]:
-    """The modules of ours that a module imports when it runs, also those that a function imports late."""
+    """The modules of this project that a module imports at run time, including imports inside functions."""
     names: set[str] = set()
     pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while pending:
@@ -106,7 +106,7 @@ def test_no_module_has_more_than_500_lines() -> None:
     assert {name: length for name, length in lengths.items() if length > MOST_LINES} == {}
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
     found = modules()
     graph = {name: run_time_imports(path, set(found)) - {name} for name, path in found.items()}
 
@@ -119,7 +119,7 @@ def room_of(name: str) -> str:
 
 
 def may_import(name: str, other: str) -> bool:
-    """Whether a module of shim/ may import another: doors may, and rooms those below them."""
+    """Whether a module of shim/ may import another: doors import anything, rooms only those below them."""
     room, wanted = room_of(name), room_of(other)
     if room in DOORS or room == wanted:
         return True
@@ -156,7 +156,7 @@ def test_a_public_class_name_has_one_meaning() -> None:
 
 
 def is_method(node: ast.stmt) -> TypeGuard[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Whether a part of a class is a method, public or private, other than Python's own."""
+    """Whether a member of a class is a method, public or private, but not a special one."""
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("__")
 
 
@@ -172,7 +172,7 @@ def test_no_class_has_more_than_25_methods() -> None:
 
 
 def trees_of(*packages: str) -> list[ast.Module]:
-    """The code of packages."""
+    """The syntax trees of packages."""
     paths = [path for name, path in modules().items() if name.split(".")[0] in packages]
     return [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
 
@@ -190,17 +190,17 @@ def test_everything_that_the_hypervisor_exports_is_imported() -> None:
 
 
 def last_name(node: ast.expr | None) -> str:
-    """The last part of a dotted name; empty if it is none."""
+    """The last part of a dotted name; empty for anything else."""
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
 def is_machine(annotation: ast.expr | None) -> bool:
-    """Whether something is annotated as a virtual machine, or as one that may be absent."""
+    """Whether an annotation says virtual machine, or one that may be absent."""
     kinds = ast.unparse(annotation).split(" | ") if annotation else []
     return not MACHINE_CLASSES.isdisjoint(kinds)
 
 
-def test_every_intent_of_the_hypervisor_has_a_caller() -> None:
+def test_every_method_of_the_hypervisor_interface_has_a_caller() -> None:
     called = {
         node.attr
         for tree in trees_of("shim")
@@ -213,7 +213,7 @@ def test_every_intent_of_the_hypervisor_has_a_caller() -> None:
 
 
 def test_a_virtual_machine_is_named_vm() -> None:
-    """The test above knows one by its name."""
+    """The test above recognizes one by its name."""
     names = {
         last_name(node.target) if isinstance(node, ast.AnnAssign) else node.arg
         for tree in trees_of("shim")
@@ -225,7 +225,7 @@ def test_a_virtual_machine_is_named_vm() -> None:
 
 
 def test_no_unit_test_sleeps() -> None:
-    """What a test waits for happens: tests/waiting.py waits for it, with a deadline."""
+    """A test waits for an event with tests/waiting.py, which has a deadline."""
     sleeps = [
         f"{path}:{node.lineno}"
         for place in ("unit", "fuzz")

@@ -1,4 +1,4 @@
-"""What the detector of blocking calls finds, and what it lets be."""
+"""What the detector of blocking calls finds, and what it allows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def detector() -> Iterator[Detector]:
 
 
 def run(source: str, tmp_path: Path, *, place: str) -> None:
-    """Run a program as if it stood in a file of the tree."""
+    """Run a program as if it were a file of the tree."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     other_end = os.open(fifo, os.O_RDWR)
@@ -64,7 +64,7 @@ async def test_a_callback_that_computes_for_long_is_not_blocked(detector: Detect
 
 
 @pytest.mark.parametrize("event", CALLS)
-async def test_a_call_that_may_block_is_found_though_it_returns_at_once(
+async def test_a_call_that_may_block_is_found_even_if_it_returns_at_once(
     detector: Detector, tmp_path: Path, event: str
 ) -> None:
     run(CALLS[event], tmp_path, place="shim/example.py")

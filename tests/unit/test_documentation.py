@@ -39,7 +39,7 @@ def test_links_lead_to_files(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
-def test_no_merge_is_left_half_done(page: Path) -> None:
+def test_no_merge_conflict_is_left(page: Path) -> None:
     assert MERGE_MARK.findall(page.read_text(encoding="utf-8")) == []
 
 

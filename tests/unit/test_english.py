@@ -1,4 +1,4 @@
-"""Prose avoids constructions that make a reader stop: this finds those that can be found without a doubt."""
+"""Prose avoids constructions that make a reader stumble; these can be found mechanically."""
 
 from __future__ import annotations
 

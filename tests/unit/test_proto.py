@@ -1,4 +1,4 @@
-"""Services, enums and telling encodings agree with the contracts of containerd and of the Kata agent."""
+"""Services, enums and sample encodings agree with the contracts of containerd and the Kata agent."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_a_service_has_the_methods_of_the_contract(full_name: str, table: str) -
     assert not any(method.client_streaming or method.server_streaming for method in service.methods)
 
 
-def test_no_file_has_a_further_service() -> None:
+def test_no_file_has_another_service() -> None:
     assert {
         service.full_name for file in FILES for service in file.DESCRIPTOR.services_by_name.values()
     } == set(SERVICES)
@@ -217,7 +217,7 @@ def test_a_message_has_the_bytes_of_the_contract(message: Any, encoded: bytes) -
     assert type(message).FromString(encoded) == message
 
 
-def test_bootstrap_parameters_and_a_bare_any_cannot_be_told_apart_by_parsing() -> None:
+def test_parsing_cannot_tell_bootstrap_parameters_from_a_bare_any() -> None:
     options = any_pb2.Any(type_url="runtimeoptions.v1.Options", value=b"v")
     misread = bootstrap_v1_pb2.BootstrapParams.FromString(options.SerializeToString())
     assert misread.instance_id == options.type_url

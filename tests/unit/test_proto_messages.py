@@ -1,7 +1,7 @@
-"""The generated messages agree, number by number, with the contracts of containerd and of the Kata agent.
+"""The generated messages agree, number by number, with the contracts of containerd and the Kata agent.
 
-The table is data on purpose: a changed number, name or type in a ``.proto`` file must show here, because
-the peer on the wire would not complain, it would misread.
+The table is a second copy on purpose: a changed number, name or type in a ``.proto`` file must show here,
+because the peer would not complain but misread.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PACKAGES = {
 }
 
 # Notation: "number name type"; [] is repeated, gp. is google.protobuf., opt is explicit presence.
-# Types of the message's own package carry no package name.
+# Types of the message's own package are written without it.
 MESSAGES = """
 grpc.CreateContainerRequest: 1 container_id string; 2 exec_id string; 3 string_user StringUser; 4 devices
     []Device; 5 storages []Storage; 6 OCI Spec; 7 sandbox_pidns bool; 8 shared_mounts []SharedMount; 9
@@ -261,7 +261,7 @@ for _module in PACKAGES:
 
 
 def sections(table: str) -> dict[str, str]:
-    """Split a table at the lines that are not indented, each of which begins with a name and a colon."""
+    """Split a table at its unindented lines; each begins with a name and a colon."""
     found: dict[str, str] = {}
     name = ""
     for line in table.strip().splitlines():
@@ -301,7 +301,7 @@ def short_type(field: Field, package: str) -> str:
     name = field.type_name.removeprefix(".")
     if name.startswith("google.protobuf."):
         return name.replace("google.protobuf.", "gp.")
-    # An enum inside a message is written by its own name.
+    # An enum inside a message is written without the message's name.
     return name.removeprefix(package + ".").rpartition(".")[2] if name.startswith(package + ".") else name
 
 
@@ -343,7 +343,7 @@ def test_a_message_has_the_fields_of_the_contract(full_name: str, table: str) ->
     assert actual_fields(full_name) == expected_fields(table)
 
 
-def test_task_v3_has_the_messages_of_task_v2() -> None:
+def test_task_v3_has_the_same_messages_as_task_v2() -> None:
     names = set(task_v2_pb2.DESCRIPTOR.message_types_by_name)
     assert set(task_v3_pb2.DESCRIPTOR.message_types_by_name) == names
     for name in names:

@@ -20,7 +20,7 @@ GET, SET = 0x3C, 0x3D
 
 
 class Driver:
-    """Cards by name: the most pairs of queues, and how many are used."""
+    """Cards by name: their greatest number of queue pairs, and the number in use."""
 
     def __init__(self, **cards: tuple[int, int] | None) -> None:
         self.cards = cards
@@ -60,7 +60,7 @@ def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Driv
 @pytest.mark.parametrize(
     ("processors", "before", "after"), [(2, (4, 1), (4, 2)), (8, (4, 1), (4, 4)), (1, (4, 3), (4, 1))]
 )
-def test_a_card_uses_one_pair_for_each_processor_it_can(
+def test_a_card_uses_as_many_pairs_as_it_can_up_to_one_per_processor(
     drive: Callable[..., Driver], processors: int, before: tuple[int, int], after: tuple[int, int]
 ) -> None:
     assert drive(processors, eth0=before).cards == {"eth0": after}

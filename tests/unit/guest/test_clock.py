@@ -1,4 +1,4 @@
-"""Programs do not see the guest's clock go back; it is compared with the host's clock if there is one."""
+"""The guest's clock follows the host's clock if it can be read, and programs never see it go back."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         (-5_000_000_000, False, (-5, 0)),
     ],
 )
-def test_the_clock_is_set_forward_or_by_much_or_before_anything_runs(
+def test_the_clock_is_set_if_it_is_late_or_far_off_or_nothing_runs_yet(
     asked: list[Any], shift_ns: int, at_once: bool, step: tuple[int, int]
 ) -> None:
     clock.move(shift_ns, at_once=at_once)
@@ -66,7 +66,7 @@ def test_a_clock_slightly_ahead_is_slowed_down_until_it_is_right(
     assert asked == [(RATE, 0, 0, 9_800), (RATE, 0, 0, 10_000)]
 
 
-def test_the_quickest_comparison_with_the_hosts_clock_counts() -> None:
+def test_the_fastest_reading_of_the_hosts_clock_counts() -> None:
     def at(nanoseconds: int) -> bytes:
         return struct.pack("qII", *divmod(nanoseconds, 10**9), 0)
 
@@ -79,7 +79,7 @@ def test_the_quickest_comparison_with_the_hosts_clock_counts() -> None:
     assert clock.ahead_by(answer.ljust(832, b"\0")) == 950 - 450
 
 
-def test_a_machine_without_the_hosts_clock_tells_only_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_the_hosts_clock_reports_only_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "_ptp", None)
     monkeypatch.setattr(clock.files, "read", lambda _path: "hpet acpi_pm \n")
     assert clock.report().isdigit()

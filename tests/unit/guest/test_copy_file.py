@@ -1,4 +1,4 @@
-"""CopyFile stays inside its root and puts files into place whole."""
+"""CopyFile stays inside its root, and each file appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def request(path: Path, **fields: object) -> Message:
     )
 
 
-def test_chunks_become_a_file_when_the_last_arrives(tmp_path: Path) -> None:
+def test_a_file_appears_when_its_last_chunk_arrives(tmp_path: Path) -> None:
     target = tmp_path / "sub" / "file"
     copy_file.copy(request(target, data=b"hello ", file_size=11), roots=(str(tmp_path),))
     assert not target.exists()
@@ -43,7 +43,7 @@ def test_an_empty_file_takes_one_message(tmp_path: Path) -> None:
     assert (tmp_path / "empty").read_bytes() == b""
 
 
-def test_directories_and_links(tmp_path: Path) -> None:
+def test_directories_and_links_are_created(tmp_path: Path) -> None:
     copy_file.copy(request(tmp_path / "d", file_mode=stat.S_IFDIR | 0o711), roots=(str(tmp_path),))
     copy_file.copy(request(tmp_path / "l", file_mode=stat.S_IFLNK, data=b"/etc"), roots=(str(tmp_path),))
     assert stat.S_IMODE((tmp_path / "d").stat().st_mode) == 0o711

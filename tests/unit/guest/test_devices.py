@@ -1,4 +1,4 @@
-"""A container's disks of the host get the guest's numbers."""
+"""A container's host disks get the guest's device numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rule(*, allow: bool = True, access: str = "rw", **number: int) -> dict[str, 
     return {"allow": allow, "type": "b", "access": access, **number}
 
 
-def test_a_disk_and_its_rules_get_the_guest_s_numbers() -> None:
+def test_a_disk_and_its_rules_get_the_guests_numbers() -> None:
     deny = {"allow": False, "type": "a", "access": "rwm"}
     linux = {
         "devices": [disk("/dev/data", 8, 0), disk("/dev/other", 8, 16)],
@@ -26,7 +26,7 @@ def test_a_disk_and_its_rules_get_the_guest_s_numbers() -> None:
     }
     devices.renumber(linux, {"/dev/data": (254, 0)})
     assert linux["devices"] == [disk("/dev/data", 254, 0), disk("/dev/other", 8, 16)]
-    # The guest's 0 is written out: left out, it would mean every disk.
+    # The guest's number 0 must be written: without a number, the rule would allow every disk.
     assert linux["resources"]["devices"] == [  # type: ignore[index]  # a dict of lists, as above
         deny,
         rule(major=254, minor=0),
@@ -34,7 +34,7 @@ def test_a_disk_and_its_rules_get_the_guest_s_numbers() -> None:
     ]
 
 
-def test_numbers_may_change_places() -> None:
+def test_two_disks_may_swap_their_numbers() -> None:
     linux = {
         "devices": [disk("/dev/a", 254, 0), disk("/dev/b", 254, 16)],
         "resources": {"devices": [rule(major=254, access="r"), rule(major=254, minor=16)]},
@@ -46,7 +46,7 @@ def test_numbers_may_change_places() -> None:
     ]
 
 
-def test_a_disk_without_a_rule_gets_one_where_there_are_rules() -> None:
+def test_a_disk_without_a_rule_gets_one_if_other_devices_have_rules() -> None:
     deny = {"allow": False, "type": "a", "access": "rwm"}
     linux = {"devices": [disk("/dev/a", 8, 0)], "resources": {"devices": [deny]}}
     devices.renumber(linux, {"/dev/a": (254, 32)})

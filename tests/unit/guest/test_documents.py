@@ -1,4 +1,4 @@
-"""What the agent writes for crun: JSON, and OCI objects translated from the protocol."""
+"""The agent writes JSON for crun, with OCI objects translated from the protocol."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def translated(reference: oci_pb2.Spec | oci_pb2.Process | oci_pb2.LinuxResource
 
 
 @given(DOCUMENTS)
-def test_json_is_read_back_as_it_was(document: object) -> None:
+def test_json_survives_a_round_trip(document: object) -> None:
     assert json.loads(json_out.dumps(document)) == document
 
 
@@ -35,7 +35,7 @@ def test_json_refuses_values_it_cannot_express() -> None:
         json_out.dumps([1.5])
 
 
-def test_process_carries_everything() -> None:
+def test_a_process_is_translated_whole() -> None:
     process = oci_pb2.Process(
         Terminal=True,
         ConsoleSize=oci_pb2.Box(Height=24, Width=80),
@@ -69,13 +69,13 @@ def test_process_carries_everything() -> None:
     }
 
 
-def test_process_has_the_protocols_defaults() -> None:
+def test_an_empty_process_has_the_protocols_defaults() -> None:
     document = oci.process(translated(oci_pb2.Process()))
     assert (document["args"], document["cwd"], document["user"]) == (["sh"], "/", {"uid": 0, "gid": 0})
     assert "capabilities" not in document
 
 
-def test_zero_limits_are_unset_and_cgroup_v1_limits_left_out() -> None:
+def test_zero_limits_and_cgroup_v1_limits_are_left_out() -> None:
     resources = oci_pb2.LinuxResources(
         Devices=[
             oci_pb2.LinuxDeviceCgroup(Allow=False, Access="rwm"),
@@ -109,7 +109,7 @@ def test_an_update_can_lift_a_limit() -> None:
     }
 
 
-def test_values_without_a_protocol_field_come_as_annotations() -> None:
+def test_annotations_carry_values_without_a_protocol_field() -> None:
     annotations = {"io.hako.unified/memory.high": "max", "io.hako.seccomp/default-errno": "38", "a": "b"}
     spec = oci_pb2.Spec(
         Annotations=annotations,
@@ -130,7 +130,7 @@ def test_values_without_a_protocol_field_come_as_annotations() -> None:
         ("net/ipv4/conf/eth0.100/forwarding", "/proc/sys/net/ipv4/conf/eth0.100/forwarding"),
     ],
 )
-def test_a_sysctl_has_a_file(name: str, path: str) -> None:
+def test_a_sysctl_is_a_file(name: str, path: str) -> None:
     assert sysctl.path_of(name) == path
 
 
@@ -159,7 +159,7 @@ def test_seccomp_errno_is_eperm_unless_given(given_errno: int | None, expected: 
     ("namespaces", "named"),
     [([{"type": "uts"}], True), ([{"type": "uts", "path": "/run/ns/uts"}], False), ([], False)],
 )
-def test_hostname_is_set_only_in_a_uts_namespace_of_its_own(
+def test_the_hostname_is_set_only_in_a_new_uts_namespace(
     namespaces: list[dict[str, str]], *, named: bool
 ) -> None:
     spec = oci_pb2.Spec(Hostname="h", Process=oci_pb2.Process(), Root=oci_pb2.Root(), Linux=oci_pb2.Linux())
@@ -177,7 +177,7 @@ def test_hostname_is_set_only_in_a_uts_namespace_of_its_own(
         ("::", "/cid"),
     ],
 )
-def test_cgroup_path(wanted: str, path: str) -> None:
+def test_the_cgroup_path_is_translated(wanted: str, path: str) -> None:
     assert cgroup.path_of(wanted, "cid") == path
 
 

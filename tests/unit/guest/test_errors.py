@@ -1,4 +1,4 @@
-"""An error of the system is told in words."""
+"""A system error is reported in words."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ from guest.agent.errors import cause
         (OSError("plain"), "plain"),
     ],
 )
-def test_a_refusal_is_told_without_its_number(error: OSError, words: str) -> None:
+def test_a_system_error_is_reported_without_its_number(error: OSError, words: str) -> None:
     assert cause(error) == words

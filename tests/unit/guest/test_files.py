@@ -1,4 +1,4 @@
-"""Paths are followed only without links."""
+"""A path is followed only if no part of it is a link."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_file_is_found_by_its_path(tmp_path: Path) -> None:
         ("a/none/file", errno.ENOENT),
     ],
 )
-def test_no_link_is_followed_and_nothing_is_left_open(tmp_path: Path, path: str, number: int) -> None:
+def test_a_link_is_not_followed_and_no_descriptor_leaks(tmp_path: Path, path: str, number: int) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "link").symlink_to("a")
     before = len(list(Path("/proc/self/fd").iterdir()))

@@ -1,4 +1,4 @@
-"""A long stream travels in frames over a connection that names it."""
+"""A long stream travels in frames over a connection that begins with the stream's name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MUCH = os.urandom(3 << 20)
 
 
 class Guest:
-    """An agent with one container, whose only process this test plays, and its connection to the host."""
+    """An agent with one container, whose only process the test plays, and its connection to the host."""
 
     def __init__(self) -> None:
         self.pipes = Pipes()
@@ -50,7 +50,7 @@ class Guest:
         return self.host.recv(4) == b"\0\0\0\0"
 
     def read(self) -> bytes:
-        """Read frames up to the end, and no further."""
+        """Read frames up to and including the last."""
         frames = []
         while size := int.from_bytes(self._exactly(4), "big"):
             frames.append(self._exactly(size))
@@ -88,7 +88,7 @@ def frame(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_an_output_arrives_whole_and_the_host_closes_first(guest: Guest, name: str) -> None:
+def test_an_output_arrives_whole_and_the_host_closes_the_connection(guest: Guest, name: str) -> None:
     guest.name(f"{name}\0box\0exec".encode())
     assert guest.answers()
     written_to, other = guest.pipes.child[1:] if name == "stdout" else guest.pipes.child[:0:-1]
@@ -113,7 +113,7 @@ def test_an_output_arrives_whole_and_the_host_closes_first(guest: Guest, name: s
     assert guest.host.recv(1) == b""
 
 
-def test_an_input_arrives_in_any_pieces_and_the_agent_closes_first(guest: Guest) -> None:
+def test_an_input_arrives_whole_and_the_agent_closes_the_connection(guest: Guest) -> None:
     guest.name(b"stdin\0box\0")
     assert guest.answers()
     for byte in frame(b"one ") + frame(b"two") + frame(b""):
@@ -123,7 +123,7 @@ def test_an_input_arrives_in_any_pieces_and_the_agent_closes_first(guest: Guest)
     assert guest.host.recv(1) == b""
 
 
-def test_an_input_that_breaks_off_inside_a_frame_ends_there(guest: Guest) -> None:
+def test_an_input_that_breaks_off_inside_a_frame_counts_as_ended(guest: Guest) -> None:
     guest.name(b"stdin\0box\0")
     assert guest.answers()
     guest.host.sendall(frame(b"all of it")[:7])
@@ -159,7 +159,7 @@ def test_a_connection_that_names_no_stream_is_closed(guest: Guest, said: bytes) 
     assert guest.host.recv(4) == b""
 
 
-def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(framed_streams, "_NAME_TIMEOUT_MS", 0)
     guest = Guest()
     assert guest.host.recv(1) == b""

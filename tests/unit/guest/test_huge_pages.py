@@ -1,4 +1,4 @@
-"""The machine reserves all huge pages that its containers may use, or refuses the container."""
+"""A machine reserves the huge pages that a container may use, or refuses the container."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZE = 2 * MIB
 
 
 class Pool:
-    """The file with the number of pages of 2 MiB, in a kernel with memory for some more."""
+    """The kernel's file with the number of 2 MiB pages; the kernel can make only so many."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, *, room: int) -> None:
         self._path = root / "hugepages-2048kB" / "nr_hugepages"
@@ -35,7 +35,7 @@ class Pool:
         if path == huge_pages._COMPACT:
             self.compacted += 1
             return
-        with Path(path).open("r+", encoding="ascii") as file:  # never makes one
+        with Path(path).open("r+", encoding="ascii") as file:  # the kernel never makes one
             file.truncate()
             file.write(str(min(int(text), self.room)))
 
@@ -46,7 +46,7 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pool:
     return Pool(tmp_path, monkeypatch, room=10)
 
 
-def test_containers_have_their_pages_one_beside_the_other_and_give_them_back(pool: Pool) -> None:
+def test_each_container_reserves_its_own_pages_and_gives_them_back(pool: Pool) -> None:
     huge_pages.reserve("a", {SIZE: 3 * MIB})
     huge_pages.reserve("b", {SIZE: 8 * MIB})
     assert pool.pages == 2 + 4

@@ -25,7 +25,7 @@ def elf_with(notes: bytes) -> bytes:
 
 
 def bzimage_with(payload: bytes) -> bytes:
-    """Wrap a payload as the x86 boot protocol wants it, with one setup sector."""
+    """Wrap a payload as the x86 boot protocol requires, with one setup sector."""
     image = bytearray(1024)
     image[0x1F1] = 1
     image[0x202:0x208] = b"HdrS" + struct.pack("<H", 0x20F)
@@ -54,7 +54,7 @@ def test_a_kernel_of_any_compression_is_extracted(method: str) -> None:
     assert kernel.vmlinux(bzimage_with(payload + SIZE), name="k") == KERNEL
 
 
-def test_uncompressed_kernel_is_taken_as_it_is() -> None:
+def test_an_uncompressed_kernel_is_used_unchanged() -> None:
     assert kernel.vmlinux(KERNEL, name="k") == KERNEL
 
 
@@ -67,12 +67,12 @@ def test_uncompressed_kernel_is_taken_as_it_is() -> None:
         (bzimage_with(lzma.compress(KERNEL)[:6] + b"broken" + SIZE), "damaged"),
     ],
 )
-def test_bad_kernels_are_refused_with_the_cause(image: bytes, cause: str) -> None:
+def test_a_bad_kernel_is_refused_with_the_cause(image: bytes, cause: str) -> None:
     with pytest.raises(ImageError, match=cause):
         kernel.vmlinux(image, name="k")
 
 
-def test_kernel_keeps_its_place_but_neither_unwinding_tables_nor_types() -> None:
+def test_the_kernel_loses_its_unwinding_tables_and_types_but_keeps_its_place() -> None:
     sections = {".text": b"code" * 100, ".orc_unwind": b"frames" * 100, ".BTF": b"types" * 1000}
     given = relocatable(sections)
     slim = kernel.slim(given)
@@ -88,7 +88,7 @@ def test_kernel_keeps_its_place_but_neither_unwinding_tables_nor_types() -> None
     assert types.rstrip(b"\0").endswith(b"\0int")
 
 
-def test_elf_facts_of_the_running_interpreter() -> None:
+def test_the_elf_facts_of_the_running_interpreter_are_read() -> None:
     path = Path(sys.executable).resolve()
     image = elf.parse(path.read_bytes(), name=path.name)
     assert image.interpreter is not None
@@ -98,7 +98,7 @@ def test_elf_facts_of_the_running_interpreter() -> None:
     assert image.section(".no-such-section") == b""
 
 
-def test_program_no_longer_needs_a_library_that_was_taken_out() -> None:
+def test_a_program_no_longer_needs_a_library_that_was_removed() -> None:
     path = Path("/bin/ls").resolve()
     data = path.read_bytes()
     needed = elf.parse(data, name=path.name).needed
@@ -109,7 +109,7 @@ def test_program_no_longer_needs_a_library_that_was_taken_out() -> None:
         assert elf.without_library(without, soname) == without
 
 
-def test_cpio_reads_the_archive_and_finds_every_file(tmp_path: Path) -> None:
+def test_cpio_finds_every_file_in_the_archive(tmp_path: Path) -> None:
     tool = shutil.which("busybox")
     if tool is None:
         pytest.skip("busybox is not installed")
@@ -126,13 +126,13 @@ def test_cpio_reads_the_archive_and_finds_every_file(tmp_path: Path) -> None:
     assert (tmp_path / "empty").stat().st_mode & 0o7777 == 0o711
 
 
-def test_archive_does_not_depend_on_the_order_of_its_entries() -> None:
+def test_the_archive_does_not_depend_on_the_order_of_its_entries() -> None:
     entries = [cpio.regular(f"/dir/{name}", name.encode()) for name in "cab"]
     assert cpio.archive(entries) == cpio.archive(reversed(entries))
 
 
 def relocatable(sections: dict[str, bytes]) -> bytes:
-    """Make an ELF file with sections, and with bytes after them."""
+    """Make an ELF file with sections and trailing bytes."""
     content = {**sections, ".shstrtab": b""}
     names = b"\0" + b"".join(name.encode() + b"\0" for name in content)
     content[".shstrtab"] = names
@@ -155,7 +155,7 @@ def module(name: str, depends: str) -> bytes:
     return relocatable({".modinfo": f"name={name}\0depends={depends}\0".encode()})
 
 
-def test_modules_lose_unwanted_sections_with_their_relocations_and_keep_all_others() -> None:
+def test_modules_lose_only_unwanted_sections_and_their_relocations() -> None:
     kept = {".text": b"code" * 100, ".rela.text": b"relocations", ".data": b"data"}
     lost = {".BTF": b"types" * 1000, ".rela.BTF": b"more relocations"}
     given = relocatable({".text": kept[".text"], **lost, **kept})
@@ -178,13 +178,13 @@ def modules(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_modules_come_after_what_they_need_and_uncompressed(modules: Path) -> None:
+def test_modules_are_uncompressed_and_follow_their_dependencies(modules: Path) -> None:
     loaded = kernel.load_modules(modules, ("virtio", "virtio_fs", "ext4"))
     assert [one.name for one in loaded] == ["virtio_ring", "virtio", "fuse", "virtio_fs"]
     assert all(one.data.startswith(b"\x7fELF") for one in loaded)
 
 
-def test_all_modules_are_read_with_the_names_that_the_kernel_asks_for(modules: Path) -> None:
+def test_all_modules_are_found_by_the_kernels_names_for_them(modules: Path) -> None:
     (modules / "kernel/dummy.ko").write_bytes(
         relocatable({".modinfo": b"name=dummy\0depends=\0alias=rtnl-link-dummy\0alias=pci:v*d*\0"})
     )
@@ -193,14 +193,14 @@ def test_all_modules_are_read_with_the_names_that_the_kernel_asks_for(modules: P
     assert found["dummy"] == ("rtnl-link-dummy", "pci:v*d*")
 
 
-def test_tree_of_modules_has_modprobe_and_the_indexes_that_it_reads(modules: Path, tmp_path: Path) -> None:
+def test_the_tree_of_modules_has_modprobe_and_its_indexes(modules: Path, tmp_path: Path) -> None:
     staging, tree = tmp_path / "staging", tmp_path / "modules"
     (staging / "usr/bin").mkdir(parents=True)
     (staging / "usr/bin/busybox").write_bytes(b"a program")
     for _again in range(2):
         module_tree.write(tree, kernel.all_modules(modules), release="6.1", staging=staging)
     assert (tree / "modprobe").stat().st_mode & 0o777 == 0o755
-    # What is needed first comes last, as modules.dep(5) has it.
+    # The module that must be loaded first comes last; see modules.dep(5).
     assert (tree / "6.1/modules.dep").read_text().splitlines() == [
         "fuse.ko:",
         "virtio.ko: virtio_ring.ko",
@@ -218,17 +218,17 @@ def test_a_missing_dependency_of_a_module_is_named() -> None:
         module_tree.dependency_lines({"virtio": ("virtio_ring",)})
 
 
-def test_missing_module_is_named(modules: Path) -> None:
+def test_a_missing_module_is_named(modules: Path) -> None:
     with pytest.raises(ImageError, match="vsock"):
         kernel.load_modules(modules, ("vsock",))
 
 
-def test_init_starts_the_staged_interpreter_isolated() -> None:
+def test_init_starts_the_staged_interpreter_in_isolated_mode() -> None:
     init = initramfs.init_program("/usr/bin/python3.13")
     assert b"/usr/bin/python3.13\0-ISB\0/usr/lib/hako/start.pyc\0LC_ALL=POSIX\0" in init
 
 
-def test_launcher_becomes_a_program_with_arguments_and_an_environment(tmp_path: Path) -> None:
+def test_the_launcher_executes_a_program_with_arguments_and_an_environment(tmp_path: Path) -> None:
     launched = tmp_path / "launched"
     launched.write_bytes(launcher.program(("/usr/bin/env", "FIRST=1", "/bin/sh", "-c", "env"), ("SECOND=2",)))
     launched.chmod(0o755)

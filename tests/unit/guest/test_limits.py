@@ -1,4 +1,4 @@
-"""Limits follow the machine's memory as if the kernel had booted with it."""
+"""Limits follow the machine's memory as if the kernel had booted with that size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 SMALL, LARGE = 479_980 << 10, 3_101_420 << 10
 
-# What Linux 6.1 shows that has booted with 3 GiB, of which its own code and tables take a part.
+# The values of a Linux 6.1 that booted with 3 GiB, part of which its own code and tables take.
 BOOTED = {
     "kernel/threads-max": (23699,),
     "user/max_user_namespaces": (11849,),
@@ -40,7 +40,7 @@ BOOTED_LESS = {
 
 
 class Kernel:
-    """Files as in ``/proc/sys`` of a kernel that has booted with little memory."""
+    """Stands for the files in ``/proc/sys`` of a kernel that booted with little memory."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root = root
@@ -51,7 +51,7 @@ class Kernel:
             monkeypatch.setattr(limits, name, empty)
         monkeypatch.setattr(limits, "_CONNTRACK", f"{root}/net/netfilter/nf_conntrack")
         monkeypatch.setattr(sysctl, "_ROOT", str(root))
-        # Such a file takes each write as a whole.
+        # Each write to this file replaces the whole value.
         monkeypatch.setattr(files, "write", lambda path, text: Path(path).write_text(text, encoding="ascii"))
         limits.prepare()
 
@@ -64,7 +64,7 @@ class Kernel:
         return tuple(map(int, (self.root / name).read_text(encoding="ascii").split()))
 
     def has_memory(self, size: int) -> None:
-        """Grow or shrink the machine to a size, and let its limits follow."""
+        """Grow or shrink the machine to a size, and adjust its limits."""
         self._patch.setattr("os.sysconf", {"SC_PHYS_PAGES": size // 4096}.__getitem__)
         limits.follow()
 
@@ -76,12 +76,12 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
 
 @pytest.mark.parametrize("name", BOOTED)
-def test_a_limit_is_the_kernels_own_for_that_memory(name: str) -> None:
+def test_a_limit_is_what_the_kernel_computes_for_that_memory(name: str) -> None:
     for ours, its in zip(limits.derived(LARGE)[name], BOOTED[name], strict=True):
         assert its <= ours <= 1.07 * its
 
 
-def test_limits_that_every_host_has_raised_are_raised_at_boot(kernel: Kernel) -> None:
+def test_limits_that_every_host_raises_are_raised_at_boot(kernel: Kernel) -> None:
     assert kernel["kernel/pid_max"] == (4194304,)
     assert kernel["kernel/threads-max"] == (3581,)
 
@@ -102,7 +102,7 @@ def test_limits_at_the_boot_size_are_the_kernels_or_slightly_higher(
         assert all(b <= a <= 1.07 * b for a, b in zip(kernel[name], value, strict=True)), name
 
 
-def test_only_memory_thresholds_go_down_again(kernel: Kernel) -> None:
+def test_only_memory_thresholds_shrink_with_the_machine(kernel: Kernel) -> None:
     kernel.has_memory(LARGE)
     kernel.has_memory(SMALL)
     assert kernel["fs/inotify/max_user_watches"] == limits.derived(LARGE)["fs/inotify/max_user_watches"]
@@ -128,7 +128,7 @@ def test_a_value_set_by_a_specification_is_left_alone_even_if_equal(kernel: Kern
 @pytest.mark.parametrize(
     ("memory", "connections"), [(SMALL, 3749), (2 * GIB, 1 << 16), (8 * GIB, 1 << 18), (GIB // 64, 1024)]
 )
-def test_netfilters_limit_is_that_of_a_module_loaded_now(memory: int, connections: int) -> None:
+def test_netfilters_limit_is_that_of_a_freshly_loaded_module(memory: int, connections: int) -> None:
     assert limits.tracked_connections(memory) == connections
 
 

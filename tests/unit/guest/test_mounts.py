@@ -1,4 +1,4 @@
-"""Storages that several containers hold are mounted once and unmounted by the last."""
+"""A storage that several containers use is mounted once, and unmounted with the last of them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_last_user_unmounts(kernel: Recorder) -> None:
 @pytest.mark.parametrize(
     "storage_kept", [at("/a", shared=True), at("/a", driver=KEPT)], ids=["shared", "pod's"]
 )
-def test_entries_of_the_sandbox_stay(kernel: Recorder, storage_kept: Any) -> None:
+def test_the_sandboxs_own_mounts_stay(kernel: Recorder, storage_kept: Any) -> None:
     mounts = Mounts()
     mounts.release(mounts.hold([storage_kept]))
     mounts.release(mounts.hold([storage_kept]))
@@ -80,7 +80,7 @@ def test_a_failure_undoes_the_earlier_steps(kernel: Recorder) -> None:
     assert kernel.calls[-1] == "+/c"
 
 
-def test_waiting_for_a_disk_delays_only_other_users_of_it(kernel: Recorder) -> None:
+def test_waiting_for_a_disk_delays_only_its_other_users(kernel: Recorder) -> None:
     mounts = Mounts()
     kernel.go_on.clear()
     threads = [threading.Thread(target=mounts.hold, args=([at("/slow")],)) for _ in range(2)]
@@ -104,7 +104,7 @@ def test_the_end_of_the_machine_unmounts_everything_in_reverse(kernel: Recorder)
     assert kernel.calls == ["+/a", "+/a/b", "-/a/b", "-/a"]
 
 
-def test_many_at_once_never_mount_twice_nor_unmount_under_a_user(kernel: Recorder) -> None:
+def test_concurrent_users_never_mount_twice_or_lose_a_mount_in_use(kernel: Recorder) -> None:
     mounts, names = Mounts(), ["/a", "/b", "/c"]
 
     def live(seed: int) -> None:

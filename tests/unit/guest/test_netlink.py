@@ -1,4 +1,4 @@
-"""The kernel's routing messages, byte for byte as its headers lay them out (little-endian machine)."""
+"""The kernel's routing messages, byte for byte as its headers define them (little-endian machine)."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ FULL = {
     "dest": "10.1.0.0/16",
     "gateway": "203.0.113.1",
     "device": "eth0",
-    "flags": 4 | 1,  # of these only "on link" is the host's to decide
+    "flags": 4 | 1,  # of these flags, the host decides only "on link"
     "mtu": 1300,
     "metric": 7,
     "source": "192.0.2.2",
 }
 
 
-def test_messages_are_laid_out_as_the_kernel_has_them() -> None:
+def test_messages_have_the_kernels_layout() -> None:
     pack = addresses.pack
     v4 = rtnetlink.LinkAddress(index=2, packed=pack("192.0.2.2"), prefix=24)
     v6 = rtnetlink.LinkAddress(index=2, packed=pack("2001:db8::2"), prefix=64, flags=rtnetlink.IFA_F_NODAD)
@@ -89,23 +89,23 @@ def test_messages_are_laid_out_as_the_kernel_has_them() -> None:
     assert rtnetlink.encode_neighbour(2, packed=pack("192.0.2.9"), mac=MAC, state=0x80, flags=0) == NEIGHBOUR
 
 
-def test_links_and_addresses_are_read_back() -> None:
+def test_links_and_addresses_are_decoded() -> None:
     link = rtnetlink.decode_link(LINK_WITH_MAC)
     assert (link.index, link.name, link.mac, link.mtu, link.flags) == (2, "eth0", MAC, 1400, 0x11043)
     assert rtnetlink.decode_link(LINK).mac == b""
     v4, v6 = rtnetlink.decode_address(ADDRESS_V4), rtnetlink.decode_address(ADDRESS_V6)
     assert (v4.index, addresses.text_of(v4.packed), v4.prefix) == (2, "192.0.2.2", 24)
     assert (addresses.text_of(v6.packed), v6.prefix, v6.flags) == ("2001:db8::2", 64, 2)
-    # The long flags outrank the short ones of the header.
+    # The long flags take precedence over the short ones of the header.
     assert rtnetlink.decode_address(ADDRESS_V6 + hexed("0800 0800 82000000")).flags == 0x82
 
 
 @pytest.mark.parametrize("body", [ROUTE, ROUTE_VIA, ROUTE_SHARED])
-def test_routes_are_read_back(body: bytes) -> None:
+def test_routes_are_decoded(body: bytes) -> None:
     assert rtnetlink.encode_route(rtnetlink.decode_route(body)) == body
 
 
-def test_a_table_beyond_a_byte_is_read_from_its_attribute() -> None:
+def test_a_table_number_above_255_is_read_from_its_attribute() -> None:
     assert rtnetlink.decode_route(ROUTE + hexed("0800 0f00 e8030000")).table == 1000
 
 
@@ -117,7 +117,7 @@ def test_a_table_beyond_a_byte_is_read_from_its_attribute() -> None:
         (0x300, "0800 0200 10000000", "Network is unreachable"),
     ],
 )
-def test_a_refusal_repeats_the_kernel_s_words(flags: int, tail: str, text: str) -> None:
+def test_a_refusal_repeats_the_kernels_words(flags: int, tail: str, text: str) -> None:
     code = (-errno.ENETUNREACH).to_bytes(4, "little", signed=True)
     error = netlink.refusal(code + bytes(16) + hexed(tail), flags=flags)
     assert error is not None
@@ -125,7 +125,7 @@ def test_a_refusal_repeats_the_kernel_s_words(flags: int, tail: str, text: str) 
     assert netlink.refusal(bytes(20), flags=flags) is None
 
 
-def test_messages_follow_one_another_in_a_datagram() -> None:
+def test_a_datagram_may_hold_several_messages() -> None:
     first = netlink.message(16, 2, b"\1\2\3", sequence=7)
     second = netlink.message(3, 0, b"", sequence=7)
     assert first[:16] == hexed("13000000 1000 0200 07000000 00000000")
@@ -150,7 +150,7 @@ def test_messages_follow_one_another_in_a_datagram() -> None:
         (rtnetlink.decode_route, "02 00 00 00 fe 03 00 01 00000000 | 0c00 0900 0400 00 00 02000000"),
     ],
 )
-def test_a_length_that_leaves_the_message_is_an_error(decode: Callable[[bytes], object], data: str) -> None:
+def test_a_length_beyond_the_message_is_an_error(decode: Callable[[bytes], object], data: str) -> None:
     with pytest.raises(ValueError, match="bytes"):
         decode(hexed(data))
 
@@ -165,7 +165,7 @@ def test_a_random_answer_is_at_worst_malformed(noise: bytes, valid: bytes, data:
 
 
 class Kernel:
-    """The other end of a channel: datagrams to receive."""
+    """The other end of a channel; it has datagrams to receive."""
 
     def __init__(self, *datagrams: bytes) -> None:
         self.datagrams = list(datagrams)
@@ -184,7 +184,7 @@ def channel_to(*datagrams: bytes) -> netlink.NetlinkChannel:
     return channel
 
 
-def test_a_list_that_changed_during_the_dump_is_read_again() -> None:
+def test_a_list_that_changes_during_the_dump_is_read_again() -> None:
     link, interrupted, done = (16, 2, LINK), (16, 0x12, LINK), (3, 2, bytes(4))
     datagrams = [
         b"".join(netlink.message(kind, flags, body, sequence=sequence) for kind, flags, body in parts)
@@ -195,7 +195,7 @@ def test_a_list_that_changed_during_the_dump_is_read_again() -> None:
     assert [link.name for link in found] == ["eth0"]
 
 
-def test_objects_of_another_family_are_left_out() -> None:
+def test_objects_of_another_address_family_are_left_out() -> None:
     answer = b"".join(
         netlink.message(kind, 2, body, sequence=1)
         for kind, body in ((20, ADDRESS_V4), (20, b"\7\0\0\0"), (3, bytes(4)))
@@ -207,7 +207,7 @@ def test_objects_of_another_family_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("body", [LINK[:20], b"\0"])
-def test_a_malformed_object_is_the_kernel_s_error(body: bytes) -> None:
+def test_a_malformed_object_is_blamed_on_the_kernel(body: bytes) -> None:
     answer = netlink.message(16, 2, body, sequence=1) + bytes(-len(body) % 4)
     answer += netlink.message(3, 2, bytes(4), sequence=1)
     with pytest.raises(AgentError, match="netlink: malformed answer"):
@@ -234,7 +234,7 @@ def test_a_malformed_route_is_refused(fields: dict[str, object], cause: str) -> 
         route(**fields)
 
 
-def test_a_route_needs_its_device() -> None:
+def test_a_route_to_a_missing_device_is_refused() -> None:
     with pytest.raises(AgentError, match="eth7: Link not found"):
         route(device="eth7")
 
@@ -253,7 +253,7 @@ def test_a_malformed_hardware_address_is_refused(text: str) -> None:
         addresses.pack_mac(text)
 
 
-def test_the_kernel_s_link_local_address_is_known() -> None:
+def test_the_kernels_link_local_address_is_recognized() -> None:
     assert addresses.text_of(addresses.link_local(MAC)) == "fe80::ff:fe00:1"
 
 
@@ -295,7 +295,7 @@ def wanted(**fields: object) -> Message:
     return CODEC.new("types.Route", device="eth0", **fields)
 
 
-def test_routes_without_gateway_come_first_and_former_ones_go_before(recorder: Recorder) -> None:
+def test_old_routes_go_first_and_routes_without_a_gateway_come_next(recorder: Recorder) -> None:
     routes = network.GuestNetwork(CODEC)
     old, near, far = wanted(dest="10.9.0.0/16"), wanted(dest="10.8.0.1/32"), wanted(gateway="10.8.0.1")
     add, delete = rtnetlink.RTM_NEWROUTE, rtnetlink.RTM_DELROUTE
@@ -306,7 +306,7 @@ def test_routes_without_gateway_come_first_and_former_ones_go_before(recorder: R
     routes.update_routes([far, near, old])
     assert recorder.changes == [(add, encoded(near)), (add, encoded(old)), (add, encoded(far))]
     key = rtnetlink.encode_route_key(network._route(old, INDEXES))
-    # It is gone already, with its link, which is accepted.
+    # It went with its link, which is accepted.
     recorder.changes.clear()
     recorder.refused[key] = errno.ESRCH
     routes.update_routes([far, near])
@@ -316,14 +316,14 @@ def test_routes_without_gateway_come_first_and_former_ones_go_before(recorder: R
     assert [kind for kind, _body in recorder.changes] == [delete, delete]
 
 
-def test_a_set_of_routes_with_a_bad_one_changes_nothing(recorder: Recorder) -> None:
+def test_one_bad_route_prevents_all_changes(recorder: Recorder) -> None:
     with pytest.raises(InvalidArgument):
         network.GuestNetwork(CODEC).update_routes([wanted(dest="10.9.0.0/16"), wanted(dest="nonsense")])
     assert recorder.changes == []
 
 
 @pytest.mark.parametrize(("disabled", "kept"), [("0\n", [ADDRESS_V4, ADDRESS_V6]), ("1\n", [ADDRESS_V4])])
-def test_ipv6_is_left_out_where_the_guest_has_none(
+def test_ipv6_is_left_out_if_the_guest_lacks_it(
     recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disabled: str, kept: list[bytes]
 ) -> None:
     (tmp_path / "all").mkdir()

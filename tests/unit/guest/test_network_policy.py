@@ -1,4 +1,4 @@
-"""The guest's rules and parameters follow the host's requests; those of others are left alone."""
+"""The guest's rules and parameters follow the host's requests; rules and values of others stay."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rule(body: bytes, text: str = "rule") -> Message:
 
 
 class Kernel:
-    """Keeps rules as the kernel does: with empty attributes, and in another order."""
+    """Stores rules as the kernel does: with empty attributes, and in another order."""
 
     def __init__(self, *bodies: bytes) -> None:
         self.rules = list(bodies)
@@ -56,7 +56,7 @@ class Kernel:
             raise OSError(errno.ENOENT, "there is none")
 
 
-def test_the_hosts_rules_replace_only_its_former_ones_and_the_kernels() -> None:
+def test_the_hosts_rules_replace_only_its_old_rules_and_the_kernels() -> None:
     first = [one.body for one in USUAL]
     others = HEADER.pack(2, 0, 0, 0, 99, 0, 0, 1, 0) + attribute(21, b"\3")
     kernel, rules = Kernel(*first, others), Rules()
@@ -80,7 +80,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_parameters_are_reset_once_the_host_stops_asking_for_them(root: Path) -> None:
+def test_parameters_are_reset_when_the_host_stops_asking_for_them(root: Path) -> None:
     (root / "net").mkdir()
     for name in ("a", "b"):
         (root / "net" / name).write_text("1", encoding="ascii")
@@ -108,7 +108,7 @@ def test_a_containers_value_stays_until_the_host_asks_for_another(root: Path) ->
     assert [file.read_text(encoding="ascii") for file in files] == ["9", "3", "9"]
 
 
-def test_a_links_parameters_are_set_again_for_a_new_link_of_that_name(root: Path) -> None:
+def test_a_new_link_gets_the_parameters_of_its_predecessor_of_that_name(root: Path) -> None:
     (root / "net/eth0").mkdir(parents=True)
     file = root / "net/eth0/a"
     file.write_text("1", encoding="ascii")

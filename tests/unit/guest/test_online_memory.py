@@ -1,4 +1,4 @@
-"""Memory blocks that the kernel's driver is busy with are left to it; other failures are reported."""
+"""A memory block that the kernel's driver is busy with is left to it; other failures are reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
-    """Let the kernel refuse two blocks of memory; return the blocks that were tried."""
+    """Let the kernel refuse two memory blocks; return the blocks that were tried."""
     tried = []
 
     def make(number: int) -> list[str]:
@@ -38,9 +38,7 @@ def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], l
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EBUSY, errno.ENODEV, errno.ENOENT])
-def test_a_busy_memory_block_does_not_keep_others_from_use(
-    refuse: Callable[[int], list[str]], number: int
-) -> None:
+def test_a_busy_memory_block_does_not_hold_up_others(refuse: Callable[[int], list[str]], number: int) -> None:
     tried = refuse(number)
 
     sizing.online_memory()

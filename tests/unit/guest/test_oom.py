@@ -1,4 +1,4 @@
-"""The end of a process is reported after its kill for memory, and never instead of it."""
+"""A kill for memory is always reported, and before the end of the process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from guest.agent.ttrpc import Call
 
 @pytest.fixture
 def kills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A kernel's count; its file shows no change, as if it had just been read."""
+    """The kernel's counter; its file shows no change, as if it had just been read."""
     counted = [0]
     monkeypatch.setattr(cgroup, "open_kills", lambda _path: os.eventfd(0, os.EFD_CLOEXEC))
     monkeypatch.setattr(cgroup, "kills", lambda _fd: counted[0])
@@ -25,7 +25,7 @@ def kills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 class _Watched(Call):
-    """A call that says when it waits."""
+    """A call that reports when it waits."""
 
     __slots__ = ("waits",)
 
@@ -35,10 +35,10 @@ class _Watched(Call):
 
     def wait(self, **what: object) -> list[int]:
         self.waits.release()
-        return super().wait(**what)  # type: ignore[arg-type]  # handed on as it is
+        return super().wait(**what)  # type: ignore[arg-type]  # passed on unchanged
 
 
-def test_a_kill_is_reported_even_if_the_process_end_read_the_count_first(kills: list[int]) -> None:
+def test_a_kill_is_reported_even_if_the_end_was_seen_first(kills: list[int]) -> None:
     oom.watch("box", "/box")
     told: list[str] = []
     call = _Watched()

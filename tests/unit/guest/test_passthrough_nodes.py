@@ -24,7 +24,7 @@ def node(place: Path, number: str, *, subsystem: str, name: str) -> None:
 
 @pytest.fixture
 def device(tmp_path: Path) -> Path:
-    """A disk's controller, its disk with a partition, and a device that went during the search."""
+    """A disk's controller, its disk with a partition, and a device that disappears during the search."""
     controller = tmp_path / "nvme/nvme0"
     node(controller, "242:0", subsystem="nvme", name="nvme0")
     node(controller / "nvme0n1", "259:0", subsystem="block", name="nvme0n1")
@@ -34,7 +34,7 @@ def device(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_all_nodes_below_a_device_are_found_with_their_kind_and_number(device: Path) -> None:
+def test_every_node_below_a_device_is_found_with_its_kind_and_number(device: Path) -> None:
     found = [
         (each["path"], each["type"], each["major"], each["minor"]) for each in passthrough._below(str(device))
     ]
@@ -45,25 +45,25 @@ def test_all_nodes_below_a_device_are_found_with_their_kind_and_number(device: P
     ]
 
 
-def test_a_node_below_a_directory_keeps_its_whole_path(tmp_path: Path) -> None:
+def test_a_node_in_a_subdirectory_keeps_its_whole_path(tmp_path: Path) -> None:
     node(tmp_path / "drm/card0", "226:0", subsystem="drm", name="dri/card0")
     assert [each["path"] for each in passthrough._below(str(tmp_path))] == ["/dev/dri/card0"]
 
 
-def test_a_node_comes_with_the_right_to_use_it() -> None:
+def test_a_container_may_use_the_nodes_it_gets() -> None:
     linux = {"devices": [], "resources": {"devices": [DENY]}}
     devices.add(linux, [BLOCK])
     allowed = {"allow": True, "access": "rwm", "type": "b", "major": 259, "minor": 0}
     assert linux == {"devices": [BLOCK], "resources": {"devices": [DENY, allowed]}}
 
 
-def test_a_container_that_may_use_everything_gets_no_rule() -> None:
+def test_a_container_that_may_use_all_devices_gets_no_rule() -> None:
     linux: dict[str, object] = {}
     devices.add(linux, [BLOCK])
     assert linux == {"devices": [BLOCK], "resources": {"devices": []}}
 
 
-def test_a_mount_of_the_specification_at_the_path_stays() -> None:
+def test_a_specified_mount_at_a_nodes_path_stays() -> None:
     own = {"path": "/dev/nvme0n1", "type": "c", "major": 1, "minor": 3}
     linux = {"devices": [own]}
     devices.add(linux, [BLOCK])

@@ -1,4 +1,4 @@
-"""A process without a home directory gets that of its user, from the container's own list."""
+"""A process without HOME gets its user's home directory from the container's list of users."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def home_of(uid: int, root: Path, *env: str, **places: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("uid", "home"), [(0, "/root"), (7, "/home/seven"), (8, ""), (9, ""), (10, "/"), (107, "/other")]
 )
-def test_the_first_line_of_a_user_counts(root: Path, uid: int, home: str) -> None:
+def test_the_first_line_for_a_user_counts(root: Path, uid: int, home: str) -> None:
     assert home_of(uid, root, "A=b") == ["A=b", f"HOME={home}"]
 
 
@@ -57,7 +57,7 @@ def test_an_empty_home_counts_as_unset(root: Path) -> None:
     assert home_of(7, root, "HOME=", "A=b") == ["A=b", "HOME=/home/seven"]
 
 
-def test_links_lead_to_the_containers_files(root: Path) -> None:
+def test_links_are_followed_inside_the_container(root: Path) -> None:
     (root / "etc/passwd").rename(root / "users")
     (root / "etc/passwd").symlink_to("/users")
     assert home_of(7, root) == ["HOME=/home/seven"]
@@ -67,7 +67,7 @@ def test_links_lead_to_the_containers_files(root: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "directory", "fifo"])
-def test_without_a_list_home_is_the_root(root: Path, kind: str) -> None:
+def test_without_a_list_of_users_home_is_the_root(root: Path, kind: str) -> None:
     users = root / "etc/passwd"
     users.unlink()
     if kind == "directory":
@@ -77,7 +77,7 @@ def test_without_a_list_home_is_the_root(root: Path, kind: str) -> None:
     assert home_of(7, root) == ["HOME=/"]
 
 
-def test_a_mount_over_the_list_of_users_counts(root: Path, tmp_path: Path) -> None:
+def test_a_mount_over_the_list_of_users_is_read(root: Path, tmp_path: Path) -> None:
     (tmp_path / "users").write_text("seven:x:7:7::/mounted:/bin/sh\n")
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/passwd").write_text("seven:x:7:7::/below:/bin/sh\n")

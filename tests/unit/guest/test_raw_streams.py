@@ -1,4 +1,4 @@
-"""A process' streams travel over the connections that the request names, to their last byte."""
+"""A process's streams travel to their last byte over the connections that the request names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MUCH = os.urandom(3 << 20)
 
 @pytest.fixture
 def pipes() -> Iterator[Pipes]:
-    """The streams of a process that this test plays itself."""
+    """The streams of a process that the test plays."""
     opened = Pipes()
     yield opened
     for fd in opened.child:
@@ -45,7 +45,7 @@ def process(pipes: Pipes) -> Process:
 
 @pytest.fixture
 def host() -> Iterator[Callable[[int], socket.socket]]:
-    """Make a connection from a port and return the host's end."""
+    """Make a connection from a port, and return the host's end."""
     ends = []
 
     def connect(port: int) -> socket.socket:
@@ -68,7 +68,7 @@ def read_all(stream: socket.socket) -> bytes:
     return b"".join(iter(lambda: stream.recv(1 << 16), b""))
 
 
-def test_outputs_arrive_whole_and_separate(
+def test_outputs_arrive_whole_and_separately(
     host: Callable[[int], socket.socket], process: Process, pipes: Pipes
 ) -> None:
     stdout, stderr = host(7001), host(7002)
@@ -86,7 +86,7 @@ def test_outputs_arrive_whole_and_separate(
     assert read_all(stderr) == b"apart"
 
 
-def test_the_end_of_input_reaches_the_process_after_all_of_it(
+def test_the_process_reads_all_input_before_its_end(
     host: Callable[[int], socket.socket], process: Process, pipes: Pipes
 ) -> None:
     stdin = host(7003)

@@ -21,5 +21,5 @@ from guest.agent.runtime import in_words_of_go
         ("executable file `half", "executable file `half"),
     ],
 )
-def test_crun_is_quoted_in_the_words_of_go(message: str, words: str) -> None:
+def test_cruns_errors_are_worded_as_gos_are(message: str, words: str) -> None:
     assert in_words_of_go(message, program="/it") == words

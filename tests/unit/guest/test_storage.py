@@ -1,4 +1,4 @@
-"""Volumes handed to a group, as Kubernetes' fsGroup asks for."""
+"""Volumes are given to a group, as fsGroup of Kubernetes asks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ON_MISMATCH = types_pb2.FSGroupChangePolicy.OnRootMismatch
 
 @pytest.fixture
 def volume(tmp_path: Path) -> Path:
-    """Make a volume that belongs to this user alone, with a program, a file and a link that leads out."""
+    """Make a volume that only this user may read, with a program, a file and a link that leads out."""
     outside = tmp_path / "outside"
     outside.touch(mode=0o600)
     root = tmp_path / "volume"
@@ -44,7 +44,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_a_group_may_use_all_of_its_volume(volume: Path) -> None:
+def test_a_group_may_use_everything_in_its_volume(volume: Path) -> None:
     give(volume, ALWAYS)
     assert mode(volume) == 0o2770
     assert mode(volume / "deep") & 0o2070 == 0o2070
@@ -62,7 +62,7 @@ def test_a_volume_that_already_belongs_to_the_group_is_left_alone(volume: Path) 
 
 
 @pytest.mark.parametrize("late", [0, 1], ids=["there", "plugged a moment later"])
-def test_a_share_is_mounted_as_soon_as_it_is_there(
+def test_a_share_is_mounted_as_soon_as_its_device_appears(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, late: int
 ) -> None:
     calls: list[tuple[str, str, str]] = []

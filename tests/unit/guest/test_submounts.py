@@ -1,4 +1,4 @@
-"""The kernel's module for shares checks access control lists in what is mounted below one."""
+"""The kernel's virtio-fs module checks access control lists on mounts below a share, too."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ NAME = b"\0other\0fuse_get_tree_submount\0"
 
 
 def built(code: bytes, *, name: bytes = b"fuse_get_tree_submount") -> bytes:
-    """Build an object whose function of a given name lies behind another one."""
+    """Build an object in which the function of a given name follows another one."""
     before = b"\x90" * 16 + ACTIVE
     symbols = bytes(24) + struct.pack("<IBBHQQ", NAME.index(name), 2, 0, 1, len(before), len(code))
     return relocatable({".text": before + code + ACTIVE, ".symtab": symbols, ".strtab": NAME})
 
 
-def test_the_flag_is_set_in_that_function_alone() -> None:
+def test_the_flag_is_set_only_in_that_function() -> None:
     given = built(b"\x90" + ACTIVE + b"\xc3")
 
     changed = check_lists(given)
@@ -41,6 +41,6 @@ def test_the_flag_is_set_in_that_function_alone() -> None:
         pytest.param(built(ACTIVE, name=b"other"), id="another function"),
     ],
 )
-def test_a_module_of_an_unknown_build_is_left_as_it_is(given: bytes) -> None:
+def test_a_module_of_an_unknown_build_is_left_unchanged(given: bytes) -> None:
     assert check_lists(given) == given
     assert not are_lists_checked(given)

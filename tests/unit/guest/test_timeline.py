@@ -1,4 +1,4 @@
-"""The agent's report of its own start and its kernel's."""
+"""The agent reports how long its own start and its kernel's took."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["booted", "cloned"],
 )
-def test_the_first_report_goes_back_to_the_kernels_start(
+def test_the_first_report_begins_with_the_kernels_start(
     monkeypatch: pytest.MonkeyPatch, log: bytes, kernels: list[str]
 ) -> None:
     monkeypatch.setattr(kernel, "messages", lambda: log)

@@ -1,4 +1,4 @@
-"""Devices found by their place on the PCI bus, as soon as the kernel has made them."""
+"""Devices are found by their PCI path as soon as the kernel has made them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BRIDGE = "0000:00:02.0"
 
 @pytest.fixture
 def bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand for a root bus with one bridge, behind which bus 1 lies."""
+    """Stand for a root bus with one bridge, which leads to bus 1."""
     (tmp_path / BRIDGE / "pci_bus" / "0000:01").mkdir(parents=True)
     monkeypatch.setattr(uevent, "_PCI_ROOT", str(tmp_path))
     return tmp_path
@@ -31,7 +31,7 @@ def test_a_path_leads_through_bridges(bus: Path) -> None:
 
 
 @pytest.mark.parametrize("absent", ["02/1e", "03", "03/00", "02.1", "02/00/00"])
-def test_a_missing_device_is_accepted(bus: Path, absent: str) -> None:
+def test_a_path_to_a_missing_device_is_accepted(bus: Path, absent: str) -> None:
     assert uevent.pci_directory(absent) is None
     assert uevent.virtio_children(absent, "block") == []
 
@@ -43,7 +43,7 @@ def test_a_malformed_pci_path_is_refused(bus: Path, path: str) -> None:
         uevent.pci_directory(path)
 
 
-def test_a_driver_s_children_have_names(bus: Path) -> None:
+def test_a_drivers_children_have_names(bus: Path) -> None:
     device = bus / BRIDGE / "0000:01:00.0"
     (device / "virtio7" / "block" / "vdb").mkdir(parents=True)
     (device / "power").mkdir()
@@ -51,10 +51,10 @@ def test_a_driver_s_children_have_names(bus: Path) -> None:
     assert uevent.virtio_children("02/00", "net") == []
 
 
-def test_the_wait_for_a_device_that_never_comes_ends() -> None:
+def test_waiting_for_a_device_that_never_appears_ends() -> None:
     with pytest.raises(AgentError, match=r"disk: 02/00: it did not appear in 0 s"):
         uevent.wait_for(lambda: None, what="disk: 02/00", timeout_s=0.01)
 
 
-def test_a_device_that_is_already_there_needs_no_wait() -> None:
+def test_a_present_device_is_found_without_waiting() -> None:
     assert uevent.wait_for(lambda: "/dev/vda", what="disk", timeout_s=0) == "/dev/vda"

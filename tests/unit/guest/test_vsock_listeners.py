@@ -1,4 +1,4 @@
-"""Who may speak to the agent: the host, and where any user of the host could, only its privileged ones."""
+"""Only the host may connect to the agent; if any host user could connect, only privileged ones may."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Address = tuple[int, int]
 
 
 class Socket:
-    """A listening socket with the connections that a test gives it; the descriptors are of a file."""
+    """A listening socket with the connections that a test gives it; their descriptors belong to a file."""
 
     addresses: list[Address]
 
@@ -41,7 +41,7 @@ class Socket:
 
 @pytest.fixture
 def offer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[Address]], int]:
-    """Offer connections to a listener, and return the port of the first that it takes."""
+    """Offer connections to a listener, and return the port of the first that it accepts."""
     monkeypatch.setattr(vsock._socket, "socket", Socket)
 
     def to_listener(command_line: str, addresses: list[Address]) -> int:
@@ -53,13 +53,13 @@ def offer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[Address]], int
     return to_listener
 
 
-def test_the_host_may_connect_from_any_port_where_only_one_process_can(
+def test_the_host_may_connect_from_any_port_if_only_one_process_can(
     offer: Callable[[str, list[Address]], int],
 ) -> None:
     assert offer("quiet", [(HOST, OTHER)]) == OTHER
 
 
-def test_unprivileged_users_of_the_host_are_refused_where_the_command_line_says_so(
+def test_unprivileged_host_users_are_refused_if_the_command_line_says_so(
     offer: Callable[[str, list[Address]], int],
 ) -> None:
     strangers = [(HOST, OTHER), (HOST, 40_000), (LOOPBACK, PRIVILEGED), (ANOTHER, PRIVILEGED)]

@@ -1,4 +1,4 @@
-"""A configuration volume and its copy: whole versions, published at once, announced by inotify."""
+"""A configuration volume's copy shows whole versions, published at once and announced by inotify."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def copy(tmp_path: Path, source: Path) -> Volume:
 
 @pytest.fixture
 def events(copy: Volume) -> Iterator[Callable[[], list[tuple[int, str]]]]:
-    """Watch the copy as a program in a container would."""
+    """Watches the copy as a program in a container would."""
     libc = ctypes.CDLL(None)
     fd = libc.inotify_init1(os.O_NONBLOCK)
     libc.inotify_add_watch(fd, copy.target.encode(), IN_MOVED_TO | IN_CREATE | IN_DELETE)
@@ -98,7 +98,7 @@ def test_a_new_version_appears_at_once_and_with_events(
     assert [event for event in seen if event in order] == order
 
 
-def test_nothing_happens_without_a_new_version(
+def test_without_a_new_version_there_are_no_events(
     copy: Volume, events: Callable[[], list[tuple[int, str]]]
 ) -> None:
     copy.refresh()
@@ -113,7 +113,7 @@ def test_a_volume_of_many_files_is_copied(source: Path, copy: Volume) -> None:
     assert contents(copy) == files
 
 
-def test_a_version_that_goes_while_it_is_copied_is_never_shown(
+def test_a_version_that_disappears_during_the_copy_is_never_shown(
     source: Path, copy: Volume, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch, "_CACHE_S", 0)

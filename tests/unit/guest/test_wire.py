@@ -1,4 +1,4 @@
-"""The agent's codec against the protobuf runtime, which is the reference."""
+"""The agent's codec agrees with the protobuf runtime, which is the reference."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def same(ours: Message, reference: Reference) -> None:
 @pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.DESCRIPTOR.full_name)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_messages_survive_a_round_trip_with_the_protobuf_runtime(
+def test_messages_survive_a_round_trip_through_the_protobuf_runtime(
     kind: type[Reference], data: st.DataObject
 ) -> None:
     name = kind.DESCRIPTOR.full_name
