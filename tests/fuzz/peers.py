@@ -160,7 +160,7 @@ class ServedShim:
         assert task_v3_pb2.ConnectResponse.FromString(payload).shim_pid == self.process.pid
 
     def ensure_running(self, container: str = "box", exec_id: str = "shell") -> None:
-        """Make sure that a container and an exec run, whatever the last case did."""
+        """Make sure that a container and an exec run, even if the last case ended them."""
         peer = self._witness
         if peer.ask("State", task_v3_pb2.StateRequest(id=container)):
             create = task_v3_pb2.CreateTaskRequest(id=container, bundle=str(self.bundle))

@@ -1,4 +1,4 @@
-"""For tests that start no virtual machine: a specification of one, and QEMU's side of a QMP session."""
+"""Fixtures for tests without a virtual machine: a specification, and QEMU's side of a QMP session."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Peer:
         await asyncio.get_running_loop().sock_sendall(self._stream, data)
 
     async def receive(self) -> dict[str, Any]:
-        # The library sends no line ends: a command is over when its JSON is.
+        # The library sends no line ends: a command ends where its JSON ends.
         while True:
             with contextlib.suppress(ValueError):
                 message: dict[str, Any] = json.loads(self._received)
@@ -87,7 +87,7 @@ class Peer:
         return await self.receive(), fds
 
     async def serve(self, *answers: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-        """Answer commands one after the other; return them."""
+        """Answer commands one after another; return the commands."""
         commands = []
         for answer in answers:
             query = await self.receive()

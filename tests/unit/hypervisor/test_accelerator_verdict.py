@@ -1,4 +1,4 @@
-"""KVM is used if it ran guest code before TCG did, and for no other reason."""
+"""KVM is used only if it ran guest code before TCG did."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     return count
 
 
-async def test_a_verdict_is_kept(measurements: list[Any], tmp_path: Path) -> None:
+async def test_a_verdict_is_cached(measurements: list[Any], tmp_path: Path) -> None:
     first = await accelerator.choose_accelerator(QEMU, cache=tmp_path / "verdict.json")
     second = await accelerator.choose_accelerator(QEMU, cache=tmp_path / "verdict.json")
     assert first == second
@@ -130,7 +130,7 @@ async def test_a_verdict_is_kept(measurements: list[Any], tmp_path: Path) -> Non
     ],
     ids=["KVM won", "KVM lost lately", "KVM lost a while ago", "the clock was set back", "nobody won"],
 )
-async def test_a_failed_kvm_is_asked_again(
+async def test_a_failed_kvm_is_measured_again(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     verdict: accelerator.Verdict,
@@ -153,7 +153,7 @@ async def test_a_failed_kvm_is_asked_again(
     assert len(asked) == (2 if measured_anew else 1)
 
 
-async def test_another_qemu_or_another_boot_is_measured_anew(
+async def test_another_qemu_or_another_boot_is_measured_again(
     measurements: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "verdict.json"
@@ -167,9 +167,7 @@ async def test_another_qemu_or_another_boot_is_measured_anew(
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", json.dumps({"key": 1}).encode()])
-async def test_a_damaged_cache_is_measured_anew(
-    measurements: list[Any], tmp_path: Path, content: bytes
-) -> None:
+async def test_a_damaged_cache_is_ignored(measurements: list[Any], tmp_path: Path, content: bytes) -> None:
     cache = tmp_path / "verdict.json"
     cache.write_bytes(content)
     verdict = await accelerator.choose_accelerator(QEMU, cache=cache)
@@ -177,7 +175,7 @@ async def test_a_damaged_cache_is_measured_anew(
     assert json.loads(cache.read_text())["accelerator"] == "kvm"
 
 
-async def test_without_the_device_the_reason_names_it_and_nothing_is_kept(
+async def test_without_the_device_the_reason_names_it_and_nothing_is_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(accelerator, "KVM_DEVICE", tmp_path / "kvm")

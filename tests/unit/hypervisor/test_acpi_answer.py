@@ -1,4 +1,4 @@
-"""A guest's answers about processors and memory modules, read from QEMU's events."""
+"""QEMU's events carry a guest's answers about processors and memory modules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DONE, FAILED, BUSY, UNDER_WAY = 0x0, 0x1, 0x82, 0x84
 
 
 class Events:
-    """Events that came, and no more."""
+    """A fixed list of events."""
 
     def __init__(self, *events: Event) -> None:
         self._events = list(events)
@@ -55,7 +55,7 @@ SILENCE = "no answer within 0.01 s"
         ([], SILENCE),
     ],
 )
-async def test_an_addition_is_done_when_the_guest_says_so_of_that_slot(
+async def test_an_addition_is_done_when_the_guest_confirms_that_slot(
     events: list[Event], problem: str
 ) -> None:
     assert await answer(*events, leaving=False) == problem
@@ -75,5 +75,7 @@ async def test_an_addition_is_done_when_the_guest_says_so_of_that_slot(
         ([ost(EJECT, UNDER_WAY)], SILENCE),
     ],
 )
-async def test_a_removal_is_done_when_the_guest_or_qemu_says_so(events: list[Event], problem: str) -> None:
+async def test_a_removal_is_done_when_the_guest_or_qemu_confirms_it(
+    events: list[Event], problem: str
+) -> None:
     assert await answer(*events, leaving=True) == problem

@@ -1,4 +1,4 @@
-"""What a guest may cause: a lot now and then, a little at any time."""
+"""A guest may cause a lot of work now and then, and a little at any time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Clock:
         return self.now_s
 
 
-def test_as_much_as_the_burst_may_be_used_at_once() -> None:
+def test_the_whole_burst_may_be_used_at_once() -> None:
     allowance = Allowance(burst=3, per_s=1, clock=Clock())
     assert [allowance.take() for _ in range(4)] == [True, True, True, False]
 
 
-def test_what_was_used_comes_back_with_time_and_never_exceeds_the_burst() -> None:
+def test_the_allowance_refills_with_time_up_to_the_burst() -> None:
     clock = Clock()
     allowance = Allowance(burst=3, per_s=2, clock=clock)
     assert allowance.take(3)
@@ -38,7 +38,7 @@ def test_a_refusal_uses_nothing_up() -> None:
     assert allowance.take(3)
 
 
-async def test_waiting_ends_when_there_is_enough() -> None:
+async def test_waiting_ends_when_the_allowance_suffices() -> None:
     allowance = Allowance(burst=1, per_s=1000)
     loop = asyncio.get_running_loop()
     began_s = loop.time()

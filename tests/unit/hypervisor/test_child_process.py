@@ -1,4 +1,4 @@
-"""Supervised processes: their end is an event, their last words are kept, nothing is left behind."""
+"""Supervised processes: their end is an event, their last output is kept, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def gone(pid: int) -> bool:
         ("kill -9 $$", ExitStatus(signal=9), "killed by signal 9"),
     ],
 )
-async def test_the_end_is_reported_exactly(script: str, status: ExitStatus, text: str) -> None:
+async def test_the_exit_status_or_signal_is_reported(script: str, status: ExitStatus, text: str) -> None:
     process = shell(script)
     assert await process.exited == status
     assert str(status) == text
@@ -55,13 +55,13 @@ async def test_kill_ends_a_process_and_is_harmless_afterwards() -> None:
     process.kill()
 
 
-async def test_the_last_lines_of_both_outputs_are_the_obituary() -> None:
+async def test_the_obituary_has_the_last_lines_of_both_outputs() -> None:
     process = shell("for i in 1 2 3; do echo out $i; echo; done; echo err >&2; exit 3")
     await process.exited
     assert process.obituary() == "test exited with status 3: out 2; out 3; err"
 
 
-async def test_output_is_bounded_and_keeps_the_end() -> None:
+async def test_only_the_end_of_the_output_is_kept() -> None:
     process = shell("head -c 1000000 /dev/zero | tr '\\0' x; echo; echo the end")
     await process.exited
     assert len(process.output()) <= 64 * 1024
@@ -79,13 +79,13 @@ async def test_only_listed_descriptors_are_inherited() -> None:
         os.close(other)
 
 
-async def test_a_program_that_cannot_be_executed_ends_at_once_and_says_so() -> None:
+async def test_a_program_that_cannot_be_executed_is_reported_at_once() -> None:
     process = ChildProcess.spawn("test", ["/nonexistent/program"])
     assert (await process.exited).code == 127
     assert "/nonexistent/program" in process.last_words()
 
 
-async def test_no_descriptor_is_left() -> None:
+async def test_no_descriptor_leaks() -> None:
     before = descriptors()
     for _ in range(20):
         await shell("echo x").exited
@@ -98,7 +98,7 @@ async def test_destroying_a_process_ends_the_workers_it_forked() -> None:
     parent.adopt_workers()
     (worker,) = parent.workers
     await parent.destroy()
-    assert parent.exited.result() == ExitStatus(code=0), "it ended by itself, having reaped its worker"
+    assert parent.exited.result() == ExitStatus(code=0), "it reaped its worker and ended by itself"
     assert worker.exited.result() == ExitStatus(), "a grandchild's status belongs to its parent"
     assert gone(parent.pid)
     assert gone(worker.pid)
@@ -133,7 +133,9 @@ _PAGES = "grep THP_enabled /proc/self/status"
 
 
 @pytest.mark.parametrize(("huge_pages", "enabled"), [(True, "1"), (False, "0")])
-async def test_only_the_chosen_program_runs_without_huge_pages(huge_pages: bool, enabled: str) -> None:
+async def test_only_the_chosen_program_runs_without_transparent_huge_pages(
+    huge_pages: bool, enabled: str
+) -> None:
     said = []
     for process in (shell(_PAGES, huge_pages=huge_pages), shell(_PAGES)):
         await process.exited
@@ -150,7 +152,7 @@ async def test_only_the_chosen_program_runs_without_huge_pages(huge_pages: bool,
         ([], False),
     ],
 )
-def test_a_process_that_waits_for_processors_longer_than_it_runs_is_starved(
+def test_a_process_is_starved_if_it_waits_for_processors_longer_than_it_runs(
     threads: list[str], starved: bool
 ) -> None:
     assert waits_more_than_it_runs(threads) is starved

@@ -1,4 +1,4 @@
-"""On a busy host, a clone waits for a slow step, but not for one that stands still."""
+"""On a busy host, a clone waits for a slow step, but not for a stalled one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def test_a_copy_that_progresses_may_take_any_time(memory: int) -> None:
         await watching
 
 
-async def test_the_error_names_the_step_in_which_qemu_hangs() -> None:
+async def test_the_error_names_the_step_at_which_qemu_hangs() -> None:
     with pytest.raises(TemplateLateError, match=r"/t: its state was not loaded within 0\.01 s"):
         async with cloning._limited(Path("/t"), "its state was not loaded", step_s=0.01):
             await asyncio.Event().wait()

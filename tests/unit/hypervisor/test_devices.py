@@ -1,4 +1,4 @@
-"""Devices are described to QEMU, and follow its answers and reports."""
+"""Devices are described to QEMU, and their state follows its answers and events."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_the_agents_channel_is_described(device: KernelVsock | UserVsock, descri
     assert vsock.describe(device, "fd0") == description
 
 
-def test_a_network_interface_with_several_queues_has_vectors_for_all() -> None:
+def test_each_queue_of_a_network_interface_has_its_vectors() -> None:
     description = nics.describe(Nic(id="n", mac="02:00:00:00:00:01", tap_fds=(3, 4)), fd_names=["fd0", "fd1"])
     assert description.backend[0].arguments["fds"] == "fd0:fd1"
     assert (description.properties["mq"], description.properties["vectors"]) == (True, 6)
@@ -185,7 +185,7 @@ def test_a_disk_is_described() -> None:
 
 @pytest.fixture
 async def plugging(connected: tuple[QmpSession, Peer]) -> AsyncIterator[tuple[Devices, Peer]]:
-    """Devices of a session, followed as a virtual machine follows them."""
+    """Devices of a session, tracked as in a virtual machine."""
     session, peer = connected
     devices = Devices(session, buses=["bus1"], ports=["port1"])
     watching = asyncio.create_task(devices.watch())
@@ -209,7 +209,7 @@ async def report(peer: Peer, event: str, **data: str) -> None:
     await peer.send({"event": event, "data": data, "timestamp": TIMESTAMP})
 
 
-async def test_a_device_is_added_after_its_backend_and_found_by_its_place(
+async def test_a_device_is_added_after_its_backend_and_its_pci_path_is_returned(
     plugging: tuple[Devices, Peer],
 ) -> None:
     devices, peer = plugging
@@ -231,7 +231,7 @@ async def test_a_refused_device_leaves_nothing_behind(
     await plugged(devices, peer)  # in the same slot
 
 
-async def test_a_device_is_gone_when_qemu_says_so_and_not_before(plugging: tuple[Devices, Peer]) -> None:
+async def test_a_device_is_gone_only_when_qemu_says_so(plugging: tuple[Devices, Peer]) -> None:
     devices, peer = plugging
     await plugged(devices, peer)
     leaving = asyncio.create_task(devices.unplug("d", timeout_s=10))
@@ -326,7 +326,7 @@ async def test_the_end_of_the_session_ends_a_plug(plugging: tuple[Devices, Peer]
         await plug
 
 
-async def test_a_failure_of_a_disk_is_in_the_log_once_and_under_the_disks_own_name(
+async def test_a_failing_disk_is_logged_once_under_its_own_name(
     plugging: tuple[Devices, Peer], caplog: pytest.LogCaptureFixture
 ) -> None:
     devices, peer = plugging
@@ -357,7 +357,7 @@ async def test_a_failed_cleanup_is_logged(
     assert "unplug: d: something stays behind: qmp: unmake: not today" in caplog.text
 
 
-async def test_a_qemu_without_io_uring_uses_threads_from_then_on(
+async def test_a_qemu_without_io_uring_uses_threads_for_all_later_disks(
     plugging: tuple[Devices, Peer], tmp_path: Path
 ) -> None:
     devices, peer = plugging

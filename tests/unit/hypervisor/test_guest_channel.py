@@ -1,4 +1,4 @@
-"""The channels, without a guest."""
+"""The channels to the agent, without a guest."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def no_spawn(
     inherit: Iterable[int] = (),
     confinement: Confinement | None = None,
 ) -> ChildProcess:
-    raise AssertionError("nothing is to be started")
+    raise AssertionError("no process is needed")
 
 
 async def test_virtio_serial_carries_one_connection_to_the_agents_port() -> None:
@@ -68,25 +68,25 @@ class Binding:
         self.bound = address[1]
 
 
-def test_a_connection_comes_from_a_privileged_port_that_is_free() -> None:
+def test_a_connection_comes_from_a_free_privileged_port() -> None:
     stream = Binding(taken=set(range(1, 1024)) - {700})
     bind_privileged(cast("socket.socket", stream), range(1, 1024))
     assert stream.bound == 700
 
 
-def test_a_host_without_free_privileged_ports_is_told() -> None:
+def test_without_a_free_privileged_port_connecting_fails() -> None:
     stream = Binding(taken=range(1024))
     with pytest.raises(ChannelError, match="vsock ports 1 to 1023 are all in use"):
         bind_privileged(cast("socket.socket", stream), range(1, 1024))
 
 
-def test_a_shim_that_may_not_use_privileged_ports_is_told() -> None:
+def test_without_the_capability_for_privileged_ports_connecting_fails() -> None:
     stream = Binding(taken=range(1024), error=errno.EACCES)
     with pytest.raises(ChannelError, match="give the shim CAP_NET_BIND_SERVICE"):
         bind_privileged(cast("socket.socket", stream), range(1, 1024))
 
 
-def test_a_vsock_daemon_that_was_not_given_is_named(make_spec: Callable[..., VmSpec]) -> None:
+def test_a_missing_vsock_daemon_is_named(make_spec: Callable[..., VmSpec]) -> None:
     spec = make_spec(channel=Channel.VHOST_USER_VSOCK, vsock_daemon=None)
     with pytest.raises(VmStartError, match="install vhost-device-vsock"):
         make_channel(spec, spawn=no_spawn)
@@ -112,7 +112,7 @@ async def daemon(tmp_path: Path) -> AsyncIterator[tuple[UserVsockChannel, list[A
     channel.close()
 
 
-async def test_dialling_the_daemon_reads_only_its_answer(
+async def test_dialling_reads_no_more_than_the_daemons_answer(
     daemon: tuple[UserVsockChannel, list[Any], dict[str, bytes]],
 ) -> None:
     channel, received, answer = daemon
@@ -125,7 +125,7 @@ async def test_dialling_the_daemon_reads_only_its_answer(
 @pytest.mark.parametrize(
     "refusal", [b"", b"OK", b"no\n"], ids=["hangs up", "half an answer", "another answer"]
 )
-async def test_a_refusal_may_be_dialled_again(
+async def test_a_refused_connection_can_be_dialled_again(
     daemon: tuple[UserVsockChannel, list[Any], dict[str, bytes]], refusal: bytes
 ) -> None:
     channel, _, answer = daemon
@@ -134,7 +134,7 @@ async def test_a_refusal_may_be_dialled_again(
         await channel.dial(1024)
 
 
-async def test_a_daemon_knows_its_queues_once_it_has_read_everything(
+async def test_a_daemon_is_ready_once_it_has_read_all_messages(
     daemon: tuple[UserVsockChannel, list[Any], dict[str, bytes]], tmp_path: Path
 ) -> None:
     channel, _, answer = daemon
@@ -155,7 +155,7 @@ async def test_a_daemon_knows_its_queues_once_it_has_read_everything(
                 daemons_end.recv(100)
                 assert channel.is_handed_over()
             (await channel.dial(1024)).close()
-            # From here on, QEMU's end is QEMU's alone.
+            # From here on, only QEMU holds its end.
             assert daemons_end.recv(1) == b""
     assert channel.is_handed_over()
 

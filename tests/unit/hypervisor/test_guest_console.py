@@ -1,4 +1,4 @@
-"""The console keeps the end of what the guest wrote, and never more than that."""
+"""The console keeps only the end of the guest's output."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def write(console: Console, guest: socket.socket, data: bytes) -> None:
         await console.grew.wait()
 
 
-async def test_the_tail_is_the_last_lines_made_printable(
+async def test_the_tail_has_the_last_lines_in_printable_form(
     console_and_guest: tuple[Console, socket.socket],
 ) -> None:
     console, guest = console_and_guest
@@ -58,7 +58,7 @@ async def test_output_written_just_before_the_end_is_still_read(
     assert (tmp_path / "console.log").read_bytes() == b"last words\n"
 
 
-async def test_a_flood_is_bounded_in_memory_and_on_disk_and_keeps_the_newest(
+async def test_a_flood_keeps_only_the_newest_output_in_memory_and_on_disk(
     console_and_guest: tuple[Console, socket.socket], tmp_path: Path
 ) -> None:
     console, guest = console_and_guest
@@ -74,7 +74,7 @@ async def test_a_flood_is_bounded_in_memory_and_on_disk_and_keeps_the_newest(
     assert len(console._tail) <= 64 * 1024
 
 
-async def test_a_guest_that_goes_on_writing_is_read_slowly(
+async def test_a_guest_that_writes_too_much_is_read_slowly(
     console_and_guest: tuple[Console, socket.socket],
 ) -> None:
     console, guest = console_and_guest
@@ -85,7 +85,7 @@ async def test_a_guest_that_goes_on_writing_is_read_slowly(
     assert console.tail(1) == ["read after a pause"]
 
 
-async def test_what_was_not_read_yet_at_the_end_is_read_then(
+async def test_unread_output_is_read_at_the_end(
     console_and_guest: tuple[Console, socket.socket],
 ) -> None:
     console, guest = console_and_guest
@@ -96,7 +96,7 @@ async def test_what_was_not_read_yet_at_the_end_is_read_then(
     assert console.tail(1) == ["Kernel panic"]
 
 
-async def test_when_output_came_is_noted_beside_it(
+async def test_the_time_of_output_is_recorded_beside_it(
     console_and_guest: tuple[Console, socket.socket], tmp_path: Path
 ) -> None:
     console, guest = console_and_guest

@@ -18,7 +18,7 @@ CPU = "processor\t: 0\nmodel name\t: A\nflags\t\t: fpu vme {more}\nbogomips\t: 1
 
 @pytest.fixture
 def host(tmp_path: Path) -> Callable[..., list[str]]:
-    """Describe a host; return its KVM's weaknesses."""
+    """Describe a host; return the weaknesses of its KVM."""
 
     def make(
         *, flags: str = "", module: str = "kvm_intel", parameter: str = "ept", value: str = "Y"

@@ -1,4 +1,4 @@
-"""Memory modules for a QEMU without virtio-mem: the commands, in their order."""
+"""Memory modules for a QEMU without virtio-mem: the commands in their order."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def memory(qemu: OldQemu) -> Memory:
     return Memory(cast("QmpSession", qemu), cast("Devices", None), boot_bytes=BOOT, most_bytes=MOST)
 
 
-async def test_a_module_has_its_backend_before_it_and_is_a_multiple_of_128_mib(
+async def test_a_module_follows_its_backend_and_is_a_multiple_of_128_mib(
     qemu: OldQemu, memory: Memory
 ) -> None:
     assert await memory.resize(BOOT + 130 * MIB) == BOOT + 256 * MIB

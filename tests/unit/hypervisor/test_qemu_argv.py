@@ -1,4 +1,4 @@
-"""The command lines, word by word: each golden file is one accelerator on one channel."""
+"""QEMU's command lines, word by word; each golden file is for one accelerator and one channel."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def value_of(option: str, words: list[str]) -> str:
 
 @pytest.mark.parametrize("channel", Channel, ids=lambda channel: channel.value)
 @pytest.mark.parametrize("accelerator", Accelerator, ids=lambda accelerator: accelerator.value)
-def test_the_command_line_is_the_golden_one(
+def test_the_command_line_matches_the_golden_file(
     make_spec: Callable[..., VmSpec], accelerator: interface.Accelerator, channel: interface.Channel
 ) -> None:
     words = argv(make_spec(accelerator=accelerator, channel=channel, vcpus=2))
@@ -64,7 +64,7 @@ def test_the_operators_kernel_parameters_come_last(make_spec: Callable[..., VmSp
     assert line.endswith(" loglevel=7 panic=5")
 
 
-def test_a_comma_in_the_name_stays_part_of_the_name(make_spec: Callable[..., VmSpec]) -> None:
+def test_a_comma_in_the_name_is_escaped(make_spec: Callable[..., VmSpec]) -> None:
     assert value_of("-name", argv(make_spec(name="a,process=init"))) == "a,,process=init,debug-threads=on"
 
 
@@ -80,7 +80,7 @@ def test_a_machine_that_cannot_grow_has_no_room_for_more_memory(make_spec: Calla
 
 
 @pytest.mark.parametrize("accelerator", Accelerator, ids=lambda accelerator: accelerator.value)
-def test_a_probe_runs_its_kernel_on_the_processor_that_a_machine_would_have(
+def test_a_probe_uses_the_same_processor_as_a_machine(
     make_spec: Callable[..., VmSpec], accelerator: interface.Accelerator
 ) -> None:
     probe = probe_argv(Path("/qemu"), accelerator, Path("/probe"), architecture=X86_64)
@@ -90,7 +90,7 @@ def test_a_probe_runs_its_kernel_on_the_processor_that_a_machine_would_have(
         assert value_of(option, probe) == value_of(option, machine)
 
 
-def test_each_root_port_has_a_chassis_of_its_own_and_room_for_large_memory(
+def test_each_root_port_has_its_own_chassis_and_a_large_memory_window(
     make_spec: Callable[..., VmSpec],
 ) -> None:
     words = argv(make_spec(root_ports=2))
@@ -110,12 +110,12 @@ def test_the_network_namespace_is_entered_before_anything_is_opened(make_spec: C
     assert words == [*own_mounts, "nsenter", "--net=/run/netns/pod", "--"]
 
 
-def test_a_machine_with_root_ports_keeps_the_hosts_device_files(
+def test_a_machine_with_root_ports_sees_the_hosts_device_files(
     make_spec: Callable[..., VmSpec],
 ) -> None:
     assert entering(make_spec(root_ports=1)) == []
 
 
-def test_memory_is_of_huge_pages_where_they_are_wanted(make_spec: Callable[..., VmSpec]) -> None:
+def test_memory_uses_huge_pages_on_request(make_spec: Callable[..., VmSpec]) -> None:
     [backend] = [word for word in argv(make_spec(huge_pages=True)) if word.startswith("memory-backend")]
     assert backend == "memory-backend-memfd,id=memory,size=512M,share=on,hugetlb=on"

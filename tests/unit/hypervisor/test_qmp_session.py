@@ -1,4 +1,4 @@
-"""The QMP session against a peer that speaks real QMP over the inherited end of its socket."""
+"""A QMP session with a peer that speaks real QMP over its end of the socket."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TIMESTAMP = {"seconds": 1, "microseconds": 0}
     ],
     ids=["no driver", "driver being set up", "driver runs", "nonsense", "a QEMU that cannot tell"],
 )
-async def test_a_driver_runs_once_qemu_says_so(
+async def test_a_driver_counts_as_running_once_qemu_says_so(
     connected: tuple[qmp.QmpSession, Peer], answer: dict[str, dict[str, Any]], runs: bool
 ) -> None:
     session, peer = connected
@@ -47,7 +47,7 @@ async def test_a_driver_runs_once_qemu_says_so(
     assert await asking is runs
 
 
-async def test_the_run_state_is_that_reported_by_qemu(connected: tuple[qmp.QmpSession, Peer]) -> None:
+async def test_the_run_state_is_read_from_qemu(connected: tuple[qmp.QmpSession, Peer]) -> None:
     session, peer = connected
     asking = asyncio.create_task(session.run_state())
     query = await peer.receive()
@@ -58,7 +58,7 @@ async def test_the_run_state_is_that_reported_by_qemu(connected: tuple[qmp.QmpSe
     assert await asking == "running"
 
 
-async def test_an_end_before_the_greeting_is_an_error_at_once(ends: tuple[qmp.QmpSession, Peer]) -> None:
+async def test_an_end_before_the_greeting_is_an_immediate_error(ends: tuple[qmp.QmpSession, Peer]) -> None:
     session, peer = ends
     peer.hang_up()
     with pytest.raises(QmpError, match="connect"):
@@ -77,7 +77,7 @@ async def test_a_peer_that_does_not_speak_qmp_is_an_error(
         await session.connect()
 
 
-async def test_a_refused_command_carries_qemus_words(connected: tuple[qmp.QmpSession, Peer]) -> None:
+async def test_a_refused_command_quotes_qemu(connected: tuple[qmp.QmpSession, Peer]) -> None:
     session, peer = connected
     asking = asyncio.create_task(session.run_state())
     query = await peer.receive()
@@ -130,7 +130,7 @@ async def test_a_stop_counts_only_if_the_guest_is_broken(connected: tuple[qmp.Qm
         assert await broken == "internal-error"
 
 
-async def test_a_listener_gets_all_events_from_its_start_on(
+async def test_a_listener_gets_every_event_after_its_start(
     connected: tuple[qmp.QmpSession, Peer],
 ) -> None:
     session, peer = connected
@@ -154,7 +154,7 @@ async def test_waiting_for_an_event_ends_with_the_session(connected: tuple[qmp.Q
             await events.next()
 
 
-async def test_a_descriptor_goes_with_its_name(connected: tuple[qmp.QmpSession, Peer]) -> None:
+async def test_a_descriptor_is_sent_with_its_name(connected: tuple[qmp.QmpSession, Peer]) -> None:
     session, peer = connected
     reading, writing = os.pipe()
     sending = asyncio.create_task(session.send_fd(writing))
@@ -184,7 +184,7 @@ def event(name: str, number: int) -> bytes:
     return f'{{"timestamp": {stamp}, "event": "{name}", "data": {{"number": {number}}}}}\r\n'.encode()
 
 
-async def test_an_event_that_nobody_waits_for_is_not_decoded(
+async def test_an_event_without_a_listener_is_not_decoded(
     connected: tuple[qmp.QmpSession, Peer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session, peer = connected
@@ -206,7 +206,7 @@ async def test_an_event_that_nobody_waits_for_is_not_decoded(
 
 
 @pytest.mark.parametrize("name", ["ACPI_DEVICE_OST", "GUEST_CRASHLOADED"])
-async def test_far_more_events_than_a_guest_causes_in_good_faith_are_a_flood(
+async def test_far_more_events_than_an_honest_guest_causes_are_a_flood(
     connected: tuple[qmp.QmpSession, Peer], name: str
 ) -> None:
     session, peer = connected
@@ -219,14 +219,14 @@ async def test_far_more_events_than_a_guest_causes_in_good_faith_are_a_flood(
         await asyncio.wait_for(session.shut_down(), 5)
 
 
-async def test_events_of_another_shape_count_as_well(connected: tuple[qmp.QmpSession, Peer]) -> None:
+async def test_malformed_events_count_towards_a_flood(connected: tuple[qmp.QmpSession, Peer]) -> None:
     session, peer = connected
     flooded = asyncio.create_task(session.flooded())
     await peer.send(b'{"event": "ACPI_DEVICE_OST", "data": {}}\r\n' * 7000)
     assert await flooded == "ACPI_DEVICE_OST"
 
 
-async def test_a_broken_disk_is_no_flood_and_is_heard_of_a_few_times(
+async def test_a_broken_disk_causes_no_flood_and_is_reported_a_few_times(
     connected: tuple[qmp.QmpSession, Peer],
 ) -> None:
     session, peer = connected
@@ -262,10 +262,10 @@ async def test_other_tasks_run_while_a_flood_is_read(connected: tuple[qmp.QmpSes
     assert turns >= 4000 / 100
 
 
-async def test_a_command_may_take_as_long_as_a_longer_one_before_it(
+async def test_a_command_may_also_use_the_time_of_the_command_before_it(
     connected: tuple[qmp.QmpSession, Peer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """QEMU does one after the other: it answers nothing while it pins a guest's memory."""
+    """QEMU runs one command at a time: it does not answer while it pins a guest's memory."""
     session, peer = connected
     monkeypatch.setattr(qmp, "_COMMAND_TIMEOUT_S", 0.05)
     long = asyncio.create_task(session.ask(dict, "device_add", timeout_s=5.0))
@@ -277,5 +277,5 @@ async def test_a_command_may_take_as_long_as_a_longer_one_before_it(
     for query in (first, second):
         await peer.send({"return": {}, "id": query["id"]})
     assert (await long, await short) == ({}, {})
-    with pytest.raises(QmpError, match="query-status: no answer within"):  # as ever, once it is done
+    with pytest.raises(QmpError, match="query-status: no answer within"):  # now with its own deadline
         await asyncio.gather(session.ask(dict, "query-status", timeout_s=0.05), peer.receive())

@@ -1,4 +1,4 @@
-"""The filter of system calls, run as the kernel would run it."""
+"""The filter of system calls, interpreted as the kernel would."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ READ, SOCKET, CLONE, UNSHARE, CLONE3, SETRESUID, MKNODAT = 0, 41, 56, 272, 435, 
 
 
 def run(code: bytes, number: int, argument: int = 0, *, architecture: int = X86_64) -> int:
-    """Interpret a filter: a load, three comparisons and the return are all that it is made of."""
+    """Interpret a filter, which consists of loads, three kinds of comparison, and returns."""
     data = struct.pack("=iIQQ", number, architecture, 0, argument)
     program = list(struct.iter_unpack("=HBBI", code))
     accumulator, place = 0, 0
@@ -45,9 +45,7 @@ def code(changes_identity: bool) -> bytes:
     return confining(changes_identity=changes_identity).code
 
 
-def test_system_calls_that_lead_out_are_refused_and_the_rest_is_allowed(
-    code: bytes, changes_identity: bool
-) -> None:
+def test_dangerous_system_calls_are_refused_and_others_allowed(code: bytes, changes_identity: bool) -> None:
     refused = set(refused_calls(changes_identity=changes_identity).values())
     looked_at = {SOCKET, 53, CLONE, UNSHARE, CLONE3}
     for number in set(range(463)) - looked_at:
@@ -64,7 +62,7 @@ def test_an_unknown_method_is_unimplemented(code: bytes, number: int) -> None:
     assert run(code, number) == ERRNO | errno.ENOSYS
 
 
-def test_another_architectures_calls_end_the_process(code: bytes) -> None:
+def test_a_system_call_of_another_architecture_kills_the_process(code: bytes) -> None:
     assert run(code, READ, architecture=I386) == KILL
 
 
@@ -86,7 +84,7 @@ def test_another_architectures_calls_end_the_process(code: bytes) -> None:
         pytest.param(CLONE3, 0, ERRNO | errno.ENOSYS, id="clone3"),
     ],
 )
-def test_some_calls_are_allowed_depending_on_their_arguments(
+def test_some_calls_are_allowed_only_with_certain_arguments(
     code: bytes, number: int, argument: int, answer: int
 ) -> None:
     assert run(code, number, argument) == answer

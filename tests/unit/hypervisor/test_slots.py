@@ -1,4 +1,4 @@
-"""Slots are given out lowest first, and again once they are free."""
+"""The lowest free slot is taken first, and a released slot is free again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_first_free_slot_is_taken() -> None:
     assert slots.take() == first
 
 
-def test_every_slot_of_every_bus_is_given_once() -> None:
+def test_every_slot_of_every_bus_is_taken_only_once() -> None:
     slots = slots_of("a", "b")
     taken = {slots.take() for _ in range(62)}
     assert len(taken) == 62
@@ -31,7 +31,7 @@ def test_every_slot_of_every_bus_is_given_once() -> None:
     assert slots.take() == Slot("b", 7)
 
 
-def test_a_slot_is_given_back_once() -> None:
+def test_a_slot_is_released_only_once() -> None:
     slots = slots_of("a")
     slot = slots.take()
     slots.give_back(slot)

@@ -1,4 +1,4 @@
-"""Which machines can share a template, how a clone is started, and how its memory is copied."""
+"""Which machines share a template, how a clone is started, and how its memory is copied."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_changed_file_changes_the_key(spec: Callable[..., VmSpec], tmp_path: P
     assert changed != before
     (tmp_path / f"{name}.new").write_text("changed")
     (tmp_path / f"{name}.new").replace(tmp_path / name)
-    assert template_key(spec()) != changed, "though it says the same"
+    assert template_key(spec()) != changed, "although its content is the same"
 
 
 def test_under_kvm_the_processor_is_in_the_key(
@@ -126,7 +126,7 @@ def test_a_missing_file_is_named(spec: Callable[..., VmSpec]) -> None:
 @pytest.mark.parametrize(
     "channel", [Channel.VIRTIO_SERIAL, Channel.VHOST_USER_VSOCK], ids=lambda each: each.value
 )
-def test_the_command_line_of_a_clone_is_the_golden_one(
+def test_a_clones_command_line_matches_the_golden_file(
     make_spec: Callable[..., hypervisor.VmSpec], channel: interface.Channel
 ) -> None:
     port = 13 if channel is Channel.VIRTIO_SERIAL else None
@@ -137,11 +137,11 @@ def test_the_command_line_of_a_clone_is_the_golden_one(
 
 @pytest.fixture
 def saved(tmp_path: Path) -> TemplateDescription:
-    """A template's description, with files that fit."""
+    """Make a template's description, with files that match it."""
     (tmp_path / "daemon").touch()
     (tmp_path / "state").write_bytes(b"state")
     (tmp_path / "memory").write_bytes(bytes(PAGE))
-    os.utime(tmp_path / "memory", ns=(1, 1))  # a while ago: times of files have ticks
+    os.utime(tmp_path / "memory", ns=(1, 1))  # in the past: times of files are coarse
     description = TemplateDescription(
         qemu_version="7.2.0",
         memory_bytes=PAGE,
@@ -156,7 +156,7 @@ def saved(tmp_path: Path) -> TemplateDescription:
     return description
 
 
-def test_a_description_is_read_as_it_was_written(saved: TemplateDescription, tmp_path: Path) -> None:
+def test_a_description_survives_a_round_trip(saved: TemplateDescription, tmp_path: Path) -> None:
     assert read_description(tmp_path) == saved
     os.close(open_memory(tmp_path, saved))
 
@@ -183,13 +183,13 @@ def test_a_value_of_another_type_is_refused(saved: TemplateDescription, tmp_path
         read_description(tmp_path)
 
 
-def test_a_state_of_another_content_is_refused(saved: TemplateDescription, tmp_path: Path) -> None:
+def test_a_state_with_changed_content_is_refused(saved: TemplateDescription, tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(b"statf")
     with pytest.raises(TemplateError, match="checksum"):
         read_state(tmp_path, saved)
 
 
-def test_a_memory_that_was_written_to_is_refused(saved: TemplateDescription, tmp_path: Path) -> None:
+def test_a_memory_file_that_was_written_to_is_refused(saved: TemplateDescription, tmp_path: Path) -> None:
     with (tmp_path / "memory").open("r+b") as memory:
         memory.write(b"1")
     with pytest.raises(TemplateError, match="memory: changed since it was saved"):

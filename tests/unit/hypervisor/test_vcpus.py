@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Qemu:
-    """Names a thread as that of its only virtual CPU."""
+    """A QEMU that reports a chosen thread for its only virtual CPU."""
 
     def __init__(self, thread: object) -> None:
         self._thread = thread

@@ -1,4 +1,4 @@
-"""Devices that a host can give away, and their description for QEMU."""
+"""Which devices a host can give away, and how they are described to QEMU."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def test_a_missing_device_is_an_error(sysfs: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["", "3b:00.0", "../../../etc", "0000:3b:00.0,x=y"])
-def test_an_address_is_a_whole_address(sysfs: Path, address: str) -> None:
+def test_a_malformed_address_is_refused(sysfs: Path, address: str) -> None:
     with pytest.raises(HotplugError, match="not an address"):
         vfio.check(HostPciDevice(id="gpu", address=address), sysfs=sysfs)
 
 
 @pytest.mark.parametrize("driver", ["nvme", "none"])
-def test_a_device_of_another_driver_is_left_to_it(sysfs: Path, driver: str) -> None:
+def test_a_device_with_another_driver_is_refused(sysfs: Path, driver: str) -> None:
     link = sysfs / "bus/pci/devices" / ADDRESS / "driver"
     link.unlink()
     if driver != "none":
@@ -63,7 +63,7 @@ def test_a_device_of_another_driver_is_left_to_it(sysfs: Path, driver: str) -> N
         vfio.check(DEVICE, sysfs=sysfs)
 
 
-def test_a_device_is_described_for_a_port_of_its_own() -> None:
+def test_a_device_is_described_with_its_own_port() -> None:
     assert vfio.describe(DEVICE, iommufd=False, memory_bytes=MEMORY) == Description(
         id="gpu",
         driver="vfio-pci",

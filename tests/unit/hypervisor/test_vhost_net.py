@@ -1,4 +1,4 @@
-"""Whether the host's kernel moves a network interface's packets, or QEMU does."""
+"""The host's kernel moves a network interface's packets if it can; otherwise QEMU does."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def vhost_net(monkeypatch: pytest.MonkeyPatch) -> None:
 async def plugged(
     connected: tuple[QmpSession, Peer], taps: tuple[int, int], *answers: dict[str, Any]
 ) -> tuple[HotplugError | str, list[dict[str, Any]]]:
-    """Plug a card with two pairs of queues; return the outcome, and what QEMU was told of its backend."""
+    """Plug a card with two queue pairs; return the outcome and the description of its backend."""
     session, peer = connected
     devices = Devices(session, buses=["bus1"], ports=[])
     before = descriptors()
@@ -89,7 +89,7 @@ async def test_qemu_moves_the_packets_if_the_kernel_refuses(
     vhost_net: None,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    # Sent, refused, taken back (the device, its backend, four descriptors), and all again without vhost-net.
+    # Sent, refused and taken back (device, backend, four descriptors), then sent again without vhost-net.
     first = [*[OK] * 4, NO, NOT_FOUND, NOT_FOUND, *[OK] * 4]
     outcome, backends = await plugged(connected, taps, *first, *[OK] * 4, *PATH)
     assert outcome == "05/07"

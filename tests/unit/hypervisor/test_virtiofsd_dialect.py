@@ -13,7 +13,7 @@ C_HELP = """\
     -o source=PATH             
     --socket-path=PATH         
     --fd=FDNUM                 
-"""  # noqa: W291  (as the program prints it)
+"""  # noqa: W291  (the program's own output)
 RUST_HELP = """\
       --shared-dir <SHARED_DIR>
       --fd <FD>
@@ -30,12 +30,12 @@ RUST_HELP = """\
         pytest.param("usage: true [ignored]", None, id="neither"),
     ],
 )
-def test_the_dialect_shows_in_the_directorys_option(help_text: str, dialect: Dialect | None) -> None:
+def test_the_dialect_is_told_by_the_option_for_the_directory(help_text: str, dialect: Dialect | None) -> None:
     assert dialect_of(help_text) is dialect
 
 
 @pytest.mark.parametrize("dialect", Dialect, ids=lambda dialect: dialect.value)
-def test_either_daemon_gets_socket_directory_and_sandbox(dialect: Dialect) -> None:
+def test_each_daemon_gets_a_socket_a_directory_and_a_sandbox(dialect: Dialect) -> None:
     line = " ".join(daemon_argv(Path("/d/virtiofsd"), dialect, fd=7, source=Path("/srv")))
     assert line.startswith("/d/virtiofsd --fd=7 ")
     for expected in ("/srv", "cache=auto", "sandbox=namespace", "xattr", "acl", "killpriv", "submounts"):
@@ -50,13 +50,13 @@ def test_either_daemon_gets_socket_directory_and_sandbox(dialect: Dialect) -> No
         ("/nonexistent/virtiofsd", "No such file"),
     ],
 )
-async def test_a_program_of_neither_kind_is_refused_by_name(program: str, cause: str) -> None:
+async def test_another_program_is_refused_by_name(program: str, cause: str) -> None:
     with pytest.raises(VmStartError, match=cause) as caught:
         await detect_dialect(Path(program))
     assert program in str(caught.value)
 
 
-def test_the_connection_to_the_daemon_leaves_no_name_and_takes_long_paths(tmp_path: Path) -> None:
+def test_the_connection_to_the_daemon_leaves_no_file_and_allows_long_paths(tmp_path: Path) -> None:
     deep = tmp_path.joinpath(*["d" * 60] * 3)
     deep.mkdir(parents=True)
     listener, client = connected_pair(deep)

@@ -85,7 +85,7 @@ PANIC = "[    1.0] Kernel panic - not syncing: no init found"
         ),
     ],
 )
-def test_the_reason(
+def test_the_reason_is_one_line(
     status: ExitStatus, shutdown: Shutdown | None, console: list[str], stderr: str, reason: str
 ) -> None:
     assert vm_exit_reason(status, shutdown=shutdown, console=console, stderr=stderr) == reason
@@ -102,7 +102,7 @@ FAILURE = "qemu-system-x86_64: cannot set up guest memory 'memory': Cannot alloc
 
 
 @pytest.mark.parametrize("warning", [MANY_CPUS, HUGE_PAGES, OF_A_DEVICE, OF_RUST])
-def test_a_warning_beside_a_failure_is_not_the_cause(warning: str) -> None:
+def test_a_warning_beside_an_error_is_not_the_cause(warning: str) -> None:
     assert last_words(f"{warning}\n{FAILURE}\n{warning}\n", ExitStatus(code=1)) == [FAILURE]
 
 

@@ -9,7 +9,7 @@ import pytest
 from scripts.benchmarks.harness import Middle, Samples, alternate, document, line, middle, summarize
 
 
-def test_two_things_are_measured_in_turns_and_each_is_first_in_every_other_round() -> None:
+def test_two_subjects_take_turns_in_being_measured_first() -> None:
     order = []
 
     def measure(name: str, result: float) -> float:
@@ -30,11 +30,11 @@ def test_two_things_are_measured_in_turns_and_each_is_first_in_every_other_round
         pytest.param((1.0, 2.0, 3.0, 4.0, 1000.0), Middle(low=2.0, median=3.0, high=4.0), id="an-outlier"),
     ],
 )
-def test_the_spread_is_that_of_the_middle_half(samples: tuple[float, ...], found: Middle) -> None:
+def test_the_spread_is_the_spread_of_the_middle_half(samples: tuple[float, ...], found: Middle) -> None:
     assert middle(samples) == found
 
 
-def test_a_ratio_is_that_of_the_medians() -> None:
+def test_a_ratio_is_the_ratio_of_the_medians() -> None:
     summary = summarize(Samples(value=(1.0, 3.0, 2.0), baseline=(8.0, 4.0, 4.0)), unit="s")
 
     assert summary.ratio == 0.5

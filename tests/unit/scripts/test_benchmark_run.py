@@ -1,4 +1,4 @@
-"""What ``scripts/bench`` does with the metrics that it is asked for."""
+"""``scripts/bench`` measures the metrics that are asked for."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def run(
     return run
 
 
-def test_every_number_that_was_promised_has_a_metric() -> None:
+def test_every_promised_number_has_a_metric() -> None:
     assert list(command.METRICS) == ISSUE
 
 
 @pytest.mark.parametrize("obstinate", [False, True], ids=["cleared", "not-even-cleared"])
-def test_a_metric_that_fails_says_so_and_the_others_are_measured(
+def test_a_failing_metric_is_reported_and_the_others_are_measured(
     run: Callable[..., tuple[int, dict[str, dict[str, Any]], CaptureResult[str]]], obstinate: bool
 ) -> None:
     stage = Stage(obstinate=obstinate)

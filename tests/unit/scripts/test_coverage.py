@@ -1,4 +1,4 @@
-"""The groups of modules that have a floor of coverage."""
+"""Groups of modules have a floor of coverage."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ HALF_RUN = {"covered_lines": 4, "num_statements": 8, "covered_branches": 1, "num
 
 
 @pytest.mark.parametrize("name", coverage.GROUPS)
-def test_a_groups_modules_and_tests_are_there(name: str) -> None:
+def test_each_groups_modules_and_tests_exist(name: str) -> None:
     group = coverage.GROUPS[name]
     assert [pattern for pattern in group.modules if not list(coverage.TOP.glob(pattern))] == []
     assert [test for test in group.tests if not (coverage.TOP / test).exists()] == []
 
 
-def test_lines_and_branches_of_all_modules_count_alike() -> None:
+def test_lines_and_branches_of_all_modules_count_equally() -> None:
     group = coverage.Group(("shim/a*.py", "shim/b.py"), ())
     files = {"shim/a1.py": {"summary": ALL_RUN}, "shim/b.py": {"summary": HALF_RUN}, "shim/c.py": {}}
     assert coverage.of_group(group, files) == 75.0

@@ -1,4 +1,4 @@
-"""What the package is made of, as far as no wheel is needed."""
+"""The parts of the Debian package that need no wheel."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_page_is_formatted_without_a_warning(page: str) -> None:
 
 
 def completed(script: Path, *words: str) -> list[str]:
-    """Ask bash what may stand at the last of the words."""
+    """Ask bash for completions of the last word."""
     line = " ".join(f"'{word}'" for word in words)
     program = f"""
         compopt() {{ COMPREPLY+=(FILES); }}
@@ -72,7 +72,7 @@ def test_bash_completes_commands_options_and_files(
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_the_other_shells_are_offered_every_command_and_option(shell: str) -> None:
+def test_completions_for_other_shells_have_every_command_and_option(shell: str) -> None:
     text = {"zsh": completion.zsh, "fish": completion.fish}[shell](HAKO)
 
     for command in HAKO.all():
@@ -83,7 +83,7 @@ def test_the_other_shells_are_offered_every_command_and_option(shell: str) -> No
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_the_other_shells_can_read_their_completion(shell: str, tmp_path: Path) -> None:
+def test_other_shells_can_parse_their_completions(shell: str, tmp_path: Path) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
     script = tmp_path / "hako"
@@ -93,7 +93,7 @@ def test_the_other_shells_can_read_their_completion(shell: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["postinst", "prerm", "postrm"])
-def test_a_script_of_the_package_is_plain_shell(name: str, tmp_path: Path) -> None:
+def test_a_script_of_the_package_is_valid_posix_shell(name: str, tmp_path: Path) -> None:
     script = tmp_path / name
     script.write_text(control.scripts(version="1.2.3", release="1.2.3-0")[name], encoding="utf-8")
 

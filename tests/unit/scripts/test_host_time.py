@@ -1,4 +1,4 @@
-"""Whose processor time is whose."""
+"""Processor time is attributed to roles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs in the outer machine, by the command line that asks for it."""
+"""How the command line decides what runs in the outer machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
-    """Stand in for the outer machine; returns what it is given."""
+    """Stand in for the outer machine; return what it is given."""
     calls = []
 
     def run(command: list[str], **given: dict[str, str] | float | Path) -> int:
@@ -44,7 +44,7 @@ def files(command: list[str]) -> list[str]:
     ],
     ids=["all", "an option", "the short part", "named", "named, in a short time"],
 )
-def test_the_tests_that_are_named_run_or_else_those_that_are_listed(
+def test_the_named_tests_run_or_else_the_listed_ones(
     started: list[Any], arguments: list[str], expected: list[str]
 ) -> None:
     assert kvm.main(arguments) == 3
@@ -69,9 +69,7 @@ def test_a_host_without_support_for_an_outer_machine_is_refused_with_the_reason(
     assert capsys.readouterr().err == "kvm: outer machine: no room; make some\n"
 
 
-def test_newer_programs_take_the_place_of_older_ones(
-    started: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_newer_programs_replace_older_ones(started: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     replacements = {Path("/usr/bin/older"): Path("/usr/bin/newer")}
     monkeypatch.setattr(kvm.newer, "prepare", lambda: replacements)
     kvm.main(["test", "--newer", "--short"])
@@ -82,7 +80,7 @@ def test_newer_programs_take_the_place_of_older_ones(
 
 @pytest.mark.parametrize("status", [0, 3])
 @pytest.mark.parametrize("wanted", [False, True])
-def test_results_stay_after_a_failure_or_where_they_are_wanted(
+def test_results_are_kept_after_a_failure_or_on_request(
     monkeypatch: pytest.MonkeyPatch, started: list[Any], tmp_path: Path, *, status: int, wanted: bool
 ) -> None:
     seen: list[Path] = []
@@ -98,7 +96,7 @@ def test_results_stay_after_a_failure_or_where_they_are_wanted(
     assert not wanted or seen == [tmp_path / "here"]
 
 
-def test_tests_there_have_more_time_and_leave_a_report(started: list[Any]) -> None:
+def test_tests_in_the_outer_machine_get_more_time_and_leave_a_report(started: list[Any]) -> None:
     kvm.main(["test"])
     [(command, given)] = started
     assert float(given["environment"][patience.VARIABLE]) == kvm.PATIENCE > 1

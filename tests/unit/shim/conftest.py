@@ -1,4 +1,4 @@
-"""A containerd's side of the bootstrap: a bundle, the flags and environment, and real processes."""
+"""containerd's side of the bootstrap: a bundle, flags, the environment, and real processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[3]
 
 @dataclass
 class Containerd:
-    """Runs the shim as containerd does, in a temporary directory of its own."""
+    """Runs the shim as containerd does, in its own temporary directory."""
 
     directory: Path
     environment: dict[str, str] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class Containerd:
         )
 
     def delete_without_bundle(self, container: str) -> subprocess.CompletedProcess[bytes]:
-        """Run ``delete`` in a bundle that is removed before the program starts, and do not name it."""
+        """Run ``delete`` without a bundle's name, in a bundle that is removed before the program starts."""
         given = ["-namespace", "tests", "-address", self.address, "-id", container, "delete"]
         bundle = self.bundle(container)
         return subprocess.run(
@@ -103,7 +103,7 @@ class Containerd:
         return self.state_dir / self.socket_path(group).name[:16]
 
     def daemon(self, group: str) -> dict[str, Any]:
-        """Wait until the daemon of a group has said what it was given."""
+        """Wait until the daemon of a group has reported what it was given."""
         reader = os.open(self.bundle(group) / "log", os.O_RDONLY)
         try:
             said = b""
@@ -115,7 +115,7 @@ class Containerd:
         return seen
 
     def shims(self) -> list[HostProcess]:
-        """Every shim process on record."""
+        """Return every shim process in a ledger."""
         return [
             HostProcess(pid=entry.pid, start_time=entry.start_time)
             for path in self.state_dir.glob("*/ledger")
@@ -143,12 +143,12 @@ def containerd(tmp_path: Path) -> Iterator[Containerd]:
 
 
 def place(containerd: Containerd) -> Path:
-    """Where the socket of its zygote is."""
+    """Return the directory of its zygote's socket."""
     return Path(zygote_protocol.socket_path(identity_of(containerd)))
 
 
 def identity_of(containerd: Containerd) -> str:
-    """What tells its zygote from others."""
+    """Return the identity that tells its zygote from others."""
     return f"{sys.executable}\n{PROGRAM}\n{zygote_protocol.__file__}\n{containerd.address}"
 
 
@@ -160,7 +160,7 @@ def zygote_socket(containerd: Containerd) -> Path:
 
 
 def lock_holder(path: Path) -> int:
-    """The zygote's pid: it alone has the lock's file open."""
+    """Return the zygote's pid: no other process has the lock's file open."""
     for link in Path("/proc").glob("[0-9]*/fd/3"):
         try:
             if str(link.readlink()) == f"{path}.lock":
@@ -177,7 +177,7 @@ def end(pid: int) -> None:
 
 @pytest.fixture
 def warmed(containerd: Containerd) -> Iterator[Containerd]:
-    """A containerd whose next shims a zygote forks; ``c1`` was started anew and made it come up."""
+    """A containerd whose next shims a zygote forks; the start of ``c1`` also started the zygote."""
     containerd.configure(f'[shim]\nzygote = true\nstate_dir = "{containerd.state_dir}"\n')
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
@@ -191,6 +191,6 @@ def warmed(containerd: Containerd) -> Iterator[Containerd]:
 
 @pytest.fixture(params=["anew", "forked"])
 def either(request: pytest.FixtureRequest) -> Containerd:
-    """A containerd whose shims are started anew, and one whose shims a zygote forks."""
+    """Two containerds: one starts each shim anew, the other's shims are forked by a zygote."""
     found: Containerd = request.getfixturevalue("containerd" if request.param == "anew" else "warmed")
     return found

@@ -1,4 +1,4 @@
-"""The real bootstrap with a daemon that only keeps its sockets open and says what it was given."""
+"""The real bootstrap with a daemon that only keeps its sockets open and reports what it was given."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def run(record: Any, listener_descriptor: Any, ready: Any) -> None:
     if os.environ.get("STUB_DIES"):
-        # As the real daemon does at its end: it must not wait for a start that waits for it.
+        # Like the real daemon at its end: it must not wait for a start that waits for it.
         assert state_directory.lock_existing(record.state_directory, wait=False) is None
         sys.exit(os.environ["STUB_DIES"])
     if listener_descriptor is None:

@@ -1,4 +1,4 @@
-"""``hako`` on a host made of small scripts."""
+"""``hako`` on a host that consists of small scripts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def able_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A host that has everything; returns its configuration file."""
+    """Make a host that has everything; return its configuration file."""
     programs = {
         "containerd": "echo containerd github.com/containerd/containerd 1.7.24~ds1 abc",
         "qemu": "echo 'QEMU emulator version 7.2.22 (Debian)'",
@@ -49,7 +49,9 @@ initrd = "{tmp_path}/initrd"
     return path
 
 
-def test_an_able_host_gets_a_line_for_each_thing(able_host: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_host_gets_a_line_for_each_requirement(
+    able_host: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["check", "--config", str(able_host)]) == 0
     shown = capsys.readouterr().out.splitlines()
     lines = [line for line in shown if not line.strip().startswith("warning: ")]
@@ -151,7 +153,7 @@ def test_versions_and_choices_are_shown(able_host: Path, capsys: pytest.CaptureF
         ("initrd", "guest", "run `hako image build` or set [guest] initrd"),
     ],
 )
-def test_one_missing_thing_makes_the_host_unable(
+def test_one_missing_requirement_fails_the_check(
     able_host: Path, capsys: pytest.CaptureFixture[str], missing: str, name: str, remedy: str
 ) -> None:
     (able_host.parent / missing).unlink()
@@ -163,7 +165,7 @@ def test_one_missing_thing_makes_the_host_unable(
     assert finding["detail"]
 
 
-def test_a_missing_thing_is_one_line_with_its_remedy(
+def test_a_missing_requirement_is_one_line_with_its_remedy(
     able_host: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (able_host.parent / "kernel").unlink()
@@ -175,7 +177,7 @@ def test_a_missing_thing_is_one_line_with_its_remedy(
     assert lines[-1] == "This host cannot run sandboxes."
 
 
-def test_a_missing_containerd_makes_the_host_unable(
+def test_a_missing_containerd_fails_the_check(
     able_host: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (able_host.parent / "containerd").unlink()
@@ -184,7 +186,7 @@ def test_a_missing_containerd_makes_the_host_unable(
     assert "containerd: not found in PATH; install containerd 1.6 or later" in capsys.readouterr().out
 
 
-def test_a_containerd_that_cannot_run_makes_the_host_unable(
+def test_a_containerd_that_cannot_run_fails_the_check(
     able_host: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (able_host.parent / "containerd").write_text("#!/bin/sh\nexit 3\n")
@@ -222,7 +224,7 @@ def test_a_wrong_command_line_has_status_2(arguments: list[str], capsys: pytest.
     assert "usage: hako" in capsys.readouterr().err
 
 
-def test_building_an_image_passes_its_options_on(
+def test_building_an_image_passes_on_its_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: dict[str, Any] = {}

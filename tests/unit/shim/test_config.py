@@ -1,4 +1,4 @@
-"""The configuration: every key optional, every mistake named."""
+"""The configuration: every key is optional, and every mistake is named."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def message(text: str) -> str:
     return line
 
 
-def test_nothing_means_the_defaults() -> None:
+def test_an_empty_file_means_the_defaults() -> None:
     assert parsed("") == Config()
     assert Config().hypervisor.memory_mib == 512
     assert Config().guest.kernel == "/var/lib/hako/guest/vmlinux"
@@ -90,7 +90,7 @@ def test_a_daemon_is_searched_for_or_given(key: str) -> None:
     assert getattr(parsed(f'[hypervisor]\n{key} = "/d"\n').hypervisor, key) == "/d"
 
 
-def test_the_options_come_before_the_environment_and_this_before_the_default(tmp_path: Path) -> None:
+def test_options_override_the_environment_and_the_environment_the_default(tmp_path: Path) -> None:
     paths = {}
     for name in ("environment", "options", "default"):
         paths[name] = str(tmp_path / name)
@@ -130,7 +130,7 @@ def test_a_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
         locate({"HAKO_CONFIG": str(tmp_path / "latin")})
 
 
-def test_files_beside_the_default_one_say_more_in_the_order_of_their_names(tmp_path: Path) -> None:
+def test_drop_in_files_override_the_default_file_in_order_of_name(tmp_path: Path) -> None:
     default = tmp_path / "config.toml"
     default.write_text("[hypervisor]\nvcpus = 2\nmemory_mib = 256\n")
     (tmp_path / "config.d").mkdir()
@@ -146,7 +146,7 @@ def test_files_beside_the_default_one_say_more_in_the_order_of_their_names(tmp_p
     assert config.shim == ShimConfig(log_level="debug")
 
 
-def test_a_mistake_in_a_file_beside_the_default_one_names_that_file(tmp_path: Path) -> None:
+def test_a_mistake_in_a_drop_in_file_names_that_file(tmp_path: Path) -> None:
     (tmp_path / "config.d").mkdir()
     (tmp_path / "config.d" / "a.toml").write_text("[hypervisor]\nvcpus = 0\n")
 
@@ -154,7 +154,7 @@ def test_a_mistake_in_a_file_beside_the_default_one_names_that_file(tmp_path: Pa
         parse(locate({}, default=str(tmp_path / "config.toml")))
 
 
-def test_a_file_given_by_name_is_the_only_one_read(tmp_path: Path) -> None:
+def test_only_a_file_given_by_name_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("")
     (tmp_path / "config.d").mkdir()
     (tmp_path / "config.d" / "a.toml").write_text("[hypervisor]\nvcpus = 2\n")
@@ -178,18 +178,18 @@ def test_the_effective_configuration_names_the_file_of_each_value(tmp_path: Path
     }
 
 
-def test_the_defaults_are_written_as_nothing() -> None:
+def test_default_values_are_not_written() -> None:
     assert render(Config()) == ""
 
 
-def test_only_values_other_than_the_defaults_are_written() -> None:
+def test_only_values_that_differ_from_the_defaults_are_written() -> None:
     config = Config(hypervisor=HypervisorConfig(vcpus=2, huge_pages=True), guest=GuestConfig(kernel='/a"b'))
 
     assert render(config) == '[hypervisor]\nvcpus = 2\nhuge_pages = true\n[guest]\nkernel = "/a\\u0022b"\n'
 
 
 @pytest.mark.parametrize("section", [HypervisorConfig, GuestConfig, ShimConfig])
-def test_every_key_says_what_it_means_and_takes_its_default(section: Any) -> None:
+def test_every_key_is_described_and_accepts_its_default(section: Any) -> None:
     for name, key in section.KEYS.items():
         assert key.help.endswith(".")
         assert getattr(section(), name) == key.default
@@ -198,10 +198,10 @@ def test_every_key_says_what_it_means_and_takes_its_default(section: Any) -> Non
 
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(AttributeError, match="frozen"):
-        Config().hypervisor.vcpus = 4  # type: ignore[misc]  # what a reader is kept from
+        Config().hypervisor.vcpus = 4  # type: ignore[misc]  # the error under test
 
 
-def test_every_key_is_read_by_something() -> None:
+def test_every_key_is_used() -> None:
     root = Path(__file__).parents[3] / "shim"
     sources = "".join(path.read_text() for path in root.rglob("*.py") if path.name != "config.py")
     keys = {key for section in (HypervisorConfig, GuestConfig, ShimConfig) for key in section.fields()}

@@ -1,4 +1,4 @@
-"""Frames decode to what they carry, in any pieces and from either side."""
+"""A framed stream is decoded correctly, in any pieces and from either side."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from shim.agent.frames import END, WORD, StreamFrameError, Unframer, framed
 
-DATA = random.Random(1).randbytes(100_000)  # noqa: S311 - known, not secret
+DATA = random.Random(1).randbytes(100_000)  # noqa: S311 - repeatable, not secret
 
 
 def unframe(pieces: list[bytes]) -> tuple[bytes, bool]:
@@ -25,7 +25,7 @@ def test_a_stream_may_arrive_in_any_pieces(piece: int, frame: int) -> None:
     assert unframe(pieces) == (DATA, True)
 
 
-def test_nothing_but_the_end_is_an_empty_stream() -> None:
+def test_an_end_without_data_is_an_empty_stream() -> None:
     assert unframe([END]) == (b"", True)
 
 
@@ -34,7 +34,7 @@ def test_a_stream_without_its_end_has_not_ended(cut: int) -> None:
     assert not unframe([framed(b"abc")[:cut]])[1]
 
 
-def test_nothing_of_the_largest_frame_is_kept() -> None:
+def test_no_part_of_the_largest_frame_is_kept() -> None:
     unframer = Unframer()
     assert b"".join(unframer.feed(WORD.pack(0xFFFFFFFF))) == b""
     for _ in range(3):
@@ -42,7 +42,7 @@ def test_nothing_of_the_largest_frame_is_kept() -> None:
     assert not unframer.ended
 
 
-def test_a_stream_that_goes_on_after_its_end_is_refused() -> None:
+def test_bytes_after_the_end_of_a_stream_are_refused() -> None:
     unframer = Unframer()
     assert list(unframer.feed(END)) == []
     with pytest.raises(StreamFrameError, match="3 bytes after the end"):

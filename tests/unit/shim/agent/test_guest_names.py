@@ -1,4 +1,4 @@
-"""No id of a container meets a name of the guest's own, or of another container's."""
+"""A container's id never collides with a name that the guest or another container uses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shim.agent.guest_paths import MODULES_NAME, WATCHABLE_NAME
 from shim.identifiers import check_identifier
 
 KATAS_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
-"""What Kata's agent takes as an id."""
+"""The ids that Kata's agent accepts."""
 GUESTS_OWN = (
     MODULES_NAME,
     WATCHABLE_NAME,
@@ -32,7 +32,7 @@ def test_containerd_may_use_the_id(identifier: str) -> None:
 
 
 @identifiers
-def test_an_agent_takes_the_name(identifier: str) -> None:
+def test_katas_agent_accepts_the_name(identifier: str) -> None:
     assert KATAS_ID.fullmatch(guest_names.agent_id(identifier))
 
 

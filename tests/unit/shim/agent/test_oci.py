@@ -1,4 +1,4 @@
-"""What a container asks for arrives as the guest can give it."""
+"""A container's specification is translated into what the guest can do."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ def test_the_whole_process_is_sent() -> None:
     assert process.Terminal
 
 
-def test_no_capabilities_is_not_the_same_as_inherited_ones() -> None:
+def test_empty_capabilities_are_not_inherited_ones() -> None:
     assert translated().spec.Process.HasField("Capabilities")
 
 
-def test_the_requests_terminal_wins_over_the_specifications() -> None:
+def test_terminal_in_the_request_overrides_the_specification() -> None:
     process = {"args": ["sh"], "cwd": "/", "terminal": True}
     assert not translated(process=process, terminal=False).spec.Process.Terminal
 
@@ -100,12 +100,12 @@ def test_host_namespaces_are_not_taken_literally() -> None:
 
 
 @pytest.mark.parametrize(("path", "shared"), [("", False), ("/proc/7/ns/pid", True)])
-def test_a_pid_namespace_with_a_path_is_the_sandboxs(path: str, *, shared: bool) -> None:
+def test_a_pid_namespace_with_a_path_is_shared_with_the_sandbox(path: str, *, shared: bool) -> None:
     namespaces = [{"type": "network"}, {"type": "ipc"}, {"type": "pid", "path": path}]
     assert translated(linux={"namespaces": namespaces}).sandbox_pidns is shared
 
 
-def test_a_host_file_is_shared_under_a_name_of_its_own() -> None:
+def test_a_host_file_is_shared_under_a_unique_name() -> None:
     result = translated(
         mounts=[
             {
@@ -123,7 +123,7 @@ def test_a_host_file_is_shared_under_a_name_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("source", ["/proc", "/sys/fs/cgroup", "/dev/net", "/proc/../dev/net"])
-def test_kernel_file_systems_are_the_guests_own(source: str) -> None:
+def test_kernel_file_systems_come_from_the_guest(source: str) -> None:
     result = translated(mounts=[{"destination": "/x", "type": "bind", "source": source, "options": ["ro"]}])
     assert result.shared_mounts == (None,)
     assert result.spec.Mounts[0].source.startswith(("/proc", "/sys", "/dev"))
@@ -131,7 +131,7 @@ def test_kernel_file_systems_are_the_guests_own(source: str) -> None:
 
 @pytest.mark.parametrize("source", ["/dev/shm", "/dev/shm/data"])
 @pytest.mark.parametrize("destination", ["/x", "/dev/shm"])
-def test_dev_shm_of_the_host_is_data(source: str, destination: str) -> None:
+def test_the_hosts_dev_shm_is_shared_as_an_ordinary_volume(source: str, destination: str) -> None:
     result = translated(
         mounts=[{"destination": destination, "type": "bind", "source": source}],
         linux={"namespaces": [{"type": "ipc"}, {"type": "network"}]},
@@ -141,7 +141,7 @@ def test_dev_shm_of_the_host_is_data(source: str, destination: str) -> None:
     assert shared.source == source
 
 
-def test_the_shared_memory_of_the_pod_is_that_of_the_guest() -> None:
+def test_the_pods_shared_memory_comes_from_the_guest() -> None:
     source = "/run/containerd/io.containerd.grpc.v1.cri/sandboxes/pod/shm"
     result = translated(mounts=[{"destination": "/dev/shm", "type": "bind", "source": source}])
     assert result.shared_mounts == (None,)
@@ -149,7 +149,7 @@ def test_the_shared_memory_of_the_pod_is_that_of_the_guest() -> None:
 
 
 @pytest.mark.parametrize(("option", "is_copied"), [("ro", True), ("rw", False)])
-def test_only_volumes_that_a_container_cannot_write_are_copied(option: str, *, is_copied: bool) -> None:
+def test_only_read_only_volumes_are_copied(option: str, *, is_copied: bool) -> None:
     source = "/pods/1/volumes/kubernetes.io~configmap/settings"
     mount = {"destination": "/x", "type": "bind", "source": source, "options": ["rbind", option]}
     (shared,) = translated(mounts=[mount]).shared_mounts
@@ -208,10 +208,10 @@ DEVICES = [
 ]
 
 
-def test_a_device_without_a_mode_gets_one() -> None:
+def test_a_device_without_a_mode_gets_the_default_mode() -> None:
     device = {"path": "/dev/data", "type": "b", "major": 7, "minor": 0}
     [sent] = translated(linux={"devices": [device]}).spec.Linux.Devices
-    assert sent.FileMode == 0o666, "a stock agent looks for one at that path in the guest"
+    assert sent.FileMode == 0o666, "a stock agent looks for a device at that path in the guest"
     [sent] = translated(linux={"devices": [device | {"fileMode": 0o600}]}).spec.Linux.Devices
     assert sent.FileMode == 0o600
 
@@ -226,7 +226,7 @@ def test_a_privileged_container_gets_the_listed_devices_that_the_guest_has() -> 
     assert (device.FileMode, device.UID, device.GID) == (0o666, 1, 2)
 
 
-def test_a_loop_device_is_the_guests_only_with_loop_control() -> None:
+def test_a_loop_device_comes_from_the_guest_only_with_loop_control() -> None:
     loop = {"path": "/dev/loop0", "type": "b", "major": 7, "minor": 0}
     control = {"path": "/dev/loop-control", "type": "c", "major": 10, "minor": 237}
     assert translated(linux={"devices": [loop, control]}).disks == ()
@@ -247,7 +247,7 @@ def test_a_character_device_of_the_host_is_refused_by_name() -> None:
         translated(linux={"devices": [device]})
 
 
-def test_a_block_device_of_the_host_is_a_disk_of_the_machine() -> None:
+def test_a_block_device_of_the_host_becomes_a_disk_of_the_machine() -> None:
     rules = [
         {"allow": False, "access": "rwm"},
         {"allow": True, "type": "b", "major": 8, "minor": 0, "access": "rm"},
@@ -260,7 +260,7 @@ def test_a_block_device_of_the_host_is_a_disk_of_the_machine() -> None:
     assert "/dev/sda" in {device.Path for device in result.spec.Linux.Devices}
 
 
-def test_a_rate_for_a_disk_that_the_machine_does_not_have_is_refused() -> None:
+def test_a_rate_for_a_disk_that_the_machine_lacks_is_refused() -> None:
     throttled = {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1000}]}
     with pytest.raises(InvalidArgument, match=r"linux\.resources\.blockIO"):
         translated(linux={"resources": {"blockIO": throttled}})
@@ -275,7 +275,7 @@ def test_volumes_that_the_kubelet_updates_are_copied_in_the_guest(kind: str) -> 
     assert shared.is_updated
 
 
-def test_a_part_of_an_updated_volume_is_shared_as_it_is() -> None:
+def test_a_single_file_of_an_updated_volume_is_shared_directly() -> None:
     source = "/var/lib/kubelet/pods/1/volumes/kubernetes.io~configmap/config/key"
     (shared,) = translated(
         mounts=[{"destination": "/c", "type": "bind", "source": source, "options": ["ro"]}]
@@ -290,13 +290,13 @@ def test_the_hosts_network_is_refused_by_name() -> None:
         translated(linux={"namespaces": [{"type": kind} for kind in kinds]})
 
 
-def test_the_hosts_processes_and_ipc_are_a_containers_usual_ones() -> None:
+def test_host_pid_and_ipc_namespaces_become_the_usual_ones() -> None:
     result = translated(linux={"namespaces": [{"type": "network"}, {"type": "mount"}]})
     assert {namespace.Type for namespace in result.spec.Linux.Namespaces} == {"ipc", "uts", "mount"}
     assert not result.sandbox_pidns
 
 
-def test_values_without_a_protocol_field_are_annotations() -> None:
+def test_values_without_a_protocol_field_become_annotations() -> None:
     message = translated(
         annotations={"a": "b"},
         linux={
@@ -311,7 +311,7 @@ def test_values_without_a_protocol_field_are_annotations() -> None:
     }
 
 
-def test_the_domain_name_is_a_sysctl() -> None:
+def test_the_domain_name_becomes_a_sysctl() -> None:
     linux = {"sysctl": {"net.ipv4.ip_forward": "1"}}
     assert dict(translated(domainname="example.org", linux=linux).spec.Linux.Sysctl) == {
         "net.ipv4.ip_forward": "1",
@@ -319,13 +319,13 @@ def test_the_domain_name_is_a_sysctl() -> None:
     }
 
 
-def test_all_huge_page_limits_are_sent_even_those_of_zero() -> None:
+def test_huge_page_limits_of_zero_are_sent_too() -> None:
     limits = [{"pageSize": "1GB", "limit": 0}, {"pageSize": "2MB", "limit": 4 << 20}]
     sent = translated(linux={"resources": {"hugepageLimits": limits}}).spec.Linux.Resources.HugepageLimits
     assert [(one.Pagesize, one.Limit) for one in sent] == [("1GB", 0), ("2MB", 4 << 20)]
 
 
-def test_an_update_is_translated_like_a_creation() -> None:
+def test_limits_in_an_update_are_translated_as_in_a_create() -> None:
     limits = {"memory": {"limit": -1}, "cpu": {"shares": 2, "cpus": "7"}, "unified": {"memory.high": "max"}}
     message = translate_resources(limits)
     assert (message.Memory.Limit, message.CPU.Shares, message.CPU.Cpus) == (-1, 2, "")
@@ -337,18 +337,18 @@ def test_an_unknown_field_is_left_out_with_a_warning(caplog: pytest.LogCaptureFi
 
 
 @pytest.mark.parametrize("wanted", ["", "/", "/pods/box", "system.slice:cri:box"])
-def test_a_cgroup_in_the_guest_is_the_containers_alone(wanted: str) -> None:
+def test_each_container_has_a_cgroup_of_its_own_in_the_guest(wanted: str) -> None:
     linux = translated(linux={"cgroupsPath": wanted}).spec.Linux
     assert linux.CgroupsPath == f"/{agent_id('box')}"
 
 
-def test_the_umask_is_sent_where_the_agent_looks_for_it() -> None:
+def test_the_umask_is_sent_as_an_annotation() -> None:
     process = {"args": ["true"], "cwd": "/", "user": {"uid": 1, "umask": 0}}
     assert translated(process=process).spec.Annotations["io.hako.process/umask"] == "0"
     assert not translated().spec.Annotations
 
 
-def test_hooks_of_the_host_are_not_run_in_the_guest() -> None:
+def test_host_hooks_do_not_run_in_the_guest() -> None:
     assert not translated(hooks={"prestart": [{"path": "/bin/true"}]}).spec.HasField("Hooks")
 
 

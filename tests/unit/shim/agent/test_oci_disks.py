@@ -1,4 +1,4 @@
-"""Root file systems that a guest mounts from a disk."""
+"""A guest mounts some root file systems from a disk."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_file_with_a_file_system_is_a_disk(image: Path) -> None:
+def test_a_file_with_a_file_system_becomes_a_disk(image: Path) -> None:
     mount = Mount(type="ext4", source=str(image), options=["ro", "loop"])
     assert root_disk([mount]) == RootDisk(path=image, fstype="ext4", options=("ro",))
 
 
-def test_a_read_only_one_is_plugged_read_only(image: Path) -> None:
+def test_a_read_only_file_system_becomes_a_read_only_disk(image: Path) -> None:
     found = root_disk([Mount(type="xfs", source=str(image), options=["ro"])])
     assert found is not None
     assert found.read_only
@@ -41,11 +41,11 @@ def test_a_read_only_one_is_plugged_read_only(image: Path) -> None:
         Mount(type="ext4", source="/a\0b"),
     ],
 )
-def test_everything_else_is_mounted_on_the_host(mount: Mount) -> None:
+def test_other_root_file_systems_are_mounted_on_the_host(mount: Mount) -> None:
     assert root_disk([mount]) is None
 
 
-def test_several_mounts_are_made_on_the_host(image: Path) -> None:
+def test_a_root_file_system_of_several_mounts_is_mounted_on_the_host(image: Path) -> None:
     mount = Mount(type="ext4", source=str(image))
     assert root_disk([mount, mount]) is None
     assert root_disk([]) is None

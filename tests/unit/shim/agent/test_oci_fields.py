@@ -1,4 +1,4 @@
-"""Every field of the runtime specification has a row that says what becomes of it."""
+"""Every field of the runtime specification has a row in the table of fields."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_every_field_of_the_specification_has_a_row(path: str) -> None:
     assert row_of(path) is not None
 
 
-def test_every_row_stands_for_an_existing_field() -> None:
-    later = {"linux.netDevices", "linux.memoryPolicy", "freebsd"}  # newer than 1.2, refused already
+def test_every_row_is_for_an_existing_field() -> None:
+    later = {"linux.netDevices", "linux.memoryPolicy", "freebsd"}  # newer than 1.2, and refused already
     known = set(PATHS) | {path.rpartition(".")[0] for path in PATHS}
     known |= {parent.rpartition(".")[0] for parent in known}
     assert {row.path for row in ROWS} - known - later == set()
@@ -137,7 +137,7 @@ def test_a_refusal_names_the_field_and_the_reason(path: str) -> None:
 
 @pytest.mark.parametrize("value", [None, 0, False, "", [], {}, {"weight": 0}], ids=repr)
 @pytest.mark.parametrize("path", [path for path in REFUSED if path.startswith("linux.resources.")])
-def test_an_empty_value_asks_for_nothing_and_is_not_refused(path: str, value: Any) -> None:
+def test_an_empty_value_is_not_refused(path: str, value: Any) -> None:
     name = path.removeprefix("linux.resources.")
     message = oci_pb2.LinuxResources()
     copy(nested(name, value), message, path="linux.resources")
@@ -156,11 +156,11 @@ def test_an_empty_value_asks_for_nothing_and_is_not_refused(path: str, value: An
         ("hooks.createRuntime", [{"path": "/usr/bin/true"}]),
     ],
 )
-def test_dropped_fields_and_those_of_the_host_are_not_sent(path: str, value: Any) -> None:
+def test_dropped_fields_and_fields_for_the_host_are_not_sent(path: str, value: Any) -> None:
     message = oci_pb2.Spec()
     copy(nested(path, value), message, path="")
     assert str(value) not in str(message)
-    assert row_of(path).fate in {Fate.DROPPED, Fate.DONE}  # type: ignore[union-attr]  # every one of them has a row
+    assert row_of(path).fate in {Fate.DROPPED, Fate.DONE}  # type: ignore[union-attr]  # every field has a row
 
 
 @pytest.mark.parametrize(

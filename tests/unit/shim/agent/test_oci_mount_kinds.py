@@ -1,4 +1,4 @@
-"""Which side mounts a file system of a specification, and from where."""
+"""Which side mounts a file system, and from which source."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_an_impossible_mount_is_refused_by_name(mount: dict[str, Any], why: str)
         kind_of(mount)
 
 
-def test_the_options_are_distinguished() -> None:
+def test_options_are_told_apart_by_kind() -> None:
     options = ("rro", "nosuid", "sync", "rprivate", "data=ordered", "_netdev", "x-systemd.automount")
     found = file_system_of(entry("ext4", *options, source="/dev/vdb"))
     assert found.flags == ("ro", "nosuid", "sync")
@@ -71,11 +71,11 @@ def test_the_options_are_distinguished() -> None:
         ("", [("", "")]),
     ],
 )
-def test_layers_are_split_as_overlayfs_splits_them(value: str, layers: list[tuple[str, str]]) -> None:
+def test_lower_layers_are_split_as_overlayfs_does(value: str, layers: list[tuple[str, str]]) -> None:
     assert split_layers(value) == layers
 
 
-def test_an_escaped_path_is_read() -> None:
+def test_an_escaped_path_is_decoded() -> None:
     assert unescaped(r"/a\,b\:c\\d") == r"/a,b:c\d"
 
 
@@ -98,7 +98,7 @@ async def refusal_of(mount: dict[str, Any], place: Path, writable: GuestWritable
     ],
     ids=["absent", "relative", "upper", "long"],
 )
-async def test_a_directory_that_an_overlay_cannot_have_is_named(
+async def test_an_unusable_directory_of_an_overlay_is_named(
     tmp_path: Path, options: list[str], named: str
 ) -> None:
     filled = [option.format(place=tmp_path) for option in options]
@@ -108,7 +108,7 @@ async def test_a_directory_that_an_overlay_cannot_have_is_named(
 
 
 @pytest.mark.parametrize("key", ["lowerdir", "upperdir", "workdir"])
-async def test_a_guests_link_does_not_lead_an_overlay_astray(tmp_path: Path, key: str) -> None:
+async def test_an_overlay_does_not_follow_a_guests_link(tmp_path: Path, key: str) -> None:
     (tmp_path / "volume").mkdir()
     (tmp_path / "volume" / "link").symlink_to("/etc")
     writable = GuestWritable()
@@ -118,7 +118,7 @@ async def test_a_guests_link_does_not_lead_an_overlay_astray(tmp_path: Path, key
     assert "in a directory that a guest writes in" in said
 
 
-async def test_a_specification_without_such_mounts_stays_as_it_is(tmp_path: Path) -> None:
+async def test_a_specification_without_such_mounts_is_unchanged(tmp_path: Path) -> None:
     spec = {"mounts": [entry("proc"), entry("bind", source="/srv")]}
     assert await FileSystems(tmp_path / "mounts", writable=GuestWritable()).mount(spec) is spec
 

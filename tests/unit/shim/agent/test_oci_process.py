@@ -1,4 +1,4 @@
-"""A process has what it asks for, and otherwise what runc would give it."""
+"""A process gets what it asks for, and runc's defaults for the rest."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def test_set_values_are_not_inherited() -> None:
     assert message.OOMScoreAdj == 0
 
 
-def test_an_exec_always_has_its_containers_oom_score() -> None:
+def test_an_exec_always_gets_its_containers_oom_score() -> None:
     assert exec_in({"oomScoreAdj": 321}).OOMScoreAdj == 321
     assert exec_in({"oomScoreAdj": 321}, oomScoreAdj=5).OOMScoreAdj == 321
     assert exec_in({}, oomScoreAdj=5).OOMScoreAdj == -7
 
 
-def test_an_exec_without_capabilities_has_its_containers() -> None:
+def test_an_exec_without_capabilities_gets_its_containers() -> None:
     container = {"capabilities": {"bounding": ["CAP_KILL"]}}
     assert list(exec_in(container).Capabilities.Bounding) == ["CAP_KILL"]
     assert not exec_in(container, capabilities={}).Capabilities.Bounding
 
 
-def test_an_exec_does_not_have_its_containers_rlimits() -> None:
+def test_an_exec_does_not_get_its_containers_rlimits() -> None:
     container = {"rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1, "hard": 2}]}
     assert rlimits_of(exec_in(container)) == INHERITANCE.rlimits
 

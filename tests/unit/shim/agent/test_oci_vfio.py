@@ -1,4 +1,4 @@
-"""Which devices of the host a container's VFIO groups stand for."""
+"""A container's VFIO groups are resolved to the host's PCI devices."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_groups_are_found_by_their_nodes() -> None:
     assert vfio_groups({"devices": nodes}) == [12, 7]
 
 
-def test_the_nodes_stay_with_the_host_and_the_groups_go_to_the_machine() -> None:
+def test_vfio_nodes_are_not_sent_and_their_groups_go_to_the_machine() -> None:
     spec = specification(node("/dev/vfio/vfio"), node("/dev/vfio/12"))
     translation = translated(spec)
     assert translation.vfio_groups == (12,)
     assert list(translation.spec.Linux.Devices) == []
 
 
-def test_a_privileged_container_that_lists_every_device_is_given_none() -> None:
+def test_a_privileged_container_that_lists_every_device_gets_no_group() -> None:
     spec = specification(node("/dev/vfio/12"), devices=[{"allow": True, "access": "rwm"}])
     assert translated(spec).vfio_groups == ()
 
@@ -59,7 +59,7 @@ def test_vfio_without_a_group_is_refused() -> None:
         translated(specification(node("/dev/vfio/devices/vfio0")))
 
 
-def test_a_group_is_all_its_devices_but_bridges(tmp_path: Path) -> None:
+def test_a_group_means_all_its_devices_except_bridges(tmp_path: Path) -> None:
     for address, kind in {
         "0000:3b:00.1": "0x040300",
         "0000:3b:00.0": "0x030000",

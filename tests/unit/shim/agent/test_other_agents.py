@@ -1,4 +1,4 @@
-"""With an agent that is not Hako's, the shim speaks Kata's protocol and nothing beyond it."""
+"""With an agent other than Hako's, the shim speaks plain Kata protocol."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Stack backtrace:
 
 
 class Peer:
-    """An agent with the given features that answers every request with an empty message, or with an error."""
+    """An agent with some features; it answers every request with an empty message or an error."""
 
     def __init__(self, *features: str, error: ShimError | None = None) -> None:
         self.requests: list[tuple[str, Message]] = []
@@ -58,7 +58,7 @@ async def sandbox_of(peer: Peer) -> Agent:
     return agent
 
 
-async def test_shared_memory_of_another_agent_is_mounted_again_for_its_size_to_count() -> None:
+async def test_a_stock_agents_shared_memory_is_remounted_with_its_size() -> None:
     peer = Peer("seccomp")
     await sandbox_of(peer)
     [request] = peer.asked("UpdateEphemeralMounts")
@@ -68,18 +68,18 @@ async def test_shared_memory_of_another_agent_is_mounted_again_for_its_size_to_c
     assert {"remount", "size=67108864", "mode=1777"} <= set(storage.options)
 
 
-async def test_hakos_agent_is_not_asked_twice_for_shared_memory() -> None:
+async def test_hakos_agent_is_asked_for_shared_memory_only_once() -> None:
     peer = Peer("hako")
     await sandbox_of(peer)
     assert not peer.asked("UpdateEphemeralMounts")
 
 
-async def test_the_sandboxs_id_at_the_agent_differs_from_every_containers() -> None:
+async def test_the_sandboxs_id_at_the_agent_is_no_containers_id() -> None:
     peer = Peer()
     await sandbox_of(peer)
     [request] = peer.asked("CreateSandbox")
     assert isinstance(request, agent_pb2.CreateSandboxRequest)
-    assert request.sandbox_id not in {"", "box"}, "such a container's kills for memory would not be reported"
+    assert request.sandbox_id not in {"", "box"}, "else its kills for memory would not be reported"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ async def test_the_sandboxs_id_at_the_agent_differs_from_every_containers() -> N
         (("hako", "hako.streams"), True, True),
     ],
 )
-async def test_extensions_are_used_if_the_agent_says_that_it_has_them(
+async def test_extensions_are_used_only_if_the_agent_offers_them(
     features: tuple[str, ...], *, is_hako: bool, frames: bool
 ) -> None:
     agent = await sandbox_of(Peer(*features))
@@ -99,9 +99,7 @@ async def test_extensions_are_used_if_the_agent_says_that_it_has_them(
 
 
 @pytest.mark.parametrize(("feature", "asked"), [("seccomp", 1), ("hako", 0)])
-async def test_terminal_is_given_the_size_that_its_process_asks_for_unless_the_agent_reads_that(
-    feature: str, asked: int
-) -> None:
+async def test_a_terminals_size_is_set_unless_the_agent_reads_it(feature: str, asked: int) -> None:
     peer = Peer(feature)
     agent = await sandbox_of(peer)
     box = oci_pb2.Box(Height=31, Width=97)
@@ -124,9 +122,7 @@ async def test_terminal_is_given_the_size_that_its_process_asks_for_unless_the_a
     ("feature", "limits"),
     [("seccomp", ((1 << 63) - 4096, (1 << 63) - 4096, 50_000_000)), ("hako", (-1, -1, -1))],
 )
-async def test_a_limit_is_lifted_in_terms_that_the_agent_understands(
-    feature: str, limits: tuple[int, int, int]
-) -> None:
+async def test_a_limit_is_lifted_in_the_agents_terms(feature: str, limits: tuple[int, int, int]) -> None:
     peer = Peer(feature)
     agent = await sandbox_of(peer)
     resources = oci_pb2.LinuxResources(
@@ -140,10 +136,10 @@ async def test_a_limit_is_lifted_in_terms_that_the_agent_understands(
     assert (sent.Memory.Limit, sent.Memory.Swap, sent.CPU.Quota) == limits
     assert nothing == agent_pb2.UpdateContainerRequest(
         container_id="box", resources=oci_pb2.LinuxResources()
-    ), "what is not mentioned stays"
+    ), "an omitted limit stays"
 
 
-async def test_a_control_file_that_another_agent_would_not_write_is_refused_by_name() -> None:
+async def test_a_control_file_that_a_stock_agent_ignores_is_refused_by_name() -> None:
     peer = Peer("seccomp")
     agent = await sandbox_of(peer)
     with pytest.raises(InvalidArgument, match=r"resources: unified: memory\.high: .*; leave it out"):
@@ -195,7 +191,9 @@ async def test_only_hakos_agent_learns_that_no_huge_pages_are_allowed(
         (Internal('"'), Internal('"')),
     ],
 )
-async def test_an_error_is_one_line_of_the_right_class(answer: ShimError, meaning: ShimError) -> None:
+async def test_an_agents_error_becomes_one_line_of_the_right_class(
+    answer: ShimError, meaning: ShimError
+) -> None:
     agent = Agent(cast("TtrpcClient", Peer(error=answer)))
     with pytest.raises(type(meaning)) as caught:
         await agent.containers.start("box")

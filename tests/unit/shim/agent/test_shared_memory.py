@@ -1,4 +1,4 @@
-"""A mount is the pod's shared memory by its source; the guest has its own."""
+"""A mount's source tells whether it is the pod's shared memory, which the guest provides."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def test_a_tmpfs_at_dev_shm_is_the_containers_own() -> None:
     assert not shared_memory.is_pods(entry, ids=IDS, shares_hosts_ipc=False)
 
 
-def test_the_hosts_shared_memory_is_the_pods_with_the_hosts_ipc() -> None:
+def test_with_the_hosts_ipc_the_hosts_shared_memory_is_the_pods() -> None:
     assert shared_memory.is_pods(bind("/dev/shm"), ids=IDS, shares_hosts_ipc=True)
 
 
-def test_the_bind_of_it_keeps_the_options_of_both() -> None:
+def test_the_bind_mount_keeps_its_own_options_and_the_file_systems() -> None:
     sent = shared_memory.in_guest(bind("/x", options=["rbind", "rprivate", "ro"]))
     assert sent["source"] == SHM_DIRECTORY
     assert sent["options"] == ["rbind", "noexec", "nosuid", "nodev", "rprivate", "ro"]
@@ -67,7 +67,7 @@ def spec_of(entry: dict[str, Any]) -> dict[str, Any]:
     return {"mounts": [entry], "linux": {"namespaces": [{"type": "ipc"}]}}
 
 
-def test_its_size_is_that_of_the_file_system_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_size_is_the_size_of_the_file_system_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     class Status:
         f_blocks = 768
         f_frsize = 4096
@@ -78,12 +78,12 @@ def test_its_size_is_that_of_the_file_system_on_the_host(monkeypatch: pytest.Mon
     assert shared_memory.size_of(spec_of(bind("/srv/shm")), container_id=ID) == SHM_BYTES
 
 
-def test_the_size_of_the_disk_that_a_plain_directory_is_on_is_not_its_size(tmp_path: Path) -> None:
+def test_a_plain_directory_does_not_get_its_disks_size(tmp_path: Path) -> None:
     source = tmp_path / "containers" / ID / "mounts" / "shm"
     source.mkdir(parents=True)
     assert shared_memory.size_of(spec_of(bind(str(source))), container_id=ID) == SHM_BYTES
 
 
 @pytest.mark.parametrize("mounts", [None, 5, "text", [5], [{}], [bind("a\0b")]])
-def test_a_malformed_specification_has_the_usual_size(mounts: Any) -> None:
+def test_a_malformed_specification_gets_the_usual_size(mounts: Any) -> None:
     assert shared_memory.size_of({"mounts": mounts}, container_id=ID) == SHM_BYTES

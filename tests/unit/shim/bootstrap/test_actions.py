@@ -1,4 +1,4 @@
-"""The program as a whole: its questions, its refusals, and what it does not import."""
+"""The whole program: its answers, its refusals, and the modules that it does not import."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_info_is_containerds_runtime_info() -> None:
 
 
 @pytest.mark.parametrize("flag", ["-v", "-version"])
-def test_the_version_is_for_people(flag: str) -> None:
+def test_the_version_is_printed_for_people(flag: str) -> None:
     reply = run(flag)
     assert (reply.returncode, reply.stderr) == (0, b"")
     assert reply.stdout.startswith(b"containerd-shim-hako-v2:\n  Version: ")

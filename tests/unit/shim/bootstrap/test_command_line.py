@@ -1,4 +1,4 @@
-"""Flags as Go's ``flag`` package reads them."""
+"""Flags are read as Go's ``flag`` package reads them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shim.refusal import Refusal
 
 
 @pytest.mark.parametrize("flags", [["-id", "c1"], ["--id", "c1"], ["-id=c1"], ["--id=c1"]])
-def test_every_spelling_of_a_flag_is_the_same(flags: list[str]) -> None:
+def test_all_spellings_of_a_flag_mean_the_same(flags: list[str]) -> None:
     assert parse([*flags, "start"]) == CommandLine(id="c1", action="start")
 
 
@@ -50,7 +50,7 @@ def test_questions_need_no_action(arguments: list[str], field: str) -> None:
     assert parse(arguments) == CommandLine(**asked)
 
 
-def test_a_value_may_begin_with_a_dash_or_hold_an_equals_sign() -> None:
+def test_a_value_may_begin_with_a_dash_or_contain_an_equals_sign() -> None:
     assert parse(["-id", "-x", "-bundle=/a=b"]) == CommandLine(id="-x", bundle="/a=b")
 
 

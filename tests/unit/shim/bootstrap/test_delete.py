@@ -1,4 +1,4 @@
-"""``delete`` as containerd runs it: the shim may live, hang, be dead or never have been."""
+"""``delete`` as containerd runs it: the shim may run, hang, be dead or never have started."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def nothing_is_left(containerd: Containerd) -> bool:
     return not any(containerd.state_dir.iterdir()) and not containerd.socket_path("c1").exists()
 
 
-def test_the_reply_says_killed_now(containerd: Containerd) -> None:
+def test_the_reply_reports_a_kill_at_this_moment(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     before = time.time()
     response = delete(containerd)
@@ -49,7 +49,7 @@ def test_a_dead_shim_leaves_nothing(containerd: Containerd) -> None:
     assert nothing_is_left(containerd)
 
 
-def test_everything_is_undone_although_the_bundle_is_removed(containerd: Containerd) -> None:
+def test_everything_is_undone_even_if_the_bundle_is_gone(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     containerd.kill_shims()
@@ -75,7 +75,7 @@ def test_a_container_of_a_pod_is_found_without_its_bundle(containerd: Containerd
 
 
 def hooked(containerd: Containerd, text: str) -> Path:
-    """A bundle with a program that follows the container's end."""
+    """A bundle with a hook that runs after the container's end."""
     bundle = containerd.make_bundle("c1")
     hook = {"path": "/bin/sh", "args": ["sh", "-c", text]}
     (bundle / "config.json").write_text(json.dumps({"hooks": {"poststop": [hook]}}))
@@ -83,16 +83,16 @@ def hooked(containerd: Containerd, text: str) -> Path:
 
 
 def processes_in(directory: Path) -> list[str]:
-    """The processes whose working directory it is, as a hook's is its bundle."""
+    """The processes that work in a directory; a hook works in its bundle."""
     found = []
     for link in Path("/proc").glob("[0-9]*/cwd"):
-        with contextlib.suppress(FileNotFoundError, PermissionError):  # it has ended, or is not ours
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # ended, or another user's
             if link.readlink() == directory:
                 found.append(link.parent.name)
     return found
 
 
-def test_poststop_hooks_of_a_deserted_container_run_once(containerd: Containerd) -> None:
+def test_poststop_hooks_of_a_dead_shims_container_run_once(containerd: Containerd) -> None:
     bundle = hooked(containerd, "cat >> told")
     containerd.run("start", "c1")
     containerd.kill_shims()
@@ -116,12 +116,12 @@ def test_a_slow_poststop_hook_is_killed_by_delete(containerd: Containerd) -> Non
     bundle = hooked(containerd, "exec sleep 1000")
     containerd.run("start", "c1")
     containerd.kill_shims()
-    delete(containerd)  # which may take WITHIN_S
+    delete(containerd)  # takes up to WITHIN_S
     assert processes_in(bundle) == []
     assert nothing_is_left(containerd)
 
 
-def test_doing_it_again_is_harmless(containerd: Containerd) -> None:
+def test_a_second_delete_is_harmless(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     delete(containerd)
@@ -161,7 +161,7 @@ def test_the_children_of_a_dead_shim_are_killed(containerd: Containerd) -> None:
         assert child.wait(timeout=WITHIN_S) == -9
 
 
-def test_a_shim_with_other_containers_is_left_alone(containerd: Containerd) -> None:
+def test_a_shim_with_other_containers_keeps_running(containerd: Containerd) -> None:
     for container in ("pod", "member"):
         containerd.make_bundle(container, annotations={GROUP: "pod"})
         containerd.run("start", container)
@@ -176,7 +176,7 @@ def test_a_shim_with_other_containers_is_left_alone(containerd: Containerd) -> N
     assert not containerd.state_of("pod").exists()
 
 
-def test_a_member_that_has_only_been_started_is_not_deserted(containerd: Containerd) -> None:
+def test_a_shim_outlives_its_pod_while_a_member_starts(containerd: Containerd) -> None:
     for container in ("pod", "member"):
         containerd.make_bundle(container, annotations={GROUP: "pod"})
         containerd.run("start", container)
@@ -187,7 +187,7 @@ def test_a_member_that_has_only_been_started_is_not_deserted(containerd: Contain
     assert not host_process.is_running(shim)
 
 
-def test_a_member_of_a_dead_group_is_enough_to_remove_the_group(containerd: Containerd) -> None:
+def test_deleting_one_member_of_a_dead_group_removes_the_group(containerd: Containerd) -> None:
     for container in ("pod", "member"):
         containerd.make_bundle(container, annotations={GROUP: "pod"})
         containerd.run("start", container)
@@ -197,7 +197,7 @@ def test_a_member_of_a_dead_group_is_enough_to_remove_the_group(containerd: Cont
     assert not containerd.state_of("pod").exists()
 
 
-def test_a_start_that_was_killed_halfway_leaves_nothing(containerd: Containerd) -> None:
+def test_a_start_that_was_killed_midway_leaves_nothing(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.state_of("c1").mkdir(parents=True)
     delete(containerd)
@@ -223,7 +223,7 @@ def test_the_spec_is_not_needed(containerd: Containerd) -> None:
     containerd.socket_path("pod").unlink(missing_ok=True)
 
 
-def test_a_failure_to_undo_is_one_line_and_stays_on_record(containerd: Containerd) -> None:
+def test_a_failure_to_undo_is_one_line_and_stays_in_the_ledger(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     containerd.kill_shims()
@@ -248,7 +248,7 @@ def test_a_failure_to_undo_is_one_line_and_stays_on_record(containerd: Container
 
 @pytest.mark.parametrize("action", ["start", "delete"])
 @pytest.mark.parametrize("container", ["a/b", "..", ".", "a" * 77, "-a", "a b", "ä"])
-def test_an_unsafe_id_is_one_line(
+def test_an_unsafe_id_is_refused_in_one_line(
     containerd: Containerd, action: str, container: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = tmp_path / "cwd"

@@ -1,4 +1,4 @@
-"""Which container goes to which shim."""
+"""Which shim a container belongs to."""
 
 from __future__ import annotations
 
@@ -43,12 +43,14 @@ def test_a_pod_cannot_choose_another_pods_machine_by_an_annotation(tmp_path: Pat
         ([], "c1"),
     ],
 )
-def test_annotations_name_the_group(tmp_path: Path, spec: dict[str, Any] | list[Any], group: str) -> None:
+def test_annotations_determine_the_group(
+    tmp_path: Path, spec: dict[str, Any] | list[Any], group: str
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps(spec))
     assert grouping.group_of(str(tmp_path), "c1") == group
 
 
-def test_without_a_spec_a_container_is_alone(tmp_path: Path) -> None:
+def test_a_container_without_a_specification_is_alone_in_its_group(tmp_path: Path) -> None:
     assert grouping.group_of(str(tmp_path), "c1") == "c1"
 
 
@@ -62,7 +64,7 @@ def test_without_a_spec_a_container_is_alone(tmp_path: Path) -> None:
     ],
     ids=["plain", "doubled slashes", "scheme", "empty"],
 )
-def test_the_socket_is_named_as_containerds_tools_name_it(address: str, joined: str) -> None:
+def test_the_socket_has_the_name_that_containerds_tools_expect(address: str, joined: str) -> None:
     name = grouping.socket_name(address=address, namespace="ns", group="c1")
     assert name == hashlib.sha256(joined.encode()).hexdigest()
 

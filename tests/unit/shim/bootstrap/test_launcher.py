@@ -1,4 +1,4 @@
-"""The launcher runs from anywhere, with no package installed for the interpreter that runs it."""
+"""The launcher runs from anywhere, and its interpreter needs no installed package."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def said(program: Path, *arguments: str) -> tuple[int, bytes, bytes]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_it_answers_as_pips_program_does(program: Path) -> None:
+def test_it_gives_the_same_answers_as_pips_program(program: Path) -> None:
     expected = subprocess.run(
         [sys.executable, "-m", "shim.bootstrap", "-v"], capture_output=True, timeout=WITHIN_S, check=True
     )
     assert said(program, "-v") == (0, expected.stdout, b"")
 
 
-def test_it_can_be_linked_to(program: Path, tmp_path: Path) -> None:
+def test_it_works_through_a_symbolic_link(program: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(program)
     assert said(link, "-v") == said(program, "-v")
@@ -52,7 +52,7 @@ def test_a_failure_is_one_line(program: Path) -> None:
     assert errors.startswith(b"delete: id: ")
 
 
-def test_it_replaces_the_other_program_in_one_step(program: Path) -> None:
+def test_it_replaces_pips_program_atomically(program: Path) -> None:
     assert list(program.parent.iterdir()) == [program]
     assert os.access(program, os.X_OK)
 

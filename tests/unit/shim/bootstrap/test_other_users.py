@@ -27,7 +27,7 @@ NOBODY = 65534
 
 
 def error_as(uid: int, attempt: Callable[..., Any]) -> int:
-    """The error number that an attempt fails with in a process of another user; 0 if it succeeds."""
+    """Return the error number of an attempt by another user's process; 0 if it succeeds."""
     child = os.fork()
     if child == 0:
         code = 255
@@ -54,7 +54,7 @@ def connecting_to(path: Path) -> Callable[[], None]:
 
 @pytest.fixture
 def public() -> Iterator[Path]:
-    """A directory that every user can reach, so that only files in it can refuse access."""
+    """A directory that every user can enter, so that only the files in it can deny access."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     directory = Path(tempfile.mkdtemp())
@@ -67,7 +67,7 @@ def test_other_users_cannot_connect_to_the_socket_that_start_makes(containerd: C
     containerd.make_bundle("c1")
     assert containerd.run("start", "c1").returncode == 0
     path = Path(containerd.socket_path("c1"))
-    # A second name in a place that every user can reach, on the same file system.
+    # A hard link in a directory that every user can enter, on the same file system.
     with tempfile.TemporaryDirectory(dir=path.parent.parent) as public:
         Path(public).chmod(0o755)
         (Path(public) / "socket").hardlink_to(path)

@@ -50,7 +50,7 @@ def test_containerd_1_7_to_2_2_get_json(either: Containerd) -> None:
 
 @pytest.fixture
 def sockets() -> Iterator[Path]:
-    # The path of a unix socket is short; pytest's own directories are not.
+    # A unix socket's path must be short; the paths of pytest's directories are long.
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:
         yield Path(directory) / "s"
 
@@ -113,14 +113,14 @@ def test_the_daemon_is_recognizable_in_process_lists(containerd: Containerd) -> 
     assert seen["arguments"][4:6] == ["-id", "c1"]
 
 
-def test_the_daemon_does_not_answer_to_systemd(containerd: Containerd) -> None:
+def test_the_daemon_sends_systemd_no_notifications(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.environment["NOTIFY_SOCKET"] = "/run/systemd/notify"
     containerd.run("start", "c1")
     assert "NOTIFY_SOCKET" not in containerd.daemon("c1")["environment"]
 
 
-def test_the_daemon_dies_of_memory_pressure_before_containerd(containerd: Containerd) -> None:
+def test_under_memory_pressure_the_daemon_dies_before_containerd(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     own = int(Path("/proc/self/oom_score_adj").read_text())
@@ -133,12 +133,12 @@ def test_a_kernel_without_core_scheduling_is_accepted(containerd: Containerd) ->
     assert containerd.run("start", "c1").returncode == 0
 
 
-def test_a_bundle_without_a_log_is_served_too(containerd: Containerd) -> None:
+def test_a_bundle_without_a_log_works(containerd: Containerd) -> None:
     (containerd.make_bundle("c1") / "log").unlink()
     assert containerd.run("start", "c1").returncode == 0
 
 
-def test_the_record_has_all_that_the_daemon_reads(containerd: Containerd) -> None:
+def test_the_record_has_every_field_that_the_daemon_reads(containerd: Containerd) -> None:
     bundle = containerd.make_bundle("c1")
     containerd.environment["TTRPC_ADDRESS"] = "/run/t.sock"
     containerd.run("start", "c1", flags=("-debug",))
@@ -198,7 +198,7 @@ def test_a_dead_socket_is_replaced(containerd: Containerd) -> None:
         client.connect(str(path))
 
 
-def test_leftovers_of_a_dead_shim_of_the_same_name_are_removed_first(containerd: Containerd) -> None:
+def test_leftovers_of_a_dead_shim_with_the_same_name_are_removed_first(containerd: Containerd) -> None:
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
     killed = containerd.daemon("c1")["pid"]
@@ -242,7 +242,7 @@ def test_options_of_other_runtimes_are_ignored(containerd: Containerd) -> None:
 
 
 def refusal(containerd: Containerd, container: str = "c1", **arguments: Any) -> str:
-    """Run a ``start`` that must fail, and return its line; nothing may be left behind."""
+    """Run a ``start`` that must fail and leave nothing behind; return its error line."""
     before = set(containerd.directory.rglob("*"))
     reply = containerd.run("start", container, **arguments)
     assert (reply.returncode, reply.stdout) == (1, b"")
@@ -300,7 +300,7 @@ def test_an_unsafe_name_is_one_line(containerd: Containerd, flag: str, name: str
 
 
 @pytest.mark.parametrize("version", ["1.6", "2.3"])
-def test_grpc_is_refused_where_containerd_cannot_drive_it(containerd: Containerd, version: str) -> None:
+def test_grpc_is_refused_if_containerd_cannot_use_it(containerd: Containerd, version: str) -> None:
     containerd.make_bundle("c1")
     containerd.configure(f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
     stdin = b""
@@ -339,7 +339,7 @@ POD = {"io.kubernetes.cri.container-type": "sandbox"}
         ("2.1.9", {}, 2),
     ],
 )
-def test_only_containerd_2_adds_containers_to_a_pod_without_a_start(
+def test_only_containerd_2_adds_containers_to_a_pod_without_calling_start(
     containerd: Containerd, containerd_version: str, annotations: dict[str, str], version: int
 ) -> None:
     containerd.make_bundle("c1", annotations=annotations)
@@ -354,7 +354,7 @@ def test_a_sandbox_without_a_spec_is_a_pod(containerd: Containerd) -> None:
     assert bootstrap_v1_pb2.BootstrapResult.FromString(reply.stdout).version == 3
 
 
-def test_a_container_that_joins_a_pod_gets_the_pods_version(containerd: Containerd) -> None:
+def test_a_container_that_joins_a_pod_gets_the_pods_protocol_version(containerd: Containerd) -> None:
     containerd.make_bundle("pod", annotations={**POD, GROUPS[1]: "pod"})
     containerd.make_bundle("member", annotations={GROUPS[1]: "pod"})
     binary = fake_containerd(containerd.directory, "module", "2.1.9")
@@ -362,7 +362,7 @@ def test_a_container_that_joins_a_pod_gets_the_pods_version(containerd: Containe
     assert replies[0] == replies[1]
 
 
-def test_containerd_1_7_learns_the_grpc_socket_once_it_listens(containerd: Containerd) -> None:
+def test_containerd_1_7_gets_the_grpc_address_once_the_socket_listens(containerd: Containerd) -> None:
     bundle = containerd.make_bundle("c1")
     containerd.configure(f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\nprotocol = "grpc"\n')
     binary = fake_containerd(containerd.directory, "github.com/containerd/containerd", "1.7.24~ds1")
@@ -375,7 +375,7 @@ def test_containerd_1_7_learns_the_grpc_socket_once_it_listens(containerd: Conta
         client.connect(path)
 
 
-def test_a_daemon_that_dies_before_it_listens_is_one_line_with_its_last_output(
+def test_a_daemon_that_dies_early_is_reported_with_its_last_output(
     containerd: Containerd,
 ) -> None:
     containerd.make_bundle("c1")
@@ -387,7 +387,7 @@ def test_a_daemon_that_dies_before_it_listens_is_one_line_with_its_last_output(
 
 
 @pytest.mark.parametrize("protocol", ["ttrpc", "grpc"])
-def test_containers_of_a_group_that_start_together_share_one_shim(
+def test_containers_of_a_group_that_start_at_once_share_one_shim(
     containerd: Containerd, protocol: str
 ) -> None:
     containerd.configure(

@@ -1,4 +1,4 @@
-"""The hand-written messages against protobuf's own reading of them."""
+"""The hand-written codec agrees with protobuf."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shim.bootstrap.wire import BootstrapParams, NotProtobufError, RuntimeOption
 
 LEVELS = st.sampled_from(bootstrap_v1_pb2.LogLevel.values())
 TEXTS = {name: st.text() for name in ("instance_id", "namespace", "socket_dir")}
-# Those whose name is shorter here.
+# These fields have shorter names in the record.
 RENAMED = {
     "ttrpc_address": "containerd_ttrpc_address",
     "grpc_address": "containerd_grpc_address",
@@ -56,9 +56,9 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
         assert isinstance(bootstrap_wire.decode_options(data), RuntimeOptions | None)
 
 
-def test_options_of_another_runtime_may_hold_any_bytes() -> None:
+def test_another_runtimes_options_may_contain_any_bytes() -> None:
     url = b"containerd.runc.v1.Options"
-    value = b"\x28\xff\xff\x03"  # a number that is not UTF-8
+    value = b"\x28\xff\xff\x03"  # a varint that is not valid UTF-8
     data = bytes([10, len(url)]) + url + bytes([18, len(value)]) + value
     assert bootstrap_wire.decode_params(data).instance_id == url.decode()
     assert bootstrap_wire.decode_options(data) is None
@@ -88,21 +88,21 @@ def test_fields_of_later_versions_are_skipped() -> None:
     assert bootstrap_wire.decode_params(later + b"\x0a\x01a").instance_id == "a"
 
 
-def test_protobuf_reads_a_result() -> None:
+def test_protobuf_decodes_a_result() -> None:
     encoded = bootstrap_wire.encode_result(version=2, address="unix:///" + "a" * 200, protocol="ttrpc")
     assert bootstrap_v1_pb2.BootstrapResult.FromString(encoded) == bootstrap_v1_pb2.BootstrapResult(
         version=2, address="unix:///" + "a" * 200, protocol="ttrpc"
     )
 
 
-def test_protobuf_reads_a_delete_response() -> None:
+def test_protobuf_decodes_a_delete_response() -> None:
     encoded = bootstrap_wire.encode_delete_response(exit_status=137, exited_at=1_700_000_000.25)
     response = task_v2_pb2.DeleteResponse.FromString(encoded)
     assert (response.pid, response.exit_status) == (0, 137)
     assert (response.exited_at.seconds, response.exited_at.nanos) == (1_700_000_000, 250_000_000)
 
 
-def test_protobuf_reads_the_runtime_information() -> None:
+def test_protobuf_decodes_the_runtime_information() -> None:
     features = json.dumps({"ociVersionMin": "1.0.0"})
     encoded = bootstrap_wire.encode_runtime_info(name="n", version="1", features=features)
     information = types_pb2.RuntimeInfo.FromString(encoded)

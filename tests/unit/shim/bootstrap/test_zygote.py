@@ -1,4 +1,4 @@
-"""A shim forked by the zygote is like one started anew, and works on when the zygote is gone."""
+"""A shim that the zygote forks equals one started anew, and outlives the zygote."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parent(pid: int) -> int:
 
 
 def is_shim(pid: int) -> bool:
-    """Whether a process is a sandbox's shim by its command line, or ends just now."""
+    """Whether a process is a sandbox's shim by its command line, or is just ending."""
     try:
         return "-state" in Path(f"/proc/{pid}/cmdline").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -37,7 +37,7 @@ def is_shim(pid: int) -> bool:
 
 
 def only_spare(containerd: Containerd) -> int:
-    """Wait until the zygote keeps one fork, and no other that has just done its work; return its pid."""
+    """Wait until the zygote has one child that is not a shim, its spare; return its pid."""
     pid = lock_holder(zygote_socket(containerd))
 
     def spares() -> list[int]:
@@ -47,7 +47,7 @@ def only_spare(containerd: Containerd) -> int:
     return until(lambda: found if len(found := spares()) == 1 else [])[0]
 
 
-def test_a_forked_shim_is_like_one_started_anew(warmed: Containerd) -> None:
+def test_a_forked_shim_equals_one_started_anew(warmed: Containerd) -> None:
     anew = warmed.daemon("c1")
     warmed.make_bundle("c2")
     assert warmed.run("start", "c2").returncode == 0
@@ -71,7 +71,7 @@ def test_process_lists_show_the_sandbox_of_a_forked_shim(warmed: Containerd) -> 
     assert "-zygote" not in arguments
 
 
-def test_the_death_of_the_zygote_hurts_no_shim_and_the_next_start_works(warmed: Containerd) -> None:
+def test_shims_survive_the_zygote_and_the_next_start_works(warmed: Containerd) -> None:
     warmed.make_bundle("c2")
     warmed.run("start", "c2")
     forked = warmed.daemon("c2")
@@ -83,12 +83,12 @@ def test_the_death_of_the_zygote_hurts_no_shim_and_the_next_start_works(warmed: 
     assert warmed.run("start", "c3").returncode == 0
     assert warmed.daemon("c3")["pid"] != forked["pid"]
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        # The next one, which that start has left behind.
+        # The next zygote, which that start has left behind.
         until(lambda: probe.connect_ex(str(socket_path)) == 0)
     end(lock_holder(socket_path))
 
 
-def test_only_one_zygote_comes_up(warmed: Containerd) -> None:
+def test_only_one_zygote_starts(warmed: Containerd) -> None:
     first = lock_holder(zygote_socket(warmed))
     zygote_socket(warmed).unlink()  # as if it were not ready yet
     warmed.make_bundle("c2")
@@ -96,7 +96,7 @@ def test_only_one_zygote_comes_up(warmed: Containerd) -> None:
     assert lock_holder(place(warmed)) == first
 
 
-def test_nonsense_leaves_the_zygote_serving(warmed: Containerd) -> None:
+def test_the_zygote_survives_malformed_requests(warmed: Containerd) -> None:
     for message in (b"", b"{", b'{"unknown": 1}', b"[1]", b"\xff"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
             client.connect(str(zygote_socket(warmed)))
@@ -112,7 +112,7 @@ def test_the_socket_is_for_its_owner_only(warmed: Containerd) -> None:
     assert zygote_socket(warmed).parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_program_that_changed_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_program_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "module.py"
     file.touch()
     known = {str(file): file.stat().st_mtime_ns}
@@ -149,7 +149,7 @@ def test_a_refusal_reads_the_same_with_and_without_a_zygote(warmed: Containerd) 
     assert b"config.json: not JSON" in reply.stderr
 
 
-def test_a_delete_that_the_zygote_does_leaves_nothing(warmed: Containerd) -> None:
+def test_a_delete_through_the_zygote_leaves_nothing(warmed: Containerd) -> None:
     warmed.make_bundle("c2")
     warmed.run("start", "c2")
     warmed.kill_shims()
@@ -162,7 +162,7 @@ def test_a_delete_that_the_zygote_does_leaves_nothing(warmed: Containerd) -> Non
     assert not warmed.socket_path("c2").exists()
 
 
-def test_a_configuration_that_wants_no_zygote_gets_a_shim_started_anew(warmed: Containerd) -> None:
+def test_without_a_zygote_in_the_configuration_a_shim_is_started_anew(warmed: Containerd) -> None:
     warmed.configure(f'[shim]\nzygote = false\nstate_dir = "{warmed.state_dir}"\n')
     warmed.make_bundle("c2")
     assert warmed.run("start", "c2").returncode == 0
@@ -170,7 +170,7 @@ def test_a_configuration_that_wants_no_zygote_gets_a_shim_started_anew(warmed: C
 
 
 @pytest.mark.parametrize("what", ["limits", "umask", "identity"])
-def test_a_zygote_refuses_a_caller_that_it_cannot_stand_in_for(warmed: Containerd, what: str) -> None:
+def test_a_zygote_refuses_a_caller_with_other_attributes(warmed: Containerd, what: str) -> None:
     zygote_socket(warmed)
     arguments = ["-address", warmed.address, "start"]
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
@@ -187,7 +187,7 @@ def test_a_zygote_refuses_a_caller_that_it_cannot_stand_in_for(warmed: Container
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_zygote_that_hangs_is_not_waited_for(warmed: Containerd) -> None:
+def test_a_hanging_zygote_is_not_waited_for(warmed: Containerd) -> None:
     spare = only_spare(warmed)
     os.kill(spare, signal.SIGSTOP)
     try:
@@ -196,11 +196,11 @@ def test_a_zygote_that_hangs_is_not_waited_for(warmed: Containerd) -> None:
         assert parent(warmed.daemon("c2")["pid"]) != lock_holder(place(warmed))
     finally:
         os.kill(spare, signal.SIGCONT)
-    # The caller has given up its request.
+    # The caller has given up on its request.
     assert len(warmed.shims()) == 2
 
 
-def test_a_shim_that_containerd_never_hears_of_ends(warmed: Containerd) -> None:
+def test_a_shim_that_containerd_never_learns_of_ends(warmed: Containerd) -> None:
     zygote_socket(warmed)
     bundle = warmed.make_bundle("c2")
     flags = ["-namespace", "tests", "-address", warmed.address, "-id", "c2", "start"]

@@ -1,4 +1,4 @@
-"""What a node's containerd must be told."""
+"""The configuration that a node's containerd needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         ("3.0.0", 3, "io.containerd.cri.v1.runtime"),
     ],
 )
-def test_each_containerd_has_its_own_configuration(version: str, number: int, plugin: str) -> None:
+def test_each_containerd_version_gets_its_configuration(version: str, number: int, plugin: str) -> None:
     text = install.drop_in(version)
     assert version in text
     document = tomllib.loads(text)

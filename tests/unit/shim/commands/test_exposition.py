@@ -1,4 +1,4 @@
-"""The metrics are what Prometheus' own parser reads, and the dashboard shows only what exists."""
+"""Prometheus' own parser reads the metrics, and the dashboard shows only metrics that exist."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class _Given(Collector):
 
 
 def samples(*replies: ReadResponse, journal: tuple[dict[str, Any], ...] = ()) -> dict[str, dict[str, float]]:
-    """What Prometheus sees: values by name, then by labels."""
+    """Return what Prometheus sees: values by name, then by labels."""
     registry = CollectorRegistry()
     registry.register(_Given(*replies, journal=journal))
     found: dict[str, dict[str, float]] = {}
@@ -97,7 +97,7 @@ def samples(*replies: ReadResponse, journal: tuple[dict[str, Any], ...] = ()) ->
 POD = "cri_name=web,cri_namespace=shop,cri_uid=u-1"
 
 
-def test_a_sandbox_says_whose_its_numbers_are() -> None:
+def test_a_sandboxs_metrics_carry_its_labels() -> None:
     found = samples(reply())
 
     assert found["hako_containers"] == {f"{POD},sandbox_id=one,state=running": 2}

@@ -1,4 +1,4 @@
-"""``hako install`` changes nothing unless containerd reads it, and loses nothing of what it read before."""
+"""``hako install`` writes only what containerd will read, and keeps every setting that it read before."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shim.commands import containerd_config
 if TYPE_CHECKING:
     from pathlib import Path
 
-# Reads files as containerd 1.7 does: what an imported file says of a plugin replaces all that others said.
+# Reads files as containerd 1.7 does: an imported file's table of a plugin replaces those of other files.
 CONTAINERD = """#!/usr/bin/python3
 import glob, json, sys, tomllib
 if sys.argv[1:] == ["--version"]:
@@ -57,7 +57,7 @@ def importing(node: Path, text: str = "") -> Path:
     return main
 
 
-def test_it_writes_what_containerd_reads_and_keeps_what_was_said(node: Path) -> None:
+def test_it_writes_what_containerd_reads_and_keeps_other_settings(node: Path) -> None:
     main = importing(node, CNI)
     before = main.read_text(encoding="utf-8")
 
@@ -70,7 +70,7 @@ def test_it_writes_what_containerd_reads_and_keeps_what_was_said(node: Path) -> 
     assert main.read_text(encoding="utf-8") == before
 
 
-def test_the_second_time_changes_nothing(node: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_install_changes_nothing(node: Path, capsys: pytest.CaptureFixture[str]) -> None:
     importing(node, CNI)
     install(node)
     capsys.readouterr()
@@ -87,9 +87,7 @@ def test_a_main_file_that_imports_nothing_is_one_line(node: Path, capsys: pytest
     assert not (node / "conf.d/hako.toml").exists()
 
 
-def test_a_setting_of_another_file_that_would_be_lost_is_refused(
-    node: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_refuses_to_hide_a_setting_of_another_file(node: Path, capsys: pytest.CaptureFixture[str]) -> None:
     importing(node)
     (node / "conf.d").mkdir()
     (node / "conf.d/cni.toml").write_text(CNI, encoding="utf-8")
@@ -99,7 +97,7 @@ def test_a_setting_of_another_file_that_would_be_lost_is_refused(
     assert not (node / "conf.d/hako.toml").exists()
 
 
-def test_a_file_of_somebody_else_is_left_alone(node: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_hako_did_not_write_is_left_alone(node: Path, capsys: pytest.CaptureFixture[str]) -> None:
     importing(node)
     (node / "conf.d").mkdir()
     (node / "conf.d/hako.toml").write_text("version = 2\n", encoding="utf-8")
@@ -131,7 +129,7 @@ def test_kubernetes_is_told_the_overhead_of_the_configured_machine(
 @pytest.mark.parametrize(
     "value", ['"', "\\", "\n", "é", True, 3, 1.5, ["a", 1], [{"b": "c"}], {}, {"x y": {"z": 1}}]
 )
-def test_a_table_is_written_as_it_was_read(value: object) -> None:
+def test_a_table_survives_a_round_trip(value: object) -> None:
     document = {"plugins": {"a.b": {"key": value}}}
 
     written = "\n".join(containerd_config.tables(("plugins",), document["plugins"]))

@@ -1,4 +1,4 @@
-"""``hako uninstall`` refuses while a sandbox runs, and otherwise leaves nothing."""
+"""``hako uninstall`` refuses while a sandbox runs; otherwise it leaves nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StartRecord:
-    """The state of a sandbox called box, whose socket nobody serves yet."""
+    """The state of a sandbox called box; no process serves its socket yet."""
     monkeypatch.setattr(zygote_protocol, "ZYGOTE_DIRECTORY", str(tmp_path / "run/zygote"))
     directory = tmp_path / "run/0123"
     directory.mkdir(parents=True)
@@ -69,7 +69,7 @@ def test_a_running_sandbox_is_named_and_nothing_is_removed(
 
 
 @pytest.mark.usefixtures("sandbox")
-def test_what_is_left_of_ended_sandboxes_goes_with_templates_and_the_drop_in(tmp_path: Path) -> None:
+def test_leftovers_and_templates_and_the_drop_in_are_removed(tmp_path: Path) -> None:
     assert uninstall(tmp_path) == 0
 
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""No daemon runs that is not on record."""
+"""A daemon runs only once it is recorded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ daemonize.spawn("", ["daemon"], listener=None, error_output=int(sys.argv[1]), re
 
 
 def said(tmp_path: Path, register: str) -> tuple[int, bytes]:
-    """Spawn a daemon; return the pid it had and what it said until it ended."""
+    """Spawn a daemon; return its pid, and its output up to its end."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(register=register))
     reader, writer = os.pipe()
@@ -38,7 +38,7 @@ def said(tmp_path: Path, register: str) -> tuple[int, bytes]:
     )
     os.close(writer)
     with os.fdopen(reader, "rb") as file:
-        # Ends when the last holder of the pipe does: the daemon.
+        # Reading ends when the daemon ends, which is the last to hold the pipe.
         return int(parent.stdout), file.read()
 
 

@@ -1,4 +1,4 @@
-"""Limits that the host's administrator has raised are told to the guest."""
+"""The guest is told which limits the host's administrator has raised."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_only_raised_limits_are_passed_on(tmp_path: Path) -> None:
     }
 
 
-def test_a_specification_cannot_speak_for_the_host() -> None:
+def test_a_specification_cannot_forge_the_hosts_limits() -> None:
     spec = {"annotations": {"a": "b", "io.hako.at-least/kernel.panic": "1"}}
     assert kernel_limits.announce(spec, {"vm.max_map_count": 262144}) == {
         "annotations": {"a": "b", "io.hako.at-least/vm.max_map_count": "262144"}

@@ -1,4 +1,4 @@
-"""The ledger: what is on record is undone, and nothing else is touched."""
+"""The ledger: everything in it is undone, and nothing else is touched."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shim.host.ledger import Ledger
 from tests.waiting import WITHIN_S
 
 STATE_S = 0.5
-"""Within which containerd is told a state: the event loop waits with the line."""
+"""How long containerd may wait for a state: a slow line in the ledger blocks the event loop."""
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,9 +66,7 @@ def test_undoing_twice_is_harmless(ledger: Ledger, tmp_path: Path) -> None:
     assert undo(ledger) == []
 
 
-def test_a_ledger_stays_short_however_many_containers_come_and_go(
-    ledger: Ledger, state: Path, tmp_path: Path
-) -> None:
+def test_a_ledger_stays_short_through_many_containers(ledger: Ledger, state: Path, tmp_path: Path) -> None:
     ledger.file(str(tmp_path / "kept"))
     ledger.created("stays")
     other = Ledger(str(state))
@@ -91,14 +89,14 @@ def test_an_undone_entry_is_forgotten(ledger: Ledger, tmp_path: Path) -> None:
     assert [entry.name for entry in ledger.entries()] == [str(kept)]
 
 
-def test_another_process_reads_what_was_written(ledger: Ledger, state: Path, tmp_path: Path) -> None:
+def test_another_process_reads_the_ledger(ledger: Ledger, state: Path, tmp_path: Path) -> None:
     ledger.file(str(tmp_path / "file"))
     other = Ledger(str(state))
     assert other.entries() == ledger.entries()
     other.close()
 
 
-def test_numbers_go_on_where_another_process_stopped(ledger: Ledger, state: Path, tmp_path: Path) -> None:
+def test_numbers_continue_after_those_of_another_process(ledger: Ledger, state: Path, tmp_path: Path) -> None:
     first = ledger.file(str(tmp_path / "first"))
     other = Ledger(str(state))
     other.undone(other.file(str(tmp_path / "second")))
@@ -107,7 +105,7 @@ def test_numbers_go_on_where_another_process_stopped(ledger: Ledger, state: Path
 
 
 @pytest.mark.parametrize("cut", [2, 10, 40])
-def test_a_torn_last_line_costs_only_itself(ledger: Ledger, state: Path, tmp_path: Path, cut: int) -> None:
+def test_a_torn_last_line_loses_only_itself(ledger: Ledger, state: Path, tmp_path: Path, cut: int) -> None:
     ledger.file(str(tmp_path / "whole"))
     ledger.file(str(tmp_path / "torn"))
     os.truncate(state / "ledger", (state / "ledger").stat().st_size - cut)
@@ -118,7 +116,7 @@ def test_a_torn_last_line_costs_only_itself(ledger: Ledger, state: Path, tmp_pat
     assert names == [str(tmp_path / name) for name in ("whole", "after")]
 
 
-def test_a_ledger_is_only_made_when_asked(state: Path) -> None:
+def test_a_ledger_is_created_only_on_request(state: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Ledger(str(state))
 
@@ -143,7 +141,7 @@ def test_a_recycled_pid_is_left_alone(ledger: Ledger, monkeypatch: pytest.Monkey
         child.kill()
 
 
-def test_the_caller_survives(ledger: Ledger) -> None:
+def test_undoing_spares_the_calling_process(ledger: Ledger) -> None:
     ledger.process(os.getpid(), name="shim")
     assert undo(ledger) == []
 
@@ -155,7 +153,7 @@ def test_a_process_that_ended_before_it_was_recorded_is_an_error(ledger: Ledger)
         ledger.process(child.pid, name="qemu")
 
 
-def test_nothing_is_removed_while_a_process_lives(
+def test_nothing_is_removed_while_a_recorded_process_lives(
     ledger: Ledger, state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "file"
@@ -171,7 +169,7 @@ def test_nothing_is_removed_while_a_process_lives(
     assert state.exists()
 
 
-def test_a_link_that_took_the_place_of_a_parent_leads_nowhere(
+def test_a_link_in_the_place_of_a_parent_directory_is_not_followed(
     ledger: Ledger, state: Path, tmp_path: Path
 ) -> None:
     elsewhere, shared = tmp_path / "elsewhere", tmp_path / "shared"
@@ -231,7 +229,7 @@ assert (precious / "file").exists()
     )
 
 
-def test_containers_come_and_go(ledger: Ledger) -> None:
+def test_containers_are_added_and_removed(ledger: Ledger) -> None:
     for container in ("a", "b"):
         ledger.created(container)
     ledger.deleted("a")
@@ -259,7 +257,7 @@ def test_a_cgroup_that_is_briefly_busy_is_removed(
 
 
 @pytest.mark.parametrize("kind", [fcntl.LOCK_SH, fcntl.LOCK_EX])
-def test_a_process_that_holds_the_lock_for_good_delays_a_line_but_a_moment(
+def test_a_lock_that_is_never_released_delays_a_line_only_briefly(
     ledger: Ledger, state: Path, monkeypatch: pytest.MonkeyPatch, kind: int
 ) -> None:
     monkeypatch.setattr(ledger_module, "_LONG_BYTES", 0)
@@ -267,6 +265,6 @@ def test_a_process_that_holds_the_lock_for_good_delays_a_line_but_a_moment(
         fcntl.flock(other, kind)
         began_s = time.monotonic()
         ledger.created("one")
-        ledger.deleted("other")  # would shorten the file, too
+        ledger.deleted("other")  # also shortens the file
         assert time.monotonic() - began_s < STATE_S
         assert ledger.containers() == {"one"}

@@ -47,10 +47,10 @@ def in_own_namespace() -> None:
     asyncio.run(mount_and_unmount())
 
 
-def test_each_change_of_the_mounts_is_heard() -> None:
+def test_each_change_of_the_mounts_is_an_event() -> None:
     process = multiprocessing.get_context("spawn").Process(target=in_own_namespace)
     process.start()
     process.join()
     if process.exitcode == 77:
-        pytest.skip("no namespaces for this user")
+        pytest.skip("this user may not make namespaces")
     assert process.exitcode == 0

@@ -1,4 +1,4 @@
-"""Where a file is among the host's mounts."""
+"""How a file is found in the host's mount table."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def mount(root: str, point: str, *options: str, number: int = 1) -> HostMount:
         ("/var/data", "/mnt", "/mnt", "/var/data"),
     ],
 )
-def test_a_file_has_one_path_in_its_file_system_by_every_mount(
+def test_a_file_has_the_same_path_in_its_file_system_through_each_mount(
     root: str, point: str, real: str, path: str
 ) -> None:
     assert FilePlace(mount(root, point), real).path == path
 
 
-def test_a_mount_that_shows_other_owners_counts_as_another_file_system() -> None:
+def test_an_idmapped_mount_counts_as_another_file_system() -> None:
     plain, mapped = FilePlace(mount("/", "/"), "/"), FilePlace(mount("/", "/", "idmapped", number=7), "/")
     assert plain.file_system != mapped.file_system
 
 
-def test_a_place_has_a_name_by_each_mount_that_shows_it() -> None:
+def test_a_directory_has_a_path_through_each_mount_that_shows_it() -> None:
     table = MountTable(LINES)
     place = FilePlace(mount("/", "/"), "/var/data/file")
     names = ["/var/data/file", "/var/data/file", "/srv/with space/file", "/other/var/data/file"]
@@ -56,7 +56,9 @@ def test_a_place_has_a_name_by_each_mount_that_shows_it() -> None:
     ("path", "directory", "below"),
     [("/a", "/a", ""), ("/a/b", "/a", "b"), ("/a", "/", "a"), ("/ab", "/a", None), ("/a", "/a/b", None)],
 )
-def test_a_path_is_inside_a_directory_by_whole_names(path: str, directory: str, below: str | None) -> None:
+def test_a_path_is_compared_with_a_directory_by_whole_names(
+    path: str, directory: str, below: str | None
+) -> None:
     assert inside(path, directory) == below
 
 
@@ -70,8 +72,8 @@ def test_an_open_file_is_found(tmp_path: Path) -> None:
     assert tmp_path.is_relative_to(place.mount.point)
 
 
-def test_a_mount_below_a_path_is_seen_unless_another_hides_it() -> None:
+def test_a_mount_below_a_path_counts_unless_another_hides_it() -> None:
     seen = {each.point for each in MountTable.read().below("/")}
     assert "/proc" in seen
     assert "/" not in seen
-    assert MountTable(LINES).below("/") == []  # none of them is what is really mounted there
+    assert MountTable(LINES).below("/") == []  # none of them is really visible there

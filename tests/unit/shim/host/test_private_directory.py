@@ -1,4 +1,4 @@
-"""A directory that only its maker may write in, with any umask."""
+"""Only its maker may write in a private directory, with any umask."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def mode(path: Path) -> int:
 
 
 @pytest.mark.parametrize("umask", [0, 0o022, 0o777])
-def test_every_directory_that_was_missing_is_closed_to_others(tmp_path: Path, umask: int) -> None:
+def test_every_new_directory_is_closed_to_others(tmp_path: Path, umask: int) -> None:
     previous = os.umask(umask)
     try:
         private_directory.make(str(tmp_path / "above" / "below"))
@@ -30,7 +30,7 @@ def test_every_directory_that_was_missing_is_closed_to_others(tmp_path: Path, um
     assert [mode(tmp_path / "above"), mode(tmp_path / "above" / "below")] == [0o700, 0o700]
 
 
-def test_an_existing_directory_is_left_as_it_is(tmp_path: Path) -> None:
+def test_an_existing_directory_is_left_unchanged(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
 
     private_directory.make(str(tmp_path))
@@ -61,7 +61,7 @@ def test_another_users_directory_is_refused(tmp_path: Path) -> None:
         private_directory.make(str(tmp_path))
 
 
-def test_a_directory_that_another_process_removes_meanwhile_is_made_again(
+def test_a_directory_that_is_removed_meanwhile_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "box"
@@ -80,7 +80,7 @@ def test_a_directory_that_another_process_removes_meanwhile_is_made_again(
     assert os.chmod is chmod
 
 
-def test_a_directory_below_a_link_that_leads_nowhere_is_an_error(tmp_path: Path) -> None:
+def test_a_directory_below_a_dangling_link_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "missing")
 
     with pytest.raises(FileNotFoundError):

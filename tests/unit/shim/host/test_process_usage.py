@@ -1,4 +1,4 @@
-"""What a process uses is measured as the kernel counts it."""
+"""A process's usage is read from the kernel's counters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A release stays as long as something runs from it."""
+"""A release is removed only if no process runs from it."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def names(root: Path) -> set[str]:
     return {path.name for path in root.iterdir()}
 
 
-def test_what_nothing_runs_from_is_removed(root: Path) -> None:
+def test_an_unused_release_is_removed(root: Path) -> None:
     assert releases.prune(str(root), wait_s=0) == [OLD]
 
     assert names(root) == {NEW, "package", "current"}
 
 
-def test_what_something_runs_from_stays(root: Path, runs_from_old: subprocess.Popen[bytes]) -> None:
+def test_a_release_in_use_stays(root: Path, runs_from_old: subprocess.Popen[bytes]) -> None:
     assert releases.prune(str(root), wait_s=0) == []
 
     runs_from_old.kill()
@@ -57,7 +57,7 @@ def test_what_something_runs_from_stays(root: Path, runs_from_old: subprocess.Po
     assert releases.prune(str(root), wait_s=0) == [OLD]
 
 
-def test_nothing_is_removed_while_a_start_from_before_is_under_way(root: Path) -> None:
+def test_nothing_is_removed_during_a_start_from_an_old_release(root: Path) -> None:
     shim = root / "current/bin/containerd-shim-hako-v2"
     program = f"import os; os.execv('/usr/bin/tail', ['python3', '-F', '{shim}'])"
     with subprocess.Popen(["/usr/bin/python3", "-c", program], stderr=subprocess.DEVNULL) as start:
@@ -71,7 +71,7 @@ def test_nothing_is_removed_while_a_start_from_before_is_under_way(root: Path) -
 
 
 def command_line(pid: int) -> bytes:
-    with open(f"/proc/{pid}/cmdline", "rb") as file:  # noqa: PTH123 - of another process
+    with open(f"/proc/{pid}/cmdline", "rb") as file:  # noqa: PTH123 - a file of another process
         return file.read()
 
 

@@ -1,4 +1,4 @@
-"""A specification is decoded once, and again when it has changed."""
+"""A specification is decoded once, and again only after a change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """What was decoded since the test began."""
+    """The specifications that were decoded since the test began."""
     texts: list[bytes] = []
     original = json.loads
 

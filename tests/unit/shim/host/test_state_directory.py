@@ -1,4 +1,4 @@
-"""The lock of a sandbox, and files that are never half there."""
+"""A sandbox's lock, and files that are written atomically."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_the_lock_makes_its_directory(tmp_path: Path) -> None:
+def test_locking_creates_the_directory(tmp_path: Path) -> None:
     os.close(state_directory.lock(str(tmp_path / "state" / "box")))
     assert stat.S_IMODE((tmp_path / "state" / "box").stat().st_mode) == 0o700
 
 
-def test_locking_fails_without_a_directory(tmp_path: Path) -> None:
+def test_locking_without_creating_fails_if_the_directory_is_missing(tmp_path: Path) -> None:
     assert state_directory.lock_existing(str(tmp_path / "none")) is None
 
 
-def test_a_held_lock_is_not_waited_for_if_not_asked(tmp_path: Path) -> None:
+def test_a_held_lock_is_not_waited_for_unless_asked(tmp_path: Path) -> None:
     held = state_directory.lock(str(tmp_path))
     assert state_directory.lock_existing(str(tmp_path), wait=False) is None
     os.close(held)
@@ -35,9 +35,7 @@ def test_a_held_lock_is_not_waited_for_if_not_asked(tmp_path: Path) -> None:
     os.close(again)
 
 
-def test_a_lock_that_is_held_for_good_is_waited_for_only_so_long(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_wait_for_a_lock_has_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_directory, "LOCK_TIMEOUT_S", 0.02)
     held = state_directory.lock(str(tmp_path))
     with pytest.raises(Refusal, match="another start or delete has held it"):
@@ -58,7 +56,7 @@ def test_a_waiter_locks_the_directory_that_replaced_the_old_one(tmp_path: Path) 
     os.close(taken[0])
 
 
-def test_a_file_is_written_whole_and_for_its_owner_only(tmp_path: Path) -> None:
+def test_a_file_is_written_atomically_and_for_its_owner_only(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     state_directory.write_atomically(str(path), "new")

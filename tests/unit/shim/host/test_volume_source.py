@@ -1,4 +1,4 @@
-"""The way to a volume's source follows no link of a guest, and leads to no file that a guest cannot have."""
+"""The path to a volume's source follows no link that a guest made, and reaches no special file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shim.host.volume_source import GuestWritable, opened
 
 @pytest.fixture
 def writable(tmp_path: Path) -> GuestWritable:
-    """A guest that may write in one directory."""
+    """A guest that may write in a single directory."""
     (tmp_path / "guest" / "below").mkdir(parents=True)
     (tmp_path / "guest" / "below" / "file").write_text("the guest's")
     (tmp_path / "file").write_text("the host's")
@@ -34,7 +34,7 @@ def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_links_of_the_host_are_followed(tmp_path: Path, writable: GuestWritable) -> None:
+def test_the_hosts_own_links_are_followed(tmp_path: Path, writable: GuestWritable) -> None:
     (tmp_path / "link").symlink_to("./way")
     (tmp_path / "way").symlink_to(tmp_path)
     assert read(tmp_path / "link" / "." / "way" / "file", writable) == "the host's"
@@ -42,7 +42,7 @@ def test_links_of_the_host_are_followed(tmp_path: Path, writable: GuestWritable)
 
 
 @pytest.mark.parametrize("path", ["to-file", "up/file", "below/absolute", "../file", "below/to-below/file"])
-def test_links_and_steps_upwards_are_refused_in_guest_writable_directories(
+def test_links_and_parent_steps_are_refused_where_a_guest_may_write(
     tmp_path: Path, writable: GuestWritable, path: str
 ) -> None:
     guest = tmp_path / "guest"
@@ -82,7 +82,7 @@ def test_a_special_file_is_refused_by_its_kind(
     assert descriptors() == before
 
 
-def test_a_path_that_changes_meanwhile_leads_to_no_file_of_the_host(
+def test_a_path_that_changes_meanwhile_leads_to_no_other_host_file(
     tmp_path: Path, writable: GuestWritable
 ) -> None:
     guest = tmp_path / "guest"

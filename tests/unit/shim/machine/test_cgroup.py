@@ -1,4 +1,4 @@
-"""The cgroup in which a sandbox is counted on the host."""
+"""The host cgroup that accounts for a sandbox."""
 
 from __future__ import annotations
 
@@ -36,32 +36,32 @@ UNIFIED = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,n
         ("-.slice::c1", "c1.scope"),
     ],
 )
-def test_a_path_or_a_slice_names_the_cgroup(wanted: str, path: str) -> None:
+def test_the_cgroup_is_given_by_a_path_or_a_slice(wanted: str, path: str) -> None:
     assert normal_path(wanted) == path
 
 
-def test_version_1_counts_where_it_has_controllers() -> None:
+def test_cgroup_version_1_is_used_where_it_has_controllers() -> None:
     assert counting_roots(HYBRID) == [Path("/sys/fs/cgroup/cpu,cpuacct"), Path("/sys/fs/cgroup/memory")]
 
 
-def test_version_2_counts_where_it_is_alone() -> None:
+def test_cgroup_version_2_is_used_where_it_is_alone() -> None:
     assert counting_roots(UNIFIED) == [Path("/sys/fs/cgroup")]
 
 
 @pytest.mark.parametrize("limit", ["memory.max", "memory.limit_in_bytes"], ids=["version 2", "version 1"])
-def test_memory_is_bounded_by_the_guests_and_an_overhead(tmp_path: Path, limit: str) -> None:
+def test_memory_is_limited_to_the_guests_and_an_overhead(tmp_path: Path, limit: str) -> None:
     (tmp_path / limit).touch()
     HostCgroup([tmp_path], own=[tmp_path]).limit_memory(256 << 20)
     assert int((tmp_path / limit).read_text()) == (256 << 20) + cgroup.OVERHEAD_BYTES
 
 
-def test_a_cgroup_that_was_there_before_keeps_its_limits(tmp_path: Path) -> None:
+def test_an_existing_cgroup_keeps_its_limits(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("max")
     HostCgroup([tmp_path], own=[]).limit_memory(256 << 20)
     assert (tmp_path / "memory.max").read_text() == "max"
 
 
-def test_a_host_that_cannot_bound_memory_is_told_of_once(
+def test_a_host_without_a_memory_controller_is_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     bounded = HostCgroup([tmp_path], own=[tmp_path])
@@ -71,19 +71,19 @@ def test_a_host_that_cannot_bound_memory_is_told_of_once(
     assert line.startswith(f"cgroup: {tmp_path}: the host has no memory controller there")
 
 
-def test_a_host_lacks_the_controllers_that_no_hierarchy_of_version_1_has() -> None:
+def test_missing_controllers_of_version_1_are_listed() -> None:
     assert missing_controllers(HYBRID) == ["pids"]
 
 
 @pytest.mark.parametrize(("offered", "missing"), [("cpu memory pids\n", []), ("cpu\n", ["memory", "pids"])])
-def test_a_host_lacks_the_controllers_that_version_2_does_not_offer(
+def test_missing_controllers_of_version_2_are_listed(
     tmp_path: Path, offered: str, missing: list[str]
 ) -> None:
     (tmp_path / "cgroup.controllers").write_text(offered)
     assert missing_controllers(UNIFIED.replace("/sys/fs/cgroup", str(tmp_path))) == missing
 
 
-def test_devices_of_version_1_are_first_denied_and_then_allowed(tmp_path: Path) -> None:
+def test_version_1_denies_all_devices_before_it_allows_some(tmp_path: Path) -> None:
     for name in ("devices.allow", "devices.deny"):
         (tmp_path / name).touch()
     bounded = HostCgroup([tmp_path], own=[tmp_path])
@@ -93,7 +93,7 @@ def test_devices_of_version_1_are_first_denied_and_then_allowed(tmp_path: Path) 
     assert bounded.problem == ""
 
 
-def test_a_host_that_cannot_limit_devices_is_told_of(tmp_path: Path) -> None:
+def test_a_host_without_a_devices_controller_is_reported(tmp_path: Path) -> None:
     bounded = HostCgroup([tmp_path], own=[tmp_path])
     bounded.limit_devices([])
     assert bounded.problem == f"{tmp_path}: the host has no devices controller there"

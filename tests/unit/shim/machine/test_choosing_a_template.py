@@ -1,4 +1,4 @@
-"""When a machine is cloned, from what, and when a template is to be built."""
+"""When a machine is cloned, from which template, and when a template should be built."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def build(cloning: Cloning, spec: VmSpec) -> None:
         cloning.templates.publish(key_of(spec), built, purpose={})
 
 
-def test_a_machine_without_a_template_lacks_one(choose: Callable[..., tuple[Cloning, VmSpec]]) -> None:
+def test_a_missing_template_should_be_built(choose: Callable[..., tuple[Cloning, VmSpec]]) -> None:
     cloning, clone = choose({})
     assert cloning.lacks_template
     assert clone.template is None
@@ -88,7 +88,7 @@ def test_one_template_serves_machines_of_all_sizes(
     assert not cloning.lacks_template
 
 
-def test_machines_of_a_fixed_size_are_cloned_only_from_the_same_size(
+def test_a_machine_of_fixed_size_is_cloned_only_from_the_same_size(
     choose: Callable[..., tuple[Cloning, VmSpec]],
 ) -> None:
     build(*choose({}, static_sizing=True))
@@ -102,21 +102,21 @@ def test_machines_of_a_fixed_size_are_cloned_only_from_the_same_size(
     assert choose(LARGE, static_sizing=True)[1].template is not None
 
 
-def test_templates_can_be_switched_off(choose: Callable[..., tuple[Cloning, VmSpec]]) -> None:
+def test_the_configuration_can_switch_templates_off(choose: Callable[..., tuple[Cloning, VmSpec]]) -> None:
     build(*choose({}))
     cloning, clone = choose({}, template="off")
     assert clone.template is None
     assert not cloning.lacks_template
 
 
-def test_a_machine_of_huge_pages_is_not_cloned(choose: Callable[..., tuple[Cloning, VmSpec]]) -> None:
+def test_a_machine_in_huge_pages_is_not_cloned(choose: Callable[..., tuple[Cloning, VmSpec]]) -> None:
     build(*choose({}))
     cloning, clone = choose({}, huge_pages=True)
     assert clone.template is None
     assert not cloning.lacks_template
 
 
-def test_a_pod_refuses_its_template(choose: Callable[..., tuple[Cloning, VmSpec]]) -> None:
+def test_a_pod_can_refuse_templates(choose: Callable[..., tuple[Cloning, VmSpec]]) -> None:
     build(*choose({}))
     cloning, clone = choose({"annotations": {pod.TEMPLATE_ANNOTATION: "off"}})
     assert clone.template is None

@@ -1,4 +1,4 @@
-"""A guest's clock is compared with the host's, moved if it is certainly wrong, and compared again later."""
+"""A guest's clock is compared with the host's from time to time, and set if it is certainly wrong."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 MS = 1_000_000
 
 
-def test_a_guest_is_assumed_to_answer_in_the_middle_of_the_call() -> None:
+def test_a_guest_is_assumed_to_read_its_clock_in_the_middle_of_the_call() -> None:
     assert reading("107000000", asked_at_ns=100 * MS, answered_at_ns=104 * MS) == Reading(5 * MS, 2 * MS)
 
 
-def test_a_guest_that_knows_the_hosts_clock_is_believed() -> None:
+def test_a_guest_that_reads_the_hosts_clock_is_believed() -> None:
     assert reading("1 -3000", asked_at_ns=0, answered_at_ns=10**9) == Reading(-3000, 0)
 
 
 @pytest.mark.parametrize("answer", ["", "soon", "1 x", "9" * 5000])
-def test_another_answer_is_an_error(answer: str) -> None:
+def test_a_malformed_answer_is_an_error(answer: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         reading(answer, asked_at_ns=0, answered_at_ns=0)
 
@@ -47,7 +47,7 @@ def test_another_answer_is_an_error(answer: str) -> None:
         (Reading(9 * MS, 20 * MS), 0),
     ],
 )
-def test_the_clock_is_moved_if_it_is_certainly_wrong(found: Reading, shift: int) -> None:
+def test_the_clock_is_set_if_it_is_certainly_wrong(found: Reading, shift: int) -> None:
     assert correction(found) == shift
 
 
@@ -59,7 +59,7 @@ def test_the_clock_is_moved_if_it_is_certainly_wrong(found: Reading, shift: int)
         ([Reading(10 * MS, 4 * MS), Reading(2 * MS, MS)], Reading(2 * MS, MS)),
     ],
 )
-def test_several_readings_leave_less_doubt(readings: list[Reading], found: Reading) -> None:
+def test_several_readings_reduce_the_uncertainty(readings: list[Reading], found: Reading) -> None:
     assert together(readings) == found
 
 
@@ -110,7 +110,7 @@ async def keeping(agent: Agent, pid: int) -> asyncio.Task[None]:
 
 
 @pytest.mark.parametrize("tells_time", [True, False])
-async def test_a_clock_is_put_right_at_once_and_when_qemu_goes_on_after_a_stop(
+async def test_a_clock_is_corrected_at_once_and_after_qemu_was_stopped(
     child: Process, tells_time: bool
 ) -> None:
     agent = Agent(behind_ms=300, tells_time=tells_time)
@@ -124,7 +124,7 @@ async def test_a_clock_is_put_right_at_once_and_when_qemu_goes_on_after_a_stop(
     task.cancel()
 
 
-async def test_a_clock_is_compared_again_after_a_while_even_if_the_guest_was_too_busy(
+async def test_a_clock_is_compared_again_even_if_the_guest_was_too_busy(
     child: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clock, "SOON_S", 0.01)

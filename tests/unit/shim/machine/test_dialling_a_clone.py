@@ -1,4 +1,4 @@
-"""A clone that the host leaves without a processor gets more time; one that ran does not."""
+"""A clone gets more time only if the host had no processor for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONNECTION = cast("socket.socket", object())
 
 
 class Clone:
-    """A machine that answers at a certain attempt, on a host that is busy until another."""
+    """A machine that answers at one attempt, on a host that is busy until another attempt."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Clone:
     def is_starved(self) -> bool:
         return self.attempts < self._starved_until
 
-    async def connect(self, port: int, *, timeout_s: int) -> socket.socket:  # noqa: ARG002 - as the machine has it
+    async def connect(self, port: int, *, timeout_s: int) -> socket.socket:  # noqa: ARG002 - the machine's signature
         self.attempts += 1
         if self.attempts < self._answers_at:
             raise self._error(f"attempt {self.attempts}")
@@ -46,13 +46,15 @@ class Clone:
 
 
 @pytest.mark.parametrize(("answers_at", "starved_until"), [(1, 0), (2, 2), (4, 9)])
-async def test_a_clone_is_waited_for_while_it_is_starved(answers_at: int, starved_until: int) -> None:
+async def test_a_clone_is_waited_for_while_it_gets_no_processor_time(
+    answers_at: int, starved_until: int
+) -> None:
     clone = Clone(answers_at=answers_at, starved_until=starved_until)
     assert await dial_clone(cast("QemuHypervisor", clone), 1024, timeout_s=1) is CONNECTION
 
 
 @pytest.mark.parametrize(("starved_until", "attempts"), [(0, 1), (3, 3), (99, 4)])
-async def test_a_clone_that_had_its_time_is_given_up(starved_until: int, attempts: int) -> None:
+async def test_a_clone_that_had_enough_processor_time_is_given_up(starved_until: int, attempts: int) -> None:
     clone = Clone(answers_at=99, starved_until=starved_until)
     with pytest.raises(GuestLateError, match=f"attempt {attempts}"):
         await dial_clone(cast("QemuHypervisor", clone), 1024, timeout_s=1)

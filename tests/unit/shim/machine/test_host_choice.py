@@ -1,4 +1,4 @@
-"""The choice among what the host offers."""
+"""How Hako chooses among the programs and devices of a host."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_daemon_in_the_path_comes_first(directory: Path) -> None:
     assert host_choice.find_virtiofsd(Config()) == expected
 
 
-def test_a_daemon_is_found_where_distributions_put_it(directory: Path) -> None:
+def test_a_daemon_is_found_in_the_directories_of_distributions(directory: Path) -> None:
     expected = program(directory / "daemons" / "virtiofsd")
     assert host_choice.find_virtiofsd(Config()) == expected
 
@@ -52,7 +52,7 @@ def test_only_the_configured_daemon_is_used(directory: Path) -> None:
         host_choice.find_virtiofsd(configured(virtiofsd="/nope"))
 
 
-def test_a_missing_daemon_is_an_error_with_the_places_searched(directory: Path) -> None:
+def test_a_missing_daemon_is_an_error_that_lists_the_places_searched(directory: Path) -> None:
     with pytest.raises(FailedPrecondition) as caught:
         host_choice.find_virtiofsd(Config())
     assert f"not found in PATH, {directory}/daemons; install virtiofsd" in str(caught.value)
@@ -65,12 +65,12 @@ def test_without_any_vsock_the_channel_is_a_serial_port(directory: Path) -> None
     assert "vhost-device-vsock: no such program" in reason
 
 
-def test_a_vsock_daemon_is_better_than_a_serial_port(directory: Path) -> None:
+def test_a_vsock_daemon_is_preferred_to_a_serial_port(directory: Path) -> None:
     program(directory / "daemons" / "vhost-device-vsock")
     assert host_choice.choose_channel(Config())[0] is Channel.VHOST_USER_VSOCK
 
 
-def test_the_kernels_vsock_is_best(directory: Path) -> None:
+def test_the_kernels_vsock_is_preferred(directory: Path) -> None:
     program(directory / "daemons" / "vhost-device-vsock")
     (directory / "vhost-vsock").touch()
     assert host_choice.choose_channel(Config()) == (Channel.VHOST_VSOCK, "the fastest, and usable")
@@ -87,12 +87,12 @@ def test_a_configured_channel_that_cannot_be_used_is_an_error(directory: Path, c
         host_choice.choose_channel(configured(channel=channel))
 
 
-async def test_a_configured_accelerator_is_not_questioned() -> None:
+async def test_a_configured_accelerator_is_not_checked() -> None:
     verdict = await host_choice.choose_accelerator(configured(accelerator="tcg"))
     assert (verdict.accelerator, verdict.reason) == (Accelerator.TCG, "set by [hypervisor] accelerator")
 
 
-async def test_an_accelerator_that_cannot_be_judged_is_an_error(
+async def test_an_accelerator_that_cannot_be_checked_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
@@ -102,7 +102,7 @@ async def test_an_accelerator_that_cannot_be_judged_is_an_error(
 
 
 @pytest.mark.parametrize("key", ["kernel", "initrd"])
-def test_a_missing_guest_is_an_error(tmp_path: Path, key: str) -> None:
+def test_a_missing_guest_image_is_an_error(tmp_path: Path, key: str) -> None:
     paths = {name: str(tmp_path / name) for name in ("kernel", "initrd")}
     for path in paths.values():
         Path(path).touch()
@@ -120,7 +120,7 @@ def test_a_missing_qemu_is_an_error() -> None:
         host_choice.find_qemu(configured(qemu="/nope"))
 
 
-async def test_all_parts_of_a_host_are_resolved(directory: Path) -> None:
+async def test_all_choices_for_a_host_are_made(directory: Path) -> None:
     for name in ("kernel", "initrd"):
         (directory / name).touch()
     qemu = program(directory / "qemu")

@@ -1,4 +1,4 @@
-"""Each sandbox has a user of its own, or a reason why not."""
+"""Each sandbox has its own user, or a reason why it has none."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def taken(config: Config, accelerator: Accelerator = Accelerator.TCG) -> Jail:
     return found
 
 
-def test_a_number_belongs_to_one_sandbox_until_it_is_given_back() -> None:
+def test_a_user_number_belongs_to_one_sandbox_until_it_is_released() -> None:
     config = configured(jail="required", jail_ids=2)
     jails = [taken(config) for _ in range(2)]
     assert {one.identity.uid for one in jails} == {1_900_000_000, 1_900_000_001}
@@ -74,7 +74,7 @@ def test_a_sandbox_without_a_jail_takes_no_number(directory: Path) -> None:
     assert not directory.exists()
 
 
-def test_others_cannot_reach_the_numbers(directory: Path) -> None:
+def test_other_users_cannot_reach_the_numbers(directory: Path) -> None:
     taken(configured()).close()
     assert directory.stat().st_mode & 0o777 == 0o700
     assert Path(directory, "numbers").stat().st_mode & 0o777 == 0o600
@@ -89,13 +89,13 @@ def test_others_cannot_reach_the_numbers(directory: Path) -> None:
         ("preferred", Accelerator.KVM, False),
     ],
 )
-def test_it_is_required_where_it_is_a_boundary_or_the_operator_says_so(
+def test_a_jail_is_required_if_it_is_a_boundary_or_the_operator_says_so(
     wish: str, accelerator: Accelerator, required: bool
 ) -> None:
     assert jail.is_required(configured(jail=wish), accelerator) == required
 
 
-def test_a_machine_that_cannot_be_confined_starts_without_only_if_it_may(
+def test_a_machine_starts_unconfined_only_if_that_is_allowed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = configured(jail_ids=3)
@@ -114,7 +114,7 @@ def test_a_machine_that_cannot_be_confined_starts_without_only_if_it_may(
     liked.close()
 
 
-def test_a_machine_that_cannot_be_bounded_starts_only_if_it_may() -> None:
+def test_a_machine_starts_without_limits_only_if_that_is_allowed() -> None:
     config = configured(jail_ids=2)
     with contextlib.closing(taken(config, Accelerator.KVM)) as wanted:
         jail.refuse_unbounded("", wanted)

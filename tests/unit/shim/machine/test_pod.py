@@ -1,4 +1,4 @@
-"""The description that a sandbox is made from."""
+"""A pod's description is read from the request that creates its sandbox."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAUSE = {"annotations": {"io.kubernetes.cri.container-type": "sandbox"}}
 
 
 def options(config: PodSandboxConfig, kind: str = "runtime.v1.PodSandboxConfig") -> AnyMessage:
-    """Wrap a description as containerd does."""
+    """Wrap a pod's description as containerd does."""
     return AnyMessage(type_url=kind, value=config.SerializeToString())
 
 
@@ -51,11 +51,11 @@ def test_an_annotation_marks_a_pause_container(spec: dict[str, Any], pause: bool
         ("off", False),
     ],
 )
-def test_an_annotation_refuses_templates(annotations: dict[str, Any] | str | None, refuses: bool) -> None:
+def test_an_annotation_can_refuse_templates(annotations: dict[str, Any] | str | None, refuses: bool) -> None:
     assert pod.refuses_template({"annotations": annotations}) is refuses
 
 
-def test_a_pod_without_a_pause_container_refuses_templates_too() -> None:
+def test_a_pod_without_a_pause_container_can_refuse_templates_too() -> None:
     config = PodSandboxConfig(annotations={pod.TEMPLATE_ANNOTATION: "off"})
     found = pod.from_request(options(config), sandbox_id="s", network_namespace="")
     assert pod.refuses_template(found.oci)
@@ -78,23 +78,23 @@ def test_the_machine_gets_the_resolvers_of_its_first_container(tmp_path: Path) -
 @pytest.mark.parametrize(
     "mounts", [None, "text", [5], [{"destination": "/etc/resolv.conf", "source": "a\0b"}]]
 )
-def test_unreadable_resolvers_are_ignored(mounts: list[dict[str, str] | int] | str | None) -> None:
+def test_an_unreadable_resolv_conf_is_ignored(mounts: list[dict[str, str] | int] | str | None) -> None:
     assert pod.from_oci({"mounts": mounts}).dns == ()
 
 
-def test_resolvers_in_a_fifo_are_ignored_without_waiting_for_a_writer(tmp_path: Path) -> None:
+def test_a_fifo_in_place_of_resolv_conf_is_ignored_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     mounts = [{"destination": "/etc/resolv.conf", "source": str(tmp_path / "fifo")}]
     assert pod.from_oci({"mounts": mounts}).dns == ()
 
 
-def test_only_a_pause_container_sets_the_kernel_parameters_of_the_pod() -> None:
+def test_only_a_pause_container_sets_the_pods_kernel_parameters() -> None:
     linux = {"linux": {"sysctl": {"net.core.somaxconn": "7"}}}
     assert pod.from_oci({**PAUSE, **linux}).sysctls == {"net.core.somaxconn": "7"}
     assert pod.from_oci(linux).sysctls == {}
 
 
-def test_a_description_by_kubernetes_becomes_a_specification() -> None:
+def test_a_description_from_kubernetes_becomes_a_specification() -> None:
     config = PodSandboxConfig(
         hostname="web-0",
         dns_config=DNSConfig(servers=["192.0.2.1", "2001:db8::1"], searches=["a", "b"], options=["ndots:5"]),
@@ -115,12 +115,12 @@ def test_a_description_by_kubernetes_becomes_a_specification() -> None:
     assert {"type": "network", "path": "/run/netns/x"} in made.oci["linux"]["namespaces"]
 
 
-def test_without_a_network_namespace_the_hosts_is_wanted() -> None:
+def test_a_pod_without_a_network_namespace_wants_the_hosts() -> None:
     made = pod.from_request(AnyMessage(), sandbox_id="s1", network_namespace="")
     assert "network" not in {one["type"] for one in made.oci["linux"]["namespaces"]}
 
 
-def test_options_of_another_type_say_nothing() -> None:
+def test_options_of_another_type_are_ignored() -> None:
     made = pod.from_request(
         options(PodSandboxConfig(hostname="x"), "other.Type"), sandbox_id="s1", network_namespace=""
     )
@@ -136,7 +136,7 @@ def test_an_undecodable_description_is_refused() -> None:
         )
 
 
-def test_a_container_gets_the_files_of_its_pod_unless_it_brings_its_own(tmp_path: Path) -> None:
+def test_a_container_gets_its_pods_files_unless_it_has_its_own(tmp_path: Path) -> None:
     made = pod.from_request(
         options(PodSandboxConfig(hostname="web-0", dns_config=DNSConfig(servers=["192.0.2.1"]))),
         sandbox_id="s1",
@@ -156,7 +156,7 @@ def test_a_container_gets_the_files_of_its_pod_unless_it_brings_its_own(tmp_path
 
 
 @pytest.mark.parametrize(("path", "kind"), [("/proc/7/ns/ipc", "bind"), ("", "tmpfs")])
-def test_a_container_that_shares_the_pods_ipc_has_its_shared_memory(
+def test_a_container_that_shares_the_pods_ipc_gets_its_shared_memory(
     tmp_path: Path, path: str, kind: str
 ) -> None:
     spec = {
@@ -172,7 +172,7 @@ def test_a_volume_at_dev_shm_is_not_the_pods_shared_memory(tmp_path: Path) -> No
     assert pod.with_files(spec, tmp_path, sandbox_id="s1")["mounts"][0] == volume
 
 
-def test_a_containers_own_kernel_parameters_win() -> None:
+def test_a_containers_kernel_parameters_override_the_pods() -> None:
     spec = {"linux": {"sysctl": {"a": "own"}, "seccomp": {}}}
     assert pod.with_sysctls(spec, {"a": "pod", "b": "pod"}) == {
         "linux": {"sysctl": {"a": "own", "b": "pod"}, "seccomp": {}}
@@ -183,10 +183,10 @@ def test_a_containers_own_kernel_parameters_win() -> None:
 @pytest.mark.parametrize(
     ("name", "why"), [("a" * 65, "65 bytes"), ("ä" * 33, "66 bytes"), ("a\0b", "NUL byte")]
 )
-def test_a_name_that_kernels_refuse_is_refused(field: str, name: str, why: str) -> None:
+def test_a_host_name_that_kernels_refuse_is_refused(field: str, name: str, why: str) -> None:
     with pytest.raises(InvalidArgument, match=rf"^spec: {field}: .*{why}; choose "):
         pod.check_names({field: name})
 
 
-def test_a_name_of_64_bytes_is_accepted() -> None:
+def test_a_host_name_of_64_bytes_is_accepted() -> None:
     pod.check_names({"hostname": "a" * 64, "domainname": "ä" * 32})

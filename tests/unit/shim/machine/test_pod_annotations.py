@@ -1,4 +1,4 @@
-"""Pods change their machines by annotations, as far as the operator allows."""
+"""Pods change their machines by annotations that the operator allows."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def refusal(annotations: dict[str, Any], config: Config = OPEN) -> str:
         (f"{KATA}hypervisor.kernel_params", "nosmt", "guest", "kernel_parameters", "quiet nosmt"),
     ],
 )
-def test_an_annotation_sets_its_key_and_no_other(
+def test_an_annotation_sets_only_its_key(
     name: str, value: str, section: str, key: str, expected: object
 ) -> None:
     found = asked({name: value})
@@ -69,15 +69,15 @@ def test_an_annotation_sets_its_key_and_no_other(
         assert changed == ({key} if each == section else set())
 
 
-def test_every_annotation_is_tried_above() -> None:
+def test_the_test_above_covers_every_annotation() -> None:
     [parameters] = [
         mark.args[1]
-        for mark in test_an_annotation_sets_its_key_and_no_other.pytestmark  # type: ignore[attr-defined]
+        for mark in test_an_annotation_sets_only_its_key.pytestmark  # type: ignore[attr-defined]
     ]
     assert {name for name, *_ in parameters} == set(ANNOTATIONS)
 
 
-def test_the_default_allows_exactly_what_has_no_risk() -> None:
+def test_the_default_allows_exactly_the_annotations_without_risk() -> None:
     patterns = ShimConfig().enable_annotations.split()
     allowed = {name for name in ANNOTATIONS if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
@@ -128,7 +128,7 @@ def test_a_pattern_is_anchored_at_both_ends() -> None:
         ({"io.hako.vcpus": "1", f"{KATA}hypervisor.default_vcpus": "2"}, "io.hako.vcpus says otherwise"),
     ],
 )
-def test_a_value_that_cannot_be_had_is_refused(annotations: dict[str, str], words: str) -> None:
+def test_an_impossible_value_is_refused(annotations: dict[str, str], words: str) -> None:
     line = refusal(annotations)
 
     assert words in line
@@ -136,7 +136,7 @@ def test_a_value_that_cannot_be_had_is_refused(annotations: dict[str, str], word
     assert any(f"annotation {name}: " in line for name in annotations)
 
 
-def test_a_pod_may_have_what_the_host_has_if_the_operator_names_no_limit() -> None:
+def test_without_an_operators_limit_the_hosts_size_is_the_limit() -> None:
     processors = os.cpu_count() or 1
 
     assert asked({"io.hako.vcpus": str(processors)}, Config()).hypervisor.vcpus == processors
@@ -144,7 +144,7 @@ def test_a_pod_may_have_what_the_host_has_if_the_operator_names_no_limit() -> No
 
 
 @pytest.mark.parametrize("fact", FACTS.values(), ids=FACTS)
-def test_what_hako_always_does_may_be_asked_for(fact: Any) -> None:
+def test_a_request_for_what_hako_always_does_is_accepted(fact: Any) -> None:
     for value in fact.values:
         assert asked({fact.name: value}, Config()) == Config()
 
@@ -165,7 +165,7 @@ def test_other_annotations_change_nothing(annotations: Any) -> None:
     assert applied(OPEN, {"annotations": annotations}, phase="create") is OPEN
 
 
-def test_what_kata_means_elsewhere_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_annotation_for_kata_alone_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
 
     name = "io.katacontainers.container.resource.swappiness"

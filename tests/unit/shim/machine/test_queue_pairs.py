@@ -1,4 +1,4 @@
-"""How many pairs of queues a network card gets."""
+"""How many queue pairs a network card gets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CHOICE = HostChoice(
     ],
     ids=["can grow", "can grow far", "large", "emulated", "emulated, larger"],
 )
-def test_a_card_has_a_pair_for_each_possible_processor(
+def test_a_card_has_a_queue_pair_for_each_possible_processor(
     accelerator: interface.Accelerator, vcpus: int, most: int, pairs: int
 ) -> None:
     spec = describe(

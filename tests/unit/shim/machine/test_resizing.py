@@ -1,4 +1,4 @@
-"""The order in which a machine and its guest are told of a new size, and the effect of a refusal."""
+"""The order in which a machine and its guest learn of a new size, and the effect of a refusal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SOME = Limits(quota_us=300_000, memory_bytes=256 * MIB)
 
 
 class Machine:
-    """A hypervisor and an agent that write down what they are asked, and refuse on demand."""
+    """A hypervisor and an agent that record what they are asked, and refuse on demand."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -86,7 +86,7 @@ def resizer(machine: Machine) -> Resizer:
     return Resizer(machine.hypervisor, sizes, size=sizes.boot, limit_memory=machine.limit_memory)
 
 
-async def test_the_guest_hears_of_memory_before_and_after_it_comes_and_of_processors_after(
+async def test_the_guest_is_told_before_and_after_memory_and_after_processors(
     machine: Machine, resizer: Resizer
 ) -> None:
     await resizer.grow(machine.agent, [SOME])
@@ -110,7 +110,7 @@ async def test_growing_never_shrinks_and_shrinking_never_grows(machine: Machine,
     assert machine.take() == ["vcpus 1", "memory 256", "follow limits"]
 
 
-async def test_the_host_allows_more_memory_before_it_comes_and_less_once_it_is_gone(
+async def test_the_hosts_limit_rises_before_growth_and_falls_after_shrinking(
     machine: Machine, resizer: Resizer
 ) -> None:
     await resizer.grow(machine.agent, [SOME])
@@ -118,7 +118,7 @@ async def test_the_host_allows_more_memory_before_it_comes_and_less_once_it_is_g
     assert machine.memory_limits == [512, 512, 512, 256]
 
 
-async def test_the_host_allows_what_the_guest_kept(machine: Machine, resizer: Resizer) -> None:
+async def test_the_hosts_limit_covers_memory_that_the_guest_kept(machine: Machine, resizer: Resizer) -> None:
     machine.refusal = ResizeRefusedError("no", reached=320 * MIB)
     with pytest.raises(ResourceExhausted):
         await resizer.grow(machine.agent, [Limits(memory_bytes=256 * MIB)])
@@ -135,9 +135,7 @@ async def test_huge_pages_that_do_not_fit_are_refused_before_the_machine_grows(
     assert "memory 4096" in machine.take()
 
 
-async def test_a_stock_agent_is_not_asked_to_follow_removed_memory(
-    machine: Machine, resizer: Resizer
-) -> None:
+async def test_a_stock_agent_is_not_told_of_removed_memory(machine: Machine, resizer: Resizer) -> None:
     machine.is_hako = False
     await resizer.grow(machine.agent, [SOME])
     machine.take()
@@ -145,7 +143,7 @@ async def test_a_stock_agent_is_not_asked_to_follow_removed_memory(
     assert machine.take() == ["vcpus 1", "memory 256"]
 
 
-async def test_processors_that_cannot_be_unplugged_are_put_out_of_use(
+async def test_processors_that_cannot_be_unplugged_are_taken_offline(
     machine: Machine, resizer: Resizer
 ) -> None:
     machine.fewest_vcpus = 4
@@ -166,7 +164,7 @@ async def test_a_machine_that_cannot_grow_is_an_error(
         await resizer.grow(machine.agent, [SOME])
 
 
-async def test_memory_that_the_guest_keeps_is_logged_and_asked_for_again_the_next_time(
+async def test_memory_that_the_guest_keeps_is_logged_and_requested_again(
     machine: Machine, resizer: Resizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     more = Limits(memory_bytes=1024 * MIB)
@@ -180,7 +178,7 @@ async def test_memory_that_the_guest_keeps_is_logged_and_asked_for_again_the_nex
     assert machine.take() == ["memory 256", "follow limits"]
 
 
-async def test_a_machine_is_pinned_to_its_containers_processors_and_released_again(
+async def test_a_machine_is_pinned_to_its_containers_processors_and_unpinned(
     machine: Machine, resizer: Resizer
 ) -> None:
     await resizer.grow(machine.agent, [Limits(cpuset=frozenset({2})), Limits(cpuset=frozenset({3}))])
@@ -191,7 +189,7 @@ async def test_a_machine_is_pinned_to_its_containers_processors_and_released_aga
     assert machine.take() == ["pin []"]
 
 
-async def test_a_processor_that_the_host_does_not_have_does_not_stop_a_container(
+async def test_pinning_to_a_missing_processor_does_not_stop_a_container(
     machine: Machine, resizer: Resizer
 ) -> None:
     machine.refusal = ResizeError("pin vcpus: to [99]: Invalid argument")
@@ -199,7 +197,7 @@ async def test_a_processor_that_the_host_does_not_have_does_not_stop_a_container
     assert machine.take() == ["pin [99]"]
 
 
-async def test_a_clone_grows_to_what_its_pod_needs_and_never_shrinks_below(machine: Machine) -> None:
+async def test_a_clone_grows_to_its_pods_needs_and_never_shrinks_below_them(machine: Machine) -> None:
     sizes = plan(CONFIG, pod=Limits(quota_us=100_000, memory_bytes=256 * MIB))
     resizer = Resizer(machine.hypervisor, sizes, size=sizes.base, limit_memory=machine.limit_memory)
 

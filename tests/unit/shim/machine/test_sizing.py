@@ -1,4 +1,4 @@
-"""The size of a machine: computed from the configuration and the live containers, and from nothing else."""
+"""A machine's size depends only on the configuration and the live containers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_machine_without_containers_has_the_configured_size() -> None:
     assert plan(CONFIG).wanted([]) == size(1, 256)
 
 
-def test_limits_are_added_and_their_fractions_rounded_up_once() -> None:
+def test_limits_are_added_before_fractions_are_rounded_up() -> None:
     half = Limits(quota_us=50_000, memory_bytes=100 * MIB)
     assert plan(CONFIG).wanted([half]) == size(2, 356)
     assert plan(CONFIG).wanted([half, half]) == size(2, 456)
@@ -58,7 +58,7 @@ def test_memory_is_rounded_up_to_a_mebibyte() -> None:
     assert plan(CONFIG).wanted([Limits(memory_bytes=1), Limits(memory_bytes=1)]) == size(1, 257)
 
 
-def test_huge_pages_are_added_to_memory_and_kept_by_an_update_that_omits_them() -> None:
+def test_huge_pages_count_as_memory_and_survive_an_update_without_them() -> None:
     limits = [{"pageSize": "2MB", "limit": 64 * MIB}, {"pageSize": "1GB", "limit": 1024 * MIB}]
     first = Limits(memory_bytes=100 * MIB).updated({"hugepageLimits": limits})
     assert plan(CONFIG).wanted([first]) == size(1, 256 + 100 + 64 + 1024)
@@ -146,7 +146,7 @@ def test_a_pods_limits_are_read_from_its_annotations(
     assert (float(limits.cpus), limits.memory_bytes) == (cpus, memory)
 
 
-def test_a_pod_starts_with_room_for_the_containers_it_will_have() -> None:
+def test_a_pod_starts_with_room_for_its_future_containers() -> None:
     sizes = plan_for(CONFIG, pod(cpu_quota=200_000, cpu_period=100_000, memory=512 * MIB))
     assert sizes.boot == size(3, 768)
     whole = Limits(quota_us=200_000, memory_bytes=512 * MIB)
@@ -155,13 +155,13 @@ def test_a_pod_starts_with_room_for_the_containers_it_will_have() -> None:
     assert sizes.wanted([]) == size(3, 768)
 
 
-def test_the_machine_grows_for_a_single_container_when_it_comes() -> None:
+def test_the_machine_grows_for_a_single_container_when_it_is_created() -> None:
     sizes = plan_for(CONFIG, spec(quota=200_000, memory=512 * MIB))
     assert sizes.boot == size(1, 256)
     assert sizes.wanted([limits_of(spec(quota=200_000, memory=512 * MIB))]) == size(3, 768)
 
 
-def test_static_sizing_keeps_the_size_of_the_start() -> None:
+def test_static_sizing_keeps_the_initial_size() -> None:
     sizes = plan_for(STATIC, spec(quota=200_000, memory=512 * MIB))
     assert sizes.boot == sizes.most == size(3, 768)
     assert sizes.wanted([Limits(memory_bytes=1 << 40)]) == size(3, 768)

@@ -1,4 +1,4 @@
-"""Templates on disk appear whole or not at all, are few, and belong to one user."""
+"""Templates appear on disk whole or not at all; there are few of them, and one user owns them."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_build_that_fails_leaves_nothing(store: TemplateStore) -> None:
     assert [path.name for path in store.directory.iterdir()] == ["lock"]
 
 
-def test_the_next_build_removes_what_a_killed_one_left(store: TemplateStore) -> None:
+def test_the_next_build_removes_leftovers_of_a_killed_build(store: TemplateStore) -> None:
     publish(store, KEY)
     for name in (".building", ".removed-1-1"):
         (store.directory / name).mkdir()
@@ -118,7 +118,7 @@ def test_only_one_process_builds_at_a_time(store: TemplateStore) -> None:
     assert not store.is_building()
 
 
-def test_a_builder_that_waits_builds_after_the_other(store: TemplateStore) -> None:
+def test_a_waiting_builder_builds_after_the_other(store: TemplateStore) -> None:
     order = []
 
     def second() -> None:
@@ -162,7 +162,7 @@ def test_a_new_template_for_the_same_purpose_replaces_the_old_one(store: Templat
     assert keys(store) == [OTHER]
 
 
-def test_the_least_recently_used_templates_are_removed_when_there_are_too_many(
+def test_if_there_are_too_many_the_least_recently_used_templates_go(
     store: TemplateStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers = range(KEPT + 2)
@@ -175,7 +175,7 @@ def test_the_least_recently_used_templates_are_removed_when_there_are_too_many(
     assert sorted(keys(store)) == [f"{number:032}" for number in (0, *numbers[-KEPT + 1 :])]
 
 
-def test_a_useless_template_is_discarded_but_not_its_replacement(store: TemplateStore) -> None:
+def test_a_useless_template_is_discarded_without_its_replacement(store: TemplateStore) -> None:
     broken = publish(store, KEY)
     store.discard(broken, reason="truncated")
     assert store.find(KEY) is None
@@ -193,7 +193,7 @@ def test_a_second_useless_template_on_the_same_day_is_a_failure(store: TemplateS
 
 
 @pytest.mark.parametrize(("discards", "held_s"), [(2, 600), (3, 3600), (4, 21_600), (5, 86_400), (9, 86_400)])
-def test_each_further_useless_template_in_a_day_is_a_failure_for_longer(
+def test_each_further_useless_template_in_a_day_delays_building_longer(
     store: TemplateStore, discards: int, held_s: int
 ) -> None:
     for _ in range(discards):
@@ -204,7 +204,7 @@ def test_each_further_useless_template_in_a_day_is_a_failure_for_longer(
         assert store.failure(KEY) == said
 
 
-def test_a_clone_that_answers_clears_the_count_of_useless_templates(store: TemplateStore) -> None:
+def test_a_clone_that_answers_resets_the_count_of_useless_templates(store: TemplateStore) -> None:
     store.discard(publish(store, KEY), reason="QEMU refuses")
     template = publish(store, KEY)
     store.answers(template)
@@ -212,7 +212,7 @@ def test_a_clone_that_answers_clears_the_count_of_useless_templates(store: Templ
     assert store.failure(KEY) == ""
 
 
-def test_clones_may_be_late_but_not_three_in_a_row(store: TemplateStore) -> None:
+def test_three_late_clones_in_a_row_make_a_template_useless(store: TemplateStore) -> None:
     template = publish(store, KEY)
     assert [store.is_late(template) for _ in range(3)] == [False, False, True]
     store.answers(template)
@@ -227,7 +227,7 @@ def test_the_count_of_late_clones_is_not_listed_as_a_template(store: TemplateSto
     assert store.remove("") == [KEY]
 
 
-def test_a_failure_is_remembered_for_a_while_or_until_a_build_succeeds(
+def test_a_failure_counts_for_a_while_or_until_a_build_succeeds(
     store: TemplateStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(store, OTHER)
@@ -243,7 +243,7 @@ def test_a_failure_is_remembered_for_a_while_or_until_a_build_succeeds(
     assert store.failure(KEY) == ""
 
 
-def test_a_list_tells_the_purpose_and_the_size_of_each_template(store: TemplateStore) -> None:
+def test_the_list_shows_each_templates_purpose_and_size(store: TemplateStore) -> None:
     assert store.entries() == []
     template = publish(store, KEY, content="x" * 100_000)
     with (template.path / "memory").open("r+b") as file:
@@ -256,7 +256,7 @@ def test_a_list_tells_the_purpose_and_the_size_of_each_template(store: TemplateS
     assert entry.built_at == pytest.approx(entry.used_at, abs=5)
 
 
-def test_a_template_is_removed_by_a_prefix_of_its_key_and_all_by_an_empty_one(store: TemplateStore) -> None:
+def test_templates_are_removed_by_a_prefix_of_their_key(store: TemplateStore) -> None:
     for key in (KEY, OTHER, f"ab{'0' * 30}"):
         publish(store, key, purpose={"key": key})
     with pytest.raises(Refusal, match="2 begin so"):
@@ -281,7 +281,7 @@ def test_an_emptied_template_is_not_listed(store: TemplateStore) -> None:
 @pytest.mark.parametrize(
     "late", [TemplateLateError("late"), GuestLateError("silent"), DeadlineExceeded("late")]
 )
-def test_a_late_clone_is_blamed_on_its_template_unless_qemu_hardly_had_a_processor(
+def test_a_late_clone_is_blamed_on_its_template_unless_qemu_was_starved(
     late: errors.GuestLateError | errors.TemplateLateError | DeadlineExceeded,
 ) -> None:
     assert blames_template(late, starved=False)
@@ -289,7 +289,7 @@ def test_a_late_clone_is_blamed_on_its_template_unless_qemu_hardly_had_a_process
 
 
 @pytest.mark.parametrize("error", [TemplateError("refused"), ChannelError("guest reset")])
-def test_a_refused_template_or_a_dead_guest_is_blamed_on_the_template_even_on_a_busy_host(
+def test_refusals_and_dead_guests_are_always_blamed_on_the_template(
     error: errors.ChannelError | errors.TemplateError,
 ) -> None:
     assert blames_template(error, starved=True)

@@ -1,4 +1,4 @@
-"""Turns: only so many processes work at once, and none waits for a dead one."""
+"""Turns: a limited number of processes work at once, and a dead one keeps no turn."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ asyncio.run(hold())
 
 
 class Crowd:
-    """Processes that want a turn: how many have one now, and the most that had one at once."""
+    """Counts processes with a turn: now, and at most at once."""
 
     def __init__(self, directory: Path, *, at_once: int) -> None:
         self.given_up = asyncio.Event()
@@ -63,7 +63,7 @@ def open_files() -> set[str]:
     return {path.name for path in Path("/proc/self/fd").iterdir()}
 
 
-async def test_only_as_many_work_at_once_as_there_are_turns(tmp_path: Path) -> None:
+async def test_no_more_work_at_once_than_there_are_turns(tmp_path: Path) -> None:
     crowd = Crowd(tmp_path / "turns", at_once=AT_ONCE)
     async with asyncio.timeout(WITHIN_S), crowd.visitors(10):
         await reached(lambda: crowd.present == AT_ONCE)
@@ -87,7 +87,7 @@ async def test_the_turn_of_a_killed_process_goes_to_the_next(tmp_path: Path) -> 
     await holder.wait()
 
 
-async def test_giving_up_ends_the_wait_at_once(tmp_path: Path) -> None:
+async def test_giving_up_ends_the_wait_immediately(tmp_path: Path) -> None:
     crowd = Crowd(tmp_path, at_once=1)
     async with asyncio.timeout(WITHIN_S), crowd.visitors(2):
         await reached(lambda: crowd.present == 1)
@@ -96,21 +96,21 @@ async def test_giving_up_ends_the_wait_at_once(tmp_path: Path) -> None:
         await reached(lambda: crowd.present == 2)
 
 
-async def test_a_turn_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_turn_ends_at_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "_LONGEST_S", 0.01)
     crowd = Crowd(tmp_path, at_once=1)
     async with asyncio.timeout(WITHIN_S), crowd.visitors(2):
         await reached(lambda: crowd.present == 2)
 
 
-async def test_a_wait_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_wait_ends_at_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "_PATIENCE_S", 0.01)
     crowd = Crowd(tmp_path, at_once=1)
     async with asyncio.timeout(WITHIN_S), crowd.visitors(2):
         await reached(lambda: crowd.present == 2)
 
 
-async def test_a_wait_can_be_cancelled_and_leaves_nothing_open(tmp_path: Path) -> None:
+async def test_a_cancelled_wait_leaves_no_descriptor_open(tmp_path: Path) -> None:
     crowd = Crowd(tmp_path, at_once=1)
     async with asyncio.timeout(WITHIN_S), crowd.visitors(1):
         await reached(lambda: crowd.present == 1)
@@ -122,7 +122,7 @@ async def test_a_wait_can_be_cancelled_and_leaves_nothing_open(tmp_path: Path) -
         assert open_files() == before
 
 
-async def test_without_a_directory_for_turns_machines_start_without_one(
+async def test_without_a_directory_machines_start_without_turns(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()

@@ -1,4 +1,4 @@
-"""The messages that describe a network to the guest agent."""
+"""A network is described to the guest agent in messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def route(to: str, *hops: NextHop, metric: int = 0) -> Route:
     return Route(destination=ip_network(to), hops=hops or (NextHop(interface="eth0"),), metric=metric)
 
 
-def test_a_card_is_described_with_all_its_addresses_and_its_place() -> None:
+def test_a_card_is_described_with_all_addresses_and_its_pci_path() -> None:
     endpoint = Endpoint(
         index=2,
         name="eth0",
@@ -61,7 +61,7 @@ def test_a_card_is_described_with_all_its_addresses_and_its_place() -> None:
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_an_unusual_address_is_marked_so_that_a_stock_agent_makes_no_wrong_route(
+def test_an_unusual_address_is_marked_for_stock_agents(
     more: dict[str, Any], mask: str, details: dict[str, Any]
 ) -> None:
     address = Address(interface=ip_interface("10.1.0.2/24"), **({"broadcast": "10.1.0.255"} | more))
@@ -77,7 +77,7 @@ def test_a_card_without_neighbour_discovery_is_marked() -> None:
     assert messages.interface(endpoint, pci_path="").raw_flags == 0x80
 
 
-def test_a_gateway_follows_the_route_to_it_and_the_preferred_route_comes_last() -> None:
+def test_routes_follow_those_to_their_gateway_and_the_preferred_comes_last() -> None:
     planned = [
         route("0.0.0.0/0", GATEWAY, metric=50),
         route("0.0.0.0/0", GATEWAY, metric=100),
@@ -115,7 +115,7 @@ def test_a_route_is_described_completely() -> None:
     ]
 
 
-def test_an_agent_that_knows_one_way_takes_the_first_of_several() -> None:
+def test_a_stock_agent_gets_the_first_of_several_next_hops() -> None:
     ways = (
         NextHop(interface="eth0", gateway="fd00::1", weight=3),
         NextHop(interface="net1", gateway="fe80::5"),
@@ -160,12 +160,12 @@ def test_an_unusual_route_is_marked() -> None:
     ]
 
 
-def test_the_usual_rules_are_sent_when_others_are_gone() -> None:
+def test_the_usual_rules_are_sent_after_other_rules_are_removed() -> None:
     assert [each.text for each in messages.rules(None).rules] == [rule.text for rule in USUAL]
     assert len(USUAL) == 5
 
 
-def test_a_stock_agent_gets_what_katas_protocol_can_express_and_the_rest_is_named() -> None:
+def test_what_katas_protocol_cannot_express_is_named_for_a_stock_agent() -> None:
     blackhole = Route(destination=ip_network("10.5.0.0/16"), type=6)
     other_table = Route(destination=ip_network("10.6.0.0/16"), hops=(GATEWAY,), table=100)
     local = Route(destination=ip_network("10.7.0.0/16"), hops=(NextHop(interface="lo"),), type=2)

@@ -1,6 +1,6 @@
-"""The plan for the guest that follows from the kernel's messages about a namespace.
+"""The guest's network is planned from the kernel's messages about a namespace.
 
-The messages are as :mod:`shim.network.rtnetlink` decodes those that a Linux kernel sends.
+The messages have the form in which :mod:`shim.network.rtnetlink` decodes them.
 """
 
 from __future__ import annotations
@@ -120,13 +120,13 @@ def plan(*links: Any, addresses: Any = (), routes: Any = (), neighbours: Any = (
     return decode(links=links or [LO, ETH0], addresses=addresses, routes=routes, neighbours=neighbours)
 
 
-def test_an_interface_becomes_a_card_with_its_own_name_address_and_size() -> None:
+def test_an_interface_becomes_a_card_with_the_same_name_address_and_mtu() -> None:
     [endpoint] = plan().endpoints
 
     assert endpoint == Endpoint(index=2, name="eth0", kind="veth", mac=MAC, mtu=1400, arp=True, addresses=())
 
 
-def test_a_namespace_without_an_interface_is_an_empty_network() -> None:
+def test_a_namespace_without_interfaces_is_an_empty_network() -> None:
     assert plan(LO) == NetworkPlan()
 
 
@@ -148,11 +148,11 @@ def test_cards_are_ordered_veth_macvlan_macvtap_tap() -> None:
     ]
 
 
-def test_an_interface_that_is_down_is_left_alone() -> None:
+def test_an_interface_that_is_down_is_ignored() -> None:
     assert plan(link(2, "tunl0", kind="ipip", flags=0), link(3, "eth0", flags=0)).endpoints == ()
 
 
-def test_our_own_taps_are_not_the_pods() -> None:
+def test_hakos_own_taps_are_ignored() -> None:
     assert plan(ETH0, link(3, "hako2", kind="tun")).endpoints == plan().endpoints
 
 
@@ -165,9 +165,7 @@ def test_our_own_taps_are_not_the_pods() -> None:
         (None, True, "a physical device"),
     ],
 )
-def test_an_interface_that_a_machine_cannot_have_is_refused_by_name(
-    kind: str | None, ether: bool, named: str
-) -> None:
+def test_an_unsupported_interface_is_refused_by_name(kind: str | None, ether: bool, named: str) -> None:
     with pytest.raises(InvalidArgument, match=rf"^network: net1: {named} cannot .*; use veth, .* or tap$"):
         plan(ETH0, link(3, "net1", kind=kind, ether=ether))
 
@@ -193,7 +191,7 @@ def test_addresses_keep_their_prefix() -> None:
     assert found.routes == ()
 
 
-def test_the_latest_ipv6_address_which_the_kernel_lists_first_comes_last() -> None:
+def test_ipv6_addresses_are_sent_oldest_first() -> None:
     given = [address(text) for text in ("10.1.0.2/24", "10.1.0.3/24", "fd00::3/64", "fd00::2/64")]
 
     assert [str(each) for each in plan(addresses=given).endpoints[0].addresses] == [
@@ -204,8 +202,8 @@ def test_the_latest_ipv6_address_which_the_kernel_lists_first_comes_last() -> No
     ]
 
 
-def test_an_address_without_its_link_route_gets_none_in_the_guest_either() -> None:
-    # The ptp plugin replaces it by a route through the gateway, for no other host is on that link.
+def test_an_address_without_a_link_route_gets_none_in_the_guest() -> None:
+    # The ptp plugin replaces it by a route through the gateway, because no other host is on that link.
     routes = [
         route("10.1.0.1/32", scope=253, RTA_PREFSRC="10.1.0.2"),
         route("10.1.0.0/24", RTA_GATEWAY="10.1.0.1", RTA_PREFSRC="10.1.0.2"),
@@ -249,9 +247,7 @@ def test_an_address_with_a_peer_has_a_route_to_the_peer(own: str, peer: str, ker
     ],
     ids=["made by the kernel", "link-local by hand", "taken by another host", "of the loopback"],
 )
-def test_only_addresses_that_were_added_to_the_interface_are_the_guests(
-    given: dict[str, Any], kept: list[str]
-) -> None:
+def test_only_addresses_added_by_hand_go_to_the_guest(given: dict[str, Any], kept: list[str]) -> None:
     found = plan(
         addresses=[given], routes=[route("fe80::/64", proto=KERNEL), route("fd00::/64", proto=KERNEL)]
     )
@@ -283,7 +279,7 @@ def test_an_address_keeps_its_attributes() -> None:
     )
 
 
-def test_the_loopback_keeps_the_addresses_that_were_added_to_it() -> None:
+def test_the_loopback_keeps_addresses_added_by_hand() -> None:
     given = [address(text, index=1) for text in ("127.0.0.1/8", "::1/128", "10.9.9.9/32", "fd09::9/128")]
 
     assert [str(each) for each in plan(addresses=given).loopback] == ["10.9.9.9/32", "fd09::9/128"]
@@ -298,7 +294,7 @@ def test_the_loopback_keeps_the_addresses_that_were_added_to_it() -> None:
     ],
     ids=["encapsulated", "one of its ways is encapsulated", "an object that is not explained"],
 )
-def test_a_route_that_the_guest_cannot_have_is_named_and_leads_nowhere(ways: dict[str, Any]) -> None:
+def test_an_unsupported_route_is_named_and_becomes_unreachable(ways: dict[str, Any]) -> None:
     found = plan(routes=[route("10.5.0.0/16", table=100, **ways)])
 
     assert found.routes == (Route(destination=ip_network("10.5.0.0/16"), type=7, table=100),)
@@ -332,7 +328,7 @@ def single(**parts: Any) -> Route:
             single(to="0.0.0.0/0", gateway="169.254.1.1", onlink=True),
         ),
         (
-            # Also with the link's carrier and offload noted in the flags.
+            # The same with flags for the link's carrier and for offload.
             route("0.0.0.0/0", RTA_GATEWAY="169.254.1.1", flags=0x4 | 0x10 | 0x8),
             single(to="0.0.0.0/0", gateway="169.254.1.1", onlink=True),
         ),
@@ -354,7 +350,7 @@ def single(**parts: Any) -> Route:
             single(to="10.7.0.0/16", gateway="10.1.0.1", metric=50, mtu=1300),
         ),
         (
-            # A locked MTU, and how far packets go.
+            # A locked MTU, and a hop limit.
             route("10.7.0.0/16", RTA_GATEWAY="10.1.0.1", RTA_METRICS=MTU_1300 + LOCK + HOP_LIMIT),
             single(
                 to="10.7.0.0/16",
@@ -368,7 +364,7 @@ def single(**parts: Any) -> Route:
             single(to="2001:db8::/32", protocol=9, attributes=attribute(20, b"\1") + attribute(11, bytes(4))),
         ),
         (route("10.5.0.0/16", type=6, out=None), Route(destination=ip_network("10.5.0.0/16"), type=6)),
-        # IPv6 notes the loopback as the way of what leads nowhere.
+        # IPv6 gives the loopback as the device of an unreachable route.
         (
             route("fd05::/64", type=7, out=1, RTA_PRIORITY=1024),
             Route(destination=ip_network("fd05::/64"), type=7, metric=1024),
@@ -417,13 +413,13 @@ def single(**parts: Any) -> Route:
             ),
         ),
         (
-            # One of the ways is not the guest's.
+            # The guest lacks the interface of one next hop.
             route("10.9.0.0/16", out=None, RTA_MULTIPATH=[way("10.1.0.1"), way("10.3.0.1", index=9)]),
             single(to="10.9.0.0/16", gateway="10.1.0.1"),
         ),
     ],
 )
-def test_a_route_is_taken_over_as_it_is(message: dict[str, Any], expected: Route) -> None:
+def test_a_route_is_copied_unchanged(message: dict[str, Any], expected: Route) -> None:
     assert plan(routes=[message]).routes == (expected,)
 
 
@@ -450,7 +446,7 @@ def test_a_route_is_taken_over_as_it_is(message: dict[str, Any], expected: Route
         "learned by redirect",
     ],
 )
-def test_a_route_that_the_guest_makes_itself_or_cannot_have_is_left_out(message: dict[str, Any]) -> None:
+def test_a_route_that_the_guest_makes_itself_or_cannot_use_is_left_out(message: dict[str, Any]) -> None:
     assert plan(routes=[message]).routes == ()
 
 
@@ -458,7 +454,7 @@ def test_a_large_table_number_is_read_from_its_attribute() -> None:
     assert len(plan(routes=[route("10.5.0.0/16", table=252, RTA_TABLE=254)]).routes) == 1
 
 
-def test_only_fixed_neighbours_are_taken_over() -> None:
+def test_only_permanent_neighbours_are_copied() -> None:
     found = plan(
         neighbours=[
             neighbour("10.1.0.1"),
@@ -506,8 +502,8 @@ def test_the_rules_of_a_new_namespace_are_not_sent() -> None:
     assert decode_rules(FIRST_RULES) == (None, ())
 
 
-def test_rules_are_handed_over_unchanged_and_in_order() -> None:
-    # The kernel notes in the flags that the interface does not exist.
+def test_rules_are_copied_unchanged_and_in_order() -> None:
+    # The kernel sets a flag because the interface does not exist.
     own = rule(V4, flags=2 | 8, iif=b"eth0\0", mark=number(1), mask=number(255), priority=number(10))
 
     taken, unserved = decode_rules([*FIRST_RULES, own])

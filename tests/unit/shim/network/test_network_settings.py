@@ -1,4 +1,4 @@
-"""The kernel parameters of a namespace that were set on purpose."""
+"""Only a namespace's kernel parameters that were set on purpose are sent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from shim.network.settings import choose
 
 FIRST = {
     "net/core/somaxconn": "4096",
-    "net/ipv4/conf/all/forwarding": "1",  # the host's, not the kernel's
+    "net/ipv4/conf/all/forwarding": "1",  # inherited from the host, not the kernel's default
     "net/ipv4/conf/lo/disable_policy": "1",
     "net/ipv4/neigh/lo/gc_stale_time": "60",
     "net/ipv6/conf/all/disable_ipv6": "0",
@@ -37,7 +37,7 @@ def test_the_initial_parameters_of_a_namespace_are_not_sent() -> None:
     assert chosen(**found) == {}
 
 
-def test_parameters_that_were_changed_are_sent() -> None:
+def test_changed_parameters_are_sent() -> None:
     found = {
         "core/somaxconn": "99",
         "ipv4/conf/eth0/send_redirects": "0",
@@ -45,17 +45,17 @@ def test_parameters_that_were_changed_are_sent() -> None:
         "ipv4/neigh/eth0/gc_stale_time": "77",
         "ipv6/conf/eth0/accept_ra": "0",
         "ipv6/conf/eth0/mtu": "1300",
-        "netfilter/nf_conntrack_max": "1",  # a new namespace has none
+        "netfilter/nf_conntrack_max": "1",  # a new namespace does not have it
     }
 
     assert chosen(**found) == {f"net/{name}": value for name, value in found.items()}
 
 
-def test_parameters_inherited_from_the_host_are_sent_because_a_machine_does_not_inherit_them() -> None:
+def test_parameters_that_a_namespace_inherits_from_the_host_are_sent() -> None:
     assert chosen(**{"ipv4/conf/all/forwarding": "1"}) == {"net/ipv4/conf/all/forwarding": "1"}
 
 
-def test_a_parameter_set_for_all_is_set_again_only_where_an_interface_differs() -> None:
+def test_a_value_for_all_is_repeated_only_for_interfaces_that_differ() -> None:
     found = {
         "ipv4/conf/all/forwarding": "1",
         "ipv4/conf/default/forwarding": "1",
@@ -74,7 +74,7 @@ def test_a_parameter_set_for_all_is_set_again_only_where_an_interface_differs() 
     }
 
 
-def test_an_interface_keeps_its_own_value_although_new_ones_begin_with_another() -> None:
+def test_an_interface_keeps_a_value_that_differs_from_the_default() -> None:
     found = {"ipv4/conf/default/rp_filter": "2", "ipv4/conf/eth0/rp_filter": "0"}
 
     assert chosen(**found) == {f"net/{name}": value for name, value in found.items()}

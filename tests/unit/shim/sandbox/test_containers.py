@@ -1,4 +1,4 @@
-"""When the shim of a sandbox may end."""
+"""A sandbox's shim ends at the right time."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Ended:
 
 
 class Shim:
-    """The containers of a sandbox, and whether its shim was told to leave."""
+    """A sandbox's containers, and whether its shim may leave."""
 
     def __init__(
         self, group: asyncio.TaskGroup, *names: str, version: int = 3, is_held: bool = False
@@ -91,20 +91,20 @@ async def test_a_shim_with_a_container_stays(make: Callable[..., Shim]) -> None:
     assert not shim.has_left
 
 
-async def test_a_shim_that_the_sandbox_service_holds_stays(make: Callable[..., Shim]) -> None:
+async def test_a_shim_that_the_sandbox_service_uses_stays(make: Callable[..., Shim]) -> None:
     shim = make(is_held=True)
     shim.containers.shut_down()
     assert not shim.has_left
 
 
-async def test_a_shim_that_was_told_to_end_ends_with_its_last_container(make: Callable[..., Shim]) -> None:
+async def test_a_dismissed_shim_ends_with_its_last_container(make: Callable[..., Shim]) -> None:
     shim = make("web")
     shim.containers.shut_down()
     await shim.containers.delete("web")
     assert shim.has_left
 
 
-async def test_a_shim_whose_containers_are_started_one_by_one_waits_for_the_next_request(
+async def test_a_shim_that_gets_a_start_per_container_waits_for_the_next(
     make: Callable[..., Shim],
 ) -> None:
     shim = make("web", version=2)
@@ -113,13 +113,13 @@ async def test_a_shim_whose_containers_are_started_one_by_one_waits_for_the_next
     assert not shim.has_left
 
 
-async def test_a_shim_that_was_not_told_to_end_outlives_its_last_container(make: Callable[..., Shim]) -> None:
+async def test_a_shim_outlives_its_last_container_until_it_is_told_to_end(make: Callable[..., Shim]) -> None:
     shim = make("web")
     await shim.containers.delete("web")
     assert not shim.has_left
 
 
-async def test_a_dismissed_sandbox_ends_its_machine_before_its_shim_although_a_container_is_left(
+async def test_a_dismissed_sandbox_ends_its_machine_before_its_shim(
     make: Callable[..., Shim],
 ) -> None:
     shim = make("web", is_held=True)
@@ -133,7 +133,7 @@ async def test_a_dismissed_sandbox_ends_its_machine_before_its_shim_although_a_c
     [((), False, False), (("db",), False, True), ((), True, True)],
     ids=["alone", "with another", "held"],
 )
-async def test_a_machine_has_other_uses_for_another_container_or_the_sandbox_service(
+async def test_a_machine_is_in_use_by_another_container_or_the_sandbox_service(
     make: Callable[..., Shim], others: tuple[str, ...], is_held: bool, expected: bool
 ) -> None:
     shim = make("web", *others, is_held=is_held)

@@ -1,4 +1,4 @@
-"""Hooks run as the runtime specification says, and cannot block a container for ever."""
+"""Hooks run as the runtime specification says, and cannot block a container forever."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PID = 4711
 
 @pytest.fixture
 def script(tmp_path: Path) -> Callable[[str, str], str]:
-    """Make a program of the shell's."""
+    """Write a shell script."""
 
     def make(name: str, text: str) -> str:
         path = tmp_path / name
@@ -95,7 +95,7 @@ async def test_each_kind_of_hook_reads_the_current_state(
     ]
 
 
-async def test_a_hook_has_only_the_arguments_and_the_environment_that_it_names(
+async def test_a_hook_gets_only_its_own_arguments_and_environment(
     hooks_of: Callable[..., Hooks], bundle: Path
 ) -> None:
     script = 'echo "$0 $*" > seen; env | grep -v -e ^PWD= -e ^SHLVL= -e ^_= >> seen'
@@ -104,7 +104,7 @@ async def test_a_hook_has_only_the_arguments_and_the_environment_that_it_names(
     assert sorted((bundle / "seen").read_text().splitlines()) == ["A=b=c", "D=", "zero one"]
 
 
-async def test_a_hook_without_arguments_is_named_by_its_path(
+async def test_a_hook_without_arguments_gets_its_path_as_its_name(
     script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
 ) -> None:
     path = script("named", "tr '\\0' '\\n' < /proc/$$/cmdline > seen")
@@ -112,7 +112,7 @@ async def test_a_hook_without_arguments_is_named_by_its_path(
     assert (bundle / "seen").read_text().splitlines() == ["/bin/sh", path]
 
 
-async def test_a_failing_hook_stops_those_after_it_and_tells_why(
+async def test_a_failing_hook_stops_later_hooks_and_its_reason_is_reported(
     script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
 ) -> None:
     bad = script("bad", "echo first; echo 'no such\tnetwork' >&2; exit 3")
@@ -133,14 +133,14 @@ async def test_a_program_that_cannot_be_executed_fails_the_hook(
         await hooks_of(prestart=[{"path": path}]).created(pid=PID)
 
 
-async def test_a_hook_that_is_ended_by_a_signal_has_failed(
+async def test_a_hook_that_a_signal_kills_has_failed(
     script: Callable[[str, str], str], hooks_of: Callable[..., Hooks]
 ) -> None:
     with pytest.raises(Internal, match=r"killed by signal 15$"):
         await hooks_of(prestart=[{"path": script("dies", "kill -TERM $$")}]).created(pid=PID)
 
 
-async def test_a_hook_is_killed_with_its_children_when_its_time_is_up(
+async def test_a_hook_and_its_children_are_killed_at_its_timeout(
     script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
 ) -> None:
     slow = script("slow", "sleep 1000 & echo $$ $! > pids; echo waiting; wait")
@@ -152,7 +152,7 @@ async def test_a_hook_is_killed_with_its_children_when_its_time_is_up(
     assert all(has_ended(pid) for pid in pids)
 
 
-async def test_a_hook_is_killed_when_the_wait_for_it_is_cancelled(
+async def test_a_hook_is_killed_if_its_caller_is_cancelled(
     script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
 ) -> None:
     os.mkfifo(bundle / "started")
@@ -166,7 +166,7 @@ async def test_a_hook_is_killed_when_the_wait_for_it_is_cancelled(
     assert has_ended(pid)
 
 
-async def test_processes_that_a_hook_leaves_running_are_not_waited_for(
+async def test_processes_that_a_hook_leaves_behind_are_not_waited_for(
     script: Callable[[str, str], str], hooks_of: Callable[..., Hooks], bundle: Path
 ) -> None:
     leaves = script("leaves", "sleep 1000 & echo $! > pid")
@@ -177,7 +177,7 @@ async def test_processes_that_a_hook_leaves_running_are_not_waited_for(
     os.kill(pid, 9)
 
 
-async def test_a_hook_may_write_more_than_is_kept_and_read_less_than_it_is_given(
+async def test_a_hook_may_write_too_much_and_ignore_its_input(
     script: Callable[[str, str], str], hooks_of: Callable[..., Hooks]
 ) -> None:
     loud = script("loud", "head -c 1000000 /dev/zero | tr '\\0' x; echo; echo last; exit 1")
@@ -187,7 +187,7 @@ async def test_a_hook_may_write_more_than_is_kept_and_read_less_than_it_is_given
 
 
 @pytest.mark.parametrize("kind", ["poststart", "poststop"])
-async def test_a_hook_that_fails_too_late_is_logged_and_the_next_is_run(
+async def test_a_failing_late_hook_is_logged_and_the_next_hook_runs(
     script: Callable[[str, str], str],
     hooks_of: Callable[..., Hooks],
     bundle: Path,
@@ -216,7 +216,7 @@ async def test_poststop_hooks_run_once_and_only_if_earlier_hooks_ran(
     assert (bundle / "count").read_text() == "x\n"
 
 
-async def test_a_hook_is_on_record_while_it_runs(
+async def test_a_hook_is_in_the_ledger_while_it_runs(
     script: Callable[[str, str], str], bundle: Path, tmp_path: Path
 ) -> None:
     ledger = Ledger(str(tmp_path), create=True)
@@ -224,7 +224,7 @@ async def test_a_hook_is_on_record_while_it_runs(
     slow = script("slow", "read line < gate")
     hooks = Hooks("box", bundle=bundle, spec={"hooks": {"prestart": [{"path": slow}]}}, ledger=ledger)
     creating = asyncio.create_task(hooks.created(pid=PID))
-    gate = await asyncio.to_thread((bundle / "gate").open, "w")  # returns when the hook has opened it, too
+    gate = await asyncio.to_thread((bundle / "gate").open, "w")  # returns once the hook has opened it
     assert [entry.name for entry in ledger.entries()] == [slow]
     gate.write("\n")
     gate.close()

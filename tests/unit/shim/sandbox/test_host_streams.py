@@ -1,4 +1,4 @@
-"""FIFOs carry every byte, and the order in which their ends are opened and closed does not matter."""
+"""FIFOs carry every byte, in any order of opening and closing their ends."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def open_host_streams(streams: Stdio) -> HostStreams:
 
 
 def descriptors() -> set[str]:
-    """The open descriptors, but for the one that lists them."""
+    """The open descriptors, except the one that lists them."""
     return {str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.exists()}
 
 
@@ -37,7 +37,7 @@ async def read_to_end(descriptor: int) -> bytes:
     return data
 
 
-async def test_output_written_before_the_reader_looks_is_not_lost(fifo: Path) -> None:
+async def test_output_written_before_the_reader_reads_is_not_lost(fifo: Path) -> None:
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     streams = await open_host_streams(Stdio(stdout=str(fifo)))
     await write_all(streams.stdout, b"short-lived")
@@ -58,18 +58,18 @@ async def test_opening_waits_for_a_reader_that_comes_late(fifo: Path) -> None:
     os.close(reader)
 
 
-async def test_a_missing_reader_is_an_error_in_time_and_leaves_no_descriptor_open(
+async def test_a_missing_reader_is_an_error_and_leaves_no_descriptor_open(
     fifo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_streams, "OPEN_TIMEOUT_S", 0.1)
-    await asyncio.to_thread(os.getpid)  # the loop's own descriptors exist from here on
+    await asyncio.to_thread(os.getpid)  # from here on the loop's own descriptors exist
     before = descriptors()
     with pytest.raises(DeadlineExceeded, match="no reader within"):
         await open_host_streams(Stdio(stdout=str(fifo)))
     assert descriptors() == before
 
 
-async def test_a_reader_that_leaves_does_not_break_the_pipe(fifo: Path) -> None:
+async def test_a_reader_may_leave_and_another_may_come(fifo: Path) -> None:
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     streams = await open_host_streams(Stdio(stdout=str(fifo)))
     os.close(reader)
@@ -96,7 +96,7 @@ async def test_output_larger_than_the_pipe_waits_for_the_reader(fifo: Path) -> N
     os.close(reader)
 
 
-async def test_stdin_ends_only_after_the_shim_and_the_client_let_go(fifo: Path) -> None:
+async def test_stdin_ends_only_after_shim_and_client_close_it(fifo: Path) -> None:
     streams = await open_host_streams(Stdio(stdin=str(fifo)))
     streams.open_stdin(str(fifo))
     writer = os.open(fifo, os.O_WRONLY)
@@ -111,7 +111,7 @@ async def test_stdin_ends_only_after_the_shim_and_the_client_let_go(fifo: Path) 
     streams.close_all()
 
 
-async def test_an_input_that_is_over_before_the_start_ends_with_its_client(fifo: Path) -> None:
+async def test_input_closed_before_the_start_ends_with_its_client(fifo: Path) -> None:
     streams = await open_host_streams(Stdio(stdin=str(fifo)))
     streams.close_stdin_writer()
     client = asyncio.create_task(asyncio.to_thread(fifo.write_bytes, b"early"))
@@ -190,7 +190,7 @@ async def test_a_log_driver_reads_both_outputs(tmp_path: Path, scheme: str) -> N
     assert (tmp_path / "log").read_text() == "test/box first 1 second 2\n0\nout\nerr\n"
 
 
-async def test_a_log_driver_that_gives_up_before_it_is_ready_is_an_error(tmp_path: Path) -> None:
+async def test_a_log_driver_that_ends_before_it_is_ready_is_an_error(tmp_path: Path) -> None:
     uri = f"binary-v2://{driver(tmp_path, ready='exit 1')}"
     with pytest.raises(InvalidArgument, match="gave up before it was ready"):
         await open_host_streams(Stdio(stdout=uri, stderr=uri))
@@ -201,7 +201,7 @@ async def test_a_log_driver_that_does_not_exist_is_named(tmp_path: Path) -> None
         await open_host_streams(Stdio(stdout=f"binary://{tmp_path}/nobody"))
 
 
-async def test_a_log_driver_that_ignores_its_end_is_killed(
+async def test_a_log_driver_that_ignores_sigterm_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log_driver, "TERM_TIMEOUT_S", 0.1)

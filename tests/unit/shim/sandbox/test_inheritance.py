@@ -1,4 +1,4 @@
-"""The attributes that a container's process inherits from the shim, as from a runtime that starts it."""
+"""A container's process inherits attributes from the shim, as it would from a runtime like runc."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def limit_handed_down(kind: str, soft: int, hard: int) -> str:
     return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_a_shim_has_the_priority_of_the_process_that_it_serves() -> None:
+def test_a_shim_takes_the_priority_of_the_process_that_calls_it() -> None:
     take = "import os, sys; from shim.host import daemonize; daemonize.take_attributes(of=int(sys.argv[1]))"
     with subprocess.Popen(["/usr/bin/sleep", "1000"]) as served:
         os.setpriority(os.PRIO_PROCESS, served.pid, 7)
@@ -42,7 +42,7 @@ def test_a_shim_has_the_priority_of_the_process_that_it_serves() -> None:
     assert said == "7\n"
 
 
-def test_limits_are_those_of_this_process() -> None:
+def test_limits_are_inherited_from_this_process() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert handed_down(HAKO).rlimits["RLIMIT_NOFILE"] == (soft, hard)
 
@@ -50,7 +50,7 @@ def test_limits_are_those_of_this_process() -> None:
 @pytest.mark.parametrize(
     ("kind", "soft", "hard", "expected"),
     [
-        ("RLIMIT_CORE", 0, -1, "None"),  # as the guest's kernel has it
+        ("RLIMIT_CORE", 0, -1, "None"),  # the guest kernel's default
         ("RLIMIT_CORE", 5, 7, "(5, 7)"),
         ("RLIMIT_FSIZE", 1 << 40, -1, f"({1 << 40}, {(1 << 64) - 1})"),
         ("RLIMIT_STACK", -1, -1, f"({(1 << 64) - 1}, {(1 << 64) - 1})"),
@@ -68,6 +68,6 @@ def test_open_files_stay_below_the_default_limit_of_a_kernel(monkeypatch: pytest
     assert handed_down(HAKO).rlimits["RLIMIT_NOFILE"] == (100, 1 << 30)
 
 
-def test_the_oom_score_is_that_of_this_process() -> None:
+def test_the_oom_score_is_inherited_from_this_process() -> None:
     own = Path("/proc/self/oom_score_adj").read_text(encoding="ascii")
     assert handed_down(OTHER).oom_score_adj == int(own)

@@ -1,4 +1,4 @@
-"""The life of a sandbox's machine follows its table."""
+"""The life of a sandbox's machine follows the transition table."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def test_every_other_input_is_refused(pair: tuple[Life, Happening]) -> None:
         following(state, happening)
 
 
-def test_the_end_may_be_wanted_in_every_state() -> None:
+def test_an_end_may_be_requested_in_every_state() -> None:
     assert {state for state, happening in TRANSITIONS if happening is Happening.END_WANTED} == set(Life)
 
 
-def test_nothing_leads_out_of_the_end() -> None:
+def test_no_transition_leaves_the_final_states() -> None:
     assert {after for (before, _), after in TRANSITIONS.items() if before in OVER} == OVER
     assert all(after is before for (before, _), after in TRANSITIONS.items() if before in OVER)
 
 
-def test_a_machine_is_started_once() -> None:
+def test_a_machine_is_started_only_once() -> None:
     assert [state for state, happening in TRANSITIONS if happening is Happening.START] == [Life.AWAITED]
 
 

@@ -1,4 +1,4 @@
-"""A long stream continues over a connection, and loses nothing even if the agent refuses that."""
+"""A long stream continues over its own connection, and loses nothing if the agent refuses it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME = framed(b"stdout\0box\0exec")
 
 
 class Agent:
-    """An agent whose requests answer from a list, and note what is written."""
+    """An agent that answers reads from a list and records what is written."""
 
     def __init__(self, outputs: list[bytes]) -> None:
         self._outputs = outputs
@@ -41,7 +41,7 @@ class Agent:
 
 
 class Machine:
-    """A machine that takes one connection, or none, and shows its other end."""
+    """A machine that accepts one connection or none, and offers its other end."""
 
     def __init__(self) -> None:
         ours, self.guest = socket.socketpair()
@@ -64,7 +64,7 @@ async def machine() -> AsyncIterator[Machine]:
 
 
 def streams(agent: Agent, machine: Machine) -> LongStreams:
-    return LongStreams(agent, vm=machine, container_id="box", exec_id="exec")  # type: ignore[arg-type]  # of the two only what is played here is used
+    return LongStreams(agent, vm=machine, container_id="box", exec_id="exec")  # type: ignore[arg-type]  # stand-ins with the methods that are used
 
 
 async def read_all(opened: LongStreams) -> bytes:
@@ -80,11 +80,11 @@ async def test_short_output_needs_no_connection(machine: Machine) -> None:
     assert machine.offered
 
 
-async def test_long_output_continues_over_a_connection_that_names_it(machine: Machine) -> None:
+async def test_long_output_continues_over_a_connection(machine: Machine) -> None:
     machine.guest.sendall(END + framed(REST) + END)
     assert await read_all(streams(Agent([LONG]), machine)) == LONG + REST
     assert machine.guest.recv(1000) == NAME
-    assert machine.guest.recv(1) == b"", "the side that has read the end closes first"
+    assert machine.guest.recv(1) == b"", "the side that has read the end closes the connection"
 
 
 async def test_output_continues_in_requests_if_the_agent_does_not_listen(machine: Machine) -> None:
@@ -98,9 +98,7 @@ async def test_output_continues_in_requests_if_the_agent_refuses_the_connection(
 
 
 @pytest.mark.parametrize("answer", [END, END + framed(REST), END + framed(REST)[:9], END + END + b"more"])
-async def test_output_that_breaks_off_or_continues_after_its_end_is_a_failure(
-    machine: Machine, answer: bytes
-) -> None:
+async def test_output_without_an_end_or_after_it_is_a_failure(machine: Machine, answer: bytes) -> None:
     machine.guest.sendall(answer)
     machine.guest.shutdown(socket.SHUT_WR)
     opened = streams(Agent([LONG]), machine)
@@ -109,7 +107,7 @@ async def test_output_that_breaks_off_or_continues_after_its_end_is_a_failure(
     opened.close()
 
 
-async def test_output_before_the_end_is_read_before_bytes_after_it_fail(machine: Machine) -> None:
+async def test_bytes_after_the_end_fail_only_after_the_output_is_read(machine: Machine) -> None:
     machine.guest.sendall(END + framed(REST) + framed(REST) + END + b"more")
     opened = streams(Agent([LONG]), machine)
     assert [await opened.read("stdout") for _ in range(3)] == [LONG, REST, REST]
@@ -130,7 +128,7 @@ async def test_endless_output_is_received_only_as_fast_as_it_is_read(machine: Ma
     opened.close()
 
 
-async def test_long_input_continues_over_a_connection_and_its_end_waits_for_the_agent(
+async def test_long_input_continues_over_a_connection_until_the_agent_has_read_it(
     machine: Machine,
 ) -> None:
     agent = Agent([])

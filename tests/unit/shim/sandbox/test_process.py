@@ -1,4 +1,4 @@
-"""A process's life follows its table, and its exit is reported once."""
+"""A process's life follows the transition table, and its exit is reported once."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ def test_the_first_reported_exit_wins() -> None:
     assert process.exited.is_set()
 
 
-def test_an_exec_never_reuses_the_name_it_has_in_the_guest() -> None:
+def test_no_two_execs_have_the_same_name_in_the_guest() -> None:
     names = {Process("box", exec_id="shell", stdio=Stdio(), spec={}).agent_id for _ in range(100)}
     assert len(names) == 100
 
 
-def test_init_has_the_name_of_its_container_in_the_guest() -> None:
+def test_init_has_its_containers_name_in_the_guest() -> None:
     assert Process("box", exec_id="", stdio=Stdio(), spec={}).agent_id == agent_id("box")
 
 
 @pytest.mark.parametrize("happening", Input, ids=str)
 @pytest.mark.parametrize("state", State, ids=str)
-def test_a_field_that_the_table_lacks_is_refused_before_any_work(state: State, happening: Input) -> None:
+def test_an_invalid_transition_is_refused_before_any_work(state: State, happening: Input) -> None:
     process = process_in(state)
     if (state, happening) in TRANSITIONS:
         process.require(happening)
@@ -73,14 +73,14 @@ def test_a_field_that_the_table_lacks_is_refused_before_any_work(state: State, h
     assert process.state is state
 
 
-def test_an_exec_is_named_with_its_container() -> None:
+def test_errors_name_an_exec_with_its_container() -> None:
     process = Process("box", exec_id="shell", stdio=Stdio(), spec={})
     assert str(process) == "exec shell of box"
     assert process.event_id == "shell"
 
 
 class Ends:
-    """Streams that remember whether they are open."""
+    """Streams that record whether they are open."""
 
     def __init__(self) -> None:
         self.are_open = True
@@ -91,7 +91,7 @@ class Ends:
     close_all = close
 
 
-def test_both_ends_of_the_streams_are_closed_once() -> None:
+def test_both_ends_of_the_streams_are_closed_only_once() -> None:
     process = process_in(State.STOPPED)
     process.close_streams()
     host, guest = Ends(), Ends()
@@ -102,7 +102,7 @@ def test_both_ends_of_the_streams_are_closed_once() -> None:
 
 
 class Copier:
-    """A copier whose client has read everything, or never will."""
+    """A copier whose client has read everything, or never reads it."""
 
     def __init__(self, *, is_read: bool) -> None:
         self._is_read = is_read
@@ -112,7 +112,7 @@ class Copier:
 
 
 @pytest.mark.parametrize("is_read", [True, False])
-async def test_output_that_is_not_read_is_dropped_with_a_line_in_the_log(
+async def test_unread_output_is_dropped_with_a_line_in_the_log(
     caplog: pytest.LogCaptureFixture, *, is_read: bool
 ) -> None:
     process = process_in(State.STOPPED)

@@ -1,4 +1,4 @@
-"""A sandbox reports the state of its machine, from the wait for it to its end."""
+"""A sandbox reports its machine's state, from the boot to the end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ POD = from_oci({})
 
 
 class Machine:
-    """A machine that comes up and goes when a test says so."""
+    """A machine that boots and ends when a test says so."""
 
     pid = 7
 
@@ -70,7 +70,7 @@ class Machine:
 
 
 class Nursery:
-    """A sandbox, its machine, and what they run."""
+    """A sandbox, its machine, and their tasks."""
 
     def __init__(self, directory: Path, group: asyncio.TaskGroup) -> None:
         record = StartRecord(
@@ -92,13 +92,13 @@ class Nursery:
         context: Any = Context(
             record=record,
             config=Config(),
-            ledger=SimpleNamespace(),  # type: ignore[arg-type]  # not written to
+            ledger=SimpleNamespace(),  # type: ignore[arg-type]  # not used
             publisher=Publisher("", namespace="tests"),
             work=Work(group),
             leave=lambda: None,
         )
         self.machine = Machine()
-        self.sandbox = Sandbox(context, self.machine)  # type: ignore[arg-type]  # as much of one as is used
+        self.sandbox = Sandbox(context, self.machine)  # type: ignore[arg-type]  # a stand-in with the methods that are used
 
     async def up(self) -> None:
         self.sandbox.start(POD)
@@ -119,14 +119,14 @@ async def nursery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         await made.sandbox.stop()
 
 
-async def test_a_sandbox_that_is_not_created_has_no_machine_to_wait_for(nursery: Nursery) -> None:
+async def test_before_create_there_is_no_machine_to_wait_for(nursery: Nursery) -> None:
     with pytest.raises(FailedPrecondition, match=r"^sandbox box: not created yet; call CreateSandbox first$"):
         await nursery.sandbox.running()
     assert not nursery.sandbox.is_ready
     assert nursery.sandbox.reason_of_end == ""
 
 
-async def test_a_machine_is_waited_for_until_it_is_up(nursery: Nursery) -> None:
+async def test_callers_wait_until_the_machine_runs(nursery: Nursery) -> None:
     nursery.sandbox.start(POD)
     waiting = asyncio.ensure_future(nursery.sandbox.running())
     with pytest.raises(Unavailable, match="still boots; ask again"):
@@ -140,7 +140,7 @@ async def test_a_machine_is_waited_for_until_it_is_up(nursery: Nursery) -> None:
     assert nursery.sandbox.state is Life.RUNNING
 
 
-async def test_a_machine_that_does_not_come_up_says_why(nursery: Nursery) -> None:
+async def test_a_failed_boot_is_reported_with_its_reason(nursery: Nursery) -> None:
     nursery.sandbox.start(POD)
     nursery.machine.up.set_exception(VmStartError("start: QEMU: no such file"))
     with pytest.raises(Internal, match=r"^boot: sandbox box: start: QEMU: no such file$"):
@@ -149,7 +149,7 @@ async def test_a_machine_that_does_not_come_up_says_why(nursery: Nursery) -> Non
     assert nursery.machine.kept == ["tests: boot: sandbox box: start: QEMU: no such file"]
 
 
-async def test_all_callers_get_the_reason_of_a_death(
+async def test_every_caller_gets_the_reason_for_a_machines_death(
     nursery: Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
     await nursery.up()
@@ -176,14 +176,14 @@ async def test_a_requested_end_is_not_a_failure(nursery: Nursery) -> None:
     await nursery.sandbox.end()
 
 
-async def test_a_machine_answers_until_its_wanted_end(nursery: Nursery) -> None:
+async def test_a_machine_answers_until_its_requested_end(nursery: Nursery) -> None:
     await nursery.up()
     nursery.sandbox.expect_end()
     assert nursery.sandbox.state is Life.ENDING
     assert await nursery.sandbox.running() is nursery.machine.up.result()
 
 
-async def test_a_machine_that_is_switched_off_while_it_boots_is_stopped(nursery: Nursery) -> None:
+async def test_a_machine_can_be_stopped_while_it_boots(nursery: Nursery) -> None:
     nursery.sandbox.start(POD)
     await nursery.sandbox.end()
     assert nursery.sandbox.state is Life.STOPPED
@@ -199,7 +199,7 @@ async def test_a_sandbox_that_was_never_created_ends_at_once(nursery: Nursery) -
         nursery.sandbox.hold(POD)
 
 
-async def test_the_sandbox_service_has_a_machine_once(nursery: Nursery) -> None:
+async def test_the_sandbox_service_creates_only_one_machine(nursery: Nursery) -> None:
     nursery.sandbox.hold(POD)
     with pytest.raises(AlreadyExists, match=r"^create: sandbox box: already exists$"):
         nursery.sandbox.hold(POD)
@@ -207,7 +207,7 @@ async def test_the_sandbox_service_has_a_machine_once(nursery: Nursery) -> None:
     assert not nursery.sandbox.is_held
 
 
-async def test_work_beside_a_machine_ends_with_it(nursery: Nursery) -> None:
+async def test_background_tasks_end_with_the_machine(nursery: Nursery) -> None:
     begun, ended = asyncio.Event(), asyncio.Event()
 
     async def accompany(running: object) -> None:

@@ -1,4 +1,4 @@
-"""The last output of a process is waited for: longer for a guest than for a client that does not read."""
+"""A process's last output is waited for: longer for a slow guest than for a client that does not read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNREAD = b"x" * (1 << 20)  # more than a pipe holds
 
 
 class Guest:
-    """Guest ends whose guest says one thing when it is told to go on, and ends."""
+    """The guest's ends of streams: on a signal they yield one output and end."""
 
     def __init__(self, said: bytes) -> None:
         self.goes_on = asyncio.Event()
@@ -30,7 +30,7 @@ class Guest:
     def announce(self, request: agent_pb2.CreateContainerRequest | agent_pb2.ExecProcessRequest) -> None:
         """Do nothing."""
 
-    async def read(self, name: str) -> bytes | memoryview:  # noqa: ARG002 - it has one output
+    async def read(self, name: str) -> bytes | memoryview:  # noqa: ARG002 - there is only one output
         """Wait for the guest."""
         await self.goes_on.wait()
         return self._left.pop() if self._left else b""
@@ -80,7 +80,7 @@ async def test_a_stalled_guest_gets_more_time_than_a_client(
     assert os.read(pipe[0], 100) == b"last words"
 
 
-async def test_a_client_that_does_not_read_is_given_up(
+async def test_a_client_that_does_not_read_is_given_up_on(
     pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream_copying, "DRAIN_TIMEOUT_S", 0.01)
@@ -94,7 +94,7 @@ async def test_a_client_that_does_not_read_is_given_up(
         output.cancel()
 
 
-async def test_a_guest_that_stays_stalled_is_given_up(
+async def test_a_guest_that_stays_stalled_is_given_up_on(
     pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream_copying, "DRAIN_TIMEOUT_S", 0.01)

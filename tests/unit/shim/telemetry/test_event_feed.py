@@ -1,4 +1,4 @@
-"""Those who watch a sandbox see its last events, then each that follows."""
+"""A follower of a sandbox gets its last events, then each new one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def test_the_last_events_are_kept() -> None:
     assert await told(feed) == [f"/tasks/{number}" for number in range(2, event_feed.KEPT + 2)]
 
 
-async def test_an_event_names_its_process_and_how_that_ended() -> None:
+async def test_an_event_names_its_process_and_its_exit_status() -> None:
     feed = EventFeed()
     feed.note("/tasks/exit", events_pb2.TaskExit(container_id="c", id="c", exit_status=3))
     feed.note("/tasks/exit", events_pb2.TaskExit(container_id="c", id="e", exit_status=4))
@@ -50,11 +50,11 @@ async def test_a_follower_gets_each_event_once_and_in_order() -> None:
         seen += [(await anext(events)).topic, (await anext(events)).topic]
 
     assert seen == ["/first", "/second", "/third"]
-    feed.note("/fourth")  # nobody follows any more
+    feed.note("/fourth")  # no follower is left
     assert await told(feed) == ["/first", "/second", "/third", "/fourth"]
 
 
-async def test_a_follower_that_does_not_read_is_told_that_events_are_lost() -> None:
+async def test_a_slow_follower_is_told_that_it_lost_events() -> None:
     feed = EventFeed()
     feed.note("/first")
     async with contextlib.aclosing(feed.events(follow=True)) as events:

@@ -1,4 +1,4 @@
-"""The journal of a node: what shims append, a reader yields once."""
+"""A node's journal: shims append entries, and a reader yields each entry once."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ def test_a_line_that_is_not_complete_is_read_later(tmp_path: Path) -> None:
     assert numbers(reader) == [2]
 
 
-def test_nothing_is_lost_when_a_journal_is_begun_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_lost_when_a_journal_is_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "MOST_BYTES", 200)
     writer, reader = Journal(tmp_path), Journal(tmp_path)
     seen = []

@@ -1,4 +1,4 @@
-"""The daemon's log: lines whole, and never a reason to wait."""
+"""The daemon's log has whole lines and never blocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def root() -> Iterator[logging.Logger]:
-    """Logging as it was, afterwards."""
+    """Restore the logging configuration afterwards."""
     logger = logging.getLogger()
     level, handlers = logger.level, list(logger.handlers)
     # basicConfig(force=True) closes what it replaces; pytest's handlers must survive.
@@ -59,7 +59,7 @@ def test_a_record_is_one_logfmt_line(root: logging.Logger, fifo: int) -> None:
     assert line.count("\n") == 1
 
 
-def test_output_of_a_guest_cannot_move_the_cursor(root: logging.Logger, fifo: int) -> None:
+def test_a_guests_output_cannot_move_the_cursor(root: logging.Logger, fifo: int) -> None:
     log.configure("info", descriptor=fifo)
     logging.getLogger().error("guest: %s", "\x1b[2J\r\x85gone")
     assert b'msg="guest: \\x1b[2J\\r\\x85gone"' in os.read(fifo, 4096)
@@ -77,7 +77,7 @@ def test_an_exception_is_one_line(root: logging.Logger, fifo: int) -> None:
     assert "ValueError: why" in line
 
 
-def test_the_level_is_kept(root: logging.Logger, fifo: int) -> None:
+def test_records_below_the_level_are_left_out(root: logging.Logger, fifo: int) -> None:
     log.configure("warning", descriptor=fifo)
     logging.getLogger().info("no")
     logging.getLogger().warning("yes")
@@ -85,7 +85,7 @@ def test_the_level_is_kept(root: logging.Logger, fifo: int) -> None:
 
 
 @pytest.mark.parametrize(("level", "lines"), [("debug", 3), ("warning", 1)])
-def test_libraries_do_not_tell_each_of_their_steps(
+def test_debug_records_of_libraries_are_left_out(
     root: logging.Logger, fifo: int, level: str, lines: int
 ) -> None:
     log.configure(level, descriptor=fifo)
@@ -96,7 +96,7 @@ def test_libraries_do_not_tell_each_of_their_steps(
     assert os.read(fifo, 4096).count(b"\n") == lines
 
 
-def test_a_long_line_is_cut_to_what_a_pipe_takes_whole(root: logging.Logger, fifo: int) -> None:
+def test_a_long_line_is_cut_to_an_atomic_write(root: logging.Logger, fifo: int) -> None:
     log.configure("info", descriptor=fifo)
     logging.getLogger().error("x" * 10_000)
     logging.getLogger().error("next")
@@ -117,7 +117,7 @@ def test_records_without_a_reader_are_dropped_and_counted(root: logging.Logger, 
     assert int(line.rpartition(b"dropped=")[2]) == 40 - kept
 
 
-def test_a_reader_that_goes_away_does_no_harm(root: logging.Logger, bundle: Path, fifo: int) -> None:
+def test_a_reader_may_go_away(root: logging.Logger, bundle: Path, fifo: int) -> None:
     log.configure("info", descriptor=fifo)
     reader = os.open(bundle / "log", os.O_RDONLY | os.O_NONBLOCK)
     os.close(reader)
@@ -127,7 +127,7 @@ def test_a_reader_that_goes_away_does_no_harm(root: logging.Logger, bundle: Path
     os.close(reader)
 
 
-def test_a_bundle_without_a_log_does_not_fail(tmp_path: Path) -> None:
+def test_logging_works_without_a_log_in_the_bundle(tmp_path: Path) -> None:
     descriptor = daemonize.open_log(str(tmp_path))
     assert os.write(descriptor, b"nowhere") == 7
     os.close(descriptor)
@@ -147,7 +147,7 @@ def test_the_last_lines_are_kept_beside_the_state(root: logging.Logger, fifo: in
     assert os.read(fifo, 4096).count(b"\n") == 1
 
 
-def test_what_is_kept_does_not_grow_without_end(root: logging.Logger, fifo: int, tmp_path: Path) -> None:
+def test_the_kept_log_stays_small(root: logging.Logger, fifo: int, tmp_path: Path) -> None:
     log.configure("info", descriptor=fifo, kept_in=tmp_path)
     for number in range(3000):
         logging.getLogger().info("%d %s", number, "x" * 200)

@@ -1,4 +1,4 @@
-"""What the containers of a pod use together."""
+"""The total usage of a pod's containers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shim.telemetry.metrics import to_metrics, total
 
 
 def measured(cpu_ns: int, memory: int, processes: int, read: int) -> agent_pb2.StatsContainerResponse:
-    """Return what an agent says of one container."""
+    """Return an agent's report on one container."""
     stats = agent_pb2.StatsContainerResponse()
     cgroup = stats.cgroup_stats
     cgroup.cpu_stats.cpu_usage.total_usage = cpu_ns
@@ -35,14 +35,14 @@ def test_containers_are_added_up_and_the_shared_network_is_counted_once() -> Non
     assert [(link.name, link.rx_bytes) for link in metrics.network] == [("eth0", 100)]
 
 
-def test_every_container_reports_some_use() -> None:
+def test_a_pod_without_containers_reports_zeros() -> None:
     metrics = to_metrics(total([]), unified=False)
     assert isinstance(metrics, cgroups_v1_pb2.Metrics)
     assert metrics.memory.usage.usage == 0
 
 
 @pytest.mark.parametrize("limit", [0, 2**64 - 1])
-def test_unlimited_memory_is_reported_as_the_hosts_kernel_does(limit: int) -> None:
+def test_unlimited_memory_is_reported_in_the_hosts_kernels_way(limit: int) -> None:
     stats = agent_pb2.StatsContainerResponse()
     stats.cgroup_stats.memory_stats.usage.limit = limit
     one, two = (to_metrics(stats, unified=unified) for unified in (False, True))

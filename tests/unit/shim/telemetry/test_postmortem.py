@@ -1,4 +1,4 @@
-"""What a failed sandbox said last is kept, and no more than that."""
+"""A failed sandbox's reason and last console output are kept, within limits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_reason_and_the_console_are_read_back(tmp_path: Path) -> None:
     assert console == ["console: line 1", "console: line 2"]
 
 
-def test_only_the_last_end_of_an_id_is_kept(tmp_path: Path) -> None:
+def test_only_the_last_failure_of_an_id_is_kept(tmp_path: Path) -> None:
     keep(tmp_path, "box", reason="first")
     keep(tmp_path, "box", reason="second")
     text = postmortem.read(tmp_path, sandbox_id="box")
@@ -34,14 +34,14 @@ def test_only_the_last_end_of_an_id_is_kept(tmp_path: Path) -> None:
     assert "first" not in text
 
 
-def test_a_namespace_can_be_asked_for(tmp_path: Path) -> None:
+def test_failures_can_be_filtered_by_namespace(tmp_path: Path) -> None:
     keep(tmp_path, "box", namespace="a", reason="in a")
     keep(tmp_path, "box", namespace="b", reason="in b")
     assert "in a" not in postmortem.read(tmp_path, sandbox_id="box", namespace="b")
     assert "in a" in postmortem.read(tmp_path, sandbox_id="box")
 
 
-def test_the_oldest_files_go(tmp_path: Path) -> None:
+def test_the_oldest_files_are_removed(tmp_path: Path) -> None:
     for number in range(postmortem.KEPT_FILES + 1):
         keep(tmp_path, f"box{number}")
         os.utime(
@@ -53,5 +53,5 @@ def test_the_oldest_files_go(tmp_path: Path) -> None:
     assert postmortem.read(tmp_path, sandbox_id="last")
 
 
-def test_nothing_kept_is_nothing_read(tmp_path: Path) -> None:
+def test_without_files_nothing_is_read(tmp_path: Path) -> None:
     assert postmortem.read(tmp_path / "none", sandbox_id="box") == ""

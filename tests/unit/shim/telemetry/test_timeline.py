@@ -1,4 +1,4 @@
-"""What becomes of phases that were noted: the file, the model, the picture, the trace."""
+"""Recorded phases become a file, a model, a picture and a trace."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read(path: Path) -> list[list[Any]]:
     return [json.loads(line) for line in (path / timeline.NAME).read_text().splitlines()]
 
 
-def test_a_phase_is_noted_whether_it_succeeds_or_not(tmp_path: Path) -> None:
+def test_a_phase_is_recorded_on_success_and_on_failure(tmp_path: Path) -> None:
     with timeline.phase("good", lane=timeline.SHIM):
         pass
     with pytest.raises(ValueError, match="no"), timeline.phase("bad", lane=timeline.SHIM):
@@ -66,18 +66,18 @@ def test_the_timeline_keeps_a_bounded_number_of_phases(tmp_path: Path) -> None:
     assert len(read(tmp_path)) == 500
 
 
-def test_a_process_knows_when_it_was_born() -> None:
+def test_a_process_knows_when_it_started() -> None:
     assert time.monotonic() - 3600 < timeline.born_at_s() < time.monotonic()
 
 
-def test_a_timeline_begins_with_its_first_phase_and_is_in_the_order_of_time() -> None:
+def test_a_timeline_starts_with_its_first_phase_and_is_sorted_by_time() -> None:
     found = parse(TEXT, title="box")
     assert [phase.name for phase in found.phases] == ["start", "Create", "QEMU", "boot", "first byte"]
     assert found.phases[0].began_s == 0
     assert found.length_s == pytest.approx(1.0)
 
 
-def test_lanes_go_from_containerd_to_the_containers_and_overlaps_below_each_other() -> None:
+def test_lanes_are_sorted_and_overlapping_phases_get_more_lanes() -> None:
     lanes = parse(TEXT, title="box").lanes()
     assert [lane.name for lane in lanes] == ["containerd", "machine", "container box"]
     assert [[phase.name for phase in row] for row in lanes[1].rows] == [["QEMU"], ["boot"]]
@@ -112,7 +112,7 @@ def test_the_trace_has_a_process_for_each_lane_and_complete_events() -> None:
 
 
 def drawn(text: str, *, title: str = "box") -> ET.Element:
-    return ET.fromstring(draw(parse(text, title=title)))  # noqa: S314 - made by the line itself
+    return ET.fromstring(draw(parse(text, title=title)))  # noqa: S314 - the same line makes the document
 
 
 def test_the_picture_has_a_bar_for_each_phase_and_escapes_names() -> None:
@@ -131,7 +131,7 @@ def test_the_picture_has_a_bar_for_each_phase_and_escapes_names() -> None:
     assert widths["at 100.0 ms, 800.0 ms: containerd: Create"] == pytest.approx(884.8)
 
 
-def test_nothing_at_all_can_be_drawn() -> None:
+def test_an_empty_timeline_can_be_drawn() -> None:
     assert drawn("").get("width") == "1280"
     assert trace(parse("", title="box"))["traceEvents"] == []
 
@@ -140,13 +140,13 @@ def guest(*lines: str, since_s: float = 100.0) -> list[Phase]:
     return guest_phases("\n".join(["5.0", *lines]), asked_s=109.9, answered_s=110.1, since_s=since_s)
 
 
-def test_the_guests_clock_is_that_of_the_middle_of_question_and_answer() -> None:
+def test_the_guest_is_assumed_to_answer_in_the_middle_of_the_call() -> None:
     assert guest("1.0 2.5 agent mounts and more") == [
         Phase(lane="agent", name="mounts and more", began_s=106.0, ended_s=107.5)
     ]
 
 
-def test_the_timeline_of_a_clone_leaves_out_its_template() -> None:
+def test_a_clones_timeline_leaves_out_its_templates_phases() -> None:
     names = [phase.name for phase in guest("0 1 kernel boot", "4 4.5 agent Check", since_s=108.5)]
     assert names == ["Check"]
 
@@ -166,18 +166,18 @@ def test_impossible_phases_reported_by_a_guest_are_left_out(line: str) -> None:
     assert guest(line) == []
 
 
-def test_a_guest_that_says_nothing_did_nothing() -> None:
+def test_an_empty_report_adds_no_phase() -> None:
     assert guest_phases("", asked_s=1, answered_s=2, since_s=0) == []
 
 
-def test_a_guests_words_are_made_printable_and_short() -> None:
+def test_text_from_a_guest_is_made_printable_and_short() -> None:
     (phase,) = guest(f"1 2 agent \x1b[2J{'x' * 1000}")
     assert phase.name == "?[2J" + 56 * "x"
 
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
-    """The timeline of a sandbox that has ended, and of none that runs."""
+    """The timeline of a sandbox that has ended; no sandbox runs."""
     state = tmp_path / "state"
     state.mkdir()
     (state / timeline.NAME).write_text(TEXT)
@@ -187,7 +187,7 @@ def kept(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_kept_timeline_is_drawn_if_wanted(kept: Path) -> None:
+def test_a_kept_timeline_is_drawn_on_request(kept: Path) -> None:
     log_dir = kept / "log"
     assert (log_dir / "ns__box.timeline").read_text() == TEXT
     assert (log_dir / "ns__box.svg").read_text() == draw(parse(TEXT, title="box"))
@@ -199,7 +199,7 @@ def test_the_command_shows_a_sandbox_that_has_ended(kept: Path, capsys: pytest.C
     assert capsys.readouterr().out == table(parse(TEXT, title="box"))
 
 
-def test_the_command_draws(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_draws_a_picture(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [kept / "a.svg", kept / "a.json"]
     flags = ["--svg", str(files[0]), "--trace", str(files[1])]
     assert cli.main(["timeline", "box", "--config", f"{kept}/config.toml", *flags]) == 0

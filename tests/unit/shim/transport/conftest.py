@@ -1,4 +1,4 @@
-"""A small task service in memory, served for real over each transport, and clients that speak alike."""
+"""A small task service in memory, real servers for each transport, and clients with one interface."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Answer = TypeVar("Answer")
 
 
 class MemoryTasks:
-    """Tasks that exist only here; what Pause, Resume and the rest would do is left out on purpose."""
+    """Tasks that exist only in memory; Pause, Resume and others are left out on purpose."""
 
     def __init__(self) -> None:
         self.bundles: dict[str, str] = {}
@@ -139,7 +139,7 @@ class OverGrpc:
 
     @contextlib.asynccontextmanager
     async def connect(self) -> AsyncIterator[Client]:
-        # A pool of its own keeps the channel from sharing the connection of another to the same path.
+        # With a pool of its own, the channel shares no connection with other channels to the same path.
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
         async with grpc.aio.insecure_channel(f"unix:{self.path}", options=options) as channel:
 
@@ -160,7 +160,7 @@ class OverGrpc:
 
 
 class Client:
-    """The same calls over either transport; errors are those of ``shim.errors``."""
+    """The same calls over either transport; their errors are classes of ``shim.errors``."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self.call = call
@@ -191,7 +191,7 @@ class Client:
 
 @pytest.fixture(params=["ttrpc", "grpc"])
 def transport(request: pytest.FixtureRequest) -> OverGrpc | OverTtrpc:
-    """Each test that asks for this runs over both."""
+    """Run each test that uses this fixture over both transports."""
     if request.param == "ttrpc":
         server = request.getfixturevalue("ttrpc_server")
         del server

@@ -1,4 +1,4 @@
-"""Clients see the same over both transports."""
+"""Clients see the same behaviour over both transports."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ async def test_both_versions_of_the_task_service_reach_the_same_tasks(client: Cl
 
 
 async def test_a_malformed_payload_is_an_invalid_argument(client: Client) -> None:
-    # Field 1 of the request is a string, and 0xff is not UTF-8; Empty keeps unknown fields as they are.
+    # Field 1 of the request is a string, and 0xff is not UTF-8; Empty preserves unknown fields.
     broken = empty_pb2.Empty()
     broken.ParseFromString(b"\x0a\x01\xff")
     with pytest.raises(InvalidArgument, match=r"containerd\.task\.v3\.StateRequest"):
         await client.call(TASK, "State", broken, task_v3_pb2.StateResponse, timeout_s=WITHIN_S)
 
 
-async def test_a_parked_call_does_not_hold_up_others(client: Client, tasks: MemoryTasks) -> None:
+async def test_a_waiting_call_does_not_delay_others(client: Client, tasks: MemoryTasks) -> None:
     await client.create("one")
     parked = asyncio.create_task(client.wait("one"))
     await tasks.waits_begun.acquire()
@@ -134,7 +134,7 @@ async def test_cancelling_a_caller_leaves_the_connection_usable(client: Client, 
     assert (await client.state("one")).id == "one"
 
 
-async def test_a_client_that_goes_away_cancels_its_own_handlers_only(
+async def test_a_client_that_goes_away_cancels_only_its_own_handlers(
     transport: OverGrpc | OverTtrpc, client: Client, tasks: MemoryTasks
 ) -> None:
     await client.create("one")
@@ -152,7 +152,7 @@ async def test_a_client_that_goes_away_cancels_its_own_handlers_only(
     assert tasks.waits_cancelled.locked()
 
 
-async def test_a_defect_in_a_handler_is_one_line_for_the_client_and_a_traceback_in_the_log(
+async def test_a_defect_is_one_line_for_the_client_and_a_traceback_in_the_log(
     client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(Internal) as raised:
@@ -201,9 +201,7 @@ async def test_a_response_over_the_limit_is_refused_and_the_connection_lives(
     ["x" * 100_000, "é漢" * 50_000, "/run/\udcff.sock", "two\nlines", "red \x1b[31m", ""],
     ids=["long", "long and not ASCII", "undecodable file name", "two lines", "terminal control", "empty"],
 )
-async def test_any_error_text_arrives_as_the_error_it_is(
-    client: Client, tasks: MemoryTasks, text: str
-) -> None:
+async def test_any_error_text_arrives_with_its_class(client: Client, tasks: MemoryTasks, text: str) -> None:
     tasks.delete_error = text
     with pytest.raises(FailedPrecondition) as raised:
         await client.call(

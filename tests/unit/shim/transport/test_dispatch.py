@@ -40,7 +40,7 @@ def test_python_methods_are_named_after_rpcs(name: str, expected: str) -> None:
     assert snake_case(name) == expected
 
 
-def test_every_rpc_of_the_contracts_has_a_python_name_of_its_own() -> None:
+def test_every_rpc_of_the_contracts_has_a_unique_python_name() -> None:
     for service in (TASK_V3, agent_pb2.DESCRIPTOR.services_by_name["AgentService"]):
         names = {snake_case(method.name) for method in service.methods}
         assert len(names) == len(service.methods)
@@ -48,7 +48,7 @@ def test_every_rpc_of_the_contracts_has_a_python_name_of_its_own() -> None:
 
 
 class Recorder:
-    """Keeps what it was asked."""
+    """Records its requests."""
 
     def __init__(self) -> None:
         self.request: task_v2_pb2.StateRequest | task_v3_pb2.StateRequest | None = None
@@ -69,7 +69,7 @@ async def test_requests_of_both_versions_are_of_the_class_listed_first() -> None
     assert task_v2_pb2.StateResponse.FromString(answer).pid == 7
 
 
-async def test_two_implementations_each_get_their_own_classes() -> None:
+async def test_two_implementations_get_requests_of_their_own_classes() -> None:
     first, second = Recorder(), Recorder()
     dispatch = Dispatch([(TASK_V3, first), (TASK_V2, second)])
     await dispatch.find("containerd.task.v2.Task", "State").answer(b"", timeout_s=None)
@@ -100,7 +100,7 @@ def test_a_method_that_is_not_offered_is_unimplemented(service: str, method: str
     assert str(raised.value) == text
 
 
-def test_a_late_service_is_made_when_it_is_first_asked_for() -> None:
+def test_a_late_service_is_made_at_its_first_request() -> None:
     made = []
 
     def make() -> tuple[ServiceDescriptor, object]:
@@ -130,7 +130,7 @@ async def payloads(*requests: bytes) -> AsyncIterator[bytes]:
         yield request
 
 
-async def test_a_stream_takes_and_yields_messages() -> None:
+async def test_a_stream_receives_and_sends_messages() -> None:
     service = management_pb2.DESCRIPTOR.services_by_name["Management"]
     dispatch = Dispatch([(service, Counting())])
     stream = dispatch.find_stream(service.full_name, "Events")
@@ -165,7 +165,7 @@ def misbehaving() -> Callable[..., Any]:
     return lambda method: dispatch.find("containerd.task.v3.Task", method)
 
 
-async def test_a_cancellation_inside_the_handler_is_an_answer_and_not_silence(
+async def test_a_cancellation_inside_the_handler_is_answered(
     misbehaving: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(Internal, match="cancelled"):
@@ -173,14 +173,14 @@ async def test_a_cancellation_inside_the_handler_is_an_answer_and_not_silence(
     assert "cancelled from inside" in caplog.text
 
 
-async def test_a_timeout_of_the_handler_is_not_mistaken_for_the_client_deadline(
+async def test_a_handlers_own_timeout_is_not_taken_for_the_clients_deadline(
     misbehaving: Callable[..., Any],
 ) -> None:
     with pytest.raises(Internal, match="TimeoutError: of its own"):
         await misbehaving("Wait").answer(b"", timeout_s=60)
 
 
-async def test_a_handler_that_outlives_the_deadline_is_given_up(misbehaving: Callable[..., Any]) -> None:
+async def test_a_handler_that_outlives_the_deadline_is_given_up_on(misbehaving: Callable[..., Any]) -> None:
     with pytest.raises(DeadlineExceeded, match=r"containerd\.task\.v3\.Task/Kill: .* 0\.01 s"):
         await misbehaving("Kill").answer(b"", timeout_s=0.01)
 

@@ -34,9 +34,7 @@ async def create(channel: grpc.aio.Channel, name: str) -> int:
     return answer.pid
 
 
-async def test_the_first_connections_are_served_as_the_later_ones_are(
-    dispatch: Dispatch, tmp_path: Path
-) -> None:
+async def test_the_first_connections_are_served_like_later_ones(dispatch: Dispatch, tmp_path: Path) -> None:
     path = tmp_path / "grpc"
     options = [("grpc.use_local_subchannel_pool", 1)]  # a connection each
     async with serve_grpc_on_demand(dispatch, path):

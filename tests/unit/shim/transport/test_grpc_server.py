@@ -1,4 +1,4 @@
-"""What only the gRPC socket has: its file, health, reflection, and the probe of containerd 1.7."""
+"""Features of the gRPC socket alone: its file, health, reflection, and containerd 1.7's probe."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GRPCURL = shutil.which("grpcurl", path=f"{Path(sys.executable).parent}:{os.envir
 
 @pytest.fixture(params=[serve_grpc, serve_grpc_on_demand])
 def serve(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """At once, and from the first connection on."""
+    """The server starts at once, or at the first connection."""
     serve: Callable[..., Any] = request.param
     return serve
 
@@ -62,7 +62,7 @@ async def grpcurl(path: Path, *arguments: Any) -> tuple[int | None, str, str]:
     return process.returncode, stdout.decode(), stderr.decode()
 
 
-async def test_the_socket_is_for_its_owner_only_and_gone_afterwards(
+async def test_the_socket_is_for_its_owner_only_and_is_removed_at_the_end(
     serve: Callable[..., Any], dispatch: Dispatch, tmp_path: Path
 ) -> None:
     path = tmp_path / "grpc"

@@ -1,4 +1,4 @@
-"""The ttrpc client against a server whose every frame the test writes."""
+"""The ttrpc client against a server whose frames the test writes."""
 
 from __future__ import annotations
 
@@ -118,12 +118,12 @@ async def test_the_timeout_sent_is_capped_and_0_means_none(
     call.cancel()
 
 
-async def test_a_timeout_already_over_is_a_deadline_exceeded(client: TtrpcClient) -> None:
+async def test_a_timeout_that_is_already_over_is_a_deadline_exceeded(client: TtrpcClient) -> None:
     with pytest.raises(DeadlineExceeded):
         await check(client, timeout_s=0)
 
 
-async def test_stream_ids_are_odd_and_rise(client: TtrpcClient, server: ScriptedServer) -> None:
+async def test_stream_ids_are_odd_and_increase(client: TtrpcClient, server: ScriptedServer) -> None:
     calls = [check(client) for _ in range(4)]
     assert [(await server.receive())[0] for _ in calls] == [1, 3, 5, 7]
     for call in calls:
@@ -151,7 +151,7 @@ async def test_an_explicit_status_of_zero_is_success(client: TtrpcClient, server
     assert (await call).status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_a_status_without_a_class_of_its_own_is_the_root_error(
+async def test_a_status_without_its_own_class_is_the_base_error(
     client: TtrpcClient, server: ScriptedServer
 ) -> None:
     call = check(client)
@@ -162,7 +162,7 @@ async def test_a_status_without_a_class_of_its_own_is_the_root_error(
     assert type(raised.value) is ShimError
 
 
-async def test_the_timeout_is_enforced_here_even_if_the_server_is_silent(
+async def test_the_client_enforces_the_timeout_if_the_server_is_silent(
     client: TtrpcClient, server: ScriptedServer
 ) -> None:
     with pytest.raises(DeadlineExceeded, match=r"grpc\.Health/Check: no answer within 0\.05 s"):
@@ -198,7 +198,7 @@ async def test_losing_the_connection_fails_every_pending_and_later_call(
             await call
 
 
-async def test_a_call_just_cancelled_and_a_connection_just_lost_leave_no_complaint(
+async def test_a_cancelled_call_on_a_lost_connection_leaves_no_warning(
     client: TtrpcClient, server: ScriptedServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     call = check(client)
@@ -210,7 +210,7 @@ async def test_a_call_just_cancelled_and_a_connection_just_lost_leave_no_complai
     assert caplog.records == []
 
 
-async def test_closing_twice_is_closing(client: TtrpcClient) -> None:
+async def test_closing_twice_is_harmless(client: TtrpcClient) -> None:
     await client.aclose()
     await client.aclose()
     with pytest.raises(Unavailable, match="closed by this side"):
@@ -232,7 +232,7 @@ async def test_a_server_that_does_not_speak_ttrpc_is_unavailable(
         await call
 
 
-async def test_answers_to_calls_that_nobody_made_end_the_connection(
+async def test_an_answer_to_a_call_that_was_not_made_ends_the_connection(
     client: TtrpcClient, server: ScriptedServer
 ) -> None:
     with pytest.raises(DeadlineExceeded):
@@ -248,7 +248,7 @@ async def test_answers_to_calls_that_nobody_made_end_the_connection(
         await check(client)
 
 
-async def test_an_answer_longer_than_the_call_allows_is_not_decoded(
+async def test_an_answer_over_the_calls_limit_is_not_decoded(
     client: TtrpcClient, server: ScriptedServer
 ) -> None:
     call = asyncio.create_task(
@@ -263,7 +263,7 @@ async def test_an_answer_longer_than_the_call_allows_is_not_decoded(
         await call
 
 
-async def test_an_oversized_answer_fails_its_call_only(client: TtrpcClient, server: ScriptedServer) -> None:
+async def test_an_oversized_answer_fails_only_its_call(client: TtrpcClient, server: ScriptedServer) -> None:
     call, other = check(client), check(client)
     await server.receive()
     await server.receive()
@@ -285,7 +285,7 @@ async def test_an_answer_that_cannot_be_read_is_an_internal_error(
         await call
 
 
-async def test_calls_wait_while_the_server_does_not_read_and_go_out_in_order_after(
+async def test_calls_wait_for_a_server_that_does_not_read_and_keep_their_order(
     client: TtrpcClient, server: ScriptedServer
 ) -> None:
     calls = [check(client, service="x" * (1 << 20)) for _ in range(8)]
@@ -305,7 +305,7 @@ async def test_a_call_that_waits_for_room_still_has_its_deadline(client: TtrpcCl
     filler.cancel()
 
 
-async def test_a_connection_without_stream_ids_left_is_given_up(client: TtrpcClient) -> None:
+async def test_a_connection_that_has_used_all_stream_ids_is_given_up(client: TtrpcClient) -> None:
     client._next_stream_id = MAX_STREAM_ID + 2
     with pytest.raises(Unavailable, match="connect again"):
         await check(client)

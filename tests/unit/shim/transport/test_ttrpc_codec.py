@@ -69,7 +69,7 @@ def test_the_longest_body_is_four_mebibytes() -> None:
 
 
 @given(frames=st.lists(FRAMES, max_size=8), cuts=st.lists(st.integers(0, 400), max_size=12))
-def test_frames_survive_any_cutting_of_the_stream(frames: list[Frame], cuts: list[int]) -> None:
+def test_frames_are_decoded_from_any_pieces(frames: list[Frame], cuts: list[int]) -> None:
     stream = b"".join(map(encode, frames))
     edges = sorted({0, len(stream), *(min(cut, len(stream)) for cut in cuts)})
     decoder = FrameDecoder()
@@ -97,7 +97,7 @@ def test_a_stream_may_come_byte_by_byte() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1 << 16, (4 << 20) + 7, 1 << 30], ids=["small", "odd", "whole"])
-def test_an_oversized_body_is_reported_once_skipped_and_never_kept(chunk: int) -> None:
+def test_an_oversized_body_is_skipped_and_reported_once(chunk: int) -> None:
     length = MAX_BODY + 1
     after = Frame(3, FrameType.REQUEST, 0, b"next")
     stream = struct.pack(">IIBB", length, 1, 1, 0) + bytes(length) + encode(after)
@@ -126,4 +126,4 @@ def test_any_bytes_are_either_frames_or_not_ttrpc(chunks: list[bytes]) -> None:
             fed += len(chunk)
             assert decoder.buffered <= fed
     except FrameError as error:
-        assert "message type" in str(error)  # noqa: PT017 - refusing is one of the two right outcomes
+        assert "message type" in str(error)  # noqa: PT017 - a refusal is one of the two right outcomes

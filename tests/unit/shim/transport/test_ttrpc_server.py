@@ -1,4 +1,4 @@
-"""The ttrpc server against clients that do not behave."""
+"""The ttrpc server against clients that misbehave."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ async def test_data_for_a_closed_stream_is_an_invalid_argument(
     assert "stream 1 is not open" in await client.refused_as(InvalidArgument)
 
 
-async def test_an_oversized_request_is_refused_and_its_body_skipped(raw: Callable[[], RawClient]) -> None:
+async def test_an_oversized_request_is_refused_and_its_body_is_skipped(raw: Callable[[], RawClient]) -> None:
     client = raw()
     header = struct.pack(">IIBB", MAX_BODY + 1, 1, FrameType.REQUEST, 0)
     sending = asyncio.create_task(client.send(header + bytes(MAX_BODY + 1) + request_frame(3)))
@@ -177,7 +177,7 @@ async def test_the_timeout_of_a_request_limits_its_handler(
     [b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, encode_frame(1, FrameType.RESPONSE, b"")],
     ids=["http", "noise", "a response"],
 )
-async def test_garbage_ends_its_connection_and_no_other(raw: Callable[[], RawClient], garbage: bytes) -> None:
+async def test_garbage_ends_only_its_own_connection(raw: Callable[[], RawClient], garbage: bytes) -> None:
     good, bad = raw(), raw()
     await good.send(request_frame(1))
     await good.refused_as(NotFound)
@@ -195,7 +195,7 @@ async def test_a_hang_up_inside_a_frame_is_harmless(raw: Callable[[], RawClient]
     await good.refused_as(NotFound)
 
 
-async def test_a_half_closed_connection_is_a_closed_one(
+async def test_a_half_closed_connection_counts_as_closed(
     raw: Callable[[], RawClient], tasks: MemoryTasks
 ) -> None:
     client = raw()

@@ -1,4 +1,4 @@
-"""A pod's volumes in memory are held by the guest, and count in the machine's memory."""
+"""The guest holds a pod's volumes in memory, and they add to the machine's memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class User:
 
 @dataclass
 class Guest:
-    """An agent that notes what it is asked for."""
+    """An agent that records its requests."""
 
     refuses: str = ""
     mounted: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Guest:
 
 @pytest.fixture
 def volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory that stands for a tmpfs which the kubelet has mounted."""
+    """Make a directory that stands for a tmpfs that the kubelet has mounted."""
     path = tmp_path / "kubernetes.io~empty-dir" / "cache"
     path.mkdir(parents=True)
 
@@ -119,7 +119,7 @@ async def test_the_kubelets_files_are_copied_once(volumes: MemoryVolumes, volume
     assert f"{root}/later" not in guest.written
 
 
-async def test_a_missing_part_is_made_with_the_directories_that_lead_to_it(
+async def test_a_missing_subpath_is_made_with_its_parent_directories(
     volumes: MemoryVolumes, volume: Path
 ) -> None:
     guest = Guest()
@@ -141,7 +141,7 @@ async def test_other_volumes_are_left_alone(volumes: MemoryVolumes, tmp_path: Pa
 
 
 @pytest.mark.parametrize("why", ["fifo", "many", "large", "mount", "copy"])
-async def test_a_volume_that_the_guest_cannot_hold_is_shared_for_good(
+async def test_a_volume_that_the_guest_cannot_hold_stays_shared(
     volumes: MemoryVolumes, volume: Path, why: str
 ) -> None:
     match why:
@@ -191,7 +191,7 @@ async def test_a_volume_counts_against_the_limit_of_a_container_that_has_one(
     [(512, 128, SIZE_MIB), (512, 400, 112), (100, 50, 50), (128, 512, 0)],
     ids=["the volume", "the pod's memory", "the limit", "enough"],
 )
-async def test_files_that_a_container_leaves_behind_keep_their_memory(
+async def test_files_that_a_container_leaves_behind_still_count(
     volumes: MemoryVolumes, volume: Path, init: int, app: int, more: int
 ) -> None:
     guest = Guest()
@@ -208,7 +208,7 @@ async def test_a_size_that_only_the_host_limits_does_not_count(volume: Path) -> 
     assert await needed_mib(volumes, app=0) == 0
 
 
-def test_memory_that_belongs_to_no_container_changes_no_other_limit() -> None:
+def test_memory_outside_containers_changes_no_other_limit() -> None:
     limits = Limits(quota_us=1000, memory_bytes=MIB, cpuset=frozenset({1}))
     assert with_memory([limits], 0) == [limits]
     [changed, other] = with_memory([limits, limits], MIB)
