@@ -34,16 +34,16 @@ def generate(root: Path) -> None:
         *sources,
     ]
     if protoc.main(arguments) != 0:
-        raise RuntimeError("protoc failed on the files below proto/: its message is above")
+        raise RuntimeError("protoc failed on the files below proto/; its message is above")
 
 
 class ProtoBuildHook(BuildHookInterface):  # type: ignore[misc]
-    """Hatch build hook: generated code is part of the wheel and never of the repository."""
+    """Hatch build hook: generated code belongs in the wheel, not in the repository."""
 
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - hatch's signature
-        """Generate before files are collected."""
+        """Generate code before files are collected."""
         generate(Path(self.root))
 
 

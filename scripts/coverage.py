@@ -1,7 +1,8 @@
-"""Measure how much of the code the unit tests run, branches too, and hold pure modules to a floor.
+"""Measure how many lines and branches the unit tests run, and hold pure modules to a floor.
 
-``python -m scripts.coverage`` reports all that the unit tests reach (minutes); with ``--pure``, the groups
-that have a floor, by their own tests (seconds). The exit status is 1 if a group is below its floor.
+``python -m scripts.coverage`` reports everything that the unit tests reach (minutes). With ``--pure``, it
+reports only the groups that have a floor, each by its own tests (seconds). The exit status is 1 if a group
+is below its floor.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ FLOOR = 95.0
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Modules of pure functions or of a table, and the unit tests that alone must cover them.
+    """Modules of pure functions or tables, and the unit tests that must cover them by themselves.
 
     :param modules: patterns of paths below the top of the tree.
-    :param tests: what pytest is given.
+    :param tests: arguments for pytest.
     """
 
     modules: tuple[str, ...]
@@ -86,22 +87,24 @@ def measure(tests: list[str]) -> dict[str, Any]:
 
 
 def share(summaries: list[Mapping[str, int]]) -> float:
-    """Return which part of lines and branches was run, in per cent."""
+    """Return the share of lines and branches that was run, in per cent."""
     run = sum(one["covered_lines"] + one["covered_branches"] for one in summaries)
     there = sum(one["num_statements"] + one["num_branches"] for one in summaries)
     return 100.0 * run / there if there else 0.0
 
 
 def of_group(group: Group, files: Mapping[str, Any]) -> float:
-    """Return which part of a group was run, in per cent.
+    """Return the share of a group that was run, in per cent.
 
-    :raises LookupError: if one of its modules is not there or was not measured.
+    :raises LookupError: if one of its modules does not exist or was not measured.
     """
     summaries = []
     for pattern in group.modules:
         found = [files[path]["summary"] for path in files if fnmatch(path, pattern)]
         if not found:
-            raise LookupError(f"coverage: {pattern}: no such module was measured; mend scripts/coverage.py")
+            raise LookupError(
+                f"coverage: {pattern}: no such module was measured; correct scripts/coverage.py"
+            )
         summaries += found
     return share(summaries)
 

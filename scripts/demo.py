@@ -16,20 +16,20 @@ COMMAND = ("sh", "-c", "uname -r; echo hello from process $$ on $(nproc) virtual
 
 
 class Phases:
-    """Says how long each phase took, measured from the end of the one before."""
+    """Prints how long each phase took, from the end of the phase before it."""
 
     def __init__(self, began_s: float) -> None:
         self._began_s = began_s
 
     def ended(self, name: str) -> None:
-        """Report that the phase ``name`` is over."""
+        """Print the time of the phase ``name``, which has just ended."""
         now_s = time.time()
         print(f"{name:<22}{now_s - self._began_s:6.1f} s", flush=True)
         self._began_s = now_s
 
 
 def main() -> int:
-    """Show one container's life; the only argument is when the set-up began, in seconds since the epoch."""
+    """Show one container's life; the only argument is when the set-up began, in seconds since 1970."""
     phases = Phases(float(sys.argv[1]))
     phases.ended("set-up")
     with tempfile.TemporaryDirectory(prefix="hako-demo-") as directory, Nursery() as nursery:

@@ -1,4 +1,4 @@
-"""Write the tables of the documentation that repeat code: ``python -m scripts.document``.
+"""Generate the documentation's tables from code: ``python -m scripts.document``.
 
 A table stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 _BLOCK = re.compile(r"(?<=<!-- generated: )([\w-]+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 _HELP_COLUMNS = "100"
-_OWN_NUMBER = r"10\d\d"  # of the fields that Hako adds to messages of Kata's
+_OWN_NUMBER = r"10\d\d"  # fields that Hako adds to Kata's messages
 
 
 def configuration() -> str:
@@ -50,7 +50,7 @@ def _value(value: object) -> str:
 
 
 def annotations_of_pods() -> str:
-    """Return a table of the annotations of pods."""
+    """Return a table of the annotations for pods."""
     lines = ["| annotation | sets | values | allowed by default |", "|---|---|---|---|"]
     for each in pod_annotations.ANNOTATIONS.values():
         values = ", ".join(f"`{value}`" for value in each.only) or _values_of(each.declaration)
@@ -75,7 +75,7 @@ def oci() -> str:
 
 
 def agent_words() -> str:
-    """Return a table of what both sides of the agent's protocol take from ``proto/extensions.py``."""
+    """Return a table of the constants of the agent's protocol in ``proto/extensions.py``."""
     lines = ["| name | value | what it is for | with another agent |", "|---|---|---|---|"]
     meaning = ""
     for line in inspect.getsource(extensions).splitlines():
@@ -88,7 +88,7 @@ def agent_words() -> str:
 
 
 def agent_fields() -> str:
-    """Return a table of the fields that messages of Kata's protocol have beside its own."""
+    """Return a table of the fields that Hako adds to messages of Kata's protocol."""
     lines = ["| message | field | what it is for | with another agent |", "|---|---|---|---|"]
     for path in sorted((ROOT / "proto/kata").glob("*.proto")):
         message, meaning = "", ""
@@ -106,7 +106,7 @@ def agent_fields() -> str:
 
 
 def _purpose(meaning: str) -> str:
-    """Split a comment into the cells of its two parts."""
+    """Split a comment into the cells for its two parts."""
     purpose, _, without = meaning.partition(" Without: ")
     return f"{purpose} | {without[:1].upper()}{without[1:]}".rstrip()
 
@@ -141,17 +141,17 @@ def pages() -> list[Path]:
 
 
 def written_anew(text: str) -> str:
-    """Return a page with its generated tables as the code has them now."""
+    """Return a page with its tables generated from the current code."""
     return _BLOCK.sub(lambda found: f"{found[1]}{found[2]}{TABLES[found[1]]()}\n", text)
 
 
 def stale(paths: Iterable[Path]) -> list[Path]:
-    """List the pages whose generated tables are not what the code says."""
+    """List the pages whose generated tables are out of date."""
     return [path for path in paths if (text := path.read_text(encoding="utf-8")) != written_anew(text)]
 
 
 def main() -> int:
-    """Write all pages anew."""
+    """Regenerate the tables of all pages."""
     for path in stale(pages()):
         path.write_text(written_anew(path.read_text(encoding="utf-8")), encoding="utf-8")
         print(path.relative_to(ROOT))

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Unpack one package of another Debian suite into a directory, without installing it.
 
-apt runs with a private state, cache and source list, so the system's own view of packages never changes.
-Apt still verifies everything: the keyring is the one that Debian's ``debian-archive-keyring`` installed.
+apt runs with a private state, cache and source list, so the system's own lists of packages do not change.
+apt still verifies everything, with the keyring from Debian's ``debian-archive-keyring``.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def apt_options(suite: str) -> list[str]:
 
 
 def fetch(package: str, *, suite: str, directory: Path, with_dependencies: bool) -> None:
-    """Make ``directory`` hold the files of a package; nothing is done if it exists already.
+    """Unpack the files of a package into ``directory``, unless it exists already.
 
     :param package: the name of a Debian package.
-    :param suite: the suite it is taken from.
-    :param directory: appears whole or not at all.
-    :param with_dependencies: whether it also gets the files of all that the package needs.
+    :param suite: the suite that it is taken from.
+    :param directory: it appears whole or not at all.
+    :param with_dependencies: whether to unpack the package's dependencies there, too.
     :raises RuntimeError: if no mirror is configured.
     :raises subprocess.CalledProcessError: if apt or dpkg fails; their own message is on standard error.
     """

@@ -1,6 +1,6 @@
 """Run tests or benchmarks under KVM, in an outer machine: ``scripts/test --kvm``, ``scripts/bench --kvm``.
 
-What they write is shown as it comes, and the exit status is theirs. After a failure the report in JUnit's
+Their output is shown as it arrives, and their exit status is returned. After a failure, the report in JUnit's
 format and the log of the outer machine's kernel stay in a directory that the last line names.
 """
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PATIENCE = 10
-"""By how much deadlines are longer in an emulated host."""
+"""The factor by which deadlines are longer on an emulated host."""
 
 TEST_DEADLINE_S = 120 * PATIENCE
 SHORT = ("tests/e2e/test_kvm.py",)
 SHORT_MEMORY_MIB = 128
-"""A template takes half as long then: each page that the guest does not use is taken from it by itself."""
+"""So little memory halves the time to make a template: each unused page is taken from the guest singly."""
 
 SHORT_DEADLINE_S = 1200.0
 _HYPERVISOR, _E2E, _CRI = "tests/integration/hypervisor", "tests/e2e", "tests/cri"
@@ -78,7 +78,7 @@ ALL = (
     f"{_CRI}/test_streams.py::test_attaching_joins_the_streams_of_a_container[2.1-podsandbox]",
     f"{_CRI}/test_streams.py::test_a_port_of_the_pod_is_forwarded[2.1-podsandbox]",
 )
-"""One or two tests of each kind, as a machine takes half a minute to start; with --nightly some have more."""
+"""Only one or two tests of each kind, because a machine takes half a minute to start; --nightly adds some."""
 
 BY_NIGHT = (_MATRIX,)
 
@@ -89,17 +89,17 @@ ENVIRONMENT = {
     "HAKO_TEST_VFIO_DISK": outer.DISK,
     "HAKO_TEST_VFIO_CARDS": " ".join(outer.CARDS),
     "PYTHONUNBUFFERED": "1",
-    "PYTEST_ADDOPTS": os.environ.get("PYTEST_ADDOPTS", ""),  # scripts/test --nightly says so there
+    "PYTEST_ADDOPTS": os.environ.get("PYTEST_ADDOPTS", ""),  # set by scripts/test --nightly
 }
 BENCHMARKS = ("clone_over_cold", "run_template_over_cold", "shim_pss_mib", "pod_pss_mib", "host_share")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run what the command line says.
+    """Run the tests or benchmarks that the command line names.
 
-    :param arguments: ``test`` or ``bench``, whether with all that Debian 13 has (``--newer``), what of it is
-        meant (``--short``), where results are to stay (``--results DIR``), and then what pytest or the
-        benchmarks are given.
+    :param arguments: ``test`` or ``bench``, then options: ``--newer`` uses the programs of Debian 13,
+        ``--short`` runs a part of the tests, ``--results DIR`` keeps the results there; then arguments for
+        pytest or the benchmarks.
     :returns: its exit status; 2 if this host cannot have an outer machine.
     """
     if problem := outer.problem():
@@ -133,12 +133,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _whole_list() -> tuple[str, ...]:
-    """List the tests of a run that names none, by night if ``scripts/test --nightly`` has said so."""
+    """List the tests of a run that names none, with the nightly ones after ``scripts/test --nightly``."""
     return (*ALL, *BY_NIGHT) if os.environ.get("HAKO_FUZZ") == "nightly" else ALL
 
 
 def _tests(given: list[str], listed: Sequence[str]) -> list[str]:
-    """Build pytest's command line: for the tests that are named, or for those that are listed here."""
+    """Build pytest's command line for the named tests, or for those that are listed here."""
     named = any(argument.startswith("tests/") for argument in given)
     return [
         *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"),
@@ -155,5 +155,5 @@ def _benchmarks(given: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(1))  # so that nothing stays behind
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(1))  # leaves no files behind
     sys.exit(main(sys.argv[1:]))

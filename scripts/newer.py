@@ -1,4 +1,4 @@
-"""What Debian 13 has, on Debian 12: a guest image of its packages, QEMU 10, and virtiofsd in Rust."""
+"""Debian 13's programs on Debian 12: a guest image of its packages, QEMU 10, and virtiofsd in Rust."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _QEMU = _LIBRARY / "bin/qemu-10"
 _DAEMON_FILES, _DAEMON = fetch_package.CACHE / "virtiofsd-13", _LIBRARY / "bin/virtiofsd-13"
 _PACKAGES = fetch_package.CACHE / "packages-13"
 
-# It needs a newer C library than the system may have, so it comes with its own.
+# It needs a newer C library than the system may have, so it is started with its own.
 _WRAPPER = f"""#!/bin/sh
 exec {_DAEMON_FILES}/usr/lib64/ld-linux-x86-64.so.2 --library-path {_DAEMON_FILES}/usr/lib/x86_64-linux-gnu \\
     {_DAEMON_FILES}/usr/libexec/virtiofsd "$@"
@@ -28,16 +28,16 @@ exec {_DAEMON_FILES}/usr/lib64/ld-linux-x86-64.so.2 --library-path {_DAEMON_FILE
 
 
 def prepare() -> Mapping[Path, Path]:
-    """Fetch and build what is newer.
+    """Fetch and build the newer programs.
 
-    :returns: what takes the place of what, by the place.
+    :returns: the replacement of each path.
     :raises RuntimeError: if no mirror is configured.
     :raises subprocess.CalledProcessError: if apt or the builder fails; its message is on standard error.
     """
     fetch_package.fetch("virtiofsd", suite=SUITE, directory=_DAEMON_FILES, with_dependencies=True)
     _DAEMON.write_text(_WRAPPER, encoding="utf-8")
     _DAEMON.chmod(0o755)
-    # The builder takes packages from the suites that apt knows: here, from the other one.
+    # The builder takes packages from the suites that apt knows; here, only from the newer one.
     words = [option for option in fetch_package.apt_options(SUITE) if option != "-o"]
     settings = (option.split("=", 1) for option in words)
     configuration = fetch_package.CACHE / "apt" / f"{SUITE}.conf"

@@ -1,8 +1,8 @@
-"""An outer machine in which KVM, kernel vsock, vhost-net and VFIO are, on a host that has none of them.
+"""An outer machine with KVM, kernel vsock, vhost-net and VFIO, on a host that has none of them.
 
-A QEMU without an accelerator of its own emulates a processor with AMD's SVM and nested paging. The outer
-machine boots the guest image's kernel there, with the modules that a host needs. Its root is this machine's,
-shared read-only by virtio-fs below an overlay in memory, so everything that was set up here is there too.
+A QEMU without an accelerator emulates a processor with AMD's SVM and nested paging. The outer machine boots
+the guest image's kernel there, with the modules that a host needs. Its root is this machine's root, shared
+read-only by virtio-fs below an overlay in memory, so everything that was set up here is there, too.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 TREE = Path(__file__).resolve().parent.parent
 RESULTS = "/run/results"
-"""Where the outer machine has the directory for results."""
+"""The directory for results in the outer machine."""
 
 DISK, CARDS = "0000:00:10.0", ("0000:01:01.0", "0000:01:02.0")
-"""Devices to give away: an NVMe disk, and two network cards behind a bridge, which share a group."""
+"""Devices to pass to guests: an NVMe disk, and two network cards behind a bridge, which share a group."""
 
 _GUEST_IMAGE = Path("/var/lib/hako/guest")
 _QEMU = Path("/var/lib/hako/bin/qemu-10")
-"""Not Debian 12's own: with two processors, 7.2 was caught running translations that were out of date."""
+"""Not Debian 12's QEMU: with two processors, 7.2 was seen to run translations that were out of date."""
 
 _C_DAEMON, _RUST_DAEMON = Path("/usr/lib/qemu/virtiofsd"), Path("/usr/libexec/virtiofsd")
 _MODULES = (
@@ -43,9 +43,9 @@ _MODULES = (
     *("xt_conntrack", "xt_mark", "xt_nat", "xt_tcpudp", "xt_multiport"),
 )
 _PROCESSOR = "max,-la57,-smap"
-"""All but what makes each trip into an inner machine dearer: five levels of page tables, guarded copies."""
+"""All features except two that make each entry into an inner machine dearer: 5-level paging and SMAP."""
 
-_OWN_DIRECTORIES = ("/dev/shm", "/run", "/tmp")  # noqa: S108 - not a file of this machine
+_OWN_DIRECTORIES = ("/dev/shm", "/run", "/tmp")  # noqa: S108 - not a file on this machine
 _MEMORY_MIB = 6 << 10
 _DISK_BYTES = 64 << 20
 _MEASURED_S = 0.2
@@ -66,7 +66,7 @@ busybox mount -t virtiofs -o ro root /lower
 busybox mount -t tmpfs tmpfs /upper
 busybox mkdir /upper/files /upper/work
 busybox mount -t overlay -o lowerdir=/lower,upperdir=/upper/files,workdir=/upper/work overlay /root
-# Before anything runs there: what is shared shows the processes of this machine, not of the outer one.
+# Before anything runs there: the shared /proc shows this machine's processes, not the outer one's.
 busybox mount -t proc proc /root/proc
 busybox cp /begin /root/outer-begin
 exec busybox switch_root /root /outer-begin
@@ -99,16 +99,16 @@ while :; do :; done
 
 
 def problem() -> str | None:
-    """Say in one line why this host cannot have an outer machine, and what to do; None if it can."""
+    """Return one line on why this host cannot have an outer machine, and what to do; None if it can."""
     hidden = next((each for each in _OWN_DIRECTORIES if TREE.is_relative_to(each)), None)
     if hidden is not None:
         return f"outer machine: {TREE}: the outer machine has a {hidden} of its own; move the tree elsewhere"
     if not any((_GUEST_IMAGE / "modules").glob("*/modules.dep")):
         return f"outer machine: {_GUEST_IMAGE}: has no kernel modules; run scripts/setup"
     if not _QEMU.exists():
-        return f"outer machine: {_QEMU}: not there; run scripts/setup"
+        return f"outer machine: {_QEMU}: not found; run scripts/setup"
     if not (_C_DAEMON.exists() or _RUST_DAEMON.exists()):
-        return f"outer machine: {_C_DAEMON}: no virtio-fs daemon there; run scripts/setup"
+        return f"outer machine: {_C_DAEMON}: no virtio-fs daemon found; run scripts/setup"
     available = Path("/proc/meminfo").read_text(encoding="ascii").split("MemAvailable:")[1].split()[0]
     if int(available) >> 10 < _MEMORY_MIB:
         return f"outer machine: {int(available) >> 10} MiB of memory are free; {_MEMORY_MIB} are needed"
@@ -123,15 +123,15 @@ def run(
     deadline_s: float,
     replacements: Mapping[Path, Path] | None = None,
 ) -> int:
-    """Boot the outer machine, run a command in it, and show what it writes.
+    """Boot the outer machine, run a command in it, and show the command's output.
 
     :param command: the program and its arguments; it runs in this source tree.
-    :param environment: what it gets beside the ordinary environment of root.
+    :param environment: variables in addition to root's ordinary environment.
     :param results: a directory of this machine, which is ``RESULTS`` there.
-    :param deadline_s: how long all of it may take, in seconds.
-    :param replacements: files and directories that others take the place of there, and those others; the
-        guest image's kernel is the outer machine's, too.
-    :returns: the command's exit status; 1 if the machine did not come to its end.
+    :param deadline_s: how long the whole run may take, in seconds.
+    :param replacements: by path, files and directories that replace others in the outer machine; if the guest
+        image is replaced, the outer machine boots the new image's kernel, too.
+    :returns: the command's exit status; 1 if the machine did not run to its end.
     """
     settings = [f"{name}={value}" for name, value in environment.items()]
     replacements = replacements or {}
@@ -142,7 +142,7 @@ def run(
         initrd.write_bytes(_initrd(["env", *settings, *command], image=image, replacements=replacements))
         with disk.open("wb") as file:
             file.truncate(_DISK_BYTES)
-        # What the outer machine has read it may keep: nobody changes the tree while it runs.
+        # The outer machine may cache what it has read: the tree does not change while it runs.
         shares = [
             _share(stack, home, "root", Path("/"), cache="always"),
             _share(stack, home, "results", results, cache="auto"),
@@ -178,12 +178,12 @@ def _initrd(command: Sequence[str], *, image: Path, replacements: Mapping[Path, 
 
 
 def _modules(image: Path) -> list[Path]:
-    """List the modules, each after those that it needs; what the image does not have is built in."""
+    """List the modules, each after those that it needs; a module that the image lacks is built in."""
     [index] = (image / "modules").glob("*/modules.dep")
     lines = (line.partition(":") for line in index.read_text(encoding="ascii").splitlines())
     needs = {name: others.split() for name, _, others in lines}
     wanted = [f"{name}.ko" for name in _MODULES if f"{name}.ko" in needs]
-    # What has to be there first comes last, see modules.dep(5).
+    # The module that must be loaded first comes last; see modules.dep(5).
     files = (file for name in wanted for file in (*reversed(needs[name]), name))
     return [index.parent / file for file in dict.fromkeys(files)]
 
@@ -211,10 +211,10 @@ def _share(stack: ExitStack, home: Path, tag: str, source: Path, *, cache: str) 
 def _qemu_argv(kernel: Path, initrd: Path, disk: Path, shares: Sequence[Sequence[str]]) -> list[str]:
     kernel_parameters = (
         "console=ttyS0 loglevel=3 panic=-1 no_timer_check intel_iommu=on "
-        # Or the kernel takes the HPET for its clock: each look at it is a trip out of the machine. What it
-        # finds by itself for the frequency on a busy host made its time run ten times too fast (seen).
+        # Otherwise the kernel uses the HPET as its clock, and each reading leaves the machine. The frequency
+        # must be given: on a busy host, a kernel that measured it itself ran ten times too fast (seen).
         f"tsc=reliable tsc_early_khz={_tsc_khz()} "
-        # Costs time, and protects nobody here.
+        # They cost time and protect nothing here.
         "mitigations=off"
     )
     return [
@@ -225,7 +225,7 @@ def _qemu_argv(kernel: Path, initrd: Path, disk: Path, shares: Sequence[Sequence
         *("-kernel", str(kernel), "-initrd", str(initrd), "-append", kernel_parameters),
         *("-serial", "stdio", "-device", "virtio-rng-pci", "-device", "intel-iommu,intremap=on"),
         *(word for share in shares for word in share),
-        # To give away; a device of virtio's goes round the IOMMU unless it is told to use it.
+        # Devices to pass to guests; a virtio device bypasses the IOMMU unless it is told to use it.
         *("-drive", f"if=none,id=spare,format=raw,file={disk}"),
         *("-device", "nvme,serial=spare,drive=spare,addr=0x10"),
         *("-device", "pcie-pci-bridge,id=bridge,addr=0x11"),
@@ -242,7 +242,7 @@ def _card(number: int) -> list[str]:
 
 
 def _tsc_khz() -> int:
-    """Measure the frequency of the processor's counter, which an emulated processor shows as its own."""
+    """Measure the frequency of this processor's counter, which an emulated processor shows as its own."""
     with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
         page.write(_READ_COUNTER)
         code = ctypes.c_char.from_buffer(page)
@@ -250,7 +250,7 @@ def _tsc_khz() -> int:
         began, began_ns = read(), time.monotonic_ns()
         time.sleep(_MEASURED_S)
         ended, ended_ns = read(), time.monotonic_ns()
-        del read, code  # or the page could not be closed
+        del read, code  # otherwise the page could not be closed
     khz: int = (ended - began) * 1_000_000 // (ended_ns - began_ns)
     return khz
 
@@ -260,7 +260,7 @@ def _watch(argv: list[str]) -> int:
     with subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace"
     ) as machine:
-        assert machine.stdout is not None  # noqa: S101 - it was asked for above
+        assert machine.stdout is not None  # noqa: S101 - requested above
         try:
             for line in machine.stdout:
                 if line.startswith(_ENDED):
@@ -271,5 +271,5 @@ def _watch(argv: list[str]) -> int:
             machine.terminate()
             raise
     if status is None:
-        print("outer: the machine did not come to its end", flush=True)
+        print("outer: the machine did not run to its end", flush=True)
     return 1 if status is None else status

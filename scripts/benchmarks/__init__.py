@@ -1,1 +1,1 @@
-"""What Hako costs, as ratios that are measured in one run on one machine; ``scripts/bench`` runs it."""
+"""Measures what Hako costs, as ratios within one run on one machine; ``scripts/bench`` runs it."""

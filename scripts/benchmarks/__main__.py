@@ -1,4 +1,4 @@
-"""The command: measure, print, keep, draw."""
+"""The command: measure, print and save results, and draw charts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROUNDS = 5
 
 
 def main() -> int:
-    """Run what the command line names.
+    """Run the metrics that the command line names.
 
     :returns: 0 if everything could be measured, else 1.
     """
@@ -30,14 +30,14 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(document(summaries), indent=2) + "\n", encoding="utf-8")
     if options.plot:
-        from scripts.benchmarks import charts  # noqa: PLC0415 - what it needs is installed only for --plot
+        from scripts.benchmarks import charts  # noqa: PLC0415 - its libraries are installed only for --plot
 
         charts.draw(summaries, options.plot)
     return 0 if len(summaries) == len(names) else 1
 
 
 def _measure(stage: Stage, names: list[str]) -> dict[str, Summary]:
-    """Measure one metric after the other; what cannot be measured is said and left out."""
+    """Measure one metric after another; report and leave out those that fail."""
     summaries = {}
     for name in names:
         try:
@@ -55,7 +55,7 @@ def _clear_away(stage: Stage) -> None:
     try:
         stage.kill_everything()
     except TimeoutError as error:
-        print(f"bench: what follows is disturbed: {error}", file=sys.stderr, flush=True)
+        print(f"bench: later metrics are disturbed: {error}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,12 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser = argparse.ArgumentParser(
         prog="scripts/bench",
-        description="Measure Hako against what it is compared with, in turns, on this machine.",
+        description="Measure Hako and its baselines in turns on this machine.",
         epilog=f"metrics:\n\n{descriptions}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a metric; all of them unless given")
-    parser.add_argument("--rounds", type=_positive, default=ROUNDS, help="how often each is compared")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a metric; default: all")
+    parser.add_argument("--rounds", type=_positive, default=ROUNDS, help="how often each metric is measured")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="where to write charts")
     return parser

@@ -36,11 +36,11 @@ MIB = 1 << 20
 
 
 def cold_over_bare(stage: Stage) -> Samples:
-    """Boot a machine as the default configuration makes it: from its spawn to the agent's first answer.
+    """Boot a machine of the default configuration: from QEMU's spawn to the agent's first answer.
 
-    Daemons, devices and the control connection are part of it; the shim and containerd are not.
+    The time includes daemons, devices and the control connection, but not the shim and containerd.
     Baseline: the same QEMU, accelerator, processor, memory, kernel and kernel parameters, with a serial port
-    as the only device and an initramfs that is but busybox, from the spawn to the first line of its shell.
+    as the only device and only busybox in the initramfs, from the spawn to the first line of its shell.
     """
     spec = _spec(stage, template=False)
     initrd = stage.home / "bare-initrd"
@@ -61,16 +61,16 @@ def cold_over_bare(stage: Stage) -> Samples:
 
 
 def clone_over_cold(stage: Stage) -> Samples:
-    """Clone a machine as the default configuration makes it: from its spawn to the agent's first answer.
+    """Clone a machine of the default configuration: from QEMU's spawn to the agent's first answer.
 
-    Copying the template's memory, plugging in the share and the channel, new randomness and the time are part
-    of it; the shim and containerd are not.
+    The time includes copying the template's memory, plugging in the share and the channel, and setting the
+    guest's randomness and clock, but not the shim and containerd.
     Baseline: the same machine, booted.
     """
     spec = _spec(stage, template=True)
     found = TemplateStore(Path(config.HypervisorConfig().template_dir)).find(template_key(spec))
     if found is None:
-        raise MeasurementError("template: it was built, but not for the machine that is booted")
+        raise MeasurementError("template: it was built for another machine than the one that is booted")
     clone = dataclasses.replace(spec, template=found.path)
     return alternate(
         stage.rounds,
@@ -100,7 +100,7 @@ def _time_boot(stage: Stage, spec: VmSpec) -> float:
 
 
 async def _boot(spec: VmSpec, directory: Path) -> float:
-    """Start a machine, cloned or booted, until its agent answers; return how long that took, in seconds."""
+    """Clone or boot a machine until its agent answers; return how long that took, in seconds."""
     share = directory / "share"
     share.mkdir()
     mounts.share_directory(share)
@@ -141,11 +141,11 @@ def _boot_bare(spec: VmSpec, initrd: Path) -> float:
     with subprocess.Popen(
         limited, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as vm:
-        assert vm.stdout is not None  # noqa: S101 - it was asked for above
+        assert vm.stdout is not None  # noqa: S101 - requested above
         try:
             for line in vm.stdout:
                 if MARK in line:
                     return time.perf_counter() - began_s
         finally:
             vm.terminate()
-    raise MeasurementError("bare machine: it ended before its shell said a word")
+    raise MeasurementError("bare machine: it ended before its shell wrote anything")

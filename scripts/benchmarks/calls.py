@@ -1,4 +1,4 @@
-"""What single requests cost."""
+"""Measures what single requests cost."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def exec_over_guest(stage: Stage) -> Samples:
     """Time ``ctr task exec`` of ``true`` in a running container under Hako, from ctr's spawn to its end.
 
     Baseline: ``crun exec`` of ``true`` in the same container, timed inside the guest by a program that runs
-    beside the agent. It starts crun from a sealed copy, as the agent does: from its file, crun makes itself
-    such a copy and starts over, which takes twice as long.
+    beside the agent. It starts crun from a sealed copy, as the agent does; started from its file, crun would
+    first make a sealed copy and start again, which takes twice as long.
     """
     inside.configure(stage)
     numbers = itertools.count(1)

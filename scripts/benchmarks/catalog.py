@@ -1,4 +1,4 @@
-"""Every metric by its name: what it measures is the documentation of its function."""
+"""Every metric by name; the docstring of its function says what it measures."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One thing that is measured.
+    """A metric.
 
     :param measure: measures it, in as many rounds as the stage says.
-    :param unit: of its values.
-    :param against: what the baseline is, in a word or two; empty if there is none.
+    :param unit: the unit of its values.
+    :param against: the baseline, in a word or two; empty if there is none.
     """
 
     measure: Callable[[Stage], Samples]

@@ -20,10 +20,10 @@ _THEIRS = "#b9c4cc"
 
 
 def draw(summaries: Mapping[str, Summary], directory: Path) -> None:
-    """Draw a chart per metric, and one with all ratios.
+    """Draw a chart for each metric, and one with all ratios.
 
     :param summaries: the results.
-    :param directory: where the files go; made if it is not there.
+    :param directory: where the files go; it is created if it does not exist.
     """
     directory.mkdir(parents=True, exist_ok=True)
     # The same results give the same bytes.

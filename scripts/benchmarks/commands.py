@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def start_over_runc(stage: Stage) -> Samples:
-    """Time ``start`` of Hako's shim, warm, from its spawn to its end; a zygote serves.
+    """Time a warm ``start`` of Hako's shim from its spawn to its end; the zygote serves it.
 
-    Baseline: ``start`` of containerd-shim-runc-v2, which has run before, too.
+    Baseline: ``start`` of containerd-shim-runc-v2, also warm.
     """
 
     def start(program: Program) -> float:
@@ -29,9 +29,9 @@ def start_over_runc(stage: Stage) -> Samples:
 
 
 def delete_ms(stage: Stage) -> Samples:
-    """Time ``delete`` of Hako's shim, from spawn to end, after everything of a running sandbox was killed.
+    """Time ``delete`` of Hako's shim from its spawn to its end, after a sandbox's processes were killed.
 
-    Baseline: ``delete`` of containerd-shim-runc-v2, after the shim and the container of it were killed.
+    Baseline: ``delete`` of containerd-shim-runc-v2, after the shim and its container were killed.
     """
 
     def delete(program: Program) -> float:

@@ -1,4 +1,4 @@
-"""Many sandboxes at once."""
+"""Measures many sandboxes at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BURST = 30
 RESIDENTS = 60
 RESIDENT_MEMORY_MIB = 128
 SETTLE_S = 10.0
-"""What follows a boot, such as memory given back, is not idleness."""
+"""How long to wait after a boot: a guest that still gives memory back is not idle."""
 WINDOW_S = 10.0
 PATIENCE = f"boot_timeout_s = {CROWD_TIMEOUT_S:.0f}\n"
 _UTIME = 13  # fields of /proc/PID/stat, counted from 0: proc(5)
@@ -31,9 +31,9 @@ _STIME = 14
 def burst_30(stage: Stage) -> Samples:
     """Time 30 ``ctr run -d`` at once, from the first spawn until the last has returned; none may fail.
 
-    Machines are cloned from a template, shims forked by a zygote.
-    Baseline: what they would take if they shared the processors without loss: 30 times one ``ctr run -d`` by
-    itself, divided by the number of processors. Both in seconds.
+    Machines are cloned from a template, and shims are forked by a zygote.
+    Baseline: the time if they shared the processors without loss, which is 30 times the time of a single
+    ``ctr run -d``, divided by the number of processors. Both are in seconds.
     """
     stage.configure(template=True, guest=PATIENCE)
     processors = os.cpu_count() or 1
@@ -52,7 +52,7 @@ def burst_30(stage: Stage) -> Samples:
 def resident_60(stage: Stage) -> Samples:
     """Add up the processor time that 60 idle sandboxes of 128 MiB use, in per cent of one processor.
 
-    Counted are shims, QEMU and daemons, over 10 seconds each round; fails if one does not answer State.
+    Shims, QEMU and daemons count, over 10 seconds in each round. It fails if a sandbox does not answer State.
     Machines are cloned from a template. There is no baseline.
     """
     stage.configure(template=True, hypervisor=f"memory_mib = {RESIDENT_MEMORY_MIB}\n", guest=PATIENCE)
@@ -67,10 +67,10 @@ def resident_60(stage: Stage) -> Samples:
 
 @contextlib.contextmanager
 def crowd(stage: Stage, count: int, *, at_once: int | None = None) -> Iterator[list[str]]:
-    """Keep some containers that sleep under Hako for a block.
+    """Keep some sleeping containers under Hako for a block.
 
     :param count: how many.
-    :param at_once: how many are started and ended at once; as many as there are processors unless given.
+    :param at_once: how many are started and ended at once; by default, the number of processors.
     :raises MeasurementError: if one does not start.
     """
     names = [stage.new_id() for _ in range(count)]
@@ -99,7 +99,7 @@ def _busy_percent(stage: Stage) -> float:
 
 
 def _processor_time(stage: Stage) -> float:
-    """Add up the processor time of all that serves sandboxes, in seconds."""
+    """Add up the processor time of all processes that serve sandboxes, in seconds."""
     ticks = 0
     for pid in stage.processes():
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""Rounds in alternation, and the statistics of what they gave."""
+"""Alternating rounds of measurements, and their statistics."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """What was measured, in the metric's unit.
+    """Samples in the metric's unit.
 
-    :param value: of Hako.
-    :param baseline: of what it is compared with; empty if there is nothing to compare with.
+    :param value: Hako's.
+    :param baseline: the baseline's; empty if there is none.
     """
 
     value: tuple[float, ...]
@@ -33,11 +33,11 @@ class Middle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What one metric came to.
+    """The result of one metric.
 
-    :param unit: of ``value`` and ``baseline``.
+    :param unit: the unit of ``value`` and ``baseline``.
     :param value: Hako's.
-    :param baseline: what it is compared with, if anything.
+    :param baseline: the baseline's, if there is one.
     :param n: the number of samples behind ``value``.
     """
 
@@ -55,11 +55,11 @@ class Summary:
 
 
 def alternate(rounds: int, *, value: Callable[[], float], baseline: Callable[[], float]) -> Samples:
-    """Measure two things in turns, each first in every other round, so that what drifts favours neither.
+    """Measure two subjects in turns, each first in every other round, so that drift favours neither.
 
     :param rounds: how often each is measured.
     :param value: measures Hako once.
-    :param baseline: measures what it is compared with once.
+    :param baseline: measures the baseline once.
     """
     values: list[float] = []
     baselines: list[float] = []
@@ -80,10 +80,10 @@ def middle(samples: tuple[float, ...]) -> Middle:
 
 
 def summarize(samples: Samples, *, unit: str) -> Summary:
-    """Reduce what was measured to medians and spreads.
+    """Reduce samples to medians and spreads.
 
     :param samples: at least one value.
-    :param unit: theirs.
+    :param unit: the unit of the samples.
     """
     return Summary(
         unit=unit,
@@ -94,7 +94,7 @@ def summarize(samples: Samples, *, unit: str) -> Summary:
 
 
 def document(summaries: Mapping[str, Summary]) -> dict[str, Any]:
-    """Give the results the form in which they are kept as JSON."""
+    """Convert the results to the form in which they are saved as JSON."""
     return {
         "metrics": {
             name: {
@@ -110,7 +110,7 @@ def document(summaries: Mapping[str, Summary]) -> dict[str, Any]:
 
 
 def line(name: str, summary: Summary) -> str:
-    """Phrase one result for a terminal: medians, quartiles in brackets, ratio."""
+    """Format one result for a terminal: medians, quartiles in brackets, ratio."""
     words = [f"{name:<20}", _phrase(summary.value), summary.unit]
     if summary.baseline is not None:
         words += ["against", _phrase(summary.baseline)]

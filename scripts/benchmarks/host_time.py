@@ -1,4 +1,4 @@
-"""The host's share: the processor time that a container costs beside what its own guest computes."""
+"""The host's share: the processor time that a container costs outside its guest."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LOOK_S = patient(0.02)
 GUEST = "guest"
-"""The threads that run guests' instructions, which are left out."""
+"""The threads that run guests' instructions; they are left out."""
 
 STARTING, ENDING = "until its output", "after it"
 _BY_COMMAND = (
@@ -49,17 +49,17 @@ _BY_THREAD = (
     ("virtiofsd", "virtio-fs daemon"),
     ("runc", "runc"),
 )
-"""What has not lived for long enough to have its command line read, by what its threads are called."""
+"""Roles by thread name, for processes that ended before their command line was read."""
 
 _MS = 1000
 _LEAST_MS = 0.1
 
 
 def role(command: str, thread: str) -> str:
-    """Name what a thread does.
+    """Name the role of a thread.
 
-    :param command: its process' command line, or nothing if that was not seen.
-    :param thread: its own name.
+    :param command: its process's command line, or empty if that was not read.
+    :param thread: the thread's name.
     """
     if "qemu-system" in command or thread.startswith(("CPU ", "qemu-system", "vhost-")):
         if thread.startswith("CPU "):
@@ -71,10 +71,10 @@ def role(command: str, thread: str) -> str:
 
 
 class Bill:
-    """What this process' descendants have used since the bill was opened, whether they live or have ended.
+    """The time that this process's descendants, live or ended, have used since the bill was opened.
 
-    :param ended: tells of threads that end.
-    :param harness: a descendant that does not count, though those below it do.
+    :param ended: reports threads that end.
+    :param harness: the pid of a descendant that does not count, although its own descendants do.
     """
 
     def __init__(self, ended: EndedThreads, *, harness: int) -> None:
@@ -84,12 +84,12 @@ class Bill:
         self._used_s: dict[int, float] = {}
         self._threads: dict[int, tuple[int, str]] = {}
         self._commands: dict[int, str] = {}
-        list(ended.read())  # of no concern
+        list(ended.read())  # drop what ended before
         self.look()
         self._before_s = dict(self._used_s)
 
     def look(self) -> None:
-        """Read what has been used so far."""
+        """Read the time that has been used so far."""
         with self._lock:
             for process in descendants(os.getpid()):
                 if process.pid != self._harness:
@@ -103,7 +103,7 @@ class Bill:
                     self._used_s[one.pid] = one.used_s
 
     def by_role(self) -> dict[str, float]:
-        """Add up what was used since the beginning, in seconds."""
+        """Add up the time that was used since the bill was opened, in seconds."""
         sums: dict[str, float] = defaultdict(float)
         with self._lock:
             for thread, used_s in self._used_s.items():
@@ -113,7 +113,7 @@ class Bill:
 
     def _look_at(self, pid: int) -> None:
         for task in Path(f"/proc/{pid}/task").glob("*"):
-            with contextlib.suppress(OSError):  # it ends, and is heard of
+            with contextlib.suppress(OSError):  # it has just ended; taskstats reports it
                 name = (task / "comm").read_text(encoding="utf-8").strip()
                 run_ns = int((task / "schedstat").read_text(encoding="ascii").split()[0])
                 self._threads[int(task.name)] = (pid, name)
@@ -129,8 +129,8 @@ class Bill:
 def host_share(stage: Stage) -> Samples:
     """Add up the processor time of everything but the threads that run guests, for one ``ctr run --rm``.
 
-    The container says a word, reads one and ends. Its machine is cloned from a template, and its shim is
-    forked by a zygote, whose next fork counts. Further lines give the medians by process and phase.
+    The container writes a word, reads one and ends. Its machine is cloned from a template, and its shim is
+    forked by a zygote, whose next fork counts, too. Further lines give the medians by process and phase.
     Baseline: the same under runc.
     """
     shares: dict[str, list[float]] = defaultdict(list)
@@ -149,7 +149,7 @@ def host_share(stage: Stage) -> Samples:
     with stage.ended:
         samples = alternate(stage.rounds, value=lambda: measure(stage.hako), baseline=lambda: measure(runc))
     for key, used in sorted(shares.items()):
-        # What was not there in a round was nothing.
+        # A role that is missing in a round counts as 0.
         middle_ms = statistics.median([*used, *[0.0] * (stage.rounds - len(used))]) * _MS
         if middle_ms > _LEAST_MS:
             print(f"  {key}: {middle_ms:.1f} ms", flush=True)
@@ -167,7 +167,7 @@ def _run(stage: Stage, daemon: Containerd) -> Mapping[str, float]:
     argv = daemon.run_argv(IMAGE, name, "sh", "-c", "echo up; read word", options=["--rm"])
     watcher = threading.Thread(target=watch)
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as ctr:
-        assert ctr.stdin is not None  # noqa: S101 - both were asked for above
+        assert ctr.stdin is not None  # noqa: S101 - both requested above
         assert ctr.stdout is not None  # noqa: S101
         watcher.start()
         try:
@@ -182,7 +182,7 @@ def _run(stage: Stage, daemon: Containerd) -> Mapping[str, float]:
             over.set()
             watcher.join()
     if (word, status) != ("up\n", 0):
-        raise MeasurementError(f"ctr run: {name}: said {word!r} and ended with {status}")
+        raise MeasurementError(f"ctr run: {name}: wrote {word!r} and ended with {status}")
     bill.look()
     whole = bill.by_role()
     phases = {f"{key}, {STARTING}": used_s for key, used_s in first.items() if key != GUEST}

@@ -1,7 +1,7 @@
-"""A measuring program inside the guest, beside the agent: it takes orders on a vsock port.
+"""A measuring program inside the guest, beside the agent, that takes orders on a vsock port.
 
-The kernel unpacks archives one over the other, so the image is the usual one with a few files more. Process 1
-leaves the program behind and becomes the agent.
+The kernel unpacks several archives one over another, so the image is the usual one plus a few files.
+Process 1 forks the program and then becomes the agent.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ BLOCK_BYTES = 1 << 16
 GUEST_INITRD = Path("/var/lib/hako/guest/initrd")
 _INTERPRETER = re.compile(rb"(/[\w./-]+/python[\w.]*)\0-ISB\0")
 
-# Only what the agent needs of Python is in the guest.
+# The guest has only those parts of Python that the agent needs.
 _INIT = f"""
 import _socket, fcntl, os, time
 
 def sealed_crun():
     fd = os.memfd_create("crun", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)  # above those that crun gets
+    fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)  # above the descriptors that crun gets
     with open("/usr/bin/crun", "rb", buffering=0) as file:
         os.sendfile(fd, file.fileno(), 0, os.fstat(file.fileno()).st_size)
     seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -69,11 +69,11 @@ def listen():
             listener.listen(4)
             return listener
         except OSError:
-            time.sleep(0.1)  # the agent has yet to load the driver
+            time.sleep(0.1)  # the agent has not loaded the driver yet
 
 if os.fork() == 0:
     listener = listen()
-    os.chroot("/..")  # what the agent has mounted over the root meanwhile
+    os.chroot("/..")  # to what the agent has mounted over the root
     os.environ["PATH"] = "/usr/bin:/bin"
     crun = sealed_crun()
     while True:
@@ -85,9 +85,9 @@ os.execv("/init", ["/init"])
 
 
 def configure(stage: Stage) -> None:
-    """Have the sandboxes that follow boot the image with the measuring program.
+    """Let later sandboxes boot the image with the measuring program.
 
-    :raises MeasurementError: if the image is none of Hako's.
+    :raises MeasurementError: if the image is not Hako's.
     """
     image = GUEST_INITRD.read_bytes()
     found = _INTERPRETER.search(image)
@@ -103,10 +103,10 @@ def configure(stage: Stage) -> None:
 
 
 def time_crun_exec(ports: Path, container: str) -> float:
-    """Have the guest run ``true`` in a container by ``crun exec``, and return how long it says it took.
+    """Let the guest run ``true`` in a container by ``crun exec``; return how long the guest says it took.
 
     :param ports: the socket that leads to the guest's ports.
-    :param container: whose id.
+    :param container: the container's id.
     :returns: seconds.
     :raises MeasurementError: if it fails.
     """
@@ -122,18 +122,18 @@ def time_crun_exec(ports: Path, container: str) -> float:
 
 
 def receive(ports: Path, size: int) -> None:
-    """Have the guest send bytes, and read them.
+    """Let the guest send bytes, and read them.
 
     :param ports: the socket that leads to the guest's ports.
-    :param size: how many.
-    :raises MeasurementError: if fewer come.
+    :param size: the number of bytes.
+    :raises MeasurementError: if fewer bytes arrive.
     """
     left, buffer = size, bytearray(1 << 20)
     with _order(ports, f"send {size}") as connection:
         while left and (count := connection.recv_into(buffer)):
             left -= count
     if left:
-        raise MeasurementError(f"channel: {left} of {size} bytes did not come")
+        raise MeasurementError(f"channel: {left} of {size} bytes did not arrive")
 
 
 def _order(ports: Path, order: str) -> socket.socket:

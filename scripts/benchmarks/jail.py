@@ -1,4 +1,4 @@
-"""What confining a sandbox's processes costs its start."""
+"""Measures what confining a sandbox's processes adds to its start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory of idle sandboxes."""
+"""Measures the memory of idle sandboxes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SANDBOXES = 10
 MEMORY_MIB = 256
 SETTLE_S = patient(10.0)
-"""Guests give freed pages back some seconds after they freed them, and nothing says when they are done."""
+"""How long to wait: guests give freed pages back within seconds, and no event says when they are done."""
 _KIB_PER_MIB = 1024
 
 
@@ -30,7 +30,7 @@ class Survey:
 
     :param shim_pss: proportional set sizes of the shims.
     :param shim_uss: unique set sizes of the shims.
-    :param pod_pss: proportional set sizes of all that serves a sandbox.
+    :param pod_pss: proportional set sizes of all processes that serve a sandbox.
     """
 
     shim_pss: tuple[float, ...] = ()
@@ -38,7 +38,7 @@ class Survey:
     pod_pss: tuple[float, ...] = ()
 
     def __add__(self, other: Survey) -> Survey:
-        """Join what two rounds found."""
+        """Join the samples of two rounds."""
         return Survey(
             shim_pss=self.shim_pss + other.shim_pss,
             shim_uss=self.shim_uss + other.shim_uss,
@@ -49,17 +49,17 @@ class Survey:
 def shim_pss_mib(stage: Stage) -> Samples:
     """Read the proportional set size of each shim of 10 idle sandboxes at once, forked by a zygote.
 
-    The zygote's own share of the memory is not counted: it serves no sandbox.
-    Baseline: the same with everything off, ``zygote = false`` and ``template = "off"``.
+    The zygote's own share of the memory does not count, because it serves no sandbox.
+    Baseline: the same with ``zygote = false`` and ``template = "off"``.
     """
     on, off = _surveys(stage)
     return Samples(value=on.shim_pss, baseline=off.shim_pss)
 
 
 def shim_uss_mib(stage: Stage) -> Samples:
-    """Read what each shim of 10 idle sandboxes, forked by a zygote, has for itself: its private pages.
+    """Read the private memory of each shim of 10 idle sandboxes, forked by a zygote.
 
-    Baseline: the same with everything off.
+    Baseline: the same with ``zygote = false`` and ``template = "off"``.
     """
     on, off = _surveys(stage)
     return Samples(value=on.shim_uss, baseline=off.shim_uss)
@@ -68,8 +68,8 @@ def shim_uss_mib(stage: Stage) -> Samples:
 def pod_pss_mib(stage: Stage) -> Samples:
     """Add up the proportional set sizes of shim, QEMU and daemons, for each of 10 idle 256 MiB sandboxes.
 
-    Cloned from a template; shims forked by a zygote.
-    Baseline: the same with everything off.
+    Machines are cloned from a template, and shims are forked by a zygote.
+    Baseline: the same with ``zygote = false`` and ``template = "off"``.
     """
     on, off = _surveys(stage)
     return Samples(value=on.pod_pss, baseline=off.pod_pss)
@@ -77,7 +77,7 @@ def pod_pss_mib(stage: Stage) -> Samples:
 
 @functools.lru_cache(maxsize=1)
 def _surveys(stage: Stage) -> tuple[Survey, Survey]:
-    """Look at sandboxes with everything on and everything off in turns, once for all metrics."""
+    """Measure sandboxes with zygote and template on and off in turns, once for all metrics."""
     found = {True: Survey(), False: Survey()}
     for _ in range(stage.rounds):
         for light in found:

@@ -1,4 +1,4 @@
-"""One container without containerd, driven over the ttrpc of its shim: the same for Hako and for runc."""
+"""Drives one container without containerd, over its shim's ttrpc socket, under Hako and runc alike."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ RUNC = Program(name="runc", path=Path("/usr/bin/containerd-shim-runc-v2"))
 
 
 class Sandbox:
-    """A bundle whose container sleeps, and what a containerd does with it, one step at a time.
+    """A bundle whose container sleeps, and the steps that containerd would take with it.
 
-    :param stage: where it happens.
+    :param stage: the stage of the measurement.
     :param program: the shim.
     """
 
@@ -68,7 +68,7 @@ class Sandbox:
         self._process = {**PROCESS, "capabilities": {kind: [] for kind in CAPABILITY_SETS}}
         (self._bundle / "rootfs").mkdir(parents=True)
         with tarfile.open(fileobj=io.BytesIO(rootfs_archive())) as archive:
-            archive.extractall(self._rootfs, filter="fully_trusted")  # noqa: S202 - made by this very program
+            archive.extractall(self._rootfs, filter="fully_trusted")  # noqa: S202 - this program made the archive
         spec = {
             "ociVersion": "1.0.2",
             "process": {"args": ["sleep", "100000"], **self._process},
@@ -81,15 +81,15 @@ class Sandbox:
         }
         (self._bundle / "config.json").write_text(json.dumps(spec), encoding="utf-8")
         os.mkfifo(self._bundle / "log", 0o700)
-        # So that a shim can open it at once; what is logged fits into the pipe.
+        # With a reader, a shim can open it at once; the pipe has room for everything that is logged.
         self._log = os.open(self._bundle / "log", os.O_RDWR | os.O_NONBLOCK)
 
     def __enter__(self) -> Self:
-        """Return the sandbox; leaving the block ends it in any state."""
+        """Return the sandbox; leaving the block ends it, in any state."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End its remaining parts."""
+        """End everything that is left of it."""
         if self._client is not None:
             with contextlib.suppress(ShimError):
                 self.call("Kill", signal=int(signal.SIGKILL), all=True)
@@ -138,7 +138,7 @@ class Sandbox:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._stage.wait_until_gone(but=self._others)
-        assert self._client is not None  # noqa: S101 - it was just used
+        assert self._client is not None  # noqa: S101 - just used
         self._stage.runner.run(self._client.aclose())
         self._client = None
 
@@ -163,14 +163,14 @@ class Sandbox:
         return (self._bundle / "hako").readlink() / "vsock.sock"
 
     def execute(self, exec_id: str, *command: str, stdout: Path) -> None:
-        """Begin a further process that writes to a FIFO."""
+        """Start an exec process that writes to a FIFO."""
         document = json.dumps({"args": command, **self._process}).encode()
         spec = any_pb2.Any(type_url=PROCESS_TYPE, value=document)
         self.call("Exec", exec_id=exec_id, spec=spec, stdout=str(stdout))
         self.call("Start", exec_id=exec_id)
 
     def finish(self, exec_id: str) -> None:
-        """Wait for a further process and delete it.
+        """Wait for an exec process and delete it.
 
         :raises MeasurementError: if it failed.
         """
@@ -180,7 +180,7 @@ class Sandbox:
             raise MeasurementError(f"exec: {exec_id}: exit status {status}")
 
     async def _call(self, name: str, **fields: Any) -> Any:
-        assert self._client is not None  # noqa: S101 - a sandbox is started first
+        assert self._client is not None  # noqa: S101 - a sandbox must be started first
         method = TASK.methods_by_name[name]
         request = GetMessageClass(method.input_type)(id=self.id, **fields)
         response = GetMessageClass(method.output_type)

@@ -1,4 +1,4 @@
-"""Where it all happens: a private containerd that runs containers under Hako and under runc."""
+"""The stage of all measurements: a private containerd that runs containers under Hako and runc."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ ZYGOTE = "-zygote"
 
 
 class MeasurementError(Exception):
-    """Something did not work that was to be measured."""
+    """Something that should be measured did not work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Stage:
-    """What every measurement finds.
+    """What every measurement can use.
 
     :param home: a directory for files, with a path short enough for sockets.
-    :param rounds: how often each comparison is to be repeated.
+    :param rounds: how often each comparison is repeated.
     :param hako: the containerd, whose runtime is Hako.
     :param state_directory: where Hako keeps the state of its sandboxes.
     :param config: Hako's configuration file.
-    :param runner: the event loop of what is asynchronous.
-    :param ended: hears of threads that end, while it is entered.
+    :param runner: the event loop for asynchronous code.
+    :param ended: reports threads that end, while it is entered.
     """
 
     home: Path
@@ -73,12 +73,12 @@ class Stage:
     def configure(
         self, *, zygote: bool = True, template: bool = False, hypervisor: str = "", guest: str = ""
     ) -> None:
-        """Say how Hako makes the sandboxes that follow.
+        """Configure how Hako makes later sandboxes.
 
         :param zygote: whether shims are forked from a warm process.
-        :param template: whether machines are cloned from a template; it is built then, unless it is there.
-        :param hypervisor: what else that table of the configuration says.
-        :param guest: what that table says.
+        :param template: whether machines are cloned from a template; if so, a missing template is built.
+        :param hypervisor: other keys of that table of the configuration.
+        :param guest: keys of that table.
         :raises MeasurementError: if the template cannot be built.
         """
         write_config(
@@ -95,7 +95,7 @@ class Stage:
     def hako_command(self, *words: str) -> str:
         """Run the operator's command ``hako`` with the configuration of the sandboxes.
 
-        :returns: what it says.
+        :returns: its standard output.
         :raises MeasurementError: if it fails.
         """
         done = subprocess.run(
@@ -110,7 +110,7 @@ class Stage:
         return done.stdout.strip()
 
     def processes(self) -> dict[int, Process]:
-        """Return everything that serves sandboxes and containers; the zygote serves none."""
+        """Return all processes that serve sandboxes and containers, which excludes the zygote."""
         return {
             process.pid: process
             for process in self.hako.nursery.descendants()
@@ -118,10 +118,10 @@ class Stage:
         }
 
     def wait_until_gone(self, *, but: Collection[int] = ()) -> None:
-        """Wait until no process of a sandbox or container is left, so that it does not disturb what follows.
+        """Wait until no process of a sandbox or container is left to disturb later measurements.
 
-        :param but: the ids of those that may stay.
-        :raises TimeoutError: if another one stays.
+        :param but: ids of sandboxes that may stay.
+        :raises TimeoutError: if a process of another one stays.
         """
 
         def gone() -> bool:
@@ -130,7 +130,7 @@ class Stage:
         until(gone, what="the end of every process of a sandbox", timeout_s=GONE_TIMEOUT_S)
 
     def kill_everything(self) -> None:
-        """End what a measurement that failed has left, so that it does not disturb those that follow.
+        """End what a failed measurement has left, so that it does not disturb later ones.
 
         :raises TimeoutError: if a process stays.
         """
@@ -140,7 +140,7 @@ class Stage:
         self.wait_until_gone()
 
     def wait_for_zygote(self) -> None:
-        """Wait until the zygote that the first shim has started keeps a fork for the next.
+        """Wait until the zygote, which the first shim has started, has a spare fork.
 
         :raises TimeoutError: if it does not.
         """
@@ -152,7 +152,7 @@ class Stage:
         until(serves, what="the zygote serves")
 
     def run_detached(self, daemon: Containerd, name: str) -> None:
-        """Start a container that sleeps.
+        """Start a sleeping container.
 
         :param daemon: :attr:`hako` or :attr:`runc`.
         :param name: its id.
@@ -180,7 +180,7 @@ class Stage:
 
     @contextlib.contextmanager
     def container(self) -> Iterator[str]:
-        """Keep a container that sleeps under Hako for a block."""
+        """Keep a sleeping container under Hako for a block."""
         name = self.new_id()
         self.run_detached(self.hako, name)
         try:
@@ -192,20 +192,20 @@ class Stage:
 
 @contextlib.contextmanager
 def _no_cgroups_left() -> Iterator[None]:
-    """Remove the control groups of containers that nobody could end in order."""
+    """Remove the cgroups of containers that could not be ended in the usual way."""
     try:
         yield
     finally:
         for top in (CGROUPS / NAMESPACE, *CGROUPS.glob(f"*/{NAMESPACE}")):
             for directory, _, _ in os.walk(top, topdown=False):
-                os.rmdir(directory)  # noqa: PTH106 - as os.walk names it
+                os.rmdir(directory)  # noqa: PTH106 - os.walk gives strings
 
 
 @contextlib.contextmanager
 def opened(*, rounds: int) -> Iterator[Stage]:
-    """Make the stage for a block; nothing of it is left afterwards.
+    """Make the stage for a block, and remove it afterwards.
 
-    :param rounds: how often each comparison is to be repeated.
+    :param rounds: how often each comparison is repeated.
     """
     ended = EndedThreads()
     private.enter()

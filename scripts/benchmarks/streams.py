@@ -1,4 +1,4 @@
-"""How fast output travels."""
+"""Measures how fast output travels."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SIZE_MIB = 256
 def stdout_over_channel(stage: Stage) -> Samples:
     """Send 256 MiB from a process in a container to the reader of its FIFO; higher is better.
 
-    From the request that starts the process to the end of the stream.
-    Baseline: the same bytes over the bare channel, from a program beside the agent that writes them to a
-    vsock port to a reader of the socket that the channel has on the host. Both get them from /dev/zero, in
-    blocks of one size.
+    The time runs from the request that starts the process to the end of the stream.
+    Baseline: the same bytes over the bare channel, from a program beside the agent that writes to a vsock
+    port, to a reader of the channel's socket on the host. Both programs read /dev/zero in blocks of the same
+    size.
     """
     inside.configure(stage)
     numbers = itertools.count(1)
@@ -40,14 +40,14 @@ def stdout_over_channel(stage: Stage) -> Samples:
             os.mkfifo(fifo, 0o700)
             began_s = time.perf_counter()
             read = pool.submit(_read, fifo)
-            # Not head: BusyBox' copies byte by byte, and would be what is measured.
+            # Not head: BusyBox's head copies byte by byte, and would dominate the measurement.
             blocks = f"count={SIZE_MIB * MIB // inside.BLOCK_BYTES}"
             sandbox.execute(exec_id, "dd", "if=/dev/zero", f"bs={inside.BLOCK_BYTES}", blocks, stdout=fifo)
             size = read.result()
             took_s = time.perf_counter() - began_s
             sandbox.finish(exec_id)
             if size != SIZE_MIB * MIB:
-                raise MeasurementError(f"stdout: {size} bytes came, not {SIZE_MIB * MIB}")
+                raise MeasurementError(f"stdout: {size} bytes arrived, not {SIZE_MIB * MIB}")
             return SIZE_MIB / took_s
 
         def through_the_channel() -> float:

@@ -1,4 +1,4 @@
-"""The processor time of threads that end, as Linux tells it (Documentation/accounting/taskstats.rst)."""
+"""The processor time of threads that end, as Linux reports it (Documentation/accounting/taskstats.rst)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _OF_A_THREAD, _PID, _STATS = 4, 1, 3
 _HEADER, _GENERIC, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=BBH"), struct.Struct("=HH")
 _TYPE_MASK = 0x3FFF
 _COMMAND, _PARENT, _TIMES_US = 80, 132, 152
-"""Where ``struct taskstats`` has the thread's name, its parent's id, and its time in user mode and kernel."""
+"""Offsets in ``struct taskstats``: the thread's name, its parent's id, its time in user and kernel mode."""
 
 _RUN_NS = 72
-"""What it used, to the nanosecond; 0 unless the kernel accounts for delays."""
+"""The offset of the time it used, in nanoseconds; 0 unless the kernel accounts for delays."""
 
 _DELAY_ACCOUNTING = Path("/proc/sys/kernel/task_delayacct")
 _BUFFER = 8 << 20
@@ -33,7 +33,7 @@ class Ended:
     """A thread that has ended.
 
     :param pid: its id.
-    :param parent: the id of its process' parent.
+    :param parent: the id of its process's parent.
     :param name: its name, of at most 15 characters.
     :param used_s: the processor time it used, in seconds.
     """
@@ -45,9 +45,9 @@ class Ended:
 
 
 class EndedThreads:
-    """Hears of each thread of the machine that ends within a ``with`` block.
+    """Reports each thread of the machine that ends within a ``with`` block.
 
-    It has to be made in the machine's first network namespace: the kernel tells nobody else.
+    It must be made in the machine's first network namespace: the kernel sends reports only there.
     """
 
     def __init__(self) -> None:
@@ -56,9 +56,9 @@ class EndedThreads:
         self._socket.settimeout(0)
 
     def __enter__(self) -> Self:
-        """Ask the kernel to tell.
+        """Ask the kernel for reports.
 
-        :raises OSError: if it does not, or this process is not root's.
+        :raises OSError: if the kernel refuses, or this process does not run as root.
         """
         self._usual = _DELAY_ACCOUNTING.read_bytes() if _DELAY_ACCOUNTING.exists() else b""
         if self._usual:
@@ -72,15 +72,15 @@ class EndedThreads:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Have the kernel stop."""
+        """Ask the kernel to stop its reports."""
         self._send(self._family, _GET, _DEREGISTER_CPUS, self._processors)
         if self._usual:
             _DELAY_ACCOUNTING.write_bytes(self._usual)
 
     def read(self) -> Iterator[Ended]:
-        """Yield what has ended since the last time.
+        """Yield the threads that have ended since the last call.
 
-        :raises OSError: if more has ended than could be kept.
+        :raises OSError: if more threads have ended than the socket could hold.
         """
         while True:
             try:

@@ -1,4 +1,4 @@
-"""What a template saves, and what it takes."""
+"""Measures what a template saves, and what it costs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIB = 1 << 20
 
 
 def run_template_over_cold(stage: Stage) -> Samples:
-    """Time ``ctr run --rm`` of ``true`` with a template, from ctr's spawn to its end; a zygote serves.
+    """Time ``ctr run --rm`` of ``true`` with a template, from ctr's spawn to its end, with a zygote.
 
     Baseline: the same with ``template = "off"``.
     """
@@ -30,9 +30,9 @@ def run_template_over_cold(stage: Stage) -> Samples:
 
 
 def template_mib(stage: Stage) -> Samples:
-    """Add up what the files of a template take, holes not counted: memory, where ``/run`` is in memory.
+    """Add up the space of a template's files, without holes; where ``/run`` is in memory, that is memory.
 
-    Each round builds it anew. There is no baseline.
+    Each round builds a new template. There is no baseline.
     """
 
     def build() -> float:
