@@ -69,7 +69,7 @@ def annotations_of_pods() -> str:
 
 def oci() -> str:
     """Return a table of every field of the runtime specification."""
-    lines = ["| field | what becomes of it | why |", "|---|---|---|"]
+    lines = ["| field | treatment | why |", "|---|---|---|"]
     lines += [f"| `{row.path}` | {row.fate.value} | {row.why} |" for row in oci_fields.ROWS]
     return "\n".join(lines)
 

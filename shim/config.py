@@ -75,7 +75,9 @@ class Key(Record):
 
     def _check_text(self, value: str, where: str) -> None:
         if "\0" in value:
-            raise Refusal(f"config: {where}: {value!r} holds a NUL character; no argument can, leave it out")
+            raise Refusal(
+                f"config: {where}: {value!r} contains a NUL character, which no argument can; leave it out"
+            )
         if self.choices and value not in self.choices:
             raise Refusal(f"config: {where}: {value!r} is not offered; give one of {self.values()}")
         if self.is_path and not (value.startswith("/") or value == self.default):
@@ -102,7 +104,7 @@ def _key(
     most: int | None = None,
     is_path: bool = False,
 ) -> _T:
-    """Declare the key of the class that is being made; return its default."""
+    """Declare a key of the class that is being defined; return its default."""
     _declared.append(
         Key(
             default=default,
@@ -123,7 +125,7 @@ class Section(Record):
     KEYS: ClassVar[dict[str, Key]]
 
     def __init_subclass__(cls) -> None:
-        """Give the section the keys that its body declares, in the same order."""
+        """Collect the keys that the class body declares, in the same order."""
         cls.KEYS = dict(zip(cls.fields(), _declared, strict=True))
         _declared.clear()
 
@@ -135,53 +137,65 @@ class HypervisorConfig(Section):
     machine_options: str = _key("", "Appended to QEMU's ``-machine``, for example ``usb=off``.")
     accelerator: str = _key(
         _AUTO,
-        "How guest instructions run; ``auto`` takes KVM if it really runs guest code at speed.",
+        "How guest instructions run; ``auto`` chooses KVM if it really runs guest code at speed.",
         choices=(_AUTO, "kvm", "tcg"),
     )
     channel: str = _key(
         _AUTO,
-        "How the agent is reached; ``auto`` takes the first of these that works.",
+        "How the agent is reached; ``auto`` chooses the first of these that works.",
         choices=(_AUTO, "vhost-vsock", "vhost-user-vsock", "virtio-serial"),
     )
-    # 255 is as many as q35 numbers without an IOMMU; 16 TiB is more than it maps.
+    # Without an IOMMU, q35 can number 255 vCPUs; 16 TiB is more than it can map.
     vcpus: int = _key(
-        1, "The machine's own share; the limits of its containers are added to it.", least=1, most=255
+        1, "The vCPUs of the machine itself; the limits of its containers are added.", least=1, most=255
     )
-    memory_mib: int = _key(512, "As ``vcpus``.", unit="MiB", least=128, most=1 << 24)
+    memory_mib: int = _key(
+        512,
+        "The memory of the machine itself; the limits of its containers are added.",
+        unit="MiB",
+        least=128,
+        most=1 << 24,
+    )
     max_vcpus: int = _key(
         0,
-        "The most that a machine can grow to; 0 means all that the host has. "
-        "Each vCPU that may come costs the guest half a MiB.",
+        "The most vCPUs that a machine can grow to; 0 means as many as the host has. "
+        "Each vCPU that may be added costs the guest half a MiB.",
         least=0,
         most=255,
     )
-    max_memory_mib: int = _key(0, "As ``max_vcpus``.", unit="MiB", least=0, most=1 << 24)
-    static_sizing: bool = _key(default=False, meaning="Whether a machine keeps the size it starts with.")
+    max_memory_mib: int = _key(
+        0,
+        "The most memory that a machine can grow to; 0 means as much as the host has.",
+        unit="MiB",
+        least=0,
+        most=1 << 24,
+    )
+    static_sizing: bool = _key(default=False, meaning="Whether a machine keeps its initial size.")
     root_ports: int = _key(
         0,
-        "How many PCI devices of the host (VFIO) a machine can be given; each costs 30 ms of boot under TCG.",
+        "How many PCI devices of the host (VFIO) a machine can get; each costs 30 ms of boot under TCG.",
         least=0,
         most=16,
     )
     huge_pages: bool = _key(
         default=False,
-        meaning="Whether guests' memory is of the huge pages that the host has reserved; "
+        meaning="Whether guests' memory is made of huge pages that the host has reserved; "
         "such machines boot cold.",
     )
     jail: str = _key(
         _AUTO,
-        "Whether a sandbox's processes must be confined; ``auto`` requires it with KVM, "
-        "and prefers it without.",
+        "Whether a sandbox's processes must be confined; ``auto`` means ``required`` with KVM, "
+        "and ``preferred`` without.",
         choices=(_AUTO, "required", "preferred", "off"),
     )
-    # Above those of people and of the host's services, and below what programs take for a negative number.
+    # Above the ids of people and the host's services, and below numbers that programs read as negative.
     jail_first_id: int = _key(
         1_900_000_000,
-        "The first of the user and group ids that sandboxes get, one each; no other user may have them.",
+        "The first user and group id for sandboxes, which get one each; no other user may have these ids.",
         least=1 << 16,
         most=(1 << 31) - (1 << 20),
     )
-    jail_ids: int = _key(65_536, "How many there are.", least=1, most=1 << 20)
+    jail_ids: int = _key(65_536, "The number of these ids.", least=1, most=1 << 20)
     virtiofsd: str = _key(_AUTO, "Path of the daemon, or ``auto`` to search for it.", is_path=True)
     vsock_daemon: str = _key(
         _AUTO,
@@ -190,7 +204,7 @@ class HypervisorConfig(Section):
     )
     template: str = _key(
         _AUTO,
-        "``auto`` clones machines from one that was booted before, ``off`` boots each.",
+        "``auto`` clones machines from one that was booted before; ``off`` boots each machine.",
         choices=(_AUTO, "off"),
     )
     template_dir: str = _key(
@@ -201,11 +215,15 @@ class HypervisorConfig(Section):
 class GuestConfig(Section):
     """The software that runs in a virtual machine."""
 
-    kernel: str = _key("/var/lib/hako/guest/vmlinux", "What ``hako image build`` makes.", is_path=True)
-    initrd: str = _key("/var/lib/hako/guest/initrd", "As ``kernel``.", is_path=True)
+    kernel: str = _key(
+        "/var/lib/hako/guest/vmlinux", "The kernel; ``hako image build`` makes it.", is_path=True
+    )
+    initrd: str = _key(
+        "/var/lib/hako/guest/initrd", "The initramfs; ``hako image build`` makes it.", is_path=True
+    )
     kernel_parameters: str = _key("", "Appended to the kernel's command line.")
     boot_timeout_s: int = _key(
-        60, "How long a machine may take until its agent answers.", unit="s", least=1, most=3600
+        60, "How long a machine's agent may take to answer.", unit="s", least=1, most=3600
     )
 
 
@@ -213,22 +231,24 @@ class ShimConfig(Section):
     """The settings of the shim itself."""
 
     protocol: str = _key(
-        "ttrpc", "How containerd drives the shim; only 1.7 can use ``grpc``.", choices=("ttrpc", "grpc")
+        "ttrpc",
+        "How containerd drives the shim; only containerd 1.7 can use ``grpc``.",
+        choices=("ttrpc", "grpc"),
     )
     log_level: str = _key(
         "info",
-        "Of the lines that go to containerd's own log.",
+        "The lowest level of lines that go to containerd's own log.",
         choices=("debug", "info", "warning", "error"),
     )
     zygote: bool = _key(
-        default=True, meaning="Whether shims are forked from a process that has imported everything already."
+        default=True, meaning="Whether shims are forked from a process that has already imported everything."
     )
     enable_annotations: str = _key(
         "io.hako.boot_timeout_s io.hako.max_memory_mib io.hako.max_vcpus io.hako.memory_mib "
         "io.hako.root_ports io.hako.static_sizing io.hako.template io.hako.vcpus "
         "io.katacontainers.config.hypervisor.default_* io.katacontainers.config.hypervisor.pcie_root_port",
-        "The annotations with which pods may change their machines: whole names, separated by spaces; "
-        "``*`` stands for any text.",
+        "The annotations by which pods may change their machines: whole names, separated by spaces; "
+        "``*`` matches any text.",
     )
     state_dir: str = _key("/run/hako", "Sockets, ledgers and shares of running sandboxes.", is_path=True)
     log_dir: str = _key(
@@ -259,7 +279,7 @@ class ConfigText(Record):
     text: str
     #: Its name in messages: the path.
     source: str
-    #: Further files beside it; a value in a later file replaces that of an earlier one.
+    #: Files that are read after it; a value in a later file replaces one in an earlier file.
     drop_ins: tuple[ConfigText, ...] = ()
 
 
@@ -273,14 +293,14 @@ def locate(
     """Read the configuration that applies: the runtime options', ``HAKO_CONFIG``, the default file, nothing.
 
     A configuration for one container or runtime class replaces the one for all of containerd. Only the
-    default file has others beside it: ``config.d/*.toml``, in the order of their names.
+    default file has drop-ins: ``config.d/*.toml``, in the order of their names.
 
     :param environment: where ``HAKO_CONFIG`` may be set.
     :param options_path: the path in containerd's runtime options.
     :param options_body: the configuration in containerd's runtime options itself.
     :param default: the file that is read if it exists.
     :returns: the text, empty if there is no configuration.
-    :raises Refusal: if a file that was asked for cannot be there or be read, or is not UTF-8.
+    :raises Refusal: if a file that was asked for does not exist, cannot be read, or is not UTF-8.
     """
     if options_body and not options_path:
         return ConfigText(text=options_body, source="runtime options")

@@ -1,7 +1,7 @@
-"""The fields of the OCI runtime specification 1.2, one row each, and what becomes of each in a guest.
+"""The fields of the OCI runtime specification 1.2, one row each, and how a guest treats each of them.
 
-Fields that are sent go to the field of the agent's message with the same name (letter case aside), so a
-row is all that a field needs. A row stands for everything below its path.
+A field that is sent goes to the field of the same name in the agent's message (letter case aside), so a
+field needs only its row. A row stands for everything below its path.
 
 https://github.com/opencontainers/runtime-spec/tree/v1.2.0
 """
@@ -26,22 +26,22 @@ log = logging.getLogger(__name__)
 
 
 class Fate(Enum):
-    """What becomes of a field."""
+    """How a field is treated."""
 
-    SENT = "sent as it is"
-    REPLACED = "sent with what means the same in the guest"
-    DROPPED = "left out, and the container is none the worse for it"
-    DONE = "left out, because the host does it"
-    REFUSED = "refused, as leaving it out would be a lie"
+    SENT = "sent unchanged"
+    REPLACED = "replaced by its equivalent in the guest"
+    DROPPED = "left out, because the container does not need it"
+    DONE = "left out, because the host handles it"
+    REFUSED = "refused, because the container would rely on it"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One field.
 
-    :param path: its place; elements of lists add nothing to it.
-    :param why: the reason of every fate but ``SENT``.
-    :param harmless: further values of a refused field that ask for nothing, besides the empty ones.
+    :param path: its path in the specification, without indexes of lists.
+    :param why: the reason for every fate except ``SENT``.
+    :param harmless: values of a refused field, besides empty ones, that ask for nothing.
     """
 
     path: str
@@ -70,11 +70,11 @@ def _refused(path: str, why: str, *, harmless: tuple[Any, ...] = ()) -> Row:
     return Row(path, Fate.REFUSED, why, harmless)
 
 
-_NO_WORD = "the guest's protocol has no word for it; leave it out"
+_NO_WORD = "the guest's protocol has no field for it; leave it out"
 _HOST_POLICY = "it names a policy loaded in the host's kernel; the guest's kernel has none"
 _HOST_DISK = "the guest sees no block device of the host; limit the machine instead"
-_HOST_PROGRAM = "it is a program of the host, and is run there"
-_NO_SUCH_PLACE = "it must run inside the container, and a process of the host cannot; use createRuntime"
+_HOST_PROGRAM = "it is a program of the host and runs there"
+_NO_SUCH_PLACE = "it must run inside the container, which a program of the host cannot do; use createRuntime"
 _NOT_LINUX = "the guest runs Linux; leave it out"
 _CGROUP_V1 = "the guest has cgroup v2, which has no such limit; leave it out"
 
@@ -82,10 +82,10 @@ ROWS: tuple[Row, ...] = (
     _replaced("ociVersion", "it is called Version in the message"),
     *_sent("", "hostname", "annotations"),
     _replaced("domainname", "the message has no such field; it is sent as the sysctl kernel.domainname"),
-    _replaced("root.path", "the host's directory is shared and has a path of its own in the guest"),
+    _replaced("root.path", "the host's directory is shared and has another path in the guest"),
     *_sent("root", "readonly"),
     # process
-    _replaced("process.terminal", "the request's own flag wins"),
+    _replaced("process.terminal", "the request's flag takes precedence"),
     *_sent("process", "consoleSize.height", "consoleSize.width", "args", "env", "cwd", "noNewPrivileges"),
     *_sent("process", "oomScoreAdj", "rlimits.type", "rlimits.soft", "rlimits.hard"),
     *_sent("process.user", "uid", "gid", "additionalGids"),
@@ -100,9 +100,9 @@ ROWS: tuple[Row, ...] = (
     _dropped("process.commandLine", "only Windows uses it"),
     # mounts
     *_sent("mounts", "destination"),
-    _replaced("mounts.type", "a bind may be named by its options alone"),
-    _replaced("mounts.source", "a file of the host is shared and has a path of its own in the guest"),
-    _replaced("mounts.options", "the pod's shared memory has its file system's, too"),
+    _replaced("mounts.type", "the options alone can say that it is a bind mount"),
+    _replaced("mounts.source", "a file of the host is shared and has another path in the guest"),
+    _replaced("mounts.options", "the pod's shared memory also gets the options of its file system"),
     _refused("mounts.uidMappings", _NO_WORD),
     _refused("mounts.gidMappings", _NO_WORD),
     *(
@@ -111,18 +111,20 @@ ROWS: tuple[Row, ...] = (
     ),
     *(_refused(f"hooks.{kind}", _NO_SUCH_PLACE) for kind in ("createContainer", "startContainer")),
     # linux
-    _replaced("linux.namespaces.type", "the guest chooses: most are the sandbox's"),
+    _replaced("linux.namespaces.type", "the guest chooses; most namespaces belong to the sandbox"),
     _replaced("linux.namespaces.path", "a namespace of the host has no meaning in the guest"),
     *_sent("linux", "uidMappings.hostID", "uidMappings.containerID", "uidMappings.size"),
     *_sent("linux", "gidMappings.hostID", "gidMappings.containerID", "gidMappings.size"),
     _refused("linux.timeOffsets", _NO_WORD),
     *_sent("linux.devices", "path", "type", "major", "minor", "fileMode", "uid", "gid"),
     _refused("linux.netDevices", "the host's interfaces are not in the guest; leave it out"),
-    _replaced("linux.cgroupsPath", "it is where the machine counts; in the guest no two share a cgroup"),
+    _replaced(
+        "linux.cgroupsPath", "the machine counts there; in the guest, each container has its own cgroup"
+    ),
     *_sent("linux", "sysctl", "rootfsPropagation", "maskedPaths", "readonlyPaths"),
     _dropped("linux.mountLabel", _HOST_POLICY),
     _refused("linux.personality", _NO_WORD),
-    _refused("linux.intelRdt", "the guest's processors have no cache to part; leave it out"),
+    _refused("linux.intelRdt", "the guest's processors have no cache to partition; leave it out"),
     _refused("linux.memoryPolicy", _NO_WORD),
     # linux.seccomp
     *_sent("linux.seccomp", "defaultAction", "architectures", "flags"),
@@ -130,7 +132,7 @@ ROWS: tuple[Row, ...] = (
     _refused("linux.seccomp.listenerPath", "the listener is on the host and cannot see the guest's calls"),
     _refused("linux.seccomp.listenerMetadata", "the listener is on the host; leave it out"),
     *_sent("linux.seccomp.syscalls", "names", "action"),
-    _replaced("linux.seccomp.syscalls.errnoRet", "agents take a missing value for success; EPERM is sent"),
+    _replaced("linux.seccomp.syscalls.errnoRet", "agents read a missing value as success, so EPERM is sent"),
     *_sent("linux.seccomp.syscalls.args", "index", "value", "valueTwo", "op"),
     # linux.resources
     *_sent("linux.resources.devices", "allow", "type", "major", "minor", "access"),
@@ -145,7 +147,7 @@ ROWS: tuple[Row, ...] = (
     _refused("linux.resources.cpu.burst", _NO_WORD),
     _refused("linux.resources.cpu.realtimeRuntime", _CGROUP_V1),
     _refused("linux.resources.cpu.realtimePeriod", _CGROUP_V1),
-    _dropped("linux.resources.cpu.cpus", "it names the host's processors: the machine is kept to them"),
+    _dropped("linux.resources.cpu.cpus", "it names the host's processors, to which the machine is pinned"),
     _dropped("linux.resources.cpu.mems", "it names the host's memory nodes; the machine has its own"),
     _refused("linux.resources.cpu.idle", _NO_WORD),
     *_sent("linux.resources", "pids.limit"),
@@ -155,7 +157,7 @@ ROWS: tuple[Row, ...] = (
     _refused("linux.resources.rdma", "the guest has no RDMA device; leave it out"),
     _replaced("linux.resources.unified", "the message has no such field; each key is sent as an annotation"),
     *(_refused(other, _NOT_LINUX) for other in ("solaris", "windows", "zos", "freebsd")),
-    _refused("vm", "the configuration of this runtime chooses the machine; leave it out"),
+    _refused("vm", "this runtime's configuration defines the machine; leave it out"),
 )
 
 _TABLE = {row.path: row for row in ROWS}
@@ -164,10 +166,10 @@ _RENAMED = {"ociversion": "version"}
 
 
 def row_of(path: str) -> Row | None:
-    """Find what becomes of a field.
+    """Find the row of a field.
 
-    :param path: its place, such as ``linux.resources.memory.limit``.
-    :returns: its row or that of an object it belongs to, or None if the table knows neither.
+    :param path: its path, such as ``linux.resources.memory.limit``.
+    :returns: its row, or the row of an object that contains it; None if the table has neither.
     """
     while path:
         if path in _TABLE:
@@ -184,7 +186,7 @@ def copy(source: Mapping[str, Any], message: Message, *, path: str) -> None:
 
     :param source: the decoded object.
     :param message: the message to fill.
-    :param path: the object's own place; empty for the whole specification.
+    :param path: the object's own path; empty for the whole specification.
     :raises InvalidArgument: if it asks for something that is refused.
     :raises TypeError, ValueError, AttributeError: if a value is not of its field's type.
     """
