@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 NAMESPACE = f"hako-e2e-{os.getpid()}"
 """Also the cgroup above those of the containers: no two lanes have the same."""
 CGROUPS = Path("/sys/fs/cgroup")
+LOG_SHOWN = 8000  # characters
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SHIM_DIRECTORY = Path(sys.executable).parent
 CALL_TIMEOUT_S = patient(60.0)
@@ -194,14 +195,17 @@ class Containerd:
         :param stdin: its input, or None for an empty one.
         :raises subprocess.TimeoutExpired: if it takes longer.
         """
-        done = subprocess.run(
-            self.ctr_argv(*arguments),
-            input=stdin or "",
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
+        return self._finish(self.ctr_argv(*arguments), stdin=stdin, timeout_s=timeout_s)
+
+    def _finish(self, argv: Sequence[str], *, stdin: str | None, timeout_s: float) -> Result:
+        try:
+            done = subprocess.run(
+                argv, input=stdin or "", capture_output=True, text=True, timeout=timeout_s, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            log = self.log.read_text(errors="replace")[-LOG_SHOWN:]
+            error.add_note(f"containerd's log, with those of its shims, ends so:\n{log}")
+            raise
         return Result(done.returncode, done.stdout, done.stderr)
 
     def ctr_argv(self, *arguments: str | Path) -> list[str]:
@@ -239,12 +243,10 @@ class Containerd:
         :param options: further options of ``ctr run``.
         :param stdin: what the process reads.
         :param timeout_s: how long it may take.
+        :raises subprocess.TimeoutExpired: if it takes longer.
         """
         argv = self.run_argv(image, container, *command, options=options)
-        done = subprocess.run(
-            argv, input=stdin or "", capture_output=True, text=True, timeout=timeout_s, check=False
-        )
-        return Result(done.returncode, done.stdout, done.stderr)
+        return self._finish(argv, stdin=stdin, timeout_s=timeout_s)
 
     def exec(self, container: str, exec_id: str, *command: str, stdin: str | None = None) -> Result:
         """Run ``ctr task exec`` to its end."""
