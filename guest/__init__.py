@@ -1,1 +1,1 @@
-"""What runs inside the virtual machine, and the builder of its image."""
+"""The software inside the virtual machine, and the builder of its image."""

@@ -1,4 +1,4 @@
-"""The only code that knows the parts of a virtual machine."""
+"""The only code that knows how a virtual machine is built."""
 
 from hypervisor.accelerator import Verdict, choose_accelerator
 from hypervisor.allowance import Allowance

@@ -1,8 +1,8 @@
-"""Which accelerator really runs guest code on this host: a run of some code tells, and its result is kept.
+"""Finds out which accelerator really runs guest code on this host, by running some, and caches the result.
 
-It proves little that ``/dev/kvm`` opens: guests may crash or crawl under the KVM of a nested host. So KVM and
+That ``/dev/kvm`` opens proves little: guests may crash or crawl under the KVM of a nested host. So KVM and
 TCG run a race, and KVM gets a head start. A victory of KVM is remembered until the next boot. A defeat is
-remembered for a while only, because a busy host may be to blame. A race without a winner is not remembered.
+remembered only for a while, because a busy host may be to blame. A race without a winner is not remembered.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _DEFEAT_KEPT_S = 300.0
 class Verdict:
     """The accelerator to use.
 
-    :param accelerator: the one.
+    :param accelerator: the accelerator.
     :param reason: one line, for the operator.
-    :param proven: whether guest code was run, and by its outcome.
+    :param proven: whether guest code was run, and its outcome decided.
     """
 
     accelerator: Accelerator
@@ -76,7 +76,7 @@ async def choose_accelerator(qemu: Path, *, cache: Path) -> Verdict:
     try:
         os.close(os.open(KVM_DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        # Not remembered: loading the module or a new permission should count at once, and asking is cheap.
+        # Not remembered: a loaded module or a new permission should count at once, and asking is cheap.
         reason = f"{KVM_DEVICE}: {error.strerror}"
         return Verdict(accelerator=Accelerator.TCG, reason=reason, proven=False)
     key = _key(qemu)
@@ -91,7 +91,7 @@ async def choose_accelerator(qemu: Path, *, cache: Path) -> Verdict:
 
 @contextlib.asynccontextmanager
 async def _locked(path: Path) -> AsyncIterator[None]:
-    """Hold a lock during a block; go on without it after as long as a measurement may take."""
+    """Hold a lock during a block; after the longest time of a measurement, continue without the lock."""
     # No other user may open it: a lock on it would stop every start.
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
@@ -151,7 +151,7 @@ async def race(run: Callable[[Accelerator], Awaitable[_Run]]) -> Verdict:
     """Have both accelerators run the payload until one has.
 
     :param run: runs it under one of them.
-    :returns: the verdict. KVM that fails loses at once; a TCG that fails proves nothing of KVM.
+    :returns: the verdict. If KVM fails, it loses at once; if TCG fails, that proves nothing about KVM.
     """
     runs = [asyncio.ensure_future(run(Accelerator.KVM))]
     kvm, tcg = runs[0], None

@@ -35,11 +35,11 @@ async def answer(slot: AcpiSlot, events: EventStream, *, leaving: bool, timeout_
     """Wait for the guest's answer about one device.
 
     :param slot: the device.
-    :param events: of ``EVENTS``, from before the request on.
-    :param leaving: whether it was asked to let go of the device, rather than to take it.
+    :param events: the events in ``EVENTS``, collected from before the request on.
+    :param leaving: whether the guest was asked to release the device, not to add it.
     :param timeout_s: how long it may take, in seconds.
-    :returns: what went wrong; empty if it was done.
-    :raises QmpError: if QEMU ends before.
+    :returns: what went wrong; empty on success.
+    :raises QmpError: if QEMU ends before the answer.
     """
     try:
         async with asyncio.timeout(timeout_s):

@@ -1,4 +1,4 @@
-"""How much of something a guest may cause: a little at any time, and a lot now and then (a token bucket)."""
+"""How much work a guest may cause: a little at any time, and a lot now and then (a token bucket)."""
 
 from __future__ import annotations
 
@@ -44,5 +44,5 @@ class Allowance:
 
         :param amount: how much, not more than ``burst``.
         """
-        while not self.take(amount):  # noqa: ASYNC110 - time is all that it waits for
+        while not self.take(amount):  # noqa: ASYNC110 - it waits only for time
             await asyncio.sleep((amount - self._left) / self._per_s)

@@ -21,7 +21,7 @@ class Architecture:
     :param cpu_models: the CPU model for each accelerator.
     :param early_console: QEMU's device that shows the guest kernel's messages before the virtio console
         driver is loaded.
-    :param kernel_parameters: the guest kernel's parameters that make sense on this machine only.
+    :param kernel_parameters: the guest kernel's parameters that make sense only on this machine.
     :param translated_kernel_parameters: those that make sense if the processor is emulated.
     :param probe_kernel: a kernel that computes for a moment, then makes QEMU exit with ``probe_status``.
     :param probe_device: the QEMU device through which it does so.

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 
 SHARE_QUEUE = 1024
-"""How many requests may be on their way to the virtio-fs daemon."""
+"""How many requests may be in flight to the virtio-fs daemon."""
 
 HOTPLUG_BUSES = ("slots1", "slots2")
-"""The buses that devices are plugged into while the guest runs.
+"""The buses into which devices are plugged while the guest runs.
 
 Conventional bridges: two offer 62 slots and were measured to cost no boot time, where as many PCIe root ports
 cost the guest a second under TCG. ACPI tells the guest of each device at once.
@@ -39,7 +39,7 @@ _PORT_ROOM = "mem-reserve=32M,pref64-reserve=32G"
 _KERNEL_PARAMETERS = (
     # The virtio console costs the guest least of all consoles, and the host reads it for failure causes.
     "console=hvc0",
-    # Only errors: each console byte is a trap out of the guest, and routine messages are hundreds of lines.
+    # Only errors: each console byte is an exit from the guest, and routine messages are hundreds of lines.
     "quiet",
     # A panicked guest resets at once, and the reset ends QEMU (-no-reboot).
     "panic=-1",

@@ -22,7 +22,7 @@ async def boot(spec: VmSpec, host: HostSide) -> Devices:
     """Start a machine; return when it runs.
 
     :param spec: the virtual machine.
-    :param host: keeps each part from its start on; after an error, the caller ends them.
+    :param host: keeps each part from its start on; after an error, the caller ends the parts.
     :returns: its plugged devices: none yet.
     :raises UnsupportedHostError: if this machine's architecture is not supported.
     :raises VmStartError: if anything failed.

@@ -47,12 +47,12 @@ async def clone(spec: VmSpec, host: HostSide, directory: Path, *, timeout_s: flo
     :param spec: the virtual machine.
     :param host: where each part is kept as soon as it exists; after an error, the caller ends them.
     :param directory: the template's.
-    :param timeout_s: how long the whole may take, in seconds; each step may take a small part of it.
+    :param timeout_s: how long the start may take, in seconds; each step may take a small part of it.
     :returns: the devices plugged into it, the share and the agent's channel among them.
     :raises UnsupportedHostError: if this machine's architecture is not supported.
     :raises TemplateError: if the template is missing, broken or another machine's, or QEMU cannot load it.
     :raises TemplateLateError: if it takes too long.
-    :raises VmStartError: if something else failed that would keep any machine from starting.
+    :raises VmStartError: if something failed that would prevent any machine from starting.
     :raises OSError: if the host lacks something.
     """
     virtiofsd.check_propagation(spec.share_source)
@@ -96,7 +96,7 @@ async def _clone(
         with host.phase("load template"):
             async with _limited(directory, "its state was not loaded", step_s=step_s):
                 await _load(qmp, state)
-        # The guest still stands still, so that it will find all new devices at once.
+        # The guest is still stopped, so it will find all new devices at once.
         devices = Devices(qmp, buses=HOTPLUG_BUSES, ports=root_ports(spec))
         if opening is not None:
             with host.phase("plug vsock"):
@@ -106,7 +106,7 @@ async def _clone(
             await virtiofsd.plug(share, session=qmp, devices=devices)
         with host.phase("cont"):
             await qmp.ask(dict, "cont")
-        # It serves, or the share could not have been plugged.
+        # The daemon serves, otherwise the share could not have been plugged.
         await virtiofsd.settle(daemon, spec, host)
         return devices
 
@@ -206,7 +206,7 @@ async def _load(qmp: QmpSession, state: bytes) -> None:
         ours.settimeout(0)
         try:
             await asyncio.get_running_loop().sock_sendall(ours, state)
-            ours.shutdown(socket.SHUT_WR)  # or QEMU would wait for the rest of a state that ends too early
+            ours.shutdown(socket.SHUT_WR)  # otherwise QEMU would wait for the rest of a truncated state
         except OSError as error:
             raise QmpError("qmp: migrate-incoming: QEMU did not read all of the state") from error
         await migration.completed(qmp, events)

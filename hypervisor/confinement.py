@@ -1,4 +1,4 @@
-"""What each process that a guest talks to may have and do on the host."""
+"""The rights on the host of each process that a guest talks to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SYS_CHROOT, _MKNOD, _SETFCAP = 18, 27, 31
 
 FILE_CAPABILITIES = {
     _CHOWN: "a guest's chown(2) of a file",
-    _DAC_OVERRIDE: "the guest's kernel has checked the permission already, knowing all of a process' groups",
+    _DAC_OVERRIDE: "the guest's kernel has checked the permission already, knowing all of a process's groups",
     _FOWNER: "chmod(2) and times of files that belong to users of the guest",
     _FSETID: "set-group-ID bits of such files stay, where the guest's kernel says that they do",
     _SETGID: "a file that is made gets the group of the process in the guest that makes it",

@@ -1,4 +1,4 @@
-"""Whether this host can confine processes, asked of the host itself: one is started that does nothing."""
+"""Finds out whether this host can confine processes, by starting one that does nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TIMEOUT_S = 10.0
 
 
 async def jail_problem(identity: Identity) -> str | None:
-    """Say why processes cannot be confined on this host; ``None`` if they can.
+    """Return why processes cannot be confined on this host; ``None`` if they can.
 
     :param identity: the user of the process.
     """

@@ -24,7 +24,7 @@ _LAST_READS = 16
 _TIMES_BYTES = 256 * 1024
 _TIMES_APART_S = 0.1
 TIMES_SUFFIX = ".times"
-"""Of the file beside the log that says when output came: a line `OFFSET SECONDS`, ten per second at most."""
+"""The suffix of the file with the times of output: lines `OFFSET SECONDS`, at most ten a second."""
 
 
 class Console:
@@ -56,7 +56,7 @@ class Console:
         """Set whenever output arrives. Clear it before waiting for it."""
 
     def tail(self, lines: int) -> list[str]:
-        """Return the last lines, safe to print.
+        """Return the last lines, which are safe to print.
 
         :param lines: how many at most.
         """
@@ -86,7 +86,7 @@ class Console:
             self._loop.add_reader(self._stream, self._read)
 
     def _take(self) -> int:
-        """Keep what the guest wrote, or a part of it; return how many bytes there were."""
+        """Read the guest's output, keep all or a part of it, and return its number of bytes."""
         try:
             chunk = self._stream.recv(_TAIL_BYTES)
         except BlockingIOError:

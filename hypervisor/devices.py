@@ -1,4 +1,4 @@
-"""The devices plugged into a running virtual machine: each has a slot, and a backend on the host."""
+"""The devices that are plugged into a running virtual machine: each has a slot, and a backend on the host."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class Description:
 
     :param id: its id.
     :param driver: QEMU's name of the device model.
-    :param properties: its properties but for the id and the place.
-    :param backend: what makes the host's side of it, in order.
-    :param undo: what removes the host's side again, in order.
+    :param properties: its properties, without the id and the slot.
+    :param backend: the commands that make the host's side of it, in order.
+    :param undo: the commands that remove the host's side again, in order.
     :param needs_port: whether it needs its own PCIe root port, not a slot behind a bridge.
     :param add_timeout_s: how long QEMU may take to add it, in seconds; ``None``: as for any command.
     """
@@ -96,7 +96,7 @@ class Devices:
         self._plugged: dict[str, _Plugged] = {}
 
     async def watch(self) -> None:
-        """Follow what QEMU reports of devices until the session ends.
+        """Handle QEMU's reports about devices until the session ends.
 
         When QEMU says that a device is gone, the device is forgotten, its slot freed and its backend removed.
         That may be long after the caller of :meth:`unplug` gave up.
@@ -106,7 +106,7 @@ class Devices:
                 await self._heed(await events.next())
 
     async def plug(self, description: Description) -> str:
-        """Add a device and find its place; the guest learns of it at once.
+        """Add a device and find its PCI path; the guest learns of it at once.
 
         :param description: the device. Its backend is removed again if the device cannot be added.
         :returns: its PCI path in the guest.
@@ -194,7 +194,7 @@ class Devices:
             )
             gone, plugged.gone = plugged.gone, None
             gone.set_exception(HotplugError(refusal))
-            gone.exception()  # marks it as seen, in case no task waits any more
+            gone.exception()  # marks it as retrieved, in case no task waits for it
 
     def _report(self, data: Mapping[str, object]) -> None:
         for name, plugged in self._plugged.items():

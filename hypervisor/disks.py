@@ -56,9 +56,9 @@ def describe(disk: Disk, names: Names, *, block_device: bool, aio: str) -> Descr
     """Describe a disk.
 
     :param disk: the disk.
-    :param names: what its parts shall be called.
+    :param names: the names of its parts.
     :param block_device: whether the host has a block device at its path, not a file.
-    :param aio: QEMU's name of how the host's kernel is asked to read and write.
+    :param aio: QEMU's name for the way in which it asks the host's kernel to read and write.
     """
     access = {"read-only": disk.read_only, "discard": "unmap" if disk.discard else "ignore"}
     return Description(
@@ -127,7 +127,7 @@ class Disks:
 
     :param session: the control connection.
     :param devices: where they are plugged.
-    :param fast_io: whether QEMU may use io_uring; it tries, and there are hosts on which it fails.
+    :param fast_io: whether QEMU may try io_uring, which fails on some hosts.
     """
 
     def __init__(self, session: QmpSession, devices: Devices, *, fast_io: bool = True) -> None:
@@ -172,7 +172,7 @@ class Disks:
         try:
             return await self._devices.plug(describe(disk, names, block_device=block_device, aio=aio))
         except HotplugError:
-            with contextlib.suppress(CommandRefusedError):  # refused if undoing the disk has removed it
+            with contextlib.suppress(CommandRefusedError):  # refused if the undo of the disk has removed it
                 await self._session.ask(dict, "remove-fd", {"fdset-id": names.number})
             raise
 

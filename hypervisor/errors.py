@@ -4,16 +4,16 @@
 
     HypervisorError
      ├── UnsupportedHostError  run on another machine
-     ├── JailError             start it without confinement, or mend the host; nothing was left running
-     ├── VmStartError          mend the host or the configuration; nothing was left running
-     │    └── TemplateError    boot without the template, and make it anew
+     ├── JailError             start it without confinement, or fix the host; nothing was left running
+     ├── VmStartError          fix the host or the configuration; nothing was left running
+     │    └── TemplateError    boot without the template, and build it again
      │         └── TemplateLateError  the same, unless the host is too busy to tell
-     ├── ChannelError          the guest was not reached; the text says whether the VM still lives
-     │    └── GuestLateError   it lives, and did not answer in time
+     ├── ChannelError          the guest was not reached; the text says whether the VM still runs
+     │    └── GuestLateError   it runs, but did not answer in time
      ├── HotplugError          a device was not added, changed or removed; the virtual machine goes on
      │    └── NoSlotError      every slot is taken; unplug something first
      ├── ResizeError           the size was not reached; the virtual machine goes on
-     │    └── ResizeRefusedError  because the guest refuses or is silent; says what was reached
+     │    └── ResizeRefusedError  because the guest refuses or is silent; it has the size that was reached
      └── QmpError              QEMU refused a command or its control connection broke
 
 The message is one line: phase, object, cause, remedy.
@@ -27,15 +27,15 @@ class HypervisorError(Exception):
 
 
 class UnsupportedHostError(HypervisorError):
-    """No virtual machine is described for this machine's architecture."""
+    """Virtual machines on this architecture are not supported."""
 
 
 class JailError(HypervisorError):
-    """A process of the virtual machine could not be confined; every process started for it is gone again."""
+    """A A process of the virtual machine could not be confined; all its processes have been ended."""
 
 
 class VmStartError(HypervisorError):
-    """The virtual machine did not come up; every process started for it is gone again."""
+    """The virtual machine did not start; all its processes have been ended."""
 
 
 class TemplateError(VmStartError):
@@ -51,7 +51,7 @@ class ChannelError(HypervisorError):
 
 
 class GuestLateError(ChannelError):
-    """The guest of a virtual machine that lives did not answer in time."""
+    """The guest of a running virtual machine did not answer in time."""
 
 
 class HotplugError(HypervisorError):
@@ -67,7 +67,7 @@ class ResizeError(HypervisorError):
 
 
 class ResizeRefusedError(ResizeError):
-    """The guest gave or took less than it was asked to.
+    """The guest gave back or accepted less than it was asked to.
 
     :param message: the whole line.
     :param reached: the number of virtual CPUs, or the bytes of memory, that there are now.

@@ -19,7 +19,7 @@ _WARNING = re.compile(r"(?:^|: )warning: |^\[[^\]]*\bWARN\b", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExitStatus:
-    """How a process ended. One of the two is set, or neither if another process reaped it.
+    """How a process ended. One of the two fields is set, or neither if another process reaped it.
 
     :param code: the status it exited with.
     :param signal: the number of the signal that killed it.
@@ -86,7 +86,7 @@ def vm_exit_reason(
         if shutdown.cause == "guest-panic":
             return f"guest panicked: {panic or (console[-1] if console else 'no console output')}"
         if shutdown.cause == "guest-reset":
-            # Before the panic device's driver is loaded, a panic shows as a reset only.
+            # Before the panic device's driver is loaded, a panic appears only as a reset.
             return f"guest panicked: {panic}" if panic else "guest reset"
         if shutdown.by_guest:
             return "guest powered off"

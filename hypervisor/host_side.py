@@ -1,4 +1,4 @@
-"""One virtual machine's processes and connections on the host, from their beginning to their end."""
+"""A virtual machine's processes and connections on the host, from their start to their end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ONLY_AS_ROOT = "can only be used by"
 """The message of Rust virtio-fs daemons that cannot run as another user."""
 
 LAST_WORDS_S = 1.0
-"""A process' death may be seen this much later than its effect on another process."""
+"""A process's death may be seen this much later than its effect on another process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class HostSide:
     """The host's side of one virtual machine. Each part is kept from the moment it exists.
 
     :param on_process: called with the name and the id of each process right after it was started.
-    :param phase: gets the name of each phase of a start, and is entered for its duration.
+    :param phase: called with the name of each phase of a start, and entered for its duration.
     :param on_command: called with the name of each command to QEMU, and how many seconds it took.
     """
 
@@ -88,7 +88,7 @@ class HostSide:
         return [each for process in self._processes for each in (process, *process.workers)]
 
     def complete(self) -> HostParts:
-        """Return the parts of a machine that has started; a start leaves none out.
+        """Return the parts of a machine that has started, which has all of them.
 
         :raises AssertionError: if one is missing.
         """
@@ -139,7 +139,7 @@ class HostSide:
         return process
 
     def check_jail(self) -> None:
-        """After a failure, find out whether it was caused by a process that could not be confined.
+        """After a failure, find out whether a process that could not be confined caused it.
 
         :raises JailError: if it is.
         """
@@ -215,7 +215,7 @@ class HostSide:
     async def destroy(self) -> None:
         """Kill all processes; return when they are gone."""
         if self.qemu is not None:
-            # QEMU first: then the end of a daemon is not taken for a failure.
+            # QEMU first, so that the end of a daemon is not taken for a failure.
             await self.qemu.destroy()
         await asyncio.gather(*(process.destroy() for process in self.daemons))
 
@@ -232,7 +232,7 @@ class HostSide:
 async def cancel(task: asyncio.Task[Any]) -> None:
     """Cancel a task; return when it has ended.
 
-    :param task: any; one that is done is left alone.
+    :param task: any task; one that is done is left alone.
     """
     if not task.done():
         task.cancel()

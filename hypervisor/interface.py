@@ -1,4 +1,4 @@
-"""The shim's requests to a virtual machine monitor: one method per intent, each with a caller."""
+"""The shim's requests to a virtual machine monitor: one method for each intent, each with a caller."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Channel(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """The user and the group that all processes of one sandbox have, and no others.
+    """The user and the group of all processes of one sandbox, and of no others.
 
     :param uid: the user's number.
     :param gid: the group's.
@@ -144,7 +144,7 @@ class Disk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostPciDevice:
-    """A PCI device of the host that the guest drives itself.
+    """A A PCI device of the host that the guest itself drives.
 
     :param id: its name among the virtual machine's devices: a letter, then letters, digits, ``-._``.
     :param address: its place on the host, as ``0000:3b:00.0``.
@@ -261,8 +261,8 @@ class Hypervisor(abc.ABC):
 
         :param device: the device.
         :returns: the PCI path at which the guest sees it, in the form of Kata's agent protocol: ``06/00``.
-        :raises HotplugError: if the host has no IOMMU or the device another driver than ``vfio-pci``, if all
-            root ports are taken, or if the VMM refuses; nothing of it is left.
+        :raises HotplugError: if the host has no IOMMU, the device has another driver than ``vfio-pci``, all
+            root ports are taken, or the VMM refuses; nothing of it is left.
         :raises QmpError: if the VMM does not answer.
         """
 
@@ -273,7 +273,7 @@ class Hypervisor(abc.ABC):
         :param device_id: the id it was plugged with.
         :param timeout_s: how long the guest may take to release it, in seconds.
         :raises HotplugError: if there is no such device, or the guest refuses or does not answer in time. The
-            device stays then. If the guest releases it later, it is removed after all.
+            device stays. If the guest releases it later, it is removed then.
         :raises QmpError: if the VMM does not answer.
         """
 
@@ -281,16 +281,16 @@ class Hypervisor(abc.ABC):
     async def resize_vcpus(self, count: int) -> int:
         """Change the number of virtual CPUs; the guest uses new ones once its agent is told to.
 
-        :param count: how many are wanted; the newest go first.
-        :returns: how many there are now, by the VMM's count; more than wanted if it cannot take them away
-            (emulation); the guest's agent must leave the others unused.
+        :param count: the wanted number; the newest are removed first.
+        :returns: the number now, by the VMM's count; it is higher if the VMM cannot remove vCPUs (emulation).
+            The guest's agent must leave the others unused.
         :raises ResizeError: if the machine cannot have this number, or the VMM refuses.
         :raises ResizeRefusedError: if the guest refuses or does not answer; it has ``reached``.
         """
 
     @abc.abstractmethod
     async def pin_vcpus(self, cpus: frozenset[int]) -> None:
-        """Let the virtual CPUs run on certain processors of the host: on one each if there are as many.
+        """Pin the virtual CPUs to processors of the host: each to its own if there are enough.
 
         :param cpus: the processors' numbers; none for all that the VMM may use.
         :raises ResizeError: if the host has no such processor, or the VMM does not answer.
@@ -298,20 +298,20 @@ class Hypervisor(abc.ABC):
 
     @abc.abstractmethod
     async def resize_memory(self, size: int) -> int:
-        """Change the memory; return when the guest has taken or given it.
+        """Change the memory; return when the guest has accepted it or given it back.
 
         The guest must have the driver; its agent loads it when it is told that memory will be added.
 
         :param size: the wanted size, in bytes; rounded up to a size that the guest can have.
         :returns: how much there is now, in bytes, by the VMM's own count.
-        :raises ResizeError: if there cannot be so much or so little, or the VMM refuses.
-        :raises ResizeRefusedError: if the guest stops before it is reached; it has ``reached``, in bytes.
+        :raises ResizeError: if the machine cannot have this size, or the VMM refuses.
+        :raises ResizeRefusedError: if the guest stops too early; the error has ``reached``, in bytes.
         """
 
     @property
     @abc.abstractmethod
     def share_file_limit(self) -> int:
-        """How many files the share's server may open: it has one open for each that the guest knows.
+        """How many files the share's server may open; it has one open for each file that the guest knows.
 
         :raises ProcessLookupError: if the server is gone.
         """
@@ -327,7 +327,7 @@ class Hypervisor(abc.ABC):
     @property
     @abc.abstractmethod
     def is_starved(self) -> bool:
-        """Whether the VMM lives, and has waited for processors longer than it has run on them."""
+        """Whether the VMM runs, and has waited for processors longer than it has used them."""
 
     @property
     @abc.abstractmethod

@@ -1,7 +1,7 @@
-"""Starting a process that is confined before its program runs: root, user, limits, system calls.
+"""Starts a process that is confined before its program runs: root, user, limits, system calls.
 
-Between fork(2) and execve(2) the child makes system calls only. It is forked rather than started through a
-chain of programs, because each of these costs as much as all of the calls.
+Between fork(2) and execve(2), the child only makes system calls. A chain of programs could do the same, but
+each of them would cost as much as all of the calls.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from hypervisor.confinement import Confinement
 
 FAILED = 125
-"""The status of a process whose confinement failed, as the line that it leaves says."""
+"""The exit status of a process whose confinement failed; its last line says why."""
 
 _NOT_EXECUTED = 127
 
 MARK = "jail: "
-"""How that line begins."""
+"""The beginning of that line."""
 
 # Of sched.h, sys/mount.h, linux/prctl.h, linux/securebits.h and linux/capability.h.
 _CLONE_NEWNS, _CLONE_NEWIPC, _CLONE_NEWPID, _CLONE_NEWNET = 0x20000, 0x8000000, 0x20000000, 0x40000000
@@ -48,7 +48,7 @@ _CAPABILITY_VERSION = 0x20080522
 _CAPABILITIES = 64
 
 _PLACE = b"/sys"
-"""Where the new root is put together: it is on every host, and nothing below it is needed for that."""
+"""Where the new root is built: this directory exists on every host, and nothing below it is needed."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 # Looked up now: the child of a process with threads may not do it.
@@ -75,7 +75,7 @@ def launch(
     :param environment: all of its environment.
     :param output: what it writes its output and its errors to.
     :param inherit: descriptors that it gets under the same numbers; it gets no others but 0 to 2.
-    :param confinement: what it may have and do.
+    :param confinement: its rights.
     :param huge_pages: whether its memory may be of huge pages, if it asks for them.
     :returns: its process id, as this process knows it.
     :raises OSError: if no process could be made.
@@ -85,7 +85,7 @@ def launch(
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        # A signal that came to the child before its program runs would be taken for one to this process.
+        # The child would handle a signal as this process does, until its program runs.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             _check(_unshare(_CLONE_NEWPID), "unshare pid")
@@ -135,7 +135,7 @@ class _Child:
 
     def _execute(self) -> None:
         try:
-            os.execve(self.argv[0], self.argv, self.environment)  # noqa: S606  (it is what this is for)
+            os.execve(self.argv[0], self.argv, self.environment)  # noqa: S606  (the purpose of this function)
         except OSError as error:
             os.write(2, f"{self.argv[0]}: {error.strerror}\n".encode())
             os._exit(_NOT_EXECUTED)
@@ -145,7 +145,7 @@ class _Child:
         os.setsid()
         for number, source in enumerate(self.stdio):
             os.dup2(source, number)
-        # This process opens nothing that stays open over execve(2); what it was started with is another's.
+        # This process opens nothing that stays open over execve(2), but may have inherited descriptors.
         _syscall(_SYS_CLOSE_RANGE, 3, ctypes.c_uint(0xFFFFFFFF), _CLOSE_RANGE_CLOEXEC)
         for descriptor in self.inherit:
             os.set_inheritable(descriptor, True)  # noqa: FBT003
@@ -157,7 +157,7 @@ class _Child:
         _limit(self.confinement)
         _become(self.confinement)
         _check(_prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
-        # Nobody reads the output if the parent has died before it was asked for that signal.
+        # The parent may have died before the signal was requested; then the output has no reader.
         poll = select.poll()
         poll.register(1, 0)
         if poll.poll(0):
@@ -180,7 +180,7 @@ def _enter_namespaces(confinement: Confinement) -> None:
 
 
 def _change_root(confinement: Confinement) -> None:
-    # What is mounted in the share later shall arrive, and nothing go back.
+    # Later mounts in the share must arrive here, and mounts made here must not go back.
     _do_mount(b"none", b"/", b"", _MS_REC | (_MS_PRIVATE if confinement.share is None else _MS_SLAVE))
     flags = _MS_NOSUID | _MS_NODEV
     _do_mount(b"none", _PLACE, b"tmpfs", flags, b"mode=755")
@@ -196,7 +196,7 @@ def _change_root(confinement: Confinement) -> None:
         _do_mount(os.fsencode(confinement.share), os.fsencode(f"{root}{SHARE}"), b"", _MS_BIND | _MS_REC)
     _do_mount(b"none", _PLACE, b"", flags | _MS_REMOUNT | _MS_BIND | _MS_RDONLY)
     os.chdir(root)
-    # The new root comes to lie below the old one, which is then taken off: see pivot_root(2), NOTES.
+    # The old root is stacked on the new one and then unmounted: see pivot_root(2), NOTES.
     _check(_syscall(_SYS_PIVOT_ROOT, b".", b"."), "pivot_root")
     _check(_umount2(b".", _MNT_DETACH), "umount")
     os.chdir("/")
@@ -205,7 +205,7 @@ def _change_root(confinement: Confinement) -> None:
 def _make_devices(confinement: Confinement, root: str) -> None:
     os.umask(0o022)
     os.mkdir(f"{root}/dev", 0o755)
-    # Only root can make nodes here, which it does when a device is given.
+    # Only root can make device nodes here, and does so when a device is plugged.
     _do_mount(b"none", os.fsencode(f"{root}/dev"), b"tmpfs", _MS_NOSUID | _MS_NOEXEC, b"mode=755")
     for node in confinement.nodes:
         device = os.stat(node).st_rdev
@@ -246,7 +246,7 @@ def _limit(confinement: Confinement) -> None:
 def _raise(limit: int, wanted: int) -> None:
     try:
         resource.setrlimit(limit, (wanted, wanted))
-    except (ValueError, OSError):  # a host that gives this process less, and lets it take no more
+    except (ValueError, OSError):  # this process has a lower limit and may not raise it
         most = resource.getrlimit(limit)[1]
         resource.setrlimit(limit, (most, most))
 
@@ -255,14 +255,14 @@ def _become(confinement: Confinement) -> None:
     kept = sum(1 << number for number in confinement.capabilities)
     for number in range(_CAPABILITIES):
         if not kept >> number & 1 and _prctl(_PR_CAPBSET_DROP, number, 0, 0, 0) != 0:
-            break  # the kernel knows no more
+            break  # the kernel has no more capabilities
     if kept:
         _check(_prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0), "keepcaps")
     os.setgroups(())
     uid, gid = confinement.identity.uid, confinement.identity.gid
     os.setresgid(gid, gid, gid)
     if not confinement.keeps_identity:
-        # It keeps its capabilities when it becomes another user, and the file belongs to that one.
+        # It keeps its capabilities when it becomes another user, who owns the file.
         _check(_prctl(_PR_SET_SECUREBITS, _NO_SETUID_FIXUP, 0, 0, 0), "securebits")
     os.setresuid(uid, uid, uid)
     _set_capabilities(kept)

@@ -1,6 +1,6 @@
 """The memory that a running virtual machine has gained since its boot.
 
-A virtio-mem device holds it, and the guest takes the requested part of it (virtio 1.2, 5.15). QEMU
+A A virtio-mem device provides it, and the guest uses the requested part of it (virtio 1.2, 5.15). QEMU
 reports each step that the guest makes. If QEMU or the guest has no virtio-mem, whole memory modules (pc-dimm)
 are added and removed.
 """
@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 MIB = 1 << 20
 
 STEP = 4 * MIB
-"""The least that Linux gives and takes on x86: the larger of its page block and the device's block."""
+"""The smallest step in which Linux on x86 adds or removes memory: its page block or the device's block."""
 
 MODULE_STEP = 128 * MIB
-"""The least that Linux on x86 adds as a memory module."""
+"""The smallest memory module that Linux on x86 accepts."""
 
 _DEVICE = "memory-device"
 _PATH = f"/machine/peripheral/{_DEVICE}"
@@ -75,12 +75,12 @@ class Memory:
         self._modules: list[tuple[acpi.AcpiSlot, int]] = []
 
     async def resize(self, size: int) -> int:
-        """Add or take away memory; return when the guest has done it.
+        """Add or remove memory; return when the guest has done it.
 
         :param size: the wanted size, in bytes; rounded up to a size that the guest can have.
         :returns: the new size, in bytes, by QEMU's own count.
-        :raises ResizeError: if there cannot be so much or so little, or QEMU refuses.
-        :raises ResizeRefusedError: if the guest stops before it is reached.
+        :raises ResizeError: if the machine cannot have this size, or QEMU refuses.
+        :raises ResizeRefusedError: if the guest stops before the size is reached.
         """
         if not self._boot <= size <= self._most:
             raise ResizeError(
@@ -98,7 +98,7 @@ class Memory:
                 raise ResizeError(f"resize memory: {size // MIB} MiB: {error}") from error
 
     async def total(self) -> int:
-        """Return how much there is, in bytes, by QEMU's own count.
+        """Return the size of the memory, in bytes, by QEMU's own count.
 
         :raises QmpError: if QEMU does not answer.
         """
@@ -120,7 +120,7 @@ class Memory:
             reached = await self._follow(wanted, events)
         if reached == wanted:
             return
-        # Otherwise the guest would continue some minutes later, unexpectedly.
+        # Otherwise the guest would unexpectedly continue some minutes later.
         await self._request(reached)
         if not reached and not await self._session.driver_runs(_DEVICE):
             log.warning("resize memory: the guest has no driver for virtio-mem; using memory modules")

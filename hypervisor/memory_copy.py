@@ -1,4 +1,4 @@
-"""The copy of a template's memory into a clone's. It is also a program, so that the clone's cgroup pays.
+"""Copies a template's memory into a clone's. It is also a program, so that the clone's cgroup is charged.
 
     memory_copy.py SOURCE TARGET BYTES
 
@@ -39,17 +39,17 @@ def data_ranges(fd: int) -> Iterator[tuple[int, int]]:
 def copy(source: int, target: int) -> int:
     """Copy a sparse file's data to the same places of another.
 
-    :param source: the one.
-    :param target: the other, of the same length.
+    :param source: the file to copy from.
+    :param target: the file to copy to, of the same length.
     :returns: how many bytes were copied.
-    :raises OSError: if it fails, for example for want of memory.
+    :raises OSError: if it fails, for example because memory runs out.
     """
     copied = 0
     for begin, end in data_ranges(source):
         os.lseek(target, begin, os.SEEK_SET)
         offset = begin
         while offset < end:
-            # The kernel copies from page to page: it maps nothing, and clears no page first.
+            # The kernel copies directly from page to page, without mapping or clearing pages first.
             count = os.sendfile(target, source, offset, end - offset)
             if not count:
                 return copied

@@ -1,4 +1,4 @@
-"""QEMU's own saving and loading of a machine. The memory is copied separately."""
+"""Saves and loads a machine by QEMU's own means. The memory is copied separately."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def completed(session: QmpSession, events: EventStream) -> None:
     """Wait until QEMU has saved or loaded the machine.
 
     :param session: the control connection.
-    :param events: of ``EVENT``, from before the command on.
+    :param events: the events named ``EVENT``, collected from before the command on.
     :raises QmpError: if it fails, or QEMU ends.
     """
     while True:

@@ -48,7 +48,7 @@ async def plug(nic: Nic, *, session: QmpSession, devices: Devices) -> str:
 
 
 def vhost_net_problem() -> str | None:
-    """Say why the host's kernel cannot move packets for guests; ``None`` if it can."""
+    """Return why the host's kernel cannot move packets for guests; ``None`` if it can."""
     try:
         os.close(os.open(_VHOST_NET, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
@@ -94,7 +94,7 @@ def describe(nic: Nic, *, fd_names: Sequence[str], vhost_names: Sequence[str] = 
 
     :param nic: the interface.
     :param fd_names: the names under which QEMU holds the interface's tap descriptors.
-    :param vhost_names: those of as many descriptors of vhost-net; without them, QEMU moves the packets.
+    :param vhost_names: the names of as many vhost-net descriptors; without them, QEMU moves the packets.
     """
     backend = f"{nic.id}-tap"
     queues = len(fd_names)

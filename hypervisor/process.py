@@ -1,4 +1,4 @@
-"""Child processes that end with this one, whose death is an event with a reason."""
+"""Child processes: they end with this process, and their death is an event with a reason."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("hypervisor.output")
 
 _OUTPUT_LIMIT = 64 * 1024
-_LOGGED_LINES = 1000  # of a process: one that an attacker has taken over may flood its output
+_LOGGED_LINES = 1000  # for a process's output, which an attacker who has taken it over may flood
 _CAUSE_LINES = 3
 LINE_LIMIT = 400
-"""Characters of a line that is shown."""
+"""The most characters of a line that are shown."""
 
 _REAPING_S = 1.0
 
@@ -42,7 +42,7 @@ _ENVIRONMENT = {
 
 
 class ChildProcess:
-    """A supervised process: its end is an event, its last words are kept.
+    """A supervised process: its end is an event, and its last output is kept.
 
     Must be created on the main thread: the kernel ties the death signal to the thread that spawned the
     process. No other part of this program may reap children that it did not start.
@@ -82,8 +82,8 @@ class ChildProcess:
     ) -> Self:
         """Start a program that the kernel kills when this thread ends.
 
-        If this thread ends in the millisecond before ``setpriv`` has asked for that, the program stays. So
-        the cleanup after a killed shim must still look for the recorded processes.
+        If this thread ends in the millisecond before ``setpriv`` has requested the signal, the program stays.
+        So the cleanup after a killed shim must still look for the recorded processes.
 
         :param name: the role of the process.
         :param argv: the program and its arguments.
@@ -126,7 +126,7 @@ class ChildProcess:
                         # the child.
                         *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherit),
                     ],
-                    # A signal from a terminal goes to this process only, which then ends the child in order.
+                    # A terminal's signals reach only this process, which then ends the child in order.
                     setsid=True,
                     setsigmask=(),
                     setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
@@ -150,13 +150,13 @@ class ChildProcess:
 
     @property
     def is_starved(self) -> bool:
-        """Whether the live process has waited for a processor for longer than it has had one."""
+        """Whether the live process has waited for processors longer than it has used them."""
         return waits_more_than_it_runs(
             path.read_text(encoding="ascii") for path in Path(f"/proc/{self.pid}/task").glob("*/schedstat")
         )
 
     def adopt_workers(self) -> None:
-        """Find the processes that this one has forked so far, so that ``destroy`` ends them, too."""
+        """Find the processes that this one has forked so far, so that ``destroy`` also ends them."""
         known = {worker.pid for worker in self.workers}
         for pid in _children(self.pid):
             if pid not in known:
@@ -192,7 +192,7 @@ class ChildProcess:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def output(self) -> str:
-        """Return the last part of the process' standard output and error."""
+        """Return the last part of the process's standard output and error."""
         return self._output.decode(errors="replace")
 
     def last_words(self) -> str:
@@ -258,7 +258,7 @@ class ChildProcess:
 
 
 def waits_more_than_it_runs(threads: Iterable[str]) -> bool:
-    """Compare the times that threads had a processor and waited for one.
+    """Compare how long threads had a processor with how long they waited for one.
 
     :param threads: each one's ``schedstat``, which begins with both times; see the kernel's sched-stats.rst.
     """
@@ -268,7 +268,7 @@ def waits_more_than_it_runs(threads: Iterable[str]) -> bool:
 
 @contextlib.contextmanager
 def _no_huge_pages() -> Iterator[None]:
-    """Deny huge pages to the programs that are started within a block: they inherit the setting."""
+    """Deny huge pages to the programs that are started within a block, which inherit the setting."""
     _libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
     try:
         yield

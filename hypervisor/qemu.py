@@ -1,4 +1,4 @@
-"""The QEMU backend: the order in which things start, end, and are blamed."""
+"""The QEMU backend: the order of starting and ending parts, and the search for the cause of a failure."""
 
 from __future__ import annotations
 
@@ -215,9 +215,9 @@ class QemuHypervisor(Hypervisor):
     async def _ask(
         self, ask: Callable[[RunningVm], Coroutine[Any, Any, _T]], what: str, failure: type[HypervisorError]
     ) -> _T:
-        """Await something of the machine, but no longer than it lives.
+        """Await something from the machine, but no longer than the machine runs.
 
-        :param ask: what to await.
+        :param ask: makes the awaitable.
         :param what: phase and object, for the error.
         :param failure: the error's class, if the machine was not started or is gone.
         """

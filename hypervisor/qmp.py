@@ -41,7 +41,7 @@ logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 
 class _Lifecycle(EventListener):
-    """Keeps the events that tell how the guest ends, and no others."""
+    """Keeps only the events about the guest's end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class _Lifecycle(EventListener):
 
 
 class CommandRefusedError(QmpError):
-    """QEMU understood and said no, or does not know the command.
+    """QEMU refused the command, or does not know it.
 
     :param message: the whole line.
     :param kind: the error's class in QMP, for example ``DeviceNotFound``.
@@ -101,7 +101,7 @@ class _Queue(EventListener):
 
 
 class EventStream:
-    """Events in the order in which QEMU sent them; made by ``QmpSession.events``.
+    """Events in the order in which QEMU sent them, made by ``QmpSession.events``.
 
     :param session: where they come from.
     :param names: which ones are wanted.
@@ -146,7 +146,7 @@ class QmpSession:
         handover.enter_context(qemu_end)
         self.qemu_fd = qemu_end.fileno()
         self._client = GuardedClient(name)
-        # The library would keep every event as long as it lives; nothing here reads that history.
+        # The library would keep every event for its whole life, but no code here reads that history.
         self._client.events.event_filter = lambda _event: False
         self._lifecycle = _Lifecycle()
         self._client.register_listener(self._lifecycle)
@@ -169,7 +169,9 @@ class QmpSession:
             await self._client.connect(self._stream)
         except ConnectError as error:
             raise QmpError(f"qmp: connect: {error.exc or error}") from error
-        except AssertionError as error:  # the library's own, if the connection ends in its very last step
+        except (
+            AssertionError
+        ) as error:  # the library's own exception, if the connection ends in its very last step
             raise QmpError("qmp: connect: the connection ended during negotiation") from error
 
     async def run_state(self) -> str:
@@ -193,7 +195,7 @@ class QmpSession:
         """Tell whether the guest's driver has taken a virtio device into use (DRIVER_OK of virtio 1.2, 2.1).
 
         :param device: the device's id.
-        :returns: also true of a QEMU that cannot tell.
+        :returns: true, too, if this QEMU cannot tell.
         :raises QmpError: if QEMU does not answer.
         """
         try:
@@ -207,9 +209,9 @@ class QmpSession:
         return isinstance(named, list) and any(str(each).startswith(_DRIVER_OK) for each in named)
 
     async def broken(self) -> str:
-        """Wait until QEMU has stopped the guest for good; for ever if QEMU ends first.
+        """Wait until QEMU has stopped the guest for good; forever if QEMU ends first.
 
-        A failure inside KVM ends no process: QEMU stops the virtual CPUs and waits for an operator.
+        A After a failure inside KVM, QEMU does not end: it stops the virtual CPUs and waits for an operator.
 
         :returns: that run state.
         """
@@ -222,26 +224,26 @@ class QmpSession:
                     return state
 
     async def flooded(self) -> str:
-        """Wait until the guest has caused far more events than in good faith; for ever if it never does.
+        """Wait until the guest has caused far more events than an honest guest; forever if it never does.
 
-        :returns: the event that was one too many.
+        :returns: the name of the last event.
         """
         return await asyncio.shield(self._client.flooded)
 
     async def shut_down(self) -> None:
-        """Wait for a ``SHUTDOWN`` event; for ever if QEMU ends without one."""
+        """Wait for a ``SHUTDOWN`` event; forever if QEMU ends without one."""
         await self._lifecycle.shut_down.wait()
 
     async def close(self) -> None:
         """End the session after every event that QEMU sent has been read, if QEMU is gone."""
-        # QEMU's process tells how it ended, not its socket. The library's reader may also end with an error
-        # if it has read anything but QMP.
+        # How QEMU ended is learnt from its process, not from its socket. The library's reader may also end
+        # with an error if it has read anything but QMP.
         with contextlib.suppress(EOFError, OSError, QMPError, ValueError, RecursionError):
             await self._client.disconnect()
         self._stream.close()
 
     async def drained(self) -> None:
-        """Wait until QEMU has closed its end and every event before that has been seen."""
+        """Wait until QEMU has closed its end, and all earlier events have been seen."""
         while self._client.runstate is Runstate.RUNNING:
             await self._client.runstate_changed()
 
@@ -299,11 +301,11 @@ class QmpSession:
     ) -> _T:
         """Execute a command.
 
-        :param kind: what its reply is: ``dict`` also of a command that returns nothing.
+        :param kind: the type of its reply; ``dict`` if the command returns nothing.
         :param command: for example ``device_add``.
         :param arguments: its arguments, of the types that QEMU's schema gives them.
-        :param timeout_s: how long QEMU may take, in seconds, once it is done with what takes longer.
-        :raises CommandRefusedError: if QEMU says no.
+        :param timeout_s: how long QEMU may take, in seconds, after it has finished longer commands.
+        :raises CommandRefusedError: if QEMU refuses it.
         :raises QmpError: if there is no answer, or one of another kind.
         """
         now_s = asyncio.get_running_loop().time()

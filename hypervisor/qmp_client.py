@@ -1,7 +1,7 @@
-"""The library's QMP client, made safe against a guest that makes QEMU send events without an end.
+"""The library's QMP client, made safe against a guest that makes QEMU send endless events.
 
 A guest's privileged user causes an event with a single write to a port (ACPI's ``_OST``, for example). QEMU
-keeps what is not read, so everything is read at once, and most of it is dropped before it is decoded.
+buffers unread events, so the client reads all of them at once and drops most before decoding.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ SHUTDOWN, STOP = "SHUTDOWN", "STOP"
 _LONGEST_LINE_BYTES = 4 << 20
 """Well above the longest reply, which lists 4096 processors."""
 _EVENTS_AT_ONCE, _EVENTS_PER_S = 5000, 100
-"""Far above what a guest causes in good faith: an event for each processor or memory module that comes or
-goes, and a few a second that QEMU itself limits."""
+"""Far more than an honest guest causes: an event for each processor or memory module that is added or
+removed, and a few a second that QEMU itself limits."""
 _IO_ERRORS_AT_ONCE, _IO_ERRORS_PER_S = 100, 10
 _LINES_IN_A_ROW = 100
 """How many lines are dropped before other tasks get their turn."""
 _EVENT = re.compile(rb'\{"timestamp": \{[^{}]*\}, "event": "([A-Z0-9_]+)"')
-"""How QEMU begins a line with an event. A line with another beginning is decoded to find out."""
+"""The beginning of QEMU's lines with events. A line with another beginning is decoded to find out."""
 
 
 class GuardedClient(QMPClient):
-    """A client that decodes only the events that someone waits for, and notices a flood of any.
+    """A A client that decodes only the events that have a listener, and detects a flood of any.
 
     :param name: the virtual machine's name, for the library's log.
     """
@@ -41,7 +41,7 @@ class GuardedClient(QMPClient):
         self.wanted: Counter[str] = Counter((SHUTDOWN, STOP))
         """How many listeners there are for each event."""
         self.flooded: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """Has the name of the event that came too often; nothing but ``SHUTDOWN`` is passed on after it."""
+        """Gets the name of the event that came too often; after it, only ``SHUTDOWN`` is passed on."""
         self._events = Allowance(burst=_EVENTS_AT_ONCE, per_s=_EVENTS_PER_S)
         self._io_errors = Allowance(burst=_IO_ERRORS_AT_ONCE, per_s=_IO_ERRORS_PER_S)
 
@@ -66,7 +66,7 @@ class GuardedClient(QMPClient):
 
     def _passes(self, name: str) -> bool:
         if name == IO_ERROR:
-            # A broken disk is not the guest's fault, and one report of it is as good as many.
+            # A broken disk is not the guest's fault, and one report of it is enough.
             return self._io_errors.take() and bool(self.wanted[name])
         if not self.flooded.done() and not self._events.take():
             self.flooded.set_result(name)

@@ -1,4 +1,4 @@
-"""A running QEMU virtual machine: its parts, their abilities, and the reason of their end."""
+"""A running QEMU virtual machine: its parts, their abilities, and the reason for their end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _REDIAL_S = 0.05
 _CLONE_REDIAL_S = 0.01
-"""A clone writes nothing to its console, and serves after a moment."""
+"""A How long to wait for a clone, which writes nothing to its console and soon serves."""
 _CONSOLE_LINES = 50
 
 
@@ -107,18 +107,18 @@ class RunningVm:
             return True
         try:
             return await self._qmp.driver_runs(self._channel.needs_driver) and self._channel.is_handed_over()
-        except QmpError:  # QEMU is going: the wait for its end will say why
+        except QmpError:  # QEMU is ending; the wait for its end will report why
             return False
 
     async def hint(self) -> None:
-        """Wait until it makes sense to dial again: the guest wrote something, or a moment passed."""
+        """Wait until dialling again makes sense: the guest has written something, or a moment has passed."""
         self._console.grew.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._redial_s):
                 await self._console.grew.wait()
 
     async def _supervise(self) -> None:
-        """Wait until QEMU or a daemon ends, end QEMU then, and tell the reason."""
+        """Wait until QEMU or a daemon ends, then end QEMU and report the reason."""
         qemu, daemons = self.qemu, self._host.daemons
         broken = asyncio.create_task(self._qmp.broken())
         flooded = asyncio.create_task(self._qmp.flooded())
@@ -130,7 +130,7 @@ class RunningVm:
             await cancel(watch)
         failed = next((each for each in daemons if each.exited.done()), None)
         if failed is not None and failed.exited.result().code == 0:
-            # A daemon ends in good order when QEMU hangs up, and its end may be seen before QEMU's.
+            # A daemon ends normally when QEMU hangs up, and its end may be seen before QEMU's.
             await asyncio.wait([qemu.exited], timeout=LAST_WORDS_S)
         blamed = failed if failed and not qemu.exited.done() else None
         qemu.kill()
@@ -155,6 +155,6 @@ class RunningVm:
         self._on_end(reason)
 
     async def _overdue(self) -> None:
-        """Wait until QEMU should be gone: shut down, 7.2 may yet wait for a vhost-user daemon for ever."""
+        """Wait until QEMU should have ended: after a shutdown, 7.2 may forever wait for a daemon."""
         await self._qmp.shut_down()
         await asyncio.wait([self.qemu.exited], timeout=LAST_WORDS_S)

@@ -1,4 +1,4 @@
-"""Making a template: boot a machine without anything of a sandbox, and save it once its agent serves."""
+"""Makes a template: boots a machine without anything of a sandbox, and saves it once its agent serves."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ PAGE = 4096
 _ZEROS = bytes(PAGE)
 
 _LEFT_IN_GUEST = 16 << 20
-"""How much memory the guest is asked to keep, in bytes: less than it can, so that it gives all it can."""
+"""How much memory the guest is asked to keep, in bytes: less than it needs, so that it gives all it can."""
 
 _BALLOON_SILENCE_S = 2.5
-"""While the guest gives or takes pages, QEMU reports it every second."""
+"""While the guest gives pages or takes them back, QEMU reports it every second."""
 
 _CONSOLE_LINES = 50
 _CHUNK = 1 << 20
@@ -52,14 +52,14 @@ async def save_template(
 ) -> None:
     """Boot a machine, and save it as soon as its agent serves.
 
-    :param spec: the virtual machine; its share and its template are not looked at.
+    :param spec: the virtual machine; its share and its template are ignored.
     :param directory: an existing, empty directory for the template's files. It is complete when this
         returns, and useless if it raises.
     :param timeout_s: the longest this may take, in seconds.
     :param on_process: called with the name and the id of each process right after it was started.
     :raises UnsupportedHostError: if this machine's architecture is not supported.
     :raises JailError: if QEMU could not be confined.
-    :raises VmStartError: if the machine does not come up, or cannot be saved. Nothing is left running.
+    :raises VmStartError: if the machine does not start, or cannot be saved. Nothing is left running.
     """
     host = HostSide(on_process)
     try:
@@ -98,7 +98,7 @@ async def _save(spec: VmSpec, directory: Path, host: HostSide) -> None:
             qmp = await _boot(spec, host, memory=memory, port=port)
         await _agent_serves(host, qmp)
         await _give_back(qmp, spec.memory_bytes)
-        # The guest stands still from here on, so that its memory and its devices' states agree.
+        # From here on the guest is stopped, so that its memory and its devices' states agree.
         await qmp.ask(dict, "stop")
         state = await _device_state(qmp)
         data_bytes, written_ns = await asyncio.to_thread(_copy_data, memory, directory / template.MEMORY)
@@ -185,7 +185,7 @@ async def _device_state(qmp: QmpSession) -> bytes:
 
 
 def _copy_data(memory: int, target: Path) -> tuple[int, int]:
-    """Write the pages that are not zero to a sparse file; return how many bytes, and when."""
+    """Write the pages that are not zero to a sparse file; return their size in bytes and the file's time."""
     written = 0
     with target.open("xb", buffering=0) as file, mmap.mmap(memory, 0, prot=mmap.PROT_READ) as pages:
         file.truncate(len(pages))

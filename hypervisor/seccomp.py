@@ -1,6 +1,6 @@
-"""The system calls that a confined process is refused, as a program for the kernel (seccomp(2)).
+"""The filter that refuses system calls of a confined process, as a program for the kernel (seccomp(2)).
 
-Calls are refused that make or enter namespaces, mount, reach other processes, load kernel code or change the
+It refuses calls that make or enter namespaces, mount, reach other processes, load kernel code or change the
 user. A call that is newer than this list fails as "not implemented".
 """
 
@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass
 
 _NEWEST = 462
-"""The last system call that was looked at, of Linux 6.10."""
+"""The last system call that was considered, of Linux 6.10."""
 
 # fmt: off
 _REFUSED = {
@@ -21,7 +21,7 @@ _REFUSED = {
     "fsconfig": 431, "fsmount": 432, "fspick": 433, "mount_setattr": 442, "open_by_handle_at": 304,
     "quotactl": 179, "quotactl_fd": 443, "swapon": 167, "swapoff": 168, "fanotify_init": 300,
     "statmount": 457, "listmount": 458,
-    # Namespaces; clone(2) and unshare(2) are looked at below.
+    # Namespaces; clone(2) and unshare(2) are handled below.
     "setns": 308,
     # Other processes.
     "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "pidfd_getfd": 438,

@@ -1,4 +1,4 @@
-"""Take the host's files away from a started QEMU, which no longer needs them.
+"""Takes the host's files away from a started QEMU, which no longer needs them.
 
 Tasks report QEMU's pid, and clients look for a container's files below ``/proc/PID/root``, as ``nerdctl cp``
 does. They must find nothing to read or overwrite; the same holds for a guest that has taken over QEMU.
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _OWN_MOUNTS = ("unshare", "--mount", "--propagation", "private", "--")
 _EVERYWHERE = Path("/usr")
-"""A directory that is below the root of each confined process."""
+"""A A directory that exists in the root of each confined process."""
 
 # Of mount(2), umount2(2) and clone(2).
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND = 1, 2, 4, 8, 32, 4096
@@ -76,7 +76,7 @@ async def give_devices(pid: int, spec: VmSpec, nodes: Iterable[Path]) -> None:
     :param pid: QEMU.
     :param spec: its machine, which has root ports.
     :param nodes: their paths; nodes that it has already stay.
-    :raises OSError: if one is not there.
+    :raises OSError: if one does not exist.
     """
     if spec.jail is not None:
         found = [(node, node.stat()) for node in nodes]
@@ -93,7 +93,7 @@ def _make_nodes(found: list[tuple[Path, os.stat_result]], owner: Identity) -> No
 
 
 async def _inside(pid: int, change: Callable[[], None]) -> None:
-    # In its own thread, because a thread cannot come back from there.
+    # In its own thread, because a thread cannot return from there.
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seclusion")
     try:
         await asyncio.get_running_loop().run_in_executor(thread, _in_mounts_of, pid, change)

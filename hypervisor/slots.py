@@ -1,4 +1,4 @@
-"""The slots for devices: the lowest free one is given out first."""
+"""The slots for devices; the lowest free one is taken first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PORT = range(1)
 
 @dataclass(frozen=True, slots=True, order=True)
 class Slot:
-    """One place for a device.
+    """A slot for one device.
 
     :param bus: the QEMU id of the bus.
     :param number: the slot on it.

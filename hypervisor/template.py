@@ -1,4 +1,4 @@
-"""Templates: a machine that was booted once, saved in files from which others continue.
+"""Templates: a machine that was booted once and saved in files, from which other machines continue.
 
 A template is a directory of three files: the memory, sparse and at the guest's own addresses; the state of
 QEMU's devices; and a description of both, written last.
@@ -29,7 +29,7 @@ STATE = "state"
 DESCRIPTION = "template.json"
 
 _FORMAT = 3
-"""To be raised when the format of the files changes, or the machine that they describe."""
+"""Must be increased when the format of the files, or the machine that they describe, changes."""
 
 _NO_FD = 0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -44,14 +44,14 @@ _STATE_LIMIT = 256 << 20
 class TemplateDescription:
     """A template's description.
 
-    :param qemu_version: of the QEMU that saved it; no other loads it.
+    :param qemu_version: the version of the QEMU that saved it; no other version loads it.
     :param memory_bytes: the guest's memory.
-    :param data_bytes: how much of it is not zero, and so in the file.
+    :param data_bytes: how much of it is not zero, and therefore in the file.
     :param memory_written_ns: when that file was last written to, in nanoseconds since 1970.
     :param state_bytes: the length of the state.
     :param state_sha256: its digest, hexadecimal.
-    :param virtiofsd: which virtio-fs daemon there was, told apart from others as :func:`identity` does.
-    :param virtiofsd_dialect: the one it speaks, so that no clone has to ask it.
+    :param virtiofsd: the :func:`identity` of the virtio-fs daemon at that time.
+    :param virtiofsd_dialect: the daemon's dialect, so that clones need not ask it.
     """
 
     qemu_version: str
@@ -84,14 +84,14 @@ class TemplateDescription:
 
 
 def template_key(spec: VmSpec) -> str:
-    """Digest all that shapes a machine. Specifications with the same key can share a template.
+    """Digest everything that shapes a machine. Specifications with the same key can share a template.
 
     The sandbox's own name and directories do not count, nor does the template.
 
     :param spec: the virtual machine.
     :returns: hexadecimal digits.
     :raises UnsupportedHostError: if this machine's architecture is not supported.
-    :raises VmStartError: if QEMU, the kernel or the initial RAM file system is not there.
+    :raises VmStartError: if QEMU, the kernel or the initial RAM file system does not exist.
     """
     bare = bare_machine(dataclasses.replace(spec, name="", network_namespace=None))
     shape: list[object] = [
@@ -158,7 +158,7 @@ def read_state(directory: Path, template: TemplateDescription) -> bytes:
 
     :param directory: the template's.
     :param template: its description.
-    :raises TemplateError: if it is missing, or other than when it was saved.
+    :raises TemplateError: if it is missing, or has changed since it was saved.
     """
     path = directory / STATE
     try:
@@ -191,7 +191,7 @@ def open_memory(directory: Path, template: TemplateDescription) -> int:
             raise TemplateError(
                 f"template: {path}: {status.st_size} bytes instead of {template.memory_bytes}"
             )
-        # Not a digest: reading all of it would take each clone as long as the copy.
+        # Not a digest: reading the whole file would take as long as the copy, for each clone.
         if status.st_mtime_ns != template.memory_written_ns:
             raise TemplateError(f"template: {path}: changed since it was saved")
     except BaseException:

@@ -1,4 +1,4 @@
-"""The number of virtual CPUs of a running virtual machine: added and taken away one by one, newest first."""
+"""The virtual CPUs of a running virtual machine: added and removed one by one, newest first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ANSWER_S = 20.0
 """How long the guest may take for one virtual CPU. Under emulation, all others stop during that time."""
 
 _SAFE_MAJOR = 10
-"""The first QEMU that was seen to live on after a virtual CPU was taken away under emulation."""
+"""The first QEMU that was seen to survive the removal of a virtual CPU under emulation."""
 
 _STATE_S = 1.0
 _PREFIX = "vcpu"
@@ -46,8 +46,8 @@ class Vcpus:
     async def resize(self, count: int) -> int:
         """Add or remove virtual CPUs. The guest has seen new ones then, but does not use them yet.
 
-        :param count: how many are wanted.
-        :returns: how many there are then, by QEMU's own count: more than wanted if none can be taken away.
+        :param count: the wanted number.
+        :returns: the number then, by QEMU's own count; it is higher if none can be removed.
         :raises ResizeError: if the machine cannot have this number, or QEMU refuses.
         :raises ResizeRefusedError: if the guest refuses or does not answer.
         """
@@ -98,7 +98,7 @@ class Vcpus:
         """Accept only QEMU's threads: a QEMU that its guest has taken over could name any of the host's."""
         if isinstance(tid, int):
             for task in Path(f"/proc/{self._pid}/task").iterdir():
-                # Its numbers in each pid namespace, from this process' to its own; QEMU reports the last.
+                # Its numbers in each pid namespace, from this process's to its own; QEMU reports the last.
                 if numbers(task.joinpath("status").read_text(encoding="ascii"))[-1:] == [tid]:
                     return int(task.name)
         raise QmpError(f"thread {tid!r} is not one of QEMU's")

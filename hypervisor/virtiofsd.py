@@ -43,7 +43,7 @@ _TRUSTED = ":map:trusted.:user.virtiofs.:"
 needs them if its upper directory is on a volume."""
 
 _TIMEOUT_S = 0.1
-"""How long the guest takes names and attributes for what they were; the daemons' own value is 1 s.
+"""How long the guest trusts names and attributes that it has read; the daemons' own value is 1 s.
 
 A file that the host lengthens meanwhile is read as new bytes up to the old length. With 1 s, 234 of 371 reads
 of a file written three times a second were such, with 0.1 s 24 of 267. It costs up to 25 requests a second.
@@ -165,7 +165,7 @@ def start(spec: VmSpec, dialect: Dialect, *, listener: socket.socket, host: Host
 
 
 def file_limit(pids: Iterable[int]) -> int:
-    """Tell how many files a daemon may have open.
+    """Return how many files a daemon may have open.
 
     :param pids: its processes. The daemon raises the limit itself, as far as the host allows.
     :raises ProcessLookupError: if it has ended.
@@ -191,7 +191,7 @@ async def settle(daemon: ChildProcess, spec: VmSpec, host: HostSide) -> None:
     :raises OSError: if one could not be recorded.
     """
     if spec.jail is None:
-        host.adopt_workers()  # in its own sandbox, a child serves
+        host.adopt_workers()  # a daemon with its own sandbox serves from a child
     else:
         await show_share_only(daemon.pid)
 
@@ -259,7 +259,7 @@ def check_propagation(source: Path) -> None:
     directory lies on a mount with shared propagation; otherwise the guest would see empty directories.
 
     :param source: the directory to serve.
-    :raises VmStartError: if it is not there or its mount is not shared.
+    :raises VmStartError: if it does not exist or its mount is not shared.
     """
     try:
         source_id = _mount_id(source)

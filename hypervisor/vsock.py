@@ -60,7 +60,7 @@ _ANY_CID = 0xFFFFFFFF
 _PRIVILEGED_PORTS = range(1, 1024)
 """vsock(7): a process needs CAP_NET_BIND_SERVICE for them. A host has each of them once."""
 _STREAM_PORTS = range(256, 1024)
-"""Those for streams, which have another way if no port is left; the agent has none."""
+"""The ports for streams, which can use requests if no port is left; the agent's connection cannot."""
 
 
 class Spawn(Protocol):
@@ -110,7 +110,7 @@ class GuestChannel(abc.ABC):
         :raises ChannelError: if it never will.
         """
 
-    def close(self) -> None:  # noqa: B027  (the kernel's channel holds nothing)
+    def close(self) -> None:  # noqa: B027  (the kernel's channel has nothing to release)
         """Release the host's side. May be called repeatedly."""
 
 
@@ -169,7 +169,7 @@ class KernelVsockChannel(GuestChannel):
 
 
 def bind_privileged(stream: socket.socket, ports: range) -> None:
-    """Have a connection come from a privileged port, so that the agent takes it.
+    """Bind a connection to a privileged port, so that the agent accepts it.
 
     :param stream: a vsock socket.
     :param ports: which ones may be used.
@@ -220,7 +220,7 @@ class UserVsockChannel(GuestChannel):
         self._directory_fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     @override
-    async def open(self, handover: ExitStack) -> UserVsock:  # noqa: ARG002  (nothing is QEMU's alone)
+    async def open(self, handover: ExitStack) -> UserVsock:  # noqa: ARG002  (no descriptor is only QEMU's)
         """Start the daemon and connect to it.
 
         :param handover: not used.
@@ -413,10 +413,10 @@ def describe(device: ChannelDevice, fd_name: str) -> Description:
 
 
 def channel_problem(channel: Channel, *, vsock_daemon: Path | None) -> str | None:
-    """Say why a channel cannot be used on this host.
+    """Return why a channel cannot be used on this host.
 
     :param channel: the channel.
-    :param vsock_daemon: where ``vhost-device-vsock`` would be.
+    :param vsock_daemon: the path of ``vhost-device-vsock``.
     :returns: the cause and the remedy, or ``None`` if it can be used.
     """
     match channel:

@@ -7,20 +7,20 @@ import struct
 from hypervisor.interface import Accelerator
 
 MACHINE_TYPE = "q35,sata=off,smbus=off,smm=off,vmport=off,usb=off"
-"""q35, because it hotplugs, and because microvm hangs now and then under TCG while it calibrates its clock.
+"""q35, because it has hotplug, and because microvm sometimes hangs under TCG while it calibrates its clock.
 
 Devices that no guest uses, but that its kernel would probe, are off (disk controller, SMBus, VMware's port,
 USB). So is system management mode, for which the firmware would relocate itself.
 """
 
 CPU_MODELS = {
-    # Everything the host has but the performance counters: they leak timing between tenants, and a nested
+    # Everything that the host has except performance counters: they leak timing between tenants, and a nested
     # host often lacks them.
     Accelerator.KVM: "host,pmu=off",
     # Everything QEMU can translate. Images built for x86-64-v2 or v3 refuse to start on less, and smaller
     # models were measured to bring the agent up later, not earlier: its libraries fall back to slower code.
     # Without the promise of fast string instructions: translated, they move a byte or a word at a time. A
-    # kernel that is promised only short ones copies for ever (seen on QEMU 10, which has both).
+    # kernel that is promised only short ones copies forever (seen on QEMU 10, which has both).
     Accelerator.TCG: "max,-erms,-fsrm",
 }
 

@@ -1,4 +1,4 @@
-"""Network addresses between the text of the host's requests and the bytes of the kernel's messages."""
+"""Network addresses: from the text in the host's requests to the bytes in the kernel's messages, and back."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def pack_network(text: str) -> tuple[bytes, int]:
 
     :param text: an address, with the prefix length behind a slash unless it is a whole address.
     :returns: the address and the prefix length.
-    :raises InvalidArgument: if it is none.
+    :raises InvalidArgument: if it is malformed.
     """
     address, slash, length = text.partition("/")
     packed = pack(address)
@@ -73,7 +73,7 @@ def pack_mac(text: str) -> bytes:
 
     :param text: six octets in hexadecimal with colons between.
     :returns: six bytes.
-    :raises InvalidArgument: if it is none.
+    :raises InvalidArgument: if it is malformed.
     """
     try:
         octets = [bytes.fromhex(part) for part in text.split(":")]
@@ -85,7 +85,7 @@ def pack_mac(text: str) -> bytes:
 
 
 def link_local(mac: bytes) -> bytes:
-    """Derive the IPv6 address that the kernel gives a link by itself (RFC 4291, appendix A).
+    """Derive the IPv6 address that the kernel itself gives a link (RFC 4291, appendix A).
 
     :param mac: the link's hardware address.
     :returns: 16 bytes.

@@ -1,8 +1,8 @@
-"""Parts of the share that containers are given: each mounted once, for all that ask for it.
+"""Parts of the share that containers get: each is mounted once, for all of its users.
 
-The kernel makes a file system of each directory in the share when it is first walked into, and another in
-each mount namespace that does so. So it is walked here, before a container has its own namespace.
-What is mounted in another part afterwards appears in every container that was given that part to follow.
+The kernel makes a file system of a directory in the share when a path first enters it, and another one in
+each mount namespace that does so. So the agent opens the path here, before a container has its own namespace.
+Mounts that are made in a part later appear in every container that follows that part.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _left: set[str] = set()
 def add(source: str, target: str, options: Iterable[str]) -> Callable[[], None]:
     """Mount a part of the share.
 
-    Links in the path are not followed: a container may have put them there.
+    Links in the path are not followed, because a container may have put them there.
 
     :param source: its path in the share.
     :param target: a new name among the volumes, or a path in one that is mounted already.
     :param options: flags; and ``shared``, if its bind mounts show later mounts in it.
-    :returns: what unmounts it.
+    :returns: the function that unmounts it.
     :raises AgentError: if there is a link in a path.
     :raises OSError: if there is no such file, or the kernel refuses.
     """
@@ -97,7 +97,7 @@ def _unmount(tree: int) -> None:
     try:
         kernel.unmount(f"/proc/self/fd/{tree}", flags=kernel.MNT_DETACH)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # it went with the file system below it
+        if error.errno != errno.EINVAL:  # it disappeared with the file system below it
             raise
 
 
@@ -134,7 +134,7 @@ def _leave(name: str) -> None:
     if not _users[name]:
         del _users[name]
         try:
-            # The file system itself, which would keep the host's busy.
+            # The file system itself, which would keep the host's file system busy.
             kernel.unmount(f"{SHARE}/{name}", flags=kernel.MNT_DETACH)
         except OSError as error:
             if error.errno not in {errno.EINVAL, errno.ENOENT}:  # no directory, or gone with the host's
@@ -147,7 +147,7 @@ def _forget() -> None:
     """Let the kernel forget names that the host has removed from the share: they keep its files open."""
     for name in _left - _users.keys():
         try:
-            # Asks the host at once, where looking would take the kernel's word for a second.
+            # This asks the host at once; a lookup would trust the kernel's cache for a second.
             os.mkdir(f"{SHARE}/{name}")
         except FileExistsError:
             continue

@@ -32,7 +32,7 @@ _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 def prepare() -> None:
     """Bring the machine up to the point where containers can run.
 
-    :raises OSError: if a mount or module that the agent cannot do without fails.
+    :raises OSError: if a mount or module fails that the agent needs.
     """
     _move_root()
     for source, target, fstype, flags, data in _MOUNTS:

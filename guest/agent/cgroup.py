@@ -32,7 +32,7 @@ def path_of(wanted: str, container_id: str) -> str:
 
 
 def kill(path: str) -> None:
-    """Kill every process in a cgroup at once; none at all is fine.
+    """Kill every process in a cgroup at once; the cgroup may be empty.
 
     :param path: the cgroup.
     :raises OSError: if the kernel refuses.
@@ -58,7 +58,7 @@ def pids(path: str) -> list[int]:
 
 
 def remove(path: str) -> None:
-    """Remove a cgroup and all below it.
+    """Remove a cgroup and all cgroups below it.
 
     :param path: the cgroup; nothing happens if there is none.
     :raises OSError: if a process is in one of them.
@@ -77,7 +77,7 @@ def freeze(path: str, *, frozen: bool) -> None:
     """Freeze or thaw a cgroup, and wait until the kernel has done so.
 
     :param path: the cgroup.
-    :param frozen: the state wanted.
+    :param frozen: the wanted state.
     :raises AgentError: if it is not reached in time.
     :raises OSError: if the kernel refuses.
     """

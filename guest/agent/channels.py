@@ -1,7 +1,7 @@
-"""The pairs of queues of network cards: as many are used as there are processors to serve them.
+"""Queue pairs of network cards: a card uses one pair for each processor.
 
-A card has a pair for each processor that the machine can have. Its driver uses as many pairs as there were
-processors when it found the card. Interface: include/uapi/linux/ethtool.h.
+A card has a pair for each processor that the machine can have. Its driver uses one pair for each processor
+that existed when it found the card. Interface: include/uapi/linux/ethtool.h.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _REQUEST = struct.Struct("@16sP16x")
 
 _WORDS = 9
 _MOST_COMBINED, _COMBINED = 4, 8
-"""Places in ``struct ethtool_channels``, whose first word is the command."""
+"""Offsets in ``struct ethtool_channels``, whose first word is the command."""
 
 
 def use(processors: int) -> None:
-    """Have each virtio card use a pair for each processor, as far as it has them; if not, only speed is lost.
+    """Let each virtio card use a pair for each processor, if it has enough; a failure costs only speed.
 
     :param processors: how many there are.
     """

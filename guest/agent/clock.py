@@ -1,7 +1,7 @@
 """The machine's clock: its time, its difference from the host's, and its correction.
 
 If the host's kernel offers its own clock to the machine (ptp_kvm, under KVM), the agent reads the difference
-there. Elsewhere the host finds it out by asking for the time. It tells by how much the clock is to be moved.
+there. Otherwise the host asks for the time and computes it. The host says by how much to move the clock.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _slow_until_s = 0.0
 
 
 def report() -> str:
-    """Tell the time, for the host.
+    """Tell the host the time.
 
     :returns: nanoseconds since 1970; and how far the clock is ahead of the host's, if that can be known here.
     """
@@ -54,7 +54,7 @@ def move(shift_ns: int, *, at_once: bool) -> None:
     2 % until it is right.
 
     :param shift_ns: by how much, in nanoseconds.
-    :param at_once: in one step in any case, as nothing runs yet that could mind.
+    :param at_once: move it in one step in any case, because no program runs yet that could notice.
     :raises OSError: if the kernel refuses.
     """
     if shift_ns < 0 and not at_once and -shift_ns < _LARGE_NS:

@@ -1,7 +1,7 @@
 """The agent's log: one line per event in the kernel log, and so on the console.
 
-The kernel replays its log on a console that comes up late, as virtio's does when its driver is a module, so
-nothing is lost however early it is written.
+The kernel replays its log on a console that comes up late, as virtio's does if its driver is a module. So
+even the earliest lines are not lost.
 """
 
 from __future__ import annotations
@@ -29,5 +29,5 @@ def log(message: str) -> None:
             _fd = os.open("/dev/kmsg", os.O_WRONLY | os.O_CLOEXEC)
         os.write(_fd, line.encode(errors="replace"))
     except OSError:
-        # The log is a convenience: losing it must not take the containers along.
+        # The log is a convenience: its loss must not end the containers.
         return

@@ -1,4 +1,4 @@
-"""A container: bundle, cgroup, processes."""
+"""A container: its bundle, cgroup and processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ROOT = "/run/kata-containers"
 _SHARED = f"{ROOT}/shared/"
 _RESERVED = frozenset({"sandbox", "shared"})
-"""Directories of the protocol beside those of the containers."""
+"""Names of other directories beside those of the containers."""
 _REMOVAL_TIMEOUT_S = 60
 _SIGKILL = 9
 
@@ -62,7 +62,7 @@ class Container:
         self.id = container_id
         self.storages: list[str] = []
         self._owns_root = True
-        # The host has writes to the share at once, and those of a shared mapping when it is closed.
+        # Writes to the share reach the host at once, and those of a shared mapping when it is closed.
         self._is_root_on_host = spec.Root.Path.startswith(_SHARED)
         self._bundle = bundle_of(container_id)
         self._rootfs = f"{self._bundle}/rootfs"
@@ -111,7 +111,7 @@ class Container:
         runtime.start(self.id)
 
     def execute(self, exec_id: str, message: Message) -> Process:
-        """Create and start a further process.
+        """Create and start another process.
 
         :param exec_id: its id.
         :param message: grpc.Process.
@@ -153,7 +153,7 @@ class Container:
 
         :param exec_id: its id; empty, or the container's own, for init.
         :returns: the process.
-        :raises NotFound: if there is none, or none any more.
+        :raises NotFound: if there is none, or it has been forgotten.
         """
         if exec_id in {"", self.id}:
             return self.init
@@ -187,7 +187,7 @@ class Container:
     def signal_all(self) -> None:
         """Kill every process of the container."""
         cgroup.kill(self._cgroup)
-        # Before start, and while frozen, the init may be elsewhere or deaf to the cgroup's kill.
+        # Before start, the init may be in another cgroup; while frozen, it ignores the cgroup's kill.
         self.init.signal(_SIGKILL)
 
     def update(self, resources: Message) -> None:
@@ -208,7 +208,7 @@ class Container:
     def freeze(self, *, frozen: bool) -> None:
         """Pause or resume every process.
 
-        :param frozen: the state wanted.
+        :param frozen: the wanted state.
         """
         cgroup.freeze(self._cgroup, frozen=frozen)
 
@@ -218,7 +218,7 @@ class Container:
         return self._cgroup
 
     def remove(self, timeout_s: int) -> None:
-        """Kill the remaining processes, and undo everything but the bundle and the storages in it.
+        """Kill the remaining processes, and undo everything except the bundle and the storages in it.
 
         :param timeout_s: how long the processes may take to die; 0 for the default.
         :raises AgentError: if they do not, or crun cannot delete the container.
@@ -239,10 +239,10 @@ class Container:
     def _discard(self) -> None:
         if not self._is_root_on_host:
             try:
-                # The host may kill the machine any time later: nothing may be left dirty in its memory.
+                # From now on, the host may kill the machine at any time: no dirty data may stay in memory.
                 kernel.sync_filesystem(self._rootfs)
             except OSError as error:
-                # A disk that was pulled out never takes the data; the container has seen errors.
+                # A removed disk can never take the data; the container has seen errors.
                 log(f"remove: {self.id}: {error}")
         try:
             if self._owns_root:

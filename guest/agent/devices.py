@@ -1,4 +1,4 @@
-"""The host's devices that a container is given: their places and numbers in the guest."""
+"""The host's devices that a container gets: their paths and numbers in the guest."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def find(devices: Iterable[Message]) -> tuple[dict[str, Number], list[dict[str, 
 
 
 def add(linux: dict[str, Any], nodes: list[dict[str, Any]]) -> None:
-    """Give a container nodes that the host does not know, and access to them.
+    """Give a container device nodes that the host does not have, and access to them.
 
     :param linux: the ``linux`` object of a specification, which is changed; devices that it names keep their
         settings.
@@ -75,7 +75,7 @@ def renumber(linux: dict[str, Any], numbers: dict[str, Number]) -> None:
     """
     listed = {device["path"]: device for device in linux.get("devices", [])}
     rules = linux.get("resources", {}).get("devices", [])
-    # All at once: the guest's number of one disk may be the host's of another.
+    # All at once: one disk's number in the guest may be another disk's number on the host.
     changed: list[tuple[dict[str, Any], Number]] = []
     for path, number in numbers.items():
         if path not in listed:

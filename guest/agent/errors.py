@@ -33,7 +33,7 @@ class DeadlineExceeded(AgentError):
 
 
 class NotFound(AgentError):
-    """The process does not exist, or does not any more (NOT_FOUND)."""
+    """The process does not exist, or no longer exists (NOT_FOUND)."""
 
     code = 5
 

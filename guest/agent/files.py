@@ -34,7 +34,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def open_path(path: str) -> int:
-    """Find a file of any kind by a path that holds no link.
+    """Open a file of any kind by a path that contains no link.
 
     :param path: an absolute path.
     :returns: a descriptor, as O_PATH of open(2) makes it.
@@ -56,7 +56,7 @@ def open_path(path: str) -> int:
 
 
 def write(path: str, text: str) -> None:
-    """Write text to an existing file in one write, as control files of the kernel want it.
+    """Write text to an existing file in one write, as the kernel's control files require.
 
     :param path: the file.
     :param text: what to write.
@@ -70,7 +70,7 @@ def write(path: str, text: str) -> None:
 
 
 def create(path: str, text: str, *, mode: int = 0o644) -> None:
-    """Write a file anew.
+    """Replace a file's content.
 
     :param path: the file.
     :param text: its content.

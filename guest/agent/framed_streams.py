@@ -1,8 +1,8 @@
 """Long streams: a standard stream moves from requests to its own vsock connection.
 
 The host begins a connection with a frame that names the stream, and the agent accepts it with an empty one.
-The bytes between travel in frames, an empty frame is the end, and the reader of the end closes first. So the
-channel need not know half-closed connections, nor deliver bytes after a close.
+The bytes between travel in frames. An empty frame is the end, and the side that reads it closes first. So the
+channel needs neither half-closed connections nor delivery after a close.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _EMPTY = _WORD.pack(0)
 _MAX_NAME = 1 << 12
 _NAME_TIMEOUT_MS = 5000
 _BUFFER_BYTES = 1 << 18
-"""For a frame with its head: four of vsock's largest packets, so that none of them is nearly empty."""
+"""The size of a frame with its header: four of vsock's largest packets, so that none is nearly empty."""
 
 
 def listen(find: Callable[[str], Container], command_line: str) -> None:
@@ -108,7 +108,7 @@ def _write(fd: int, view: memoryview) -> None:
 
 
 def _carry_output(fd: int, output: ProcessOutput, process: Process, *, ended: Callable[[], None]) -> None:
-    call = Call(fd, 0)  # the host sends nothing any more: readable means gone
+    call = Call(fd, 0)  # the host sends no more bytes, so readable means closed
     buffer = memoryview(bytearray(_BUFFER_BYTES))
     room = buffer[_WORD.size :]
     while size := output.read_into(room, process.end, call):

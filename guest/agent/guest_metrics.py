@@ -1,4 +1,4 @@
-"""What the kernel counts of the whole guest, in Prometheus' text format; the names are Kata's."""
+"""The kernel's counters of the whole guest in Prometheus' text format, under Kata's names."""
 
 from __future__ import annotations
 

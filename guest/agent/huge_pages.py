@@ -1,7 +1,7 @@
-"""Huge pages for the containers whose specifications limit them: the machine has as many as they may use.
+"""Huge pages for containers whose specifications limit them: the machine reserves as many as they may use.
 
-On an ordinary host, an administrator sets pages aside. Here the host gives the machine the memory for them
-with the container, and takes it back with it.
+On an ordinary host, an administrator reserves pages. Here the host adds the memory for them with the
+container, and removes it with the container.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _UNITS = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 
 _lock = _thread.allocate_lock()
 _wanted: dict[str, dict[int, int]] = {}
-"""What each user may use: bytes by the size of the pages."""
+"""How much each user may use: bytes by page size."""
 
 
 def reserve(user: str, limits: dict[int, int]) -> None:
@@ -67,7 +67,7 @@ def limits_of(messages: Iterable[Message]) -> dict[int, int]:
 
 
 def is_known(size: str) -> bool:
-    """Tell whether the machine can have pages of a size.
+    """Tell whether the machine can have pages of a given size.
 
     :param size: such as ``2MB``; a host may have sizes that no guest has.
     """
@@ -103,7 +103,7 @@ def _set_aside(size: int) -> None:
             f"huge pages: the guest's processor or kernel has none of {size >> 10} KiB; use another size"
         ) from None
     if int(files.read(pool)) < pages:
-        # Memory in use lies in between: have the kernel move it.
+        # Memory in use lies in between; the kernel must move it.
         files.write(_COMPACT, "1")
         files.write(pool, f"{pages}")
     found = int(files.read(pool))

@@ -144,7 +144,7 @@ def unmount(target: str, *, flags: int = 0) -> None:
 
 
 def clone_mount(fd: int) -> int:
-    """Make a mount of a file or directory alone, mounted nowhere yet, see open_tree(2).
+    """Clone the mount of a file or directory alone, not attached anywhere yet; see open_tree(2).
 
     :param fd: the file or directory.
     :returns: the mount, open.
@@ -171,7 +171,7 @@ def set_mount(tree: int, flags: int, *, propagation: int) -> None:
 
 
 def attach_mount(tree: int, target: int) -> None:
-    """Mount what :func:`clone_mount` made, see move_mount(2).
+    """Attach a mount that :func:`clone_mount` made; see move_mount(2).
 
     :param tree: the mount.
     :param target: the file or directory to mount it on, open.
@@ -231,7 +231,7 @@ def sync_filesystem(path: str) -> None:
 
 
 def ask_size(path: str) -> None:
-    """Ask a filesystem of another host for a file's present size, not a remembered one, see statx(2).
+    """Ask a remote filesystem for a file's current size, not a cached one; see statx(2).
 
     :param path: the file.
     :raises OSError: if it is gone.

@@ -1,9 +1,9 @@
-"""Limits that the kernel derives from its memory at boot, kept in step with the memory there is now.
+"""Limits that the kernel derives from its memory at boot, adjusted to the memory that it has now.
 
-A kernel that has booted with little memory keeps small limits when it is given more. The formulas are those
-of Linux 6.1 and 6.12; the sizes of their structures are those of x86-64. A limit is only raised, never
-lowered: a cap reserves nothing, and lowering one can only break a program that runs. The thresholds of TCP's
-and UDP's memory go down again, too: they say how much of the memory is theirs.
+A kernel that has booted with little memory keeps its small limits when it gets more. The formulas come from
+Linux 6.1 and 6.12, and the sizes of structures from x86-64. A limit is only raised, never lowered: a limit
+reserves nothing, and lowering it could only break a running program. The thresholds of TCP's and UDP's memory
+are also lowered, because they say how much of the memory these may use.
 
 Values that a container's specification or a user of sysctl(8) has set are left alone.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _ROOT = "/proc/sys"
 _CONNTRACK = f"{_ROOT}/net/netfilter/nf_conntrack"
 
-# Raised by systemd and its sysctl.d on every ordinary host, with little memory or much.
+# systemd and its sysctl.d raise these on every ordinary host, however much memory it has.
 _OF_ANY_HOST = {"kernel/pid_max": "4194304", "fs/file-max": "9223372036854775807"}
 
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
@@ -41,7 +41,7 @@ _SHRINKING = ("net/ipv4/tcp_mem", "net/ipv4/udp_mem")
 _lock = _thread.allocate_lock()
 _boot: dict[str, tuple[int, ...]] = {}
 _known: dict[str, tuple[int, ...]] = {}
-"""Value of each limit that is still followed, by its path, as it was at boot and as it was left here."""
+"""The value at boot and the last value set here, of each limit that is still adjusted, by path."""
 _kept: set[str] = set()
 
 
@@ -52,7 +52,7 @@ def derived(memory: int) -> dict[str, tuple[int, ...]]:
     :returns: value by name below ``/proc/sys``; 0 asks for nothing.
     """
     threads = memory // (8 * _STACK)
-    # One for 128 KiB; a hash table has a power of two, and TCP no more of them than half a million.
+    # One for each 128 KiB; a hash table's size is a power of two, and TCP's is at most half a million.
     connections = min(1 << max(memory // (128 * _KIB) - 1, 0).bit_length(), 1 << 19)
     tcp = max(memory // _PAGE // 16, 128)
     udp = max(memory // _PAGE // 8, 128)
@@ -74,7 +74,7 @@ def derived(memory: int) -> dict[str, tuple[int, ...]]:
 
 
 def tracked_connections(memory: int) -> int:
-    """Compute how many connections netfilter would follow.
+    """Compute how many connections netfilter would track.
 
     :param memory: in bytes.
     """
@@ -84,7 +84,7 @@ def tracked_connections(memory: int) -> int:
 
 
 def prepare() -> None:
-    """Raise the limits that every host has raised, and note the kernel's choices before they change."""
+    """Raise the limits that every host raises, and record the kernel's choices before they change."""
     for name, most in _OF_ANY_HOST.items():
         _write(f"{_ROOT}/{name}", most)
     for name in derived(0):
@@ -94,7 +94,7 @@ def prepare() -> None:
 
 
 def follow() -> None:
-    """Fit every limit to the present memory; refusals of the kernel are logged."""
+    """Adjust every limit to the current memory; if the kernel refuses one, that is logged."""
     memory = os.sysconf("SC_PHYS_PAGES") * _PAGE
     with _lock:
         for name, wanted in derived(memory).items():
@@ -103,7 +103,7 @@ def follow() -> None:
 
 
 def accept(annotations: dict[str, str]) -> None:
-    """Raise the limits that the host has raised.
+    """Raise the limits that the host's administrator has raised.
 
     :param annotations: of a container; a host that knows this agent sends its limits among them.
     """
@@ -120,7 +120,7 @@ def accept(annotations: dict[str, str]) -> None:
 
 
 def leave(paths: Iterable[str]) -> None:
-    """Never change some limits again: their values were chosen.
+    """Never change some limits again, because their values were set on purpose.
 
     :param paths: their files.
     """
@@ -143,14 +143,14 @@ def _raise(name: str, wanted: tuple[int, ...]) -> None:
         _write(path, " ".join(map(str, value)))
         _known[name] = value
     else:
-        # A program has set it: its value stays.
+        # A program has set it, so its value stays.
         del _known[name]
 
 
 def _raise_tracked(wanted: int) -> None:
-    """Raise the number of connections that netfilter follows, if its module is loaded.
+    """Raise the number of connections that netfilter tracks, if its module is loaded.
 
-    The kernel chooses as many connections as buckets; another number was chosen.
+    The kernel chooses as many connections as buckets; any other number was set on purpose.
     """
     most, buckets = f"{_CONNTRACK}_max", f"{_CONNTRACK}_buckets"
     value = None if _kept.intersection((most, buckets)) else _read(most)

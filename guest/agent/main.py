@@ -35,7 +35,7 @@ _CONSOLE_DELAY_S = 0.5
 
 
 def main() -> None:
-    """Run the agent; returns never. Any error here ends process 1, and with it the machine."""
+    """Run the agent; this never returns. Any error here ends process 1, and with it the machine."""
     sys.excepthook = _report_crash
     sys.unraisablehook = _report_lost_thread
     timeline.lap("interpreter")
@@ -70,6 +70,6 @@ def _report_crash(kind: type[BaseException], error: BaseException, trace: Traceb
     where = "start"
     while trace is not None:
         where, trace = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}", trace.tb_next
-    # The console comes up a moment after its driver is loaded, and shows nothing from before.
+    # The console comes up a moment after its driver is loaded, and does not show earlier output.
     time.sleep(_CONSOLE_DELAY_S)
     log(f"crash at {where}: {kind.__name__}: {error}")

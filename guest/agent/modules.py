@@ -1,7 +1,7 @@
-"""Kernel modules: those that boot needs, in order, and others when something asks for them.
+"""Kernel modules: those for the boot, in order, and others on demand.
 
-Few are in the image. The others lie on the host, in a directory that it may share. The kernel finds them
-there when it needs them, for example when a container makes its first packet filter.
+The image has only a few. The others are on the host, in a directory that it may share, where the kernel finds
+them on demand, for example when a container makes its first packet filter.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def load(wanted: str, *, parameters: str = "") -> bool:
     depends = {name: others for name, *others in lines}
     if wanted not in depends:
         return files.exists(f"/sys/module/{wanted}") or _load_shared(wanted, parameters)
-    # Each line stands after the lines of what its module depends on.
+    # Each line follows the lines of the modules that its module depends on.
     needed = {wanted}
     for name, others in reversed(depends.items()):
         if name in needed:
@@ -65,7 +65,7 @@ def load(wanted: str, *, parameters: str = "") -> bool:
 
 
 def load_for(modalias: str) -> None:
-    """Have the kernel's program for it load what drives a device; the shared directory has the modules.
+    """Let modprobe load the driver of a device; the shared directory has the modules.
 
     :param modalias: the device's, from sysfs.
     """

@@ -20,7 +20,7 @@ class _Mount:
     __slots__ = ("gate", "made", "undo", "users")
 
     def __init__(self) -> None:
-        # Held while mounting and unmounting, so that others wait for that and not for each other.
+        # Held while mounting and unmounting, so that other users wait only for that.
         self.gate = _thread.allocate_lock()
         self.made = False
         self.undo: Callable[[], None] | None = None
@@ -28,7 +28,7 @@ class _Mount:
 
 
 class Mounts:
-    """The storages of the sandbox: what several containers ask for is mounted once."""
+    """The storages of the sandbox; one that several containers use is mounted once."""
 
     def __init__(self) -> None:
         self._lock = _thread.allocate_lock()
@@ -62,7 +62,7 @@ class Mounts:
                     mount.undo = storage.add(one)
                     mount.made = True
                     if one.shared or mount.undo is None:
-                        # The sandbox is a user too, so that no container's end is the end of it.
+                        # The sandbox is a user too, so a container's end never unmounts it.
                         with self._lock:
                             mount.users += 1
         except BaseException:
@@ -85,7 +85,7 @@ class Mounts:
     def _leave(self, mount_point: str, mount: _Mount) -> None:
         with self._lock:
             mount.users -= 1
-            # A user that comes now waits at the gate and mounts it again.
+            # A new user waits at the gate now, and will mount it again.
             if not mount.users:
                 del self._mounts[mount_point]
 
@@ -100,7 +100,7 @@ class Mounts:
             log(f"storage: {mount_point}: {error}")
 
     def release_all(self) -> None:
-        """Unmount everything, the latest first and in use or not: the machine is about to be switched off."""
+        """Unmount everything, the latest first, even if it is in use: the machine is being switched off."""
         with self._lock:
             mounts = list(self._mounts.items())
         for mount_point, mount in reversed(mounts):

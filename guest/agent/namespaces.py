@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 IPC = "/proc/1/ns/ipc"
 UTS = "/proc/1/ns/uts"
-"""The machine's own, as its network is: to make others would cost each clone some milliseconds."""
+"""These belong to the machine, like its network: making new ones would cost each clone some milliseconds."""
 
 _DIRECTORY = "/run/sandbox-ns"
 _NOBODY = 65534
@@ -43,7 +43,7 @@ def share_pid() -> str:
             failures.append(error)
         done.release()
 
-    # In its own thread: the thread makes all later children in that namespace.
+    # In its own thread, because all later children of this thread are in that namespace.
     _thread.start_new_thread(make, ())
     done.acquire()
     if failures:
@@ -67,12 +67,12 @@ def _fork(child: Callable[[], None]) -> int:
 def _pause() -> None:
     """Do what a pod's pause container does: be process 1, take over orphans, never end.
 
-    Containers see this process and its ``/proc`` entry, so it gives up everything they have no right to.
+    Containers see this process and its ``/proc`` entry, so it gives up everything that they must not reach.
     """
     files.write("/proc/self/comm", "pause")
-    # Its end would be that of every container.
+    # Its end would end every container.
     files.write("/proc/self/oom_score_adj", "-1000")
-    # Ends of orphans are not even recorded then, see sigaction(2).
+    # The kernel then does not even record exits of orphans; see sigaction(2).
     _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     kernel.unshare(kernel.CLONE_NEWNS)

@@ -1,6 +1,6 @@
-"""Netlink: messages and attributes to bytes and back, and the exchange of them with the kernel.
+"""Netlink: converts messages and attributes to bytes and back, and exchanges them with the kernel.
 
-Layout: include/uapi/linux/netlink.h; Documentation/userspace-api/netlink/intro.rst tells the rules.
+Layout: include/uapi/linux/netlink.h; Documentation/userspace-api/netlink/intro.rst has the rules.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def attribute(kind: int, data: bytes) -> bytes:
 
 
 def attributes(data: bytes) -> Attributes:
-    """Decode a run of attributes; of several of one type the last stays.
+    """Decode a run of attributes; of several with the same type, the last counts.
 
     :param data: the encoded run.
     :returns: values by type.
@@ -137,7 +137,7 @@ class NetlinkChannel:
         self._socket.close()
 
     def change(self, kind: int, body: bytes, *, flags: int = 0) -> None:
-        """Have something made, changed or removed.
+        """Make, change or remove an object.
 
         :param kind: message type.
         :param body: the message.
@@ -198,7 +198,7 @@ class NetlinkChannel:
 
 
 def await_carrier(link: str, *, timeout_s: float) -> None:
-    """Wait until a link that comes up is up; not if there is none of that name, or it has no cable.
+    """Wait until a link that is coming up is up; return at once if it does not exist or has no cable.
 
     :param link: its name.
     :param timeout_s: how long.

@@ -1,7 +1,7 @@
 """The sandbox's network: the interfaces, routes and neighbours that the host asks for.
 
-All containers of the sandbox share it: it is the machine's own. Each request says how things shall be, so a
-request that is repeated changes nothing, and and removes what only an earlier one asked for.
+All containers of the sandbox share the machine's own network. Each request describes the whole wanted state.
+So a repeated request changes nothing, and objects that only an earlier request asked for are removed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _IPV6_SETTINGS = "/proc/sys/net/ipv6/conf"
 _IPV4_SETTINGS = "/proc/sys/net/ipv4/conf"
 _LOOPBACK = b"\x7f"
 _LINK_LOCAL = b"\xfe\x80"
-# A caller that names no PCI path asks again on "Link not found", as Kata's runtime does.
+# A caller that gives no PCI path, such as Kata's runtime, repeats the request after "Link not found".
 _UNPLACED_TIMEOUT_S = 3.0
 _CARRIER_TIMEOUT_S = 1.0
 # It was removed together with its link.
@@ -105,8 +105,8 @@ class GuestNetwork:
                 _make(channel, rtnetlink.RTM_NEWLINK, body, what=f"interface: {link.name}, MTU {wanted.mtu}")
             present = [one for one in _addresses(channel) if one.index == link.index]
             for one in asked:
-                one.flags &= ~rtnetlink.IFA_F_NODAD  # no other link can have them
-            # The kernel has some there too, and containers may.
+                one.flags &= ~rtnetlink.IFA_F_NODAD  # no other link can have these
+            # The kernel also has addresses there, and containers may add some.
             stale = [one for one in present if (one.index, one.packed, one.prefix) in self._addresses]
             self._set_addresses(channel, link.index, link.name, asked, present=present, stale=stale)
 
@@ -120,7 +120,7 @@ class GuestNetwork:
         present: list[LinkAddress],
         stale: list[LinkAddress],
     ) -> None:
-        """Give a link addresses, and take from it those of the stale ones that are not among them."""
+        """Give a link addresses, and remove stale ones that are not among them."""
         if any(len(one.packed) == 16 for one in asked) and not _has_ipv6():
             log(f"interface: {name}: IPv6 is off in the guest; its IPv6 addresses are left out")
             asked = [one for one in asked if len(one.packed) == 4]
@@ -132,7 +132,7 @@ class GuestNetwork:
         for one in present:
             key = index, one.packed, one.prefix
             if key in changed or (key not in wanted and one in stale):
-                # Removed first: an address takes those with it that were secondary to it.
+                # Removed first: the secondary addresses of an address disappear with it.
                 body = rtnetlink.encode_address(one)
                 _remove(channel, rtnetlink.RTM_DELADDR, body, what=f"old address of {name}")
         for (_index, packed, prefix), body in wanted.items():
@@ -143,12 +143,12 @@ class GuestNetwork:
     def update_routes(
         self, wanted: Sequence[Message], *, rules: Message | None = None, settings: Message | None = None
     ) -> list[str]:
-        """Replace the host's former routes, rules and parameters by the given ones.
+        """Replace the host's previous routes, rules and parameters by the given ones.
 
         :param wanted: types.Route messages.
         :param rules: hako.Rules; None to leave them as they are.
         :param settings: hako.Settings; None to leave them as they are.
-        :returns: which of the rules and parameters the kernel refuses, and why.
+        :returns: the rules and parameters that the kernel refuses, with reasons.
         :raises InvalidArgument: if a route is malformed.
         :raises AgentError: if a device does not exist, or the kernel refuses a route.
         """
@@ -175,7 +175,7 @@ class GuestNetwork:
                 del self._routes[body]
         for one, body, route in encoded:
             if route.source[:1] == _LOOPBACK and len(route.source) == 4:
-                # Without this the kernel takes for forged what localhost says and hears over a link.
+                # Without this, the kernel considers localhost's packets on a link forged.
                 files.write(f"{_IPV4_SETTINGS}/{one.device}/route_localnet", "1")
             what = f"route: {one.dest or 'default'} via {one.gateway or one.device}"
             _make(channel, rtnetlink.RTM_NEWROUTE, body, what=what)
@@ -288,7 +288,7 @@ class GuestNetwork:
 
 
 def _settle(channel: NetlinkChannel, settings: dict[str, str]) -> None:
-    """Let links come up that are given an MTU for IPv6: the kernel would set its own once more."""
+    """Wait until links are up before they get an MTU for IPv6: otherwise the kernel would overwrite it."""
     names = [
         name.split("/")[-2]
         for name in settings
@@ -297,7 +297,7 @@ def _settle(channel: NetlinkChannel, settings: dict[str, str]) -> None:
     for name in names:
         await_carrier(name, timeout_s=_CARRIER_TIMEOUT_S)
     if names:
-        _links(channel)  # which takes the lock under which the kernel works on the news of a link
+        _links(channel)  # this takes the lock that the kernel holds while it handles a link's change
 
 
 def _links(channel: NetlinkChannel) -> list[Link]:
@@ -331,7 +331,7 @@ def _set_link(channel: NetlinkChannel, link: Link, wanted: Message, mac: bytes, 
     if new_name or new_mac:
         # Neither can be changed under a link that is up; the routes go with it.
         _lower(channel, link)
-    # Its addresses are the pod's own, proven on the host already, and must serve from the first packet on.
+    # The pod's addresses were already checked on the host, and must work from the first packet on.
     _set_ipv6(link.name, "accept_dad", "0")
     settable = rtnetlink.IFF_NOARP | rtnetlink.IFF_PROMISC | rtnetlink.IFF_ALLMULTI
     flags = rtnetlink.IFF_UP | (wanted.raw_flags & settable)
@@ -424,7 +424,7 @@ def _route(message: Message, indexes: dict[str, int]) -> KernelRoute:
 
 
 def _table(dest: bytes) -> int:
-    # In any other table it would come after the kernel's own route to all of the loopback network.
+    # In another table, the kernel's own route to the whole loopback network would take precedence.
     is_loopback = dest[:1] == _LOOPBACK and len(dest) == 4
     return rtnetlink.RT_TABLE_LOCAL if is_loopback else rtnetlink.RT_TABLE_MAIN
 

@@ -1,8 +1,8 @@
 """The protocol's OCI messages as the runtime specification's JSON, for crun.
 
 A guest with cgroup v2 and no AppArmor profiles cannot honour some fields, and crun would refuse a container
-that has them. So these are left out: kernel and TCP memory, swappiness, the OOM killer switch, realtime CPU
-time, network classes, AppArmor and SELinux labels. Hooks are the host's programs and do not exist here.
+that has them. So the agent leaves out kernel and TCP memory, swappiness, the OOM killer switch, realtime CPU
+time, network classes, AppArmor and SELinux labels. Hooks are programs of the host and do not exist here.
 Sysctls are set by the agent (see sysctl): crun knows neither shared namespaces nor those that are the whole
 machine's.
 """
@@ -99,7 +99,7 @@ def _apply_annotations(linux: dict[str, Any], annotations: dict[str, str]) -> No
     }
     if unified:
         linux.setdefault("resources", {})["unified"] = unified
-    # crun takes no number with an action that has no use for it.
+    # crun refuses a number with an action that does not use it.
     default_errno = annotations.get(DEFAULT_ERRNO_ANNOTATION)
     if default_errno is not None and linux.get("seccomp", {}).get("defaultAction") in _WITH_ERRNO:
         linux["seccomp"]["defaultErrnoRet"] = int(default_errno)
@@ -154,7 +154,7 @@ def _device(message: Message) -> dict[str, Any]:
 
 
 def resources(message: Message) -> dict[str, Any]:
-    """Translate limits; zero means unset, as the protocol cannot say the difference, and -1 none.
+    """Translate limits; 0 means unset, as the protocol does not tell them apart, and -1 means no limit.
 
     :param message: grpc.LinuxResources.
     :returns: the ``resources`` object.
@@ -179,7 +179,7 @@ def resources(message: Message) -> dict[str, Any]:
         document["hugepageLimits"] = [
             {"pageSize": limit.Pagesize, "limit": limit.Limit}
             for limit in message.HugepageLimits
-            # A container may be forbidden pages that no machine has.
+            # A limit of 0 may name a page size that the machine lacks.
             if limit.Limit or huge_pages.is_known(limit.Pagesize)
         ]
     return document

@@ -1,4 +1,4 @@
-"""Kills for memory: the kernel counts them per cgroup, the host asks for them one by one.
+"""Kills for memory: the kernel counts them for each cgroup, and the host asks for them one by one.
 
 The kernel counts a kill before it sends the signal (mm/oom_kill.c), and marks the file as changed.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from guest.agent.ttrpc import Call
 
 SETTLE_TIMEOUT_S = 2.0
-"""How long the end of a process waits for the host to hear of a kill first."""
+"""How long the end of a process waits until the host has been told of a kill."""
 
 
 class _Counter:
@@ -77,7 +77,7 @@ def forget(container_id: str) -> None:
 
 
 def next_kill(call: Call) -> str:
-    """Wait for a kill that the host was not told of; kills between two calls are not lost.
+    """Wait for a kill that the host has not been told of; kills between two calls are not lost.
 
     :param call: the request being served.
     :returns: the container.
@@ -102,9 +102,9 @@ def next_kill(call: Call) -> str:
 
 
 def settle(container_id: str) -> None:
-    """Hold the news of a process' end back until the host has heard of the kills before it.
+    """Delay the report of a process's end until the host has been told of earlier kills.
 
-    A host that never asks for kills is not waited for.
+    If the host never asks for kills, there is no delay.
 
     :param container_id: the container the process was in.
     """

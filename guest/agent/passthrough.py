@@ -29,7 +29,7 @@ _STORAGE, _NETWORK, _BRIDGE = 0x01, 0x02, 0x06
 
 
 def nodes(path: str) -> list[dict[str, Any]]:
-    """Load a device's driver, and wait for the nodes that it makes.
+    """Load a device's driver, and wait for the device nodes that it makes.
 
     :param path: its PCI path.
     :returns: the nodes, as ``linux.devices`` of a specification has them; none of a device without a driver.
@@ -69,7 +69,7 @@ def _comes(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 
 def _settled(directory: str) -> list[dict[str, Any]]:
-    """Wait until no more nodes appear: a disk's appear one by one, its partitions last."""
+    """Wait until no more nodes appear; those of a disk appear one by one, its partitions last."""
     found = list(_below(directory))
     while True:
         time.sleep(_SETTLED_S)

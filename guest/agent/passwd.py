@@ -60,7 +60,7 @@ def _list(root: str, mounts: Iterable[dict[str, Any]]) -> bytes:
 
 
 def _home_of(uid: int, users: bytes) -> str:
-    """Find a user as runc does: a field that is missing or not a number is 0, and so may match root."""
+    """Find a user as runc does: a field that is missing or not a number counts as 0, so it may match root."""
     number = b"%d" % uid
     for raw in users.split(b"\n"):
         line = raw.strip()

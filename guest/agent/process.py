@@ -25,7 +25,7 @@ class Process:
         self._waited = False
 
     def signal(self, number: int) -> None:
-        """Send a signal; after the process' end, it does nothing.
+        """Send a signal; after the process's end, this does nothing.
 
         :param number: the signal.
         :raises OSError: if there is no such signal.
@@ -47,7 +47,7 @@ class Process:
     def read(self, output: ProcessOutput | None, size: int, call: Call) -> bytes:
         """Read from an output.
 
-        :param output: one of the process' streams.
+        :param output: one of the process's streams.
         :param size: the most to return.
         :param call: the request being served.
         :returns: output; empty at the end of the stream.
@@ -58,12 +58,12 @@ class Process:
         return b"" if output is None else output.read(size, self.end, call)
 
     def end_input(self) -> None:
-        """Give the process the end of its input."""
+        """Close the process's input."""
         # On a terminal, the only end of input is a hang-up, which the caller does not mean.
         if not self.streams.is_terminal:
             self.streams.stdin.close()
 
     @property
     def is_done(self) -> bool:
-        """Whether the process has ended, its status was asked for and its output read."""
+        """Whether the process has ended, and its status and output have been read."""
         return self._waited and self.streams.ended

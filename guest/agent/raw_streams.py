@@ -1,4 +1,4 @@
-"""Raw streams: a vsock connection for each standard stream of a process, instead of requests that carry it.
+"""Raw streams: a vsock connection for each standard stream of a process, instead of requests.
 
 The host connects to one port before it creates the process, and names its connections by the ports they
 come from (Kata's passthrough-fd streams; reference, section 2.7). Off unless the kernel's command line has
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from guest.agent.wire import Message
 
 _CLAIM_TIMEOUT_S = 0.3
-"""How much later than the request the connection may be seen; Kata's agent allows as long."""
+"""How much later than the request the connection may arrive; Kata's agent has the same limit."""
 _READ_BYTES = 1 << 16
 
 _lock = _thread.allocate_lock()
@@ -116,7 +116,7 @@ class Claims:
         self._fds.clear()
 
     def attach(self, process: Process, *, ended: Callable[[], None]) -> None:
-        """Carry a process' streams over the connections, each in its own thread.
+        """Carry a process's streams over the connections, each in its own thread.
 
         :param process: whose.
         :param ended: called whenever an output is at its end.
@@ -130,7 +130,7 @@ class Claims:
 
 
 def _carry_output(fd: int, output: ProcessOutput, process: Process, ended: Callable[[], None]) -> None:
-    call = Call(fd, 0)  # the host sends nothing here: readable means gone
+    call = Call(fd, 0)  # the host sends no bytes here, so readable means closed
     try:
         while data := process.read(output, _READ_BYTES, call):
             view = memoryview(data)

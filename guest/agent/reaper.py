@@ -1,4 +1,4 @@
-"""Exit statuses of every process of the machine, collected in one place: process 1 inherits all orphans."""
+"""Collects the exit statuses of all processes of the machine: process 1 inherits all orphans."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class Exit:
-    """The end of one process, to come or past.
+    """The end of one process, past or future.
 
-    :param fd: an event descriptor that becomes readable, for ever, when the process has ended.
+    :param fd: an event descriptor that becomes readable forever when the process has ended.
     """
 
     __slots__ = ("at", "fd", "status")
@@ -54,7 +54,7 @@ class Exit:
 _OOM_SCORE_ADJ = "/proc/self/oom_score_adj"
 
 _lock = _thread.allocate_lock()
-# Until then, a child has the score of the agent, which it must not keep.
+# Until then, a child has the agent's score, which it must not keep.
 _spawning = _thread.allocate_lock()
 _watched: dict[int, Exit] = {}
 _unclaimed: dict[int, int] = {}
@@ -81,7 +81,7 @@ def collect() -> None:
 
 
 class Launch:
-    """While one is open, statuses of processes not watched yet are kept.
+    """While one is open, statuses of processes that are not watched yet are kept.
 
     A child may end before its id is known.
     """
@@ -100,7 +100,7 @@ class Launch:
                 _unclaimed.clear()
 
     def watch(self, pid: int) -> Exit:
-        """Watch a process begun in this launch.
+        """Watch a process that was started in this launch.
 
         :param pid: its id.
         :returns: its end, perhaps past already.
@@ -138,7 +138,7 @@ class Launch:
 
 
 def signal(pid: int, end: Exit, number: int) -> bool:
-    """Send a signal to a watched process, never to another that got its id since.
+    """Send a signal to a watched process, but never to another one that has got its id since.
 
     :param pid: its id.
     :param end: its end.

@@ -85,7 +85,7 @@ def encode_link(
     :param mac: the new hardware address; empty to leave it.
     :param mtu: the new MTU in bytes; None to leave it.
     :param flags: IFF_* bits to set.
-    :param mask: those of the bits to change.
+    :param mask: the bits to change.
     :returns: the body of an RTM_NEWLINK message.
     """
     body = _LINK.pack(_socket.AF_UNSPEC, 0, index, flags, mask)
@@ -221,15 +221,15 @@ class KernelRoute:
     :param hops: where it leads, if anywhere; several share the traffic.
     :param source: the address that this machine prefers on it; empty for any.
     :param scope: RT_SCOPE_*.
-    :param metric: the lowest wins; 0 for the kernel's default.
+    :param metric: the lowest takes precedence; 0 for the kernel's default.
     :param mtu: in bytes; 0 for the link's.
     :param table: routing table.
     :param protocol: RTPROT_*: who made it.
     :param kind: RTN_*: unicast, blackhole, local and so on.
     :param tos: the type of service that it is for; 0 for all.
-    :param senders: the network of those that it is for; empty for all.
+    :param senders: the network of senders that it matches; empty for all.
     :param senders_prefix: length of that network's prefix in bits.
-    :param attributes: further ones, encoded; they outrank the MTU.
+    :param attributes: more attributes, encoded; they take precedence over the MTU.
     """
 
     __slots__ = (
@@ -371,7 +371,7 @@ def _encode_gateway(family: int, hop: KernelHop) -> bytes:
 
 
 def encode_route_key(route: KernelRoute) -> bytes:
-    """Encode what tells a route from the others, wherever it leads.
+    """Encode the attributes that identify a route, without its next hops.
 
     :param route: the route.
     :returns: the body of an RTM_DELROUTE message.

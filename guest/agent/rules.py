@@ -1,4 +1,4 @@
-"""The rules that choose a routing table: as the host wants them, beside those of containers.
+"""The rules that choose a routing table: those of the host, beside those of containers.
 
 Layout: include/uapi/linux/fib_rules.h.
 """
@@ -33,11 +33,11 @@ class Rules:
         self._former: list[bytes] | None = None
 
     def update(self, channel: NetlinkChannel, wanted: Iterable[Message]) -> list[str]:
-        """Replace the host's former rules by the given ones.
+        """Replace the host's previous rules by the given ones.
 
         :param channel: to the kernel.
         :param wanted: hako.Rule messages.
-        :returns: which the kernel refuses, and why.
+        :returns: the rules that the kernel refuses, with reasons.
         :raises OSError: if it refuses to list its rules, or to remove one.
         """
         if self._former is None:

@@ -27,7 +27,7 @@ _SIGKILL = 9
 
 _AHEAD = "/run/hako/ahead"
 _AHEAD_ID = "+ahead"
-"""No container has this id: the agent takes none with a plus sign."""
+"""No container has this id, because the agent refuses ids with a plus sign."""
 
 _lock = _thread.allocate_lock()
 _serial = 0
@@ -36,7 +36,7 @@ _ahead: _Ahead | None = None
 
 
 class Started:
-    """A process that crun has left to the agent.
+    """A process that crun has handed over to the agent.
 
     :param pid: its process id.
     :param end: its end.
@@ -52,7 +52,7 @@ class Started:
 
 
 def prepare() -> None:
-    """Do the one-time work of the first command now."""
+    """Do now the one-time work of the first command."""
     global _ahead  # noqa: PLW0603  there is one, for the first container
     _sealed_crun()
     _ahead = _Ahead()
@@ -61,8 +61,8 @@ def prepare() -> None:
 def _sealed_crun() -> str:
     """Give the path of a sealed copy of crun.
 
-    crun refuses to run from a file that a container could overwrite through /proc: it makes itself a safe
-    copy and starts over. From a sealed file it starts once, which halves its start-up.
+    crun refuses to run from a file that a container could overwrite through /proc: it makes a safe copy of
+    itself and starts again. From a sealed file it starts only once, which halves its start-up.
     """
     global _sealed_fd  # noqa: PLW0603  one copy for the life of the machine
     with _lock:
@@ -73,7 +73,7 @@ def _sealed_crun() -> str:
             seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
             _sealed_fd = fd
-            # The copy is all that is run from now on, and two would lie in memory.
+            # Only the copy is used from now on, and both would take memory.
             os.unlink(_CRUN)
     return f"/proc/self/fd/{_sealed_fd}"
 
@@ -118,7 +118,7 @@ def _run(
     process: dict[str, Any] | None = None,
 ) -> None:
     began_s = time.monotonic()
-    # crun sets the score of a container's init alone; every other process has that of the crun it comes from.
+    # crun sets the score only of a container's init; other processes inherit it from their crun.
     score, program = (process.get("oomScoreAdj", 0), process["args"][0]) if process else (0, "")
     pid, end = _spawn(launch, arguments, stdio=stdio, log=log, oom_score_adj=score)
     _await(arguments[0], pid, end, log=log, began_s=began_s, program=program)
@@ -134,7 +134,7 @@ def _cause(command: str, log: str, program: str) -> str:
 
 
 def in_words_of_go(message: str, *, program: str) -> str:
-    """Spell a message of crun as Go programs do, by which clients tell what is wrong: Docker's exit status.
+    """Word crun's message as Go programs do, because clients such as Docker recognize errors by the words.
 
     :param message: as crun has it, with the C library's words for an errno at its end.
     :param program: the program to run, as crun does not always name it.
@@ -186,12 +186,12 @@ class _Ahead:
         with reaper.Launch() as launch:
             self._pid, self._end = _spawn(launch, arguments, stdio=self._pipes.child, log=f"{_AHEAD}/log")
         self._pipes.close_child()
-        # Returns when it has opened its end.
+        # Returns when crun has opened its end.
         self._config_fd = os.open(f"{_AHEAD}/config.json", os.O_WRONLY | os.O_CLOEXEC)
 
     @property
     def lives(self) -> bool:
-        """Whether it waits: it may have been killed for want of memory."""
+        """Whether it still waits; it may have been killed for memory."""
         return self._end.status is None
 
     def create(self, container_id: str, config: str, *, program: str) -> Started:
@@ -219,7 +219,7 @@ class _Ahead:
             raise
 
     def _configure(self, config: str) -> None:
-        # crun reads the FIFO once, and copies what bears its name later.
+        # crun reads the FIFO once, and later copies the file of that name.
         files.create(f"{_AHEAD}/new", config, mode=0o600)
         os.rename(f"{_AHEAD}/new", f"{_AHEAD}/config.json")
         left = memoryview(config.encode())
@@ -227,7 +227,7 @@ class _Ahead:
             while left:
                 left = left[os.write(self._config_fd, left) :]
         except BrokenPipeError:
-            report("crun: it did not read all of its configuration")  # and will say why
+            report("crun: it did not read all of its configuration")  # it will report why
         finally:
             os.close(self._config_fd)
 
@@ -270,13 +270,13 @@ def start(container_id: str) -> None:
         # Does not wait for a reader: if there is none, init is dead.
         fd = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            # The file by which crun distinguishes a started container from a created one.
+            # By this file, crun tells a started container from a created one.
             os.unlink(fifo)
             os.write(fd, b"\0")
         finally:
             os.close(fd)
     except OSError:
-        # Its own error message is the best one.
+        # crun's own error message is the best one.
         run("start", container_id)
 
 
@@ -291,7 +291,7 @@ def delete(container_id: str, *, path: str) -> None:
         cgroup.remove(path)
         files.remove_tree(f"{_STATE}/{container_id}")
     except OSError:
-        # A process may not be wholly gone yet, and crun waits for it.
+        # A process may not have disappeared yet, and crun waits for it.
         run("delete", "--force", container_id)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _RESOLV_CONF = f"{ROOT}/sandbox/resolv.conf"
 _MODULES = f"{ROOT}/shared/containers/.modules"
 _TUN = (10, 200)
-# The kernel asks for every other module of a packet filter, but an iptables of the old kind expects these.
+# The kernel loads all other modules of packet filters on demand, but legacy iptables expects these.
 _FILTERS = ("ip_tables", "ip6_tables")
 _END_TIMEOUT_S = 2.0
 _ALIASES = {"mnt": "mount", "net": "network"}
@@ -40,7 +40,7 @@ class Sandbox:
         self._pid_lock = _thread.allocate_lock()
 
     def create(self, request: Message) -> None:
-        """Set the sandbox up, once.
+        """Set up the sandbox, once.
 
         Two fields have no effect: a PID namespace is made when a container wants to share it, and the image
         holds no programs that could be hooks.
@@ -55,7 +55,7 @@ class Sandbox:
                 raise AgentError("sandbox: it exists already; use another machine")
             self._created = True
         files.make_directories(ROOT)
-        # Made now, not at boot: machines that were cloned have booted as one. See machine-id(5).
+        # Made now, not at boot, because all clones come from one boot. See machine-id(5).
         files.create("/etc/machine-id", f"{os.urandom(16).hex()}\n")
         if request.hostname:
             _socket.sethostname(request.hostname)
@@ -120,7 +120,7 @@ class Sandbox:
         return container
 
     def _namespaces(self, linux: Message, *, shares_pid: bool) -> list[dict[str, str]]:
-        """Choose the namespaces: ipc and uts are the sandbox's, and the request alone decides about pid."""
+        """Choose the namespaces: ipc and uts are the sandbox's, and only the request decides about pid."""
         chosen = []
         for namespace in linux.Namespaces:
             kind = _ALIASES.get(namespace.Type, namespace.Type)
@@ -134,7 +134,7 @@ class Sandbox:
         return chosen
 
     def _shared_pid(self) -> str:
-        """Make the shared PID namespace when the first container wants it: few pods do."""
+        """Make the shared PID namespace when the first container wants it, because few pods do."""
         with self._pid_lock:
             if "pid" not in self._shared:
                 self._shared["pid"] = namespaces.share_pid()

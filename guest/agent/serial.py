@@ -50,13 +50,13 @@ class _Stream:
             try:
                 view = view[os.write(self._fd, view) :]
             except BlockingIOError:
-                # The port would keep the answer for the next host, which did not ask for it.
+                # The port would keep the answer for the next host, which has not asked for it.
                 if self._writable.poll()[0][1] & select.POLLHUP:
                     raise BrokenPipeError("the host has disconnected") from None
 
 
 def listen(server: Server) -> None:
-    """Serve the port on a thread, as soon as the machine has it.
+    """Serve the port on a thread as soon as the machine has it.
 
     :param server: the services on offer.
     """

@@ -1,6 +1,6 @@
 """The method table: each handler turns one request into a call and its result into a response.
 
-Requests about containers and processes have modules of their own.
+Requests about containers and processes are in their own modules.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Service:
 
     def _create_sandbox(self, request: Message, call: Call) -> Message:
         self._sandbox.create(request)
-        # Only the host profits, so the answer does not wait for it.
+        # Only the host benefits, so the answer does not wait for it.
         call.afterwards = sizing.report_free_memory
         return self._empty
 

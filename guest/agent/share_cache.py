@@ -1,9 +1,9 @@
-"""Keeps the guest from remembering more files of the share than the host's file server may have open.
+"""Limits the files of the share that the guest remembers to those that the host's file server may open.
 
 The server has a descriptor open for each file that the guest's kernel remembers. Past its limit, it fails
-every request. The kernel then cannot look up names any more, and unmounts what is mounted below them. So this
-module has the kernel forget files in time. No event tells how many files it remembers: the module counts them
-at intervals, which are longer if the server may have more files open.
+every request. The kernel then can no longer look up names, and removes mounts below them. So this module lets
+the kernel forget files in time. No event says how many files it remembers, so the module counts them at
+intervals, which are longer if the server may have more files open.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _limit = 0
 
 
 def keep_below(limit: int) -> None:
-    """Have the kernel remember fewer files of the share than this, from now on.
+    """From now on, let the kernel remember fewer files of the share than this.
 
     :param limit: how many the server may have open.
     """

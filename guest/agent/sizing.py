@@ -1,4 +1,4 @@
-"""Taking processors and memory that were added to the machine into use, and processors out of use."""
+"""Takes added processors and memory into use, and processors out of use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MEMORY = "/sys/devices/system/memory"
 
 
 def use_cpus(count: int) -> None:
-    """Use exactly this many processors, the oldest ones; wait for those that are not announced yet.
+    """Use exactly this many processors, the oldest ones; wait for processors that are not announced yet.
 
     :param count: how many.
     :raises AgentError: if there are fewer at the deadline.
@@ -21,7 +21,7 @@ def use_cpus(count: int) -> None:
     """
 
     def look() -> bool | None:
-        # The first processor has no such file: it cannot be switched off.
+        # The first processor cannot be switched off, so it has no such file.
         nodes = [f"{_CPUS}/{name}/online" for name in _numbered(_CPUS, "cpu")]
         switches = [path for path in nodes if files.exists(path)]
         always = len(nodes) - len(switches)
@@ -30,13 +30,13 @@ def use_cpus(count: int) -> None:
         return len(nodes) >= count or None
 
     uevent.wait_for(look, what=f"online: {count} processors")
-    from guest.agent import channels  # noqa: PLC0415 - nothing that a boot should wait for
+    from guest.agent import channels  # noqa: PLC0415 - a boot should not wait for it
 
     channels.use(count)
 
 
 def online_memory() -> None:
-    """Use all memory, fit the limits to it, and prepare for memory that the host adds later.
+    """Use all memory, adjust the limits to it, and prepare for memory that the host adds later.
 
     :raises OSError: if the kernel refuses.
     """
@@ -53,7 +53,7 @@ def online_memory() -> None:
 
 
 def report_free_memory() -> None:
-    """Report unused memory to the host from now on; only the host profits."""
+    """Report unused memory to the host from now on; only the host benefits."""
     try:
         modules.load("virtio_balloon")
     except OSError as error:
@@ -65,7 +65,7 @@ def _switch(path: str, wanted: str) -> None:
         if files.read(path).strip() != wanted:
             files.write(path, wanted)
     except OSError as error:
-        if error.errno not in {errno.ENOENT, errno.ENODEV}:  # taken away since
+        if error.errno not in {errno.ENOENT, errno.ENODEV}:  # removed since
             raise
 
 

@@ -1,4 +1,4 @@
-"""Storages: mounts and files that a request needs in the guest before it goes on."""
+"""Storages: mounts and files that a request needs in the guest before it can continue."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _FLAGS = {
     "suid": (0, kernel.MS_NOSUID),
     "sync": (kernel.MS_SYNCHRONOUS, 0),
 }
-# For the programs that read fstab, not for the kernel; see fstab(5) and mount(8).
+# For programs that read fstab, not for the kernel; see fstab(5) and mount(8).
 _NOT_FOR_THE_KERNEL = frozenset(
     {"_netdev", "auto", "group", "noauto", "nofail", "nouser", "owner", "user", "users"}
 )
@@ -55,7 +55,7 @@ DRIVERS = ("virtio-fs", "blk", "mmioblk", "ephemeral", "local", "overlayfs", "bi
 
 
 def split_options(options: Iterable[str]) -> tuple[int, str]:
-    """Part mount options into flags and the filesystem's own.
+    """Split mount options into flags and the filesystem's own options.
 
     :param options: single options.
     :returns: MS_* bits, and the rest joined by commas.
@@ -74,7 +74,7 @@ def add(storage: Message) -> Callable[[], None] | None:
     """Mount or make one storage.
 
     :param storage: grpc.Storage.
-    :returns: what unmounts it; None if it belongs to the sandbox and goes with it.
+    :returns: the function that unmounts it; None if it belongs to the sandbox and ends with it.
     :raises AgentError: if the driver is unknown, or a disk does not appear.
     :raises OSError: if the kernel refuses.
     """
@@ -123,7 +123,7 @@ def _make(storage: Message) -> Callable[[], None] | None:
 
 
 def resize(storage: Message) -> None:
-    """Mount an ephemeral storage, or again with other options, such as another size; without any, do nothing.
+    """Mount an ephemeral storage, or remount it with other options, such as a size; without any, do nothing.
 
     :param storage: grpc.Storage.
     :raises AgentError: if it has another driver.
@@ -159,7 +159,7 @@ def _mount(storage: Message, source: str) -> None:
         else:
             raise
     if flags & kernel.MS_BIND and flags & ~(kernel.MS_BIND | kernel.MS_REC):
-        # A bind takes its other flags only by a remount, see mount(2).
+        # A bind mount gets its other flags only by a remount; see mount(2).
         kernel.mount("", target, flags=flags & ~kernel.MS_REC | kernel.MS_REMOUNT)
 
 
@@ -179,11 +179,11 @@ def _await_share(source: str, target: str, *, flags: int, data: str) -> None:
 
 
 def _unmount_disk(mount_point: str, node: str) -> None:
-    """Unmount a disk and wait until the kernel has closed it: it may be unplugged at once."""
+    """Unmount a disk, and wait until the kernel has closed it, because it may be unplugged right after."""
     try:
         kernel.sync_filesystem(mount_point)
     except OSError as error:
-        # Unwritten data of a disk that was pulled out is lost.
+        # Unwritten data of a removed disk is lost.
         log(f"storage: {mount_point}: {error}")
     try:
         kernel.unmount(mount_point)
@@ -192,7 +192,7 @@ def _unmount_disk(mount_point: str, node: str) -> None:
             raise
         kernel.unmount(mount_point, flags=kernel.MNT_DETACH)
     deadline = time.monotonic() + _CLOSING_TIMEOUT_S
-    # The mounts of containers that have just ended go a moment later, and nothing announces that.
+    # The mounts of containers that have just ended disappear a moment later, without an event.
     while _is_in_use(node):
         if time.monotonic() > deadline:
             log(f"storage: {mount_point}: {node} is still in use; unplugging it may lose data")
@@ -225,7 +225,7 @@ def _own(path: str, options: list[str]) -> None:
 
 
 def _give_to_group(storage: Message) -> None:
-    """Hand a volume to a group as Kubernetes' fsGroup does; links are left alone."""
+    """Give a volume to a group as Kubernetes' fsGroup does; links are left alone."""
     group, root = storage.fs_group.group_id, storage.mount_point
     if storage.fs_group.group_change_policy == _GROUP_ON_MISMATCH:
         status = os.stat(root)

@@ -1,4 +1,4 @@
-"""A process' standard streams on the agent's side: three pipes, or one terminal."""
+"""A process's standard streams on the agent's side: three pipes, or one terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     _T = TypeVar("_T", int, bytes)
 
 DRAIN_WINDOW_S = 0.5
-"""How long output may still come after a process has ended while another one holds its pipe."""
+"""How long output is read after a process's end while another process still holds its pipe."""
 MAX_READ = 1 << 20
 _PIPE_SIZE = 1 << 20
 _F_SETPIPE_SZ = 1031
@@ -30,7 +30,7 @@ _TIOCSWINSZ = 0x5414
 
 
 class ProcessOutput:
-    """The end from which a process' output is read.
+    """The end from which a process's output is read.
 
     :param fd: a pipe's or terminal's descriptor, owned from now on.
     """
@@ -61,7 +61,7 @@ class ProcessOutput:
         """As :meth:`read`, into a buffer.
 
         :param buffer: where to put the output.
-        :returns: how much of it there was; 0 at the end of the stream.
+        :returns: the number of bytes; 0 at the end of the stream.
         """
         return self._take(lambda: os.readv(self._fd, [buffer]), end, call) or 0
 
@@ -101,7 +101,7 @@ class ProcessOutput:
                     return None
 
     def close(self) -> None:
-        """Give the descriptor up, once the last reader has left."""
+        """Close the descriptor once the last reader has left."""
         with self._lock:
             if self._closing:
                 return
@@ -112,7 +112,7 @@ class ProcessOutput:
 
 
 class ProcessInput:
-    """The end to which a process' input is written.
+    """The end to which a process's input is written.
 
     :param fd: a pipe's or terminal's descriptor, owned from now on.
     """
@@ -190,7 +190,7 @@ class ProcessStreams:
         fcntl.ioctl(self._terminal, _TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def close(self) -> None:
-        """Give all descriptors up."""
+        """Close all descriptors."""
         self.stdin.close()
         self.stdout.close()
         if self.stderr is not None:
@@ -201,7 +201,7 @@ class ProcessStreams:
 
 
 class Pipes:
-    """Three new pipes for a process about to start; both of their ends until it has started."""
+    """Three new pipes for a process that is about to start; until then, this holds both of their ends."""
 
     def __init__(self) -> None:
         self._stdin, self._stdout, self._stderr = os.pipe(), os.pipe(), os.pipe()
@@ -210,11 +210,11 @@ class Pipes:
 
     @property
     def child(self) -> tuple[int, int, int]:
-        """The process' ends: 0, 1 and 2."""
+        """The process's ends: 0, 1 and 2."""
         return self._stdin[0], self._stdout[1], self._stderr[1]
 
     def close_child(self) -> None:
-        """Close this process' copies of the ends that the child has inherited."""
+        """Close this process's copies of the ends that the child has inherited."""
         for fd in self.child:
             os.close(fd)
 

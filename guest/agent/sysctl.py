@@ -1,4 +1,4 @@
-"""Kernel parameters of a container: the sandbox's where the kernel keeps them apart, else the machine's.
+"""Kernel parameters of a container: they apply to the sandbox's namespaces, or else to the whole machine.
 
 The machine belongs to the sandbox alone, so a parameter that every container on an ordinary host would
 share can be set here as well.
@@ -25,7 +25,7 @@ def path_of(name: str) -> str:
 
     :param name: with dots, or with slashes if a part of it has dots, see ``man 5 sysctl.d``.
     :returns: its path.
-    :raises AgentError: if the name has empty parts or leaves the directory.
+    :raises AgentError: if the name has empty parts or leads out of the directory.
     """
     separators = [character for character in name if character in "./"]
     dotted = bool(separators) and separators[0] == "."
@@ -75,14 +75,14 @@ def apply(parameters: dict[str, str], *, namespaces: Iterable[str]) -> None:
 
 
 class Settings:
-    """Parameters that the host has asked for so far, and what each was before."""
+    """Parameters that the host has set so far, and their earlier values."""
 
     def __init__(self) -> None:
         self._asked: dict[str, str] = {}
         self._before: dict[str, str] = {}
 
     def forget(self, link: str) -> None:
-        """Take note that a link of that name is new: nothing has been set there yet.
+        """Note that a link of that name is new, so nothing has been set for it yet.
 
         :param link: its name.
         """
@@ -90,12 +90,12 @@ class Settings:
             del self._asked[name], self._before[name]
 
     def update(self, wanted: dict[str, str]) -> list[str]:
-        """Replace the host's former values by the given ones.
+        """Replace the host's previous values by the given ones.
 
         A value that a container has set stays, unless the host now asks for a new one.
 
         :param wanted: value by name, with slashes.
-        :returns: which the kernel refuses, and why.
+        :returns: the values that the kernel refuses, with reasons.
         """
         refused = []
         for name in [name for name in self._asked if name not in wanted]:

@@ -1,4 +1,4 @@
-"""Work of a future template before it is saved, so that its clones need not repeat it."""
+"""Work that a future template does before it is saved, so that its clones need not do it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from guest.agent import files, kernel, modules, runtime, workers
 from proto.extensions import TEMPLATE_PARAMETER
 
 _WORKERS = 6
-"""One for a connection, a container's end, its kills for memory, and each of its three streams."""
+"""Threads: for a connection, a container's end, its kills for memory, and each of its three streams."""
 
 _MODULES = (
     # Every sandbox has a share.
@@ -33,7 +33,7 @@ def prepare(command_line: str) -> None:
     runtime.prepare()
     workers.prepare(_WORKERS)
     gc.collect()
-    # Present objects stay: later collections need not visit them or write to their pages.
+    # Existing objects stay, so later collections need not visit them or write to their pages.
     gc.freeze()
     kernel.release_heap()
     files.write("/proc/sys/vm/drop_caches", "3")

@@ -10,7 +10,7 @@ import time
 from guest.agent import kernel
 from proto.extensions import READY_MARK
 
-_MOST = 100  # the requests of a whole life would be too many
+_MOST = 100  # all requests of a machine's life would be too many
 _BLOCKING = {"GetDiagnosticData", "GetOOMEvent", "ReadStderr", "ReadStdout", "WaitProcess", "WriteStdin"}
 _UNPACKING, _UNPACKED = b"] Trying to unpack rootfs image", b"] Freeing initrd memory"
 _BOOTED = b"] Run /init as init process"
@@ -21,14 +21,14 @@ _lap_s = 0.0
 
 
 def lap(name: str) -> None:
-    """Note the phase since the last lap; the first lap began when the kernel handed over."""
+    """Record the phase since the last lap; the first lap began when the kernel started the agent."""
     global _lap_s
     began_s, _lap_s = _lap_s, time.monotonic()
     _noted.append((name, began_s, _lap_s))
 
 
 def note(name: str, began_s: float) -> None:
-    """Note something that ends now, unless it is a request that waits for the world.
+    """Record a phase that ends now, unless it is a request that waits for an event.
 
     :param name: the phase.
     :param began_s: when it began, in seconds of ``time.monotonic()``.
@@ -38,7 +38,7 @@ def note(name: str, began_s: float) -> None:
 
 
 def report() -> str:
-    """Phrase everything for the host.
+    """Format everything for the host.
 
     :returns: the time now, then a line ``BEGAN ENDED WHO NAME`` for each phase since the last report; all in
         seconds.
@@ -66,7 +66,7 @@ def _report_kernel(lines: list[str]) -> float:
 
 
 def _stamp(messages: bytes, text: bytes, *, last: bool = False) -> float:
-    """Read when the kernel first, or last, logged a message; 0 if it did not, or does not any more."""
+    """Read when the kernel first, or last, logged a message; 0 if its log does not have the message."""
     end = messages.rfind(text) if last else messages.find(text)
     if end < 0:
         return 0.0

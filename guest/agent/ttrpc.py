@@ -47,7 +47,7 @@ REQUEST, RESPONSE = 1, 2
 FIRST_STREAM = 1
 MAX_PAYLOAD = 4 << 20
 _COPY_BYTES = 1 << 14
-"""From here on two writes cost less than to put the parts of an answer together."""
+"""From this size on, two writes cost less than joining the parts of an answer."""
 LONGEST_POLL_MS = 0x7FFFFFFF  # an int in poll(2): a call that allows more than 24 days may end early
 
 
@@ -56,7 +56,7 @@ class Call:
 
     :param closed_fd: becomes readable when the caller is gone.
     :param timeout_ns: the caller's limit; 0 for none.
-    :param afterwards: set by a handler: what to do once the answer is on its way.
+    :param afterwards: set by a handler: a function to call once the answer is on its way.
     """
 
     __slots__ = ("_closed_fd", "_deadline", "afterwards")
@@ -78,7 +78,7 @@ class Call:
 
         :param readable: descriptors to read from.
         :param writable: descriptors to write to.
-        :param changed: descriptors of the kernel's files that tell of their changes.
+        :param changed: descriptors of kernel files that report their changes.
         :param timeout_s: when to give up and return nothing; None to wait on.
         :returns: those that are ready; empty after the timeout.
         :raises Cancelled: if the caller's connection is gone.
@@ -155,7 +155,7 @@ class _Peer:
             self._calls += 1
 
     def release(self) -> None:
-        # The descriptor outlives the peer until no handler can poll it any more.
+        # The descriptor outlives the peer until no handler can poll it.
         with self._lock:
             self._calls -= 1
             last = self._calls == 0
@@ -199,7 +199,7 @@ class Connection:
             log(f"ttrpc: frame type {kind} ignored")
             return
         if stream == FIRST_STREAM and self._peer.spoke:
-            # On a serial port one host can follow another without a gap: only its first stream tells.
+            # On a serial port, one host can follow another without a gap: only the stream id shows that.
             self._dismiss()
             self._peer = _Peer()
         peer = self._peer
@@ -236,7 +236,7 @@ class Connection:
             self._fail(peer, stream, error)
         except OSError as error:
             self._fail(peer, stream, AgentError(f"{request.method}: {cause(error)}"))
-        except Exception as error:  # noqa: BLE001  a defect must answer its caller, or the caller hangs
+        except Exception as error:  # noqa: BLE001  even after a defect, the caller needs an answer
             log(f"{request.method}: defect: {error!r}")
             self._fail(peer, stream, AgentError(f"{request.method}: defect in the agent: {error!r}"))
         peer.release()

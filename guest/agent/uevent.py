@@ -1,4 +1,4 @@
-"""Waiting for devices: the kernel announces each one (uevents), sysfs tells which there are."""
+"""Waits for devices: the kernel announces each device (uevents), and sysfs lists them."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _NOT_READY = frozenset({errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM
 
 
 def wait_for(look: Callable[[], Found | None], *, what: str, timeout_s: float = PLUG_TIMEOUT_S) -> Found:
-    """Look for something at once and again after each of the kernel's announcements, until it is found.
+    """Look for something at once, and again after each of the kernel's announcements, until it is found.
 
-    None is missed: announcements are received from before the first look.
+    No announcement is missed, because they are received from before the first look on.
 
     :param look: returns the device, or None.
     :param what: names it in the error, such as ``disk: 02/00``.
@@ -61,7 +61,7 @@ def wait_for(look: Callable[[], Found | None], *, what: str, timeout_s: float = 
 
 
 def _drain(channel: _socket.socket) -> None:
-    """Take what has been announced; its content does not matter, as sysfs is asked anyway."""
+    """Read all announcements; their content does not matter, because sysfs is read anyway."""
     while True:
         try:
             channel.recv(4096)
@@ -77,7 +77,7 @@ def is_pci_path(path: str) -> bool:
     """Tell whether a string has the form of a PCI path: slots in hexadecimal, with slashes between.
 
     :param path: the string, such as ``02/00`` or ``1e.0``.
-    :returns: whether it does.
+    :returns: whether it has that form.
     """
     return all(_slot(part) is not None for part in path.split("/"))
 
@@ -117,7 +117,7 @@ def virtio_children(path: str, kind: str) -> list[str]:
     :param path: PCI path of the device.
     :param kind: class of the children: ``block`` or ``net``.
     :returns: names such as ``vda`` or ``eth0``; empty while there is no device or driver.
-    :raises InvalidArgument: if the path is none.
+    :raises InvalidArgument: if the path is malformed.
     """
     device = pci_directory(path)
     if device is None:
@@ -176,7 +176,7 @@ def interface(path: str, *, timeout_s: float = PLUG_TIMEOUT_S) -> str:
     :param timeout_s: when to give up.
     :returns: the interface's present name.
     :raises AgentError: if it does not appear in time.
-    :raises InvalidArgument: if the path is none.
+    :raises InvalidArgument: if the path is malformed.
     """
     modules.load("virtio_net")
     return wait_for(

@@ -1,4 +1,4 @@
-"""Mounted volumes: how full they are, and growing them after their disk."""
+"""Mounted volumes: reports how full they are, and grows them after their disk."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def grow(mount_point: str, size_bytes: int) -> None:
     try:
         grow_mounted(fd, size_bytes // os.fstatvfs(fd).f_bsize)
     except OSError as error:
-        # The answer of ext4 if it has that size already.
+        # ext4 answers this if it already has that size.
         if error.errno != errno.EALREADY:
             raise
     finally:
@@ -61,7 +61,7 @@ def _type_at(mount_point: str) -> str:
     for line in files.read("/proc/self/mounts").splitlines():
         _source, target, fstype, _rest = line.split(" ", 3)
         if target == mount_point.rstrip("/"):
-            # The latest one covers the others.
+            # The latest mount hides the others.
             found = fstype
     if found is None:
         raise AgentError(f"volume: {mount_point}: nothing is mounted there; give a storage's mount point")

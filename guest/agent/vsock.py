@@ -1,4 +1,4 @@
-"""The agent's vsock listeners: as many connections as the host likes, and none from anybody else."""
+"""The agent's vsock listeners: they accept any number of connections, but only from the host."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Listener:
         :returns: its descriptor, the caller's to close, and the port that it comes from.
         """
         while True:
-            # That of the base class of socket.socket: the guest has no other.
+            # The base class of socket.socket has only this method, and the guest lacks socket.socket.
             fd, (cid, port) = self._socket._accept()  # type: ignore[attr-defined]  # noqa: SLF001
             if cid == _HOST_CID and port < self._ports_end:
                 return fd, port
             os.close(fd)
-            if not self._refused:  # once: who is refused may try again without an end
+            if not self._refused:  # only once, because a refused caller may try again and again
                 self._refused = True
                 log(f"vsock: port {self._port}: refused a connection from CID {cid}, port {port}")
 

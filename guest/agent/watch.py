@@ -1,4 +1,4 @@
-"""ConfigMaps, Secrets and projected volumes, kept up to date, with events for programs that watch them.
+"""Keeps ConfigMaps, Secrets and projected volumes up to date, with events for programs that watch them.
 
 The kubelet publishes a new version of such a volume by pointing its ``..data`` link to a new directory. A
 shared filesystem carries that change into the machine, but no inotify event for it. So the agent copies the
@@ -27,7 +27,7 @@ _LINK = "..data"
 _NEW_LINK = "..data_tmp"
 _HIDDEN = ".."
 _INTERVAL_S = 2.0
-# How long the guest may believe a name that it has looked up in the share (virtiofsd, cache=auto).
+# How long the guest may trust a name that it has looked up in the share (virtiofsd, cache=auto).
 _CACHE_S = 1.1
 _ATTEMPTS = 5
 _CHUNK_BYTES = 1 << 20
@@ -44,9 +44,9 @@ def add(source: str, target: str) -> Callable[[], None]:
 
     :param source: the volume in the share.
     :param target: where to mount the copy.
-    :returns: what ends it and unmounts.
+    :returns: the function that ends it and unmounts the copy.
     :raises AgentError: if the volume changes faster than it can be copied.
-    :raises OSError: if it cannot be read, or nothing be mounted.
+    :raises OSError: if it cannot be read, or the copy cannot be mounted.
     """
     if not os.path.islink(f"{source}/{_LINK}"):
         _bind(source, target)
@@ -92,7 +92,7 @@ def _start_following() -> None:
 
 
 def _follow() -> None:
-    """Refresh every volume now and then, until there is none."""
+    """Refresh every volume at intervals, until none is left."""
     global _following  # noqa: PLW0603  as above
     while True:
         time.sleep(_INTERVAL_S)
@@ -125,7 +125,7 @@ class Volume:
         self._published = ""
 
     def refresh(self) -> None:
-        """Publish the volume's present version unless that has been done.
+        """Publish the volume's current version, unless it is already published.
 
         :raises AgentError: if it changes faster than it can be copied.
         :raises OSError: if it cannot be copied.
@@ -147,7 +147,7 @@ class Volume:
         files.remove_tree(copy)
         try:
             _copy_tree(f"{self.source}/{version}", copy)
-            # A listing is never out of date: where no other version is, this one was not being removed.
+            # A listing is never out of date: if it shows no other version, this one was not being removed.
             hidden = {name for name in os.listdir(self.source) if name.startswith(_HIDDEN)}
             if hidden != {_LINK, version}:
                 time.sleep(_CACHE_S)
@@ -161,7 +161,7 @@ class Volume:
         return False
 
     def _publish(self, version: str) -> None:
-        """Let the link lead to a version that has been copied, then tidy up, in the kubelet's order."""
+        """Point the link to a version that has been copied, then clean up, in the kubelet's order."""
         os.symlink(version, f"{self.target}/{_NEW_LINK}")
         os.rename(f"{self.target}/{_NEW_LINK}", f"{self.target}/{_LINK}")
         self._published = version
@@ -170,7 +170,7 @@ class Volume:
         present = set(os.listdir(self.target))
         for name in sorted(wanted - present):
             os.symlink(f"{_LINK}/{name}", f"{self.target}/{name}")
-        # The old version goes last, when no name leads to it.
+        # The old version is removed last, when no name leads to it.
         for name in sorted(present - wanted - {_LINK, version}, key=lambda name: name.startswith(_HIDDEN)):
             if name.startswith(_HIDDEN):
                 files.remove_tree(f"{self.target}/{name}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from guest.agent.errors import InvalidArgument
 
-TYPE_CHECKING = False  # typing is too dear to import at start-up
+TYPE_CHECKING = False  # importing typing at start-up costs too much
 if TYPE_CHECKING:
     from typing import Any
 
@@ -28,7 +28,7 @@ _MASK64 = (1 << 64) - 1
 
 
 class Message:
-    """A decoded message: one attribute per field, under the contract's own names.
+    """A A decoded message: one attribute for each field, under the contract's names.
 
     An absent sub-message or optional scalar is None; repeated fields are lists, maps are dicts.
 
@@ -146,7 +146,7 @@ class Codec:
         return raw if kind == "bytes" else _scalar(kind, raw)
 
     def encode(self, name: str, message: Message) -> bytes:
-        """Encode a message; fields at their implicit default are left out, present sub-messages never are.
+        """Encode a message; fields with their implicit default are left out, present sub-messages are not.
 
         :param name: full message name.
         :param message: its content.
@@ -168,7 +168,7 @@ class Codec:
 
         :param name: full message name; its last field is of bytes.
         :param message: its content; the last field is empty.
-        :param size: how much will follow.
+        :param size: how many bytes will follow.
         :returns: the wire form up to there.
         """
         if not size:

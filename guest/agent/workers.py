@@ -1,4 +1,4 @@
-"""Threads that carry out requests, kept and used again: a new thread per request is dear under emulation."""
+"""Threads that carry out requests; they are reused, because new threads cost much under emulation."""
 
 from __future__ import annotations
 

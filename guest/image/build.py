@@ -1,4 +1,4 @@
-"""The image build as a whole: inputs, digest, steps, and files that appear complete or not at all."""
+"""The whole image build: inputs, digest, steps, and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PROGRAMS = ("crun", "python3-minimal", "libpython3-stdlib", "busybox-static")
 # Order matters: the console first, so that later failures are seen; then the channel.
 _BOOT_MODULES = ("virtio_pci", "virtio_console", "vmw_vsock_virtio_transport")
 _LATER_MODULES = (
-    # The share, when it is mounted: it need not be there before the agent answers.
+    # Loaded when the share is mounted, because the agent can answer without it.
     "virtiofs",
     *("overlay", "tun", "virtio_net", "virtio_blk", "virtio_balloon", "virtio_mem", "virtio_rng"),
     # Filesystems of volumes and root disks; each is left out if the kernel has it built in.
@@ -43,7 +43,7 @@ def build(
     modules: Path | None = None,
     progress: Callable[[str], None],
 ) -> None:
-    """Build ``vmlinux``, ``initrd``, ``modules`` and ``image.json``, unless the inputs are as they were.
+    """Build ``vmlinux``, ``initrd``, ``modules`` and ``image.json``, unless the inputs are unchanged.
 
     The same inputs give the same bytes.
 
@@ -107,7 +107,7 @@ def build(
     }
     _write(output / "vmlinux", vmlinux)
     _write(output / "initrd", initrd)
-    # Written last: its presence vouches for the two others.
+    # Written last: if it exists, the other two are complete.
     _write(output / "image.json", json.dumps(description, indent=1).encode() + b"\n")
     progress(f"done: {output}: kernel {chosen.modules.name}, initrd {len(initrd) / 2**20:.1f} MiB")
 

@@ -1,7 +1,7 @@
 """The Python part of the image: which standard library modules the agent imports, and their bytecode.
 
-Everything is asked of the staged interpreter itself, in a chroot of the staging tree, so that the builder's
-own Python version does not matter.
+The staged interpreter itself gives all answers, in a chroot of the staging tree, so that the builder's own
+Python version does not matter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ AGENT_ROOT = "/usr/lib/hako"
 BUNDLE = f"{AGENT_ROOT}/modules"
 """File of the guest with the agent and all that it imports: one code object, to be executed."""
 START = f"{AGENT_ROOT}/start.pyc"
-"""What the interpreter is given to run: it executes the bundle."""
+"""The program for the interpreter: it executes the bundle."""
 
 # Imports every module of the agent, and notes those that the interpreter has to look for, each after those
 # that it imports itself. The interpreter knows its library by the file of os, though it may never read that.
@@ -137,7 +137,7 @@ with open({BUNDLE!r}, "wb") as file:
 
 @dataclass(frozen=True, slots=True)
 class PythonTree:
-    """What the guest's interpreter needs.
+    """The files that the guest's interpreter needs.
 
     :param interpreter: path of the interpreter in the guest.
     :param bytecode: paths of compiled modules in the guest, the bundle among them.
@@ -172,7 +172,7 @@ def compile_agent(staging: Path) -> PythonTree:
 
 def _run(staging: Path, interpreter: str, script: str, given: str) -> str:
     # -S keeps site out, as in the guest; a fixed hash seed keeps the bytecode reproducible.
-    # Columns of lines are for reports that nobody sees.
+    # Column numbers are only for error reports, which are not shown.
     options = ["-S", "-B", "-X", "utf8", "-X", "no_debug_ranges"]
     argv = ["chroot", str(staging), interpreter, *options, "-c", script]
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONHASHSEED": "0"}

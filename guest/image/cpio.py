@@ -1,4 +1,4 @@
-"""A writer of newc cpio archives whose output depends on nothing but its entries.
+"""A writer of newc cpio archives; the output depends only on the entries.
 
 The format is the one the kernel reads (Documentation/driver-api/early-userspace/buffer-format.rst).
 """

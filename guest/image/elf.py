@@ -1,4 +1,4 @@
-"""A reader of the few ELF facts the image builder needs: needed libraries, interpreter, notes, sections."""
+"""Reads and edits the parts of ELF files that matter here: libraries, interpreter, notes, sections."""
 
 from __future__ import annotations
 
@@ -149,8 +149,8 @@ def parse(data: bytes, *, name: str) -> Elf:
 def slim_module(data: bytes, unwanted: Iterable[str]) -> bytes:
     """Remove sections from a relocatable object, with their relocations and all bytes after the object.
 
-    Each section keeps its number, for symbols and relocations refer to sections by it: what is taken out
-    stays behind as an empty section without a name.
+    Symbols and relocations refer to sections by number, so each section keeps its number: a removed one
+    stays as an empty section without a name.
 
     :param data: the whole file.
     :param unwanted: names of sections.
@@ -184,8 +184,8 @@ def slim_module(data: bytes, unwanted: Iterable[str]) -> bytes:
 def without_library(data: bytes, soname: str) -> bytes:
     """Free a program from a shared library that it never calls.
 
-    The library is no longer named as needed, and neither are its symbols' versions; the symbols become weak,
-    which the loader need not find.
+    The library and its symbols' versions are no longer listed as needed. The symbols become weak, so the
+    loader need not find them.
 
     :param data: the whole file.
     :param soname: the library.
@@ -221,9 +221,9 @@ def without_library(data: bytes, soname: str) -> bytes:
 
 
 def _unlink_versions(file: bytearray, needs: int, strings: int, soname: str) -> tuple[set[int], int]:
-    """Take the versions that are needed of a library out of the list of all such versions.
+    """Remove a library's versions from the list of needed versions.
 
-    :returns: their numbers, and by how much the list begins later now.
+    :returns: the versions' numbers, and by how many bytes the list now begins later.
     """
     numbers: set[int] = set()
     before, entry, following = 0, needs, 1

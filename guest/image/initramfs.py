@@ -1,4 +1,4 @@
-"""The initramfs: which files of the staging tree and of the project go into it."""
+"""The initramfs: the files from the staging tree and the project that go into it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _RUNTIME = "/usr/bin/crun"
 # has to do at each start of the runtime, and three megabytes in the memory of each machine.
 _UNCALLED = "libsystemd.so.0"
 _MODULES = "/lib/modules"
-# Large, and of use to few: every machine holds them in its memory.
+# Large, rarely useful, and every machine would hold them in its memory.
 _COMPRESSED = frozenset({"ext4", "overlay", "tun", "xfs"})
 _LIBRARY_DIRECTORIES = ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib")
 # /lib and its like are links, as in the distributions: a library is found under either name.
@@ -92,13 +92,13 @@ def entries(
 
 
 def init_program(interpreter: str) -> bytes:
-    """Write process 1: what starts the agent.
+    """Write process 1, which starts the agent.
 
     :param interpreter: path of Python in the guest.
     :returns: the program.
     """
     # -I: no environment, no user directory; -S: no site module; -B: no bytecode is ever written.
-    # Told no locale, the interpreter looks for one with UTF-8; told this one, it speaks UTF-8 by itself.
+    # Without a locale, the interpreter looks for one with UTF-8; with this one, it uses UTF-8 at once.
     return launcher.program((interpreter, "-ISB", START), ("LC_ALL=POSIX",))
 
 

@@ -23,15 +23,15 @@ _SECTOR = 512
 _UNWINDING = frozenset({".orc_unwind", ".orc_unwind_ip"})
 _FEWEST_TYPES = 1 << 12
 _UNWANTED = (
-    # Type information, which makes the kernel parse all of its own; only tracing needs it.
+    # Type information, which makes the kernel parse all of its own types; only tracing needs it.
     ".BTF",
-    # Tables to follow the stack through a module, which are sorted when it is loaded: for reports of crashes.
+    # Tables for stack traces through a module, which the kernel sorts on load; only crash reports need them.
     ".orc_unwind",
     ".orc_unwind_ip",
     ".comment",
 )
-"""Sections of modules that cost more than they are good for. The signature, which covers all, goes with them:
-a process that can change a module in the image can change the kernel, too."""
+"""Sections of modules that cost more than they are worth. The signature, which covers all sections, goes with
+them: a process that can change a module in the image can change the kernel, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def vmlinux(image: bytes, *, name: str) -> bytes:
 
 
 def slim(kernel: bytes) -> bytes:
-    """Empty tables of the kernel that take memory in every machine, and that no program there needs.
+    """Empty tables of the kernel that take memory in every machine and are not needed there.
 
     The kernel still finds both: an unwinder that knows no frame, which makes the traces in reports of crashes
     a guess; and types of which there is but one, with which the kernel loads all programs that do not ask for
@@ -88,7 +88,7 @@ def slim(kernel: bytes) -> bytes:
 
 
 def _one_type(length: int) -> bytes:
-    """Write type information of a given length: one integer, and names that are all empty but for one."""
+    """Write type information of a given length: one integer, and names of which all but one are empty."""
     names = b"\0int\0"
     kind, vlen, size, bits = 1, 0, 4, 32
     types = struct.pack("<IIII", names.index(b"int"), kind << 24 | vlen, size, 1 << 24 | bits)
@@ -163,7 +163,7 @@ def load_modules(root: Path, wanted: tuple[str, ...]) -> tuple[Module, ...]:
     :param root: a ``lib/modules/RELEASE`` directory.
     :param wanted: module names, in the order in which they should load.
     :returns: modules in load order; names built into the kernel are left out.
-    :raises ImageError: if a module is neither there nor built in.
+    :raises ImageError: if a module does not exist and is not built in.
     """
     files = _files(root)
     built_in = {

@@ -1,7 +1,7 @@
-"""The kernel modules that stay on the host: a machine finds there what its kernel asks for by itself.
+"""The kernel modules that stay on the host, where a machine finds modules that its kernel asks for.
 
-A container that sets up packet filters, tunnels or another kind of interface has the kernel ask for modules.
-On an ordinary host ``modprobe`` finds them. In the initramfs all of them would take memory in every machine.
+When a container sets up packet filters, tunnels or other interfaces, the kernel asks for modules. On an
+ordinary host, ``modprobe`` finds them. In the initramfs, all of them would take memory in every machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def write(directory: Path, modules: Iterable[Module], *, release: str, staging: 
 
     The indexes are those of depmod(8), modules.dep(5) and modules.alias.
 
-    :param directory: to be replaced, if it is there. Machines that use it live on without modules.
+    :param directory: it is replaced if it exists. Machines that use the old one go on without modules.
     :param modules: every module of the kernel.
     :param release: the kernel's release.
     :param staging: tree of unpacked packages, with a static busybox.
@@ -54,11 +54,11 @@ def write(directory: Path, modules: Iterable[Module], *, release: str, staging: 
 
 
 def dependency_lines(depends: dict[str, tuple[str, ...]]) -> list[str]:
-    """Write the lines of modules.dep(5): each module with all that must be there before, the first one last.
+    """Write the lines of modules.dep(5): each module with all that it needs, the first to load coming last.
 
-    :param depends: by module, those that it needs itself; built-in ones are not among them.
+    :param depends: the direct dependencies of each module, without built-in ones.
     :returns: the lines, in the same order.
-    :raises ImageError: if a module is needed that is not there.
+    :raises ImageError: if a needed module does not exist.
     """
 
     def needed(name: str, found: list[str]) -> list[str]:

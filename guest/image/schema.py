@@ -1,4 +1,4 @@
-"""The agent's wire tables, made from the protobuf descriptors: the guest needs no protobuf runtime."""
+"""The agent's wire tables, made from protobuf descriptors, so that the guest needs no protobuf runtime."""
 
 from __future__ import annotations
 

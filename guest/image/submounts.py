@@ -1,9 +1,9 @@
-"""Access control lists in what is mounted below a share: one bit that the kernel forgets to set.
+"""Access control lists in mounts below a share: sets a bit that the kernel forgets.
 
-A share announces what the host has mounted in it, and the guest's kernel gives each such mount a file system
-of its own. It copies most of the share's, but not the flag that has access control lists checked
-(``fuse_fill_super_submount`` in fs/fuse/inode.c). Without it, the kernel refuses to set lists there,
-and ignores those that the host has set. Every root file system and volume is such a mount.
+A share announces the host's mounts in it, and the guest's kernel makes a file system of each. It copies most
+settings of the share, but not the flag for checking access control lists (``fuse_fill_super_submount`` in
+fs/fuse/inode.c). Without the flag, the kernel refuses to set lists there, and ignores those that the host has
+set. Every root file system and volume is such a mount.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _SYMBOL = struct.Struct("<IBBHQQ")
 
 
 def check_lists(module: bytes) -> bytes:
-    """Have a kernel module set the flag, too, where it marks such a file system as active.
+    """Let a kernel module also set the flag at the place where it marks such a file system as active.
 
     :param module: the object of :data:`MODULE`.
-    :returns: the same but for one bit, if it was built in a way that is known here.
+    :returns: the object with one bit changed, or unchanged if the build is unknown.
     """
     place = _flags(module)
     if place is None:
@@ -55,7 +55,7 @@ def _flags(module: bytes) -> int | None:
 
 
 def _function(module: bytes) -> tuple[int, int]:
-    """Find the function's place in the file and its length; none of either if it is not there."""
+    """Find the function's offset and length in the file; both are 0 if it is missing."""
     places = elf.sections(module)
     text, names = places.get(".text", (0, 0))[0], places.get(".strtab", (0, 0))[0]
     begin, size = places.get(".symtab", (0, 0))

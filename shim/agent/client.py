@@ -53,7 +53,7 @@ class Agent:
 
     @property
     def is_hako(self) -> bool:
-        """Whether the agent is Hako's; it keeps a process' streams after its end, too."""
+        """Whether the agent is Hako's; it keeps a process's streams after its end, too."""
         return self._connection.features.is_hako
 
     @property

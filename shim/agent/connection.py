@@ -35,7 +35,7 @@ _Reply = TypeVar("_Reply", bound="Message")
 class AgentFeatures:
     """The features that an agent has announced.
 
-    :param is_hako: whether it is Hako's, which keeps a process' streams after its end; a stock agent forgets
+    :param is_hako: whether it is Hako's, which keeps a process's streams after its end; a stock agent forgets
         them with the first answer to WaitProcess.
     :param supports_seccomp: whether it applies seccomp profiles.
     :param frames_streams: whether it carries a stream in frames over its own connection.

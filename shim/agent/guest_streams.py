@@ -1,4 +1,4 @@
-"""The guest's ends of a process' streams, as the shim reads and writes them.
+"""The guest's ends of a process's streams, as the shim reads and writes them.
 
 Streams are raw if the channel can carry that, and otherwise travel in requests to the agent. If the agent is
 Hako's, a long one then continues over its own connection.
@@ -35,7 +35,7 @@ CONNECT_TIMEOUT_S = 1.0  # the agent serves by now: a port without a listener wi
 
 
 class GuestStreams(Protocol):
-    """The guest's ends of one process' streams."""
+    """The guest's ends of one process's streams."""
 
     def announce(self, request: agent_pb2.CreateContainerRequest | agent_pb2.ExecProcessRequest) -> None:
         """Write into the request that makes the process where its streams are."""
@@ -67,7 +67,7 @@ class RequestStreams:
 
     :param agent: the agent.
     :param container_id: the container's id at the agent.
-    :param exec_id: the process' id at the agent.
+    :param exec_id: the process's id at the agent.
     """
 
     def __init__(self, agent: Agent, *, container_id: str, exec_id: str) -> None:
@@ -101,7 +101,7 @@ class LongStreams(RequestStreams):
     :param agent: the agent.
     :param vm: the virtual machine, whose channel takes more connections than the agent's.
     :param container_id: the container's id at the agent.
-    :param exec_id: the process' id at the agent.
+    :param exec_id: the process's id at the agent.
     """
 
     def __init__(self, agent: Agent, *, vm: Hypervisor, container_id: str, exec_id: str) -> None:

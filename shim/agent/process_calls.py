@@ -89,7 +89,7 @@ class ProcessCalls:
         await self._connection.call("CloseStdin", request, Empty)
 
     async def resize_terminal(self, container_id: str, *, exec_id: str, rows: int, columns: int) -> None:
-        """Set the size of a process' terminal."""
+        """Set the size of a process's terminal."""
         request = agent_pb2.TtyWinResizeRequest(
             container_id=container_id, exec_id=exec_id, row=rows, column=columns
         )

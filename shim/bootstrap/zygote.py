@@ -43,7 +43,7 @@ _OWN_PACKAGES = ("shim", "hypervisor", "proto")
 _ARGUMENTS_START = 47  # fields of /proc/self/stat, counted from 0: proc(5)
 _ARGUMENTS_END = 48
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
-#: The attributes that a process' children inherit: lines of /proc/[pid]/status.
+#: The attributes that a process's children inherit: lines of /proc/[pid]/status.
 _INHERITED = (
     *(b"Umask:", b"Uid:", b"Gid:", b"Groups:", b"Cap", b"NoNewPrivs:", b"Seccomp:"),
     *(b"Cpus_allowed:", b"Mems_allowed:"),

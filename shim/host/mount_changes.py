@@ -8,7 +8,7 @@ import select
 
 
 class MountChanges:
-    """Changes of the mounts of this process' namespace since this was made. To be made in an event loop."""
+    """Changes of the mounts of this process's namespace since this was made. To be made in an event loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()

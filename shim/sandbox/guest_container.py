@@ -393,7 +393,7 @@ class GuestContainer(Container):
                 await process.host_streams.finish()
         finally:
             process.close_streams()
-            # No client may wait for this process for ever, even after a failure above.
+            # No client may wait for this process forever, even after a failure above.
             self._report_exit(process, STATUS_UNKNOWN)
 
     async def _await_exit(self, process: Process, agent: Agent) -> int:

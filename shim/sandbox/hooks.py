@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULT_TIMEOUT_S = 60.0  # half of the kubelet's timeout for a request; runc waits for ever
+DEFAULT_TIMEOUT_S = 60.0  # half of the kubelet's timeout for a request; runc waits forever
 KILL_TIMEOUT_S = 2.0  # for a killed hook to be gone
 VERSION = "1.2.0"
 _BEFORE_START = ("prestart", "createRuntime")

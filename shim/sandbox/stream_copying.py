@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 10.0  # containerd's runc shim lets Delete wait this long for output to be read
-GUEST_TIMEOUT_S = 60.0  # for a guest to hand over a process' output; on a busy host it may stall
+GUEST_TIMEOUT_S = 60.0  # for a guest to hand over a process's output; on a busy host it may stall
 
 
 class StreamCopier:
@@ -124,7 +124,7 @@ class StreamCopier:
         try:
             await write_all(descriptor, data, progressed=self._moved)
         except OSError as error:
-            # Such as a full disk below a file:// log; the process must not wait for ever.
+            # Such as a full disk below a file:// log; the process must not wait forever.
             log.warning("stdio: %s of %s: %s; dropping what follows", name, self._name, error)
             self._host_streams.close(name)
         finally:

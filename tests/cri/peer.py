@@ -81,14 +81,14 @@ def answer(connection: Any, address: Any) -> None:
 
 
 def serve_datagrams(endpoint: Any) -> None:
-    """Send every datagram back with a mark, for ever."""
+    """Send every datagram back with a mark, forever."""
     while True:
         content, address = endpoint.recvfrom(65536)
         endpoint.sendto(b"back: " + content, address)
 
 
 def serve(port: Any) -> None:
-    """Serve TCP and UDP over IPv4 and IPv6, for ever."""
+    """Serve TCP and UDP over IPv4 and IPv6, forever."""
     endpoint = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
     endpoint.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     endpoint.bind(("::", port))

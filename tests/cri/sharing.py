@@ -64,7 +64,7 @@ class Served:
 
 
 def serve(paths: Any) -> None:
-    """Serve directories for ever."""
+    """Serve directories forever."""
     served = [Served(path) for path in paths]
     print("serving", flush=True)
     while True:

@@ -82,7 +82,7 @@ class Stream:
         self._send_frame(_BINARY, bytes([channel]) + content)
 
     def resize(self, *, columns: int, rows: int) -> None:
-        """Give the process' terminal a size."""
+        """Give the process's terminal a size."""
         self.send(TERMINAL_SIZE, json.dumps({"Width": columns, "Height": rows}).encode())
 
     def read_until(self, channel: int, wanted: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""A container that can never start is tried again for ever by the kubelet: nothing may grow by that."""
+"""A container that can never start is tried again forever by the kubelet: nothing may grow by that."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ class ByHand:
         return exec_id
 
     def finish(self, exec_id: str) -> int:
-        """Wait for a process' end, delete it and return its exit status."""
+        """Wait for a process's end, delete it and return its exit status."""
         status = self.call("Wait", exec_id=exec_id).exit_status
         assert self.call("Delete", exec_id=exec_id).exit_status == status
         return int(status)

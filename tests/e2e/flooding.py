@@ -34,7 +34,7 @@ def _out(port: int, value: int) -> bytes:
 
 
 def to_port(port: int, *before: tuple[int, int]) -> bytes:
-    """Build a program that writes to an I/O port for ever.
+    """Build a program that writes to an I/O port forever.
 
     :param port: where to; the value is the last one of ``before``, or any.
     :param before: the ports and values that are written first.
@@ -44,7 +44,7 @@ def to_port(port: int, *before: tuple[int, int]) -> bytes:
 
 
 def to_memory(value: int) -> bytes:
-    """Build a program that writes a byte for ever to the device memory in the file that is its argument."""
+    """Build a program that writes a byte forever to the device memory in the file that is its argument."""
     return _executable(_MAP_ARGUMENT + b"\xc6\0" + bytes([value]) + b"\xeb\xfb")
 
 

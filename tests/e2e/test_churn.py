@@ -83,7 +83,7 @@ def test_many_execs_leave_a_shim_as_it_was(stack: Stack, home: Path, count: int)
 
 
 def measure(pid: int) -> tuple[int, int]:
-    """Return a process' number of file descriptors and its resident memory in bytes."""
+    """Return a process's number of file descriptors and its resident memory in bytes."""
     process = Path(f"/proc/{pid}")
     pages = int((process / "statm").read_text(encoding="utf-8").split()[1])
     return len(list((process / "fd").iterdir())), pages * os.sysconf("SC_PAGE_SIZE")

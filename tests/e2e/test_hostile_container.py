@@ -69,8 +69,8 @@ def attacker(one_stack: Stack, place: Path) -> Iterator[Attacker]:
         sentinels.append(Sentinel.plant(state / "sentinel"))
         sentinels.append(Sentinel.plant(place / "hostile" / "sentinel"))
         attacker = Attacker(box, place, sentinels)
-        # The kernel starts its handler of core dumps in its first process' namespaces, with all rights: here
-        # one that gives the container that process' view of all processes.
+        # The kernel starts its handler of core dumps in its first process's namespaces, with all rights: here
+        # one that gives the container that process's view of all processes.
         handler = (
             f"/proc/%P/root/bin/busybox nsenter --mount=/proc/%P/ns/mnt /bin/mount -t proc guest {GUEST}"
         )
