@@ -1,1 +1,1 @@
-"""The runtime shim of Hako, which containerd calls."""
+"""Hako's runtime shim, which containerd calls."""

@@ -1,4 +1,4 @@
-"""``hako``: what an operator runs by hand."""
+"""``hako``: the command for operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shim.refusal import Refusal
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-#: Each command with the module that offers it (``add_to``) and does it (``run``).
+#: Each command with the module that declares it (``add_to``) and runs it (``run``).
 COMMANDS = {
     "ps": "ps",
     "inspect": "inspect_sandbox",
@@ -33,16 +33,16 @@ COMMANDS = {
     "version": "show_version",
 }
 _EXIT_STATUSES = (
-    "Exit status: 0 if it is done, or the answer is yes; 1 if it failed, or the answer is no; "
-    "2 if the command line is wrong; 130 if it was interrupted."
+    "Exit status: 0 for success or yes, 1 for failure or no, 2 for a wrong command line, "
+    "130 for an interruption."
 )
 _INTERRUPTED = 128 + 2  # as shells count SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do one command; the entry point of the console script.
+    """Run one command; the entry point of the console script.
 
-    :param arguments: the command line without the program; of this process if not given.
+    :param arguments: the command line without the program; by default, that of this process.
     :returns: the exit status: 0 for yes or done, 1 for no or failed, 2 for a wrong command line.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
@@ -65,10 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser(wanted: Iterable[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
     """Describe the command line.
 
-    :param wanted: the commands that it is to have.
+    :param wanted: the commands that it should have.
     """
     hako = argparse.ArgumentParser(
-        prog="hako", description="Containers in virtual machines of their own.", epilog=_EXIT_STATUSES
+        prog="hako", description="Containers in their own virtual machines.", epilog=_EXIT_STATUSES
     )
     commands = hako.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in wanted:

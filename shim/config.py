@@ -1,7 +1,7 @@
-"""The operator's configuration: TOML files in which every key may be left out.
+"""The operator's configuration: TOML files in which every key is optional.
 
-Each key is declared once, with its default, its meaning, its unit, and the values that it takes. Reading,
-refusal, ``hako config`` and the documentation work from these declarations.
+Each key is declared once, with its default, its meaning, its unit, and its possible values. Reading and
+checking files, ``hako config`` and the documentation all use these declarations.
 
 This module is on the start path: ``tomllib`` and ``difflib`` are imported only when there is a file.
 """
@@ -24,29 +24,29 @@ if TYPE_CHECKING:
 DEFAULT_PATH = "/etc/hako/config.toml"
 ENVIRONMENT_VARIABLE = "HAKO_CONFIG"
 DEFAULTS = "default"
-"""The source of a value that no file gives."""
+"""The source of a value that no file sets."""
 
 _DROP_INS = "config.d"  # beside the default file
 _AUTO = "auto"
 
 
 class Key(Record):
-    """The values that one key takes, and their meaning."""
+    """The possible values of one key, and their meaning."""
 
     default: str | int | bool
     help: str
-    #: Of a number; empty if it counts something that ``help`` names.
+    #: The unit of a number; empty if it counts something that ``help`` names.
     unit: str = ""
-    #: The values that are offered; none if it is not a choice.
+    #: The offered values; empty if it is not a choice.
     choices: tuple[str, ...] = ()
-    #: The least and the most that can be meant.
+    #: The least and the greatest value.
     least: int | None = None
     most: int | None = None
     #: Whether it is an absolute path.
     is_path: bool = False
 
     def values(self) -> str:
-        """Return the values that the key takes, for people."""
+        """Describe the possible values of the key for people."""
         if self.choices:
             return ", ".join(self.choices)
         if isinstance(self.default, bool):
@@ -60,7 +60,7 @@ class Key(Record):
     def check(self, value: Any, where: str) -> None:
         """Check a value that a file gives.
 
-        :param value: the value as TOML has it.
+        :param value: the value as ``tomllib`` returns it.
         :param where: the file and the key, for the message.
         :raises Refusal: if it is of the wrong type, not offered or out of range.
         """
@@ -259,7 +259,7 @@ class ShimConfig(Section):
 
 
 class Config(Record):
-    """The whole configuration, a section per subject."""
+    """The whole configuration, with one section for each subject."""
 
     hypervisor: HypervisorConfig = HypervisorConfig()
     guest: GuestConfig = GuestConfig()
@@ -277,7 +277,7 @@ class ConfigText(Record):
     """A configuration as it was found."""
 
     text: str
-    #: Its name in messages: the path.
+    #: Its name in messages, usually the path.
     source: str
     #: Files that are read after it; a value in a later file replaces one in an earlier file.
     drop_ins: tuple[ConfigText, ...] = ()
@@ -290,7 +290,7 @@ def locate(
     options_body: str = "",
     default: str = DEFAULT_PATH,
 ) -> ConfigText:
-    """Read the configuration that applies: the runtime options', ``HAKO_CONFIG``, the default file, nothing.
+    """Read the configuration: that of the runtime options, of ``HAKO_CONFIG``, the default file, or none.
 
     A configuration for one container or runtime class replaces the one for all of containerd. Only the
     default file has drop-ins: ``config.d/*.toml``, in the order of their names.
@@ -360,7 +360,7 @@ def _read(path: str) -> str | None:
 
 
 class Value(Record):
-    """A value of the configuration, and the file that gives it."""
+    """A A value of the configuration, and the file that sets it."""
 
     value: str | int | bool
     source: str = DEFAULTS
@@ -382,7 +382,7 @@ def parse(found: ConfigText) -> Config:
 
 
 def values_of(found: ConfigText) -> dict[str, dict[str, Value]]:
-    """Check a configuration, and return what its files give, by section and key.
+    """Check a configuration, and return the values of its files, by section and key.
 
     :param found: what ``locate`` returned.
     :raises Refusal: as :func:`parse`.
@@ -403,19 +403,19 @@ def values_of(found: ConfigText) -> dict[str, dict[str, Value]]:
 def _tables(file: ConfigText) -> dict[str, Any]:
     if not file.text:
         return {}
-    import tomllib  # noqa: PLC0415 - 10 ms, paid only by who has a configuration
+    import tomllib  # noqa: PLC0415 - 10 ms, only needed if there is a configuration
 
     try:
         return tomllib.loads(file.text)
-    except (ValueError, RecursionError) as error:  # beyond syntax: numbers too long, arrays too deep
+    except (ValueError, RecursionError) as error:  # not only syntax errors: numbers too long, arrays too deep
         raise Refusal(f"config: {file.source}: not TOML: {error}; correct that line") from error
 
 
 def render(config: Config) -> str:
-    """Write a configuration as TOML, with only what differs from the defaults.
+    """Write a configuration as TOML, with only the values that differ from the defaults.
 
     :param config: the configuration.
-    :returns: the text; empty for the defaults; :func:`parse` makes the same configuration of it.
+    :returns: the text, from which :func:`parse` makes the same configuration; empty for the defaults.
     """
     lines = []
     for name, section in SECTIONS.items():
@@ -429,7 +429,7 @@ def render(config: Config) -> str:
 def toml(value: object) -> str:
     """Write a value as TOML: a string, a whole number, true or false."""
     if isinstance(value, str):
-        # A basic string: what would end it, and control characters, are escaped.
+        # A basic string: characters that would end it and control characters are escaped.
         marks = (
             f"\\u{ord(mark):04X}" if mark in '"\\\x7f' or mark < " " else mark  # TOML 1.0, "String"
             for mark in value

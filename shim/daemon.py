@@ -1,4 +1,4 @@
-"""The shim's long-lived process: it serves one sandbox over ttrpc and gRPC until nothing is left in it."""
+"""The shim's long-lived process: it serves one sandbox over ttrpc and gRPC until the sandbox is empty."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 MANAGEMENT = "hako.management.v1.Management"
 REPLIES_TIMEOUT_S = 3.0  # for answers in flight at the end; no new request is accepted then
-EVENTS_TIMEOUT_S = 5.0  # containerd's own shims give the last events as long
+EVENTS_TIMEOUT_S = 5.0  # containerd's own shims wait as long for the last events
 UNDO_TIMEOUT_S = 3.0  # for killed processes to be gone; below containerd's 5 s for `delete`
 
 
@@ -154,8 +154,8 @@ def _dispatch(
 def _management(
     context: Context, machine: Machine, sandbox: Sandbox, containers: Containers, over: asyncio.Event
 ) -> tuple[ServiceDescriptor, object]:
-    """Make what operators' tools ask."""
-    from shim.services import management  # noqa: PLC0415 - nothing else needs it, and a zygote has it
+    """Make the services for operators' tools."""
+    from shim.services import management  # noqa: PLC0415 - only these services need it, and a zygote has imported it
 
     service = management.ManagementService(
         context.record,
@@ -197,7 +197,7 @@ async def _serve_until(
 
 
 def _undo(record: StartRecord) -> None:
-    """Undo the remains, unless ``delete`` has done it or a waiting ``start`` will."""
+    """Undo the remains, unless ``delete`` has done that or a waiting ``start`` will."""
     held = state_directory.lock_existing(record.state_directory, wait=False)
     if held is None:
         return

@@ -1,8 +1,8 @@
-"""The entry point: have the zygote do ``start`` or ``delete``, or else do it here.
+"""The entry point: let the zygote do ``start`` or ``delete``, or else do it here.
 
-Every ``start`` of containerd pays for the imports here, so they are only modules that are built into the
-interpreter. ``start`` in a warm process takes a tenth of the time that importing its modules takes. The
-zygote is optional: without one, with one of another version, and after its death, everything is done here.
+Every ``start`` of containerd pays for the imports here, so this imports only modules that are built into the
+interpreter. Importing the modules of ``start`` takes ten times as long as ``start`` in a warm process. The
+zygote is optional: without one, with one of another version, and after its death, this process does the work.
 """
 
 import marshal
@@ -23,28 +23,28 @@ def main() -> int:
     """
     sent = None
     if sys.argv[-1] in {"start", "delete"}:
-        # Read first, so that it is still there if the zygote dies over it.
+        # Read first, so that it is still available if the zygote dies during the request.
         sent = zygote_protocol.read_input() if sys.argv[-1] == "start" else b""
         status = _ask(sent)
         if status is not None:
-            posix._exit(status)  # noqa: SLF001 - its name; there is nothing to clean up, which takes a while
-    from shim.bootstrap import __main__ as bootstrap  # noqa: PLC0415 - the zygote spares us all of this
+            posix._exit(status)  # noqa: SLF001 - its name; clean-up would take time, and is not needed
+    from shim.bootstrap import __main__ as bootstrap  # noqa: PLC0415 - with a zygote, this import is not needed
 
     return bootstrap.main(sent)
 
 
 def address_of(arguments: list[str]) -> str:
-    """Find containerd's address in a command line; it always gives one, in two words."""
+    """Find containerd's address in a command line, which always has one, in two words."""
     return arguments[arguments.index("-address") + 1] if "-address" in arguments[:-1] else ""
 
 
 def _ask(sent: bytes) -> int | None:
-    """Have the zygote do it.
+    """Let the zygote do it.
 
     :param sent: the standard input.
-    :returns: the exit status; nothing if it has to be done here.
+    :returns: the exit status; None if it must be done here.
     """
-    import _socket  # noqa: PLC0415 - to run the daemon takes another
+    import _socket  # noqa: PLC0415 - the daemon's command line needs another one
 
     identity = zygote_protocol.identity_of(address_of(sys.argv))
     born_at_s = time.monotonic() - time.process_time()
@@ -71,5 +71,5 @@ def _ask(sent: bytes) -> int | None:
     try:  # noqa: SIM105 - importing contextlib takes longer than all this
         connection.send(DONE)
     except OSError:
-        pass  # it is gone, because it made no shim
+        pass  # it has ended, because it made no shim
     return status

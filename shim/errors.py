@@ -4,12 +4,12 @@
 
     ShimError
      ├── InvalidArgument      fix the request
-     ├── NotFound             the object is gone or never was; treat it as deleted
+     ├── NotFound             the object does not exist (any longer); treat it as deleted
      ├── AlreadyExists        choose another id
      ├── FailedPrecondition   wait for another state, then call again
      ├── ResourceExhausted    make it smaller
-     ├── Unimplemented        do without; nothing was done
-     ├── DeadlineExceeded     it may still happen; look at the state
+     ├── Unimplemented        do not use it; nothing was done
+     ├── DeadlineExceeded     it may still take effect; look at the state
      ├── Unavailable          the peer is gone; the sandbox is ending
      └── Internal             a defect or a host failure; read the log
 
@@ -42,7 +42,7 @@ class DeadlineExceeded(ShimError):
 
 
 class NotFound(ShimError):
-    """The container, process or sandbox does not exist, or does not any more."""
+    """The container, process or sandbox does not exist, or no longer exists."""
 
     code = 5
 

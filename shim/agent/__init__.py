@@ -1,1 +1,1 @@
-"""The shim's words to the guest: the agent's client, and the OCI specification as its messages."""
+"""How the shim speaks to the guest: the agent's client, and the OCI specification as messages."""

@@ -1,6 +1,6 @@
 """Typed client of the guest's agent, with the calls about the guest as a whole.
 
-Containers, processes and files have calls of their own, over the same connection.
+Calls about containers, processes and files are in other modules, over the same connection.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import socket
 
 SEED_BYTES = 64  # the guest's kernel mixes as many at once
-_FIRST_CLOCK_ERROR_NS = 250_000_000  # no program that asks for the time runs yet
+_FIRST_CLOCK_ERROR_NS = 250_000_000  # no program that reads the time runs yet
 _CLOCK_ERROR_NS = 2_000_000
 _MAX_SETTINGS = 5
 
@@ -53,7 +53,7 @@ class Agent:
 
     @property
     def is_hako(self) -> bool:
-        """Whether the agent is Hako's; it keeps a process's streams after its end, too."""
+        """Whether the agent is Hako's, which also keeps a process's streams after its end."""
         return self._connection.features.is_hako
 
     @property
@@ -68,7 +68,7 @@ class Agent:
 
     @property
     def tells_time(self) -> bool:
-        """Whether the agent can be asked for the guest's time."""
+        """Whether the agent can report the guest's time."""
         return self._connection.features.tells_time
 
     @classmethod
@@ -150,7 +150,7 @@ class Agent:
                 driver="virtio-fs", source=SHARE_TAG, fstype="virtiofs", mount_point=f"{SHARE_DIRECTORY}/"
             ),
             _shm(shm_bytes),
-            # The share is read-only: copies that the guest keeps up to date are mounted on a part of it.
+            # The share is read-only, but copies that the guest keeps up to date are mounted on a part of it.
             agent_pb2.Storage(
                 driver="ephemeral",
                 source="tmpfs",
@@ -177,12 +177,12 @@ class Agent:
             tells_time=CLOCK_FEATURE in details.extra_features,
         )
         if not self.is_hako:
-            # A stock agent takes the options of such a storage only when it is mounted again.
+            # A stock agent applies the options of such a storage only to a remount.
             again = agent_pb2.UpdateEphemeralMountsRequest(storages=[_shm(shm_bytes, "remount")])
             await self._connection.call("UpdateEphemeralMounts", again, Empty)
 
     async def update_interface(self, interface: types_pb2.Interface) -> None:
-        """Set up a network card as described; wait for it if it is being plugged."""
+        """Set up a network card; wait for it if it is being plugged."""
         await self._connection.call(
             "UpdateInterface", agent_pb2.UpdateInterfaceRequest(interface=interface), types_pb2.Interface
         )
@@ -190,7 +190,7 @@ class Agent:
     async def update_routes(self, request: agent_pb2.UpdateRoutesRequest) -> list[str]:
         """Set the routes, in their order; a stock agent keeps earlier ones.
 
-        :returns: the rules and parameters that the guest cannot have, and why.
+        :returns: the rules and parameters that the guest cannot apply, with reasons.
         """
         answer = await self._connection.call("UpdateRoutes", request, agent_pb2.Routes)
         return list(answer.refused)
@@ -206,30 +206,30 @@ class Agent:
         await self._connection.call("OnlineCPUMem", request, Empty)
 
     async def online_memory(self) -> None:
-        """Prepare the guest for memory that is about to be added, or have it use added memory.
+        """Prepare the guest for memory that is about to be added, or let it use added memory.
 
         Hako's agent also adapts the kernel's limits to the memory.
         """
         await self._connection.call("OnlineCPUMem", agent_pb2.OnlineCPUMemRequest(wait=True), Empty)
 
     async def follow_limits(self) -> None:
-        """Adapt the kernel's limits to the memory that is left; only Hako's agent can."""
+        """Adjust the kernel's limits to the memory that is left; only Hako's agent can."""
         await self._connection.diagnose(LIMITS)
 
     async def keep_share_files_below(self, limit: int) -> None:
-        """Have the guest remember fewer files of the share than its server may open; only Hako's agent can.
+        """Let the guest remember fewer files of the share than its server may open; only Hako's agent can.
 
         :param limit: how many the server may open.
         """
-        # Nothing waits for the answer, and a busy guest may be slow.
+        # Nothing depends on the answer, and a busy guest may be slow.
         await self._connection.diagnose(f"{SHARE_FILES} {limit}", timeout_s=CALL_TIMEOUT_S)
 
     async def timeline(self) -> str:
-        """Ask for the agent's steps and their times.
+        """Ask for the agent's phases and their times.
 
         Kata's protocol has no call for this; Hako's agent answers it as diagnostic data.
 
-        :raises ShimError: of any kind, if the agent cannot tell.
+        :raises ShimError: of any kind, if the agent does not report them.
         """
         return await self._connection.diagnose(TIMELINE)
 

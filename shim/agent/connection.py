@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 SERVICE = "grpc.AgentService"
 HEALTH_SERVICE = "grpc.Health"
 
-CALL_TIMEOUT_S = 60.0  # the protocol's customary limit, Kata's create_container_timeout among them
+CALL_TIMEOUT_S = 60.0  # the protocol's customary limit, for example Kata's create_container_timeout
 MOST_ANSWER_BYTES = 2 << 20
-"""What a call for a stream, for routes, or for the processes of a container may have to bring."""
+"""The most bytes in the answer to a call for a stream, for routes, or for a container's processes."""
 DIAGNOSIS_TIMEOUT_S = 1.0  # containerd asks for pids within the 5 s that a restart gives a shim
 
 _Reply = TypeVar("_Reply", bound="Message")
@@ -39,7 +39,7 @@ class AgentFeatures:
         them with the first answer to WaitProcess.
     :param supports_seccomp: whether it applies seccomp profiles.
     :param frames_streams: whether it carries a stream in frames over its own connection.
-    :param tells_time: whether it can be asked for the guest's time.
+    :param tells_time: whether it can report the guest's time.
     """
 
     is_hako: bool = False
@@ -73,7 +73,7 @@ class AgentConnection:
         :param request: its request.
         :param reply: the type of its answer.
         :param timeout_s: how long the answer may take; None for no limit.
-        :param most_bytes: how long it may be: a hostile agent's costs as much time as it has parts.
+        :param most_bytes: the most bytes of the answer; a hostile one with many parts would cost much time.
         :raises DeadlineExceeded: if it takes longer.
         :raises Unavailable: if the connection breaks.
         :raises ResourceExhausted: if the answer is too long.
@@ -96,12 +96,12 @@ class AgentConnection:
     async def diagnose(
         self, log_type: str, *, container_id: str = "", timeout_s: float = DIAGNOSIS_TIMEOUT_S
     ) -> str:
-        """Ask for diagnostic data; Hako's agent takes calls that Kata's protocol lacks in this form.
+        """Ask for diagnostic data; in this form, Hako's agent accepts calls that Kata's protocol lacks.
 
         :param log_type: the call and its argument.
-        :param container_id: the container that it is about, by the agent's id.
+        :param container_id: the agent's id of the container in question.
         :returns: the data.
-        :raises ShimError: of any kind, if the agent cannot tell.
+        :raises ShimError: of any kind, if the agent does not answer it.
         """
         request = agent_pb2.GetDiagnosticDataRequest(log_type=log_type, container_id=container_id)
         answer = await self.call(
@@ -112,7 +112,7 @@ class AgentConnection:
     async def check(self, *, timeout_s: float) -> None:
         """Wait for the agent's first answer.
 
-        :raises DeadlineExceeded: if it does not come in time.
+        :raises DeadlineExceeded: if it does not arrive in time.
         :raises Unavailable: if the connection breaks.
         """
         await self._client.call(

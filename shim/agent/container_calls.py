@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from shim.agent.process_calls import ProcessCalls
 
 STATS_TIMEOUT_S = 1.8  # containerd asks for statistics with a limit of 2 s
-REMOVE_TIMEOUT_S = 7.0  # containerd's CRI lets the end of a task, all of Delete included, take 10 s
+REMOVE_TIMEOUT_S = 7.0  # containerd's CRI allows 10 s for the end of a task, including all of Delete
 
 _MOST_STATS_BYTES = 256 << 10  # ten times the size with all possible devices
-_MOST_PROCESSES = 32_768  # the kernel's own limit, unless someone raises it
+_MOST_PROCESSES = 32_768  # the kernel's own limit, unless it has been raised
 _MOST_MEMORY = (1 << 63) - 4096  # the value that a cgroup without a limit shows
 _MANY_PROCESSORS = 1000
 _DEFAULT_PERIOD_US = 100_000  # the kernel's
@@ -81,7 +81,7 @@ class ContainerCalls:
         """Change a container's limits inside the guest.
 
         :param unified: limits by the name of their cgroup file; only Hako's agent can change these.
-        :raises InvalidArgument: if ``unified`` is given and the agent is another.
+        :raises InvalidArgument: if ``unified`` is given and the agent is not Hako's.
         """
         if unified and not self._connection.features.is_hako:
             names = ", ".join(unified)
@@ -115,7 +115,7 @@ class ContainerCalls:
 
         Kata's protocol has no call for this; Hako's agent answers it as diagnostic data.
 
-        :raises ShimError: of any kind, if the agent cannot tell.
+        :raises ShimError: of any kind, if the agent does not answer it.
         """
         text = await self._connection.diagnose(PROCESSES, container_id=container_id)
         lines = text.split("\n", _MOST_PROCESSES)
@@ -125,7 +125,7 @@ class ContainerCalls:
 
 
 def _lift(resources: oci_pb2.LinuxResources) -> None:
-    """Write "no limit" for a stock agent, which ignores numbers below one."""
+    """Express "no limit" for a stock agent, which ignores numbers below one."""
     memory, cpu = resources.Memory, resources.CPU
     for name in ("Limit", "Swap"):
         if getattr(memory, name) < 0:

@@ -29,7 +29,7 @@ class FileCalls:
         self._connection = connection
 
     async def mount_tmpfs(self, mount_point: str, *, options: list[str]) -> None:
-        """Mount a tmpfs that lives as long as the machine.
+        """Mount a tmpfs that lasts as long as the machine.
 
         :param options: options of mount(8). A stock agent honours those of a storage only in this call.
         """
@@ -47,7 +47,7 @@ class FileCalls:
             await self._connection.call("GetVolumeStats", request, csi_pb2.VolumeStatsResponse)
         except (DeadlineExceeded, Unavailable):
             raise
-        except ShimError:  # the status of an error is not the same with each agent
+        except ShimError:  # agents answer with different statuses
             return False
         return True
 
@@ -74,7 +74,7 @@ class FileCalls:
     async def change_volumes(self, storages: Iterable[agent_pb2.Storage]) -> None:
         """Mount volumes that belong to no container, or unmount those that have no source.
 
-        Only Hako's agent can: a stock one takes the request for a change of a tmpfs's size.
+        Only Hako's agent can: a stock agent would treat the request as a change of a tmpfs's size.
         """
         request = agent_pb2.UpdateEphemeralMountsRequest(storages=storages)
         await self._connection.call("UpdateEphemeralMounts", request, Empty, timeout_s=VOLUMES_TIMEOUT_S)

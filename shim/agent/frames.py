@@ -1,4 +1,4 @@
-"""A stream in frames: a size (u32, big-endian), then as many bytes; an empty frame is the end.
+"""A stream in frames: a size (u32, big-endian), then that many bytes; an empty frame is the end.
 
 The end is part of the stream because some channels to a guest cannot tell a closed half from a lost
 connection.
@@ -21,7 +21,7 @@ class StreamFrameError(Exception):
 
 
 class Unframer:
-    """Decodes frames as their bytes arrive, in pieces of any size; it keeps none, so frames may be large."""
+    """Decodes frames as their bytes arrive, in any pieces; it keeps no bytes, so frames may be large."""
 
     def __init__(self) -> None:
         self._head = b""
@@ -31,8 +31,8 @@ class Unframer:
     def feed(self, data: bytes) -> Iterator[memoryview]:
         """Yield the contents of the stream's next bytes, in order and without copying them.
 
-        :param data: the bytes that came.
-        :raises StreamFrameError: if some of them come after the end.
+        :param data: the bytes that arrived.
+        :raises StreamFrameError: if some of them follow the end.
         """
         rest = memoryview(data)
         while rest:

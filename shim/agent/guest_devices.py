@@ -1,4 +1,4 @@
-"""The device files that the guest's kernel serves itself, under the numbers that every Linux has.
+"""The device files that the guest's own kernel serves, with the numbers that every Linux uses.
 
 Some need a module, which the guest's kernel loads when the file is first opened.
 """
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _MEMORY, _TERMINAL, _LOOP, _MISCELLANEOUS = 1, 5, 7, 10  # Documentation/admin-guide/devices.txt
 _LOOP_CONTROL = (_MISCELLANEOUS, 237)
 _DISK_GROUP = 6
-_LOOPS = 8  # as many as a kernel makes when the module is loaded
+_LOOPS = 8  # the number that a kernel makes when the module is loaded
 
 # The devices of a privileged container, by path: minor number, mode and group, as on an ordinary host.
 _MODULES_NODES = {
@@ -47,11 +47,11 @@ def allows_everything(rules: Iterable[Mapping[str, Any]]) -> bool:
 
 
 def is_of_the_guest(device: Mapping[str, Any], linux: Mapping[str, Any]) -> bool:
-    """Tell whether a device is the guest's, not one that only the host has.
+    """Tell whether the guest has a device, so that the host's is not needed.
 
     :param device: an entry of ``linux.devices`` of a specification.
     :param linux: the ``linux`` object that it is in. A loop device is the host's, unless the container is
-        privileged or has ``/dev/loop-control`` as well, with which it makes loop devices of its own.
+        privileged or also has ``/dev/loop-control``, with which it makes its own loop devices.
     """
     kind = device.get("type") or ""
     if kind == "b":

@@ -1,15 +1,15 @@
 """The names that a container has in the guest, all made from its id.
 
 A guest has its own names beside those of its containers: Kata's agent keeps ``sandbox`` and ``shared`` in
-the directory that has one directory per container, and ``watchable`` in the share. It also refuses an id of
-a single character. containerd allows all of these as ids. So every container gets a longer name in the guest,
-with an end that none of the guest's own names has.
+the directory with one subdirectory for each container, and ``watchable`` in the share. It also refuses an id
+of a single character. containerd allows all of these as ids. So every container gets a longer name in the
+guest, with a suffix that no name of the guest's own has.
 """
 
 from __future__ import annotations
 
 _LABEL_BYTES = 64  # well below the 255 of a file name
-_MARK = "-"  # containerd's ids do not end with it, and the agent's may
+_MARK = "-"  # containerd's ids cannot end with it, but the agent's can
 
 
 def agent_id(container_id: str) -> str:
@@ -35,9 +35,9 @@ def rootfs_of(agent_id: str) -> str:
 
 
 def volume_in_share(number: int, label: str) -> str:
-    """Name a volume in the share, unlike any container and any file of the guest's own.
+    """Name a volume in the share; the name differs from those of containers and of the guest's own files.
 
-    :param number: tells the volumes apart.
+    :param number: the volume's unique number.
     :param label: describes the entry to a reader of the share; it may be cut short.
     """
     return f"+{number}-{label.encode()[:_LABEL_BYTES].decode(errors='ignore')}"  # no id has a plus sign

@@ -1,4 +1,4 @@
-"""The guest's paths of files that it gets from the shim; both sides know them."""
+"""The paths in the guest of files that it gets from the shim; both sides know them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ WATCHABLE_NAME = "watchable"
 WATCHABLE_DIRECTORY = f"{SHARE_DIRECTORY}/{WATCHABLE_NAME}"
 # The guest kernel's modules.
 MODULES_NAME = ".modules"
-# Volumes of the host are mounted in there, once for all containers that share them.
+# The host's volumes are mounted here, once for all containers that share them.
 VOLUMES_DIRECTORY = "/run/kata-containers/sandbox/volumes"
 SHM_DIRECTORY = "/run/kata-containers/sandbox/shm"
-# Volumes in memory, and parts of them that containers are given.
+# Volumes in memory, and the parts of them that containers get.
 MEMORY_DIRECTORY = "/run/kata-containers/sandbox/ephemeral"
 PARTS_DIRECTORY = "/run/kata-containers/sandbox/parts"
-SHM_BYTES = 64 * 1024 * 1024  # the size runc gives /dev/shm
+SHM_BYTES = 64 * 1024 * 1024  # the size that runc gives /dev/shm

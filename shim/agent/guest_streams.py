@@ -1,7 +1,7 @@
 """The guest's ends of a process's streams, as the shim reads and writes them.
 
-Streams are raw if the channel can carry that, and otherwise travel in requests to the agent. If the agent is
-Hako's, a long one then continues over its own connection.
+Streams are raw if the channel supports that; otherwise they travel in requests to the agent. With Hako's
+agent, a long one then continues over its own connection.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-READ_BYTES = 1024 * 1024  # the agent's limit and its pipes' capacity: a round trip costs more than the bytes
+READ_BYTES = 1024 * 1024  # the agent's limit and its pipes' capacity; a round trip costs more than the bytes
 LONG_BYTES = 256 * 1024  # beyond it, a connection pays off; making one costs as much as two requests
 RECEIVE_BYTES = 256 * 1024  # more than a socket holds
 LONG_CONNECT_TIMEOUT_S = 10.0
-CONNECT_TIMEOUT_S = 1.0  # the agent serves by now: a port without a listener will never have one
+CONNECT_TIMEOUT_S = 1.0  # the agent already serves, so a port without a listener will never get one
 
 
 class GuestStreams(Protocol):
     """The guest's ends of one process's streams."""
 
     def announce(self, request: agent_pb2.CreateContainerRequest | agent_pb2.ExecProcessRequest) -> None:
-        """Write into the request that makes the process where its streams are."""
+        """Write the places of the streams into the request that makes the process."""
 
     async def read(self, name: str) -> bytes | memoryview:
         """Block until ``stdout`` or ``stderr`` has bytes; empty at its end.
@@ -53,7 +53,7 @@ class GuestStreams(Protocol):
         """
 
     async def end_input(self) -> None:
-        """Give the process end of file on its input. Not for a terminal: there it means hang-up.
+        """Close the process's input. Not for a terminal, where that means a hang-up.
 
         :raises ShimError: if the process is gone.
         """
@@ -63,7 +63,7 @@ class GuestStreams(Protocol):
 
 
 class RequestStreams:
-    """Streams in requests to the agent, one request after the other.
+    """Streams in requests to the agent, one request after another.
 
     :param agent: the agent.
     :param container_id: the container's id at the agent.
@@ -92,14 +92,14 @@ class RequestStreams:
         await self._agent.processes.close_stdin(self._container_id, exec_id=self._exec_id)
 
     def close(self) -> None:
-        """Do nothing: requests hold nothing open."""
+        """Do nothing, because requests leave nothing open."""
 
 
 class LongStreams(RequestStreams):
     """Streams that begin as requests; a long one continues over its own connection.
 
     :param agent: the agent.
-    :param vm: the virtual machine, whose channel takes more connections than the agent's.
+    :param vm: the virtual machine, whose channel allows more connections.
     :param container_id: the container's id at the agent.
     :param exec_id: the process's id at the agent.
     """
@@ -157,10 +157,10 @@ class LongStreams(RequestStreams):
 
 
 class _Connection:
-    """A connection for one stream, in frames: some vsocks know no half-closed connections.
+    """A A connection for one stream, in frames, because some vsocks lack half-closed connections.
 
     :param connection: to the agent.
-    :param name: the stream's.
+    :param name: the name of the stream.
     """
 
     def __init__(self, connection: socket.socket, name: str) -> None:
@@ -194,7 +194,7 @@ class _Connection:
         return opened
 
     async def _be_accepted(self) -> None:
-        # No deadline: once the agent has accepted, a new attempt could lose bytes that are on their way.
+        # No deadline: once the agent has accepted, a new attempt could lose bytes in flight.
         answer = b""
         while len(answer) < len(END):
             data = await self._receive(len(END) - len(answer))
@@ -253,7 +253,7 @@ class _Connection:
 
 
 class RawStreams:
-    """Streams with a connection each; the agent knows them by the ports they come from.
+    """Streams with one connection each; the agent recognizes them by their source ports.
 
     :param connections: by the stream's name.
     """
@@ -264,7 +264,7 @@ class RawStreams:
 
     @classmethod
     async def open(cls, vm: Hypervisor, names: Iterable[str]) -> RawStreams | None:
-        """Connect the streams of a process that is not yet made.
+        """Connect the streams of a process that does not exist yet.
 
         :param names: the streams wanted: ``stdin``, ``stdout``, ``stderr``.
         :returns: None if the guest's agent does not listen for them.
@@ -284,7 +284,7 @@ class RawStreams:
         return streams
 
     def announce(self, request: agent_pb2.CreateContainerRequest | agent_pb2.ExecProcessRequest) -> None:
-        """Tell the agent the ports that the connections come from."""
+        """Tell the agent the source ports of the connections."""
         for name, connection in self._connections.items():
             setattr(request, f"{name}_port", connection.getsockname()[1])
 

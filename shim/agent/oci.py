@@ -1,9 +1,9 @@
 """OCI runtime specification to agent message.
 
-Pure: values in, values out. ``oci_fields`` says what becomes of each field. This module rewrites the replaced
-ones before everything is copied. For objects that exist only on the host (a namespace path, a device number,
-a cgroup), the guest gets its own. A request that a virtual machine cannot honour is refused with the field's
-name, never dropped in silence.
+Pure: values in, values out. ``oci_fields`` says how each field is treated. This module rewrites the replaced
+fields before everything is copied. For objects that exist only on the host (a namespace path, a device
+number, a cgroup), the guest gets its own. A request that a virtual machine cannot fulfil is refused by the
+name of the field, never silently dropped.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from shim.errors import InvalidArgument
 if TYPE_CHECKING:
     from shim.sandbox.inheritance import Inheritance
 
-# The guest gives every container a private one or the sandbox's; the host's are meaningless in it.
+# The guest gives every container a private one or the sandbox's; the host's mean nothing there.
 _GUEST_NAMESPACES = ("ipc", "uts", "mount")
-# Made by the agent in every container's /dev; naming them again is an error in Kata's agent.
+# The agent makes these in every container's /dev; for Kata's agent, naming them again is an error.
 _DEFAULT_DEVICES = frozenset(f"/dev/{name}" for name in ("null", "zero", "full", "tty", "random", "urandom"))
 _EPERM = 1
 _DEVICE_MODE = 0o666  # crun's
@@ -40,7 +40,7 @@ _DEVICE_MODE = 0o666  # crun's
 class Translation:
     """The message for the agent, and what must be shared before it is sent.
 
-    :param shared_mounts: for each mount of the specification what replaces it once it is shared, or none.
+    :param shared_mounts: for each mount of the specification, the source to share, or none.
     """
 
     spec: oci_pb2.Spec
@@ -63,7 +63,7 @@ def translate(
 
     :param spec: the decoded ``config.json``.
     :param sandbox_id: the id of its sandbox on the host.
-    :param terminal: the request's own flag, which wins over the specification's.
+    :param terminal: the request's flag, which takes precedence over the specification's.
     :param seccomp: whether the guest can apply a profile; if not, the profile is left out.
     :param inheritance: values that a process would inherit from a runtime on the host.
     :raises InvalidArgument: if the specification is malformed, or the guest cannot satisfy it.
@@ -88,7 +88,7 @@ def _translate(
     container_id: str,
     seccomp: bool,
 ) -> Translation:
-    namespace_of(spec)  # a container with the host's network expects to be reached there, which cannot work
+    namespace_of(spec)  # a container with the host's network expects connections there, which cannot work
     linux = spec.get("linux") or {}
     disks = disk_devices(linux)
     resources = without_limits_of(linux.get("resources") or {}, [(disk.major, disk.minor) for disk in disks])
@@ -110,7 +110,7 @@ def _translate(
         rewritten["linux"]["sysctl"] = sysctl
     message = oci_pb2.Spec(Process=process)
     copy(rewritten, message, path="")
-    message.ClearField("Hooks")  # even an empty one keeps the agent from using its default
+    message.ClearField("Hooks")  # even an empty one prevents the agent from using its default
     return Translation(
         message,
         tuple(share for _, share in mounts),
@@ -139,7 +139,7 @@ def _linux(
         "namespaces": _namespaces(linux.get("namespaces") or []),
         "devices": _devices(linux),
         "cgroupsPath": f"/{agent_id(container_id)}",
-        # Present even when empty: without it an agent applies no limits at all.
+        # Present even if empty: without it, an agent applies no limits at all.
         "resources": _resources(linux.get("resources") or {}, annotations=annotations),
         "seccomp": None,
     }
@@ -150,8 +150,8 @@ def _linux(
 
 def _namespaces(namespaces: list[dict[str, Any]]) -> list[dict[str, str]]:
     wanted = {namespace["type"] for namespace in namespaces}
-    # The host's processes and IPC are not in the machine: a request for them gives the usual namespaces.
-    # pid is asked for with sandbox_pidns; network is the machine's own; cgroup and time the agent's.
+    # The host's processes and IPC are not in the machine, so a request for them gets the usual namespaces.
+    # sandbox_pidns requests pid; network belongs to the machine; cgroup and time to the agent.
     return [{"type": kind} for kind in (*_GUEST_NAMESPACES, *sorted({"user"} & wanted))]
 
 
@@ -171,7 +171,7 @@ def _devices(linux: dict[str, Any]) -> list[dict[str, Any]]:
             raise InvalidArgument(
                 f"spec: linux.devices: {path}: a device of the host does not exist in the guest; leave it out"
             )
-    # Without a mode, a stock agent takes that of the guest's file at the path, which may not exist.
+    # Without a mode, a stock agent uses the mode of the guest's file at the path, which may not exist.
     listed = [{**device, "fileMode": device.get("fileMode") or _DEVICE_MODE} for device in kept]
     return listed + offered(linux)
 
@@ -189,6 +189,6 @@ def _device_rules(resources: dict[str, Any]) -> list[dict[str, Any]]:
 def _seccomp(profile: dict[str, Any], *, annotations: dict[str, str]) -> dict[str, Any]:
     if profile.get("defaultErrnoRet") is not None:
         annotations[DEFAULT_ERRNO_ANNOTATION] = str(int(profile["defaultErrnoRet"]))
-    # An agent reads an absent number as 0 and so turns a refusal into a success.
+    # An agent reads an absent number as 0, which would turn a refusal into a success.
     syscalls = [{"errnoRet": _EPERM, **rule} for rule in profile.get("syscalls") or []]
     return {**profile, "syscalls": syscalls, "defaultErrnoRet": None}

@@ -1,6 +1,6 @@
-"""The disks of the host that a container is given: its root file system, or devices that it names.
+"""The disks of the host that a container gets: its root file system, or devices that it names.
 
-Pure, except that it looks up paths and device numbers.
+Pure, except for looking up paths and device numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # File systems that a guest can mount itself: those that snapshotters put on block devices and in files.
 _DISK_FILE_SYSTEMS = frozenset({"ext4", "xfs"})
-_LOOP = "loop"  # mount(8)'s word for "this is a file"; the guest sees a disk
+_LOOP = "loop"  # mount(8)'s option for a file; the guest sees a disk
 _THROTTLES = {
     "throttleReadBpsDevice": "read_bytes_per_s",
     "throttleWriteBpsDevice": "write_bytes_per_s",
@@ -45,7 +45,7 @@ class RootDisk:
 
     @property
     def read_only(self) -> bool:
-        """Whether it may only be read."""
+        """Whether it is read-only."""
         return "ro" in self.options
 
 
@@ -54,8 +54,8 @@ class DiskDevice:
     """A block device of the host, and the path at which a container wants it.
 
     :param container_path: the path in the container.
-    :param major: the host's number of it.
-    :param minor: as ``major``.
+    :param major: its major number on the host.
+    :param minor: its minor number on the host.
     :param read_only: whether the container may only read it.
     :param limits: how fast it may be used.
     """
@@ -87,7 +87,7 @@ def root_disk(rootfs: Iterable[Mount]) -> RootDisk | None:
         return None
     [mount] = mounts
     try:
-        mode = os.stat(mount.source).st_mode  # noqa: PTH116 - a path that no file can have is one error more
+        mode = os.stat(mount.source).st_mode  # noqa: PTH116 - Path.stat raises one more error
     except (OSError, ValueError):
         return None  # the mount will fail with the reason
     if not (stat.S_ISBLK(mode) or stat.S_ISREG(mode)):
@@ -139,7 +139,7 @@ def limits_of(resources: Mapping[str, Any], number: tuple[int, int]) -> DiskLimi
 
 
 def without_limits_of(resources: Mapping[str, Any], numbers: Iterable[tuple[int, int]]) -> dict[str, Any]:
-    """Leave out the rates that the machine enforces; nothing enforces the rest of ``blockIO``.
+    """Remove the rates that the machine enforces; nothing enforces the rest of ``blockIO``.
 
     :param resources: the ``linux.resources`` object of a specification.
     :param numbers: the major and minor numbers of the disks that the machine has.
@@ -159,7 +159,7 @@ def without_limits_of(resources: Mapping[str, Any], numbers: Iterable[tuple[int,
 
 
 def _may_write(rules: Iterable[Mapping[str, Any]], number: tuple[int, int]) -> bool:
-    """Read the access rules. The last that matches counts; without one, access is allowed."""
+    """Read the access rules. The last match counts; without a match, access is allowed."""
     writable = True
     for rule in rules:
         fits = rule.get("type") in {"b", "a", None} and (

@@ -1,8 +1,8 @@
-"""Which side mounts a file system: the guest, or the host for it.
+"""Which side mounts a file system: the guest, or the host on its behalf.
 
-runc passes every type but binds to mount(2). For a virtual machine, the type decides the side: a file system
-that exists only in a kernel is mounted in the guest. One on disks or directories of the host is mounted on
-the host and shared, because the guest would look for these among its own.
+runc passes every type except binds to mount(2). For a virtual machine, the type decides the side. A file
+system that exists only in a kernel is mounted in the guest. One on disks or directories of the host is
+mounted on the host and shared, because the guest would look for these among its own.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _REFUSED = {
     **dict.fromkeys(("9p", "autofs", "fuse", "fuseblk", "virtiofs"), _SERVED),
 }
 _LOOP = "it is for mount(8); attach the file to a loop device and name that"
-# Options that a bind of a mount may have itself.
+# Options that a bind mount may have itself.
 _OF_A_BIND = frozenset({"ro", "rw"}) | {
     f"{no}{what}"
     for no in ("", "no")
@@ -61,16 +61,16 @@ _PROPAGATION = frozenset(
     f"{recursive}{kind}" for recursive in ("", "r") for kind in ("private", "shared", "slave", "unbindable")
 )
 _RECURSIVE = {"rro": "ro", "rnosuid": "nosuid", "rnodev": "nodev", "rnoexec": "noexec"}
-# For the programs that read fstab, not for the kernel; see fstab(5) and mount(8).
+# For programs that read fstab, not for the kernel; see fstab(5) and mount(8).
 _FOR_PROGRAMS = frozenset(
     {"_netdev", "auto", "noauto", "nofail", "user", "nouser", "users", "owner", "group"}
 )
 
 
 class OfTheGuest(dict[str, Any]):
-    """An element of a specification's ``mounts`` whose source is a path of the guest already.
+    """An element of a specification's ``mounts`` whose source is already a path in the guest.
 
-    :param part_of: the mount that the guest makes first, if the source is only a part of it.
+    :param part_of: the mount that the guest makes first, if the source is only a part of that mount.
     """
 
     def __init__(self, entry: dict[str, Any], *, part_of: str = "") -> None:
@@ -90,12 +90,12 @@ class Kind(enum.Enum):
 class FileSystem:
     """A file system that the host mounts for a container.
 
-    :param destination: where the container has it.
+    :param destination: its path in the container.
     :param fstype: its type.
     :param source: its source: a path, or just a name.
     :param flags: the options that mount(2) has flags for.
     :param data: the file system's own options.
-    :param bind_options: the options of the container's bind of it.
+    :param bind_options: the options of the container's bind mount of it.
     """
 
     destination: str
@@ -110,14 +110,14 @@ def kind_of(entry: dict[str, Any]) -> Kind:
     """Tell which side provides a mount.
 
     :param entry: an element of the specification's ``mounts``.
-    :raises InvalidArgument: if neither can; the message says why.
+    :raises InvalidArgument: if neither side can; the message says why.
     """
     fstype, options = entry.get("type") or "", entry.get("options") or []
     if isinstance(entry, OfTheGuest):
         return Kind.GUEST
     if is_bind(entry):
         return Kind.BIND
-    # A remount's file system is already there, in the container.
+    # The file system of a remount is already in the container.
     if fstype in _OF_THE_KERNEL or "remount" in options:
         return Kind.GUEST
     if not fstype:
@@ -161,8 +161,7 @@ def split_layers(value: str) -> list[tuple[str, str]]:
     """Split overlayfs' option ``lowerdir`` at its colons.
 
     :param value: the value, in which a backslash makes the next character an ordinary one.
-    :returns: for each layer what separates it from the one before (two colons announce a layer of data
-        alone) and its path.
+    :returns: for each layer, the separator before it (two colons announce a data-only layer) and its path.
     """
     layers: list[tuple[str, str]] = []
     separator, path = "", ""

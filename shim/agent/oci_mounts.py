@@ -1,4 +1,4 @@
-"""A container's mounts: files of the host that the guest must see, and where it finds them."""
+"""A container's mounts: the host files that the guest must see, and their paths in the guest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shim.errors import InvalidArgument
 _BOTH_WAYS = frozenset({"shared", "rshared"})  # mount_namespaces(7): each side sees the other's mounts
 _KERNEL_FILE_SYSTEMS = ("/proc", "/sys", "/dev")
 # Volumes that the kubelet rewrites while they are in use, and that no container may write. A share carries no
-# inotify events of that.
+# inotify events for that.
 _UPDATED_BY_KUBELET = re.compile(r"/kubernetes\.io~(configmap|secret|projected|downward-api)/[^/]+/?$")
 
 
@@ -36,12 +36,12 @@ class SharedMount:
 
 
 def rewrite_mount(entry: dict[str, Any]) -> tuple[dict[str, Any], SharedMount | None]:
-    """Give one mount the source that it has in the guest.
+    """Replace the source of one mount by its path in the guest.
 
     :param entry: an element of the specification's ``mounts``.
     :returns: the mount to send; and the source that the host must share for it, if any.
     :raises KeyError: if it has no destination.
-    :raises ValueError: if no file can have its source or destination.
+    :raises ValueError: if its source or destination is not a possible path.
     :raises InvalidArgument: if the host must see mounts that the container makes below it.
     """
     destination = entry["destination"]
@@ -50,7 +50,7 @@ def rewrite_mount(entry: dict[str, Any]) -> tuple[dict[str, Any], SharedMount | 
     if isinstance(entry, OfTheGuest) or not shared_memory.is_bind(entry):
         return entry, None
     if _is_of_a_kernel_file_system(source):
-        # The host's kernel file systems say nothing about the guest: the guest's own are bound instead.
+        # The host's kernel file systems say nothing about the guest, so the guest's own are bound instead.
         return {**entry, "type": "bind", "source": posixpath.normpath(source)}, None
     for option in options:
         if option in _BOTH_WAYS:
@@ -66,7 +66,7 @@ def rewrite_mount(entry: dict[str, Any]) -> tuple[dict[str, Any], SharedMount | 
 
 
 def _is_of_a_kernel_file_system(path: str) -> bool:
-    """Tell whether a path on the host belongs to /proc, /sys or /dev; /dev/shm is an ordinary directory."""
+    """Tell whether a path on the host is in /proc, /sys or /dev; /dev/shm counts as an ordinary directory."""
     normal = posixpath.normpath(path)
     if _is_at_or_below(normal, shared_memory.DESTINATION):
         return False

@@ -13,7 +13,7 @@ from shim.errors import InvalidArgument
 class WantedNamespace:
     """The network namespace that a specification asks for.
 
-    :param path: where it is; None for a new one.
+    :param path: its path; None for a new one.
     """
 
     path: Path | None

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from shim.sandbox.inheritance import Inheritance
     from shim.sandbox.process import Process
 
-_NOBODYS_ID = (1 << 32) - 1  # to the kernel it means "unchanged", and so root
+_NOBODYS_ID = (1 << 32) - 1  # to the kernel it means "unchanged", and therefore root
 
 
 def translate_process(
@@ -21,12 +21,12 @@ def translate_process(
     """Translate an OCI process: a container's init or an exec.
 
     :param process: the process as its client describes it.
-    :param terminal: the request's own flag, which wins over the description's.
+    :param terminal: the request's flag, which takes precedence over the description's.
     :param inheritance: values that it would inherit from a runtime on the host.
     :raises InvalidArgument: if it is malformed, names no program, or the guest cannot satisfy it.
     """
     message = oci_pb2.Process()
-    # Present even when empty: an agent reads an absent message as "as the container has".
+    # Present even if empty: an agent reads an absent message as "the same as the container's".
     message.Capabilities.SetInParent()
     message.User.SetInParent()
     with refusing_malformed("process"):

@@ -1,4 +1,4 @@
-"""The PCI devices of the host that a container drives itself: those of its VFIO groups."""
+"""The PCI devices of the host that a container itself drives: those in its VFIO groups."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _GROUP = re.compile("/dev/vfio/([0-9]+)")
-_CONTAINER = "/dev/vfio/vfio"  # a program that drives a group also opens this
+_CONTAINER = "/dev/vfio/vfio"  # a program that uses a group also opens this
 _BRIDGE_CLASS = "0x0604"  # base class 06, subclass 04 of the PCI Code and ID Assignment Specification
 
 
 def is_vfio(path: str) -> bool:
-    """Tell whether a path is a device node of VFIO. The guest needs none: its kernel drives the devices.
+    """Tell whether a path is a VFIO device node. The guest needs none, because its kernel drives the devices.
 
     :param path: the path in the container.
     """

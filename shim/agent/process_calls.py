@@ -30,14 +30,14 @@ class ProcessCalls:
         self._connection = connection
 
     async def execute(self, request: agent_pb2.ExecProcessRequest) -> None:
-        """Create and start a further process in a container."""
+        """Create and start another process in a container."""
         await self._connection.call("ExecProcess", request, Empty)
         await self.size_terminal(request, request.process)
 
     async def size_terminal(
         self, made: agent_pb2.CreateContainerRequest | agent_pb2.ExecProcessRequest, process: oci_pb2.Process
     ) -> None:
-        """Size a new terminal as its process asks for; a stock agent ignores the size in the process."""
+        """Give a new terminal the size that its process asks for; a stock agent ignores that size."""
         size = process.ConsoleSize
         if self._connection.features.is_hako or not (process.Terminal and size.Height and size.Width):
             return
@@ -56,7 +56,7 @@ class ProcessCalls:
     async def wait(self, container_id: str, *, exec_id: str) -> int:
         """Block until a process ends.
 
-        :returns: its exit code, or 128 plus the signal's number; 255 if the agent answers an impossible one.
+        :returns: its exit code, or 128 plus the signal's number; 255 if the agent's answer is impossible.
         """
         request = agent_pb2.WaitProcessRequest(container_id=container_id, exec_id=exec_id)
         reply = await self._connection.call(
@@ -72,7 +72,7 @@ class ProcessCalls:
         ).data
 
     async def read_stderr(self, container_id: str, *, exec_id: str, length: int) -> bytes:
-        """As :meth:`read_stdout`, for standard error."""
+        """Like :meth:`read_stdout`, for standard error."""
         request = agent_pb2.ReadStreamRequest(container_id=container_id, exec_id=exec_id, len=length)
         return (
             await self._connection.call("ReadStderr", request, agent_pb2.ReadStreamResponse, timeout_s=None)
@@ -84,7 +84,7 @@ class ProcessCalls:
         await self._connection.call("WriteStdin", request, agent_pb2.WriteStreamResponse, timeout_s=None)
 
     async def close_stdin(self, container_id: str, *, exec_id: str) -> None:
-        """Give the process end of file on its input. Not for a terminal: there it means hang-up."""
+        """Close the process's input. Not for a terminal, where that means a hang-up."""
         request = agent_pb2.CloseStdinRequest(container_id=container_id, exec_id=exec_id)
         await self._connection.call("CloseStdin", request, Empty)
 

@@ -1,4 +1,4 @@
-"""A pod's shared memory: its manager makes a tmpfs on the host, and the guest uses its own instead.
+"""A pod's shared memory: the container manager makes a tmpfs on the host, and the guest uses its own instead.
 
 A mount is the pod's shared memory because of its source, not its destination: a volume at ``/dev/shm`` is an
 ordinary volume.
@@ -16,7 +16,7 @@ from shim.agent.guest_paths import SHM_BYTES, SHM_DIRECTORY
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-DESTINATION = "/dev/shm"  # noqa: S108 - a path of the container's, not a file of ours
+DESTINATION = "/dev/shm"  # noqa: S108 - a path in the container
 
 # Managers make one here for the sandbox or container that the path names: containerd's CRI; Docker; nerdctl,
 # below its namespace; Podman and CRI-O.
@@ -26,7 +26,7 @@ _PLACES = re.compile(
     r"|/containers/[^/]+/(?P<nerdctl>[^/]+)"
     r"|/(?P<podman>[^/]+)/userdata)/shm$"
 )
-_KERNELS_OWN = ("noexec", "nosuid", "nodev")  # the options that each of them mounts it with
+_KERNELS_OWN = ("noexec", "nosuid", "nodev")  # all of them mount it with these options
 
 
 def source_of(sandbox_id: str) -> str:
@@ -35,7 +35,7 @@ def source_of(sandbox_id: str) -> str:
 
 
 def is_bind(entry: dict[str, Any]) -> bool:
-    """Tell whether a mount of a specification is a bind mount; the options say it as well as the type."""
+    """Tell whether a mount of a specification is a bind mount; its options or its type say so."""
     return entry.get("type") == "bind" or not {"bind", "rbind"}.isdisjoint(entry.get("options") or [])
 
 
@@ -58,7 +58,7 @@ def is_pods(entry: dict[str, Any], *, ids: Collection[str], shares_hosts_ipc: bo
 
 
 def in_guest(entry: dict[str, Any]) -> dict[str, Any]:
-    """Give the mount of the pod's shared memory the source that it has in the guest.
+    """Replace the source of the pod's shared memory by its path in the guest.
 
     :param entry: the mount.
     :returns: the mount to send. It names the options of the file system, because a bind with other
@@ -88,13 +88,13 @@ def size_of(spec: dict[str, Any], *, container_id: str) -> int:
 
     :param spec: the specification of the sandbox's first container, decoded and maybe malformed.
     :param container_id: its id, which is also the sandbox's.
-    :returns: how much it holds at most, in bytes; without any, what runc gives.
+    :returns: how much it holds at most, in bytes; runc's size if there is none.
     """
     try:
         for entry in spec.get("mounts") or []:
             if is_pods(entry, ids={container_id}, shares_hosts_ipc=shares_hosts_ipc(spec)):
                 return _size_of_mount(entry["source"])
-    except (AttributeError, KeyError, TypeError, ValueError):  # Create will say so
+    except (AttributeError, KeyError, TypeError, ValueError):  # Create will report it
         pass
     return SHM_BYTES
 
@@ -104,6 +104,6 @@ def _size_of_mount(path: str) -> int:
         if os.path.ismount(path):  # otherwise it would be the size of the host's disk
             status = os.statvfs(path)
             return status.f_blocks * status.f_frsize or SHM_BYTES
-    except OSError:  # the container's creation will say so
+    except OSError:  # the container's creation will report it
         pass
     return SHM_BYTES

@@ -1,4 +1,4 @@
-"""Errors of a stock Kata agent, turned into errors of the shim in one line.
+"""Turns errors of a stock Kata agent into one-line errors of the shim.
 
 Its messages are Rust's ``Debug`` output of an error: an anyhow error with its causes and maybe the agent's
 stack, one of these as a quoted string, or a ttrpc status inside another one.
@@ -25,9 +25,9 @@ _NO_HANDLER = re.compile(r"^/grpc\.AgentService/\w+ is not supported$")
 
 
 def plain(error: ShimError) -> ShimError:
-    """Return the error that an agent's error means.
+    """Translate an agent's error.
 
-    :param error: as it came.
+    :param error: the error as it arrived.
     :returns: the same error if it needs no change.
     """
     message = str(error)

@@ -1,4 +1,4 @@
-"""``python -m shim.bootstrap``: do an action, or be the daemon or zygote that the command line names."""
+"""``python -m shim.bootstrap``: do an action, or run as the daemon or zygote that the command line names."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""``containerd-shim-hako-v2`` without a zygote: what containerd executes, done in tens of milliseconds.
+"""``containerd-shim-hako-v2`` without a zygote: does containerd's actions in tens of milliseconds.
 
-Nothing here or below may import more than an action needs; ``tests/unit/shim`` counts the modules.
+No module from here down may import more than an action needs; ``tests/unit/shim`` counts the modules.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def perform(
     """Do one action.
 
     :param invocation: the command line and standard input.
-    :param otherwise: serves a command line without an action, and tells whether there was something to do.
+    :param otherwise: handles a command line without an action, and tells whether there was something to do.
     :returns: the exit status and the text for standard output, or for standard error if the status is not 0;
         nothing if this is a zygote's fork and the configuration wants none.
     """

@@ -28,7 +28,7 @@ class CommandLine(Record):
     """Flags and action of one invocation; see section "Command lines" of containerd's shim contract.
 
     ``state`` and ``zygote`` are Hako's own: ``start`` tells the daemon where its sandbox's state directory
-    is, and the zygote where its socket is to be.
+    is, and the zygote where its socket should be.
     """
 
     namespace: str = ""
@@ -65,7 +65,7 @@ def parse(arguments: list[str]) -> CommandLine:
     """Read flags up to the first positional argument, which is the action.
 
     :param arguments: the command line without the program.
-    :returns: the given values; the rest keeps its defaults.
+    :returns: the given values, and defaults for the rest.
     :raises Refusal: if a flag is unknown, lacks its value, or is a boolean with another value.
     """
     given: dict[str, object] = {}

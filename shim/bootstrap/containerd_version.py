@@ -1,4 +1,4 @@
-"""Find the version of the calling containerd. It does not tell, and asking its program is slow."""
+"""Find the version of the calling containerd, which does not send it; asking its program is slow."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _REMEDY = 'set shim.protocol to "ttrpc" in the configuration'
 def find(program: str) -> str:
     """Return the version of a containerd, such as ``1.7.24``.
 
-    The answer is cached until the file of the program changes.
+    The answer is cached until the program's file changes.
 
     :param program: its path.
-    :raises Refusal: if the program does not tell it.
+    :raises Refusal: if the program does not print it.
     """
     kept = os.path.join(zygote_protocol.ZYGOTE_DIRECTORY, "containerd")
     try:

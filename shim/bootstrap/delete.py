@@ -19,11 +19,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.bootstrap.command_line import CommandLine
 
-#: 128 + SIGKILL: what containerd reports for a task whose shim could not say how it ended.
+#: 128 + SIGKILL: containerd's status for a task whose shim could not report its end.
 #: How long a shim without containers may take to end before it is killed.
 _GRACE_S = 2.0
 _KILL_TIMEOUT_S = 2.0
-#: For hooks, all together: containerd gives this command 5 s, of which undoing rarely takes one.
+#: For all hooks together: containerd gives this command 5 s, of which undoing rarely takes one.
 _HOOKS_TIMEOUT_S = 3.0
 
 
@@ -31,7 +31,7 @@ def delete(line: CommandLine) -> bytes:
     """Undo the remains of a container, and of its sandbox if no other container needs it.
 
     containerd runs this at the end of every task, and when a shim's connection breaks. A sandbox whose shim
-    lives and has other containers is left alone.
+    runs and has other containers is left alone.
 
     :param line: flags as containerd gives them.
     :returns: a ``DeleteResponse`` for standard output.
@@ -50,7 +50,7 @@ def delete(line: CommandLine) -> bytes:
 
 
 def _working_directory() -> str:
-    """Return the directory that containerd runs this in; empty if it has been removed."""
+    """Return the directory in which containerd runs this; empty if it has been removed."""
     try:
         return os.getcwd()
     except FileNotFoundError:
@@ -58,7 +58,7 @@ def _working_directory() -> str:
 
 
 def _expected_directory(line: CommandLine, bundle: str) -> str:
-    """Compute the state directory as ``start`` did, for a bundle in which it left no link."""
+    """Compute the state directory as ``start`` did, for a bundle without a link to it."""
     try:
         group = grouping.group_of(bundle, line.id)
     except Refusal:
@@ -77,7 +77,7 @@ def _found_directory(state_dir: str, line: CommandLine) -> str | None:
     with contextlib.suppress(OSError):
         for name in os.listdir(state_dir):
             directory = os.path.join(state_dir, name)
-            with contextlib.suppress(OSError, ValueError, TypeError):  # not a sandbox's, or gone by now
+            with contextlib.suppress(OSError, ValueError, TypeError):  # not a sandbox's, or already removed
                 record = state_directory.read_record(directory)
                 caller = (line.namespace, line.address.removeprefix("unix://"))
                 if (record.namespace, record.grpc_address) == caller and _is_on_record(directory, line.id):
@@ -86,7 +86,7 @@ def _found_directory(state_dir: str, line: CommandLine) -> str | None:
 
 
 def _is_on_record(directory: str, container: str) -> bool:
-    """Tell whether a container was never deleted: its shim died before it could be."""
+    """Tell whether a container was never deleted, because its shim died first."""
     try:
         ledger = Ledger(directory)
     except FileNotFoundError:
@@ -98,7 +98,7 @@ def _is_on_record(directory: str, container: str) -> bool:
 
 
 def _run_hooks(bundle: str, container: str) -> None:
-    """Run the hooks that follow the container's end, as its shim would have."""
+    """Run the container's poststop hooks, as its shim would have done."""
     try:
         with open(os.path.join(bundle, "config.json"), "rb") as file:
             if b'"poststop"' not in file.read():
@@ -144,7 +144,7 @@ def _remove_if_empty(directory: str) -> None:
 
 
 def _is_needed(ledger: Ledger) -> bool:
-    """Tell whether the shim lives and has other containers; give an idle one time to end."""
+    """Tell whether the shim runs and has other containers; give an idle one time to end."""
     shims = [
         HostProcess(pid=entry.pid, start_time=entry.start_time)
         for entry in ledger.entries()
@@ -152,7 +152,7 @@ def _is_needed(ledger: Ledger) -> bool:
     ]
     if ledger.containers():
         return any(host_process.is_running(shim) for shim in shims)
-    # Without the lock: a shim that ends takes it to undo its work.
+    # Without the lock, because a shim that ends takes it to undo its work.
     host_process.end(shims, number=signal.SIGTERM, timeout_s=_GRACE_S)
     return False
 

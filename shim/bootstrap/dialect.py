@@ -32,8 +32,8 @@ def identify_caller(data: bytes, line: CommandLine) -> Caller:
 
     :param data: the whole standard input.
     :param line: the flags.
-    :returns: the dialect, and the request in terms of the newest dialect.
-    :raises Refusal: if the input is none of the known messages.
+    :returns: the dialect, and the request as in the newest dialect.
+    :raises Refusal: if the input is not a known message.
     """
     dialect = "1.7" if "MAX_SHIM_VERSION" in os.environ else "1.6"
     try:
@@ -76,12 +76,12 @@ def version_for(caller: Caller, bundle: str, publish_binary: str) -> int:
     try:
         major = containerd_version.find(publish_binary).partition(".")[0]
     except Refusal:
-        return 2  # which every containerd accepts
+        return 2  # every containerd accepts it
     return 3 if major.isdigit() and int(major) > 1 else 2
 
 
 def check_grpc(caller: Caller, publish_binary: str) -> None:
-    """Refuse gRPC where containerd cannot use it: only 1.7 can, and only its version tells."""
+    """Refuse gRPC if containerd cannot use it: only 1.7 can, and only its version tells."""
     version = "1.6" if caller.dialect == "1.6" else "2.3 or later"
     if caller.dialect == "1.7":
         from shim.bootstrap import containerd_version  # noqa: PLC0415 - few need it
@@ -100,14 +100,14 @@ def bare(address: str) -> str:
 
 
 def reply_of(record: StartRecord, *, dialect: str) -> tuple[str, bytes]:
-    """Phrase the address of a shim.
+    """Format the address of a shim.
 
     :param record: how it was started.
     :param dialect: of the caller; see :class:`Caller`.
-    :returns: the address that is left in the bundle, and the answer to the caller.
+    :returns: the address for the bundle, and the answer to the caller.
     """
     if record.protocol == "grpc":
-        # containerd 1.7 dials a gRPC address without a scheme, and reads the file as it does the reply.
+        # containerd 1.7 dials a gRPC address without a scheme, and reads the file like the reply.
         text = _json(record, record.socket_path)
         address, reply = text, text.encode()
     else:

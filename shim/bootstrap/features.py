@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-#: Only features that crun honours in the guest. Id-mapped mounts do not reach into a virtual machine.
+#: Only features that crun supports in the guest. Id-mapped mounts have no effect in a virtual machine.
 #: Kubernetes looks for ``rro`` among the mount options, and for ``user`` and ``idmap`` before it lets a pod
 #: have a user namespace.
 FEATURES = (

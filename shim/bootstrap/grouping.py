@@ -1,4 +1,4 @@
-"""Find the shim that serves a container: the container's group, and the socket path that follows from it."""
+"""Find the shim that serves a container: the container's group, and the socket path derived from it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _MAX_SOCKET_PATH = 106
 def group_of(bundle: str, container: str) -> str:
     """Read the group of a container from the annotations of its OCI spec.
 
-    A pod may be allowed to choose annotations, but never its machine: containers of Kubernetes are grouped by
-    the id that containerd itself gave to their pod.
+    A pod may choose annotations, but never its machine: containers of Kubernetes are grouped by the id that
+    containerd itself gave to their pod.
 
     :param bundle: the bundle directory; one without ``config.json`` is a sandbox that containerd made itself.
     :param container: the container's id.
@@ -42,7 +42,7 @@ def _text(annotations: dict[str, object], key: str) -> str:
 
 
 def is_pod(bundle: str) -> bool:
-    """Tell whether a bundle is that of a pod's sandbox, to which containerd will add the pod's containers.
+    """Tell whether a bundle belongs to a pod's sandbox, to which containerd will add the pod's containers.
 
     :param bundle: the bundle directory.
     :raises Refusal: if the spec is not JSON.
@@ -65,14 +65,14 @@ def _annotations_of(bundle: str) -> dict[str, object] | None:
 
 
 def socket_name(*, address: str, namespace: str, group: str) -> str:
-    """Name the socket as containerd's own tools expect it.
+    """Name the socket in the way that containerd's own tools expect.
 
     :param address: containerd's gRPC address as given on the command line.
     :param namespace: the containerd namespace.
     :param group: the group of the container.
     :returns: the hexadecimal SHA-256 of the three joined as Go's ``filepath.Join`` does.
     """
-    import hashlib  # noqa: PLC0415 - links OpenSSL: only start and delete pay for it
+    import hashlib  # noqa: PLC0415 - loads OpenSSL, which only start and delete need
 
     joined = os.path.normpath("/".join(part for part in (address, namespace, group) if part))
     if joined.startswith("//"):
@@ -81,7 +81,7 @@ def socket_name(*, address: str, namespace: str, group: str) -> str:
 
 
 def socket_path(directory: str, name: str) -> str:
-    """Place a socket in the directory that containerd chose.
+    """Return a socket's path in the directory that containerd chose.
 
     :param directory: the directory of shim sockets.
     :param name: the name of the socket.

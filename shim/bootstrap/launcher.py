@@ -1,7 +1,7 @@
 """``python -m shim.bootstrap.launcher``: write a ``containerd-shim-hako-v2`` that starts faster than pip's.
 
-With pip's launcher, the interpreter looks at every installed package before the first line runs. That takes
-as long as the rest. This one names everything that it needs.
+With pip's launcher, the interpreter looks at every installed package before the first line runs, which takes
+as long as everything else. This one names everything that it needs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ sys.exit(main())
 def text(interpreter: str) -> str:
     """Return the program, for the packages that this process runs with.
 
-    :param interpreter: what runs it.
+    :param interpreter: the interpreter that runs it.
     :raises Refusal: if that path is too long for the first line of a script.
     """
     if len(f"#!{interpreter} -IS") > _MAX_FIRST_LINE:
@@ -64,10 +64,10 @@ def render(
 
 
 def fastest_interpreter() -> str:
-    """Find the interpreter that starts fastest, among those that can run the same code as this one.
+    """Find the fastest-starting interpreter among those that can run the same code as this one.
 
-    The distribution's has sockets built in, where others load a library for them. Shims are run by the
-    virtual environment's in any case.
+    The distribution's interpreter has sockets built in; others load a library for them. The virtual
+    environment's interpreter runs the shims in any case.
     """
     # A virtual environment's interpreter would first look for its configuration.
     own = os.path.realpath(sys.executable)

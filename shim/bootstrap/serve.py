@@ -1,4 +1,4 @@
-"""Become the daemon of a sandbox: from the command line that ``start`` gave it until it serves."""
+"""How a process becomes a sandbox's daemon: from the command line that ``start`` gave it until it serves."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def serve(state: str, *, born_at_s: float | None = None) -> None:
-    """Be the daemon that ``start`` made.
+    """Run as the daemon that ``start`` made.
 
     :param state: the state directory of its sandbox.
-    :param born_at_s: when this process began to become the daemon, in seconds of ``time.monotonic()``, if it
-        was something else before.
+    :param born_at_s: when this process began to turn into the daemon, in seconds of ``time.monotonic()``, if
+        it did other work before.
     """
     timeline.note(
         "process", lane=timeline.SHIM, began_s=born_at_s or timeline.born_at_s(), ended_s=time.monotonic()
@@ -31,7 +31,7 @@ def serve(state: str, *, born_at_s: float | None = None) -> None:
     daemonize.name_this_process()
     kernel.become_subreaper()
     with timeline.phase("imports", lane=timeline.SHIM):
-        from shim import daemon  # noqa: PLC0415 - everything that start must not wait for
+        from shim import daemon  # noqa: PLC0415 - start must not wait for these imports
 
     daemon.run(record, listener, lambda: _ready(record))
 

@@ -1,4 +1,4 @@
-"""``start``: find or make the shim of a container's group and tell containerd its address."""
+"""``start``: find or make the shim of a container's group, and tell containerd its address."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _join(record: StartRecord, *, container: str) -> bytes:
 
 
 def _make(record: StartRecord, *, container: str, make_shim: MakeShim) -> bytes:
-    """Make the daemon of a sandbox and wait until its socket takes connections; the lock is held."""
+    """Make the daemon of a sandbox, and wait until its socket accepts connections; the lock is held."""
     ledger = Ledger(record.state_directory, create=True)
     done = False
     try:
@@ -200,7 +200,7 @@ def _spawn_ttrpc(record: StartRecord, ledger: Ledger, *, make_shim: MakeShim) ->
 
 
 def _spawn_grpc(record: StartRecord, ledger: Ledger, *, make_shim: MakeShim) -> None:
-    """Wait for the daemon's word: a gRPC server can only listen on a socket it made itself."""
+    """Wait until the daemon is ready: a gRPC server can only listen on a socket that it made itself."""
     _remove_dead_socket(record)
     reader, writer = os.pipe()
     try:
@@ -237,7 +237,7 @@ def _spawn(
 
 
 def _launch_zygote(address: str) -> None:
-    """Start a zygote for the next caller, unless there is one or one comes up; failing is harmless.
+    """Start a zygote for the next caller, unless one runs or is starting; a failure is harmless.
 
     :param address: containerd's.
     """
@@ -247,7 +247,7 @@ def _launch_zygote(address: str) -> None:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
-            # The zygote inherits the lock and holds it for as long as it lives.
+            # The zygote inherits the lock and holds it until it ends.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             arguments = ["-zygote", address.ljust(_TITLE_BYTES)]
             daemonize.fork(
@@ -276,7 +276,7 @@ def _wait_until_ready(reader: int) -> None:
 
 
 def _publish(record: StartRecord, *, bundle: str, dialect: str) -> bytes:
-    """Write into the bundle what containerd and ``delete`` look for there, and phrase the reply."""
+    """Write the files that containerd and ``delete`` look for into the bundle, and format the reply."""
     address, reply = reply_of(record, dialect=dialect)
     state_directory.point_to(record.state_directory, bundle=bundle)
     state_directory.write_atomically(os.path.join(bundle, "address"), address)

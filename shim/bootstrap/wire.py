@@ -1,4 +1,4 @@
-"""The few protobuf messages of ``start``, ``delete`` and ``-info``, read and written by hand.
+"""The few protobuf messages of ``start``, ``delete`` and ``-info``, decoded and encoded by hand.
 
 Importing the protobuf runtime costs more than everything else ``start`` does. Encoding:
 https://protobuf.dev/programming-guides/encoding/ ; fields: ``proto/containerd``.
@@ -42,9 +42,9 @@ class BootstrapParams(Record):
 
 
 def decode_params(data: bytes) -> BootstrapParams:
-    """Decode what containerd 2.3 and later writes to the standard input of ``start``.
+    """Decode the standard input of ``start`` from containerd 2.3 and later.
 
-    An ``Any`` decodes too, since its first field is a string: compare id and namespace with the flags.
+    An ``Any`` can be decoded, too, as its first field is a string: compare id and namespace with the flags.
 
     :param data: the whole input.
     :returns: the fields that ``start`` uses; runtime options found among the extensions.
@@ -60,7 +60,7 @@ def decode_params(data: bytes) -> BootstrapParams:
     }
     for number, value in _fields(data):
         if number == 2:
-            # In an Any it is a message, which never equals a namespace.
+            # In an Any, this field is a message, which never equals a namespace.
             fields["namespace"] = _message(value).decode(errors="replace")
         elif number in names:
             fields[names[number]] = _text(value)

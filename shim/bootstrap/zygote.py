@@ -1,9 +1,9 @@
-"""The zygote: a process that has imported what a shim needs, and does ``start`` and ``delete`` at once.
+"""The zygote: a process that has imported everything for a shim, and does ``start`` and ``delete`` at once.
 
-It keeps one fork of itself waiting, the spare. The spare takes the next request while the zygote forks
-another, so that no request waits for a fork. For ``start`` the spare makes the sandbox's socket and record,
-and then becomes its shim. All shims share the memory of the imported modules. The zygote itself never runs
-them: no event loop, no thread and no gRPC object exists before a fork.
+It keeps one fork of itself ready, the spare. The spare takes the next request while the zygote forks another,
+so no request waits for a fork. For ``start``, the spare makes the sandbox's socket and record, and then
+becomes its shim. All shims share the memory of the imported modules. The zygote itself never runs their code:
+no event loop, no thread and no gRPC object exists before a fork.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-IDLE_S = 600.0  # a node that has started no pod for this long can use the memory for something else
+IDLE_S = 600.0  # a node that has started no pod for this long can use the memory otherwise
 _REQUEST_TIMEOUT_S = 1.0  # the caller waits this long for the first answer
 _DONE_TIMEOUT_S = 10.0  # containerd kills a start that takes longer
 _UNDO_TIMEOUT_S = 2.0
 _MAX_REQUEST = 1 << 20
-_MOST_CONTENT = 1 << 16  # of any of the files in /proc that are read
+_MOST_CONTENT = 1 << 16  # the size of a file in /proc that is read here
 _OWN_PACKAGES = ("shim", "hypervisor", "proto")
 _ARGUMENTS_START = 47  # fields of /proc/self/stat, counted from 0: proc(5)
 _ARGUMENTS_END = 48
@@ -55,7 +55,7 @@ _TAKEN, _RETIRE = b"T", b"R"
 class Request(Record):
     """The parts of a caller's request, in this order."""
 
-    #: Which zygote it means.
+    #: The zygote that is meant.
     identity: str
     #: containerd's process.
     parent: int
@@ -68,7 +68,7 @@ class Request(Record):
 
 
 def serve(address: str) -> None:
-    """Serve one containerd until it has asked for nothing for a while, or the program has changed.
+    """Serve one containerd until no request has arrived for a while, or the program has changed.
 
     The caller's descriptor 3 is the lock that makes this the only zygote of its socket.
 
@@ -76,12 +76,12 @@ def serve(address: str) -> None:
     :raises OSError: if the socket cannot be made.
     """
     os.chdir("/")
-    os.nice(10)  # the shim that was started just before comes first
+    os.nice(10)  # the shim that was started just before has priority
     _warm()
     os.setpriority(os.PRIO_PROCESS, 0, 0)
-    # The kernel moves a process that is woken over a socket to the processor of the one that woke it, where
-    # it would run first: the next spare would be forked before the request is done, and a shim would begin
-    # before its caller is gone.
+    # The kernel moves a process that is woken over a socket to the processor of the process that woke it,
+    # where it would run first: the next spare would be forked before the request is done, and a shim would
+    # begin before its caller has ended.
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     identity = zygote_protocol.identity_of(address)
@@ -110,21 +110,21 @@ def _warm() -> None:
     from shim import daemon  # noqa: F401, PLC0415 - as above
     from shim.bootstrap import delete, start  # noqa: F401, PLC0415 - importing them is the point
     from shim.host import kernel  # noqa: F401, PLC0415 - as above
-    from shim.services import management  # noqa: F401, PLC0415 - shims that are asked share it
+    from shim.services import management  # noqa: F401, PLC0415 - shims with a management client share it
     from shim.transport import grpc_server  # noqa: F401, PLC0415 - as above
     from shim.version import version  # noqa: PLC0415 - as above
 
-    version()  # its shims tell this one, too, when another has been installed
+    version()  # its shims also tell it when another release has been installed
 
-    # All objects that exist by now stay: if the collector does not look at them, it does not write to their
-    # memory, which would end the sharing.
+    # All existing objects stay. If the collector ignores them, it does not write to their memory, which would
+    # end the sharing.
     gc.collect()
     gc.freeze()
     gc.disable()  # until a fork is a shim
 
 
 def _files() -> dict[str, int]:
-    """Note when each file of the program, and the first one of each library, was changed."""
+    """Record when each file of the program, and the first file of each library, was changed."""
     paths = {sys.executable}
     for name, module in list(sys.modules.items()):
         path = getattr(module, "__file__", None)
@@ -141,7 +141,7 @@ def _unchanged(files: dict[str, int]) -> bool:
 
 
 def _keep_a_spare(listener: socket.socket, identity: str, *, files: dict[str, int]) -> None:
-    """Fork a spare, and another whenever one is taken; return when no more are needed."""
+    """Fork a spare, and another one whenever it is taken; return when no more are needed."""
     said = _TAKEN
     while said == _TAKEN:
         ours, theirs = socket.socketpair()
@@ -176,16 +176,16 @@ def _be_the_spare(
             if request is not None:
                 _do(request, caller)
         status = 0
-    except BaseException:  # noqa: BLE001 - as the interpreter does at the end of a program
+    except BaseException:  # noqa: BLE001 - like the interpreter at the end of a program
         traceback.print_exc()
     finally:
         os._exit(status)
 
 
 def _rehearse(files: dict[str, int]) -> None:
-    """Rehearse a request, as far as that leaves nothing behind.
+    """Rehearse a request, without leaving anything behind.
 
-    Memory that a fork writes to is copied first: better now than while containerd waits.
+    The kernel copies memory that a fork writes to; it is better done now than while containerd waits.
     """
     from shim import config  # noqa: PLC0415 - the entry point does without
     from shim.bootstrap import command_line, dialect  # noqa: PLC0415 - as above
@@ -195,7 +195,7 @@ def _rehearse(files: dict[str, int]) -> None:
     environment = dict(os.environb)
     _adopt(environment)
     line = command_line.parse(["-namespace", "n", "-id", "i", "-address", "", "-publish-binary", "", "start"])
-    marshal.loads(marshal.dumps((environment, line.as_dict())))  # noqa: S302 - its own
+    marshal.loads(marshal.dumps((environment, line.as_dict())))  # noqa: S302 - its own message
     with contextlib.suppress(Refusal, OSError):
         dialect.identify_caller(b"", line)
         config.parse(config.locate(os.environ))
@@ -216,13 +216,13 @@ def _next_caller(listener: socket.socket, zygote: socket.socket) -> socket.socke
 
 
 def _receive(caller: socket.socket, identity: str) -> Request | None:
-    """Read a request, and accept it if this process can stand in for its caller."""
+    """Read a request, and accept it if this process can do the work in its caller's place."""
     credentials = caller.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     if zygote_protocol.user_of(credentials) != os.geteuid():
         return None
     pid = int.from_bytes(credentials[:4], sys.byteorder)
     try:
-        values = marshal.loads(caller.recv(_MAX_REQUEST))  # noqa: S302 - only root can send any
+        values = marshal.loads(caller.recv(_MAX_REQUEST))  # noqa: S302 - only root can send one
         request = Request(**dict(zip(Request.fields(), values, strict=True)))
         if request.identity == identity and _surroundings(pid) == _surroundings("self"):
             caller.send(zygote_protocol.ACCEPTED)
@@ -234,7 +234,7 @@ def _receive(caller: socket.socket, identity: str) -> Request | None:
 
 
 def _surroundings(pid: int | str) -> list[object]:
-    """Describe the confinement of a process, which its children inherit."""
+    """Describe the attributes of a process that confine its children."""
     found: list[object] = [os.readlink(f"/proc/{pid}/root")]
     found += [os.stat(f"/proc/{pid}/ns/{kind}").st_ino for kind in _NAMESPACES]
     found += [_content(f"/proc/{pid}/{name}") for name in ("cgroup", "limits")]
@@ -274,7 +274,7 @@ def _do(request: Request, caller: socket.socket) -> None:
     with contextlib.suppress(OSError):
         heard = caller.recv(1)
     if heard == zygote_protocol.DONE:
-        caller.close()  # a shim has no descriptor but its own; to close this one later would be an error
+        caller.close()  # a shim keeps only its own descriptors; closing this one later would be an error
         successor.shim()
     else:
         successor.undo()
@@ -290,7 +290,7 @@ def _adopt(environment: dict[bytes, bytes]) -> None:
 
 
 class Successor:
-    """Makes the shim for a ``start``: it is this process, or a fork of it if ``start`` waits for it.
+    """Makes the shim for a ``start``: this process, or a fork of it if ``start`` waits for it.
 
     :param parent: the process of containerd.
     """
@@ -298,7 +298,7 @@ class Successor:
     def __init__(self, *, parent: int) -> None:
         self._parent = parent
         self._directory = ""
-        #: Turns this process into the shim, once containerd has the answer; nothing if it is not to be one.
+        #: Turns this process into the shim once containerd has the answer; None if it does not become one.
         self.shim: Callable[[], None] | None = None
 
     def make(
@@ -321,7 +321,7 @@ class Successor:
         self.shim = functools.partial(self._become, directory, arguments, *descriptors)
 
     def undo(self) -> None:
-        """Undo a sandbox that containerd does not know of."""
+        """Undo a sandbox that containerd does not know."""
         held = state_directory.lock_existing(self._directory)
         if held is not None:
             Ledger(self._directory).undo_all(deadline_s=_UNDO_TIMEOUT_S)

@@ -1,1 +1,1 @@
-"""The commands of `hako`: a module for each that needs more than a few lines."""
+"""The commands of `hako`, one module for each."""

@@ -1,4 +1,4 @@
-"""``hako check``: can this host run sandboxes, and with what."""
+"""``hako check``: tells whether this host can run sandboxes, and by which means."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ _SUPPORTED_MACHINE = "x86_64"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that sandboxes need.
+    """One requirement of sandboxes.
 
-    :param name: the thing.
+    :param name: the requirement.
     :param ok: whether the host has it.
     :param detail: the finding, or the problem.
     :param remedy: the remedy; empty if the host has it.
-    :param warning: what makes it worse than it could be, and the remedy; empty if nothing does.
+    :param warning: a weakness of it, and the remedy; empty if there is none.
     """
 
     name: str
@@ -70,13 +70,13 @@ def add_to(commands: Any) -> None:
 
     :param commands: what ``add_subparsers`` returned.
     """
-    parser = commands.add_parser("check", help="say whether this host can run sandboxes, and with what")
+    parser = commands.add_parser("check", help="say whether this host can run sandboxes, and by which means")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Say what was found.
+    """Print the findings.
 
     :param chosen: the command line.
     :returns: the exit status: 1 if this host cannot run sandboxes.
@@ -101,7 +101,7 @@ async def examine(settings: Config) -> list[Finding]:
     """Check everything that sandboxes need; a missing part does not hide the others.
 
     :param settings: the operator's configuration.
-    :returns: one finding for each thing, in the order in which a sandbox needs them.
+    :returns: one finding for each requirement, in the order in which a sandbox needs them.
     """
     probes: dict[str, Callable[[Config], Awaitable[str]]] = {
         "user": _user,
@@ -139,7 +139,7 @@ def _warning(name: str, detail: str) -> str:
 
 
 def _few_files() -> str:
-    """Say what follows if the file servers of sandboxes may open few files only."""
+    """Warn if the file servers of sandboxes may open only few files."""
     limit = kernel_limits.most_open_files()
     most = most_open_in_guest(limit)
     if most is None:
@@ -217,7 +217,7 @@ async def _virtiofsd(settings: Config) -> str:
 
 
 async def _network(_: Config) -> str:
-    """Connect an interface to an imaginary machine, in a namespace that no one else sees."""
+    """Connect an interface to an imaginary machine, in a namespace that no other process sees."""
     try:
         namespace = await NetworkNamespace.open(WantedNamespace(None))
         try:
@@ -237,9 +237,9 @@ async def _guest(settings: Config) -> str:
 
 
 async def _version_of(program: Path) -> str:
-    """Ask a program: neither tells its version in another way without starting to work.
+    """Ask a program for its version, which both programs only print on request.
 
-    :raises FailedPrecondition: if it does not tell.
+    :raises FailedPrecondition: if it does not print it.
     """
     try:
         return await asyncio.to_thread(version_line, str(program))

@@ -1,4 +1,4 @@
-"""``hako collect``: one archive for a report of a fault, without what is secret."""
+"""``hako collect``: one archive for a bug report, without secrets."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def add_to(commands: Any) -> None:
     """
     parser = commands.add_parser(
         "collect",
-        help="write an archive for a report of a fault",
+        help="write an archive for a bug report",
         description="Write versions, configuration, `hako check`, and logs, timeline and description of each "
         "sandbox into one archive. No environment variable and no argument of a container is in it.",
     )
@@ -87,7 +87,7 @@ def _add(archive: tarfile.TarFile, name: str, text: str, *, at_s: float) -> None
 
 
 def redacted(text: str) -> str:
-    """Return a text without the values that look like passwords, tokens and keys."""
+    """Return a text without values that look like passwords, tokens or keys."""
     return _URL_SECRET.sub(rf"\1{_REDACTED}", _SECRET.sub(rf"\1{_REDACTED}", text))
 
 
@@ -140,14 +140,14 @@ async def _check(settings: Config) -> list[dict[str, Any]]:
 
 
 async def _files(record: StartRecord) -> list[tuple[str, str]]:
-    """Read a sandbox's logs and its timeline; its specification and its bundle stay where they are."""
+    """Read a sandbox's logs and its timeline, but not its specification and its bundle."""
     paths = [file.path for file in await files_of(record)]
     paths.append(shims.state_of(record) / timeline.NAME)
     return [(path.name, text) for path in paths if (text := _text_of(path))]
 
 
 def _kept(log_dir: Path) -> Iterator[tuple[str, str]]:
-    """Read what is kept of sandboxes that have ended."""
+    """Read the files that are kept of ended sandboxes."""
     if not log_dir.is_dir():
         return
     for path in sorted(log_dir.iterdir()):
@@ -158,5 +158,5 @@ def _kept(log_dir: Path) -> Iterator[tuple[str, str]]:
 def _text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # it has gone meanwhile
+    except OSError:  # it has been removed meanwhile
         return ""

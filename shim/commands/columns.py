@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 _MIB = 1 << 20
 _AGES = ((86400, "d"), (3600, "h"), (60, "min"))
-_LONG_ID = 24  # people give shorter ones
+_LONG_ID = 24  # people choose shorter ones
 _SHOWN_ID = 13  # as crictl shows them
 _CELL = 400
 _BOLD, _PLAIN = "\x1b[1m", "\x1b[0m"  # ECMA-48 SGR
@@ -20,7 +20,7 @@ _BOLD, _PLAIN = "\x1b[1m", "\x1b[0m"  # ECMA-48 SGR
 def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Yield the lines of a table whose columns are as wide as their contents.
 
-    :param rows: the cells, the heading first; all rows have as many. The last column may be of any width.
+    :param rows: the cells, heading first, the same number in each row. The last column may have any width.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -29,7 +29,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; its heading stands out on a terminal."""
+    """Print a table, with a highlighted heading on a terminal."""
     heading, *others = aligned(rows)
     print(f"{_BOLD}{heading}{_PLAIN}" if is_coloured() else heading)
     for line in others:
@@ -42,14 +42,14 @@ def is_coloured() -> bool:
 
 
 def text(value: str) -> str:
-    """Return what others chose in a form that is safe to print."""
-    from hypervisor import printable  # noqa: PLC0415 - many commands do without the hypervisor
+    """Return text that others chose in a form that is safe to print."""
+    from hypervisor import printable  # noqa: PLC0415 - many commands do not need the hypervisor
 
     return printable(value, limit=_CELL)
 
 
 def shown_id(identifier: str) -> str:
-    """Shorten an id that no person chose."""
+    """Shorten a generated id."""
     return identifier[:_SHOWN_ID] if len(identifier) > _LONG_ID else identifier
 
 

@@ -26,11 +26,11 @@ def add_to(commands: Any) -> None:
     """
     parser = commands.add_parser("config", help="explain, check and show the configuration")
     actions = parser.add_subparsers(dest="action", required=True, metavar="COMMAND")
-    explain = actions.add_parser("explain", help="say what keys mean, and what values they take")
+    explain = actions.add_parser("explain", help="explain keys and their values")
     explain.add_argument("key", nargs="?", metavar="KEY", help="one key, as SECTION.KEY or KEY (all)")
-    check = actions.add_parser("check", help="say whether a file would be taken")
+    check = actions.add_parser("check", help="say whether a file is valid")
     check.add_argument("file", metavar="FILE", help="a configuration; - for standard input")
-    show = actions.add_parser("show", help="show every value that is in effect, and the file that gives it")
+    show = actions.add_parser("show", help="show every value in effect, and the file that sets it")
     show.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
     for each in (explain, check, show):
         each.add_argument("--json", action="store_true", help="for programs")

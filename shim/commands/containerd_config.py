@@ -1,4 +1,4 @@
-"""What a containerd reads of its configuration, and what the drop-in of Hako says."""
+"""The configuration that a containerd reads, and Hako's drop-in."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _TIMEOUT_S = 20.0
 
 
 def dump(program: str, main: Path) -> dict[str, Any]:
-    """Ask a containerd what its configuration is, with all that it imports.
+    """Ask a containerd for its configuration, including all imports.
 
     :param program: the containerd.
-    :param main: its main file; it need not be there.
-    :raises Refusal: if containerd does not take the configuration.
+    :param main: its main file, which need not exist.
+    :raises Refusal: if containerd refuses the configuration.
     """
     known = ["--config", str(main)] if main.exists() else []
     argv = [program, *known, "config", "dump"]
@@ -46,7 +46,7 @@ def take_out(document: dict[str, Any], plugin: str, handler: str) -> object:
     :param document: changed in place.
     :param plugin: the plugin that has handlers.
     :param handler: the name.
-    :returns: the handler; None if it is not there.
+    :returns: the handler; None if there is none of that name.
     """
     document.pop("imports", None)
     return handlers(document, plugin).pop(handler, None)
@@ -65,7 +65,7 @@ def handlers(document: dict[str, Any], plugin: str) -> dict[str, Any]:
 
 
 def said_of(main: Path, plugin: str) -> dict[str, Any]:
-    """Return what the main file says of a plugin.
+    """Return the main file's table of a plugin.
 
     :param main: the main file.
     :param plugin: the plugin.
@@ -83,10 +83,10 @@ def said_of(main: Path, plugin: str) -> dict[str, Any]:
 
 
 def tables(path: tuple[str, ...], table: dict[str, Any]) -> list[str]:
-    """Write a table and those below it as lines of TOML.
+    """Write a table and its sub-tables as lines of TOML.
 
     :param path: the keys that lead to it.
-    :param table: its content, as ``tomllib`` has it.
+    :param table: its content, as ``tomllib`` returns it.
     """
     plain = [
         f"{json.dumps(key)} = {_value(value)}" for key, value in table.items() if not isinstance(value, dict)
@@ -104,12 +104,12 @@ def _value(value: object) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{json.dumps(key)} = {_value(each)}' for key, each in value.items())}}}"
     if isinstance(value, (str, bool)):
-        return json.dumps(value)  # TOML's basic strings have all escapes that JSON writes
+        return json.dumps(value)  # TOML's basic strings know all escapes that JSON writes
     return str(value)
 
 
 def replace(path: Path, text: str | None) -> None:
-    """Write a file whole, or remove it.
+    """Write a file atomically, or remove it.
 
     :param path: the file.
     :param text: its content; None removes it.

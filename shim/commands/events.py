@@ -1,4 +1,4 @@
-"""``hako events``: what happens in the sandboxes of this host."""
+"""``hako events``: the events in this host's sandboxes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from shim.host.state_directory import StartRecord
 
 _SOCKET = "grpc.sock"
-_INTERRUPTED = 128 + signal.SIGINT  # as shells count it
+_INTERRUPTED = 128 + signal.SIGINT  # the shells' status for it
 _KEPT_TIMEOUT_S = 5.0  # the server starts with the first connection
 
 
@@ -35,18 +35,16 @@ def add_to(commands: Any) -> None:
 
     :param commands: what ``add_subparsers`` returned.
     """
-    parser = commands.add_parser("events", help="show what happens in the sandboxes, as it happens")
-    parser.add_argument("id", nargs="?", metavar="ID", help="of one sandbox only")
+    parser = commands.add_parser("events", help="show the events in the sandboxes as they happen")
+    parser.add_argument("id", nargs="?", metavar="ID", help="only this sandbox")
     parser.add_argument("--namespace", default="*", metavar="NAME", help="containerd's namespace (any)")
-    parser.add_argument(
-        "--past", action="store_true", help="show the last events of each sandbox, and end after them"
-    )
-    parser.add_argument("--json", action="store_true", help="for programs: an object on each line")
+    parser.add_argument("--past", action="store_true", help="show the last events of each sandbox, and exit")
+    parser.add_argument("--json", action="store_true", help="for programs: one object on each line")
     shims.add_config_to(parser)
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Show them, until interrupted unless only past ones are asked for.
+    """Show events: past ones on request, otherwise new ones until an interruption.
 
     :param chosen: the command line.
     :returns: the exit status.
@@ -55,7 +53,7 @@ def run(chosen: argparse.Namespace) -> int:
     if chosen.past:
         return asyncio.run(_show_past(_wanted(chosen), as_json=chosen.json))
     wanted = _wanted(chosen)[0].id if chosen.id else ""
-    # Each line is written at once and nothing is left to do, but streams of gRPC may be slow to be cancelled.
+    # Each line is written at once and no work is left, but cancelling gRPC streams may be slow.
     signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
     asyncio.run(_follow(chosen, wanted))
     return 0
@@ -80,14 +78,14 @@ async def _show_past(records: list[StartRecord], *, as_json: bool) -> int:
 
 
 async def _past(record: StartRecord) -> list[api.Event]:
-    # A shim that answers here is not stopped; its gRPC server may take longer to come up.
+    # A shim that answers here is not stopped, but its gRPC server may take longer to start.
     await shims.ask(record, "LogSources", api.LogSourcesRequest(), api.LogSourcesResponse)
     with shims.errors_of_grpc(_KEPT_TIMEOUT_S):
         return [event async for event in shims.stream_events(record, follow=False, timeout_s=_KEPT_TIMEOUT_S)]
 
 
 async def _follow(chosen: argparse.Namespace, wanted: str) -> None:
-    """Follow all sandboxes, also those that begin meanwhile."""
+    """Follow all sandboxes, including those that start meanwhile."""
     state_dir = Path(shims.settings_of(chosen).shim.state_dir)
     followed: set[str] = set()
     with FileWatch() as watch:
@@ -105,7 +103,7 @@ async def _follow(chosen: argparse.Namespace, wanted: str) -> None:
 
 
 def _watch_all(watch: FileWatch, state_dir: Path) -> None:
-    """Watch for sandboxes that begin, and for their sockets."""
+    """Watch for new sandboxes and their sockets."""
     if watch.add(state_dir):
         for directory in state_dir.iterdir():
             watch.add(directory)

@@ -1,4 +1,4 @@
-"""The numbers of a node as Prometheus' metrics: those of its sandboxes, and what their journal says.
+"""A node's numbers as Prometheus' metrics: those of its sandboxes, and those from their journal.
 
 Names that begin with ``kata_`` are Kata's and mean the same; Hako's own begin with ``hako_``.
 """
@@ -30,7 +30,7 @@ PHASE_BOUNDS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _OF_GUEST = ("kata_guest_", "kata_agent_")
 _MOST_GUEST_SAMPLES, _MOST_GUEST_LABELS, _LONGEST_LABEL = 2000, 4, 100
 _MOST_LABELS_OF_JOURNAL = 200
-#: Kata's names for what each process of a sandbox counts as.
+#: Kata's names for the processes of a sandbox.
 _KATA_PROCESSES = {"shim": "shim", "QEMU": "hypervisor", SHARE_DAEMON: "virtiofsd"}
 
 
@@ -49,7 +49,7 @@ class _Buckets:
 
 
 class History:
-    """What has happened on a node, added up from the entries of its journal."""
+    """The events on a node, added up from the entries of its journal."""
 
     def __init__(self) -> None:
         self._starts: dict[str, _Buckets] = defaultdict(lambda: _Buckets(START_BOUNDS_S))
@@ -60,7 +60,7 @@ class History:
         self._dropped: Counter[str] = Counter()
 
     def add(self, entry: Mapping[str, Any]) -> None:
-        """Count an entry; one that is malformed is left out."""
+        """Count an entry, unless it is malformed."""
         try:
             match entry["kind"]:
                 case "start":
@@ -83,16 +83,16 @@ class History:
             return
 
     def metrics(self) -> Iterator[Metric]:
-        """Yield it as metrics."""
+        """Yield the sums as metrics."""
         starts = HistogramMetricFamily(
-            "hako_sandbox_start_seconds", "From the request to a machine that answers.", labels=["how"]
+            "hako_sandbox_start_seconds", "From the request until the machine answers.", labels=["how"]
         )
         for how, buckets in self._starts.items():
             _add(starts, (how,), buckets.bounds, buckets.counts, buckets.sum)
         yield starts
         phases = HistogramMetricFamily(
             "hako_sandbox_start_phase_seconds",
-            "The phases of a start, as the timeline has them.",
+            "The phases of a start, as in the timeline.",
             labels=["how", "lane", "phase"],
         )
         for labels, buckets in self._phases.items():
@@ -109,7 +109,7 @@ class History:
         yield _counter("hako_template_misses", "Machines that could not be cloned.", (), {(): misses})
         yield _counter(
             "hako_ended_dropped",
-            "What sandboxes that have ended had dropped.",
+            "Data that ended sandboxes had dropped.",
             ("kind",),
             {(kind,): count for kind, count in self._dropped.items()},
         )
@@ -120,8 +120,8 @@ def sandbox_metrics(
 ) -> Iterator[Metric]:
     """Yield the metrics of the sandboxes that have answered.
 
-    :param replies: what their shims say.
-    :param processes: what the host's kernel says of their processes, by id.
+    :param replies: the answers of their shims.
+    :param processes: the host kernel's numbers of their processes, by id.
     """
     families = _Families()
     for reply in replies:
@@ -135,22 +135,34 @@ def sandbox_metrics(
         for used in reply.usage:
             of = {"container_id": used.id}
             families.counter(
-                "hako_container_cpu_seconds", "Processor time, as the guest counts.", labels, used.cpu_s, **of
+                "hako_container_cpu_seconds",
+                "Processor time, as counted by the guest.",
+                labels,
+                used.cpu_s,
+                **of,
             )
             families.gauge(
-                "hako_container_memory_bytes", "Memory, as the guest counts.", labels, used.memory_bytes, **of
+                "hako_container_memory_bytes",
+                "Memory, as counted by the guest.",
+                labels,
+                used.memory_bytes,
+                **of,
             )
             families.gauge(
                 "hako_container_processes", "Processes in the container.", labels, used.processes, **of
             )
         for kind, dropped in sorted(reply.dropped.items()):
             families.counter(
-                "hako_dropped", "What was dropped as there was too much.", labels, dropped, kind=kind
+                "hako_dropped",
+                "Data that was dropped because there was too much.",
+                labels,
+                dropped,
+                kind=kind,
             )
         for name, text, label, histograms in (
-            ("kata_shim_rpc", "Calls of containerd's to the shim.", "action", reply.shim_calls),
-            ("kata_shim_agent_rpc", "Calls of the shim's to the agent.", "action", reply.agent_calls),
-            ("hako_qmp", "Commands of the shim's to QEMU.", "command", reply.qmp_calls),
+            ("kata_shim_rpc", "Calls from containerd to the shim.", "action", reply.shim_calls),
+            ("kata_shim_agent_rpc", "Calls from the shim to the agent.", "action", reply.agent_calls),
+            ("hako_qmp", "Commands from the shim to QEMU.", "command", reply.qmp_calls),
         ):
             family = families.histogram(f"{name}_durations_histogram_milliseconds", text, label)
             for each in histograms:
@@ -173,7 +185,7 @@ def _add_processes(
         families.counter("hako_process_cpu_seconds", "Processor time.", labels, numbers.usage.cpu_s, **of)
         families.gauge(
             "hako_process_memory_bytes",
-            "Memory: own pages, and a part of those that are shared (PSS).",
+            "Memory: own pages, and a share of common pages (PSS).",
             labels,
             numbers.usage.memory_bytes,
             **of,
@@ -208,7 +220,7 @@ def _add_processes(
 
 
 def _add_guest(families: _Families, labels: tuple[str, ...], text: str) -> None:
-    """Add what the agent says, as far as it is well-formed: the guest is not trusted."""
+    """Add the well-formed parts of the agent's report; the guest is not trusted."""
     try:
         samples = [
             sample
@@ -228,7 +240,7 @@ def _add_guest(families: _Families, labels: tuple[str, ...], text: str) -> None:
 
 
 class _Families:
-    """Metric families by their name: the samples of all sandboxes stand together."""
+    """Metric families by name, each with the samples of all sandboxes."""
 
     def __init__(self) -> None:
         self.all: dict[str, Any] = {}
@@ -251,7 +263,7 @@ class _Families:
         return self.all[name]
 
     def takes(self, name: str, labels: Iterable[str]) -> bool:
-        """Tell whether a sample with such labels fits the family of its name."""
+        """Tell whether a sample's labels fit the family of its name."""
         return self._labels.get(name, tuple(labels)) == tuple(labels)
 
 

@@ -1,4 +1,4 @@
-"""Wait until files change, see inotify(7). Python's own library has nothing for it."""
+"""Wait until files change, see inotify(7), for which Python's library has no function."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class FileWatch:
-    """Tells when something in directories changes; for one task, in a running event loop."""
+    """Reports changes in directories; for one task, in a running event loop."""
 
     def __init__(self) -> None:
         self._descriptor = _libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -37,18 +37,18 @@ class FileWatch:
         os.close(self._descriptor)
 
     def add(self, directory: Path, *, contents: bool = False) -> bool:
-        """Watch a directory, too; again does nothing.
+        """Also watch a directory; a second call does nothing.
 
-        :param contents: not only what comes and goes in it, but also what is written to its files.
-        :returns: False if it is gone.
+        :param contents: also watch for writes to its files.
+        :returns: False if it does not exist.
         """
         mask = _NAMES | _MODIFY if contents else _NAMES
         return bool(_libc.inotify_add_watch(self._descriptor, os.fsencode(directory), mask) >= 0)
 
     async def changed(self) -> None:
-        """Wait until something has changed since this returned last, or since it was watched first."""
+        """Wait for a change since the last return of this method, or since the watch began."""
         await self._changed.wait()
         self._changed.clear()
-        # The loop may have called back again since the changes were read.
+        # The loop may have called back again after the changes were read.
         with contextlib.suppress(BlockingIOError):
             os.read(self._descriptor, _BUFFER)

@@ -1,4 +1,4 @@
-"""``hako image``: make what runs inside the virtual machines."""
+"""``hako image``: build the software inside the virtual machines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_to(commands: Any) -> None:
 
     :param commands: what ``add_subparsers`` returned.
     """
-    image = commands.add_parser("image", help="make what runs inside the virtual machines")
+    image = commands.add_parser("image", help="build the software inside the virtual machines")
     build = image.add_subparsers(dest="image_command", required=True, metavar="COMMAND").add_parser(
         "build", help="build the guest's kernel and initrd from the distribution's packages"
     )
@@ -32,13 +32,13 @@ def add_to(commands: Any) -> None:
         ("--cache", CACHE_DIRECTORY, "where downloaded packages are kept"),
     ):
         build.add_argument(option, type=Path, default=default, metavar="DIR", help=f"{text} ({default})")
-    build.add_argument("--kernel", type=Path, metavar="FILE", help="a kernel of your own")
+    build.add_argument("--kernel", type=Path, metavar="FILE", help="your own kernel")
     build.add_argument("--modules", type=Path, metavar="DIR", help="its lib/modules/RELEASE")
     build.add_argument("--json", action="store_true", help="for programs")
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Do what was asked for.
+    """Run the chosen subcommand.
 
     :param chosen: the command line.
     :returns: the exit status.
@@ -50,15 +50,15 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def build(output: Path, cache: Path, *, kernel: Path | None = None, modules: Path | None = None) -> None:
-    """Build the guest's kernel and initrd, and show the step that is under way.
+    """Build the guest's kernel and initrd, and show the current step.
 
     :param output: where they go.
     :param cache: where downloaded packages are kept.
-    :param kernel: a kernel of the operator's own.
+    :param kernel: the operator's own kernel.
     :param modules: its ``lib/modules/RELEASE``.
     :raises Refusal: if they cannot be built.
     """
-    from guest.image import ImageError  # noqa: PLC0415 - the help does without
+    from guest.image import ImageError  # noqa: PLC0415 - the help does not need it
     from guest.image import build as build_image  # noqa: PLC0415 - as above
 
     progress = Progress(sys.stderr)
@@ -71,9 +71,9 @@ def build(output: Path, cache: Path, *, kernel: Path | None = None, modules: Pat
 
 
 class Progress:
-    """Show the step that is under way: one line that changes on a terminal, a line each elsewhere.
+    """Show the current step: on a terminal in one changing line, otherwise one line for each.
 
-    :param stream: where to.
+    :param stream: where it is shown.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -89,6 +89,6 @@ class Progress:
         self._shown = True
 
     def end(self) -> None:
-        """Leave the last step to be read, with the cursor below it."""
+        """Leave the last step visible, with the cursor below it."""
         if self._in_place and self._shown:
             self._stream.write("\n")

@@ -1,4 +1,4 @@
-"""``hako inspect``: everything that is known of one sandbox, as JSON."""
+"""``hako inspect``: everything that is known about one sandbox, as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from shim.host.state_directory import StartRecord
 
-_GUEST_S = 0.7 * TIMEOUT_S  # so that what the host knows is told in time
+_GUEST_S = 0.7 * TIMEOUT_S  # so that the host's facts arrive in time
 
 
 def add_to(commands: Any) -> None:
@@ -24,9 +24,9 @@ def add_to(commands: Any) -> None:
 
     :param commands: what ``add_subparsers`` returned.
     """
-    parser = commands.add_parser("inspect", help="show all that is known of a sandbox, as JSON")
+    parser = commands.add_parser("inspect", help="show everything about a sandbox as JSON")
     shims.add_sandbox_to(parser)
-    parser.add_argument("--json", action="store_true", help="as it does anyway")
+    parser.add_argument("--json", action="store_true", help="has no effect: the output is always JSON")
 
 
 def run(chosen: argparse.Namespace) -> int:

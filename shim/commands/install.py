@@ -1,4 +1,4 @@
-"""``hako install``: tell a node's containerd to offer Hako to Kubernetes."""
+"""``hako install``: add Hako to a node's containerd."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import argparse
 
 _SHIPPED_GUEST = Path("/usr/share/hako/guest")
-"""The image that a package brings along."""
+"""The image that a package contains."""
 MAIN = Path("/etc/containerd/config.toml")
 """containerd's main file."""
 
@@ -36,7 +36,7 @@ _HEAD = """\
 version = {number}
 """
 
-# As an imported file, it replaces all that the main file says of the plugin.
+# An imported file replaces the main file's whole table of the plugin.
 _CARRIED = "# What containerd has by {main} and by default; run `hako install` again after a change there."
 
 _RUNTIME = """
@@ -59,16 +59,19 @@ def add_to(commands: Any) -> None:
 
     :param commands: what ``add_subparsers`` returned.
     """
-    parser = commands.add_parser("install", help="tell containerd of Hako, and build the guest's image")
+    parser = commands.add_parser("install", help="add Hako to containerd, and build the guest's image")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--print", action="store_true", help="say what containerd would be told, and change nothing"
+        "--print", action="store_true", help="print the file for containerd, and change nothing"
     )
     what.add_argument(
         "--kubernetes", action="store_true", help="print the RuntimeClass, and how to label this node"
     )
     parser.add_argument(
-        "--containerd", default="containerd", metavar="PROGRAM", help="another than the one in PATH"
+        "--containerd",
+        default="containerd",
+        metavar="PROGRAM",
+        help="a containerd other than the one in PATH",
     )
     parser.add_argument(
         "--containerd-config",
@@ -77,16 +80,16 @@ def add_to(commands: Any) -> None:
         metavar="FILE",
         help=f"its main file, which is never changed ({MAIN})",
     )
-    parser.add_argument("--no-image", action="store_true", help="leave the guest's image as it is")
+    parser.add_argument("--no-image", action="store_true", help="do not build the guest's image")
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Build or copy the guest's image, as containerd must not offer what cannot run, and tell containerd.
+    """Build or copy the guest's image first, so that the runtime can run once containerd offers it.
 
     :param chosen: the command line; it may ask for texts only.
     :returns: the exit status.
-    :raises Refusal: if Hako does not work with that containerd, or it would not read the drop-in, or lose
-        something by it, or there can be no image; then containerd is told nothing.
+    :raises Refusal: if Hako does not work with that containerd, the drop-in would not be read or would hide
+        other settings, or there can be no image; then containerd's configuration is unchanged.
     """
     if chosen.kubernetes:
         print(kubernetes.objects(config.parse(config.locate(os.environ))), end="")
@@ -102,14 +105,14 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def _tell(chosen: argparse.Namespace) -> int:
-    """Print what containerd must be told, or tell it."""
+    """Print the drop-in for containerd, or write it."""
     version, main = found_version(chosen.containerd), chosen.containerd_config
     target = main.parent / DROP_IN
     plugin = _plugin_of(version)
     before = _content(target)
     if before is not None and not before.startswith(_MARK):
         raise Refusal(f"install: {target}: it is not of `hako install`; move it away")
-    # containerd 2 merges what two files say of a plugin.
+    # containerd 2 merges two files' tables of a plugin.
     carried = {} if plugin == _SECOND_PLUGIN else containerd_config.said_of(main, plugin)
     handlers = containerd_config.handlers(containerd_config.dump(chosen.containerd, main), plugin)
     text = drop_in(version, main=main, carried=_with_handlers(carried, handlers))
@@ -125,13 +128,13 @@ def _tell(chosen: argparse.Namespace) -> int:
 
 
 def copy_image(shipped: Path, output: Path) -> None:
-    """Put the image that a package brings along in its place, unless it is there.
+    """Install the image that a package contains, unless it is already installed.
 
     :param shipped: the package's.
     :param output: the place; an image there is replaced.
     :raises Refusal: if that fails.
     """
-    name = "image.json"  # written last: its presence vouches for the rest
+    name = "image.json"  # written last: if it exists, the rest is complete
     try:
         if _content(output / name) == _content(shipped / name):
             return
@@ -154,7 +157,7 @@ def remove(main: Path) -> Path | None:
     """Remove the drop-in.
 
     :param main: containerd's main file.
-    :returns: its path; None if there is none of ``hako install``.
+    :returns: its path; None if ``hako install`` has written none.
     :raises Refusal: if it cannot be removed.
     """
     target = main.parent / DROP_IN
@@ -165,7 +168,7 @@ def remove(main: Path) -> Path | None:
 
 
 def _with_handlers(said: dict[str, Any], handlers: dict[str, Any]) -> dict[str, Any]:
-    """Add the other handlers: where one is named, containerd's own default of runc goes."""
+    """Add the other handlers: once one is named, containerd's default handler runc disappears."""
     others = {name: each for name, each in handlers.items() if name != _HANDLER}
     if not others:
         return said
@@ -174,7 +177,7 @@ def _with_handlers(said: dict[str, Any], handlers: dict[str, Any]) -> dict[str, 
 
 
 def _write(target: Path, text: str, *, before: str | None, program: str, main: Path, plugin: str) -> None:
-    """Write the drop-in, unless containerd would not read it or would read other things otherwise."""
+    """Write the drop-in, unless containerd would ignore it or read other settings differently."""
     containerd_config.replace(target, None)
     kept = before
     try:
@@ -226,8 +229,8 @@ def drop_in(version: str, *, main: Path = MAIN, carried: dict[str, Any] | None =
 
     :param version: its version, such as ``1.7.24``.
     :param main: its main file.
-    :param carried: what that says of the plugin, if it would be lost.
-    :returns: TOML with comments that say where it goes.
+    :param carried: that file's table of the plugin, if it would be lost.
+    :returns: TOML with comments that say where it belongs.
     :raises Refusal: if Hako does not work with it.
     """
     plugin = _plugin_of(version)
@@ -251,7 +254,7 @@ def found_version(program: str) -> str:
     """Ask a containerd for its version.
 
     :param program: its name or path.
-    :raises Refusal: if it is not there or does not tell.
+    :raises Refusal: if it does not exist or does not print it.
     """
     try:
         line = version_line(program)

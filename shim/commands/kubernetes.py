@@ -1,4 +1,4 @@
-"""``hako install --kubernetes``: what a cluster must be told."""
+"""``hako install --kubernetes``: the objects that a cluster needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 LABEL = "hako.io/runtime"
 HOST_MIB = 128
-"""What QEMU, the daemons and the shim of a machine take beside its memory; docs/kubernetes.md."""
+"""The memory of a machine's QEMU, daemons and shim beside the guest's; see docs/kubernetes.md."""
 _HOST_MILLICPUS = 250
 
 _TEXT = """\
@@ -33,7 +33,7 @@ scheduling:
 
 
 def objects(config: Config) -> str:
-    """Write the RuntimeClass for nodes with a configuration, and how this one is labelled.
+    """Write the RuntimeClass for nodes with a configuration, and the command that labels this node.
 
     :param config: the configuration.
     """

@@ -1,4 +1,4 @@
-"""The log lines of a sandbox, from the files that hold them: what they say, and when."""
+"""The log lines of a sandbox: reads their text and time from files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LogLine:
 
     :param at_s: when it was written, in seconds since 1970.
     :param source: ``shim``, ``guest``, or the name of a process of the machine.
-    :param level: of the shim's own lines; empty for others.
+    :param level: the level of the shim's own lines; empty for others.
     :param text: safe to print.
     """
 
@@ -37,7 +37,7 @@ class LogLine:
 
 
 def of_log(lines: Iterable[str]) -> Iterator[LogLine]:
-    """Read what the shim wrote; lines that it did not finish are left out."""
+    """Read the shim's lines, without unfinished ones."""
     for line in lines:
         found = _RECORD.match(line)
         if found is None:
@@ -53,10 +53,10 @@ def of_log(lines: Iterable[str]) -> Iterator[LogLine]:
 
 
 def of_console(content: bytes, times: Iterable[str], *, since: int = 0) -> Iterator[LogLine]:
-    """Read what the guest wrote.
+    """Read the guest's lines.
 
-    :param content: of its console, from an offset on.
-    :param times: lines ``OFFSET SECONDS``: when what begins there came.
+    :param content: the console's content, from an offset on.
+    :param times: lines ``OFFSET SECONDS``: when the output from there on arrived.
     :param since: the offset.
     """
     notes = []
@@ -87,7 +87,7 @@ class LogFile:
         self._read = 0
 
     def new_lines(self) -> list[LogLine]:
-        """Read what has come since the last time; a file that is gone has nothing new."""
+        """Read what was added since the last call; a missing file has nothing new."""
         try:
             with self.path.open("rb") as file:
                 if file.seek(0, 2) < self._read:  # it was shortened, and its newest part is in it

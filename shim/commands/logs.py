@@ -1,4 +1,4 @@
-"""``hako logs``: what the shim, QEMU, the daemons and the guest's console said, in the order of time."""
+"""``hako logs``: the output of the shim, QEMU, the daemons and the guest's console, sorted by time."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def add_to(commands: Any) -> None:
     :param commands: what ``add_subparsers`` returned.
     """
     parser = commands.add_parser(
-        "logs", help="show what shim, QEMU, daemons and guest said, or why a sandbox ended"
+        "logs", help="show the output of shim, QEMU, daemons and guest, or why a sandbox ended"
     )
     shims.add_sandbox_to(parser)
-    parser.add_argument("-f", "--follow", action="store_true", help="go on with each line as it comes")
+    parser.add_argument("-f", "--follow", action="store_true", help="show new lines as they arrive")
     parser.add_argument(
         "--since",
         default="",
         metavar="TIME",
-        help="from then on: 30s, 10m, 2h, 1d, or a date with a time",
+        help="leave out older lines: 30s, 10m, 2h, 1d, or a date with a time",
     )
     parser.add_argument("--json", action="store_true", help="for programs: an object on each line")
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Show them: of a sandbox that runs its lines, of one that failed the reason and its last words.
+    """Show the lines of a running sandbox, or the reason and the last output of a failed one.
 
     :param chosen: the command line.
     :returns: the exit status.
-    :raises Refusal: if nothing is known of such a sandbox.
+    :raises Refusal: if there is no record of the sandbox.
     """
     since_s = since(chosen.since, now_s=time.time())
     settings = shims.settings_of(chosen).shim
@@ -75,7 +75,7 @@ def run(chosen: argparse.Namespace) -> int:
 def since(wanted: str, *, now_s: float) -> float:
     """Read a point in time.
 
-    :param wanted: how long ago, or a date with a time; empty for always.
+    :param wanted: how long ago, or a date with a time; empty for no limit.
     :param now_s: seconds since 1970.
     :raises Refusal: if it is neither.
     """
@@ -94,14 +94,14 @@ def since(wanted: str, *, now_s: float) -> float:
 
 
 def _show_kept(kept: str, *, as_json: bool) -> None:
-    """Print the last words of a sandbox that failed; its guest chose some of them."""
+    """Print the last output of a failed sandbox, some of which its guest chose."""
     for line in kept.splitlines():
         shown = printable(line, limit=_LINE)
         print(json.dumps({"at_s": None, "source": "kept", "level": "", "text": shown}) if as_json else shown)
 
 
 async def files_of(record: StartRecord) -> list[LogFile]:
-    """Find the files that hold a sandbox's lines, also if its shim does not answer."""
+    """Find the files with a sandbox's lines, even if its shim does not answer."""
     [answer] = await shims.ask_all(
         [record], lambda one: shims.ask(one, "LogSources", api.LogSourcesRequest(), api.LogSourcesResponse)
     )

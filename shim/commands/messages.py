@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def as_dict(message: Message) -> dict[str, Any]:
-    """Return every field of a message by its name; a message that is absent is ``None``."""
+    """Return every field of a message by its name; an absent message is ``None``."""
     found: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)

@@ -1,4 +1,4 @@
-"""``hako metrics``: what ``hako monitor`` would serve now, of this node or of one sandbox."""
+"""``hako metrics``: the metrics that ``hako monitor`` would serve now, for this node or one sandbox."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add_to(commands: Any) -> None:
     :param commands: what ``add_subparsers`` returned.
     """
     parser = commands.add_parser("metrics", help="print the metrics of this host, or of one sandbox")
-    parser.add_argument("id", nargs="?", default="", metavar="ID", help="the sandbox (all)")
+    parser.add_argument("id", nargs="?", default="", metavar="ID", help="only this sandbox (all)")
     parser.add_argument("--namespace", default="*", metavar="NAME", help="containerd's namespace (any)")
     shims.add_config_to(parser)
 
@@ -30,7 +30,7 @@ def run(chosen: argparse.Namespace) -> int:
     :returns: the exit status.
     :raises Refusal: if there is no such sandbox.
     """
-    from prometheus_client import CollectorRegistry, generate_latest  # noqa: PLC0415 - the help does without
+    from prometheus_client import CollectorRegistry, generate_latest  # noqa: PLC0415 - the help does not need it
 
     from shim.commands.monitor import NodeCollector  # noqa: PLC0415 - as above
 

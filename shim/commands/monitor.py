@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _LISTEN = "127.0.0.1:8090"
 SERVICE = "hako.metrics.v1.Metrics"
 SHIM_TIMEOUT_S = 1.2
-"""One that is stopped must not hold up a scrape, which may take 2 s."""
+"""A stopped shim must not delay a scrape, which may take 2 s."""
 GUEST_TIMEOUT_S = 0.8
 _LONGEST_PROBLEM = 200
 
@@ -48,17 +48,17 @@ def add_to(commands: Any) -> None:
     """
     parser = commands.add_parser("monitor", help="serve the metrics of this host to Prometheus")
     parser.add_argument(
-        "--listen", default=_LISTEN, metavar="ADDRESS:PORT", help=f"where they are served ({_LISTEN})"
+        "--listen", default=_LISTEN, metavar="ADDRESS:PORT", help=f"where to serve them ({_LISTEN})"
     )
     shims.add_config_to(parser)
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Serve them until a signal asks for the end.
+    """Serve the metrics until a signal arrives.
 
     :param chosen: the command line.
     :returns: the exit status.
-    :raises Refusal: if the configuration or the address is of no use.
+    :raises Refusal: if the configuration or the address cannot be used.
     """
     return _serve(shims.settings_of(chosen).shim, chosen.listen)
 
@@ -89,7 +89,7 @@ class NodeCollector(Collector):
 
     :param settings: where sandboxes keep their state and their journal.
     :param only: the one sandbox to ask; empty for all.
-    :param scrapes: where the monitor registers what it measures of itself; None for nothing.
+    :param scrapes: where the monitor registers its own metrics; None for none.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class NodeCollector(Collector):
         )
 
     def describe(self) -> list[Metric]:
-        """Name nothing before the first scrape, which would be one itself."""
+        """Describe no metrics in advance, because that would itself be a scrape."""
         return []
 
     @override
@@ -117,7 +117,7 @@ class NodeCollector(Collector):
         """Ask the sandboxes and yield the metrics."""
         began_s = time.monotonic()
         answers = asyncio.run(shims.ask_all(self.records(), _ask))
-        with self._lock:  # two may scrape at once
+        with self._lock:  # two scrapes may run at once
             self._counts["kata_monitor_scrape"] += 1
             self._counts["kata_monitor_scrape_failed"] += sum(not answer.value for answer in answers)
             for entry in self._journal.read():
@@ -138,7 +138,7 @@ class NodeCollector(Collector):
             self._durations.observe((time.monotonic() - began_s) * 1000)
 
     def records(self) -> list[StartRecord]:
-        """List the sandboxes that are to be asked."""
+        """List the sandboxes to ask."""
         return [record for record in shims.records(self._state_dir) if self._only in {"", record.id}]
 
 

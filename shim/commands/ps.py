@@ -1,4 +1,4 @@
-"""``hako ps``: the sandboxes of this host and what is in them."""
+"""``hako ps``: the sandboxes of this host and their containers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _HEADING = ("SANDBOX", "NAMESPACE", "POD", "STATE", "AGE", "MEMORY", "VERSION", 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a shim tells of its sandbox.
+    """A shim's report on its sandbox.
 
-    :param description: what it is.
-    :param usage: what its processes use.
+    :param description: its description.
+    :param usage: the usage of its processes.
     """
 
     description: api.DescribeResponse
@@ -35,7 +35,7 @@ class Seen:
 
     @property
     def memory_bytes(self) -> int:
-        """What all its processes use of the host's memory."""
+        """The host memory of all its processes."""
         return sum(each.memory_bytes for each in self.usage.processes)
 
 
@@ -44,7 +44,7 @@ def add_to(commands: Any) -> None:
 
     :param commands: what ``add_subparsers`` returned.
     """
-    parser = commands.add_parser("ps", help="list the sandboxes that run, and their containers")
+    parser = commands.add_parser("ps", help="list running sandboxes and their containers")
     parser.add_argument("--json", action="store_true", help="for programs")
     shims.add_config_to(parser)
 
@@ -65,7 +65,7 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 async def look_at(record: StartRecord) -> Seen:
-    """Ask a shim what its sandbox is and what its processes use.
+    """Ask a shim for the description and the usage of its sandbox.
 
     :raises ShimError: if it does not answer.
     """

@@ -1,4 +1,4 @@
-"""``python -m shim.commands.releases upgraded``: what the Debian package does once a release is current."""
+"""``python -m shim.commands.releases upgraded``: the Debian package runs this once a release is current."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shim.host import releases
 
 
 def upgraded() -> None:
-    """End the zygotes of other releases, and remove the releases from which nothing runs."""
+    """End the zygotes of other releases, and remove unused releases."""
     root = releases.root()
     if root is not None:
         releases.retire_zygotes(root)

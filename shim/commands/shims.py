@@ -1,4 +1,4 @@
-"""Ask the shims of this host's sandboxes: all at once, and none for longer than it may take."""
+"""Asks the shims of this host's sandboxes, all at once and with a deadline."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SERVICE = "hako.management.v1.Management"
 TIMEOUT_S = 1.0
-"""How long a shim may take to answer: one that is stopped holds no command up."""
+"""How long a shim may take to answer; a stopped one must not hold up a command."""
 
 _MESSAGE = 200  # characters of an error
 _M = TypeVar("_M", bound=Message)
@@ -40,11 +40,11 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Answer(Generic[_T]):
-    """What became of a question to one shim.
+    """The outcome of a request to one shim.
 
     :param record: how the shim was started.
     :param value: the answer; none if there is none.
-    :param problem: why there is none, in one line.
+    :param problem: why there is no answer, in one line.
     """
 
     record: StartRecord
@@ -53,13 +53,13 @@ class Answer(Generic[_T]):
 
 
 def add_config_to(parser: argparse.ArgumentParser) -> None:
-    """Offer the option that names another configuration."""
+    """Add the option that names another configuration."""
     parser.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
 
 
 def add_sandbox_to(parser: argparse.ArgumentParser) -> None:
-    """Offer what names one sandbox."""
-    parser.add_argument("id", metavar="ID", help="the sandbox: a pod's, or that of a container on its own")
+    """Add the arguments that name one sandbox."""
+    parser.add_argument("id", metavar="ID", help="the id of a sandbox: of a pod, or of a single container")
     parser.add_argument("--namespace", default="*", metavar="NAME", help="containerd's namespace (any)")
     add_config_to(parser)
 
@@ -74,9 +74,9 @@ def settings_of(chosen: argparse.Namespace) -> Config:
 
 
 def records(state_dir: str) -> list[StartRecord]:
-    """List the sandboxes of this host by how they were started, oldest first.
+    """List the start records of this host's sandboxes, oldest first.
 
-    :param state_dir: where they keep their state.
+    :param state_dir: the directory of their state.
     :raises Refusal: if that cannot be read.
     """
     try:
@@ -87,14 +87,14 @@ def records(state_dir: str) -> list[StartRecord]:
         raise Refusal(f"sandboxes: {state_dir}: {error.strerror}; run this as root") from error
     found = []
     for directory in directories:
-        # One that begins has no record yet; one that ends has none any more.
+        # A starting sandbox has no record yet, and an ending one has lost it.
         with contextlib.suppress(OSError, ValueError, TypeError):
             found.append(state_directory.read_record(str(directory)))
     return sorted(found, key=lambda record: record.started_at)
 
 
 def one(chosen: argparse.Namespace) -> StartRecord:
-    """Find the sandbox that a command line names, by its id or by a beginning that no other has.
+    """Find the sandbox that a command line names, by its id or a unique prefix of it.
 
     :raises Refusal: if there is none, or more than one.
     """
@@ -126,12 +126,12 @@ async def ask(
     """Ask a shim over the socket that containerd uses.
 
     :param record: how it was started.
-    :param method: of the service; none that is a stream.
+    :param method: a method of the service that is not a stream.
     :param timeout_s: how long the answer may take.
-    :param service: the management API, or another by its full name.
+    :param service: the full name of the service; by default, the management API.
     :raises DeadlineExceeded: if it does not answer in time.
     :raises Unavailable: if it is gone.
-    :raises ShimError: what it answers.
+    :raises ShimError: if it answers with one.
     """
     if record.protocol == "grpc":
         return await _ask_over_grpc(record, f"/{service}/{method}", request, reply, timeout_s=timeout_s)
@@ -178,8 +178,8 @@ async def channel_to(path: str) -> AsyncIterator[grpc.aio.Channel]:
 
     :param path: the socket.
     """
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it says to the terminal is said better here
-    import grpc.aio  # noqa: PLC0415 - most commands do without
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # this module reports its messages better
+    import grpc.aio  # noqa: PLC0415 - most commands do not need it
 
     async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
         yield channel
@@ -187,7 +187,7 @@ async def channel_to(path: str) -> AsyncIterator[grpc.aio.Channel]:
 
 @contextlib.contextmanager
 def errors_of_grpc(timeout_s: float = TIMEOUT_S) -> Any:
-    """Raise in a block the error that an error of gRPC stands for.
+    """Translate gRPC errors in a block.
 
     :param timeout_s: the deadline of the calls in it.
     :raises ShimError: for an error of gRPC.
@@ -213,7 +213,7 @@ async def ask_all(
 
     :param asked: which.
     :param question: asks one of them, with a deadline.
-    :returns: an answer for each, in the same order, or why there is none.
+    :returns: for each, in the same order, an answer or why there is none.
     """
 
     async def answer(record: StartRecord) -> Answer[_T]:
@@ -230,8 +230,8 @@ async def stream_events(
 ) -> AsyncIterator[api.Event]:
     """Yield the events of a sandbox; see :func:`errors_of_grpc`.
 
-    :param follow: go on with each event as it happens.
-    :param timeout_s: how long that may take; None for as long as it likes.
+    :param follow: continue with each event as it happens.
+    :param timeout_s: how long that may take; None for no limit.
     """
     async with channel_to(str(state_of(record) / "grpc.sock")) as channel:
         call = channel.unary_stream(

@@ -1,4 +1,4 @@
-"""``hako version``: which Hako this is."""
+"""``hako version``: the version of this Hako."""
 
 from __future__ import annotations
 

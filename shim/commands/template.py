@@ -1,4 +1,4 @@
-"""``hako template``: which templates there are, and making and removing them by hand."""
+"""``hako template``: list, build and remove templates by hand."""
 
 from __future__ import annotations
 
@@ -31,18 +31,20 @@ def add_to(commands: Any) -> None:
 
     :param commands: what ``add_subparsers`` returned.
     """
-    parser = commands.add_parser("template", help="see, build and remove what machines are cloned from")
+    parser = commands.add_parser(
+        "template", help="list, build and remove templates, from which machines are cloned"
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="COMMAND")
     listing = actions.add_parser("ls", help="list the templates")
-    removing = actions.add_parser("rm", help="remove templates; machines that were cloned from them live on")
+    removing = actions.add_parser("rm", help="remove templates; running clones are not affected")
     what = removing.add_mutually_exclusive_group(required=True)
-    what.add_argument("key", nargs="?", metavar="KEY", help="the beginning of a template's key is enough")
+    what.add_argument("key", nargs="?", metavar="KEY", help="a template's key or its beginning")
     what.add_argument("--all", action="store_true", help="every template")
     building = actions.add_parser("build", help="build the template of the configuration, unless it exists")
     building.add_argument(
         "--background",
         action="store_true",
-        help="run at low priority, and stop if another process builds already",
+        help="run at low priority, and stop if another process already builds",
     )
     listing.add_argument("--json", action="store_true", help="for programs")
     for each in (listing, removing, building):
@@ -70,7 +72,7 @@ def run(chosen: argparse.Namespace) -> int:
                 return _build(settings, store, in_background=chosen.background)
     except OSError as error:
         raise Refusal(
-            f"template: {error.filename or store.directory}: {error.strerror}; mend that"
+            f"template: {error.filename or store.directory}: {error.strerror}; correct that"
         ) from error
     return 0
 

@@ -1,4 +1,4 @@
-"""``hako timeline``: where the time of a sandbox's start went."""
+"""``hako timeline``: the phases of a sandbox's start and their times."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def add_to(commands: Any) -> None:
 
     :param commands: what ``add_subparsers`` returned.
     """
-    parser = commands.add_parser("timeline", help="show where the time of a sandbox's start went")
+    parser = commands.add_parser("timeline", help="show the phases of a sandbox's start and their times")
     shims.add_sandbox_to(parser)
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw it")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw it into this file")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write it for Perfetto and Chrome")
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Print where the time went, or write it in the forms that are asked for.
+    """Print the phases, or write them in the requested forms.
 
     :param chosen: the command line.
     :returns: the exit status.
-    :raises Refusal: if nothing is kept of such a sandbox.
+    :raises Refusal: if no timeline of the sandbox is kept.
     """
     settings = shims.settings_of(chosen).shim
     found = timeline_files.find(

@@ -1,4 +1,4 @@
-"""``hako top``: what the sandboxes of this host use, anew every few seconds."""
+"""``hako top``: the usage of this host's sandboxes, updated every few seconds."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _LEAST_S, _MOST_S = 0.1, 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a sandbox has used so far.
+    """The usage of a sandbox so far.
 
-    :param at_s: when it was asked, in seconds of ``time.monotonic()``.
-    :param usage: what it answered.
-    :param pod: of Kubernetes; empty if it has none.
+    :param at_s: when its shim was asked, in seconds of ``time.monotonic()``.
+    :param usage: the shim's answer.
+    :param pod: the Kubernetes pod; empty if there is none.
     """
 
     at_s: float
@@ -46,11 +46,11 @@ class Sample:
 
     @property
     def guest_cpu_s(self) -> float:
-        """The processor time of its containers, as the guest counts it."""
+        """The processor time of its containers, as counted by the guest."""
         return sum(each.cpu_s for each in self.usage.containers)
 
     def memory_bytes(self, *names: str) -> int:
-        """Add up the memory of its processes of these names; of all if none is given."""
+        """Add up the memory of its processes with these names, or of all if none is given."""
         return sum(each.memory_bytes for each in self.usage.processes if not names or each.name in names)
 
 
@@ -59,20 +59,20 @@ def add_to(commands: Any) -> None:
 
     :param commands: what ``add_subparsers`` returned.
     """
-    parser = commands.add_parser("top", help="show what the sandboxes use, again and again on a terminal")
+    parser = commands.add_parser("top", help="show the usage of the sandboxes; on a terminal, repeatedly")
     parser.add_argument(
         "--interval",
         type=float,
         default=2.0,
         metavar="SECONDS",
-        help="how long processor time is counted",
+        help="how long to count processor time",
     )
     parser.add_argument("--json", action="store_true", help="for programs: once")
     shims.add_config_to(parser)
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Show it: again and again on a terminal, once elsewhere.
+    """Show the usage: repeatedly on a terminal, otherwise once.
 
     :param chosen: the command line.
     :returns: the exit status: 1 if a shim does not answer.
@@ -120,7 +120,7 @@ def former(answer: Answer[Sample], before: list[Answer[Sample]]) -> Sample | Non
 
 
 def values(before: Sample | None, answer: Answer[Sample]) -> dict[str, Any]:
-    """Work out what a sandbox uses, from two samples; what is not known is ``None``.
+    """Compute the usage of a sandbox from two samples; unknown values are ``None``.
 
     :param before: the first sample, if there is one.
     :param answer: the second.

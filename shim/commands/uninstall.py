@@ -1,4 +1,4 @@
-"""``hako uninstall``: take back what ``hako install`` and sandboxes have left on this host."""
+"""``hako uninstall``: remove what ``hako install`` and sandboxes have left on this host."""
 
 from __future__ import annotations
 
@@ -31,9 +31,11 @@ def add_to(commands: Any) -> None:
 
     :param commands: what ``add_subparsers`` returned.
     """
-    parser = commands.add_parser("uninstall", help="take back what `hako install` did; no sandbox may run")
-    parser.add_argument("--print", action="store_true", help="say what would be removed, and change nothing")
-    parser.add_argument("--keep-image", action="store_true", help="leave the guest's image and its packages")
+    parser = commands.add_parser("uninstall", help="undo `hako install`; no sandbox may run")
+    parser.add_argument(
+        "--print", action="store_true", help="print what would be removed, and change nothing"
+    )
+    parser.add_argument("--keep-image", action="store_true", help="keep the guest's image and its packages")
     parser.add_argument(
         "--containerd-config",
         type=Path,
@@ -45,7 +47,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Remove it, a line for each thing.
+    """Remove everything, and print one line for each thing.
 
     :param chosen: the command line.
     :returns: the exit status.
@@ -73,7 +75,7 @@ def run(chosen: argparse.Namespace) -> int:
                 print(f"removed: {path}")
     except OSError as error:
         raise Refusal(f"uninstall: {error.filename}: {error.strerror}; remove it by hand") from error
-    with contextlib.suppress(OSError):  # something else is there
+    with contextlib.suppress(OSError):  # another file is there
         state.rmdir()
     return 0
 
@@ -105,7 +107,7 @@ def _running(directory: Path) -> state_directory.StartRecord | None:
             probe.settimeout(_CONNECT_TIMEOUT_S)
             probe.connect(record.socket_path)
     except TimeoutError:
-        return record  # it is stopped, and not gone
+        return record  # it is stopped, but has not ended
     except (OSError, ValueError, TypeError):
         return None
     return record
