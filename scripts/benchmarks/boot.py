@@ -10,29 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guest.image import cpio
-from hypervisor import QemuHypervisor, VmSpec, template_key
-from hypervisor.architecture import for_host
-from hypervisor.argv import kernel_command_line
+from hypervisor import QemuHypervisor, template_key
 from proto.extensions import AGENT_PORT
+from scripts.benchmarks import bare
 from scripts.benchmarks.harness import Samples, alternate
 from scripts.benchmarks.stage import MeasurementError
 from shim import config
 from shim.agent.client import Agent
 from shim.host import mounts
-from shim.machine.host_choice import resolve
-from shim.machine.sizing import plan
-from shim.machine.spec import describe
 from shim.machine.template_store import TemplateStore
 from tests.e2e.busybox import BUSYBOX
 from tests.patience import patient
 
 if TYPE_CHECKING:
+    from hypervisor import VmSpec
     from scripts.benchmarks.stage import Stage
 
 BOOT_TIMEOUT_S = patient(120.0)
 MARK = b"bench: a shell"
 SHELL = f"#!/bin/busybox sh\necho '{MARK.decode()}'\nexec /bin/busybox sh\n"
-MIB = 1 << 20
 
 
 def cold_over_bare(stage: Stage) -> Samples:
@@ -42,7 +38,7 @@ def cold_over_bare(stage: Stage) -> Samples:
     Baseline: the same QEMU, accelerator, processor, memory, kernel and kernel parameters, with a serial port
     as the only device and only busybox in the initramfs, from the spawn to the first line of its shell.
     """
-    spec = _spec(stage, template=False)
+    spec = bare.spec(stage, template=False)
     initrd = stage.home / "bare-initrd"
     initrd.write_bytes(
         cpio.archive(
@@ -67,7 +63,7 @@ def clone_over_cold(stage: Stage) -> Samples:
     guest's randomness and clock, but not the shim and containerd.
     Baseline: the same machine, booted.
     """
-    spec = _spec(stage, template=True)
+    spec = bare.spec(stage, template=True)
     found = TemplateStore(Path(config.HypervisorConfig().template_dir)).find(template_key(spec))
     if found is None:
         raise MeasurementError("template: it was built for another machine than the one that is booted")
@@ -76,21 +72,6 @@ def clone_over_cold(stage: Stage) -> Samples:
         stage.rounds,
         value=lambda: _time_boot(stage, clone),
         baseline=lambda: _time_boot(stage, spec),
-    )
-
-
-def _spec(stage: Stage, *, template: bool) -> VmSpec:
-    stage.configure(template=template)
-    settings = config.parse(config.locate({"HAKO_CONFIG": str(stage.config)}))
-    sizes = plan(settings.hypervisor)
-    return describe(
-        settings,
-        stage.runner.run(resolve(settings)),
-        name="bench",
-        directory=Path(),
-        share=Path(),
-        size=sizes.boot,
-        most=sizes.most,
     )
 
 
@@ -123,21 +104,8 @@ async def _boot(spec: VmSpec, directory: Path) -> float:
 
 
 def _boot_bare(spec: VmSpec, initrd: Path) -> float:
-    architecture = for_host()
-    argv = [
-        *(str(spec.qemu), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-        *("-machine", architecture.type, "-accel", spec.accelerator.value),
-        *("-cpu", architecture.cpu_models[spec.accelerator], "-smp", str(spec.vcpus)),
-        *("-m", f"{spec.memory_bytes // MIB}M", "-kernel", str(spec.kernel), "-initrd", str(initrd)),
-        *(
-            "-append",
-            f"{kernel_command_line(spec, architecture=architecture)} console=ttyS0",
-            "-serial",
-            "stdio",
-        ),
-    ]
     began_s = time.perf_counter()
-    limited = ["/usr/bin/timeout", f"{BOOT_TIMEOUT_S:.0f}", *argv]
+    limited = ["/usr/bin/timeout", f"{BOOT_TIMEOUT_S:.0f}", *bare.argv(spec, initrd)]
     with subprocess.Popen(
         limited, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as vm:

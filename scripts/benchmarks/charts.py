@@ -1,4 +1,4 @@
-"""Bar charts of results, each as PNG and as SVG."""
+"""Charts of results, each as PNG and as SVG: bars, or curves over a number."""
 
 from __future__ import annotations
 
@@ -29,8 +29,12 @@ def draw(summaries: Mapping[str, Summary], directory: Path) -> None:
     # The same results give the same bytes.
     mpl.rcParams["svg.hashsalt"] = "hako"
     for name, summary in summaries.items():
-        _save(_metric(name, summary), directory, name)
-    ratios = {name: summary.ratio for name, summary in summaries.items() if summary.ratio is not None}
+        _save(_curves(name, summary) if summary.curves else _metric(name, summary), directory, name)
+    ratios = {
+        name: summary.ratio
+        for name, summary in summaries.items()
+        if summary.ratio is not None and not summary.curves
+    }
     if ratios:
         _save(_ratios(ratios), directory, "ratios")
 
@@ -46,6 +50,19 @@ def _metric(name: str, summary: Summary) -> Figure:
     axes.set_xlabel(summary.unit)
     axes.set_title(name, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _curves(name: str, summary: Summary) -> Figure:
+    figure = Figure(figsize=(3.2 * len(summary.curves), 2.8), layout="constrained")
+    figure.suptitle(name)
+    for place, (what, points) in enumerate(summary.curves.items(), start=1):
+        axes = figure.add_subplot(1, len(summary.curves), place)
+        axes.plot(*zip(*points, strict=True), marker="o", color=_OURS)
+        axes.set_title(what, loc="left", fontsize="medium")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scripts.benchmarks.harness import Samples, alternate
-from scripts.benchmarks.stage import CROWD_TIMEOUT_S, MeasurementError
+from scripts.benchmarks.stage import CROWD_TIMEOUT_S, ZYGOTE, MeasurementError
+from tests.e2e import census
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from scripts.benchmarks.stage import Stage
 
 BURST = 30
+CROWD = 100
+CROWD_AT_ONCE = 10
 RESIDENTS = 60
 RESIDENT_MEMORY_MIB = 128
 SETTLE_S = 10.0
@@ -39,10 +42,10 @@ def burst_30(stage: Stage) -> Samples:
     processors = os.cpu_count() or 1
 
     def burst() -> float:
-        return _timed_crowd(stage, BURST)
+        return timed_crowd(stage, BURST)
 
     def single() -> float:
-        return _timed_crowd(stage, 1) * BURST / processors
+        return timed_crowd(stage, 1) * BURST / processors
 
     single()
     stage.wait_for_zygote()
@@ -65,6 +68,42 @@ def resident_60(stage: Stage) -> Samples:
         return Samples(value=tuple(_busy_percent(stage) for _ in range(stage.rounds)))
 
 
+def crowd_100(stage: Stage) -> Samples:
+    """Make, use and remove 100 sandboxes, 10 at once: the slowest ``ctr run -d``, over the median one.
+
+    Machines of 128 MiB are cloned from a template. It fails if a sandbox does, or leaves anything behind.
+    It is done only once, however many rounds there are.
+    Baseline: all of them. Both in seconds.
+    """
+    stage.configure(template=True, hypervisor=f"memory_mib = {RESIDENT_MEMORY_MIB}\n", guest=PATIENCE)
+    timed_crowd(stage, 1)
+    stage.wait_for_zygote()
+    before = _seen(stage)
+
+    def live(name: str) -> float:
+        began_s = time.perf_counter()
+        stage.run_detached(stage.hako, name)
+        took_s = time.perf_counter() - began_s
+        said = stage.hako.exec(name, f"{name}-exec", "echo", name)
+        if (said.code, said.stdout.strip()) != (0, name):
+            raise MeasurementError(f"exec: {name}: said {said.stdout!r}: {said.stderr.strip()}")
+        stage.hako.remove(name)
+        return took_s
+
+    names = [stage.new_id() for _ in range(CROWD)]
+    with ThreadPoolExecutor(CROWD_AT_ONCE) as pool:
+        lives = [pool.submit(live, name) for name in names]
+    errors = [error for each in lives if (error := each.exception()) is not None]
+    if errors:
+        raise MeasurementError(f"{len(errors)} of {CROWD} sandboxes failed: {errors[0]}") from errors[0]
+    stage.wait_until_gone()
+    left = sorted(_seen(stage) - before)
+    if left:
+        raise MeasurementError(f"{len(left)} things are left: {'; '.join(left[:5])}")
+    took_s = tuple(each.result() for each in lives)
+    return Samples(value=(max(took_s),), baseline=took_s)
+
+
 @contextlib.contextmanager
 def crowd(stage: Stage, count: int, *, at_once: int | None = None) -> Iterator[list[str]]:
     """Keep some sleeping containers under Hako for a block.
@@ -85,10 +124,21 @@ def crowd(stage: Stage, count: int, *, at_once: int | None = None) -> Iterator[l
             stage.wait_until_gone()
 
 
-def _timed_crowd(stage: Stage, count: int) -> float:
+def timed_crowd(stage: Stage, count: int) -> float:
+    """Time some ``ctr run -d`` at once, from the first spawn until the last has returned, in seconds.
+
+    :param count: how many.
+    :raises MeasurementError: if one does not start.
+    """
     began_s = time.perf_counter()
     with crowd(stage, count, at_once=count):
         return time.perf_counter() - began_s
+
+
+def _seen(stage: Stage) -> frozenset[str]:
+    """List what sandboxes may leave; the zygote's next fork is there before and after them."""
+    everything = census.take(stage.hako, state_directory=stage.state_directory)
+    return frozenset(line for line in everything if ZYGOTE not in line)
 
 
 def _busy_percent(stage: Stage) -> float:

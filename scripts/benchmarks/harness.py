@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    Curve = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,10 +18,12 @@ class Samples:
 
     :param value: Hako's.
     :param baseline: the baseline's; empty if there is none.
+    :param curves: the points of each curve, by its title with its unit.
     """
 
     value: tuple[float, ...]
     baseline: tuple[float, ...] = ()
+    curves: Mapping[str, Curve] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +43,14 @@ class Summary:
     :param value: Hako's.
     :param baseline: the baseline's, if there is one.
     :param n: the number of samples behind ``value``.
+    :param curves: as the samples have them.
     """
 
     unit: str
     value: Middle
     baseline: Middle | None
     n: int
+    curves: Mapping[str, Curve] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float | None:
@@ -90,6 +96,7 @@ def summarize(samples: Samples, *, unit: str) -> Summary:
         value=middle(samples.value),
         baseline=middle(samples.baseline) if samples.baseline else None,
         n=len(samples.value),
+        curves=samples.curves,
     )
 
 
@@ -103,6 +110,7 @@ def document(summaries: Mapping[str, Summary]) -> dict[str, Any]:
                 "baseline": summary.baseline.median if summary.baseline else None,
                 "ratio": summary.ratio,
                 "n": summary.n,
+                **({"curves": dict(summary.curves)} if summary.curves else {}),
             }
             for name, summary in summaries.items()
         }

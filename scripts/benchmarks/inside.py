@@ -55,6 +55,15 @@ def serve(fd):
         os.write(fd, timed_exec(argument))
         return
     left, block = int(argument), memoryview(bytearray({BLOCK_BYTES}))
+    if order == "echo":
+        for _ in range(left):
+            os.write(fd, os.read(fd, 1))
+        return
+    if order == "take":
+        while left:
+            left -= os.readv(fd, [block])
+        os.write(fd, b"!")
+        return
     zeros = os.open("/dev/zero", os.O_RDONLY)
     while left:
         size = os.readv(zeros, [block[:left]])
@@ -90,16 +99,25 @@ def configure(stage: Stage) -> None:
     :raises MeasurementError: if the image is not Hako's.
     """
     image = GUEST_INITRD.read_bytes()
-    found = _INTERPRETER.search(image)
-    if found is None:
-        raise MeasurementError(f"{GUEST_INITRD}: process 1 is not Hako's agent; run scripts/setup")
-    script = f"#!{found[1].decode()} -ISB\n{_INIT}"
+    script = f"#!{interpreter(image)} -ISB\n{_INIT}"
     initrd = stage.home / "measuring-initrd"
     initrd.write_bytes(image + cpio.archive([cpio.regular("/measure", script.encode(), mode=0o755)]))
     stage.configure(
         hypervisor='channel = "vhost-user-vsock"\n',
         guest=f'initrd = "{initrd}"\nkernel_parameters = "rdinit=/measure"\n',
     )
+
+
+def interpreter(image: bytes) -> str:
+    """Find where Python is in the guest.
+
+    :param image: the guest's initial RAM file system.
+    :raises MeasurementError: if the image is none of Hako's.
+    """
+    found = _INTERPRETER.search(image)
+    if found is None:
+        raise MeasurementError(f"{GUEST_INITRD}: process 1 is not Hako's agent; run scripts/setup")
+    return found[1].decode()
 
 
 def time_crun_exec(ports: Path, container: str) -> float:
@@ -134,6 +152,35 @@ def receive(ports: Path, size: int) -> None:
             left -= count
     if left:
         raise MeasurementError(f"channel: {left} of {size} bytes did not arrive")
+
+
+def send(ports: Path, size: int) -> None:
+    """Send bytes to the guest, until it has read them.
+
+    :param ports: the socket that leads to the guest's ports.
+    :param size: how many; a multiple of 1 MiB.
+    :raises MeasurementError: if it does not read them.
+    """
+    block = bytes(1 << 20)
+    with _order(ports, f"take {size}") as connection:
+        for _ in range(size // len(block)):
+            connection.sendall(block)
+        if not connection.recv(1):
+            raise MeasurementError(f"channel: the guest did not read {size} bytes")
+
+
+def echo(ports: Path, count: int) -> None:
+    """Send a byte to the guest and wait until it comes back, again and again.
+
+    :param ports: the socket that leads to the guest's ports.
+    :param count: how often.
+    :raises MeasurementError: if one does not come back.
+    """
+    with _order(ports, f"echo {count}") as connection:
+        for _ in range(count):
+            connection.sendall(b"x")
+            if not connection.recv(1):
+                raise MeasurementError("channel: a byte did not come back")
 
 
 def _order(ports: Path, order: str) -> socket.socket:

@@ -95,10 +95,19 @@ def _survey(stage: Stage, *, light: bool) -> Survey:
         shims = [pid for pid, process in stage.processes().items() if " -state " in process.command]
         pods = [[shim, *(process.pid for process in descendants(shim))] for shim in shims]
         return Survey(
-            shim_pss=tuple(_mib(shim, "Pss") for shim in shims),
+            shim_pss=tuple(pss_mib(shim) for shim in shims),
             shim_uss=tuple(_mib(shim, "Private_Clean") + _mib(shim, "Private_Dirty") for shim in shims),
-            pod_pss=tuple(sum(_mib(pid, "Pss") for pid in pod) for pod in pods),
+            pod_pss=tuple(sum(pss_mib(pid) for pid in pod) for pod in pods),
         )
+
+
+def pss_mib(pid: int) -> float:
+    """Read the proportional set size of a process, in MiB.
+
+    :param pid: its id.
+    :raises MeasurementError: if the kernel does not tell.
+    """
+    return _mib(pid, "Pss")
 
 
 def _mib(pid: int, field: str) -> float:

@@ -162,11 +162,13 @@ class Sandbox:
         """Find the socket through which the ports of Hako's guest are reached."""
         return (self._bundle / "hako").readlink() / "vsock.sock"
 
-    def execute(self, exec_id: str, *command: str, stdout: Path) -> None:
-        """Start an exec process that writes to a FIFO."""
+    def execute(
+        self, exec_id: str, *command: str, stdin: Path | None = None, stdout: Path | None = None
+    ) -> None:
+        """Start an exec process that reads from a FIFO and writes to one."""
         document = json.dumps({"args": command, **self._process}).encode()
         spec = any_pb2.Any(type_url=PROCESS_TYPE, value=document)
-        self.call("Exec", exec_id=exec_id, spec=spec, stdout=str(stdout))
+        self.call("Exec", exec_id=exec_id, spec=spec, stdin=str(stdin or ""), stdout=str(stdout or ""))
         self.call("Start", exec_id=exec_id)
 
     def finish(self, exec_id: str) -> None:
@@ -187,12 +189,8 @@ class Sandbox:
         return await self._client.call(TASK.full_name, name, request, response, timeout_s=CALL_TIMEOUT_S)
 
     async def _states(self, count: int) -> list[float]:
-        took_s = []
-        for _ in range(count):
-            began_s = time.perf_counter()
-            await self._call("State")
-            took_s.append(time.perf_counter() - began_s)
-        return took_s
+        assert self._client is not None  # noqa: S101 - a sandbox is started first
+        return await _timed_states(self._client, self.id, count)
 
     def _act(self, action: str, *flags: str | Path) -> tuple[float, str]:
         stage, output, errors = self._stage, self._place / action, self._place / f"{action}.err"
@@ -220,6 +218,42 @@ class Sandbox:
         if status != 0:
             raise MeasurementError(f"{self.program.name}: {action}: {errors.read_text(encoding='utf-8')}")
         return took_s, output.read_bytes().decode(errors="replace")
+
+
+def states(stage: Stage, name: str, count: int) -> list[float]:
+    """Ask for the state of a container that containerd has started, again and again.
+
+    :param stage: where.
+    :param name: its id.
+    :param count: how often.
+    :returns: how long each call took, in seconds.
+    """
+    bundle = stage.hako.state / "io.containerd.runtime.v2.task" / NAMESPACE / name
+    address = json.loads((bundle / "bootstrap.json").read_text(encoding="utf-8"))["address"]
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address.removeprefix("unix://"))
+    connection.settimeout(0)
+
+    async def ask() -> list[float]:
+        client = await TtrpcClient.over(connection)
+        try:
+            return await _timed_states(client, name, count)
+        finally:
+            await client.aclose()
+
+    return stage.runner.run(ask())
+
+
+async def _timed_states(client: TtrpcClient, name: str, count: int) -> list[float]:
+    method = TASK.methods_by_name["State"]
+    request = GetMessageClass(method.input_type)(id=name)
+    response = GetMessageClass(method.output_type)
+    took_s = []
+    for _ in range(count):
+        began_s = time.perf_counter()
+        await client.call(TASK.full_name, "State", request, response, timeout_s=CALL_TIMEOUT_S)
+        took_s.append(time.perf_counter() - began_s)
+    return took_s
 
 
 @contextlib.contextmanager

@@ -59,6 +59,15 @@ def test_the_document_has_the_medians_by_name() -> None:
     }
 
 
+def test_curves_are_kept_as_they_were_measured() -> None:
+    curves = {"start (s)": ((1.0, 0.5), (10.0, 0.6))}
+    summaries = {"growth": summarize(Samples(value=(0.6,), baseline=(0.5,), curves=curves), unit="s")}
+
+    kept = json.loads(json.dumps(document(summaries)))["metrics"]["growth"]
+
+    assert kept["curves"] == {"start (s)": [[1.0, 0.5], [10.0, 0.6]]}
+
+
 def test_a_line_shows_the_median_and_its_spread() -> None:
     summary = summarize(Samples(value=(1.0, 2.0, 3.0), baseline=(4.0,)), unit="ms")
 

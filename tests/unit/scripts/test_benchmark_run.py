@@ -26,7 +26,14 @@ ISSUE = [
     *("clone_over_cold", "run_template_over_cold", "run_jail_over_off", "cold_over_bare"),
     *("host_share", "start_over_runc", "delete_ms"),
     *("shim_pss_mib", "shim_uss_mib", "pod_pss_mib", "template_mib", "exec_over_guest", "state_over_runc"),
-    *("grpc_state_ms", "stdout_over_channel", "burst_30", "resident_60"),
+    *("grpc_state_ms", "stdout_over_channel", "stdin_over_channel", "exec_trips"),
+    *("burst_30", "crowd_100", "resident_60", "busy_host"),
+    *("disk_read", "disk_write", "disk_random_read", "disk_random_write"),
+    *("file_read", "file_write", "file_random_read", "file_random_write", "file_tree"),
+    *("file_root_read", "file_root_write", "file_root_tree"),
+    *("net_tcp_out", "net_tcp_in", "net_tcp_pods", "net_tcp_trips"),
+    *("net_udp_out", "net_udp_in", "net_udp_pods", "net_udp_trips"),
+    *("growth_sandboxes", "growth_containers", "growth_volumes", "growth_streams"),
 ]
 
 
