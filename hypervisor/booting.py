@@ -63,5 +63,5 @@ async def boot(spec: VmSpec, host: HostSide) -> Devices:
         raise VmStartError(f"start vm: {await host.early_cause(error)}") from error
     if state != "running":
         raise VmStartError(f"start vm: QEMU: the virtual machine is {state}, not running")
-    await virtiofsd.settle(daemon, spec, host)
+    await virtiofsd.settle(daemon, dialect, spec, host)
     return Devices(qmp, buses=HOTPLUG_BUSES, ports=root_ports(spec))

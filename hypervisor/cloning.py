@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hypervisor.interface import VmSpec
     from hypervisor.process import ChildProcess
     from hypervisor.template import TemplateDescription
+    from hypervisor.virtiofsd import Dialect
     from hypervisor.vsock import GuestChannel
 
 _STEP_PART = 0.1
@@ -102,12 +103,12 @@ async def _clone(
             with host.phase("plug vsock"):
                 await vsock.plug(opening.result(), session=qmp, devices=devices)
         with host.phase("plug virtio-fs"):
-            share, daemon = sharing.result()
+            share, daemon, dialect = sharing.result()
             await virtiofsd.plug(share, session=qmp, devices=devices)
         with host.phase("cont"):
             await qmp.ask(dict, "cont")
         # The daemon serves, otherwise the share could not have been plugged.
-        await virtiofsd.settle(daemon, spec, host)
+        await virtiofsd.settle(daemon, dialect, spec, host)
         return devices
 
 
@@ -183,13 +184,13 @@ async def _limited(directory: Path, failure: str, *, step_s: float) -> AsyncIter
 
 async def _serve_share(
     spec: VmSpec, host: HostSide, stack: ExitStack, saved: TemplateDescription
-) -> tuple[socket.socket, ChildProcess]:
+) -> tuple[socket.socket, ChildProcess, Dialect]:
     listener, share = virtiofsd.connected_pair(spec.directory)
     stack.enter_context(share)
     with listener, host.phase("spawn virtio-fs daemon"):
         dialect = saved.dialect_of(spec.virtiofsd) or await virtiofsd.detect_dialect(spec.virtiofsd)
         daemon = virtiofsd.start(spec, dialect, listener=listener, host=host)
-    return share, daemon
+    return share, daemon, dialect
 
 
 async def _open(channel: GuestChannel, host: HostSide, stack: ExitStack) -> ChannelDevice:

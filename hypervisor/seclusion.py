@@ -32,6 +32,7 @@ _EVERYWHERE = Path("/usr")
 
 # Of mount(2), umount2(2) and clone(2).
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND = 1, 2, 4, 8, 32, 4096
+_MS_MOVE = 8192
 _MNT_DETACH = 2
 _CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
 
@@ -62,12 +63,13 @@ async def seclude(pid: int, spec: VmSpec) -> None:
     await _inside(pid, partial(_replace_root, place))
 
 
-async def show_share_only(pid: int) -> None:
-    """Make a confined virtio-fs daemon's share its root. Open files stay open.
+async def show_share_only(pid: int, *, is_opened: bool) -> None:
+    """Leave a confined virtio-fs daemon nothing but its share. Open files stay open.
 
     :param pid: the process, which serves already.
+    :param is_opened: whether it has opened the share. Otherwise it finds it under its path later.
     """
-    await _inside(pid, _make_share_root)
+    await _inside(pid, _make_share_root if is_opened else partial(_replace_root, _EVERYWHERE, share=SHARE))
 
 
 async def give_devices(pid: int, spec: VmSpec, nodes: Iterable[Path]) -> None:
@@ -119,7 +121,7 @@ def _make_share_root() -> None:
     _call("umount2", b".", _MNT_DETACH)
 
 
-def _replace_root(place: Path) -> None:
+def _replace_root(place: Path, *, share: Path | None = None) -> None:
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
     _call("mount", b"none", os.fsencode(place), b"tmpfs", flags, b"mode=755")
     os.chdir(place)
@@ -128,6 +130,9 @@ def _replace_root(place: Path) -> None:
     null.parent.mkdir()
     null.touch()
     _call("mount", b"/dev/null", b"dev/null", b"none", _MS_BIND, b"")
+    if share is not None:
+        Path(share.name).mkdir()
+        _call("mount", os.fsencode(share), os.fsencode(share.name), b"none", _MS_MOVE, b"")
     _call("mount", b"none", b".", b"tmpfs", flags | _MS_REMOUNT | _MS_RDONLY, b"mode=755")
     # The old root is stacked on the new one and then unmounted: see pivot_root(2), NOTES.
     _call("pivot_root", b".", b".")

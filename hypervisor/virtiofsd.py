@@ -182,10 +182,11 @@ def _limits(pid: int) -> str:
         raise ProcessLookupError(error.errno, error.strerror) from error
 
 
-async def settle(daemon: ChildProcess, spec: VmSpec, host: HostSide) -> None:
+async def settle(daemon: ChildProcess, dialect: Dialect, spec: VmSpec, host: HostSide) -> None:
     """Finish the set-up once the daemon serves.
 
     :param daemon: its process.
+    :param dialect: the language it speaks. The Rust daemon opens its share when the guest mounts it.
     :param spec: the virtual machine whose share it serves.
     :param host: where its processes are kept.
     :raises OSError: if one could not be recorded.
@@ -193,7 +194,7 @@ async def settle(daemon: ChildProcess, spec: VmSpec, host: HostSide) -> None:
     if spec.jail is None:
         host.adopt_workers()  # a daemon with its own sandbox serves from a child
     else:
-        await show_share_only(daemon.pid)
+        await show_share_only(daemon.pid, is_opened=dialect is Dialect.C)
 
 
 def connected_pair(directory: Path) -> tuple[socket.socket, socket.socket]:
