@@ -23,8 +23,7 @@ def dump(program: str, main: Path) -> dict[str, Any]:
     :param main: its main file, which need not exist.
     :raises Refusal: if containerd refuses the configuration.
     """
-    known = ["--config", str(main)] if main.exists() else []
-    argv = [program, *known, "config", "dump"]
+    argv = [program, "--config", str(main if main.exists() else os.devnull), "config", "dump"]
     try:
         done = subprocess.run(
             argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
@@ -64,19 +63,26 @@ def handlers(document: dict[str, Any], plugin: str) -> dict[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
-def said_of(main: Path, plugin: str) -> dict[str, Any]:
-    """Return the main file's table of a plugin.
+def read(main: Path) -> dict[str, Any]:
+    """Return what the main file says; nothing if it is not there.
 
     :param main: the main file.
-    :param plugin: the plugin.
     :raises Refusal: if the file is not TOML or cannot be read.
     """
     try:
-        document = tomllib.loads(main.read_text(encoding="utf-8"))
+        return tomllib.loads(main.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise Refusal(f"install: {main}: {error}; correct it") from error
+
+
+def said_of(document: dict[str, Any], plugin: str) -> dict[str, Any]:
+    """Return what a file says of a plugin.
+
+    :param document: the file.
+    :param plugin: the plugin.
+    """
     plugins = document.get("plugins", {})
     said = plugins.get(plugin, {}) if isinstance(plugins, dict) else {}
     return said if isinstance(said, dict) else {}
@@ -89,23 +95,27 @@ def tables(path: tuple[str, ...], table: dict[str, Any]) -> list[str]:
     :param table: its content, as ``tomllib`` returns it.
     """
     plain = [
-        f"{json.dumps(key)} = {_value(value)}" for key, value in table.items() if not isinstance(value, dict)
+        f"{json.dumps(key)} = {value(each)}" for key, each in table.items() if not isinstance(each, dict)
     ]
     lines = [f"[{'.'.join(map(json.dumps, path))}]", *plain] if plain or not table else []
-    for key, value in table.items():
-        if isinstance(value, dict):
-            lines += tables((*path, key), value)
+    for key, each in table.items():
+        if isinstance(each, dict):
+            lines += tables((*path, key), each)
     return lines
 
 
-def _value(value: object) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(_value, value))}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{json.dumps(key)} = {_value(each)}' for key, each in value.items())}}}"
-    if isinstance(value, (str, bool)):
-        return json.dumps(value)  # TOML's basic strings know all escapes that JSON writes
-    return str(value)
+def value(of: object) -> str:
+    """Write a value as TOML.
+
+    :param of: the value, as ``tomllib`` has it.
+    """
+    if isinstance(of, list):
+        return f"[{', '.join(map(value, of))}]"
+    if isinstance(of, dict):
+        return f"{{{', '.join(f'{json.dumps(key)} = {value(each)}' for key, each in of.items())}}}"
+    if isinstance(of, (str, bool)):
+        return json.dumps(of)  # TOML's basic strings have all escapes that JSON writes
+    return str(of)
 
 
 def replace(path: Path, text: str | None) -> None:
@@ -125,4 +135,5 @@ def replace(path: Path, text: str | None) -> None:
         new.chmod(0o644)
         new.replace(path)
     except OSError as error:
-        raise Refusal(f"install: {path}: {error.strerror}; make it writable") from error
+        remedy = "make it writable, or put what `hako install --print` shows there"
+        raise Refusal(f"install: {path}: {error.strerror}; {remedy}") from error

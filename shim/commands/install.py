@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import os
 import shutil
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shim import config
-from shim.commands import containerd_config, image, kubernetes
+from shim.commands import containerd_config, docker, drop_in, image, kubernetes
 from shim.host.program_version import version_line
 from shim.refusal import Refusal
 
@@ -18,40 +18,7 @@ if TYPE_CHECKING:
     import argparse
 
 _SHIPPED_GUEST = Path("/usr/share/hako/guest")
-"""The image that a package contains."""
-MAIN = Path("/etc/containerd/config.toml")
-"""containerd's main file."""
-
-_FIRST_PLUGIN = "io.containerd.grpc.v1.cri"
-_SECOND_PLUGIN = "io.containerd.cri.v1.runtime"
-_HANDLER = "hako"
-_MARK = "# Written by `hako install`"
-DROP_IN = "conf.d/hako.toml"
-"""Beside containerd's main file."""
-
-_HEAD = """\
-{mark} for containerd {version}, which reads it if {main} says, before its first table:
-#     imports = ["{directory}/*.toml"]
-# containerd must find containerd-shim-hako-v2 in its PATH.
-version = {number}
-"""
-
-# An imported file replaces the main file's whole table of the plugin.
-_CARRIED = "# What containerd has by {main} and by default; run `hako install` again after a change there."
-
-_RUNTIME = """
-[plugins."{plugin}".containerd.runtimes.{handler}]
-runtime_type = "io.containerd.hako.v2"
-# The devices of the host are not in the machine.
-privileged_without_host_devices = true
-# What a pod may ask of Hako.
-pod_annotations = ["io.hako.*", "io.katacontainers.*"]
-"""
-
-_SANDBOXER = """\
-# "shim" makes pods without a pause container; "podsandbox" is what every containerd does.
-sandboxer = "podsandbox"
-"""
+"""The image that a package brings along."""
 
 
 def add_to(commands: Any) -> None:
@@ -76,9 +43,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--containerd-config",
         type=Path,
-        default=MAIN,
+        default=drop_in.MAIN,
         metavar="FILE",
-        help=f"its main file, which is never changed ({MAIN})",
+        help=f"its main file, which is never changed ({drop_in.MAIN})",
     )
     parser.add_argument("--no-image", action="store_true", help="do not build the guest's image")
 
@@ -107,23 +74,33 @@ def run(chosen: argparse.Namespace) -> int:
 def _tell(chosen: argparse.Namespace) -> int:
     """Print the drop-in for containerd, or write it."""
     version, main = found_version(chosen.containerd), chosen.containerd_config
-    target = main.parent / DROP_IN
-    plugin = _plugin_of(version)
-    before = _content(target)
-    if before is not None and not before.startswith(_MARK):
-        raise Refusal(f"install: {target}: it is not of `hako install`; move it away")
-    # containerd 2 merges two files' tables of a plugin.
-    carried = {} if plugin == _SECOND_PLUGIN else containerd_config.said_of(main, plugin)
-    handlers = containerd_config.handlers(containerd_config.dump(chosen.containerd, main), plugin)
-    text = drop_in(version, main=main, carried=_with_handlers(carried, handlers))
+    native = drop_in.native_format(version)
+    target = main.parent / drop_in.NAME
+    before = _own_content(target)
+    document = containerd_config.read(main)
+    dumped = containerd_config.dump(chosen.containerd, main)
+    texts = drop_in.candidates(
+        version,
+        main,
+        document=document,
+        handlers=containerd_config.handlers(dumped, native.plugin),
+        is_directory_made=drop_in.is_directory_made(before) if before else not target.parent.exists(),
+    )
     if chosen.print:
         print(f"install: would write this as {target}", file=sys.stderr)
-        print(text, end="")
+        print(texts[0], end="")
         return 0
-    _write(target, text, before=before, program=chosen.containerd, main=main, plugin=plugin)
-    print(f"{'unchanged' if before == text else 'written'}: {target}")
-    if before != text:
+    if before in texts and containerd_config.take_out(dumped, native.plugin, drop_in.HANDLER) is not None:
+        print(f"unchanged: {target}")
+    else:
+        remedy = drop_in.remedy(main, document, version=version)
+        _write(
+            target, texts, before=before, program=chosen.containerd, main=main, remedy=remedy, native=native
+        )
+        print(f"written: {target}")
         print("containerd offers the runtime once it is restarted: systemctl restart containerd")
+    for line in filter(None, [docker.missing()]):
+        print(line)
     return 0
 
 
@@ -153,58 +130,81 @@ def copy_image(shipped: Path, output: Path) -> None:
         ) from error
 
 
-def remove(main: Path) -> Path | None:
-    """Remove the drop-in.
+def remove(main: Path) -> str:
+    """Remove the drop-in, if it is as ``hako install`` wrote it.
 
     :param main: containerd's main file.
-    :returns: its path; None if ``hako install`` has written none.
+    :returns: a line that says what was done; empty if there is none of ``hako install``.
     :raises Refusal: if it cannot be removed.
     """
-    target = main.parent / DROP_IN
-    if not (_content(target) or "").startswith(_MARK):
+    target = main.parent / drop_in.NAME
+    text = _content(target) or ""
+    if not drop_in.is_own(text):
+        return ""
+    if drop_in.is_changed(text):
+        return f"left: {target}: somebody has changed it since `hako install`; remove it by hand"
+    containerd_config.replace(target, None)
+    if drop_in.is_directory_made(text):
+        _remove_empty(target.parent)
+    return f"removed: {target}; containerd forgets the runtime once it is restarted"
+
+
+def _own_content(target: Path) -> str | None:
+    """Return the text of the drop-in; None if there is none.
+
+    :raises Refusal: if it is somebody else's.
+    """
+    text = _content(target)
+    if text is None:
         return None
-    containerd_config.replace(target, None)
-    return target
+    if not drop_in.is_own(text):
+        raise Refusal(f"install: {target}: it is not of `hako install`; move it away")
+    if drop_in.is_changed(text):
+        raise Refusal(f"install: {target}: somebody has changed it since `hako install`; move it away")
+    return text
 
 
-def _with_handlers(said: dict[str, Any], handlers: dict[str, Any]) -> dict[str, Any]:
-    """Add the other handlers: once one is named, containerd's default handler runc disappears."""
-    others = {name: each for name, each in handlers.items() if name != _HANDLER}
-    if not others:
-        return said
-    table = said.get("containerd", {})
-    return {**said, "containerd": {**table, "runtimes": {**others, **table.get("runtimes", {})}}}
+def _remove_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):  # something else is in it
+        directory.rmdir()
 
 
-def _write(target: Path, text: str, *, before: str | None, program: str, main: Path, plugin: str) -> None:
-    """Write the drop-in, unless containerd would ignore it or read other settings differently."""
-    containerd_config.replace(target, None)
+def _write(
+    target: Path,
+    texts: list[str],
+    *,
+    before: str | None,
+    program: str,
+    main: Path,
+    remedy: str,
+    native: drop_in.Format,
+) -> None:
+    """Write the first text by which containerd knows Hako and everything else as before, or change nothing.
+
+    :raises Refusal: if there is none.
+    """
+    was_there = target.parent.exists()
     kept = before
     try:
+        containerd_config.replace(target, None)
         without = containerd_config.dump(program, main)
-        containerd_config.take_out(without, plugin, _HANDLER)
-        containerd_config.replace(target, text)
-        found = containerd_config.dump(program, main)
-        if containerd_config.take_out(found, plugin, _HANDLER) is None:
-            raise Refusal(
-                f"install: {main}: it does not import {target}; {_remedy(main, target)}, and run this again"
-            )
-        if found != without:
-            raise Refusal(
-                f"install: {target}: containerd would read other files' settings otherwise; "
-                f"add the table that `hako install --print` shows to {main} instead"
-            )
-        kept = text
+        containerd_config.take_out(without, native.plugin, drop_in.HANDLER)
+        for text in texts:
+            containerd_config.replace(target, text)
+            found = containerd_config.dump(program, main)
+            if containerd_config.take_out(found, native.plugin, drop_in.HANDLER) is None:
+                raise Refusal(f"install: {main}: it does not import {target}; {remedy}, and run this again")
+            if found == without:
+                kept = text
+                return
+        raise Refusal(
+            f"install: {target}: containerd would read other files' settings otherwise; "
+            f"add the table that `hako install --print` shows to {main} instead"
+        )
     finally:
         containerd_config.replace(target, kept)
-
-
-def _remedy(main: Path, target: Path) -> str:
-    line = f'imports = ["{target.parent}/*.toml"]'
-    if not main.exists():
-        number = 2  # every containerd reads it
-        return f"make that file of the lines `version = {number}` and `{line}`"
-    return f"put the line `{line}` before its first table, or add the path to those that it imports"
+        if kept is None and not was_there:
+            _remove_empty(target.parent)
 
 
 def _content(path: Path) -> str | None:
@@ -214,40 +214,6 @@ def _content(path: Path) -> str | None:
         return None
     except (OSError, ValueError) as error:
         raise Refusal(f"install: {path}: {error}; make it readable") from error
-
-
-def _plugin_of(version: str) -> str:
-    major, _, rest = version.partition(".")
-    minor = rest.partition(".")[0]
-    if not (major.isdigit() and minor.isdigit()) or (int(major), int(minor)) < (1, 6):
-        raise Refusal(f"install: containerd {version}: not supported; install containerd 1.6 or later")
-    return _FIRST_PLUGIN if int(major) == 1 else _SECOND_PLUGIN
-
-
-def drop_in(version: str, *, main: Path = MAIN, carried: dict[str, Any] | None = None) -> str:
-    """Write the configuration for a containerd.
-
-    :param version: its version, such as ``1.7.24``.
-    :param main: its main file.
-    :param carried: that file's table of the plugin, if it would be lost.
-    :returns: TOML with comments that say where it belongs.
-    :raises Refusal: if Hako does not work with it.
-    """
-    plugin = _plugin_of(version)
-    text = _HEAD.format(
-        mark=_MARK,
-        version=version,
-        main=main,
-        directory=(main.parent / DROP_IN).parent,
-        number=2 if plugin == _FIRST_PLUGIN else 3,
-    )
-    if carried:
-        kept = copy.deepcopy(carried)
-        containerd_config.take_out({"plugins": {plugin: kept}}, plugin, _HANDLER)
-        lines = [_CARRIED.format(main=main), *containerd_config.tables(("plugins", plugin), kept)]
-        text += "\n" + "\n".join(lines) + "\n"
-    text += _RUNTIME.format(plugin=plugin, handler=_HANDLER)
-    return text + (_SANDBOXER if plugin == _SECOND_PLUGIN else "")
 
 
 def found_version(program: str) -> str:

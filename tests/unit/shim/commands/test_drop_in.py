@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from shim import cli
-from shim.commands import install
+from shim.commands import drop_in
 from shim.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     ],
 )
 def test_each_containerd_version_gets_its_configuration(version: str, number: int, plugin: str) -> None:
-    text = install.drop_in(version)
+    text = drop_in.render(version)
     assert version in text
     document = tomllib.loads(text)
     assert document["version"] == number
@@ -36,7 +36,7 @@ def test_each_containerd_version_gets_its_configuration(version: str, number: in
 @pytest.mark.parametrize("version", ["1.5.9", "of unknown version", "", "2"])
 def test_a_containerd_of_an_old_or_unknown_version_is_refused(version: str) -> None:
     with pytest.raises(Refusal, match=r"install containerd 1\.6 or later"):
-        install.drop_in(version)
+        drop_in.render(version)
 
 
 def test_the_command_asks_the_containerd_that_is_named(

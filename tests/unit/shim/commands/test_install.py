@@ -84,7 +84,7 @@ def test_a_main_file_that_imports_nothing_is_one_line(node: Path, capsys: pytest
 
     assert install(node) == 1
     assert f'put the line `imports = ["{node}/conf.d/*.toml"]`' in capsys.readouterr().err
-    assert not (node / "conf.d/hako.toml").exists()
+    assert not (node / "conf.d").exists()
 
 
 def test_it_refuses_to_hide_a_setting_of_another_file(node: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,6 +105,28 @@ def test_a_file_that_hako_did_not_write_is_left_alone(node: Path, capsys: pytest
     assert install(node) == 1
     assert "move it away" in capsys.readouterr().err
     assert (node / "conf.d/hako.toml").read_text(encoding="utf-8") == "version = 2\n"
+
+
+def test_a_drop_in_that_somebody_has_changed_is_left_alone(
+    node: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    importing(node)
+    install(node)
+    changed = (node / "conf.d/hako.toml").read_text(encoding="utf-8").replace('"io.hako.*", ', "")
+    (node / "conf.d/hako.toml").write_text(changed, encoding="utf-8")
+
+    assert install(node) == 1
+    assert "somebody has changed it since" in capsys.readouterr().err
+    assert (node / "conf.d/hako.toml").read_text(encoding="utf-8") == changed
+
+
+def test_the_file_of_an_older_release_is_replaced(node: Path) -> None:
+    importing(node)
+    (node / "conf.d").mkdir()
+    (node / "conf.d/hako.toml").write_text("# Written by `hako install`\nversion = 2\n", encoding="utf-8")
+
+    assert install(node) == 0
+    assert "runtimes.hako" in (node / "conf.d/hako.toml").read_text(encoding="utf-8")
 
 
 def test_print_changes_nothing(node: Path, capsys: pytest.CaptureFixture[str]) -> None:
