@@ -6,8 +6,9 @@ import argparse
 import importlib
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
+from shim.host import releases
 from shim.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -62,6 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+def run() -> NoReturn:
+    """Do the command of this process's command line, and end."""
+    status = main()
+    releases.leave()  # `hako monitor` may have been the last process of an old release
+    sys.exit(status)
+
+
 def parser(wanted: Iterable[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
     """Describe the command line.
 
@@ -79,4 +87,4 @@ def parser(wanted: Iterable[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

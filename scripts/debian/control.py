@@ -46,6 +46,10 @@ if [ ! -d "$root/$release" ]; then
 fi
 ln -sfn "$release" "$root/.current"
 mv -T "$root/.current" "$root/current"
+if [ -d /run/systemd/system ]; then
+    systemctl daemon-reload || true
+    systemctl try-restart hako-monitor.service || true
+fi
 "$root/current/bin/python" -I -m shim.commands.releases upgraded
 if [ -n "$2" ]; then
     echo "hako: running sandboxes keep their release; new ones take {version}."
@@ -55,6 +59,7 @@ else
 fi
 """
 
+# Sandboxes that run keep what they need: their release, until the last of them ends.
 _BEFORE_REMOVAL = """\
 #!/bin/sh
 set -e
@@ -62,21 +67,28 @@ case "$1" in
     remove|deconfigure) ;;
     *) exit 0 ;;
 esac
-if [ -x /usr/lib/hako/current/bin/python ]; then
-    /usr/lib/hako/current/bin/hako uninstall --keep-image
+if [ -d /run/systemd/system ]; then
+    systemctl disable --now --quiet hako-monitor.service || true
+fi
+if [ -x /usr/lib/hako/current/bin/hako ]; then
+    /usr/lib/hako/current/bin/hako uninstall --keep-image --keep-sandboxes
 fi
 """
 
+# Python may be gone by now. A process that needs a release has its path on its command line.
 _AFTER_REMOVAL = """\
 #!/bin/sh
 set -e
+root=/usr/lib/hako
 case "$1" in
     remove|purge|disappear)
-        # All but what dpkg owns, which it removes itself.
-        if [ -d /usr/lib/hako ]; then
-            find /usr/lib/hako -mindepth 1 -maxdepth 1 ! -name package -exec rm -rf {} +
-            rmdir --ignore-fail-on-non-empty /usr/lib/hako
-        fi
+        rm -f "$root/current"
+        for release in "$root"/*; do
+            [ -d "$release" ] && [ "$release" != "$root/package" ] || continue
+            grep -qsaF "$release/" /proc/[0-9]*/cmdline || rm -rf "$release"
+        done
+        rm -rf "$root/.new" "$root/.current"
+        rmdir --ignore-fail-on-non-empty "$root" 2>/dev/null || true
         ;;
 esac
 if [ "$1" = purge ]; then

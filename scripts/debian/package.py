@@ -39,16 +39,12 @@ _EPOCH = 1_767_225_600  # 2026-01-01: of all files, unless SOURCE_DATE_EPOCH say
 _NOTES = {"RECORD", "INSTALLER", "REQUESTED", "direct_url.json", "WHEEL"}
 _GUEST = "usr/share/hako/guest"
 
-# Not on the start path, so it finds its place by itself: it also runs from an unpacked package.
+# It finds its place by itself, so it also runs from an unpacked package. The release's own interpreter runs
+# it, so its command line shows which release it needs.
 _HAKO = """\
-#!{interpreter} -IS
-import os.path
-import sys
-release = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-sys.path.insert(0, os.path.join(release, "packages"))
-sys.executable = os.path.join(release, "bin", "python")
-from shim.cli import main
-sys.exit(main())
+#!/bin/sh
+program=$(readlink -f "$0")
+exec "${program%/*}/python" -I -m shim.cli "$@"
 """
 
 _COPYRIGHT = """\
@@ -209,7 +205,7 @@ def _write_programs(pristine: Path, release: str) -> None:
         name=f"{final}/bin/{launcher.NAME}",
     )
     _write(programs / launcher.NAME, shim, mode=0o755)
-    _write(programs / "hako", _HAKO.format(interpreter=_INTERPRETER), mode=0o755)
+    _write(programs / "hako", _HAKO, mode=0o755)
 
 
 def _write_system_files(tree: Path, *, version: str, project: dict[str, object]) -> None:

@@ -26,6 +26,10 @@ def main(sent: bytes | None = None) -> int:
     if status and os.isatty(2):
         text += b"\n"  # containerd inserts the text into one of its own lines
     zygote_protocol.write(2 if status else 1, text)
+    if sys.argv[-1] == "delete":
+        from shim.host import releases  # noqa: PLC0415 - the other actions do without
+
+        releases.leave()  # the process that was deleted may have been the last of an old release
     return status
 
 

@@ -77,6 +77,9 @@ def serve(address: str) -> None:
     """
     os.chdir("/")
     os.nice(10)  # the shim that was started just before has priority
+    root = releases.root()
+    if root is not None:
+        releases.prune(root, wait_s=0.0)
     _warm()
     os.setpriority(os.PRIO_PROCESS, 0, 0)
     # The kernel moves a process that is woken over a socket to the processor of the process that woke it,
@@ -268,6 +271,8 @@ def _do(request: Request, caller: socket.socket) -> None:
     status, output = answer
     caller.send(bytes([status]) + output[: zygote_protocol.MAX_ANSWER - 1])
     if successor.shim is None:
+        caller.close()
+        releases.leave()  # the process that was deleted may have been the last of an old release
         return
     caller.settimeout(_DONE_TIMEOUT_S)
     heard = b""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shim import config, zygote_protocol
-from shim.commands import install
+from shim.commands import docker, drop_in, install
 from shim.host import releases, state_directory
 from shim.host.ledger import Ledger
 from shim.machine.template_store import TemplateStore
@@ -31,17 +31,20 @@ def add_to(commands: Any) -> None:
 
     :param commands: what ``add_subparsers`` returned.
     """
-    parser = commands.add_parser("uninstall", help="undo `hako install`; no sandbox may run")
+    parser = commands.add_parser("uninstall", help="undo `hako install`")
     parser.add_argument(
         "--print", action="store_true", help="print what would be removed, and change nothing"
+    )
+    parser.add_argument(
+        "--keep-sandboxes", action="store_true", help="let running sandboxes run to their end"
     )
     parser.add_argument("--keep-image", action="store_true", help="keep the guest's image and its packages")
     parser.add_argument(
         "--containerd-config",
         type=Path,
-        default=install.MAIN,
+        default=drop_in.MAIN,
         metavar="FILE",
-        help=f"containerd's main file ({install.MAIN})",
+        help=f"containerd's main file ({drop_in.MAIN})",
     )
     parser.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
 
@@ -56,48 +59,51 @@ def run(chosen: argparse.Namespace) -> int:
     environment = {config.ENVIRONMENT_VARIABLE: chosen.config} if chosen.config else os.environ
     settings = config.parse(config.locate(environment))
     state = Path(settings.shim.state_dir)
-    ended = _ended(state)
+    running, ended = _found(state)
+    if running and not chosen.keep_sandboxes:
+        raise Refusal(f"uninstall: sandboxes run: {_names(running)}; stop them first, or --keep-sandboxes")
     image = [] if chosen.keep_image else [Path(settings.guest.kernel).parent, _CACHE]
     if chosen.print:
         _say(settings, chosen.containerd_config, ended=ended, image=image)
         return 0
     for directory in ended:
         _undo(directory)
-    removed = install.remove(chosen.containerd_config)
-    if removed is not None:
-        print(f"removed: {removed}; containerd forgets the runtime once it is restarted")
+    for line in filter(None, (install.remove(chosen.containerd_config), docker.left())):
+        print(line)
     try:
         _end_zygotes()
         TemplateStore(Path(settings.hypervisor.template_dir)).remove("")
-        for path in (Path(settings.hypervisor.template_dir), Path(zygote_protocol.ZYGOTE_DIRECTORY), *image):
+        for path in (Path(settings.hypervisor.template_dir), *image):
             if path.exists():
                 shutil.rmtree(path)
                 print(f"removed: {path}")
     except OSError as error:
         raise Refusal(f"uninstall: {error.filename}: {error.strerror}; remove it by hand") from error
-    with contextlib.suppress(OSError):  # another file is there
+    if running:
+        print(f"left to their end: {_names(running)}; stop them before containerd is restarted")
+        return 0
+    releases.remove_shared()
+    with contextlib.suppress(OSError):  # something else is there
         state.rmdir()
     return 0
 
 
 def _say(settings: Config, main: Path, *, ended: list[Path], image: list[Path]) -> None:
-    paths = [main.parent / install.DROP_IN, Path(settings.hypervisor.template_dir), *ended, *image]
+    paths = [main.parent / drop_in.NAME, Path(settings.hypervisor.template_dir), *ended, *image]
     for path in paths:
         if path.exists():
             print(f"would remove: {path}")
 
 
-def _ended(state: Path) -> list[Path]:
-    """Return the state directories that sandboxes left behind.
+def _found(state: Path) -> tuple[list[state_directory.StartRecord], list[Path]]:
+    """Return the sandboxes that run, and the state directories that others left behind."""
+    paths = sorted(path.parent for path in state.glob("*/sandbox.json"))
+    running = {path: record for path in paths if (record := _running(path)) is not None}
+    return list(running.values()), [path for path in paths if path not in running]
 
-    :raises Refusal: if one of them runs.
-    """
-    found = sorted(path.parent for path in state.glob("*/sandbox.json"))
-    running = {path: record for path in found if (record := _running(path)) is not None}
-    if running:
-        names = ", ".join(f"{each.id} of namespace {each.namespace}" for each in running.values())
-        raise Refusal(f"uninstall: sandboxes run: {names}; stop them first")
-    return found
+
+def _names(running: list[state_directory.StartRecord]) -> str:
+    return ", ".join(f"{each.id} of namespace {each.namespace}" for each in running)
 
 
 def _running(directory: Path) -> state_directory.StartRecord | None:

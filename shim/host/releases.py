@@ -1,7 +1,9 @@
 """The releases of Hako that its Debian package keeps side by side, each in a directory of its own.
 
 An upgrade leaves the directory of the old release to the processes that run from it, so that they find every
-file as it was when they started. The last of them removes it. It is on the end of each shim's life.
+file as it was when they started. So does the removal of the package. The directory goes when the last of
+these processes has ended: each looks for others at its end. As a process can be killed, ``delete`` and a new
+zygote look, too. It is on the end of each shim's life.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import select
 import signal
 import time
 
+from shim import zygote_protocol
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,51 +26,85 @@ CURRENT = "current"
 
 _PRISTINE = "package"  # what dpkg owns, of which releases are made
 _PACKAGES = "packages"
-#: The programs that say their release on no command line: a ``start``, a ``delete``, a command.
-_PROGRAMS = (b"/containerd-shim-hako-v2", b"/hako")
+#: A ``start`` or a ``delete`` does not say its release on its command line.
+_PROGRAM = b"/containerd-shim-hako-v2"
 _INTERPRETER = b"python"
 #: containerd ends a ``start`` or a ``delete`` that takes longer.
 _SHORT_S = 10.0
-
-
-def _own() -> str:
-    """Return the directory that this process's packages are in."""
-    packages = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    return os.path.dirname(packages) if os.path.basename(packages) == _PACKAGES else ""
+_LOCK_S, _LOCK_RETRY_S = 1.0, 0.005
 
 
 def root() -> str | None:
     """Return the directory of all releases; nothing if this process is not of a package."""
-    directory = os.path.dirname(_own())
-    return directory if directory and _current(directory) is not None else None
+    # The interpreter finds them by a link.
+    packages = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+    return os.path.dirname(os.path.dirname(packages)) if os.path.basename(packages) == _PACKAGES else None
 
 
 def leave() -> None:
-    """Remove this process's release if another one is current and nobody else runs from it."""
+    """Remove the old releases from which no other process runs; this one must end then.
+
+    It holds a lock until its end. So of two that end at once, the second one does not find the first one. The
+    last one after the package was removed leaves nothing.
+    """
     directory = root()
-    if directory is not None and _current(directory) != os.path.basename(_own()):
+    if directory is not None and _old(directory):
+        _lock(directory)
         prune(directory, wait_s=0.0)
+        if not os.path.exists(directory):
+            remove_shared()
+
+
+def remove_shared() -> None:
+    """Remove what sandboxes share on this host, such as zygotes and turns, unless there is a sandbox."""
+    shared = os.path.dirname(zygote_protocol.ZYGOTE_DIRECTORY)
+    with contextlib.suppress(OSError):
+        if not any(os.path.exists(os.path.join(shared, name, "sandbox.json")) for name in os.listdir(shared)):
+            import shutil  # noqa: PLC0415 - few ends of shims need it
+
+            shutil.rmtree(shared)
 
 
 def prune(root: str, *, wait_s: float = _SHORT_S) -> list[str]:
-    """Remove the releases from which nothing runs, but for the current one.
+    """Remove the releases from which no other process runs, but for the current one.
 
-    :param root: the directory of all releases.
+    :param root: the directory of all releases. It is removed as well if nothing is left in it.
     :param wait_s: how long to wait for processes that began before the current release was, and that do not
         show which one they run from, in seconds. If one is left, nothing is removed.
     :returns: the names of those removed.
     """
-    current = _current(root)
-    old = [name for name in sorted(os.listdir(root)) if name not in {current, CURRENT, _PRISTINE}]
-    if not old or current is None or not _are_gone(_unnamed(root), wait_s):
+    if not _old(root) or not _are_gone(_unnamed(root), wait_s):
         return []
     used = {name for _, name, _ in _running(root)}
-    removed = [name for name in old if name not in used]
+    removed = [name for name in _old(root) if name not in used]
     import shutil  # noqa: PLC0415 - few ends of shims need it
 
     for name in removed:
         shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+    with contextlib.suppress(OSError):  # a release is left, or dpkg's files are
+        os.rmdir(root)
     return removed
+
+
+def _old(root: str) -> list[str]:
+    try:
+        return sorted(set(os.listdir(root)) - {_current(root), CURRENT, _PRISTINE})
+    except FileNotFoundError:
+        return []
+
+
+def _lock(root: str) -> None:
+    """Lock the directory of releases, unless somebody keeps it for long."""
+    give_up_at = time.monotonic() + _LOCK_S
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        while time.monotonic() < give_up_at:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_LOCK_RETRY_S)
+            else:
+                return
 
 
 def retire_zygotes(root: str, *, also_current: bool = False) -> None:
@@ -117,7 +155,11 @@ def _current(root: str) -> str | None:
 
 
 def _running(root: str) -> Iterator[tuple[int, str, list[bytes]]]:
-    """Return the other processes that run from a release: pid, name of the release, command line."""
+    """Return the other processes that run from a release: pid, name of the release, command line.
+
+    It is the first word of the command line, as all but a ``start`` and a ``delete`` are run by the release's
+    own interpreter.
+    """
     prefix = os.fsencode(root) + b"/"
     for pid, words in _processes():
         if words[0].startswith(prefix):
@@ -126,16 +168,24 @@ def _running(root: str) -> Iterator[tuple[int, str, list[bytes]]]:
 
 def _unnamed(root: str) -> list[int]:
     """Return the processes that may run from an old release and do not say so."""
-    switched_at = os.lstat(os.path.join(root, CURRENT)).st_mtime
+    try:
+        switched_at = os.lstat(os.path.join(root, CURRENT)).st_mtime
+    except FileNotFoundError:  # the package has been removed
+        switched_at = time.time()
     prefix = os.fsencode(root) + b"/"
     return [
         pid
         for pid, words in _processes()
         if not words[0].startswith(prefix)
         and os.path.basename(words[0]).startswith(_INTERPRETER)
-        and any(os.path.realpath(word).startswith(prefix) for word in words[1:3] if word.endswith(_PROGRAMS))
+        and any(_is_of(prefix, word) for word in words[1:3] if word.endswith(_PROGRAM))
         and _began_at(pid) <= switched_at
     ]
+
+
+def _is_of(prefix: bytes, program: bytes) -> bool:
+    """Tell whether a program is of a release, or was before the package was removed."""
+    return os.path.realpath(program).startswith(prefix) or not os.path.exists(program)
 
 
 def _processes() -> Iterator[tuple[int, list[bytes]]]:

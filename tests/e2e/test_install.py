@@ -91,7 +91,7 @@ def test_the_runtime_is_added_and_nothing_else_changes(
     release: Release, tmp_path: Path, install: Callable[..., int], number: int, text: str
 ) -> None:
     if text == "default":
-        argv = [release.programs / "containerd", "config", "default"]
+        argv = [str(release.programs / "containerd"), "config", "default"]
         text = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
         main = tmp_path / "config.toml"
         line = f'imports = ["{tmp_path}/conf.d/*.toml"]'
@@ -184,8 +184,9 @@ def test_a_read_only_place_is_one_line_with_the_remedy(tmp_path: Path) -> None:
     release = RELEASES[-1]
     main_file(release, tmp_path, DEBIAN)
     script = 'mount --bind "$1" "$1"; mount -o remount,bind,ro "$1"; shift; exec "$@"'
-    hako = [SHIM_DIRECTORY / "hako", "install", "--no-image", "--containerd", release.programs / "containerd"]
-    argv = ["unshare", "--mount", "sh", "-ec", script, "sh", tmp_path, *hako]
+    argv: list[str | Path] = ["unshare", "--mount", "sh", "-ec", script, "sh", tmp_path]
+    argv += [SHIM_DIRECTORY / "hako", "install", "--no-image"]
+    argv += ["--containerd", release.programs / "containerd"]
     done = subprocess.run(
         [*argv, "--containerd-config", tmp_path / "config.toml"], capture_output=True, text=True, check=False
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from shim import cli, config, zygote_protocol
+from shim.commands import drop_in
 from shim.host import state_directory
 from shim.host.ledger import Ledger
 
@@ -74,6 +75,41 @@ def test_leftovers_and_templates_and_the_drop_in_are_removed(tmp_path: Path) -> 
 
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "etc/conf.d/hako.toml").exists()
+
+
+def test_a_running_sandbox_is_left_to_its_end_if_that_is_wanted(
+    sandbox: StartRecord, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket(socket.AF_UNIX) as shim:
+        shim.bind(sandbox.socket_path)
+        shim.listen()
+
+        assert uninstall(tmp_path, "--keep-sandboxes") == 0
+    assert "left to their end: box of namespace default" in capsys.readouterr().out
+    assert not (tmp_path / "etc/conf.d/hako.toml").exists()
+    assert (tmp_path / "run/0123/sandbox.json").exists()
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_a_drop_in_that_somebody_has_changed_is_left_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "etc/conf.d/hako.toml"
+    written.write_text(drop_in.render("2.1.0").replace("podsandbox", "shim"), encoding="utf-8")
+
+    assert uninstall(tmp_path) == 0
+    assert f"left: {written}: somebody has changed it" in capsys.readouterr().out
+    assert written.exists()
+
+
+@pytest.mark.usefixtures("sandbox")
+@pytest.mark.parametrize("is_made", [True, False])
+def test_the_directory_goes_if_it_was_made_for_the_drop_in(tmp_path: Path, is_made: bool) -> None:
+    written = tmp_path / "etc/conf.d/hako.toml"
+    written.write_text(drop_in.render("2.1.0", is_directory_made=is_made), encoding="utf-8")
+
+    assert uninstall(tmp_path) == 0
+    assert written.parent.exists() is not is_made
 
 
 @pytest.mark.usefixtures("sandbox")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from scripts.document import ROOT
+from shim import zygote_protocol
 from shim.host import releases
 
 if TYPE_CHECKING:
@@ -22,11 +26,12 @@ OLD = "0.1.0-a"
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
+    found = tmp_path / "hako"
     for name in (OLD, NEW, "package"):
-        (tmp_path / name / "bin").mkdir(parents=True)
-        (tmp_path / name / "bin" / "python").symlink_to("/usr/bin/sleep")
-    (tmp_path / "current").symlink_to(NEW)
-    return tmp_path
+        (found / name / "bin").mkdir(parents=True)
+        (found / name / "bin" / "python").symlink_to("/usr/bin/sleep")
+    (found / "current").symlink_to(NEW)
+    return found
 
 
 @pytest.fixture
@@ -55,6 +60,82 @@ def test_a_release_in_use_stays(root: Path, runs_from_old: subprocess.Popen[byte
     runs_from_old.kill()
     runs_from_old.wait()
     assert releases.prune(str(root), wait_s=0) == [OLD]
+
+
+@pytest.fixture
+def own(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have this process run from the old release."""
+    (root / OLD / "packages").mkdir()
+    (root / OLD / "lib").mkdir()
+    (root / OLD / "lib/site-packages").symlink_to("../packages")
+    module = root / OLD / "lib/site-packages/shim/host/releases.py"
+    monkeypatch.setattr(releases, "__file__", str(module))
+    monkeypatch.setattr(zygote_protocol, "ZYGOTE_DIRECTORY", str(root.parent / "run/zygote"))
+    (root.parent / "run/zygote").mkdir(parents=True)
+    return root
+
+
+def test_the_last_process_of_an_old_release_takes_it_along(own: Path) -> None:
+    releases.leave()
+
+    assert names(own) == {NEW, "package", "current"}
+    assert (own.parent / "run").exists()
+
+
+def test_a_process_that_is_not_the_last_leaves_its_release(
+    own: Path, runs_from_old: subprocess.Popen[bytes]
+) -> None:
+    assert runs_from_old.poll() is None
+    releases.leave()
+
+    assert names(own) == {OLD, NEW, "package", "current"}
+
+
+def test_the_last_of_a_removed_package_leaves_nothing(own: Path) -> None:
+    for name in (NEW, "package"):
+        shutil.rmtree(own / name)
+    (own / "current").unlink()
+
+    releases.leave()
+
+    assert not own.exists()
+    assert not (own.parent / "run").exists()
+
+
+def test_what_sandboxes_share_stays_while_there_is_one(own: Path) -> None:
+    (own.parent / "run/0123").mkdir()
+    (own.parent / "run/0123/sandbox.json").touch()
+
+    releases.remove_shared()
+
+    assert (own.parent / "run/zygote").exists()
+
+
+def test_of_two_that_end_at_once_the_second_takes_the_release_along(own: Path) -> None:
+    # Each prunes as the old release's process does, and stays for a moment longer.
+    program = (
+        f"import os, time; from shim.host import releases; releases.__file__ = {releases.__file__!r}\n"
+        "input(); releases.leave(); os._exit(0)"
+    )
+    python = own / OLD / "bin/python"
+    python.unlink()
+    python.symlink_to(sys.executable)
+    argv = [str(python), "-c", program]
+    environment = {"PYTHONPATH": ":".join([str(ROOT), *sys.path])}
+    two = [
+        subprocess.Popen(argv, executable=sys.executable, stdin=subprocess.PIPE, env=environment)
+        for _ in "12"
+    ]
+    for each in two:
+        while not command_line(each.pid).startswith(bytes(python)):
+            os.sched_yield()
+    for each in two:
+        assert each.stdin is not None
+        each.stdin.write(b"\n")
+        each.stdin.close()
+    assert [each.wait(20) for each in two] == [0, 0]
+
+    assert OLD not in names(own)
 
 
 def test_nothing_is_removed_during_a_start_from_an_old_release(root: Path) -> None:
