@@ -120,6 +120,17 @@ def interpreter(image: bytes) -> str:
     return found[1].decode()
 
 
+def ports(bundle: Path) -> Path:
+    """Find the socket that leads to the ports of a container's guest.
+
+    :param bundle: the container's, under Hako.
+    """
+    directory = (bundle / "hako").readlink()
+    # A confined daemon has a directory of its own.
+    own = directory / "vsock"
+    return (own if own.exists() else directory) / "vsock.sock"
+
+
 def time_crun_exec(ports: Path, container: str) -> float:
     """Let the guest run ``true`` in a container by ``crun exec``; return how long the guest says it took.
 

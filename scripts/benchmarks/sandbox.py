@@ -18,6 +18,7 @@ from google.protobuf import any_pb2
 from google.protobuf.message_factory import GetMessageClass
 
 from proto.containerd import task_v2_pb2
+from scripts.benchmarks import inside
 from scripts.benchmarks.stage import MeasurementError
 from shim.errors import ShimError
 from shim.transport.ttrpc_client import TtrpcClient
@@ -160,7 +161,7 @@ class Sandbox:
 
     def vsock_socket(self) -> Path:
         """Find the socket through which the ports of Hako's guest are reached."""
-        return (self._bundle / "hako").readlink() / "vsock.sock"
+        return inside.ports(self._bundle)
 
     def execute(
         self, exec_id: str, *command: str, stdin: Path | None = None, stdout: Path | None = None
@@ -229,7 +230,7 @@ def states(stage: Stage, name: str, count: int) -> list[float]:
     :returns: how long each call took, in seconds.
     """
     bundle = stage.hako.state / "io.containerd.runtime.v2.task" / NAMESPACE / name
-    address = json.loads((bundle / "bootstrap.json").read_text(encoding="utf-8"))["address"]
+    address = (bundle / "address").read_text(encoding="utf-8")
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(address.removeprefix("unix://"))
     connection.settimeout(0)
