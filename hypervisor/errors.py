@@ -14,6 +14,8 @@
      │    └── NoSlotError      every slot is taken; unplug something first
      ├── ResizeError           the size was not reached; the virtual machine goes on
      │    └── ResizeRefusedError  because the guest refuses or is silent; it has the size that was reached
+     ├── ParkError             the memory was not moved; the machine is as before, and it may be tried again
+     │    └── ParkedMemoryLostError  the memory is lost; stop the virtual machine
      └── QmpError              QEMU refused a command or its control connection broke
 
 The message is one line: phase, object, cause, remedy.
@@ -76,6 +78,14 @@ class ResizeRefusedError(ResizeError):
     def __init__(self, message: str, *, reached: int) -> None:
         super().__init__(message)
         self.reached = reached
+
+
+class ParkError(HypervisorError):
+    """The memory of a virtual machine could not be moved to a file, or back."""
+
+
+class ParkedMemoryLostError(ParkError):
+    """The file with the memory of a parked machine is not what was written."""
 
 
 class QmpError(HypervisorError):

@@ -308,6 +308,25 @@ class Hypervisor(abc.ABC):
         :raises ResizeRefusedError: if the guest stops too early; the error has ``reached``, in bytes.
         """
 
+    @abc.abstractmethod
+    async def park(self, file: int) -> int:
+        """Stop the virtual CPUs and move the memory to a file; nothing else can be done until :meth:`unpark`.
+
+        Nothing may be sent to the guest in between.
+
+        :param file: the descriptor of an empty file on a disk; the machine closes it.
+        :returns: how much memory that has taken from RAM, in bytes.
+        :raises ParkError: if the machine cannot be parked; it runs then as before.
+        """
+
+    @abc.abstractmethod
+    async def unpark(self) -> None:
+        """Move the memory of a parked machine back, and let it run; nothing happens if it is not parked.
+
+        :raises ParkedMemoryLostError: if the memory is lost: the machine must be stopped.
+        :raises ParkError: if it failed for another reason; the machine is still parked.
+        """
+
     @property
     @abc.abstractmethod
     def share_file_limit(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +16,7 @@ from hypervisor.errors import (
     GuestLateError,
     HotplugError,
     HypervisorError,
+    ParkError,
     ResizeError,
     TemplateLateError,
     VmStartError,
@@ -176,6 +178,18 @@ class QemuHypervisor(Hypervisor):
             lambda vm: vm.memory.resize(size), f"resize memory: {self._spec.name}", ResizeError
         )
 
+    @override
+    async def park(self, file: int) -> int:
+        try:
+            return await self._ask(lambda vm: vm.park(file), f"park: {self._spec.name}", ParkError)
+        except BaseException:
+            os.close(file)
+            raise
+
+    @override
+    async def unpark(self) -> None:
+        await self._ask(RunningVm.unpark, f"unpark: {self._spec.name}", ParkError)
+
     @property
     @override
     def pid(self) -> int:
@@ -219,8 +233,10 @@ class QemuHypervisor(Hypervisor):
 
         :param ask: makes the awaitable.
         :param what: phase and object, for the error.
-        :param failure: the error's class, if the machine was not started or is gone.
+        :param failure: the error's class, if the machine was not started, is parked or is gone.
         """
+        if self._started(what, failure).is_parked and failure is not ParkError:
+            raise failure(f"{what}: the virtual machine is parked")
         task = asyncio.ensure_future(ask(self._started(what, failure)))
         try:
             first: tuple[asyncio.Future[Any], ...] = (task, self._gone)

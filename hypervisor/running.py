@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from typing import TYPE_CHECKING, Any
 
-from hypervisor import nics, vfio
+from hypervisor import nics, parking, vfio
 from hypervisor.disks import Disks
-from hypervisor.errors import QmpError
+from hypervisor.errors import ParkError, QmpError
 from hypervisor.exits import vm_exit_reason
 from hypervisor.host_side import LAST_WORDS_S, cancel
 from hypervisor.interface import Accelerator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from hypervisor.devices import Devices
     from hypervisor.host_side import HostSide
     from hypervisor.interface import HostPciDevice, Nic, VmSpec
+    from hypervisor.parking import ParkedMemory
 
 _REDIAL_S = 0.05
 _CLONE_REDIAL_S = 0.01
@@ -68,6 +70,8 @@ class RunningVm:
             most_bytes=spec.max_memory_bytes,
             huge_pages=spec.huge_pages,
         )
+        self._has_host_devices = False
+        self._parked: ParkedMemory | None = None
         self._on_end = on_end
         self._watching = asyncio.create_task(devices.watch())
         self._supervisor = asyncio.create_task(self._supervise())
@@ -75,6 +79,7 @@ class RunningVm:
     async def settle(self) -> None:
         """Wait until QEMU's imminent end has been reported and the tasks here have ended."""
         await asyncio.wait([self._supervisor])
+        self._release_parked()
         await cancel(self._watching)
 
     async def plug_nic(self, nic: Nic) -> str:
@@ -83,8 +88,47 @@ class RunningVm:
 
     async def plug_pci(self, device: HostPciDevice) -> str:
         """Add a PCI device of the host; see ``vfio.plug``."""
+        self._has_host_devices = True  # an attempt counts, and an unplugged device may come back
         await give_devices(self.qemu.pid, self._spec, vfio.nodes(device))
         return await vfio.plug(device, devices=self.devices, memory_bytes=await self.memory.total())
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether its memory is in a file."""
+        return self._parked is not None
+
+    async def park(self, file: int) -> int:
+        """Stop, and move the memory to a file; see ``Hypervisor.park``."""
+        if self._spec.huge_pages:
+            raise ParkError("park: its memory consists of huge pages, which the host has reserved for it")
+        if self._has_host_devices:
+            raise ParkError("park: it has PCI devices of the host, which reach its memory at any time")
+        try:
+            await self._qmp.ask(dict, "stop")
+            try:
+                self._parked = await parking.take_out(self._host, file)
+            except ParkError:
+                await self._qmp.ask(dict, "cont")
+                raise
+        except QmpError as error:
+            raise ParkError(f"park: {error}") from error
+        return self._parked.memory_bytes
+
+    async def unpark(self) -> None:
+        """Move the memory back, and go on; see ``Hypervisor.unpark``."""
+        if self._parked is None:
+            return
+        await parking.put_back(self._host, self._parked)
+        try:
+            await self._qmp.ask(dict, "cont")
+        except QmpError as error:
+            raise ParkError(f"unpark: {error}") from error
+        self._release_parked()
+
+    def _release_parked(self) -> None:
+        if self._parked is not None:
+            os.close(self._parked.file)
+            self._parked = None
 
     async def dial(self, port: int) -> socket.socket:
         """Try once to connect to a port of the guest.

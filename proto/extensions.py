@@ -65,6 +65,9 @@ CLOCK = "hako.clock"
 #: The number of files that the share's server may open follows after a space; the guest remembers fewer.
 #: Without: a guest that looks at more files loses the share.
 SHARE_FILES = "hako.share-files"
+#: The guest's kernel frees the memory that it can do without, because the machine is to be parked.
+#: Without: more memory is moved.
+DROP_CACHES = "hako.drop-caches"
 #: Limits as files of a container's cgroup; lines `FILE=VALUE` follow after a space.
 #: Without: the update is refused.
 UNIFIED = "hako.unified"

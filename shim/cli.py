@@ -24,6 +24,8 @@ COMMANDS = {
     "timeline": "timeline",
     "check": "check",
     "collect": "collect",
+    "park": "park",
+    "unpark": "unpark",
     "monitor": "monitor",
     "metrics": "metrics",
     "config": "configuration",

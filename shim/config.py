@@ -211,6 +211,21 @@ class HypervisorConfig(Section):
         "/run/hako/templates", "Where templates are kept; only root may be able to enter it.", is_path=True
     )
 
+    park_after_s: int = _key(
+        0,
+        "After how long without need a machine is parked: all of its containers are paused, and its memory "
+        "goes to a file. 0 means never.",
+        unit="s",
+        least=0,
+        most=1 << 20,
+    )
+    park_dir: str = _key(
+        "/var/lib/hako/parked",
+        "Where the memory of parked machines goes, encrypted: a directory on a disk, which only root may "
+        "be able to enter.",
+        is_path=True,
+    )
+
 
 class GuestConfig(Section):
     """The software that runs in a virtual machine."""

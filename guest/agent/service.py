@@ -32,6 +32,7 @@ from guest.agent.process_methods import ProcessMethods
 from proto.extensions import (
     CLOCK,
     CLOCK_FEATURE,
+    DROP_CACHES,
     FEATURE,
     LIMITS,
     PROCESSES,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 VERSION = "0.1.0"
 _SERVING = 1
 _MEMORY = "/sys/devices/system/memory"
+_DROP_CACHES, _PAGES_AND_INODES = "/proc/sys/vm/drop_caches", "3"  # admin-guide/sysctl/vm.rst
 _RNDADDTOENTCNT, _RNDRESEEDCRNG = 0x40045201, 0x5207
 _BYTES, _INODES = 1, 2
 
@@ -182,25 +184,36 @@ class Service:
         return self._empty
 
     def _diagnostic_data(self, request: Message, _call: Call) -> Message:
-        if request.log_type == TIMELINE:
-            return self._codec.new("grpc.GetDiagnosticDataResponse", data=timeline.report())
-        if request.log_type.startswith(SHARE_FILES):
-            share_cache.keep_below(int(request.log_type.removeprefix(SHARE_FILES)))
-            return self._codec.new("grpc.GetDiagnosticDataResponse")
-        if request.log_type == LIMITS:
+        data = self._of_the_guest(request.log_type)
+        if data is None:
+            data = self._of_a_container(request)
+        return self._codec.new("grpc.GetDiagnosticDataResponse", data=data)
+
+    def _of_the_guest(self, log_type: str) -> str | None:
+        """Do what a log type asks for; nothing if it is not about the guest as a whole."""
+        if log_type == TIMELINE:
+            return timeline.report()
+        if log_type.startswith(CLOCK):
+            return self._clock(log_type)
+        if log_type.startswith(SHARE_FILES):
+            share_cache.keep_below(int(log_type.removeprefix(SHARE_FILES)))
+        elif log_type == LIMITS:
             limits.follow()
-            return self._codec.new("grpc.GetDiagnosticDataResponse")
-        if request.log_type.startswith(CLOCK):
-            return self._codec.new("grpc.GetDiagnosticDataResponse", data=self._clock(request.log_type))
+        elif log_type == DROP_CACHES:
+            files.write(_DROP_CACHES, _PAGES_AND_INODES)
+        else:
+            return None
+        return ""
+
+    def _of_a_container(self, request: Message) -> str:
         container = self._sandbox.container(request.container_id, InvalidArgument)
         if request.log_type.startswith(UNIFIED):
             for line in request.log_type.removeprefix(f"{UNIFIED} ").splitlines():
                 cgroup.set_limit(container.cgroup, *line.split("=", 1))
-            return self._codec.new("grpc.GetDiagnosticDataResponse")
+            return ""
         if request.log_type != PROCESSES:
             raise InvalidArgument(f"diagnostic data: {request.log_type!r}: not kept; ask for {PROCESSES!r}")
-        lines = [f"{pid} {exec_id}" for pid, exec_id in container.processes()]
-        return self._codec.new("grpc.GetDiagnosticDataResponse", data="\n".join(lines))
+        return "\n".join(f"{pid} {exec_id}" for pid, exec_id in container.processes())
 
     def _clock(self, log_type: str) -> str:
         shift = log_type.removeprefix(CLOCK)

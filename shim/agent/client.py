@@ -15,6 +15,7 @@ from google.protobuf.empty_pb2 import Empty
 from proto.extensions import (
     CLOCK,
     CLOCK_FEATURE,
+    DROP_CACHES,
     FEATURE,
     LIMITS,
     SHARE_FILES,
@@ -33,6 +34,8 @@ from shim.transport.ttrpc_client import TtrpcClient
 if TYPE_CHECKING:
     import socket
 
+    from shim.agent.gate import Gate
+
 SEED_BYTES = 64  # the guest's kernel mixes as many at once
 _FIRST_CLOCK_ERROR_NS = 250_000_000  # no program that reads the time runs yet
 _CLOCK_ERROR_NS = 2_000_000
@@ -50,6 +53,11 @@ class Agent:
         self.processes = ProcessCalls(self._connection)
         self.containers = ContainerCalls(self._connection, self.processes)
         self.files = FileCalls(self._connection)
+
+    @property
+    def gate(self) -> Gate:
+        """What calls pass on their way to it."""
+        return self._connection.gate
 
     @property
     def is_hako(self) -> bool:
@@ -223,6 +231,10 @@ class Agent:
         """
         # Nothing depends on the answer, and a busy guest may be slow.
         await self._connection.diagnose(f"{SHARE_FILES} {limit}", timeout_s=CALL_TIMEOUT_S)
+
+    async def drop_caches(self) -> None:
+        """Have the guest's kernel free the memory that it can do without; only Hako's agent can."""
+        await self._connection.diagnose(DROP_CACHES, timeout_s=CALL_TIMEOUT_S)
 
     async def timeline(self) -> str:
         """Ask for the agent's phases and their times.

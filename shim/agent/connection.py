@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from proto.kata import agent_pb2, health_pb2
+from shim.agent.gate import Gate
 from shim.agent.stock_errors import plain
 from shim.errors import ShimError
 from shim.telemetry import latency
@@ -57,6 +58,7 @@ class AgentConnection:
     def __init__(self, client: TtrpcClient) -> None:
         self._client = client
         self.features = AgentFeatures()
+        self.gate = Gate()
 
     async def call(
         self,
@@ -69,6 +71,8 @@ class AgentConnection:
     ) -> _Reply:
         """Call a method of the agent's service.
 
+        A parked machine is woken first, unless the call has no limit: such a call waits.
+
         :param method: its name in the protocol.
         :param request: its request.
         :param reply: the type of its answer.
@@ -79,7 +83,25 @@ class AgentConnection:
         :raises ResourceExhausted: if the answer is too long.
         :raises ShimError: of the kind that the agent answers with.
         """
-        began_s = time.monotonic()
+        if timeout_s is None:
+            await self.gate.free()
+            return await self._call(method, request, reply, timeout_s=None, most_bytes=most_bytes)
+        with await self.gate.asking():
+            began_s = time.monotonic()
+            try:
+                return await self._call(method, request, reply, timeout_s=timeout_s, most_bytes=most_bytes)
+            finally:
+                latency.AGENT.observe(method, time.monotonic() - began_s)
+
+    async def _call(
+        self,
+        method: str,
+        request: Message,
+        reply: type[_Reply],
+        *,
+        timeout_s: float | None,
+        most_bytes: int,
+    ) -> _Reply:
         try:
             return await self._client.call(
                 SERVICE, method, request, reply, timeout_s=timeout_s, most_bytes=most_bytes
@@ -89,9 +111,6 @@ class AgentConnection:
             if meant is error:
                 raise
             raise meant from error
-        finally:
-            if timeout_s is not None:  # the others wait for events
-                latency.AGENT.observe(method, time.monotonic() - began_s)
 
     async def diagnose(
         self, log_type: str, *, container_id: str = "", timeout_s: float = DIAGNOSIS_TIMEOUT_S
@@ -115,13 +134,14 @@ class AgentConnection:
         :raises DeadlineExceeded: if it does not arrive in time.
         :raises Unavailable: if the connection breaks.
         """
-        await self._client.call(
-            HEALTH_SERVICE,
-            "Check",
-            health_pb2.CheckRequest(),
-            health_pb2.HealthCheckResponse,
-            timeout_s=timeout_s,
-        )
+        with await self.gate.asking():
+            await self._client.call(
+                HEALTH_SERVICE,
+                "Check",
+                health_pb2.CheckRequest(),
+                health_pb2.HealthCheckResponse,
+                timeout_s=timeout_s,
+            )
 
     async def aclose(self) -> None:
         """Close the connection; pending calls fail with Unavailable."""

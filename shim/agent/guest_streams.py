@@ -123,6 +123,7 @@ class LongStreams(RequestStreams):
     @override
     async def write(self, data: bytes) -> None:
         """Write to stdin."""
+        await self._agent.gate.free()
         if await self._is_long("stdin"):
             await self._connections["stdin"].send(framed(data))
             return
@@ -133,6 +134,7 @@ class LongStreams(RequestStreams):
     async def end_input(self) -> None:
         """End stdin; a connection's bytes have all been read then."""
         if "stdin" in self._connections:
+            await self._agent.gate.free()
             await self._connections["stdin"].finish()
         else:
             await super().end_input()

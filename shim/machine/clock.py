@@ -100,7 +100,8 @@ async def keep(agent: Agent, *, pid: int, right: asyncio.Event) -> None:
         with _watching(woken.set, pid=pid):
             trials = 0
             while True:
-                sure = await _set_right(agent)
+                with await agent.gate.waiting():
+                    sure = await set_right(agent)
                 right.set()
                 trials = 0 if sure else trials + 1
                 pause_s = SOON_S if 0 < trials < _MOST_TRIALS else INTERVAL_S
@@ -115,8 +116,12 @@ async def keep(agent: Agent, *, pid: int, right: asyncio.Event) -> None:
         right.set()
 
 
-async def _set_right(agent: Agent) -> bool:
-    """Compare the clocks and move the guest's; tell whether it is certainly right then."""
+async def set_right(agent: Agent) -> bool:
+    """Compare the clocks and move the guest's; tell whether it is certainly right then.
+
+    :param agent: the guest's.
+    :raises ShimError: if it does not answer.
+    """
     if not agent.tells_time:
         await agent.set_time()
         return True

@@ -37,6 +37,7 @@ from shim.machine.cgroup import HostCgroup
 from shim.machine.cloning import Cloning, clone_of, dial_clone
 from shim.machine.host_choice import EMULATION_IS_NO_BOUNDARY, resolve
 from shim.machine.jail import Jail, without
+from shim.machine.parking import Parking
 from shim.machine.resizing import Resizer
 from shim.machine.running import RunningMachine
 from shim.machine.sizing import Size, plan
@@ -183,6 +184,13 @@ class Machine:
             template_key=template.key if template and started.spec.template else "",
             began_s=began_s,
             given_up=self._given_up,
+            parking=Parking(
+                started.vm,
+                started.agent,
+                directory=self._config.hypervisor.park_dir,
+                switch_off=self.switch_off,
+            ),
+            park_after_s=self._config.hypervisor.park_after_s,
         )
 
     async def reason_of_end(self, running: RunningMachine) -> str:

@@ -79,6 +79,7 @@ class Fact:
 _READS_A_PATH = "names a file of the host"
 _CHANGES_GUEST = "can weaken the guest's kernel"
 _CHANGES_QEMU = "changes the machine that QEMU emulates"
+_FILLS_A_DISK = "moves the pod's memory to a disk of the host"
 _TAKES_RESERVED = "takes memory that the host has reserved"
 
 _OWN = (
@@ -90,6 +91,7 @@ _OWN = (
     ("hypervisor", "root_ports", ""),
     ("hypervisor", "huge_pages", _TAKES_RESERVED),
     ("hypervisor", "machine_options", _CHANGES_QEMU),
+    ("hypervisor", "park_after_s", _FILLS_A_DISK),
     ("guest", "boot_timeout_s", ""),
     ("guest", "kernel", _READS_A_PATH),
     ("guest", "initrd", _READS_A_PATH),

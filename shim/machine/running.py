@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shim.agent.client import Agent
     from shim.agent.guest_streams import GuestStreams
     from shim.machine.limits import Limits
+    from shim.machine.parking import Parking
     from shim.machine.resizing import Resizer
     from shim.machine.sizing import Size
     from shim.network.network import Network
@@ -39,6 +40,8 @@ class RunningMachine:
     :param template_key: of the template that it was cloned from; empty if it booted.
     :param began_s: when its boot began, in seconds of ``time.monotonic()``.
     :param given_up: set once the machine should end.
+    :param parking: its rest.
+    :param park_after_s: after how long without need it is parked, in seconds; 0 for never.
     """
 
     def __init__(
@@ -52,11 +55,15 @@ class RunningMachine:
         template_key: str,
         began_s: float,
         given_up: asyncio.Event,
+        parking: Parking,
+        park_after_s: int,
     ) -> None:
         self.vm = vm
         self.agent = agent
         self.spec = spec
         self.template_key = template_key
+        self.parking = parking
+        self.park_after_s = park_after_s
         self._network = network
         self._resizer = resizer
         self._began_s = began_s

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from proto.kata import agent_pb2
     from shim.sandbox.hooks import Hooks
     from shim.sandbox.host_streams import Stdio
+    from shim.sandbox.parking import PodParking
     from shim.sandbox.sandbox import Sandbox
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,10 @@ class Siblings(Protocol):
 
         :raises ShimError: if the machine is not up.
         """
+
+    @property
+    def parking(self) -> PodParking:
+        """The parking of the pod."""
 
 
 class Container(abc.ABC):
@@ -145,6 +150,7 @@ class Container(abc.ABC):
             await self._freeze()
             self.init.apply(Input.PAUSE)
             self._sandbox.publish(*task_events.paused(self.id))
+        self._siblings.parking.consider()
 
     async def resume(self) -> None:
         """Thaw the container.
@@ -156,6 +162,7 @@ class Container(abc.ABC):
             await self._thaw()
             self.init.apply(Input.RESUME)
             self._sandbox.publish(*task_events.resumed(self.id))
+        self._siblings.parking.consider()
 
     async def delete(self) -> None:
         """Remove the container from the guest, and take back the files that were shown to it.
@@ -296,3 +303,4 @@ class Container(abc.ABC):
     def _report_exit(self, process: Process, status: int) -> None:
         if process.exit(status):
             self._sandbox.publish(*task_events.exited(process, pid=self._sandbox.pid))
+            self._siblings.parking.consider()

@@ -18,6 +18,7 @@ from shim.sandbox.bundle import read_spec
 from shim.sandbox.guest_container import GuestContainer
 from shim.sandbox.hooks import Hooks
 from shim.sandbox.life import Life
+from shim.sandbox.parking import PodParking
 from shim.sandbox.pause_container import PauseContainer
 from shim.telemetry import metrics
 
@@ -62,6 +63,7 @@ class Containers:
         #: Version 3 of the shim protocol: containerd creates further containers without a ``start``.
         self._is_joined_without_start = context.record.version >= 3
         self._was_told_to_end = False
+        self.parking = PodParking(sandbox, self._guests, note=context.publisher.feed.note)
         sandbox.while_running(self._report_ooms, name="out of memory")
         sandbox.while_running(self._follow_network, name="network")
         sandbox.while_running(self._grow_at_first, name="grow")
@@ -107,7 +109,7 @@ class Containers:
         scores = [oom_score_adj_of(one.spec) for one in self._guests()]
         told = [score for score in scores if score is not None]
         if told:
-            (await self._sandbox.running()).set_oom_score_adj(max(told))
+            (await self._sandbox.running(awake=False)).set_oom_score_adj(max(told))
 
     def _new(self, container_id: str, *, bundle: Path, stdio: Stdio) -> Container:
         spec = read_spec(bundle)
@@ -178,6 +180,7 @@ class Containers:
         """Let go of a container: nothing of it is left, or its creation failed."""
         self.all.pop(container_id, None)
         self._ledger.deleted(container_id)
+        self.parking.consider()
         if self.all:  # the machine of the last one goes as a whole
             self._sandbox.work.spawn(self._shrink_if_alive(), name="shrink")
         else:
@@ -227,7 +230,7 @@ class Containers:
 
         :raises ShimError: if the machine is not up.
         """
-        await self._sandbox.running()
+        await self._sandbox.running(awake=False)
         measured = await asyncio.gather(*(_measure(one) for one in self._guests()))
         return metrics.total(one for one in measured if one is not None)
 
@@ -283,6 +286,7 @@ class Containers:
         """
         while True:
             await running.network_changed()
+            await running.agent.gate.free()
             if all(one.init.exited.is_set() for one in self.all.values()):
                 continue
             try:

@@ -100,6 +100,9 @@ class GuestContainer(Container):
             container_id, bundle=bundle, entries=volumes.entries, followed=volumes.followed
         )
         self._ending = False
+        #: The last answers of the guest, for as long as it cannot be asked.
+        self._last_stats: agent_pb2.StatsContainerResponse | None = None
+        self._last_exec_ids: list[str] = []
         #: How long Create took, and both Create and Start.
         self._created_in_s = self._started_in_s = 0.0
 
@@ -230,8 +233,10 @@ class GuestContainer(Container):
         :raises NotFound: if it has ended.
         """
         self._require_alive_for("stats")
-        agent = await self._sandbox.agent()
-        return await agent.containers.stats(self.init.agent_id)
+        machine = await self._sandbox.running(awake=False)
+        if self._last_stats is None or machine.parking.is_awake:
+            self._last_stats = await machine.agent.containers.stats(self.init.agent_id)
+        return self._last_stats
 
     @override
     async def exec_ids_of_processes(self) -> list[str]:
@@ -242,12 +247,21 @@ class GuestContainer(Container):
         self._require_alive_for("pids")
         running = {p.agent_id: p.exec_id for p in self.execs.values() if p.state is State.RUNNING}
         try:
-            agent = await self._sandbox.agent()
-            _init, *others = await agent.containers.exec_ids(self.init.agent_id)
+            machine = await self._sandbox.running(awake=False)
+            if machine.parking.is_awake:
+                self._last_exec_ids = await machine.agent.containers.exec_ids(self.init.agent_id)
+            _init, *others = self._last_exec_ids
         except (ShimError, ValueError) as error:  # a stock agent, a hung guest, or none left
             log.debug("pids: container %s: asking the guest: %s", self.id, error)
             return list(running.values())
         return [running.get(agent_id, "") for agent_id in others]
+
+    async def remember(self) -> None:
+        """Ask the guest what will be asked for while it is parked."""
+        if not self.init.exited.is_set():
+            with contextlib.suppress(ShimError):  # then it is not known
+                await self.stats()
+            await self.exec_ids_of_processes()
 
     @override
     def add_exec(self, exec_id: str, *, spec: dict[str, Any], stdio: Stdio) -> None:
@@ -323,6 +337,7 @@ class GuestContainer(Container):
             everyone=everyone,
             sandbox=self._sandbox,
             is_shared=lambda: self._siblings.has_other_uses(self.id),
+            wake=lambda: self._siblings.parking.release(self),
         )
 
     def _require_alive(self, exec_id: str) -> None:

@@ -11,11 +11,11 @@ import asyncio
 import signal
 from typing import TYPE_CHECKING
 
-from shim.errors import DeadlineExceeded, FailedPrecondition, NotFound
+from shim.errors import DeadlineExceeded, FailedPrecondition, NotFound, ResourceExhausted
 from shim.sandbox.process import State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from shim.sandbox.process import Process
     from shim.sandbox.sandbox import Sandbox
@@ -32,6 +32,7 @@ async def kill(
     everyone: bool,
     sandbox: Sandbox,
     is_shared: Callable[[], bool],
+    wake: Callable[[], Awaitable[None]],
 ) -> None:
     """Send a signal to one process, or to all of its container.
 
@@ -39,14 +40,23 @@ async def kill(
     :param number: the signal's number.
     :param sandbox: where the process runs.
     :param is_shared: tells whether the machine serves others too.
+    :param wake: wakes the machine if it is parked.
     :raises NotFound: if the process has ended.
     :raises FailedPrecondition: if it is an exec that was never started.
+    :raises ResourceExhausted: if the machine is parked and does not wake.
     :raises DeadlineExceeded: if the guest does not answer a signal other than SIGKILL.
     """
     if process.exited.is_set():
         raise NotFound(f"kill: {process}: process already finished: not found")
     if process.exec_id and process.state is State.CREATED:
         raise FailedPrecondition(f"kill: {process}: process not started")
+    try:
+        await wake()
+    except ResourceExhausted as error:
+        if number != signal.SIGKILL or is_shared():
+            raise
+        await sandbox.switch_off(f"SIGKILL of {process}, which is parked: {error}")
+        return
     agent = await sandbox.agent()
     # Addressed by its own id, init alone gets the signal; the empty id makes SIGKILL reach them all.
     target = "" if everyone and not process.exec_id else process.agent_id

@@ -27,6 +27,7 @@ from shim.host import kernel_limits
 from shim.host.host_process import STATUS_KILLED
 from shim.machine import clock, pod_annotations
 from shim.machine.pod import from_oci, with_files, with_sysctls, write_files
+from shim.machine.rest import Rest
 from shim.sandbox.counting import Counting
 from shim.sandbox.life import OVER, Happening, Life, following
 from shim.telemetry import event_feed
@@ -182,16 +183,19 @@ class Sandbox:
                 container_id,
             )
 
-    async def running(self) -> RunningMachine:
+    async def running(self, *, awake: bool = True) -> RunningMachine:
         """Wait for the machine to be up.
 
+        :param awake: whether it is woken if it is parked.
         :raises FailedPrecondition: if the machine's pod is not known yet.
-        :raises ShimError: with the reason, if the machine did not come up or is gone.
+        :raises ShimError: with the reason, if the machine did not come up, does not wake or is gone.
         """
         if self.state is not Life.AWAITED:
             await self._settled.wait()
         if isinstance(self._now, ShimError):
             raise self._now.with_traceback(None)
+        if awake and self._now.parking.rest is not Rest.AWAKE:
+            await self._now.agent.gate.woken()
         return self._now
 
     async def agent(self) -> Agent:
@@ -199,14 +203,16 @@ class Sandbox:
         return (await self.running()).agent
 
     async def ping(self) -> None:
-        """Have the agent answer now.
+        """Have the agent answer now, unless the machine is parked.
 
         :raises DeadlineExceeded: if it does not.
         :raises ShimError: if the machine is not up.
         """
         if self.state is not Life.AWAITED and not self._settled.is_set():
             raise Unavailable(f"ping: sandbox {self.id}: still boots; ask again")
-        await (await self.agent()).check(timeout_s=PING_TIMEOUT_S)
+        machine = await self.running(awake=False)
+        if machine.parking.is_awake:
+            await machine.agent.check(timeout_s=PING_TIMEOUT_S)
 
     async def make_ready(self) -> None:
         """Prepare a start: take over new network interfaces, and wait until the clock is right.

@@ -73,7 +73,7 @@ class ManagementService:
             id=sandbox.id,
             namespace=sandbox.namespace,
             version=version(),
-            state=sandbox.state.name.lower(),
+            state=self._containers.parking.condition,
             reason=sandbox.reason_of_end,
             created_at_s=sandbox.created_at_s,
             processes=[api.HostProcess(name=name, pid=pid) for name, pid in self._processes()],
@@ -92,7 +92,7 @@ class ManagementService:
                 )
             )
         if sandbox.is_ready:
-            running = await sandbox.running()
+            running = await sandbox.running(awake=False)
             response.machine.CopyFrom(_machine(running))
             response.interfaces.extend(_interfaces(running))
         return response
@@ -121,6 +121,16 @@ class ManagementService:
             except ShimError as error:
                 response.problem = str(error)
         return response
+
+    async def park(self, request: api.ParkRequest) -> api.ParkResponse:  # noqa: ARG002 - it is empty
+        """Pause the containers, and move the machine's memory to a file."""
+        machine = await self._containers.parking.park()
+        return api.ParkResponse(memory_bytes=machine.parking.memory_bytes)
+
+    async def unpark(self, request: api.UnparkRequest) -> api.UnparkResponse:  # noqa: ARG002 - it is empty
+        """Move the memory back, and resume the containers."""
+        await self._containers.parking.unpark()
+        return api.UnparkResponse()
 
     async def log_sources(self, request: api.LogSourcesRequest) -> api.LogSourcesResponse:  # noqa: ARG002 - it is empty
         """Name the files that hold log lines."""
@@ -208,6 +218,7 @@ def _machine(running: RunningMachine) -> api.Machine:
         template_key=running.template_key,
         agent_is_hako=running.agent.is_hako,
         user_id=spec.jail.uid if spec.jail else 0,
+        parked_bytes=running.parking.memory_bytes,
     )
 
 

@@ -49,7 +49,7 @@ class MetricsService:
             id=sandbox.id,
             namespace=sandbox.namespace,
             version=version(),
-            state=sandbox.state.name.lower(),
+            state=self._containers.parking.condition,
             processes=[
                 Reply.Process(name="shim", pid=os.getpid()),
                 *(Reply.Process(name=each.name, pid=each.pid) for each in self._machine.processes()),
@@ -92,9 +92,11 @@ class MetricsService:
         ]
 
     async def _guest_text(self) -> str:
-        agent = await self._sandbox.agent()
+        machine = await self._sandbox.running(awake=False)
+        if not machine.parking.is_awake:
+            return ""
         try:
-            return (await agent.metrics())[:_MOST_GUEST_TEXT]
+            return (await machine.agent.metrics())[:_MOST_GUEST_TEXT]
         except Unimplemented:
             return ""
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 READY = "/sandbox/ready"
 END = "/sandbox/end"
+PARKED = "/sandbox/parked"
+AWAKE = "/sandbox/awake"
 KEPT = 64
 """How many events are kept for those who come later."""
 

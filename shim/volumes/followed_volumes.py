@@ -147,12 +147,17 @@ class FollowedVolumes:
     async def _follow(self, changes: MountChanges, agent: Agent) -> None:
         while True:
             await changes.wait()
-            async with self._lock:
-                for one in self._volumes:
-                    try:
-                        await self._update(one, agent)
-                    except (ShimError, OSError, ValueError) as error:  # not a name that the guest can have
-                        log.warning("mounts below %s: %s", one.place.real, error)
+            with await agent.gate.waiting():
+                async with self._lock:
+                    for one in self._volumes:
+                        try:
+                            await self._update(one, agent)
+                        except (
+                            ShimError,
+                            OSError,
+                            ValueError,
+                        ) as error:  # not a name that the guest can have
+                            log.warning("mounts below %s: %s", one.place.real, error)
 
     async def _update(self, one: Followed, agent: Agent) -> None:
         """Let the guest have the mounts that the host has below a volume."""

@@ -29,6 +29,7 @@ from shim.errors import Unavailable
 from shim.host import mounts
 from shim.host.ledger import Ledger
 from shim.host.state_directory import StartRecord
+from shim.machine.parking import Parking
 from shim.machine.running import RunningMachine
 from shim.sandbox.containers import Containers
 from shim.sandbox.context import Context
@@ -149,6 +150,10 @@ class MachinelessSandbox(Sandbox):
             template_key="",
             began_s=0.0,
             given_up=asyncio.Event(),
+            parking=Parking(
+                cast("Hypervisor", None), agent, directory="", switch_off=self.pretence.switch_off
+            ),
+            park_after_s=0,
         )
         self._settled.set()
         self.work.spawn(self._end_with(agent), name="end")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from shim.agent.gate import Gate
 from shim.errors import DeadlineExceeded, Unavailable
 from shim.machine import clock
 from shim.machine.clock import Reading, correction, reading, together
@@ -72,6 +73,7 @@ class Agent:
         self.asked = asyncio.Event()
         self.refusal: Exception | None = None
         self.set = 0
+        self.gate = Gate()
 
     async def ask_time(self) -> str:
         self.asked.set()

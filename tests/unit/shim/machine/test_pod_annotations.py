@@ -41,6 +41,7 @@ def refusal(annotations: dict[str, Any], config: Config = OPEN) -> str:
         ("io.hako.huge_pages", "true", "hypervisor", "huge_pages", True),
         ("io.hako.template", "off", "hypervisor", "template", "off"),
         ("io.hako.machine_options", "hpet=off", "hypervisor", "machine_options", "usb=off,hpet=off"),
+        ("io.hako.park_after_s", "600", "hypervisor", "park_after_s", 600),
         ("io.hako.boot_timeout_s", "90", "guest", "boot_timeout_s", 90),
         ("io.hako.kernel", "/k", "guest", "kernel", "/k"),
         ("io.hako.initrd", "/i", "guest", "initrd", "/i"),

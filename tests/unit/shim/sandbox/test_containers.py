@@ -10,6 +10,7 @@ import pytest
 
 from shim.sandbox.containers import Containers
 from shim.sandbox.work import Work
+from shim.telemetry.event_feed import EventFeed
 from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Shim:
         self.sandbox = cast("Any", HeldSandbox(group, is_held=is_held))
         context: Any = SimpleNamespace(
             record=SimpleNamespace(version=version),
+            publisher=SimpleNamespace(feed=EventFeed()),
             ledger=SimpleNamespace(deleted=lambda _name: None),
             leave=self._leave,
         )

@@ -10,6 +10,7 @@ import pytest
 
 from hypervisor import ChannelError
 from shim.agent.frames import END, framed
+from shim.agent.gate import Gate
 from shim.agent.guest_streams import LONG_BYTES, LongStreams
 from shim.errors import Unavailable
 from tests.waiting import WITHIN_S, settle
@@ -25,6 +26,7 @@ class Agent:
     """An agent that answers reads from a list and records what is written."""
 
     def __init__(self, outputs: list[bytes]) -> None:
+        self.gate = Gate()
         self._outputs = outputs
         self.written = b""
         self.ended = False

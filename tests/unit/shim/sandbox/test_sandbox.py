@@ -15,6 +15,7 @@ from shim.errors import AlreadyExists, FailedPrecondition, Internal, Unavailable
 from shim.host.state_directory import StartRecord
 from shim.machine import clock
 from shim.machine.pod import from_oci
+from shim.machine.rest import Rest
 from shim.sandbox.context import Context
 from shim.sandbox.life import Life
 from shim.sandbox.sandbox import Sandbox
@@ -51,7 +52,8 @@ class Machine:
         async def aclose() -> None:
             return
 
-        self.up.set_result(SimpleNamespace(agent=SimpleNamespace(is_hako=False, aclose=aclose)))
+        agent = SimpleNamespace(is_hako=False, aclose=aclose)
+        self.up.set_result(SimpleNamespace(agent=agent, parking=SimpleNamespace(rest=Rest.AWAKE)))
 
     async def switch_off(self, reason: str) -> None:
         if not self.gone.done():

@@ -1,0 +1,163 @@
+"""Parking: the memory of a machine that stands still goes to a sealed file, and comes back.
+
+QEMU, the daemons and all connections stay. The memory consists of files that QEMU holds open, so another
+process can read them, and empty them page by page. Nothing may touch the memory in between: QEMU's virtual
+CPUs and queues are stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import importlib.util
+import os
+import secrets
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hypervisor import sealed_memory
+from hypervisor.errors import ParkedMemoryLostError, ParkError
+from hypervisor.memory_copy import data_ranges
+from hypervisor.sealed_memory import Range
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hypervisor.host_side import HostSide
+    from hypervisor.process import ChildProcess
+
+COPIER = "parking copier"
+
+_MEMORIES = ("/memfd:memory-backend-memfd", "/memfd:hako-memory")
+"""The names of guest memory: QEMU's own, and a clone's."""
+
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedMemory:
+    """The memory of a machine that is parked.
+
+    :param file: the descriptor of the sealed file; it has no name, so it ends with this process.
+    :param key: it is nowhere else.
+    :param memory_bytes: how much memory it took from RAM.
+    :param file_bytes: how long the file is.
+    """
+
+    file: int
+    key: bytes
+    memory_bytes: int
+    file_bytes: int
+
+
+async def take_out(host: HostSide, file: int) -> ParkedMemory:
+    """Move the memory of a machine that stands still to a file.
+
+    :param host: the machine's side of the host.
+    :param file: an empty file; its descriptor becomes the result's.
+    :raises ParkError: if that fails; the memory is as before.
+    """
+    pid = host.complete().qemu.pid
+    with _reporting(), ExitStack() as stack:
+        memories = await asyncio.to_thread(_open_memories, pid)
+        for each in memories:
+            stack.callback(os.close, each)
+        ranges = await asyncio.to_thread(_ranges, memories)
+        key = secrets.token_bytes(sealed_memory.KEY_BYTES)
+        copier = await _copy("seal", host, file, sealed_memory.order(key, ranges), memories)
+        if copier.exited.result().code != 0:
+            raise ParkError(f"park: {copier.obituary()}")
+        await asyncio.to_thread(_empty, memories, ranges)
+        return ParkedMemory(file, key, sum(each.length for each in ranges), int(copier.output()))
+
+
+async def put_back(host: HostSide, parked: ParkedMemory) -> None:
+    """Move the memory back; it may be tried again if it fails.
+
+    :param host: the machine's side of the host.
+    :param parked: what :func:`take_out` has returned.
+    :raises ParkedMemoryLostError: if the file is not what was written: the machine can never go on.
+    :raises ParkError: if that fails for another reason.
+    """
+    pid = host.complete().qemu.pid
+    with _reporting(), ExitStack() as stack:
+        memories = await asyncio.to_thread(_open_memories, pid)
+        for each in memories:
+            stack.callback(os.close, each)
+        copier = await _copy("unseal", host, parked.file, sealed_memory.order(parked.key, ()), memories)
+    status = copier.exited.result()
+    if status.code == sealed_memory.LOST:
+        raise ParkedMemoryLostError(f"unpark: the file of its memory: {copier.output().strip()}")
+    if status.code != 0:
+        raise ParkError(f"unpark: {copier.obituary()}")
+
+
+async def _copy(what: str, host: HostSide, file: int, order: bytes, memories: list[int]) -> ChildProcess:
+    spec = importlib.util.find_spec("cryptography")
+    if spec is None or spec.origin is None:
+        raise ParkError("park: Python's package cryptography is not there; install it")
+    packages = str(Path(spec.origin).parent.parent)
+    ordered = os.memfd_create("hako-order", os.MFD_CLOEXEC)
+    try:
+        os.write(ordered, order)
+        descriptors = [file, ordered, *memories]
+        program = [sys.executable, "-I", "-S", str(Path(sealed_memory.__file__)), what, packages]
+        return await host.run(COPIER, [*program, *map(str, descriptors)], inherit=descriptors)
+    finally:
+        os.close(ordered)
+
+
+def _open_memories(pid: int) -> list[int]:
+    """Open each memory of a machine once, in an order that does not change.
+
+    :param pid: of its QEMU, which may be hostile: only files that exist nowhere else are opened.
+    """
+    probe = os.memfd_create("hako-probe", os.MFD_CLOEXEC)
+    device = os.fstat(probe).st_dev
+    os.close(probe)
+    found: dict[int, int] = {}
+    try:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if not str(link.readlink()).startswith(_MEMORIES):
+                    continue
+                opened = os.open(link, os.O_RDWR | os.O_CLOEXEC)
+                status = os.fstat(opened)
+                if status.st_dev != device or status.st_ino in found:
+                    os.close(opened)
+                else:
+                    found[status.st_ino] = opened
+    except BaseException:
+        for each in found.values():
+            os.close(each)
+        raise
+    return [found[inode] for inode in sorted(found)]
+
+
+def _ranges(memories: list[int]) -> list[Range]:
+    return [
+        Range(number, begin, end - begin)
+        for number, memory in enumerate(memories)
+        for begin, end in data_ranges(memory)
+    ]
+
+
+def _empty(memories: list[int], ranges: list[Range]) -> None:
+    for memory, offset, length in ranges:
+        if _libc.fallocate(memories[memory], _KEEP_SIZE | _PUNCH_HOLE, offset, length):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+
+@contextlib.contextmanager
+def _reporting() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ParkError(f"park: {error.filename or 'memory'}: {error.strerror}") from error

@@ -1,0 +1,217 @@
+"""A parked sandbox leaves the memory, and goes on later with its files, connections and processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from proto.hako import management_pb2 as api
+from shim.commands import shims
+from shim.host.state_directory import read_record
+from tests.e2e.busybox import IMAGE, PYTHON, PYTHON_OPTIONS
+from tests.e2e.conftest import _census, new_id
+from tests.e2e.test_refusals import configured
+from tests.network_space import Space, add_cable, new_space
+from tests.patience import patient
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from shim.host.state_directory import StartRecord
+    from tests.e2e.conftest import Stack
+
+pytestmark = pytest.mark.hako
+
+DEADLINE_S = patient(60.0)
+PARK_AFTER_S = 1
+PORT = 7000
+CLOCK_ERROR_S = 0.5
+PROGRAM = """
+import hashlib, json, os, socket, sys, time
+pattern = os.urandom(8 << 20)
+digest = hashlib.sha256(pattern).digest()
+file = open("/volume/file", "r+")
+connection = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+print("ready", flush=True)
+for line in sys.stdin:
+    connection.sendall(line.encode())
+    file.write(line)
+    file.flush()
+    print(json.dumps({
+        "pattern": hashlib.sha256(pattern).digest() == digest,
+        "echo": connection.recv(1000).decode(),
+        "time": time.time(),
+    }), flush=True)
+"""
+
+
+class Sandbox:
+    """A sandbox, asked over the management API."""
+
+    def __init__(self, stack: Stack, name: str) -> None:
+        found = map(read_record, map(str, stack.state_directory.iterdir()))
+        self.record: StartRecord = next(each for each in found if each.id == name)
+
+    def ask(self, method: str, request: Any, reply: type[Any]) -> Any:
+        return asyncio.run(shims.ask(self.record, method, request, reply, timeout_s=DEADLINE_S))
+
+    def describe(self) -> Any:
+        return self.ask("Describe", api.DescribeRequest(), api.DescribeResponse)
+
+    def wait_for(self, state: str) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while (seen := self.describe().state) != state:
+            assert time.monotonic() < deadline, f"it is {seen}, not {state}"
+            time.sleep(0.05)
+
+    def memory_bytes(self) -> int:
+        """The guest's memory that is in RAM."""
+        [qemu] = [each.pid for each in self.describe().processes if each.name == "QEMU"]
+        found = {}
+        for descriptor in Path(f"/proc/{qemu}/fd").iterdir():
+            if "memfd:" in str(descriptor.readlink()):
+                status = descriptor.stat()
+                found[status.st_ino] = status.st_blocks * 512
+        assert found
+        return sum(found.values())
+
+
+class Box(Sandbox):
+    """A sandbox whose container holds memory, a file of a volume, and a TCP connection."""
+
+    def __init__(self, stack: Stack, name: str, volume: Path, process: subprocess.Popen[str]) -> None:
+        super().__init__(stack, name)
+        self.stack, self.name, self.volume = stack, name, volume
+        self._process = process
+
+    def send(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> Any:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+    def check(self, line: str) -> None:
+        """See that everything is as it was, for a line that was sent."""
+        answer = self.answer()
+        assert abs(answer.pop("time") - time.time()) < CLOCK_ERROR_S
+        assert answer == {"pattern": True, "echo": f"{line}\n"}
+        assert (self.volume / "file").read_text().endswith(f"{line}\n")
+
+
+@contextlib.contextmanager
+def echo(outside: Space) -> Iterator[None]:
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = server.accept()
+            with connection:
+                while data := connection.recv(1000):
+                    connection.sendall(data)
+
+    server = outside.inside(lambda: socket.create_server(("10.1.0.1", PORT)))
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        thread.join(DEADLINE_S)
+
+
+@pytest.fixture(scope="module")
+def box(one_stack: Stack, templates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    volume = tmp_path_factory.mktemp("volume")
+    (volume / "file").touch()
+    name = new_id()
+    settings = f'park_after_s = {PARK_AFTER_S}\npark_dir = "{tmp_path_factory.mktemp("parked")}"'
+    with (
+        configured(one_stack, templates=templates, hypervisor=settings),
+        new_space() as pod,
+        new_space() as outside,
+        _census(one_stack),
+    ):
+        add_cable(pod, outside, "eth0", number=1)
+        options = ["--detach", "--null-io", f"--with-ns=network:{pod.path}", *PYTHON_OPTIONS]
+        options += ["--mount", f"type=bind,src={volume},dst=/volume,options=rbind:rw"]
+        started = one_stack.containerd.run(IMAGE, name, "sleep", "100000", options=options)
+        try:
+            assert started.code == 0, started.stderr
+            argv = one_stack.containerd.ctr_argv(
+                "task", "exec", "--exec-id", "held", name, *PYTHON, PROGRAM, "10.1.0.1", str(PORT)
+            )
+            with (
+                echo(outside),
+                subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process,
+            ):
+                try:
+                    assert process.stdout is not None
+                    assert process.stdout.readline() == "ready\n"
+                    yield Box(one_stack, name, volume, process)
+                finally:
+                    one_stack.containerd.remove(name)
+        finally:
+            one_stack.containerd.remove(name)
+
+
+def test_a_parked_sandbox_goes_on_where_it_was(box: Box) -> None:
+    box.send("before")
+    box.check("before")
+
+    parked = box.ask("Park", api.ParkRequest(), api.ParkResponse)
+
+    assert parked.memory_bytes > 32 << 20
+    assert box.describe().state == "parked"
+    assert box.memory_bytes() == 0
+    assert box.stack.containerd.tasks()[box.name][1] == "PAUSED"
+    for known in ("metrics", "ps"):
+        assert box.stack.containerd.ctr("task", known, box.name).code == 0
+    box.send("meanwhile")
+    assert box.describe().state == "parked", "neither questions nor input wake it"
+    time.sleep(1.5)
+
+    box.ask("Unpark", api.UnparkRequest(), api.UnparkResponse)
+
+    box.check("meanwhile")
+    assert box.stack.containerd.tasks()[box.name][1] == "RUNNING"
+
+
+def test_a_paused_task_is_parked_after_a_while_and_resumed(box: Box) -> None:
+    assert box.stack.containerd.ctr("task", "pause", box.name).code == 0
+    box.wait_for("parked")
+    assert box.memory_bytes() == 0
+
+    assert box.stack.containerd.ctr("task", "resume", box.name).code == 0
+
+    box.send("resumed")
+    box.check("resumed")
+    assert box.describe().state == "running"
+
+
+def test_a_parked_task_is_killed_and_deleted(one_stack: Stack, templates: Path, tmp_path: Path) -> None:
+    containerd, name = one_stack.containerd, new_id()
+    settings = f'park_after_s = {PARK_AFTER_S}\npark_dir = "{tmp_path}"'
+    with configured(one_stack, templates=templates, hypervisor=settings):
+        containerd.run(IMAGE, name, "sleep", "100000", options=["--detach"])
+    try:
+        box = Sandbox(one_stack, name)
+        assert containerd.ctr("task", "pause", name).code == 0
+        box.wait_for("parked")
+
+        assert containerd.ctr("task", "kill", "--signal", "KILL", name).code == 0
+
+        containerd.wait_for_state(name, "STOPPED")
+        assert "exit code 137" in containerd.ctr("task", "delete", name).stderr
+    finally:
+        containerd.remove(name)
