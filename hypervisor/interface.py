@@ -314,7 +314,7 @@ class Hypervisor(abc.ABC):
 
         Nothing may be sent to the guest in between.
 
-        :param file: the descriptor of an empty file on a disk; the machine closes it.
+        :param file: the descriptor of an empty file on a disk; it stays the caller's to close.
         :returns: how much memory that has taken from RAM, in bytes.
         :raises ParkError: if the machine cannot be parked; it runs then as before.
         """

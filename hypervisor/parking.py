@@ -44,7 +44,7 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 class ParkedMemory:
     """The memory of a machine that is parked.
 
-    :param file: the descriptor of the sealed file; it has no name, so it ends with this process.
+    :param file: a descriptor of the sealed file, to be closed.
     :param key: it is nowhere else.
     :param memory_bytes: how much memory it took from RAM.
     :param file_bytes: how long the file is.
@@ -60,7 +60,7 @@ async def take_out(host: HostSide, file: int) -> ParkedMemory:
     """Move the memory of a machine that stands still to a file.
 
     :param host: the machine's side of the host.
-    :param file: an empty file; its descriptor becomes the result's.
+    :param file: an empty file; its descriptor stays the caller's to close.
     :raises ParkError: if that fails; the memory is as before.
     """
     pid = host.complete().qemu.pid
@@ -74,7 +74,7 @@ async def take_out(host: HostSide, file: int) -> ParkedMemory:
         if copier.exited.result().code != 0:
             raise ParkError(f"park: {copier.obituary()}")
         await asyncio.to_thread(_empty, memories, ranges)
-        return ParkedMemory(file, key, sum(each.length for each in ranges), int(copier.output()))
+        return ParkedMemory(os.dup(file), key, sum(each.length for each in ranges), int(copier.output()))
 
 
 async def put_back(host: HostSide, parked: ParkedMemory) -> None:

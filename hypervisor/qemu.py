@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -180,11 +179,7 @@ class QemuHypervisor(Hypervisor):
 
     @override
     async def park(self, file: int) -> int:
-        try:
-            return await self._ask(lambda vm: vm.park(file), f"park: {self._spec.name}", ParkError)
-        except BaseException:
-            os.close(file)
-            raise
+        return await self._ask(lambda vm: vm.park(file), f"park: {self._spec.name}", ParkError)
 
     @override
     async def unpark(self) -> None:

@@ -24,6 +24,7 @@ from scripts.benchmarks.net import (
     net_udp_pods,
     net_udp_trips,
 )
+from scripts.benchmarks.parking import parked_mib, wake_over_start
 from scripts.benchmarks.storage import (
     disk_random_read,
     disk_random_write,
@@ -82,6 +83,8 @@ METRICS = {
         Metric(shim_pss_mib, "MiB", "everything off"),
         Metric(shim_uss_mib, "MiB", "everything off"),
         Metric(pod_pss_mib, "MiB", "everything off"),
+        Metric(parked_mib, "MiB", "before parking"),
+        Metric(wake_over_start, "s", "start of a clone"),
         Metric(template_mib, "MiB", ""),
         Metric(exec_over_guest, "ms", "in the guest"),
         Metric(state_over_runc, "ms", "runc"),

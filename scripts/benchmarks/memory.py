@@ -96,7 +96,7 @@ def _survey(stage: Stage, *, light: bool) -> Survey:
         pods = [[shim, *(process.pid for process in descendants(shim))] for shim in shims]
         return Survey(
             shim_pss=tuple(pss_mib(shim) for shim in shims),
-            shim_uss=tuple(_mib(shim, "Private_Clean") + _mib(shim, "Private_Dirty") for shim in shims),
+            shim_uss=tuple(mib_of(shim, "Private_Clean") + mib_of(shim, "Private_Dirty") for shim in shims),
             pod_pss=tuple(sum(pss_mib(pid) for pid in pod) for pod in pods),
         )
 
@@ -107,10 +107,16 @@ def pss_mib(pid: int) -> float:
     :param pid: its id.
     :raises MeasurementError: if the kernel does not tell.
     """
-    return _mib(pid, "Pss")
+    return mib_of(pid, "Pss")
 
 
-def _mib(pid: int, field: str) -> float:
+def mib_of(pid: int, field: str) -> float:
+    """Read a size of a process's memory, in MiB.
+
+    :param pid: its id.
+    :param field: of ``smaps_rollup``, see proc(5).
+    :raises MeasurementError: if the kernel does not tell.
+    """
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
         name, _, rest = line.partition(":")
         if name == field:

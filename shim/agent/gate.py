@@ -26,6 +26,11 @@ class Gate:
         self._free = asyncio.Event()
         self._free.set()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether a question would wake the machine."""
+        return self._is_closed
+
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
         self._inside += 1

@@ -115,6 +115,8 @@ class LongStreams(RequestStreams):
     async def read(self, name: str) -> bytes | memoryview:
         """Block until there is output; empty at its end."""
         if await self._is_long(name):
+            # A vsock that is read from may tell the guest, whose machine may be parked.
+            await self._agent.gate.free()
             return await self._connections[name].read()
         data = await super().read(name)
         self._carried[name] += len(data)

@@ -62,7 +62,7 @@ class Parking:
     @property
     def is_awake(self) -> bool:
         """Whether the guest can be asked without waking its machine."""
-        return self.rest in {Rest.AWAKE, Rest.PARKING}
+        return not self._agent.gate.is_closed
 
     async def park(self) -> float | None:
         """Park the machine; it must be finished once it has begun.
@@ -125,10 +125,9 @@ class Parking:
         try:
             async with asyncio.timeout(QUIET_TIMEOUT_S):
                 await self._agent.gate.close()
-        except BaseException:
+            self.memory_bytes = await self._vm.park(file)
+        finally:
             os.close(file)
-            raise
-        self.memory_bytes = await self._vm.park(file)
 
     async def _set_clock(self) -> None:
         try:

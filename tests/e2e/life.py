@@ -26,6 +26,7 @@ PROGRAMS = {
     "QEMU": "qemu-system-x86_64",
     "virtio-fs daemon": "virtiofsd",
     "vsock daemon": "vhost-device-vsock",
+    "copier": "sealed_memory.py",
 }
 
 

@@ -1,0 +1,158 @@
+"""The memory of a real machine goes to a file and comes back, or the machine goes on as before."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hypervisor.errors import ParkedMemoryLostError, ParkError
+from hypervisor.parking import COPIER
+from tests.patience import patient
+from tests.waiting import reached
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from hypervisor import QemuHypervisor
+
+MIB = 1 << 20
+SMALL = 256 * MIB
+ENDS_S = patient(10)
+
+
+def unnamed(directory: Path) -> int:
+    return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    """A file without a name, on a disk."""
+    descriptor = unnamed(tmp_path)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture
+async def machine(clone: Callable[..., Awaitable[Any]], qemu: Path, tmp_path: Path) -> Any:
+    """A machine with a shell and a pattern in its memory."""
+    vm, shell = await clone(qemu=qemu, directory=tmp_path, memory_bytes=SMALL)
+    await shell("dd if=/dev/urandom of=/pattern bs=1M count=8; sha256sum /pattern >/sum")
+    return vm, shell
+
+
+async def check(shell: Any) -> None:
+    assert await shell("sha256sum -c /sum") == "/pattern: OK"
+
+
+def in_ram(vm: QemuHypervisor) -> int:
+    """How much of the guest's memory is in RAM, in bytes."""
+    found = {}
+    for descriptor in Path(f"/proc/{vm.pid}/fd").iterdir():
+        if "memfd:" in str(descriptor.readlink()):
+            status = descriptor.stat()
+            found[status.st_ino] = status.st_blocks * 512
+    return sum(found.values())
+
+
+async def kill_copier(vm: QemuHypervisor) -> None:
+    def pid() -> int:
+        return next((each.pid for each in vm.processes() if each.name == COPIER), 0)
+
+    os.kill(await reached(pid), signal.SIGKILL)
+
+
+async def test_all_memory_leaves_and_comes_back_again_and_again(machine: Any, file: int, share: Path) -> None:
+    vm, shell = machine
+    await shell("mkdir /m; mount -t virtiofs kataShared /m; exec 5</m/from-the-host")
+    await vm.resize_memory(SMALL + 256 * MIB)
+    await shell("mkdir /t; mount -t tmpfs t /t; dd if=/dev/zero bs=1M count=300 | tr '\\0' 'x' >/t/large")
+    for _ in range(2):
+        before = in_ram(vm)
+        parked = await vm.park(file)
+        assert before >= parked > 300 * MIB
+        assert in_ram(vm) == 0
+
+        await vm.unpark()
+
+        await check(shell)
+        assert await shell("tr -d x </t/large | wc -c; wc -c </t/large") == f"0\n{300 * MIB}"
+    assert await shell("cat <&5; ls /m") == "hello\nfrom-the-host"
+    (share / "later").touch()
+    await shell.until("test -e /m/later")
+
+
+async def test_a_file_that_was_changed_never_comes_back(machine: Any, file: int) -> None:
+    vm, _ = machine
+    await vm.park(file)
+    byte = os.pread(file, 1, 3 * MIB)
+    os.pwrite(file, bytes([byte[0] ^ 1]), 3 * MIB)
+
+    with pytest.raises(ParkedMemoryLostError, match=r"^unpark: the file of its memory: record \d+: not what"):
+        await vm.unpark()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["/bin/mount", "-t", "tmpfs", "-o", "size=1M", "small", str(place)], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["/bin/umount", "--lazy", str(place)], check=True)
+
+
+async def test_a_machine_goes_on_if_the_disk_is_full(machine: Any, small_disk: Path) -> None:
+    vm, shell = machine
+
+    full = unnamed(small_disk)
+    try:
+        with pytest.raises(ParkError, match="No space left on device"):
+            await vm.park(full)
+    finally:
+        os.close(full)
+
+    await check(shell)
+
+
+async def test_a_machine_goes_on_if_the_copier_dies(machine: Any, file: int) -> None:
+    vm, shell = machine
+    with pytest.raises(ParkError, match="parking copier killed by signal 9"):
+        await asyncio.gather(vm.park(file), kill_copier(vm))
+    await check(shell)
+
+    await vm.park(file)
+    with pytest.raises(ParkError, match="parking copier killed by signal 9"):
+        await asyncio.gather(vm.unpark(), kill_copier(vm))
+    await vm.unpark()
+
+    await check(shell)
+
+
+async def test_a_parked_machine_may_end(machine: Any, file: int) -> None:
+    vm, _ = machine
+    await vm.park(file)
+    os.kill(vm.pid, signal.SIGKILL)
+
+    async with asyncio.timeout(ENDS_S):
+        assert (await vm.wait()).reason == "QEMU killed by signal 9"
+    with pytest.raises(ParkError, match="gone"):
+        await vm.unpark()
+
+
+async def test_a_parked_machine_takes_no_other_orders(machine: Any, file: int) -> None:
+    vm, shell = machine
+    await vm.park(file)
+
+    with pytest.raises(Exception, match="the virtual machine is parked"):
+        await vm.resize_memory(SMALL + 128 * MIB)
+
+    await vm.unpark()
+    await check(shell)
