@@ -32,7 +32,7 @@ _EVERYWHERE = Path("/usr")
 
 # Of mount(2), umount2(2) and clone(2).
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND = 1, 2, 4, 8, 32, 4096
-_MS_MOVE = 8192
+_MS_REC = 0x4000
 _MNT_DETACH = 2
 _CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
 
@@ -132,7 +132,8 @@ def _replace_root(place: Path, *, share: Path | None = None) -> None:
     _call("mount", b"/dev/null", b"dev/null", b"none", _MS_BIND, b"")
     if share is not None:
         Path(share.name).mkdir()
-        _call("mount", os.fsencode(share), os.fsencode(share.name), b"none", _MS_MOVE, b"")
+        # The share stays where it is as well, so that the daemon still finds it if a later step fails.
+        _call("mount", os.fsencode(share), os.fsencode(share.name), b"none", _MS_BIND | _MS_REC, b"")
     _call("mount", b"none", b".", b"tmpfs", flags | _MS_REMOUNT | _MS_RDONLY, b"mode=755")
     # The old root is stacked on the new one and then unmounted: see pivot_root(2), NOTES.
     _call("pivot_root", b".", b".")

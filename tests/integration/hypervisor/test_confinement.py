@@ -26,7 +26,9 @@ from hypervisor.confinement import (
 )
 from hypervisor.launcher import launch
 from hypervisor.process import ChildProcess
+from hypervisor.seclusion import show_share_only
 from tests.patience import patient
+from tests.waiting import reached
 
 from .conftest import JAIL
 
@@ -76,6 +78,10 @@ async def found(
         process = await run(confinement, str(PYTHON), "-ISBc", script, str(os.getpid()), name, *paths)
     assert process.exited.result().code == 0, process.output()
     return {"confined": confinement, **json.loads(process.output())}
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
 
 
 def capabilities(mask: str) -> set[int]:
@@ -134,6 +140,27 @@ async def test_a_confined_process_leaves_no_core_and_has_the_files_that_the_host
     files = found["confined"].open_files
     assert found["core"] == [0, 0]
     assert found["files"] in ([files, files], [most, most])
+
+
+@pytest.mark.parametrize(("is_opened", "place"), [(True, "."), (False, "share")])
+async def test_a_share_daemon_keeps_its_share_alone_under_the_path_that_it_will_open(
+    make_spec: Callable[..., VmSpec], is_opened: bool, place: str
+) -> None:
+    spec = make_spec()
+    confinement = of_share_daemon(spec, drops_by_itself=is_opened)
+    assert confinement is not None
+    process = ChildProcess.spawn("probe", ["/usr/bin/sleep", "1000"], confinement=confinement)
+    try:
+        await reached(lambda: Path(f"/proc/{process.pid}/comm").read_text(encoding="ascii") == "sleep\n")
+        await show_share_only(process.pid, is_opened=is_opened)
+        (spec.share_source / "made later").touch()
+
+        root = Path(f"/proc/{process.pid}/root")
+        assert "made later" in names(root / place)
+        assert names(root) == (names(spec.share_source) if is_opened else {"dev", "share"})
+    finally:
+        process.kill()
+        await process.exited
 
 
 async def test_a_crash_is_seen_although_the_process_is_the_first_of_its_namespace(
