@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from shim import cli
-from shim.commands import containerd_config
+from shim.commands import containerd_config, docker
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,8 +37,10 @@ CNI = '[plugins."io.containerd.grpc.v1.cri".cni]\nbin_dir = "/opt/cni"\n'
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Path:
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from scripts.document import ROOT
+
+    monkeypatch.setattr(docker, "missing", lambda: "")  # this machine may have Docker
 
     program = tmp_path / "containerd"
     program.write_text(CONTAINERD.replace("ROOT", repr(str(ROOT))), encoding="utf-8")
