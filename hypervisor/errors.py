@@ -33,7 +33,7 @@ class UnsupportedHostError(HypervisorError):
 
 
 class JailError(HypervisorError):
-    """A A process of the virtual machine could not be confined; all its processes have been ended."""
+    """A process of the virtual machine could not be confined; all its processes have been ended."""
 
 
 class VmStartError(HypervisorError):

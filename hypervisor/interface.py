@@ -144,7 +144,7 @@ class Disk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostPciDevice:
-    """A A PCI device of the host that the guest itself drives.
+    """A PCI device of the host that the guest itself drives.
 
     :param id: its name among the virtual machine's devices: a letter, then letters, digits, ``-._``.
     :param address: its place on the host, as ``0000:3b:00.0``.

@@ -1,6 +1,6 @@
 """The memory that a running virtual machine has gained since its boot.
 
-A A virtio-mem device provides it, and the guest uses the requested part of it (virtio 1.2, 5.15). QEMU
+A virtio-mem device provides it, and the guest uses the requested part of it (virtio 1.2, 5.15). QEMU
 reports each step that the guest makes. If QEMU or the guest has no virtio-mem, whole memory modules (pc-dimm)
 are added and removed.
 """

@@ -31,7 +31,7 @@ _EVENT = re.compile(rb'\{"timestamp": \{[^{}]*\}, "event": "([A-Z0-9_]+)"')
 
 
 class GuardedClient(QMPClient):
-    """A A client that decodes only the events that have a listener, and detects a flood of any.
+    """A client that decodes only the events that have a listener, and detects a flood of any.
 
     :param name: the virtual machine's name, for the library's log.
     """

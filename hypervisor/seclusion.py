@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _OWN_MOUNTS = ("unshare", "--mount", "--propagation", "private", "--")
 _EVERYWHERE = Path("/usr")
-"""A A directory that exists in the root of each confined process."""
+"""A directory that exists in the root of each confined process."""
 
 # Of mount(2), umount2(2) and clone(2).
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND = 1, 2, 4, 8, 32, 4096

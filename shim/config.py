@@ -375,7 +375,7 @@ def _read(path: str) -> str | None:
 
 
 class Value(Record):
-    """A A value of the configuration, and the file that sets it."""
+    """A value of the configuration, and the file that sets it."""
 
     value: str | int | bool
     source: str = DEFAULTS

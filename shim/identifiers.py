@@ -8,7 +8,7 @@ _MAX_IDENTIFIER = 76
 
 
 def check_identifier(identifier: str, *, phase: str, what: str) -> None:
-    """Accept only what containerd accepts as an identifier, and what therefore is one safe path segment.
+    """Accept only what containerd accepts as an identifier, which is always one safe path segment.
 
     :param identifier: an id, a namespace or a group.
     :param phase: how the message begins.

@@ -14,7 +14,7 @@ else:
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 class Record:
-    """A frozen, keyword-only record: each annotation of a subclass is a field, its value the default."""
+    """A frozen, keyword-only record: each annotation of a subclass is a field with its default."""
 
     def __init__(self, **values: object) -> None:
         for name in self.fields():

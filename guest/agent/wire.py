@@ -28,7 +28,7 @@ _MASK64 = (1 << 64) - 1
 
 
 class Message:
-    """A A decoded message: one attribute for each field, under the contract's names.
+    """A decoded message: one attribute for each field, under the contract's names.
 
     An absent sub-message or optional scalar is None; repeated fields are lists, maps are dicts.
 

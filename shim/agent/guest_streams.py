@@ -161,7 +161,7 @@ class LongStreams(RequestStreams):
 
 
 class _Connection:
-    """A A connection for one stream, in frames, because some vsocks lack half-closed connections.
+    """A connection for one stream, in frames, because some vsocks lack half-closed connections.
 
     :param connection: to the agent.
     :param name: the name of the stream.

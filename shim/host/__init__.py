@@ -1,1 +1,1 @@
-"""The host's kernel: system calls, processes, mounts, and the ledger of what a sandbox has made there."""
+"""The host's kernel: system calls, processes, mounts, and the ledger of a sandbox's objects there."""

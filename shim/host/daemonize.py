@@ -1,4 +1,4 @@
-"""Leave a daemon behind that keeps only the socket of ``start``."""
+"""Starts a daemon that keeps only the socket of ``start``."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def take_attributes(*, of: int) -> None:
 
 
 def open_log(bundle: str) -> int:
-    """Open the FIFO that containerd copies to its own log, so that writing never blocks or fails for good.
+    """Open the FIFO that containerd copies to its own log, so that writing never blocks or fails permanently.
 
     Opened for reading, too, it has a reader even while containerd is down; output that does not fit is
     dropped.
@@ -77,9 +77,9 @@ def spawn(
     listener: int | None,
     register: Callable[[int], None],
 ) -> None:
-    """Run this same program again as a shim, detached: own session, no input, no descriptor of ours.
+    """Run this program again as a detached shim: with its own session, and without input and our descriptors.
 
-    :param _directory: its sandbox' state directory, which its command line names, too.
+    :param _directory: its sandbox's state directory, which its command line also names.
     :param arguments: the shim's command line, without the program.
     :param error_output: what becomes standard error.
     :param listener: what becomes descriptor 3.
@@ -123,7 +123,7 @@ def execute(arguments: list[str], *, error_output: int, listener: int | None) ->
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a daemon: this process's, but for what systemd says to its own service."""
+    """Return the environment of a daemon: this process's, without systemd's variables for a service."""
     return {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
 
 
@@ -155,6 +155,6 @@ def program() -> list[str]:
 
 
 def name_this_process() -> None:
-    """Show up in process lists as other shims do, not as ``python``; the kernel keeps 15 bytes."""
+    """Appear in process lists like other shims, not as ``python``; the kernel keeps 15 bytes."""
     with open("/proc/self/comm", "w", encoding="ascii") as file:
         file.write("containerd-shim-hako-v2")

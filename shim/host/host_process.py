@@ -1,4 +1,4 @@
-"""Processes of the host by pid and start time, so that a recycled pid is never touched."""
+"""Host processes by pid and start time, so that a process with a recycled pid is never touched."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def pin(process: HostProcess) -> int | None:
     """Open a pidfd on a recorded process.
 
     :param process: the identity.
-    :returns: a pidfd, or nothing if that process is gone and its pid free or taken by another.
+    :returns: a pidfd, or None if that process is gone, even if another one has its pid.
     """
     try:
         pidfd = os.pidfd_open(process.pid)
     except ProcessLookupError:
         return None
-    # The pidfd pins the process that has the pid now; only then does its start time prove anything.
+    # The pidfd pins the process that has the pid now; only then is its start time reliable.
     try:
         same = identify(process.pid) == process
     except ProcessLookupError:
@@ -64,7 +64,7 @@ def pin(process: HostProcess) -> int | None:
 
 
 def is_running(process: HostProcess) -> bool:
-    """Tell whether a recorded process is still there and has not ended."""
+    """Tell whether a recorded process still runs."""
     return bool(end([process], number=None, timeout_s=0.0))
 
 

@@ -1,4 +1,4 @@
-"""Remove the redirection of an interface's packets; all else that was made for a machine ends with its taps.
+"""Remove the redirection of an interface's packets; everything else for a machine ends with its taps.
 
 Only the standard library: ``delete`` does this too, after a crash of the shim.
 """
@@ -52,14 +52,14 @@ def remove_ingress(index: int) -> None:
 
 
 def remove_ingress_in(path: str, *, number: int, index: int) -> None:
-    """As :func:`remove_ingress`, in a namespace that may be gone; the calling process stays in its own.
+    """Like :func:`remove_ingress`, in a namespace that may be gone; the calling process stays in its own.
 
-    :param path: where the namespace was.
-    :param number: its inode number; nothing happens if there is another one now.
+    :param path: the former path of the namespace.
+    :param number: its inode number; nothing happens if another one is there now.
     :param index: the interface.
     :raises OSError: if the kernel refuses.
     """
-    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - dear to import, and rarely needed
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - slow to import, and rarely needed
 
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

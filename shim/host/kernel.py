@@ -1,4 +1,4 @@
-"""The Linux calls that Python has no function for; ``ctypes`` is imported when one is made."""
+"""Linux calls for which Python has no function; ``ctypes`` is imported at the first call."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def create_core_scheduling_cookie() -> None:
 
 
 def enter_mount_namespace(descriptor: int) -> None:
-    """Move the calling thread, and only that, into a mount namespace and to its root; see setns(2).
+    """Move only the calling thread into a mount namespace and to its root; see setns(2).
 
     :param descriptor: the namespace, open.
     :raises OSError: if the kernel refuses.
@@ -49,7 +49,7 @@ def enter_mount_namespace(descriptor: int) -> None:
 
 
 def enter_network_namespace(descriptor: int) -> None:
-    """Move the calling thread, and only that, into a network namespace; see setns(2).
+    """Move only the calling thread into a network namespace; see setns(2).
 
     :param descriptor: the namespace, open.
     :raises OSError: if the kernel refuses.
@@ -106,13 +106,13 @@ def sync_file_system(descriptor: int) -> None:
 
 
 def socket_option(descriptor: int, level: int, option: int, request: bytes) -> bytes:
-    """Ask for an option of a socket that wants a question; see getsockopt(2).
+    """Read an option of a socket that needs a request; see getsockopt(2).
 
-    :param request: the question, as long as the longest answer.
+    :param request: the request, as long as the longest answer.
     :returns: the answer.
     :raises OSError: if the kernel refuses.
     """
-    import ctypes  # noqa: PLC0415 - dear to import, and rarely needed
+    import ctypes  # noqa: PLC0415 - slow to import, and rarely needed
 
     buffer = ctypes.create_string_buffer(request, len(request))
     size = ctypes.c_uint(len(request))
@@ -131,7 +131,7 @@ def detach_mounts(below: str) -> None:
         try:
             _call("umount2", os.fsencode(target), _MNT_DETACH | _UMOUNT_NOFOLLOW)
         except OSError as error:
-            # Another thread, or an unmount of the host's that reaches here, may have been faster.
+            # Another thread, or a propagated unmount of the host's, may have been faster.
             if error.errno != errno.EINVAL or target in mount_targets(below):
                 raise
 
@@ -151,7 +151,7 @@ def mount_targets(below: str) -> list[str]:
 def _call(function: str, *arguments: object) -> None:
     import ctypes  # noqa: PLC0415 - 6 ms that most invocations do not need
 
-    # Variadic functions take longs: a plain int would leave the upper half of a register undefined.
+    # Variadic functions expect longs: a plain int would leave the upper half of a register undefined.
     converted = [ctypes.c_ulong(value) if isinstance(value, int) else value for value in arguments]
     if getattr(ctypes.CDLL(None, use_errno=True), function)(*converted) != 0:
         number = ctypes.get_errno()

@@ -1,6 +1,6 @@
 """Limits of the host's kernel that its administrator has raised; containers in a machine get them, too.
 
-Under another runtime they hold for every container. Only limits that do not depend on the host's size are
+Under another runtime, they apply to every container. Only limits that do not depend on the host's size are
 passed on; the guest's kernel derives the others from its own size.
 """
 
@@ -15,7 +15,7 @@ from proto.extensions import AT_LEAST_ANNOTATION
 
 _CAP_SYS_RESOURCE = 24  # linux/capability.h
 _ROOT = Path("/proc/sys")
-# With what Linux has chosen since 5.10.
+# With Linux's defaults since 5.10.
 _DEFAULTS = {
     "fs.aio-max-nr": 1 << 16,
     "fs.inotify.max_queued_events": 1 << 14,
@@ -30,14 +30,14 @@ _DEFAULTS = {
     "kernel.pty.max": 1 << 12,
     "vm.max_map_count": 65_530,
 }
-# The kernel allows as many as fit into 1 % of the memory, at about this size each. Twice as many or more were
-# chosen by an administrator.
+# The kernel allows as many as fit into 1 % of the memory, at about this size each. If the limit is twice as
+# high or more, an administrator has set it.
 _WATCHES = "fs.inotify.max_user_watches"
 _WATCH_BYTES = 1344
 
 
 def most_open_files() -> int:
-    """Tell how many files a process of this one may open, after it has raised its limit as far as it can."""
+    """Return how many files a child of this process may open, once it has raised its limit to the maximum."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with Path("/proc/self/status").open(encoding="ascii") as file:
         effective = next(line for line in file if line.startswith("CapEff:"))
@@ -49,7 +49,7 @@ def most_open_files() -> int:
 def raised(root: Path = _ROOT) -> dict[str, int]:
     """Read the limits that are higher than the kernel's defaults.
 
-    :param root: where the kernel shows them.
+    :param root: the kernel's directory of them.
     :returns: value by name.
     """
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -59,7 +59,7 @@ def raised(root: Path = _ROOT) -> dict[str, int]:
 
 
 def announce(spec: dict[str, Any], limits: dict[str, int]) -> dict[str, Any]:
-    """Write the host's limits into a container's specification, in place of its own such annotations.
+    """Write the host's limits into a container's specification, replacing such annotations of its own.
 
     :param spec: the decoded ``config.json``.
     :param limits: value by name.

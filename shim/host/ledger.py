@@ -1,9 +1,9 @@
-"""A record of all that a sandbox makes on the host, written first, so that any process can undo it.
+"""A record of everything that a sandbox makes on the host, written first, so that any process can undo it.
 
-The ledger is a file of JSON lines that are appended. A line either records one thing, or says that its
-maker has undone it, or that a container came or went. A crash may tear the last line: it is skipped,
-because nothing is made before its line is complete. Of a pod whose containers come and go for months, a new
-file with the lines that still matter takes the old one's place; hence the lock around each line.
+The ledger is a file to which JSON lines are appended. A line records a thing, or that its maker has undone
+it, or that a container was added or removed. A crash may tear the last line. It is skipped, because nothing
+is made before its line is complete. If a pod runs for months and its containers change, a new file with the
+lines that still matter replaces the old one; therefore each line is written under a lock.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _REDIRECTION = re.compile(r"(/.*) ([0-9]{1,10}) ([0-9]{1,9})", re.DOTALL)
 
 
 class LedgerEntry(Record):
-    """One thing that exists, or may exist, on the host."""
+    """A thing that exists, or may exist, on the host."""
 
     number: int
     #: ``process``, ``directory``, ``file`` (sockets too), ``mount`` or ``redirection``.
@@ -111,7 +111,7 @@ class Ledger:
         self._append({"undone": number})
 
     def created(self, container: str) -> None:
-        """Record that a container will be in the sandbox: ``delete`` of another then spares the sandbox."""
+        """Record that a container will be in the sandbox, so that ``delete`` of another spares it."""
         self._append({"created": container})
 
     def deleted(self, container: str) -> None:
@@ -121,7 +121,7 @@ class Ledger:
             self._shorten()
 
     def entries(self) -> list[LedgerEntry]:
-        """List the entries that are not undone, oldest first."""
+        """List the entries that have not been undone, oldest first."""
         entries: dict[int, LedgerEntry] = {}
         for line in self._lines():
             if "kind" in line:
@@ -141,10 +141,10 @@ class Ledger:
         return containers
 
     def undo_all(self, *, deadline_s: float) -> list[str]:
-        """Undo everything, processes first, then the newest first, the state directory with this ledger last.
+        """Undo everything: first processes, then the newest entries first, last the state directory.
 
-        The calling process is left alone. Nothing is removed while a process lives that could put
-        symbolic links in the way. Failed entries stay on record: a repetition continues with them.
+        The calling process is left alone. Nothing is removed while a process runs that could put symbolic
+        links in the way. Failed entries stay in the ledger, and the next attempt continues with them.
 
         :param deadline_s: how long to wait for all processes together to die.
         :returns: what could not be undone and why, one line each.
@@ -189,7 +189,7 @@ class Ledger:
             os.write(self._descriptor, json.dumps(line).encode() + b"\n")
 
     def _shorten(self) -> None:
-        """Leave out undone entries and ended containers; later if the file is in use."""
+        """Remove undone entries and ended containers; do it later if the file is in use."""
         with self._locked(fcntl.LOCK_EX) as is_locked:
             if not is_locked:
                 return
@@ -207,8 +207,8 @@ class Ledger:
     def _locked(self, kind: int) -> Iterator[bool]:
         """Lock the file that has the name now, for a block; it may have been replaced.
 
-        Others hold it for the length of one write, unless they are stopped: the event loop waits here, so it
-        does not wait for them. The block is told whether it has the lock.
+        Other processes hold it only for one write, unless they are stopped. The event loop waits here, so it
+        does not wait for stopped ones. The block is told whether it has the lock.
         """
         is_locked = file_lock.take(self._descriptor, kind, timeout_s=_LOCK_S)
         with contextlib.suppress(FileNotFoundError):  # undone, and no longer read
@@ -272,7 +272,7 @@ def _undo(kind: str, name: str) -> None:
         remove_ingress_in(path, number=int(namespace), index=int(interface))
         return
     if _without_links(name) != name:
-        # A guest can write below shared directories: its links must not lead us elsewhere.
+        # A guest can write below shared directories; its links must not lead us elsewhere.
         raise OSError(errno.ELOOP, "a symbolic link is now part of the path")
     if kind in {"mount", "directory"}:
         # Files in mounts below a directory are not ours to remove.
@@ -289,9 +289,9 @@ def _undo(kind: str, name: str) -> None:
 
 
 def _remove_cgroup(path: str) -> None:
-    """Remove a cgroup; the kernel may count a process in it for a moment after it has told of its end.
+    """Remove a cgroup; after a process's end, the kernel may still count it there for a moment.
 
-    Version 1 has no event for the moment when a cgroup is empty.
+    Version 1 has no event for an empty cgroup.
     """
     give_up_at = time.monotonic() + _CGROUP_EMPTY_S
     while True:

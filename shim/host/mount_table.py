@@ -1,4 +1,4 @@
-"""The mounts that this process sees, and where a file is among them; see /proc/pid/mountinfo in proc(5)."""
+"""The mounts that this process sees, and the place of a file in them; see /proc/pid/mountinfo in proc(5)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class HostMount:
     :param device: major and minor number of the file system, as ``8:1``.
     :param root: the mounted path within its file system.
     :param point: where it is mounted.
-    :param options: of the mount, not of its file system.
+    :param options: the options of the mount, not of its file system.
     :param fstype: the type of the file system.
     """
 
@@ -37,7 +37,7 @@ class HostMount:
 class FilePlace:
     """The place of a file.
 
-    :param mount: through which it was reached.
+    :param mount: the mount through which it was reached.
     :param real: its path without symbolic links.
     """
 
@@ -51,7 +51,7 @@ class FilePlace:
 
     @property
     def file_system(self) -> str:
-        """Its file system; a mount that shows files with other owners counts as another one."""
+        """Its file system; an id-mapped mount counts as another one."""
         unlike = f" by {self.mount.id}" if _IDMAPPED in self.mount.options else ""
         return f"{self.mount.device}{unlike}"
 
@@ -59,7 +59,7 @@ class FilePlace:
 class MountTable:
     """The mounts at one moment.
 
-    :param lines: of a mountinfo file.
+    :param lines: the lines of a mountinfo file.
     """
 
     def __init__(self, lines: Iterable[bytes]) -> None:
@@ -67,13 +67,13 @@ class MountTable:
 
     @classmethod
     def read(cls) -> MountTable:
-        """Read those of this process."""
+        """Read the mounts of this process."""
         return cls(Path("/proc/self/mountinfo").read_bytes().splitlines())
 
     def locate(self, descriptor: int) -> FilePlace:
         """Find an open file.
 
-        :raises OSError: if its mount is gone by now.
+        :raises OSError: if its mount is already gone.
         """
         mount = self._mounts.get(mount_id(descriptor))
         if mount is None:
@@ -89,7 +89,7 @@ class MountTable:
         return sorted(filter(_is_seen, found), key=lambda mount: len(mount.point))
 
     def names_of(self, place: FilePlace) -> list[str]:
-        """List the paths that lead to a place through any mount of its file system, its own first."""
+        """List the paths that lead to a file through any mount of its file system, its own path first."""
         names = [place.real]
         for mount in self._mounts.values():
             below = inside(place.path, mount.root)
@@ -99,7 +99,7 @@ class MountTable:
 
 
 def inside(path: str, directory: str) -> str | None:
-    """Return the path below a directory at which a path is, empty for the directory itself, or None."""
+    """Return the rest of a path below a directory: empty for the directory itself, None if it is outside."""
     if path == directory:
         return ""
     prefix = f"{directory.rstrip('/')}/"
@@ -128,7 +128,7 @@ def _is_seen(mount: HostMount) -> bool:
     except OSError:
         return False
     try:
-        # The path, too: a link on the way may have led to another directory of the same mount.
+        # The path is compared, too: a link may have led to another directory of the same mount.
         return mount_id(descriptor) == mount.id and path_of(descriptor) == mount.point
     finally:
         os.close(descriptor)

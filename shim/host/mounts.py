@@ -1,7 +1,7 @@
-"""Mounts: the few system calls a sandbox needs, and containerd's mount list as flags and data.
+"""Mounts: the few system calls that a sandbox needs, and containerd's mount list as flags and data.
 
-The shim lives in its own mount namespace, so its mounts are gone with its processes and
-never seen by the host. Python 3.11 has neither ``mount`` nor ``unshare``, hence ctypes.
+The shim runs in its own mount namespace, so its mounts disappear with its processes, and the host never sees
+them. Python 3.11 has neither ``mount`` nor ``unshare``, hence ctypes.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ _CALLERS_MISTAKES = frozenset(
 
 
 class MountOptions(NamedTuple):
-    """Option strings split the way mount(2) wants them."""
+    """Option strings, split as mount(2) requires."""
 
     flags: int
     data: str
@@ -126,7 +126,7 @@ def parse_options(options: Iterable[str]) -> MountOptions:
 
 
 def is_flag(option: str) -> bool:
-    """Tell whether an option is one for mount(2) itself and not for the file system."""
+    """Tell whether an option is for mount(2) itself, not for the file system."""
     return option in _FLAGS
 
 
@@ -166,10 +166,10 @@ def unmount(target: Path) -> None:
 
 
 async def run_to_the_end(act: Callable[[], None]) -> None:
-    """Mount or unmount in a thread: that may have to wait until the host has read or written a file system.
+    """Mount or unmount in a thread, because that may wait until the host has read or written a file system.
 
-    :param act: makes the change. A cancellation takes effect when it is done: half of it is of no use.
-    :raises Exception: what ``act`` raises.
+    :param act: makes the change. A cancellation takes effect only after it, so that it is never half done.
+    :raises Exception: if ``act`` raises one.
     """
     acting = asyncio.ensure_future(asyncio.to_thread(act))
     cancelled: asyncio.CancelledError | None = None
@@ -186,8 +186,8 @@ async def run_to_the_end(act: Callable[[], None]) -> None:
 def enter_private_namespace() -> None:
     """Give this process its own mount namespace, which still follows the host's mounts.
 
-    The root becomes a recursive slave: a volume mounted on the host later is seen here, nothing
-    mounted here is seen there.
+    The root becomes a recursive slave: later mounts on the host appear here, but mounts made here do not
+    appear there.
 
     :raises Internal: if the kernel refuses (CAP_SYS_ADMIN is needed).
     """
@@ -199,8 +199,8 @@ def enter_private_namespace() -> None:
 def share_directory(path: Path) -> None:
     """Make ``path`` a mount whose later sub-mounts propagate into the namespaces of child processes.
 
-    The virtio-fs daemon clones the mount namespace when it starts; without this it would never see
-    a container's root file system that is mounted afterwards.
+    The virtio-fs daemon clones the mount namespace when it starts. Without propagation, it would never see
+    the root file systems of containers, which are mounted later.
 
     :raises Internal: if the kernel refuses.
     """
@@ -247,8 +247,8 @@ def bind_opened(
 ) -> None:
     """Bind an open file or directory; its path may have changed since.
 
-    Set-id programs and device files that a guest makes are neither on the host: the guest's kernel decides
-    about them, and the file server needs only to see them.
+    Set-id programs and device files that a guest makes have no effect on the host. The guest's kernel decides
+    about them; the file server only needs to see them.
     A read-only mount is read-only before it is visible; see mount_setattr(2). Making it read-only
     later would not propagate: the virtio-fs daemon has its own mount namespace and would still see a writable
     mount.
@@ -287,11 +287,11 @@ def bind_opened(
 
 @contextlib.contextmanager
 def cloned(source: int, *, what: str) -> Iterator[int]:
-    """Look at a directory without the mounts below it.
+    """Open a directory without the mounts below it.
 
     :param source: a descriptor of it.
     :param what: words for the error.
-    :returns: a descriptor, for as long as the context.
+    :returns: a descriptor, which is closed when the context ends.
     :raises ShimError: if the kernel refuses.
     """
     clone = _AT_EMPTY_PATH | _OPEN_TREE_CLONE | os.O_CLOEXEC
@@ -303,10 +303,10 @@ def cloned(source: int, *, what: str) -> Iterator[int]:
 
 
 def let_write(namespace: int, target: str, inode: tuple[int, int]) -> bool:
-    """Make a mount of another mount namespace writable: such a change does not propagate to it.
+    """Make a mount of another mount namespace writable, because such a change does not propagate.
 
     :param namespace: the mount namespace, open.
-    :param target: the mount point in there.
+    :param target: the mount point in that namespace.
     :param inode: the device and the inode number of the mounted file.
     :returns: whether that is mounted there.
     :raises Internal: if the kernel refuses.
@@ -332,7 +332,7 @@ def let_write(namespace: int, target: str, inode: tuple[int, int]) -> bool:
 
 
 def _mount_call(number: int, *arguments: int | bytes, what: str) -> int:
-    # Variadic functions take longs: a plain int would leave the upper half of a register undefined.
+    # Variadic functions expect longs: a plain int would leave the upper half of a register undefined.
     converted = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
     result = int(_libc.syscall(ctypes.c_long(number), *converted))
     if result < 0:
@@ -363,7 +363,7 @@ def mount_all(mounts: Iterable[Mount], target: Path) -> int:
 
 
 def _below(target: Path, path: str) -> Path:
-    """Find a path in a root file system, whose parts may be symbolic links to anywhere."""
+    """Resolve a path in a root file system, where any part may be a symbolic link to anywhere."""
     root = os.path.realpath(target)
     where = Path(os.path.realpath(f"{root}/{path}")) if "\0" not in path else None
     if where is None or not where.is_relative_to(root):
@@ -390,7 +390,7 @@ def _mount_entry(entry: Mount, where: Path) -> None:
 def _mount_from_common_directory(source: str, where: Path, fstype: str, options: MountOptions) -> None:
     """Mount an overlay whose options exceed a page, the limit of mount(2), by relative lower directories.
 
-    The working directory is changed in a thread that has unshared it, so that no other thread notices.
+    A thread with its own working directory changes it, so that no other thread notices.
     """
     others = [part for part in options.data.split(",") if not part.startswith("lowerdir=")]
     lowers = "".join(part for part in options.data.split(",") if part.startswith("lowerdir="))
@@ -414,7 +414,7 @@ def _mount_from_common_directory(source: str, where: Path, fstype: str, options:
 
 
 def _in_own_thread(act: Callable[[], _T]) -> _T:
-    """Do what changes the calling thread for good.
+    """Run something that changes the calling thread permanently.
 
     :raises ShimError: as ``act`` does.
     :raises Internal: for its OSError.

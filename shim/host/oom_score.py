@@ -9,10 +9,10 @@ log = logging.getLogger(__name__)
 
 
 def set_oom_score_adj(pid: int, value: int) -> None:
-    """Set it; a process that is gone is no error, and a host that does not allow it is told in the log.
+    """Set the score; a process that is gone is ignored, and a refusal of the host is logged.
 
     :param pid: the process.
-    :param value: from -1000, never, to 1000, first of all; see ``/proc/PID/oom_score_adj`` in proc(5).
+    :param value: from -1000 (never) to 1000 (first of all); see ``/proc/PID/oom_score_adj`` in proc(5).
     """
     try:
         Path(f"/proc/{pid}/oom_score_adj").write_text(f"{value}", encoding="ascii")

@@ -38,7 +38,7 @@ def _make(path: str) -> None:
             os.mkdir(each, 0o700)
         except FileExistsError:  # another shim was faster
             continue
-        os.chmod(each, 0o700)  # the umask took bits away
+        os.chmod(each, 0o700)  # the umask has removed bits
     status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)

@@ -1,4 +1,4 @@
-"""What the kernel counts of a process of the host: memory, processor time, threads, input and output."""
+"""The kernel's counters of a host process: memory, processor time, threads, input and output."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _STATUS = ("VmPeak", "VmSize", "VmHWM", "VmRSS", "RssAnon", "RssFile", "RssShmem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessUsage:
-    """What one process uses.
+    """The usage of one process.
 
-    :param memory_bytes: its own pages, and its part of those that it shares (PSS).
+    :param memory_bytes: its own pages, and its share of common pages (PSS).
     :param resident_bytes: all its pages in memory.
-    :param cpu_s: the processor time that it has had, in seconds.
+    :param cpu_s: the processor time that it has used, in seconds.
     """
 
     memory_bytes: int
@@ -29,14 +29,14 @@ class ProcessUsage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessDetails:
-    """All that the kernel counts of one process.
+    """All counters of one process.
 
-    :param usage: what it uses.
+    :param usage: its usage.
     :param threads: how many it has.
     :param descriptors: how many it has open.
     :param status: sizes from ``status``, in bytes, by their names in lower case.
     :param stat: times from ``stat``, in ticks.
-    :param io: what ``io`` says.
+    :param io: the values in ``io``.
     """
 
     usage: ProcessUsage

@@ -1,4 +1,4 @@
-"""The version of a program of the host, as the program tells it."""
+"""The version of a program on the host, as the program prints it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def version_line(program: str) -> str:
 
     :param program: its name or path.
     :returns: the first line that it prints.
-    :raises FileNotFoundError: if it is not there.
+    :raises FileNotFoundError: if it does not exist.
     :raises OSError: if it cannot be run, fails or does not answer in time. The text names the program's path.
     """
     path = shutil.which(program)

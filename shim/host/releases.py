@@ -1,9 +1,8 @@
-"""The releases of Hako that its Debian package keeps side by side, each in a directory of its own.
+"""The releases of Hako that its Debian package keeps side by side, each in its own directory.
 
-An upgrade leaves the directory of the old release to the processes that run from it, so that they find every
-file as it was when they started. So does the removal of the package. The directory goes when the last of
-these processes has ended: each looks for others at its end. As a process can be killed, ``delete`` and a new
-zygote look, too. It is on the end of each shim's life.
+An upgrade leaves the directory of the old release to the processes that run from it, so that their files do
+not change. So does the removal of the package. The last of these processes removes the directory: each looks
+for others when it ends. Because a process can be killed, ``delete`` and a new zygote look, too.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CURRENT = "current"
-"""The link to the release that new processes take."""
+"""The link to the release for new processes."""
 
-_PRISTINE = "package"  # what dpkg owns, of which releases are made
+_PRISTINE = "package"  # dpkg's own files, from which releases are made
 _PACKAGES = "packages"
-#: A ``start`` or a ``delete`` does not say its release on its command line.
+#: The command line of a ``start`` or a ``delete`` does not name its release.
 _PROGRAM = b"/containerd-shim-hako-v2"
 _INTERPRETER = b"python"
 #: containerd ends a ``start`` or a ``delete`` that takes longer.
@@ -35,17 +34,17 @@ _LOCK_S, _LOCK_RETRY_S = 1.0, 0.005
 
 
 def root() -> str | None:
-    """Return the directory of all releases; nothing if this process is not of a package."""
+    """Return the directory of all releases; None if this process does not run from a package."""
     # The interpreter finds them by a link.
     packages = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     return os.path.dirname(os.path.dirname(packages)) if os.path.basename(packages) == _PACKAGES else None
 
 
 def leave() -> None:
-    """Remove the old releases from which no other process runs; this one must end then.
+    """Remove the old releases from which no other process runs; this process must end afterwards.
 
-    It holds a lock until its end. So of two that end at once, the second one does not find the first one. The
-    last one after the package was removed leaves nothing.
+    It holds a lock until its end, so of two processes that end at once, the second does not find the first.
+    After the removal of the package, the last process leaves nothing behind.
     """
     directory = root()
     if directory is not None and _old(directory):

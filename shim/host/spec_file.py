@@ -1,7 +1,7 @@
-"""A bundle's ``config.json``, decoded once per process.
+"""A bundle's ``config.json``, decoded once in each process.
 
-A shim needs it three times in the first milliseconds of its life: to find the sandbox of a container, to boot
-the machine, and to create the container. A specification may have a megabyte.
+A shim needs it three times in its first milliseconds: to find the sandbox of a container, to boot the
+machine, and to create the container. A specification may be a megabyte long.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ def path_in(bundle: str) -> str:
 
 
 def read(bundle: str) -> object:
-    """Decode the file, unless it was decoded last and has not changed since.
+    """Decode the file, unless it was the last decoded file and has not changed since.
 
     :param bundle: the bundle directory.
-    :returns: the decoded file, for reading only: others may have the same.
+    :returns: the decoded file; do not change it, because other callers may have the same object.
     :raises OSError: if it cannot be read.
     :raises ValueError: if it is not JSON.
     :raises RecursionError: if it is nested too deeply.
     """
-    global _last  # noqa: PLW0603 - a process has one memory of it
+    global _last  # noqa: PLW0603 - one cache for the whole process
     path = path_in(bundle)
     state = _state_of(path)
     if _last[:2] != (path, state):
@@ -40,6 +40,6 @@ def read(bundle: str) -> object:
 
 
 def _state_of(path: str) -> tuple[int, ...]:
-    """Return what changes whenever the file is written or replaced."""
+    """Return a value that changes whenever the file is written or replaced."""
     found = os.stat(path)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

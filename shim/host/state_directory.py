@@ -1,4 +1,4 @@
-"""The state directory of a sandbox: what ``start`` leaves for the daemon and for ``delete``."""
+"""The state directory of a sandbox, which ``start`` leaves for the daemon and for ``delete``."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from shim.refusal import Refusal
 _RECORD = "sandbox.json"
 _POINTER = "hako"
 LOCK_TIMEOUT_S = 90.0
-"""Longer than a start may take, which holds the lock until its shim is ready."""
+"""Longer than a start may take: it holds the lock until its shim is ready."""
 
 
 class StartRecord(Record):
-    """Everything the daemon needs to know about how it was started."""
+    """Everything that the daemon needs to know about its start."""
 
     namespace: str
     #: Id of the sandbox: the group of the containers in it.
     id: str
-    #: Bundle of the container that brought the sandbox into being.
+    #: Bundle of the container that started the sandbox.
     bundle: str
     #: containerd's gRPC and ttrpc sockets, bare paths.
     grpc_address: str
     ttrpc_address: str
     #: The containerd executable.
     publish_binary: str
-    #: The configuration that ``start`` found, without defaults, and the files that it came from.
+    #: The configuration that ``start`` found, without defaults, and its files.
     config_text: str
     config_source: str
     #: ``ttrpc`` or ``grpc``: what containerd speaks on ``socket_path``.
     protocol: str
-    #: 2, or 3: containerd adds further containers without a ``start`` of their own.
+    #: 2, or 3: containerd adds more containers without calling ``start``.
     version: int = 2
     socket_path: str
     state_directory: str
     #: containerd runs at debug level.
     debug: bool
-    #: Which dialect of ``start`` containerd spoke: ``1.6``, ``1.7`` (1.7 to 2.2) or ``2.3`` (and later).
+    #: containerd's dialect of ``start``: ``1.6``, ``1.7`` (1.7 to 2.2) or ``2.3`` (and later).
     dialect: str
     #: Seconds since the epoch.
     started_at: float
-    #: Hako's own, such as ``0.1.0``; empty if that did not say yet.
+    #: Hako's version, such as ``0.1.0``; empty in records of older versions.
     hako_version: str = ""
 
 
 def path_of(state_dir: str, socket_name: str) -> str:
-    """Place the state directory of a sandbox.
+    """Return the state directory of a sandbox.
 
     :param state_dir: the directory of all sandboxes.
     :param socket_name: the name of the sandbox's socket, which is unique to it.
@@ -65,7 +65,7 @@ def read_record(state_directory: str) -> StartRecord:
     """Read the record back.
 
     :param state_directory: the state directory of the sandbox.
-    :returns: what ``write_record`` wrote, possibly that of a newer version of Hako, without what is new.
+    :returns: the record; if a newer version of Hako wrote it, without unknown fields.
     :raises FileNotFoundError: if the sandbox is gone.
     """
     with open(os.path.join(state_directory, _RECORD), encoding="utf-8") as file:
@@ -90,10 +90,10 @@ def point_to(state_directory: str, *, bundle: str) -> None:
 
 
 def pointed_to(bundle: str) -> str | None:
-    """Follow the link that ``point_to`` left.
+    """Follow the link that ``point_to`` made.
 
     :param bundle: the bundle directory.
-    :returns: the state directory, or nothing if ``start`` never got that far.
+    :returns: the state directory, or None if ``start`` did not get that far.
     """
     try:
         return os.readlink(os.path.join(bundle, _POINTER))
@@ -106,7 +106,7 @@ def lock(state_directory: str) -> int:
 
     :param state_directory: the state directory, which is also the lock; made with mode 0700 if missing.
     :returns: a descriptor that holds the lock until it is closed.
-    :raises Refusal: if it is not our turn in time.
+    :raises Refusal: if the lock is not free in time.
     """
     while True:
         private_directory.make(state_directory)
@@ -119,10 +119,10 @@ def lock_existing(state_directory: str, *, wait: bool = True) -> int | None:
     """Take the same lock, unless the state directory does not exist, or is gone once the lock is free.
 
     :param state_directory: the state directory.
-    :param wait: wait until it is our turn. A shim that ends must not: ``start`` holds the lock until the
-        shim is ready or dead, and its holder undoes what a dead shim made.
-    :returns: a descriptor that holds the lock until it is closed, or nothing.
-    :raises Refusal: if it is not our turn in time.
+    :param wait: wait until the lock is free. A shim that ends must not wait: ``start`` holds the lock until
+        the shim is ready or dead, and undoes what a dead shim made.
+    :returns: a descriptor that holds the lock until it is closed, or None.
+    :raises Refusal: if the lock is not free in time.
     """
     try:
         descriptor = os.open(state_directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -135,7 +135,7 @@ def lock_existing(state_directory: str, *, wait: bool = True) -> int | None:
                 f"lock: {state_directory}: another start or delete has held it for {LOCK_TIMEOUT_S:g} s; "
                 "find it with `fuser` and end it"
             )
-        # The holder before us may have removed the directory that we opened.
+        # The previous holder may have removed the directory that we opened.
         if is_locked and os.path.samestat(os.fstat(descriptor), os.stat(state_directory)):
             return descriptor
     except FileNotFoundError:

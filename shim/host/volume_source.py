@@ -1,16 +1,16 @@
-"""The way to a volume's source on the host, which follows no symbolic link that a guest can have made.
+"""Opens a volume's source on the host without following a symbolic link that a guest may have made.
 
-The threat: a guest that may write in a directory of the host can put a symbolic link there, and can exchange
-files for links at any moment. If the host followed such a link on the way to another container's volume, that
-container would be given any file of the host.
+The threat: a guest that may write in a directory of the host can put a symbolic link there, and can replace
+files by links at any moment. If the host followed such a link on the path to another container's volume, that
+container could get any file of the host.
 
 The two sets: a directory is *guest-writable* if a guest may write in it, now or earlier; a sandbox's
-:class:`GuestWritable` has these directories, not what is below them. All other directories are the *host's*:
-only the host's users write there, so links in them are as good as the path itself.
+:class:`GuestWritable` has these directories, but not those below them. All other directories are the
+*host's*: only the host's users write there, so their links can be trusted like the path itself.
 
-The invariant: once the way has entered a guest-writable directory, it only goes down, from one real directory
-to the next; a link or ``..`` ends it with an error. Each step starts from the descriptor of the step before,
-and the source is mounted by descriptor, never by path. So nothing can be exchanged in between.
+The invariant: once the path has entered a guest-writable directory, it only goes down, from one real
+directory to the next; a link or ``..`` is an error. Each step starts from the descriptor of the previous
+step, and the source is mounted by descriptor, never by path. So nothing can be replaced in between.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ class GuestWritable:
         self._directories: set[tuple[int, int]] = set()
 
     def add(self, descriptor: int) -> None:
-        """Add an open file or directory; the walk takes all below it for guest-writable, too."""
+        """Add an open file or directory; everything below it then counts as guest-writable, too."""
         self._directories.add(identity(descriptor))
 
     def __contains__(self, descriptor: int) -> bool:
-        """Tell whether an open directory was added itself."""
+        """Tell whether an open directory itself was added."""
         return identity(descriptor) in self._directories
 
 
 @contextlib.contextmanager
 def opened(path: Path, writable: GuestWritable) -> Iterator[int]:
-    """Open a file or directory of the host that a guest is given.
+    """Open a file or directory of the host for a guest.
 
     :param path: an absolute path.
     :param writable: the guest-writable directories.
     :returns: a descriptor, as O_PATH of open(2) makes it; it is closed when the context ends.
-    :raises InvalidArgument: if there is no file or directory at the path, or the invariant forbids the way to
-        it; the message says which.
+    :raises InvalidArgument: if there is no file or directory at the path, or the invariant forbids the path;
+        the message says which.
     """
     with found(path, writable) as descriptor:
         mode = os.fstat(descriptor).st_mode
@@ -133,7 +133,7 @@ def _walk(path: Path | str, writable: GuestWritable) -> int:
 
 @contextlib.contextmanager
 def walk_down(directory: Path | int, below: str) -> Iterator[int]:
-    """Open a file below a directory by a path without links and steps upwards.
+    """Open a file below a directory by a path without links and ``..``.
 
     :param directory: its path, or a descriptor of it.
     :param below: the file's path in it.

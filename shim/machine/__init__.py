@@ -1,1 +1,1 @@
-"""A sandbox's virtual machine as the shim sees it: its size, its template, and the host that it runs on."""
+"""A sandbox's virtual machine as the shim sees it: its size, its template, and its host."""

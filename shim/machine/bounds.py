@@ -1,4 +1,4 @@
-"""What the processes of one machine may use of the host, whether a sandbox's or a template's."""
+"""Limits for the processes of one machine, of a sandbox or a template, on the host."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def bounded(spec: VmSpec, jail: Jail | None, *, wanted: str, otherwise: str, led
     :param spec: the machine.
     :param jail: what confines its processes.
     :param wanted: ``linux.cgroupsPath``.
-    :param otherwise: the cgroup's name if that is empty, below the root.
-    :param ledger: where it is written down.
-    :raises FailedPrecondition: if the machine cannot be bounded, and must be.
+    :param otherwise: the cgroup's name below the root, if the machine names none.
+    :param ledger: where it is recorded.
+    :raises FailedPrecondition: if the machine must have limits, but cannot.
     """
     cgroup = HostCgroup.make(wanted, otherwise=otherwise, ledger=ledger)
     cgroup.limit_memory(spec.memory_bytes)
-    # With root ports, the devices that it will be given are unknown yet; QEMU sees no other nodes.
+    # With root ports, its devices are not known yet; QEMU sees no other device nodes.
     if jail is not None and spec.root_ports == 0:
         kvm = (KVM,) if spec.accelerator is Accelerator.KVM else ()
         cgroup.limit_devices((*HARMLESS, *kvm))

@@ -1,7 +1,7 @@
-"""The cgroup of a sandbox on the host: its machine is counted where containerd wants it counted, and bounded.
+"""The cgroup of a sandbox on the host: its machine is counted and limited there, as containerd asks.
 
-Kubernetes reads a pod's use from the pod's cgroup and limits the pod by it. The limits here are wider: they
-keep a machine whose processes were taken over from using up the host, even if nothing else limits it.
+Kubernetes reads a pod's usage from the pod's cgroup, and limits the pod by it. The limits here are wider:
+they prevent a machine whose processes were taken over from using up the host, even without other limits.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _BOUNDING = ("memory", "pids")
 _MOUNTINFO = Path("/proc/self/mountinfo")
 
 OVERHEAD_BYTES = 1 << 30
-"""What the machine's processes may use beside the guest's memory. Idle, they use a tenth of it; the rest is
-for translated code, for files that the share's server has open, and for the host's cache of files."""
+"""The memory that the machine's processes may use beside the guest's. Idle, they use a tenth of it; the rest
+is for translated code, for files that the share's server has open, and for the host's cache of files."""
 
 MOST_TASKS = 2048
-"""Threads of all its processes: one for each vCPU, up to 64 for each kind of I/O, and some of their own."""
+"""Threads of all its processes: one for each vCPU, up to 64 for each kind of I/O, and some more."""
 
 _MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")
 _TASK_LIMITS = ("pids.max",)
@@ -39,13 +39,13 @@ _TASK_LIMITS = ("pids.max",)
 def normal_path(wanted: str) -> str:
     """Find a cgroup's path below the roots of the hierarchies.
 
-    :param wanted: ``linux.cgroupsPath``: a path, or ``slice:prefix:name`` as systemd would be asked.
-    :returns: the path without a leading slash; empty if it is a root itself.
+    :param wanted: ``linux.cgroupsPath``: a path, or ``slice:prefix:name`` for systemd.
+    :returns: the path without a leading slash; empty for the root itself.
     """
     parts = wanted.split(":")
     if len(parts) == 3:
         slice_name, prefix, name = parts
-        # systemd.slice(5): dashes in the name of a slice are its place in the tree.
+        # systemd.slice(5): dashes in the name of a slice separate levels of the tree.
         words = slice_name.removesuffix(".slice").split("-")
         slices = [f"{'-'.join(words[:end])}.slice" for end in range(1, len(words) + 1) if words[0]]
         wanted = "/".join([*slices, f"{prefix}-{name}.scope" if prefix else f"{name}.scope"])
@@ -53,7 +53,7 @@ def normal_path(wanted: str) -> str:
 
 
 def counting_roots(mountinfo: str) -> list[Path]:
-    """Find the hierarchies that count or limit: those of version 1 that do, or else that of version 2.
+    """Find the hierarchies that count or limit: those of version 1 with such controllers, else version 2.
 
     :param mountinfo: as in proc(5).
     """
@@ -62,7 +62,7 @@ def counting_roots(mountinfo: str) -> list[Path]:
 
 
 def missing_controllers(mountinfo: str) -> list[str]:
-    """List the controllers that this host lacks to bound a machine.
+    """List the controllers for limiting a machine that this host lacks.
 
     :param mountinfo: as in proc(5).
     :raises OSError: if the hierarchy of version 2 cannot be read.
@@ -90,25 +90,25 @@ def _hierarchies(mountinfo: str) -> tuple[dict[Path, set[str]], list[Path]]:
 
 
 class HostCgroup:
-    """The cgroup of one sandbox, in each hierarchy that counts.
+    """The cgroup of one sandbox, in each hierarchy that counts or limits.
 
     :param directories: existing ones.
-    :param own: those of them that were made for the sandbox; in others, limits are somebody else's.
+    :param own: those that were made for the sandbox; limits in others are not ours to change.
     """
 
     def __init__(self, directories: list[Path], *, own: list[Path]) -> None:
         self._directories = directories
         self._own = own
         self.problem = ""
-        """Why what its processes use is not bounded, if it is not."""
+        """Why its processes are not limited; empty if they are."""
 
     @classmethod
     def make(cls, wanted: str, *, otherwise: str, ledger: Ledger) -> HostCgroup:
-        """Make the cgroup; on a host where that is impossible, the sandbox has none.
+        """Make the cgroup; if the host cannot, the sandbox has none.
 
         :param wanted: ``linux.cgroupsPath``.
-        :param otherwise: its name if that is empty, below the root.
-        :param ledger: where it is written down.
+        :param otherwise: its name below the root, if the wanted path is empty.
+        :param ledger: where it is recorded.
         """
         path = normal_path(wanted) or otherwise
         made, own = [], []
@@ -140,14 +140,14 @@ class HostCgroup:
                 log.warning("cgroup: %s: process %d: %s; it is not counted there", directory, pid, error)
 
     def limit_memory(self, machine_bytes: int) -> None:
-        """Bound the memory of its processes.
+        """Limit the memory of its processes.
 
         :param machine_bytes: the guest's memory, now or soon.
         """
         self._limit(_MEMORY_LIMITS, machine_bytes + OVERHEAD_BYTES)
 
     def limit_devices(self, allowed: Iterable[device_access.Number]) -> None:
-        """Have its processes open no devices but some.
+        """Let its processes open only some devices.
 
         :param allowed: the character devices.
         """
@@ -178,11 +178,11 @@ class HostCgroup:
 
 
 def _delegate(root: Path, path: str) -> None:
-    """Have version 2 offer its controllers in a cgroup that is about to be made, as each above must agree."""
+    """Enable version 2's controllers for a cgroup that is about to be made, in every cgroup above it."""
     parent = root
     for name in (".", *path.split("/")[:-1]):
         parent /= name
         for controller in ("memory", "pids"):
-            # Not in version 1, nor where the parent has processes: what is missing is told of later.
+            # Not in version 1, nor if the parent has processes; missing controllers are reported later.
             with contextlib.suppress(OSError):
                 (parent / "cgroup.subtree_control").write_text(f"+{controller}", encoding="ascii")

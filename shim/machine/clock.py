@@ -1,15 +1,15 @@
-"""Keep a guest's clock with the host's.
+"""Keeps a guest's clock equal to the host's.
 
 The shim asks the guest for its time, and tells it by how much to move its clock. A comparison may be wrong by
-half of the time that the answer took. A few answers together leave less doubt; if the doubt is too large, as
-on a busy host, the shim soon asks again. It compares the clocks when the machine is up, and again
+half of the time that the answer took. Several answers together reduce this uncertainty. If it is too large,
+as on a busy host, the shim soon asks again. It compares the clocks when the machine is up, and again
 
 * when the host's clock is set, or the host wakes from a sleep, during which a guest's clock stands still;
-* when QEMU goes on after a stop: a guest's timer may have wrapped around (an emulated one does in 43 s);
-* every minute: by NTP a host corrects the rate of its clock by up to 50 millionths, of which a guest learns
-  nothing under KVM. That is 3 ms in a minute. An emulated timer has the corrected rate.
+* when QEMU continues after a stop: a guest's timer may have wrapped around (an emulated one does in 43 s);
+* every minute, because NTP corrects the rate of the host's clock by up to 50 millionths, of which a guest
+  learns nothing under KVM. That is 3 ms in a minute. An emulated timer has the corrected rate.
 
-Kata's agent cannot tell the time. Its clock is only set, at the start and for the first two reasons.
+Kata's agent cannot report its time. Its clock is only set, at the start and in the first two cases.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _MOST_TRIALS = 20
 class Reading:
     """One comparison of a guest's clock with the host's.
 
-    :param ahead_ns: how far the guest's is ahead, in nanoseconds.
-    :param doubt_ns: by how much that may be wrong.
+    :param ahead_ns: how far the guest's clock is ahead, in nanoseconds.
+    :param doubt_ns: by how much that may be wrong, in nanoseconds.
     """
 
     ahead_ns: int
@@ -54,9 +54,9 @@ class Reading:
 
 
 def reading(answer: str, *, asked_at_ns: int, answered_at_ns: int) -> Reading:
-    """Compare the clocks by an answer of the guest's.
+    """Compare the clocks by the guest's answer.
 
-    :param answer: its time in nanoseconds since 1970; then how far that is ahead, if the guest knows.
+    :param answer: its time in nanoseconds since 1970; then how far that is ahead, if the guest knows it.
     :param asked_at_ns: the host's time when it was asked.
     :param answered_at_ns: the host's time when it had answered.
     :raises ValueError: if it is not such an answer.
@@ -68,10 +68,10 @@ def reading(answer: str, *, asked_at_ns: int, answered_at_ns: int) -> Reading:
 
 
 def together(readings: Sequence[Reading]) -> Reading:
-    """Find what several readings leave possible.
+    """Combine several readings.
 
     :param readings: at least one.
-    :returns: the middle of that; if they exclude each other, the surest of them.
+    :returns: the middle of what all of them allow; if they contradict each other, the most precise one.
     """
     least = max(one.ahead_ns - one.doubt_ns for one in readings)
     most = min(one.ahead_ns + one.doubt_ns for one in readings)
@@ -89,10 +89,10 @@ def correction(found: Reading) -> int:
 
 
 async def keep(agent: Agent, *, pid: int, right: asyncio.Event) -> None:
-    """Keep a guest's clock right until the guest is gone.
+    """Keep a guest's clock right until the guest ends.
 
     :param agent: its agent.
-    :param pid: of QEMU, a child of this process.
+    :param pid: the pid of QEMU, a child of this process.
     :param right: set when the clock has been compared for the first time, or cannot be.
     """
     woken = asyncio.Event()
@@ -147,10 +147,10 @@ async def set_right(agent: Agent) -> bool:
 
 @contextlib.contextmanager
 def _watching(notify: Callable[[], None], *, pid: int) -> Iterator[None]:
-    """In the block, notice events that let a guest's clock fall behind.
+    """In the block, watch for events after which a guest's clock is behind.
 
-    :param notify: called then.
-    :param pid: of QEMU.
+    :param notify: called at each event.
+    :param pid: the pid of QEMU.
     """
     loop = asyncio.get_running_loop()
     watch = kernel.open_clock_watch()

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LATE = (TemplateLateError, GuestLateError, DeadlineExceeded)
-"""The errors of a clone that is late; the fault may be its template's or the host's."""
+"""The errors of a late clone; its template or the host may be to blame."""
 
 _STARVED_TIMES = 4
 
 
 async def dial_clone(vm: QemuHypervisor, port: int, *, timeout_s: float) -> socket.socket:
-    """Connect to a clone; wait longer if it hardly had a processor, for a boot would need even more of one.
+    """Connect to a clone; wait longer if it hardly had a processor, because a boot would need even more.
 
     :param vm: the clone.
     :param port: the guest's port.
@@ -62,7 +62,7 @@ def blames_template(error: Exception, *, starved: bool) -> bool:
 
 
 def clone_of(spec: VmSpec, sizes: Plan, template: Template | None) -> VmSpec:
-    """Describe the machine that is cloned: one that can grow has the size that any can grow from.
+    """Describe the machine to clone; one that can grow has the common initial size.
 
     :param spec: the machine as it would boot.
     :param sizes: its size at the start, and how it may grow.
@@ -80,7 +80,7 @@ def clone_of(spec: VmSpec, sizes: Plan, template: Template | None) -> VmSpec:
 class Cloning:
     """The choice of a template for one machine, and the judgement on it.
 
-    :param sandbox_id: whose machine it is, for the log.
+    :param sandbox_id: the sandbox's id, for the log.
     :param config: the operator's configuration.
     """
 
@@ -99,7 +99,7 @@ class Cloning:
         :param spec: the machine.
         :param sizes: its size at the start, and how it may grow.
         :param pod: its pod.
-        :param is_usual: whether the machine is as the operator configured it; others get no template built.
+        :param is_usual: whether the machine is as the operator configured it; others get no template.
         """
         if self._config.template == "off":
             return None
@@ -118,7 +118,7 @@ class Cloning:
             self.outcome = "hit" if template else "miss"
             if template is None:
                 why = self.templates.failure(key)
-                # Machines of other sizes are too many to have a template of each.
+                # There are too many other sizes to have a template for each.
                 self.lacks_template = not why and is_usual and sizes.most == plan(self._config).most
                 if not why and self.templates.is_building():
                     why, self.lacks_template = "one is being built", False
@@ -129,7 +129,7 @@ class Cloning:
         return template
 
     def judge(self, template: Template, error: Exception, *, starved: bool) -> None:
-        """Keep or remove the template of a clone that did not come up, and log the decision.
+        """Keep or remove the template of a clone that did not start, and log the decision.
 
         :param template: the template.
         :param error: the clone's failure.
@@ -152,7 +152,7 @@ class Cloning:
         )
 
     async def build_what_lacks(self, config_text: str, *, mount_namespace: int | None) -> None:
-        """Have a template built in the background if the machine could have used one.
+        """Let a template be built in the background if the machine could have used one.
 
         :param config_text: the text of the configuration.
         :param mount_namespace: where the builder runs, open; None is this process's own.

@@ -1,6 +1,6 @@
-"""Which devices the processes in a cgroup may open: a list in version 1, a program in version 2.
+"""The devices that the processes in a cgroup may open: a list in version 1, a program in version 2.
 
-They may make nodes of any: the virtio-fs daemon makes those of a guest's root file system, and opens none.
+They may make any device node: the virtio-fs daemon makes those of a guest's root file system, but opens none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KVM: Number = (10, 232)
 
 _LIST = "devices.allow"
 
-# Of linux/bpf.h. Opcodes with a constant, but for the load of a word.
+# From linux/bpf.h. Opcodes with a constant, except the load of a word.
 _LOAD_WORD, _AND, _SHIFT_RIGHT, _MOVE, _EQUAL, _NOT_EQUAL, _EXIT = 0x61, 0x57, 0x77, 0xB7, 0x15, 0x55, 0x95
 _RESULT, _CONTEXT, _KIND, _ACCESS, _MAJOR, _MINOR = 0, 1, 2, 3, 4, 5  # registers
 _IS_CHARACTER, _READS_OR_WRITES = 2, 6
@@ -38,7 +38,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def limit(directory: Path, allowed: Iterable[Number]) -> bool:
-    """Have the processes in a cgroup open no devices but some.
+    """Let the processes in a cgroup open only some devices.
 
     :param directory: the cgroup's, of either version.
     :param allowed: the character devices; a block device is never one.
@@ -57,9 +57,9 @@ def limit(directory: Path, allowed: Iterable[Number]) -> bool:
 
 
 def program(allowed: Iterable[Number]) -> bytes:
-    """Write the program that the kernel asks whether a device may be used (``struct bpf_cgroup_dev_ctx``).
+    """Write the program by which the kernel decides on using a device (``struct bpf_cgroup_dev_ctx``).
 
-    :param allowed: the character devices that may be.
+    :param allowed: the character devices that may be used.
     """
     allow = _instruction(_MOVE, _RESULT, value=1) + _instruction(_EXIT)
     code = [
@@ -99,7 +99,7 @@ def _attach(directory: Path, code: bytes) -> None:
     try:
         cgroup = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            # Those of the cgroups above apply as well.
+            # The programs of the cgroups above apply, too.
             _bpf(_PROG_ATTACH, struct.pack("=IIII", cgroup, loaded, _CGROUP_DEVICE, _ALLOW_MULTI))
         finally:
             os.close(cgroup)

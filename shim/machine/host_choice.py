@@ -1,4 +1,4 @@
-"""Find the means that this host offers for virtual machines, and choose; ``hako check`` uses this, too."""
+"""Finds and chooses the means that this host offers for virtual machines; ``hako check`` uses this, too."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ EMULATION_IS_NO_BOUNDARY = (
 _VERDICT = Path("/var/cache/hako/accelerator.json")
 #: ``scripts/setup`` puts programs here that the distribution does not package.
 OWN_PROGRAMS = Path("/var/lib/hako/bin")
-#: Distributions put daemons here that are not commands.
+#: Distributions put daemons here.
 _DAEMON_DIRECTORIES = (Path("/usr/libexec"), Path("/usr/lib/qemu"), OWN_PROGRAMS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostChoice:
-    """The means with which sandboxes are made on this host.
+    """The means by which sandboxes are made on this host.
 
     :param accelerator: how guest instructions are run.
-    :param accelerator_reason: why that one.
+    :param accelerator_reason: why that one was chosen.
     :param channel: how the guest agent is reached.
-    :param channel_reason: why that one.
+    :param channel_reason: why that one was chosen.
     :param virtiofsd: the virtio-fs daemon.
     :param vsock_daemon: the vhost-user-vsock daemon, if there is one.
     """
@@ -52,7 +52,7 @@ class HostChoice:
 
 
 async def resolve(config: Config) -> HostChoice:
-    """Choose the means with which a sandbox is made.
+    """Choose the means by which a sandbox is made.
 
     :param config: the operator's configuration.
     :raises FailedPrecondition: if the host lacks something, with the remedy.
@@ -75,7 +75,7 @@ def find_qemu(config: Config) -> Path:
     """Find QEMU.
 
     :param config: the operator's configuration.
-    :raises FailedPrecondition: if it is not there.
+    :raises FailedPrecondition: if it does not exist.
     """
     qemu = Path(config.hypervisor.qemu)
     if not os.access(qemu, os.X_OK):
@@ -89,7 +89,7 @@ def find_guest(config: Config) -> tuple[Path, Path]:
     """Find the guest's kernel and initial RAM file system.
 
     :param config: the operator's configuration.
-    :raises FailedPrecondition: if one is not there.
+    :raises FailedPrecondition: if one does not exist.
     """
     kernel, initrd = Path(config.guest.kernel), Path(config.guest.initrd)
     for key, path in (("kernel", kernel), ("initrd", initrd)):
@@ -104,7 +104,7 @@ def find_virtiofsd(config: Config) -> Path:
     """Find the virtio-fs daemon.
 
     :param config: the operator's configuration.
-    :raises FailedPrecondition: if it is not there.
+    :raises FailedPrecondition: if it does not exist.
     """
     found = _find(config.hypervisor.virtiofsd, "virtiofsd")
     if found is None:
@@ -119,7 +119,7 @@ async def choose_accelerator(config: Config) -> Verdict:
     """Choose how guest instructions are run.
 
     :param config: the operator's configuration.
-    :raises FailedPrecondition: if guest code must run for that and cannot, or its verdict cannot be kept.
+    :raises FailedPrecondition: if the test with guest code fails, or its verdict cannot be saved.
     """
     if config.hypervisor.accelerator != AUTO:
         accelerator = Accelerator(config.hypervisor.accelerator)

@@ -1,6 +1,6 @@
-"""Each sandbox's own user, as which its processes run, and how strictly the operator asks for that.
+"""Each sandbox's own user for its processes, and how strictly the operator requires it.
 
-A number is taken by a lock on one byte of a file, so that it is free again whenever its shim ends.
+A lock on one byte of a file reserves a number, so the number is free again whenever its shim ends.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Jail:
     """The confinement of one sandbox's processes.
 
     :param identity: their user; no other process on this host has it until :meth:`close`.
-    :param is_required: whether a machine that cannot be confined is not to start.
+    :param is_required: whether a machine that cannot be confined must not start.
     :param lock: an open file that holds the claim.
     """
 
@@ -52,8 +52,8 @@ class Jail:
 
         :param config: the operator's configuration.
         :param accelerator: how guest instructions are run.
-        :returns: ``None`` if the sandbox is not to be confined, or there is no number and that may be.
-        :raises FailedPrecondition: if there is no number, and it is required.
+        :returns: ``None`` if the sandbox is not confined, or no number is free and none is required.
+        :raises FailedPrecondition: if no number is free, but one is required.
         """
         if config.hypervisor.jail == "off":
             return None
@@ -71,12 +71,12 @@ class Jail:
         return cls(identity=identity, is_required=required, lock=FileIO(lock, "r+"))
 
     def close(self) -> None:
-        """Give the number back, when no process runs with it any more. May be called repeatedly."""
+        """Release the number, once no process runs with it. May be called repeatedly."""
         self.lock.close()
 
 
 def is_required(config: Config, accelerator: Accelerator) -> bool:
-    """Tell whether a machine that cannot be confined is not to start.
+    """Tell whether a machine that cannot be confined must not start.
 
     :param config: the operator's configuration.
     :param accelerator: how guest instructions are run. Emulation is not a security boundary, so a jail beside
@@ -87,12 +87,12 @@ def is_required(config: Config, accelerator: Accelerator) -> bool:
 
 
 def without(spec: VmSpec, problem: str, jail: Jail | None) -> VmSpec:
-    """Describe a machine that could not be confined as one that is not.
+    """Describe a machine that could not be confined as an unconfined one.
 
     :param spec: the machine.
     :param problem: why it could not.
     :param jail: its intended confinement.
-    :raises FailedPrecondition: if it is not to start then.
+    :raises FailedPrecondition: if it must not start then.
     """
     if jail is not None and jail.is_required:
         raise FailedPrecondition(f"boot: jail: {problem}; {_REMEDY}")
@@ -103,16 +103,16 @@ def without(spec: VmSpec, problem: str, jail: Jail | None) -> VmSpec:
 def refuse_unbounded(problem: str, jail: Jail | None) -> None:
     """Refuse a machine that could use up the host, if it must be confined.
 
-    :param problem: why it is not bounded; empty if it is.
+    :param problem: why it has no limits; empty if it has.
     :param jail: what confines it.
-    :raises FailedPrecondition: if it is not to start then.
+    :raises FailedPrecondition: if it must not start then.
     """
     if problem and jail is not None and jail.is_required:
         raise FailedPrecondition(f"boot: jail: cgroup: {problem}; {_REMEDY}")
 
 
 def _claim(count: int) -> tuple[int, int]:
-    """Lock a byte of the file of numbers that is not locked; return the open file and the byte's offset."""
+    """Lock a free byte of the file of numbers; return the open file and the byte's offset."""
     private_directory.make(DIRECTORY)
     file = os.open(f"{DIRECTORY}/{_NUMBERS}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -120,7 +120,7 @@ def _claim(count: int) -> tuple[int, int]:
             offset = secrets.randbelow(count)
             wish = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
             try:
-                # The open file's own, not the process': it goes with this descriptor.
+                # The lock belongs to the open file, not to the process, and ends with this descriptor.
                 fcntl.fcntl(file, fcntl.F_OFD_SETLK, wish)
             except OSError as error:
                 if error.errno not in {errno.EAGAIN, errno.EACCES}:

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 _DEFAULT_PERIOD_US = 100_000  # the kernel's own, for a quota without a period
-_UNLIMITED = 1 << 60  # control groups write "no limit" as the largest number that they can hold
-_SHARES_PER_CPU = 1024  # the value of Kubernetes for a container that requests one processor
+_UNLIMITED = 1 << 60  # cgroups write "no limit" as their largest number
+_SHARES_PER_CPU = 1024  # Kubernetes' value for a container that requests one processor
 _CPU_LIST = re.compile(r"(\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*)?")
-_LEAST_SHARES = 2  # the value of Kubernetes for one that requests none
+_LEAST_SHARES = 2  # Kubernetes' value for a container that requests none
 
-# The annotations of a pause container that tell what its pod as a whole may use.
+# The annotations of a pause container with the limits of its whole pod.
 _QUOTA = "io.kubernetes.cri.sandbox-cpu-quota"
 _PERIOD = "io.kubernetes.cri.sandbox-cpu-period"
 _SHARES = "io.kubernetes.cri.sandbox-cpu-shares"
@@ -31,7 +31,7 @@ class Limits:
     :param period_us: the period, in microseconds.
     :param memory_bytes: memory.
     :param huge_bytes: huge pages, which do not count as memory.
-    :param cpuset: the host's processors it may run on; none for all.
+    :param cpuset: the host's processors that it may run on; empty for all.
     """
 
     quota_us: int = 0
@@ -60,7 +60,7 @@ class Limits:
         )
 
     def or_more(self, other: Limits) -> Limits:
-        """Choose the larger of each."""
+        """Choose the larger of each limit."""
         more = max(self, other, key=lambda limits: limits.cpus)
         return Limits(
             quota_us=more.quota_us,
@@ -77,13 +77,13 @@ NO_LIMITS = Limits()
 def limits_of(spec: Mapping[str, Any]) -> Limits:
     """Read a container's limits.
 
-    :param spec: its OCI specification; a malformed limit counts as none here, and is refused elsewhere.
+    :param spec: its OCI specification; a malformed limit counts as no limit here, and is refused elsewhere.
     """
     return NO_LIMITS.updated(_table(_table(spec.get("linux")).get("resources")))
 
 
 def with_memory(live: Iterable[Limits], memory_bytes: int) -> list[Limits]:
-    """Add memory that belongs to no container to what containers may use.
+    """Add memory outside containers to the limits of containers.
 
     :param live: the limits of each container.
     :param memory_bytes: the memory.
@@ -108,7 +108,7 @@ def limits_of_pod(*, quota_us: int, period_us: int, shares: int, memory_bytes: i
 
     :param quota_us: processor time in each period, in microseconds.
     :param period_us: the period, in microseconds; 0 for the kernel's own.
-    :param shares: the weight that Kubernetes makes of the processors that the pod requests.
+    :param shares: the weight that Kubernetes computes from the processors that the pod requests.
     :param memory_bytes: memory.
     """
     quota_us, shares, memory_bytes = (_number(each, 0) for each in (quota_us, shares, memory_bytes))
@@ -137,21 +137,21 @@ def _table(value: object) -> dict[str, Any]:
 
 
 def _number(value: object, otherwise: int) -> int:
-    """Read a limit: one that is negative or huge is none, absent (or malformed) it changes nothing."""
+    """Read a limit: negative or huge means no limit; absent or malformed changes nothing."""
     if not isinstance(value, int):
         return otherwise
     return value if 0 < value < _UNLIMITED else 0
 
 
 def _huge_bytes(value: object, otherwise: int) -> int:
-    """Add up the limits of all sizes of pages; absent (or malformed) they change nothing."""
+    """Add up the limits of all page sizes; absent or malformed ones change nothing."""
     if not isinstance(value, list):
         return otherwise
     return sum(_number(_table(each).get("limit"), 0) for each in value)
 
 
 def _processors(value: object, otherwise: frozenset[int]) -> frozenset[int]:
-    """Read a list as cpuset(7) has it: ``0-2,5``; one that is absent (or malformed) changes nothing."""
+    """Read a list in the format of cpuset(7): ``0-2,5``; an absent or malformed one changes nothing."""
     if not isinstance(value, str) or not _CPU_LIST.fullmatch(value.strip()):
         return otherwise
     found: set[int] = set()

@@ -1,6 +1,6 @@
-"""A sandbox's virtual machine on the host: its needs, its start, and the reason of its end.
+"""A sandbox's virtual machine on the host: its needs, its start, and the reason for its end.
 
-Its share, its network namespace, its place in the cgroups and its size belong to it and go with it.
+Its share, its network namespace, its cgroup and its size belong to it and end with it.
 """
 
 from __future__ import annotations
@@ -60,17 +60,17 @@ _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
-REASON_TIMEOUT_S = 2.0  # the machine usually says why it ends just after the agent's connection breaks
+REASON_TIMEOUT_S = 2.0  # a machine's reason usually arrives just after the agent's connection breaks
 
-_CLONE_PART = 0.75  # of the time for a boot: a clone may take this long to answer
-_LOAD_TIMES = 10  # as many times longer its load may take; each of its steps has a shorter limit
+_CLONE_PART = 0.75  # a clone may take this part of the time for a boot to answer
+_LOAD_TIMES = 10  # its load may take so many times longer; each of its steps has a shorter limit
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Started:
     """A virtual machine whose agent has answered.
 
-    :param spec: what it was made after: what it has; a clone may have less than it is to have.
+    :param spec: its description; a clone may be smaller than wanted.
     """
 
     vm: QemuHypervisor
@@ -85,10 +85,10 @@ class _Started:
 class Machine:
     """The machine of one sandbox; it boots once.
 
-    :param sandbox_id: whose it is.
+    :param sandbox_id: the sandbox's id.
     :param directory: the sandbox's state directory.
     :param config: the operator's configuration.
-    :param ledger: where everything that must be undone is written down.
+    :param ledger: where everything that must be undone is recorded.
     """
 
     def __init__(self, sandbox_id: str, *, directory: Path, config: Config, ledger: Ledger) -> None:
@@ -96,7 +96,7 @@ class Machine:
         self.cloning = Cloning(sandbox_id, config=config)
         #: The live host process that stands for every process in the machine; 0 if there is none yet.
         self.pid = 0
-        #: Why it was switched off, if it was; errors that follow from that are not the reason.
+        #: Why it was switched off, if it was; later errors follow from that and are not the reason.
         self.doom = ""
         self._id = sandbox_id
         self._directory = directory
@@ -105,7 +105,7 @@ class Machine:
         self._ledger = ledger
         self._cgroup = HostCgroup([], own=[])
         self._oom_score_adj: int | None = None
-        #: Every QEMU that was to be the machine; the last one is.
+        #: Every QEMU that was started for the machine; the last one is the machine.
         self._attempts: list[QemuHypervisor] = []
         self._jail: Jail | None = None
         self._given_up = asyncio.Event()
@@ -124,11 +124,11 @@ class Machine:
         return [process.pid for process in processes if process.name == SHARE_DAEMON]
 
     async def boot(self, pod: PodSpec) -> RunningMachine:
-        """Bring it up, with its share and its network.
+        """Start it, with its share and its network.
 
         :param pod: its pod.
-        :raises ShimError: with the reason, if it does not come up.
-        :raises HypervisorError: as :class:`ShimError`.
+        :raises ShimError: with the reason, if it does not start.
+        :raises HypervisorError: likewise.
         """
         began_s = time.monotonic()
         usual = self._config
@@ -194,10 +194,10 @@ class Machine:
         )
 
     async def reason_of_end(self, running: RunningMachine) -> str:
-        """Wait for the machine or the agent to go; nothing of the machine runs any more then.
+        """Wait until the machine or the agent ends; then no part of the machine runs any longer.
 
         :param running: what :meth:`boot` returned.
-        :returns: which of them went and why, in one line.
+        :returns: which of them ended and why, in one line.
         """
         ends = {asyncio.ensure_future(running.vm.wait()), asyncio.ensure_future(running.agent.wait_closed())}
         try:
@@ -210,7 +210,7 @@ class Machine:
         return self.doom or reason
 
     async def switch_off(self, reason: str) -> None:
-        """End it because it is of no use any more; a machine that does not boot yet never will.
+        """End it because it is no longer needed; a machine that does not boot yet never will.
 
         :param reason: one line for the log.
         """
@@ -220,16 +220,16 @@ class Machine:
     async def kill(self) -> None:
         """End it; killing twice is harmless."""
         self._given_up.set()
-        for vm in self._attempts[-1:]:  # those before were stopped when they failed
+        for vm in self._attempts[-1:]:  # earlier ones were stopped when they failed
             await vm.stop()
 
     async def clear_away(self) -> None:
-        """End it and take back all that was made for it."""
+        """End it and undo everything that was made for it."""
         await self.kill()
         await self._undo.aclose()
 
     def keep_reason(self, reason: str, *, namespace: str) -> None:
-        """Keep the reason of its end and its last words for ``hako logs``.
+        """Keep the reason for its end and its last output for ``hako logs``.
 
         :param reason: one line.
         :param namespace: containerd's.
@@ -260,8 +260,8 @@ class Machine:
         self.share.mkdir(mode=0o700, exist_ok=True)
         mounts.share_directory(self.share)
         (self.share / WATCHABLE_NAME).mkdir(mode=0o755)
-        # A guest writes only in what is mounted there, not in the share itself: with a link in the share, it
-        # could lead another container's mounts to anywhere on the host.
+        # A guest may write only to mounts in the share, not to the share itself: with a link in the share,
+        # it could redirect another container's mounts to anywhere on the host.
         self._guest_share.mkdir(mode=0o700, exist_ok=True)
         mounts.bind(self.share, self._guest_share, read_only=True, recursive=False)
         modules = Path(self._config.guest.kernel).with_name("modules")
@@ -295,14 +295,14 @@ class Machine:
     async def _bring_up(
         self, spec: VmSpec, sizes: Plan, template: Template | None, *, limit: asyncio.Timeout
     ) -> _Started:
-        """Clone the machine; if there is no template, or none that is of use, boot it.
+        """Clone the machine; without a usable template, boot it.
 
         :param limit: put off for a machine that could not be cloned.
         """
         timeout_s = self._config.guest.boot_timeout_s
         if template is None:
             return await self._start(spec, timeout_s=timeout_s)
-        limit.reschedule(None)  # each step of a clone has its own
+        limit.reschedule(None)  # each step of a clone has its own deadline
         clone = clone_of(spec, sizes, template)
         try:
             started = await self._start(clone, timeout_s=_CLONE_PART * timeout_s)
@@ -322,7 +322,7 @@ class Machine:
         return await self._start(spec, timeout_s=timeout_s)
 
     async def _start(self, spec: VmSpec, *, timeout_s: float) -> _Started:
-        """Start the machine and have its agent answer.
+        """Start the machine, and wait until its agent answers.
 
         :raises TemplateError: if it should be a clone and the template is unusable.
         :raises HypervisorError: if it does not start, or does not answer in time.
@@ -352,7 +352,7 @@ class Machine:
             dial = dial_clone if is_clone else QemuHypervisor.connect
             connection = await dial(vm, AGENT_PORT, timeout_s=left_s())
         with timeline.phase("first answer", lane=timeline.MACHINE):
-            # A clone that took longer than its time did so because it had no processor.
+            # A clone that exceeded its time had no processor.
             left_to_answer_s = timeout_s if is_clone else left_s()
             agent = await Agent.over(connection, timeout_s=left_to_answer_s, is_clone=is_clone)
         return _Started(vm, agent, spec)
@@ -362,7 +362,7 @@ class Machine:
         with timeline.phase("CreateSandbox", lane=timeline.MACHINE):
             await started.agent.create_sandbox(
                 sandbox_id=self._id,
-                # A pod without a name shares the host's name, or has that of a new namespace.
+                # A pod without a name shares the host's name, or has the name of a new namespace.
                 hostname=pod.hostname or socket.gethostname(),
                 dns=list(pod.dns),
                 shm_bytes=pod.shm_bytes,
@@ -386,7 +386,7 @@ class Machine:
 
 
 async def _while_preparing(network: Network, booting: Coroutine[object, object, _T]) -> _T:
-    """Do the namespace's part of the network while the machine boots; a failure of one ends the other."""
+    """Do the namespace's part of the network while the machine boots; if one fails, the other ends."""
     try:
         async with asyncio.TaskGroup() as group:
             group.create_task(network.prepare(), name="network")

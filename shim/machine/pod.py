@@ -1,7 +1,7 @@
 """The description of a sandbox: its first container's specification, or Kubernetes' description of a pod.
 
-containerd prepares the files of a pod in ``/etc`` for containers of its own sandboxes. If it leaves the
-sandbox to the shim, it leaves these files to the shim as well.
+containerd prepares a pod's files in ``/etc`` for its own sandboxes. If the shim makes the sandbox, the shim
+must also make these files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _RESOLV_CONF = "/etc/resolv.conf"
 _MAX_NAME_BYTES = 64  # the room in uname(2)
 _MAX_RESOLV_CONF_BYTES = 64 * 1024  # resolv.conf(5) of a pod has at most 3 + 32 names
 
-#: Says ``off`` for a pod whose machine must boot instead of being cloned from a template.
+#: It is ``off`` for a pod whose machine must boot instead of being cloned from a template.
 TEMPLATE_ANNOTATION = "io.hako.template"
 
 
@@ -47,11 +47,11 @@ class PodSpec:
     :param shm_bytes: the size of its shared memory.
     :param cgroup: ``linux.cgroupsPath`` of the sandbox on the host; empty for none.
     :param limits: the limits of the whole pod, as far as they are known.
-    :param first: what its first container may use, unless that only stands for the pod.
+    :param first: the limits of its first container, unless that is a pause container.
     :param oom_score_adj: how readily the host's kernel kills its first process for memory; ``None`` if
         nobody says.
-    :param oci: an OCI specification: the bundle's, or what Kubernetes' description says as one. It has the
-        network namespace among ``linux.namespaces``.
+    :param oci: an OCI specification: the bundle's, or one made from Kubernetes' description. Its
+        ``linux.namespaces`` have the network namespace.
     """
 
     hostname: str
@@ -66,11 +66,11 @@ class PodSpec:
 
 
 def check_pod(spec: dict[str, Any], *, sandbox_id: str) -> None:
-    """Refuse a container of another pod than that of this machine.
+    """Refuse a container that belongs to another pod than this machine.
 
     :param spec: the decoded ``config.json``.
     :param sandbox_id: the id of the sandbox that it joins.
-    :raises InvalidArgument: if Kubernetes runs it and its pod is another.
+    :raises InvalidArgument: if it belongs to another pod of Kubernetes.
     """
     annotations = spec.get("annotations")
     if not isinstance(annotations, dict) or KIND not in annotations:
@@ -81,7 +81,7 @@ def check_pod(spec: dict[str, Any], *, sandbox_id: str) -> None:
 
 
 def is_pause(spec: dict[str, Any]) -> bool:
-    """Tell whether an OCI specification describes the container that only stands for its pod."""
+    """Tell whether an OCI specification describes a pause container, which only stands for its pod."""
     annotations = spec.get("annotations")
     return isinstance(annotations, dict) and annotations.get(KIND) == "sandbox"
 
@@ -93,10 +93,10 @@ def refuses_template(spec: dict[str, Any]) -> bool:
 
 
 def oom_score_adj_of(spec: dict[str, Any]) -> int | None:
-    """Read how readily the kernel is to kill a container's processes for memory.
+    """Read how readily the kernel should kill a container's processes for memory.
 
     :param spec: its OCI specification.
-    :returns: ``process.oomScoreAdj``; ``None`` if it says nothing, or nothing valid.
+    :returns: ``process.oomScoreAdj``; ``None`` if it is absent or invalid.
     """
     process = spec.get("process")
     value = process.get("oomScoreAdj") if isinstance(process, dict) else None
@@ -151,7 +151,7 @@ def from_oci(spec: dict[str, Any], *, sandbox_id: str = "") -> PodSpec:
 def from_request(options: AnyMessage, *, sandbox_id: str, network_namespace: str) -> PodSpec:
     """Take the description from a request for a sandbox.
 
-    :param options: a ``PodSandboxConfig``; anything else says nothing about the pod.
+    :param options: a ``PodSandboxConfig``; other types are ignored.
     :param sandbox_id: the sandbox's id.
     :param network_namespace: the path of the pod's network namespace; empty for the host's.
     :raises InvalidArgument: if it is not a valid message, or the machine cannot have its name.
@@ -195,7 +195,7 @@ def from_request(options: AnyMessage, *, sandbox_id: str, network_namespace: str
 
 
 def _names(config: PodSandboxConfig) -> dict[str, str]:
-    """Return the pod's names as the annotations that containerd gives its containers."""
+    """Return the pod's names as annotations, as containerd gives them to its containers."""
     if not config.HasField("metadata"):
         return {}
     metadata = config.metadata
@@ -206,7 +206,7 @@ def write_files(pod: PodSpec, directory: Path) -> None:
     """Write the files that :func:`with_files` mounts.
 
     :param pod: the pod.
-    :param directory: where; it does not exist yet.
+    :param directory: their directory, which does not exist yet.
     :raises OSError: if it cannot be written.
     """
     directory.mkdir(mode=0o711)
@@ -249,7 +249,7 @@ def with_files(spec: dict[str, Any], directory: Path, *, sandbox_id: str) -> dic
 
 
 def with_sysctls(spec: dict[str, Any], sysctls: dict[str, str]) -> dict[str, Any]:
-    """Give a container the kernel parameters of its pod; its own win.
+    """Give a container the kernel parameters of its pod; its own take precedence.
 
     :param spec: the decoded ``config.json``.
     :param sysctls: the pod's.
@@ -259,14 +259,14 @@ def with_sysctls(spec: dict[str, Any], sysctls: dict[str, str]) -> dict[str, Any
 
 
 def _cgroup(parent: str, *, sandbox_id: str) -> str:
-    """Name a sandbox's cgroup as containerd names that of its own sandboxes."""
+    """Name a sandbox's cgroup as containerd names the cgroups of its own sandboxes."""
     if parent.endswith(".slice"):
         return f"{posixpath.basename(parent)}:cri-containerd:{sandbox_id}"
     return f"{parent}/{sandbox_id}" if parent else ""
 
 
 def _resolvers(spec: dict[str, Any]) -> tuple[str, ...]:
-    """Read the resolv.conf that is mounted into the container; the machine gets the same."""
+    """Read the resolv.conf that is mounted into the container; the machine gets the same content."""
     mounts = spec.get("mounts")
     for entry in mounts if isinstance(mounts, list) else []:
         if not isinstance(entry, dict) or entry.get("destination") != _RESOLV_CONF:
@@ -281,7 +281,7 @@ def _resolvers(spec: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _read_plain(path: str) -> str:
-    """Read a small file of the host; a FIFO or a device, which may never end, is refused."""
+    """Read a small file of the host; refuse a FIFO or a device, which may never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -1,6 +1,6 @@
-"""The annotations with which a pod changes the configuration of its own machine.
+"""The annotations by which a pod changes the configuration of its own machine.
 
-Each is declared once: the key that it sets, and what the operator risks by allowing it. Values and ranges are
+Each is declared once: the key that it sets, and the risk for an operator who allows it. Values and ranges are
 those of the key. The operator's ``[shim] enable_annotations`` says which pods may use. Names that begin with
 ``io.katacontainers.config.`` are Kata's and mean the same here.
 """
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 OWN, KATA = "io.hako.", "io.katacontainers."
 _KATA_CONFIG = f"{KATA}config."
-#: What the shim tells Hako's agent by annotations; it is no configuration.
+#: Prefixes of annotations from the shim to Hako's agent; these are not configuration.
 _FOR_THE_AGENT = (
     extensions.UNIFIED_ANNOTATION,
     extensions.DEFAULT_ERRNO_ANNOTATION,
@@ -39,15 +39,15 @@ _FOR_THE_AGENT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Annotation:
-    """An annotation that is honoured.
+    """An annotation that has an effect.
 
     :param name: its whole name.
-    :param section: of the key that it sets.
+    :param section: the section of the key that it sets.
     :param key: the key.
-    :param only: the values that it takes, if they are fewer than the key's.
+    :param only: its possible values, if they are fewer than the key's.
     :param adds: whether the value is appended to the operator's.
     :param fraction: whether the value may have a fraction, which is rounded up.
-    :param risk: what a pod could do with it that the operator must want; empty if nothing.
+    :param risk: what a pod could do with it that an operator may not want; empty if nothing.
     """
 
     name: str
@@ -66,10 +66,10 @@ class Annotation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:
-    """An annotation of Kata's that asks for what Hako always does.
+    """An annotation for Kata that asks for something that Hako always does.
 
     :param name: its whole name.
-    :param values: the values that Hako fulfils.
+    :param values: the values for which that is true.
     """
 
     name: str
@@ -111,7 +111,7 @@ _OF_KATA = (
 )
 _RISKS = {key: risk for _, key, risk in _OWN}
 
-#: Every annotation that is honoured, by its name.
+#: Every annotation that has an effect, by its name.
 ANNOTATIONS: dict[str, Annotation] = {
     each.name: each
     for each in (
@@ -133,7 +133,7 @@ ANNOTATIONS: dict[str, Annotation] = {
         ),
     )
 }
-#: What Hako always does, by the name with which Kata's pods ask for it.
+#: Things that Hako always does, by Kata's annotation for them.
 FACTS: dict[str, Fact] = {
     each.name: each
     for each in (
@@ -156,8 +156,8 @@ def applied(config: Config, spec: Mapping[str, Any], *, phase: str) -> Config:
     :param spec: an OCI specification.
     :param phase: for the message.
     :returns: the same configuration if there is nothing to change.
-    :raises InvalidArgument: if an annotation is not known, not allowed, or has a value that its key does not
-        take; the message names it.
+    :raises InvalidArgument: if an annotation is unknown, not allowed, or has an invalid value for its key;
+        the message names it.
     """
     asked = list(_asked(spec))
     if not asked:
@@ -191,7 +191,7 @@ def _asked(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _understood(name: str, text: str, allowed: Iterable[str]) -> Annotation | None:
-    """Find an annotation; nothing if it asks for what is so in any case."""
+    """Find an annotation; None if it asks for something that Hako always does."""
     fact = FACTS.get(name)
     if fact is not None:
         if text in fact.values:
@@ -242,7 +242,7 @@ def _separator(found: Annotation, config: Config) -> str:
 
 def _number(text: str, *, fraction: bool) -> int:
     digits, point, rest = text.partition(".")
-    # int() takes spaces, underscores and other scripts' digits, too, and is slow with thousands of digits.
+    # int() also accepts spaces, underscores and other scripts' digits, and is slow with thousands of digits.
     parts = (digits, rest) if fraction and point else (text,)
     if not all(part.isascii() and part.isdecimal() and len(part) <= 10 for part in parts):
         raise Refusal(f"{text[:40]!r} is not a{'' if fraction else ' whole'} number; give its digits")
@@ -250,7 +250,7 @@ def _number(text: str, *, fraction: bool) -> int:
 
 
 def _check_size(key: str, config: Config, *, value: str | int | bool) -> None:
-    """Refuse more than a machine may have on this host."""
+    """Refuse a value above the limit of this host."""
     if key not in _SIZES:
         return
     if value == 0 and getattr(config.hypervisor, key) != 0:

@@ -1,4 +1,4 @@
-"""Give a running machine the size that its containers need, and have the guest use it."""
+"""Gives a running machine the size that its containers need, and lets the guest use it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Resizer:
     :param vm: the machine.
     :param plan: its least and its greatest size.
     :param size: its current size; a clone may be smaller than wanted.
-    :param limit_memory: told the guest's memory, in bytes, before it grows and after it has shrunk.
+    :param limit_memory: called with the guest's memory, in bytes, before it grows and after it has shrunk.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Resizer:
 
     @property
     def size(self) -> Size:
-        """What the machine has now."""
+        """The current size of the machine."""
         return self._size
 
     async def grow(self, agent: Agent, live: Iterable[Limits]) -> None:
@@ -53,7 +53,7 @@ class Resizer:
 
         :param agent: its agent.
         :param live: the limits of each of its containers.
-        :raises ResourceExhausted: if it may not be so large, or QEMU or the guest refuses.
+        :raises ResourceExhausted: if that exceeds its maximum, or QEMU or the guest refuses.
         :raises ShimError: if the guest cannot use the new parts.
         """
         live = list(live)
@@ -73,7 +73,7 @@ class Resizer:
             await self._pin(cpuset_of(live))
 
     async def shrink(self, agent: Agent, live: Iterable[Limits]) -> None:
-        """Make the machine no larger than it must be; a refusal of the guest is logged.
+        """Make the machine no larger than necessary; if the guest refuses, that is logged.
 
         :param agent: its agent.
         :param live: the limits of each of its containers.
@@ -97,7 +97,7 @@ class Resizer:
             await self._pin(cpuset_of(live))
 
     async def _pin(self, cpus: frozenset[int]) -> None:
-        """Pin the machine to the containers' processors; a failure costs speed only, so it is logged."""
+        """Pin the machine to the containers' processors; a failure only costs speed, so it is just logged."""
         if (cpus, self._size.vcpus) == self._pinned or not (cpus or self._pinned[0]):
             return
         try:

@@ -1,4 +1,4 @@
-"""A machine that is up: the parts that exist from the first answer of its agent to its end."""
+"""A running machine: the parts that exist from its agent's first answer to its end."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class RunningMachine:
     :param agent: its agent, which has answered.
     :param network: its network, which is attached.
     :param resizer: changes its size.
-    :param spec: what it was made after.
-    :param template_key: of the template that it was cloned from; empty if it booted.
+    :param spec: its description.
+    :param template_key: the key of the template that it was cloned from; empty if it booted.
     :param began_s: when its boot began, in seconds of ``time.monotonic()``.
     :param given_up: set once the machine should end.
     :param parking: its rest.
@@ -73,30 +73,30 @@ class RunningMachine:
 
     @property
     def size(self) -> Size:
-        """What it has now."""
+        """Its current size."""
         return self._resizer.size
 
     @property
     def endpoints(self) -> list[Endpoint]:
-        """The interfaces of its network namespace that it has as cards."""
+        """The interfaces of its network namespace that are connected to its cards."""
         return self._network.endpoints
 
     def turn(self, *, lane: str) -> AbstractAsyncContextManager[None]:
-        """Do the block when the host has a processor for it; see :func:`shim.machine.turns.turn_of`.
+        """Run the block when the host has a processor for it; see :func:`shim.machine.turns.turn_of`.
 
-        :param lane: of the timeline, where the wait is noted.
+        :param lane: the lane of the timeline in which the wait is recorded.
         """
         return turns.turn_of(self.spec.accelerator, lane=lane, given_up=self._given_up)
 
     async def open_guest_streams(self, *, terminal: bool, container_id: str, exec_id: str) -> GuestStreams:
-        """Choose how the streams of a process about to be made travel.
+        """Choose how the streams of a new process travel.
 
         :param terminal: whether the process has a terminal.
         :param container_id: the container's id at the agent.
         :param exec_id: the process's id at the agent.
         """
         if self._takes_raw_streams:
-            # Without a terminal stdin is always wanted: its connection tells the process of the end.
+            # Without a terminal, stdin is always connected, so that the process learns of its end.
             names = ["stdout", "stdin"] if terminal else ["stdout", "stderr", "stdin"]
             streams = await RawStreams.open(self.vm, names)
             if streams is not None:
@@ -107,9 +107,9 @@ class RunningMachine:
         return RequestStreams(self.agent, container_id=container_id, exec_id=exec_id)
 
     async def note_guest(self) -> None:
-        """Note the guest's steps in the timeline.
+        """Record the guest's phases in the timeline.
 
-        :raises ShimError: if it does not tell.
+        :raises ShimError: if it does not report them.
         """
         if not self.agent.is_hako:
             return
@@ -130,9 +130,9 @@ class RunningMachine:
                 await self.agent.keep_share_files_below(self.vm.share_file_limit)
 
     async def follow_network(self) -> None:
-        """Take over new interfaces of its network namespace: some clients add them just before a start.
+        """Add new interfaces of its network namespace, because some clients make them just before a start.
 
-        :raises ShimError: if it cannot have it.
+        :raises ShimError: if it cannot have one of them.
         """
         await self._network.rescan(vm=self.vm, agent=self.agent)
 
@@ -141,7 +141,7 @@ class RunningMachine:
         await self._network.changed()
 
     async def grow(self, live: Iterable[Limits]) -> None:
-        """Become large enough for containers.
+        """Grow until the containers fit.
 
         :param live: the limits of each.
         :raises ResourceExhausted: if that is impossible.
@@ -149,7 +149,7 @@ class RunningMachine:
         await self._resizer.grow(self.agent, live)
 
     def set_oom_score_adj(self, value: int) -> None:
-        """Have the host's kernel kill its processes for memory as readily as those of a container.
+        """Let the host's kernel kill its processes for memory as readily as those of a container.
 
         :param value: the container's; see ``/proc/PID/oom_score_adj`` in proc(5).
         """
@@ -157,7 +157,7 @@ class RunningMachine:
             set_oom_score_adj(process.pid, value)
 
     async def shrink(self, live: Iterable[Limits]) -> None:
-        """Give back resources that no container needs.
+        """Release resources that no container needs.
 
         :param live: the limits of each.
         """

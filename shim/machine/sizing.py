@@ -1,6 +1,6 @@
-"""The size of a sandbox's machine: a pure function of the configuration and of its live containers.
+"""The size of a sandbox's machine: a pure function of the configuration and the live containers.
 
-The size is always computed from the live containers, never by changing an earlier result.
+The size is always computed from the live containers, never from an earlier size.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Size:
 class Plan:
     """The size of a machine at its start, and how it may grow.
 
-    :param base: its own share, without the containers' limits.
+    :param base: its own part, without the containers' limits.
     :param boot: its size at the start, which is also its least size.
     :param most: its greatest size.
     """
@@ -55,10 +55,10 @@ class Plan:
         return _at_most(self.most, _at_least(self.boot, _with(self.base, live)))
 
     def lack_of_huge_pages(self, live: Iterable[Limits]) -> str:
-        """Tell whether the containers' huge pages do not fit: unlike memory, they are reserved.
+        """Check that the containers' huge pages fit: unlike memory, they are reserved.
 
         :param live: the limits of each.
-        :returns: why, in one line; empty if they fit.
+        :returns: why they do not fit, in one line; empty if they do.
         """
         wanted = sum(each.huge_bytes for each in live)
         room = max(self.most.memory_bytes, self.boot.memory_bytes) - self.base.memory_bytes
@@ -73,8 +73,8 @@ class Plan:
 def plan(config: HypervisorConfig, *, pod: Limits = NO_LIMITS, first: Limits = NO_LIMITS) -> Plan:
     """Decide the size of a machine at its start.
 
-    If the CRI tells the size of a pod, its machine starts with that, and no container has to wait for it to
-    grow. With static sizing, the limits of the first container count too, and the size never changes.
+    If the CRI announces the size of a pod, its machine starts with that size, and no container waits for it
+    to grow. With static sizing, the limits of the first container count, too, and the size never changes.
 
     :param config: the operator's.
     :param pod: the limits of the whole pod, as far as they are known.

@@ -1,4 +1,4 @@
-"""Describe a sandbox's virtual machine to the hypervisor."""
+"""Describes a sandbox's virtual machine to the hypervisor."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from shim.machine.sizing import Size
 
 MOST_QUEUE_PAIRS = 8
-"""Each pair costs a thread of the host's kernel, for each network card of each sandbox."""
+"""The most queue pairs of a card. Each costs a thread of the host's kernel, for each card of each sandbox."""
 
 
 def queue_pairs(spec: VmSpec) -> int:
-    """Say how many pairs of queues each network card gets: one for each processor that can be plugged.
+    """Return how many queue pairs each network card gets: one for each processor that can be plugged.
 
-    The guest uses those that it has processors for. Under emulation one thread of QEMU serves all of them, so
+    The guest uses as many as it has processors. Under emulation, one thread of QEMU serves all of them, so
     queues for future processors are useless.
 
     :param spec: the machine.
@@ -35,7 +35,7 @@ def describe(
 
     :param config: the operator's configuration.
     :param choice: the means of this host.
-    :param name: whose it is.
+    :param name: its name, usually the sandbox's id.
     :param directory: where its sockets and its console's log go.
     :param share: the directory that its guest sees.
     :param size: its size at the start.

@@ -1,4 +1,4 @@
-"""Build the template of a configuration: at the operator's request, or in a background process.
+"""Builds the template of a configuration: at the operator's request, or in a background process.
 
 The background process belongs to no sandbox: it inherits no descriptor of the shim that started it, and runs
 in the mount namespace and the cgroup from which that shim was started.
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 NICENESS = 19
 START_TIMEOUT_S = 10.0
-_BOOT_TIMES = 4  # how many times longer than a boot a nice process on a busy host may take
+_BOOT_TIMES = 4  # how many times longer than a boot a low-priority process on a busy host may take
 _GRACE_S = 10
 _FIRST_TO_GO = 1000  # proc(5): the most that oom_score_adj can be
 _SANDBOXES_OWN = {
@@ -58,7 +58,7 @@ _SANDBOXES_OWN = {
 
 
 def longest_s(config: Config) -> float:
-    """Tell how long a build may take, in seconds.
+    """Return how long a build may take, in seconds.
 
     :param config: how long a boot may take.
     """
@@ -66,15 +66,15 @@ def longest_s(config: Config) -> float:
 
 
 def build(config: Config, store: TemplateStore, *, wait_s: float) -> Template:
-    """Make the template for machines of the size that the configuration gives them, unless there is one.
+    """Make the template for machines of the configured size, unless there is one.
 
     :param config: the operator's.
     :param store: where it goes.
     :param wait_s: how long to wait until others have built theirs, in seconds.
     :returns: the template.
-    :raises ShimError: if the host lacks something, or the machine does not come up or cannot be saved.
-    :raises Refusal: if another process builds for that long, or the store cannot be trusted, or machines of
-        this configuration are not cloned.
+    :raises ShimError: if the host lacks something, or the machine does not start or cannot be saved.
+    :raises Refusal: if another process builds for too long, the store cannot be trusted, or machines of this
+        configuration are not cloned.
     :raises OSError: if the store cannot be written.
     """
     if config.hypervisor.huge_pages:
@@ -154,9 +154,9 @@ def purpose_of(spec: VmSpec) -> dict[str, object]:
 async def start_unless_building(
     config_text: str, store: TemplateStore, *, mount_namespace: int | None
 ) -> None:
-    """As :func:`start`, unless one is being built; a failure is logged."""
+    """Like :func:`start`, unless one is being built; a failure is logged."""
     try:
-        if store.is_building():  # another machine came up at the same time
+        if store.is_building():  # another machine started at the same time
             return
         await start(config_text, store, mount_namespace=mount_namespace)
     except (Refusal, OSError, TimeoutError) as error:
@@ -166,20 +166,20 @@ async def start_unless_building(
 
 
 async def start(config_text: str, store: TemplateStore, *, mount_namespace: int | None) -> None:
-    """Have the template made in the background.
+    """Let the template be made in the background.
 
     :param config_text: the text of the configuration.
-    :param store: where it goes; the store's log has the failures.
+    :param store: where it goes; failures are written to the store's log.
     :param mount_namespace: where the process runs, open; None is this process's own.
     :raises Refusal: if the store cannot be trusted.
     :raises OSError: if it cannot be started.
-    :raises TimeoutError: if it is not on its way in time.
+    :raises TimeoutError: if it does not get started in time.
     """
     entering = (
         [] if mount_namespace is None else ["nsenter", f"--mount=/proc/self/fd/{mount_namespace}", "--"]
     )
     output = store.open_log()
-    # A file and no pipe: the builder reads it when the starter, and maybe this process, is long gone.
+    # A file, not a pipe: when the builder reads it, its starter and maybe this process have ended.
     settings = os.memfd_create("config", os.MFD_CLOEXEC)
     try:
         os.write(settings, config_text.encode())
@@ -203,7 +203,7 @@ async def start(config_text: str, store: TemplateStore, *, mount_namespace: int 
 
 
 def go_to_the_background(config: Config) -> None:
-    """Make this process a background one: without inherited descriptors, first to be killed, with a deadline.
+    """Turn this process into a background one: no inherited descriptors, first to be killed, with a deadline.
 
     :param config: its deadline follows from how long a boot may take.
     """
@@ -218,10 +218,10 @@ def go_to_the_background(config: Config) -> None:
 
 @contextlib.contextmanager
 def _guarding(building: Building) -> Iterator[None]:
-    """Have the place of a build removed, also if this process is killed.
+    """Let the directory of a build be removed, even if this process is killed.
 
-    A guard process waits for the end of this one and holds the lock until it has removed the place. If both
-    are killed at once, the next build removes it.
+    A guard process waits for the end of this one, and holds the lock until it has removed the directory. If
+    both are killed at once, the next build removes it.
     """
     watched, held = os.pipe2(os.O_CLOEXEC)
     guard = os.fork()
@@ -244,5 +244,5 @@ def _guard(building: Building, watched: int) -> None:
     os.closerange(0, kept[0])
     os.closerange(kept[0] + 1, kept[1])
     os.closerange(kept[1] + 1, os.sysconf("SC_OPEN_MAX"))
-    os.read(watched, 1)  # returns when the other end is closed: nothing is ever written
+    os.read(watched, 1)  # returns when the other end is closed, because no byte is ever written
     remove_remains(building.place)

@@ -1,7 +1,7 @@
 """The store of templates: each is a directory named by its key, which appears whole or not at all.
 
-Reading takes no lock; only one process builds at a time. A running clone does not need its template any more,
-so a template may be removed at any time.
+Reading takes no lock; only one process builds at a time. A running clone no longer needs its template, so a
+template may be removed at any time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 KEPT = 4
 """How many templates there can be; each is as large as the memory that its guest uses after boot."""
 RETRY_S = 600.0
-"""How long a failure keeps templates of that key from being built in the background, the first time."""
+"""How long the first failure prevents background builds for its key."""
 _LONGER_EACH_TIME = 6
 _DAY_S = 86_400.0
 _UNDO_S = 10.0
@@ -52,7 +52,7 @@ class Template:
 
     :param key: the machines that it fits.
     :param path: its directory.
-    :param identity: tells it from another that has taken its place since, maybe with its number as a file.
+    :param identity: tells it from a later one in its place, which may even have the same inode number.
     """
 
     key: str
@@ -67,9 +67,9 @@ class TemplateEntry:
     :param key: the machines that it fits.
     :param purpose: the requested settings of its machine, by name.
     :param size_bytes: its size on the disk or in memory, holes not counted.
-    :param built_at: when, in seconds since 1970.
+    :param built_at: when it was built, in seconds since 1970.
     :param used_at: when a machine was last cloned from it, in seconds since 1970.
-    :param failure: why there is none; empty if there is.
+    :param failure: why it could not be built; empty for a template.
     """
 
     key: str
@@ -82,10 +82,10 @@ class TemplateEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Building:
-    """A build under way.
+    """A build in progress.
 
     :param place: an empty directory, which is removed when the build is over.
-    :param lock: an open file whose lock keeps others from building.
+    :param lock: an open file whose lock prevents other builds.
     """
 
     place: Path
@@ -97,14 +97,14 @@ class TemplateStore:
 
     A template becomes the memory of machines, so no other user may write there.
 
-    :param directory: made when it is needed.
+    :param directory: their directory; made when it is needed.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def find(self, key: str) -> Template | None:
-        """Find the template with a key, and note that it is used.
+        """Find the template with a key, and record its use.
 
         :raises Refusal: if another user can write to the store.
         """
@@ -118,7 +118,7 @@ class TemplateStore:
         return Template(key=key, path=path, identity=identity)
 
     def failure(self, key: str) -> str:
-        """Tell why a build failed not long ago; empty if none did."""
+        """Return why a build failed recently; empty if none did."""
         path = self.directory / f"{key}{_FAILED}"
         try:
             return path.read_text(encoding="utf-8") if _age_s(path) < self._retry_s(key) else ""
@@ -126,7 +126,7 @@ class TemplateStore:
             return ""
 
     def is_building(self) -> bool:
-        """Tell whether a process builds now."""
+        """Tell whether a process is building now."""
         try:
             lock = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -137,7 +137,7 @@ class TemplateStore:
             os.close(lock)
 
     def open_log(self) -> int:
-        """Open the log of a background builder; the log of the one before is lost.
+        """Open the log of a background builder; the previous log is lost.
 
         :returns: a descriptor.
         :raises Refusal: if another user can write to the store.
@@ -147,12 +147,12 @@ class TemplateStore:
         return os.open(self.directory / _LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
 
     def discard(self, template: Template, *, reason: str) -> None:
-        """Remove a useless template, but not another that has taken its place.
+        """Remove a useless template, but not its replacement.
 
-        The second time in a day counts as a failure to build one, and each further time for longer, unless a
-        clone has answered meanwhile: otherwise templates would be built and discarded in a circle.
+        The second time within a day counts as a failure to build one, and each further time for longer,
+        unless a clone has answered meanwhile. Otherwise templates would be built and discarded endlessly.
 
-        :param reason: why it is of no use, in one line.
+        :param reason: why it is useless, in one line.
         :raises OSError: if it cannot be removed.
         """
         try:
@@ -166,25 +166,25 @@ class TemplateStore:
             self.fail(template.key, reason)
 
     def is_late(self, template: Template) -> bool:
-        """Note that a clone did not come up in time.
+        """Record that a clone was late.
 
-        :returns: whether the template is to blame, because too many in a row did not.
-        :raises OSError: if it cannot be noted.
+        :returns: whether the template is to blame, because too many clones in a row were late.
+        :raises OSError: if it cannot be recorded.
         """
         return self._count(template.key, _LATE) >= LATE_TIMES
 
     def answers(self, template: Template) -> None:
-        """Note that a clone has come up: its template is good."""
+        """Record that a clone has answered, so its template is good."""
         for mark in (_LATE, _DISCARDED):
             self._forget(template.key, mark)
 
     def entries(self) -> list[TemplateEntry]:
-        """List the templates and the failures, those used last first."""
+        """List the templates and the failures, the last used first."""
         found = [self._entry(path) for path in self._paths()]
         return sorted((entry for entry in found if entry), key=lambda entry: entry.used_at, reverse=True)
 
     def remove(self, key: str) -> list[str]:
-        """Remove the template, or the failure, whose key begins so.
+        """Remove the template, or the failure, whose key has this prefix.
 
         :param key: the beginning of one key; all keys if it is empty.
         :returns: the keys.
@@ -205,12 +205,12 @@ class TemplateStore:
     def building(self, *, wait_s: float) -> Iterator[Building]:
         """Take the lock for building, and make a directory that is removed at the end of the block.
 
-        What builders that were killed have left is removed, on the host as well.
+        Leftovers of killed builders are removed first, also elsewhere on the host.
 
-        :param wait_s: how long to wait until others are done, in seconds.
+        :param wait_s: how long to wait for other builders, in seconds.
         :returns: where to build.
-        :raises Refusal: if another process builds for that long, or another user can write to the store, or
-            what others have left cannot be removed.
+        :raises Refusal: if another process builds for that long, another user can write to the store, or the
+            leftovers cannot be removed.
         :raises OSError: if the directory cannot be made.
         """
         self._make()
@@ -230,12 +230,12 @@ class TemplateStore:
             try:
                 yield Building(place=place, lock=lock)
             finally:
-                remove_remains(place)  # the guard may be removing it as well
+                remove_remains(place)  # the guard may be removing it, too
         finally:
             os.close(lock)
 
     def fail(self, key: str, reason: str) -> None:
-        """Remember that a template cannot be built, so that others do not try for a while.
+        """Record that a template cannot be built, so that no process tries for a while.
 
         :param reason: one line.
         :raises OSError: if it cannot be written.
@@ -246,7 +246,7 @@ class TemplateStore:
         """Make a built template available; remove those that it replaces, and those that are too many.
 
         :param key: the machines that it fits.
-        :param built: the directory with its files, below the place of a build under way.
+        :param built: the directory with its files, below the place of the current build.
         :param purpose: the requested settings of its machine, by name.
         :raises OSError: if it cannot be done.
         """
@@ -257,8 +257,8 @@ class TemplateStore:
         (self.directory / f"{key}{_FAILED}").unlink(missing_ok=True)
         others = [entry for entry in self.entries() if entry.key != key and not entry.failure]
         for place, entry in enumerate(others, start=1):
-            # What serves the same purpose with another key was made of a kernel, an image or a QEMU that has
-            # been replaced since: nothing asks for it any more.
+            # A template for the same purpose with another key belongs to a kernel, an image or a QEMU that
+            # has been replaced, so it is no longer needed.
             if entry.purpose == purpose or place >= KEPT:
                 self._remove(self.directory / entry.key)
         return Template(key=key, path=path, identity=_identity(path))
@@ -268,7 +268,7 @@ class TemplateStore:
         return min(RETRY_S * float(_LONGER_EACH_TIME ** max(times - 2, 0)), _DAY_S)
 
     def _counted(self, key: str, mark: str) -> int:
-        """Read how often something was noted of a key within the last day."""
+        """Read how often an event was recorded for a key within the last day."""
         path = self.directory / f"{key}{mark}"
         with contextlib.suppress(FileNotFoundError, ValueError):
             if _age_s(path) < _DAY_S:
@@ -317,7 +317,10 @@ class TemplateStore:
             return None
 
     def _make(self) -> None:
-        for place in (self.directory.parent, self.directory):  # the state of sandboxes may be beside it
+        for place in (
+            self.directory.parent,
+            self.directory,
+        ):  # the state of sandboxes may be in the same directory
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._check()
 
@@ -350,10 +353,10 @@ class TemplateStore:
 
 
 def remove_remains(place: Path) -> list[str]:
-    """Undo a build: what its ledger tells of, if it has come so far, and its directory.
+    """Undo a build: the entries of its ledger, if there is one, and its directory.
 
     :param place: the directory.
-    :returns: what could not be undone and why, one line each; then its ledger stays.
+    :returns: what could not be undone and why, one line each; the ledger stays in that case.
     """
     with contextlib.suppress(FileNotFoundError):
         ledger = Ledger(str(place))

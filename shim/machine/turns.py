@@ -1,7 +1,7 @@
-"""Turns: at any time, only as many machines of a host work on a start as the host has processors for.
+"""Turns: only as many machines work on a start at the same time as the host has processors.
 
-A start under emulation takes little but processor time. Machines that share a processor take longer together
-than one after the other: after each switch a machine has a timer interrupt to serve and caches to refill.
+A start under emulation needs mostly processor time. Machines that share a processor take longer together than
+one after another, because each switch costs a timer interrupt and cold caches.
 
 The turns are FIFOs in a directory. A process that has a turn has its FIFO locked and open for writing. A
 process that waits has all of them open for reading, and the kernel tells it when a writer is gone, even if
@@ -30,17 +30,17 @@ log = logging.getLogger(__name__)
 
 DIRECTORY = Path("/run/hako/turns")
 _PATIENCE_S = 60.0
-"""After this wait a machine goes on without a turn. The kubelet gives a pod two minutes."""
+"""After this wait, a machine continues without a turn. The kubelet gives a pod two minutes."""
 _LONGEST_S = 10.0
-"""A turn ends after this, even if its work has not: machines that hang must not keep the others waiting."""
+"""A turn ends after this time, even if its work has not ended: hanging machines must not block others."""
 
 
 @contextlib.asynccontextmanager
 async def turn_of(accelerator: Accelerator, *, lane: str, given_up: asyncio.Event) -> AsyncIterator[None]:
-    """Do the block when the host has a processor for it; for work of a guest that a client waits for.
+    """Run the block when the host has a processor for it; for work of a guest that a client waits for.
 
     :param accelerator: how the guest's instructions are run; only emulation has turns.
-    :param lane: of the timeline, where the wait is noted.
+    :param lane: the lane of the timeline in which the wait is recorded.
     :param given_up: ends the wait once it is set.
     """
     if accelerator is not Accelerator.TCG:
@@ -55,11 +55,11 @@ async def turn_of(accelerator: Accelerator, *, lane: str, given_up: asyncio.Even
 
 @contextlib.asynccontextmanager
 async def turn(directory: Path, *, at_once: int, given_up: asyncio.Event) -> AsyncIterator[None]:
-    """Wait for a turn and keep it for the block, but for ten seconds at most.
+    """Wait for a turn and keep it for the block, but at most for ten seconds.
 
     Turns only save time, so the block always runs, without a turn if the wait is too long or fails.
 
-    :param directory: where the turns are; made if need be.
+    :param directory: the directory of the turns; it is made if necessary.
     :param at_once: how many there are.
     :param given_up: ends the wait once it is set.
     """
@@ -81,13 +81,13 @@ async def turn(directory: Path, *, at_once: int, given_up: asyncio.Event) -> Asy
 
 
 async def _wait(directory: Path, *, at_once: int, given_up: asyncio.Event) -> int | None:
-    """Return the descriptor whose closing ends the turn; none if the wait was too long."""
+    """Return the descriptor that ends the turn when it is closed; None if the wait was too long."""
     paths = _make(directory, at_once)
     held = _take_any(paths)
     if held is not None:
         return held
     with contextlib.ExitStack() as stack:
-        # Open before the next look: no end of a turn can be missed from here on.
+        # Opened before the next attempt, so that no end of a turn can be missed from here on.
         writers = [os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) for path in paths]
         for writer in writers:
             stack.callback(os.close, writer)
@@ -109,7 +109,7 @@ def _make(directory: Path, count: int) -> list[str]:
 
 def _take_any(paths: Iterable[str]) -> int | None:
     for path in paths:
-        # For reading, too: opening a FIFO without a reader for writing alone would block.
+        # For reading, too: opening a FIFO only for writing would block without a reader.
         descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

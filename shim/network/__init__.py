@@ -1,1 +1,1 @@
-"""The pod's network, given to its machine: each interface of the namespace becomes a network card."""
+"""Gives the pod's network to its machine: each interface of the namespace becomes a network card."""

@@ -1,4 +1,4 @@
-"""Notice changes of a network namespace: of its interfaces, addresses, routes and rules.
+"""Detects changes of a network namespace: of its interfaces, addresses, routes and rules.
 
 The messages are not decoded: after a change, the namespace is scanned again.
 """
@@ -17,15 +17,13 @@ _NEIGHBOURS = 0x4
 _ADDRESSES = 0x10 | 0x100  # IPv4, IPv6
 _ROUTES = 0x40 | 0x400
 _RULES = 0x80 | 0x40000
-_SETTINGS = (
-    0x800000 | 0x1000000
-)  # of the kernel parameters only some are reported, such as forwarding and rp_filter
+_SETTINGS = 0x800000 | 0x1000000  # the kernel reports only some parameters, such as forwarding and rp_filter
 _RULES_OF_FILTERS = 0x40  # linux/netfilter/nfnetlink.h, NFNLGRP_NFTABLES
 _NETLINK_NETFILTER = 12
 
 
 class Changes:
-    """The changes of the namespace of the thread that makes this, from then on."""
+    """Changes in the namespace of the thread that makes this object, from then on."""
 
     def __init__(self) -> None:
         groups = _LINKS | _NEIGHBOURS | _ADDRESSES | _ROUTES | _RULES | _SETTINGS
@@ -49,7 +47,7 @@ class Changes:
                     _take(each)
 
     def close(self) -> None:
-        """Stop noticing; no call of :meth:`wait` may be under way."""
+        """Stop; no call of :meth:`wait` may be in progress."""
         for each in self._sockets:
             each.close()
 
@@ -69,5 +67,7 @@ def _take(opened: socket.socket) -> None:
     try:
         opened.recv(_MESSAGE_BYTES)
     except OSError as error:
-        if error.errno != errno.ENOBUFS:  # there were more than the kernel keeps, and more may follow
+        if (
+            error.errno != errno.ENOBUFS
+        ):  # there were more messages than the kernel keeps, and more may follow
             raise

@@ -1,8 +1,8 @@
-"""Netlink messages to plan: which interfaces are taken, and what of their configuration was set on purpose.
+"""Netlink messages to plan: chooses the interfaces, and the configuration that was set on purpose.
 
 Pure: the messages are mappings as :mod:`shim.network.rtnetlink` decodes them. Entries that the kernel made
-are left out, because the guest's kernel makes them as well. If the pod's namespace lacks one of them, the
-guest's kernel is kept from making it. The numbers are those of rtnetlink(7) and linux/rtnetlink.h.
+are left out, because the guest's kernel makes them, too. If the pod's namespace lacks one of them, the
+guest's kernel is prevented from making it. The numbers are those of rtnetlink(7) and linux/rtnetlink.h.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def decode(
     neighbours: Iterable[Message],
     rules: Iterable[bytes] = (),
 ) -> NetworkPlan:
-    """Decide which parts of a namespace the guest gets.
+    """Choose the parts of a namespace that the guest gets.
 
     :param rules: bodies of the kernel's messages; an empty list stands for the usual rules.
     :raises InvalidArgument: if an interface is up that cannot be connected to a machine.
@@ -171,7 +171,7 @@ def _loopback_addresses(
 
 
 def _in_order(addresses: Iterable[Address]) -> tuple[Address, ...]:
-    """Put addresses into the order in which they were added: the kernel lists the latest of IPv6 first."""
+    """Sort addresses by the time when they were added: the kernel lists the latest IPv6 address first."""
     listed = [*addresses]
     return (
         *(each for each in listed if each.interface.version == 4),
@@ -184,7 +184,7 @@ _ALWAYS = {("127.0.0.1", 8), ("::1", 128)}
 
 
 def _own_address(message: Message) -> str:
-    # Without a peer, IPv6 has IFA_ADDRESS only; with one, IFA_ADDRESS is the peer's.
+    # Without a peer, IPv6 has only IFA_ADDRESS; with one, IFA_ADDRESS is the peer's.
     return str(_attribute(message, "IFA_LOCAL") or _attribute(message, "IFA_ADDRESS"))
 
 
@@ -203,7 +203,7 @@ def _address(message: Message, *, made: set[tuple[int, Network]]) -> Address:
     leads_to = ip_interface(f"{peer}/{message['prefixlen']}").network
     return Address(
         interface=interface,
-        # Otherwise the guest's kernel would take the whole prefix for reachable on the link.
+        # Otherwise the guest's kernel would consider the whole prefix reachable on the link.
         has_route=not message["flags"] & _IFA_F_NOPREFIXROUTE
         and ((is_whole and not has_peer) or (message["index"], leads_to) in made),
         peer=peer if has_peer else "",
@@ -231,7 +231,7 @@ def _is_of_kernel(route: Message) -> bool:
 def _is_wanted_route(route: Message) -> bool:
     if route["proto"] == _RTPROT_REDIRECT or route["flags"] & _RTM_F_CLONED:
         return False
-    # The kernel itself makes the local table and the routes that catch the rest of IPv6; others were added.
+    # The kernel itself makes the local table and IPv6's catch-all routes; others were added on purpose.
     is_own = _table(route) == _RT_TABLE_LOCAL or route["type"] in NOWHERE
     return not (is_own and route["proto"] == _RTPROT_KERNEL)
 
@@ -271,7 +271,7 @@ def _route(route: Message, *, names: Mapping[int, str], unserved: list[str]) -> 
         attributes=_further_attributes(route, metrics),
     )
     if why:
-        # Without this route the traffic would take another way.
+        # Without this route, the traffic would take another route.
         unserved.append(f"{decoded}: {why}; the guest has an unreachable route instead")
         return replace(decoded, type=_RTN_UNREACHABLE, hops=(), source="", scope=0, mtu=0, attributes=b"")
     return decoded
@@ -279,7 +279,7 @@ def _route(route: Message, *, names: Mapping[int, str], unserved: list[str]) -> 
 
 def _next_hops(route: Message, *, names: Mapping[int, str]) -> tuple[NextHop, ...]:
     ways = _attribute(route, "RTA_MULTIPATH") or [
-        # A single way is written in the message itself, with the same attributes that each of several has.
+        # A single next hop is in the message itself, with the same attributes as each of several.
         {"oif": _attribute(route, "RTA_OIF"), "hops": 0, "flags": route["flags"], "attrs": route["attrs"]}
     ]
     return tuple(

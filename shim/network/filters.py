@@ -1,7 +1,7 @@
-"""Find what else works on packets in a namespace but never sees the guest's packets.
+"""Finds software that handles packets in a namespace but never sees the guest's packets.
 
-An interface is connected to its tap before the namespace's own stack has a packet, so that neither netfilter
-nor IPVS nor IPsec works on it. Sources: linux/netfilter/nf_tables.h, linux/netfilter/x_tables.h,
+Traffic control redirects a packet to the tap before it reaches the namespace's own stack, so neither
+netfilter nor IPVS nor IPsec sees it. Sources: linux/netfilter/nf_tables.h, linux/netfilter/x_tables.h,
 linux/netfilter_ipv4/ip_tables.h, linux/xfrm.h, and /proc/net.
 """
 
@@ -39,11 +39,11 @@ _ACCEPT = -2
 _ERROR = b"ERROR"
 _IPVS_HEADER_LINES = 3
 _DOCKERS_OWN = b"DOCKER_"
-"""Docker's names of the chains that lead to its resolver; the guest reaches it in another way."""
+"""Docker's chains for its resolver, which the guest reaches in another way."""
 
 
 def find() -> list[str]:
-    """List the filters in the calling thread's namespace, a line each."""
+    """List the filters in the calling thread's namespace, one line each."""
     found = []
     if _has_nftables_rules():
         found.append("packet filter (nftables or iptables-nft)")
@@ -70,7 +70,7 @@ def _lines(name: str) -> list[str]:
 
 def _dump(protocol: int, kind: int, request: bytes) -> list[bytes]:
     if protocol not in {int(line.split()[1]) for line in _lines("netlink")[1:]}:
-        return []  # it is not in use, and asking would load its module
+        return []  # it is not in use, and a request would load its module
     try:
         with Netlink(protocol) as netlink:
             return netlink.dump(kind, request)
@@ -119,7 +119,7 @@ def _has_legacy_rules(family: int, table: str, *, offsets_at: int) -> bool:
 
 
 def has_rules(entries: bytes, *, policies: Collection[int], offsets_at: int) -> bool:
-    """Tell whether a table of the old kind does anything but accept.
+    """Tell whether a legacy table does anything but accept.
 
     Its own chains come first, each with its policy last; then those of users, each after an entry that names
     it.

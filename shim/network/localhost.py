@@ -1,8 +1,8 @@
-"""Lead connections to localhost in the pod's namespace to localhost in the guest, for port forwarding.
+"""Redirects connections to localhost in the pod's namespace to localhost in the guest, for port forwarding.
 
 containerd forwards a port by entering the pod's namespace and connecting to 127.0.0.1. Nothing listens there:
-the pod's processes are in the guest. So the first tap gets a route to 127.0.0.1 in front of the kernel's own,
-and an address for the answers to come back to, which the guest reaches over the link. Routes, address and
+the pod's processes are in the guest. So the first tap gets a route to 127.0.0.1 with precedence over the
+kernel's own, and an address for the answers, which the guest reaches over the link. Routes, address and
 neighbour disappear with the tap. In IPv6, ::1 cannot leave a host.
 
 The kernel does all of this: see route_localnet and accept_local in its ip-sysctl.rst, ip-route(8) and
@@ -40,7 +40,7 @@ _ETH_P_8021Q = 0x8100
 _ETH_P_8021AD = 0x88A8
 _PASSED = 0x10001  # a class that does not exist: the packet goes up the namespace's stack as usual
 _EVERYTHING = "0x0/0x0+0"
-_IS_IPV4 = "0x40000000/0xf0000000+0"  # the version; every other protocol has other bits there
+_IS_IPV4 = "0x40000000/0xf0000000+0"  # the IP version; other protocols have other bits there
 _TO_HOST_SIDE = "0xa9fefffe/0xffffffff+16"
 _TO_RESOLVER = "0x7f00000b/0xffffffff+16"
 _TO_LOOPBACK = "0x7f000000/0xff000000+16"
@@ -51,9 +51,9 @@ _SCOPE_LINK = 253
 
 
 def lead_to_guest(netlink: IPRoute, *, endpoint: Endpoint, tap: int, tap_name: str) -> None:
-    """Send packets for localhost in the calling thread's namespace to the guest, and no other local ones.
+    """Send packets for localhost, but no other local ones, from the calling thread's namespace to the guest.
 
-    :param endpoint: whose packets go to the tap, too.
+    :param endpoint: the interface whose packets also go to the tap.
     :param tap: the index of the tap, which has an ingress queueing discipline but no filters yet.
     :raises NetlinkError: if the kernel refuses.
     """
@@ -64,9 +64,9 @@ def lead_to_guest(netlink: IPRoute, *, endpoint: Endpoint, tap: int, tap_name: s
     except OSError as error:
         log.warning("network: %s: %s: ports will not be forwarded", settings, error.strerror)
         return
-    # The guest's localhost listens on this link, so only this host may speak to it there. Packets from
-    # outside go up the namespace's stack, which drops them as a kernel does. So do packets with a VLAN tag:
-    # a guest would look below tags that say nothing, as a filter cannot.
+    # The guest's localhost listens on this link, so only this host may reach it there. Packets from outside
+    # go up the namespace's stack, which drops them as a kernel does. So do packets with a VLAN tag, because a
+    # guest would look below tags without meaning, which a filter cannot.
     _pass(netlink, interface=endpoint.index, priority=1, keys=[_IS_IPV4, _TO_LOOPBACK])
     _pass(netlink, interface=endpoint.index, priority=2, protocol=_ETH_P_8021Q, keys=[_EVERYTHING])
     _pass(netlink, interface=endpoint.index, priority=3, protocol=_ETH_P_8021AD, keys=[_EVERYTHING])
@@ -86,10 +86,10 @@ def lead_to_guest(netlink: IPRoute, *, endpoint: Endpoint, tap: int, tap_name: s
 
 
 def way_to(address: str, *, interface: str) -> tuple[Route, Neighbour]:
-    """Describe how the guest's localhost speaks over a link to an address of the namespace.
+    """Describe how the guest's localhost reaches an address of the namespace over a link.
 
     :param address: the host's side, to answer it; or the resolver, to ask it.
-    :param interface: the name of the endpoint whose tap it is.
+    :param interface: the name of the tap's endpoint.
     """
     route = Route(
         destination=ip_network(address),

@@ -1,4 +1,4 @@
-"""Plan to the guest agent's messages: Kata's protocol, with Hako's fields for attributes that it lacks."""
+"""Converts the plan to messages for the guest's agent: Kata's, with Hako's fields for missing attributes."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _FAMILIES = {4: types_pb2.IPFamily.v4, 6: types_pb2.IPFamily.v6}
 
 
 def interface(endpoint: Endpoint, *, pci_path: str) -> types_pb2.Interface:
-    """Describe the card that stands for an endpoint.
+    """Describe an endpoint's card.
 
-    :param pci_path: where the guest finds the card.
+    :param pci_path: the card's PCI path in the guest.
     """
     return types_pb2.Interface(
         device=endpoint.name,
@@ -61,9 +61,9 @@ def loopback(addresses: Iterable[Address], *, mtu: int) -> types_pb2.Interface:
 
 
 def routes(planned: Iterable[Route]) -> agent_pb2.Routes:
-    """Put routes into the order in which an agent can add them one by one.
+    """Sort routes so that an agent can add them one by one.
 
-    A gateway is reachable only once the routes without one exist. An agent that does not know metrics
+    A gateway is reachable only once the routes without a gateway exist. An agent that does not know metrics
     keeps the last of the routes to a destination, so the one with the lowest metric comes last.
     """
     ordered = sorted(planned, key=lambda route: (any(hop.gateway for hop in route.hops), -route.metric))
@@ -71,7 +71,7 @@ def routes(planned: Iterable[Route]) -> agent_pb2.Routes:
 
 
 def rules(planned: Iterable[Rule] | None) -> extensions_pb2.Rules:
-    """Describe all rules that the guest shall have; None stands for those of a new namespace."""
+    """Describe all rules of the guest; None stands for the rules of a new namespace."""
     chosen = USUAL if planned is None else planned
     return extensions_pb2.Rules(
         rules=[extensions_pb2.Rule(body=rule.body, text=rule.text) for rule in chosen]
@@ -79,12 +79,12 @@ def rules(planned: Iterable[Rule] | None) -> extensions_pb2.Rules:
 
 
 def settings(planned: Iterable[tuple[str, str]]) -> extensions_pb2.Settings:
-    """Describe all kernel parameters that the guest shall have."""
+    """Describe all kernel parameters of the guest."""
     return extensions_pb2.Settings(values=dict(planned))
 
 
 def neighbours(planned: Iterable[Neighbour]) -> agent_pb2.ARPNeighbors:
-    """Describe fixed neighbours, and addresses that are answered for as a proxy."""
+    """Describe permanent neighbours and proxy entries."""
     return agent_pb2.ARPNeighbors(
         ARPNeighbors=[
             types_pb2.ARPNeighbor(
@@ -103,9 +103,9 @@ def neighbours(planned: Iterable[Neighbour]) -> agent_pb2.ARPNeighbors:
 
 
 def for_stock_agent(plan: NetworkPlan, *, former: NetworkPlan) -> NetworkPlan:
-    """Leave out of a plan what Kata's protocol cannot express, and note that in it.
+    """Remove the parts of a plan that Kata's protocol cannot express, and list them in it.
 
-    :param former: the plan that the agent was given before.
+    :param former: the plan that the agent got before.
     """
     routes: list[Route] = []
     unserved = list(plan.unserved)
@@ -113,7 +113,7 @@ def for_stock_agent(plan: NetworkPlan, *, former: NetworkPlan) -> NetworkPlan:
         if route.table != _RT_TABLE_MAIN or route.tos or route.senders:
             unserved.append(f"{route}: this guest's agent knows the main table only")
         elif route.type in NOWHERE:
-            # The loopback drops packets for other addresses than its own.
+            # The loopback drops packets that are not for its own addresses.
             hops = (NextHop(interface=LOOPBACK),)
             routes.append(replace(route, type=_RTN_UNICAST, hops=hops))
         elif route.type != _RTN_UNICAST:
@@ -132,7 +132,7 @@ def for_stock_agent(plan: NetworkPlan, *, former: NetworkPlan) -> NetworkPlan:
 
 def _address(address: Address, *, interface: str) -> types_pb2.IPAddress:
     network = address.interface.network
-    # An agent that gets the mask alone has its kernel make a route of it.
+    # If an agent gets only the mask, its kernel makes a route from it.
     mask = network.prefixlen if address.has_route and not address.peer else network.max_prefixlen
     whole = types_pb2.IPAddress(
         family=_FAMILIES[network.version], address=str(address.interface.ip), mask=str(mask)

@@ -1,6 +1,6 @@
 """The network namespace of a sandbox, which is the pod's or a new one, and work inside it.
 
-Only a thread enters it, and never leaves it: the process stays where it was, also after a failure.
+Only a thread enters it, and never leaves it: the process stays in its own namespace, even after a failure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-JOB_TIMEOUT_S = 60.0  # netlink answers in milliseconds, but a busy host may take long before it asks
+JOB_TIMEOUT_S = 60.0  # netlink answers in milliseconds, but on a busy host the request may be late
 _THREADS = "network namespace"
 
 
@@ -29,7 +29,7 @@ class NetworkNamespace:
     """An open network namespace.
 
     :param descriptor: the namespace; closed by :meth:`close`.
-    :param wanted_path: the path that was asked for; None if it is the sandbox's own.
+    :param wanted_path: the requested path; None for the sandbox's own namespace.
     """
 
     def __init__(self, descriptor: int, *, wanted_path: Path | None) -> None:
@@ -44,10 +44,10 @@ class NetworkNamespace:
 
     @classmethod
     async def open(cls, wanted: WantedNamespace) -> Self:
-        """Open the namespace that is wanted, or make it.
+        """Open the wanted namespace, or make it.
 
         :raises InvalidArgument: if there is none at the path, or it is the host's.
-        :raises Internal: if no new one can be made.
+        :raises Internal: if a new one cannot be made.
         """
         if wanted.path is None:
             return cls(await _make(), wanted_path=None)
@@ -58,7 +58,7 @@ class NetworkNamespace:
             raise InvalidArgument(
                 f"network: namespace {wanted.path}: {reason}; make it before the container"
             ) from error
-        if os.path.samestat(os.fstat(descriptor), os.stat("/proc/self/ns/net")):  # noqa: PTH116 - as its pair
+        if os.path.samestat(os.fstat(descriptor), os.stat("/proc/self/ns/net")):  # noqa: PTH116 - like os.fstat above
             os.close(descriptor)
             raise InvalidArgument(
                 f"network: namespace {wanted.path}: it is the host's own, which a machine cannot share; "
@@ -68,7 +68,7 @@ class NetworkNamespace:
 
     @property
     def path(self) -> Path:
-        """A path by which any process may enter it as long as it is open, even if its own path is gone."""
+        """A path by which any process may enter it while it is open, even if its own path is gone."""
         return Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
 
     @property

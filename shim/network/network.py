@@ -1,7 +1,7 @@
 """The network of one sandbox: every interface of its namespace becomes a card of its machine.
 
-The namespace's side needs no machine and is done during the boot; the machine's side follows once the agent
-answers. A step that fails undoes all that it did.
+The namespace's side needs no machine, so it is done during the boot. The machine's side follows once the
+agent answers. A step that fails undoes everything that it did.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _UNKNOWN = NetworkPlan(rules=(), neighbours=(Neighbour(interface="", ip=""),), settings=(("", ""),))
-"""The state after a failure: no scan equals it."""
+"""The state after a failure, which no scan equals."""
 
 UNPLUG_TIMEOUT_S = 5.0  # the guest answers within milliseconds, or never
 
 
 @dataclass(slots=True, kw_only=True)
 class _Connection:
-    """An endpoint, the tap that it is connected to, and the card that the machine has of it."""
+    """An endpoint, its tap, and its card in the machine."""
 
     endpoint: Endpoint
     record: int | None
@@ -67,7 +67,7 @@ class _Connection:
             self.connected = False
 
     def close_queues(self) -> None:
-        """Close this process's descriptors: the tap lives on if the machine has some."""
+        """Close this process's descriptors; the tap stays if the machine has some."""
         for descriptor in self.queues:
             os.close(descriptor)
         self.queues = ()
@@ -76,8 +76,8 @@ class _Connection:
 class Network:
     """The network of one sandbox.
 
-    :param namespace: whose interfaces the machine gets.
-    :param ledger: where everything that must be undone is written down.
+    :param namespace: the namespace whose interfaces the machine gets.
+    :param ledger: where everything that must be undone is recorded.
     :param queues: how many packets each card can move at once: one for each processor of the machine.
     """
 
@@ -94,7 +94,7 @@ class Network:
 
     @classmethod
     async def open(cls, wanted: WantedNamespace, *, ledger: Ledger, queues: int) -> Self:
-        """Open the namespace that is wanted, or make it; nothing in it is changed.
+        """Open the wanted namespace, or make it; nothing in it is changed.
 
         :raises ShimError: if there is none, or it is the host's.
         """
@@ -139,15 +139,15 @@ class Network:
                 raise
 
     async def rescan(self, *, vm: Hypervisor, agent: Agent) -> None:
-        """Let the machine follow what changed in the namespace: interfaces that came, went or changed.
+        """Let the machine follow changes in the namespace: interfaces that were added, removed or changed.
 
-        :raises ShimError: if the machine cannot have a new interface; the interface is left alone then.
+        :raises ShimError: if the machine cannot have a new interface, which then stays unconnected.
         """
         async with self._lock:
-            if not self._changes.done():  # from before the scan, so that there is no gap
+            if not self._changes.done():  # opened before the scan, so that no change is missed
                 self._changes.set_result(await self._namespace.run(Changes))
             plan = await self._namespace.run(scan)
-            if self._forwarder is not None:  # Docker may be away for a while
+            if self._forwarder is not None:  # Docker may be down for a while
                 plan = replace(plan, has_resolver=True)
             if plan == self._plan:
                 return
@@ -158,7 +158,7 @@ class Network:
             gone = [each for index, each in self._connections.items() if index not in same]
             await self._remove(gone, vm=vm)
             new = await self._connect(e for e in plan.endpoints if e.index not in same)
-            if new:  # settings of a former card of the same name are gone with it
+            if new:  # settings of an earlier card of the same name disappeared with it
                 former = replace(former, settings=_UNKNOWN.settings)
             try:
                 changed = [e for e in plan.endpoints if e != known.get(e.index)]
@@ -170,12 +170,12 @@ class Network:
             self._plan = plan
 
     async def changed(self) -> None:
-        """Wait until the namespace has changed since the first rescan, or since this returned last."""
+        """Wait until the namespace has changed since the first rescan, or since this method's last return."""
         changes = await asyncio.shield(self._changes)
         await changes.wait()
 
     async def detach(self) -> None:
-        """Restore the namespace and leave it, now that the machine is gone."""
+        """Restore the namespace and leave it, after the end of the machine."""
         async with self._lock:
             await self._remove(self._connections.values(), vm=None)
             if self._forwarder is not None:
@@ -208,7 +208,7 @@ class Network:
         return made
 
     async def _remove(self, connections: Iterable[_Connection], *, vm: Hypervisor | None) -> None:
-        """Take endpoints from the machine, if there is one, and restore them."""
+        """Remove endpoints from the machine, if there is one, and restore them."""
         for connection in list(connections):
             if connection.pci_path and vm is not None:
                 try:
@@ -218,7 +218,7 @@ class Network:
             connection.pci_path = ""
             try:
                 await self._namespace.run(connection.disconnect)
-            except (OSError, ShimError) as error:  # it stays on record
+            except (OSError, ShimError) as error:  # it stays in the ledger
                 log.warning("network: %s: it stays redirected: %s", connection.endpoint.name, error)
             else:
                 if connection.record is not None:
@@ -227,7 +227,7 @@ class Network:
             del self._connections[connection.endpoint.index]
 
     async def _bring_up(self, endpoints: Iterable[Endpoint], *, vm: Hypervisor, agent: Agent) -> None:
-        """Plug the cards that the machine does not have yet, and have the guest set each up."""
+        """Plug the cards that the machine does not have yet, and let the guest set up each of them."""
         for endpoint in endpoints:
             connection = self._connections[endpoint.index]
             if not connection.pci_path:
@@ -242,9 +242,9 @@ class Network:
             connection.endpoint = endpoint
 
     async def _configure(self, plan: NetworkPlan, *, former: NetworkPlan, agent: Agent) -> None:
-        """Have the guest set up everything but its cards.
+        """Let the guest set up everything except its cards.
 
-        :param former: its former state.
+        :param former: its previous state.
         """
         if not agent.is_hako:
             plan = messages.for_stock_agent(plan, former=former)
@@ -274,7 +274,7 @@ class Network:
             await agent.add_arp_neighbors(messages.neighbours(neighbours))
 
     def _warn(self, unserved: Iterable[str]) -> None:
-        """Log once per sandbox what its guest cannot have of the namespace."""
+        """Log once for each sandbox which parts of the namespace its guest cannot have."""
         for each in unserved:
             if each not in self._warned:
                 self._warned.add(each)

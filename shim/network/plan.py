@@ -1,4 +1,4 @@
-"""The description of a pod's network as its guest shall have it: values, no I/O."""
+"""The description of a pod's network for its guest: values, no I/O."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 NOWHERE = frozenset({6, 7, 8, 9})
-"""The types of routes that lead nowhere: blackhole, unreachable, prohibit and throw."""
+"""The types of routes without a destination: blackhole, unreachable, prohibit and throw."""
 
 _TYPES = dict(
     enumerate(
@@ -28,14 +28,14 @@ class Address:
     """An address of an interface.
 
     :param interface: the address, with the length of its prefix.
-    :param has_route: whether the kernel has made a route to the prefix; then the guest's does too.
+    :param has_route: whether the kernel has made a route to the prefix; then the guest's kernel does so, too.
     :param peer: the address at the other end of a point-to-point link; empty if there is none.
     :param broadcast: empty if there is none.
     :param label: the name under which it is listed.
     :param scope: as rtnetlink(7) numbers it.
-    :param flags: those of the IFA_F_* bits that were set on purpose.
-    :param metric: of the route to the prefix; 0 for the kernel's default.
-    :param is_deprecated: whether it serves old connections only.
+    :param flags: the IFA_F_* bits that were set on purpose.
+    :param metric: the metric of the route to the prefix; 0 for the kernel's default.
+    :param is_deprecated: whether it serves only old connections.
     """
 
     interface: IPv4Interface | IPv6Interface
@@ -62,7 +62,7 @@ class Endpoint:
     :param kind: ``veth``, ``macvlan``, ``macvtap`` or ``tap``.
     :param mac: its hardware address, also that of the guest's card.
     :param mtu: in bytes.
-    :param arp: whether neighbours are looked up on it.
+    :param arp: whether it uses neighbour discovery.
     :param addresses: in order: the first of a prefix is the primary one.
     :param flags: IFF_PROMISC and IFF_ALLMULTI, if they are set.
     """
@@ -79,12 +79,12 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextHop:
-    """One way of a route.
+    """One next hop of a route.
 
     :param interface: the name of the endpoint it leaves by.
     :param gateway: an address of either family; empty if the destination is on the link.
     :param onlink: whether the gateway is on the link although no route says so.
-    :param weight: its share of the traffic among the ways of the route, at least 1.
+    :param weight: its share of the traffic among the route's next hops, at least 1.
     """
 
     interface: str
@@ -102,13 +102,13 @@ class Route:
     :param type: RTN_*: unicast, blackhole, local and so on.
     :param table: 254 is the main one.
     :param source: the preferred source address; empty for the kernel's choice.
-    :param senders: the prefix of the source addresses that it is for (IPv6); empty for all.
+    :param senders: the prefix of the source addresses that it matches (IPv6); empty for all.
     :param scope: RT_SCOPE_*.
-    :param tos: the type of service that it is for; 0 for all.
-    :param protocol: RTPROT_*: what made it.
-    :param metric: the lowest wins among routes to one destination; 0 for the kernel's default.
+    :param tos: the type of service that it matches; 0 for all.
+    :param protocol: RTPROT_*: its origin.
+    :param metric: the lowest takes precedence among routes to a destination; 0 for the kernel's default.
     :param mtu: in bytes; 0 for the interface's.
-    :param attributes: further ones, as the kernel's message has them.
+    :param attributes: more attributes, as in the kernel's message.
     """
 
     destination: IPv4Network | IPv6Network
@@ -139,7 +139,7 @@ class Route:
 class Rule:
     """A rule that chooses the routing table for a packet.
 
-    :param body: of the kernel's message.
+    :param body: the body of the kernel's message.
     :param text: its description in messages.
     """
 
@@ -149,11 +149,11 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Neighbour:
-    """A neighbour with a fixed hardware address, or an address that is answered for as a proxy.
+    """A permanent neighbour, or a proxy entry, for which the namespace answers.
 
-    :param interface: the name of the endpoint where it is, or where it is answered for.
+    :param interface: the name of its endpoint.
     :param ip: its address.
-    :param mac: its hardware address; empty for one that is answered for.
+    :param mac: its hardware address; empty for a proxy entry.
     """
 
     interface: str
@@ -166,11 +166,11 @@ class NetworkPlan:
     """The guest's whole network, as one scan of the namespace found it.
 
     :param loopback: addresses of ``lo`` beside the kernel's own.
-    :param loopback_mtu: of ``lo``, in bytes; 0 for the kernel's default.
+    :param loopback_mtu: the MTU of ``lo``, in bytes; 0 for the kernel's default.
     :param rules: in order; None if they are those that every namespace begins with.
     :param settings: kernel parameters below ``net/`` that differ from those of a new namespace.
     :param has_resolver: whether it has Docker's resolver.
-    :param unserved: the parts that the guest cannot have, a line each.
+    :param unserved: the parts that the guest cannot have, one line each.
     """
 
     endpoints: tuple[Endpoint, ...] = ()

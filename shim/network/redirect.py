@@ -1,4 +1,4 @@
-"""Connect an interface of a namespace to a tap: every packet that arrives on one leaves by the other.
+"""Connects an interface of a namespace to a tap: every packet that arrives on one leaves by the other.
 
 Traffic control does it in the kernel, with an ingress filter on each that matches everything, because a
 bridge would need its own address and would learn, age and filter. All of this runs in a thread that is in the
@@ -36,10 +36,10 @@ def connect(endpoint: Endpoint, *, queues: int, has_localhost: bool = False) -> 
     """Connect an interface to a new tap; the connection ends with :func:`remove_ingress` and the tap.
 
     :param queues: how many packets the tap can move at once.
-    :param has_localhost: lead connections to localhost in the namespace to the machine.
+    :param has_localhost: redirect connections to localhost in the namespace to the machine.
     :returns: the descriptors of the tap, one for each queue; the tap is gone when all are closed.
-    :raises FailedPrecondition: if the interface is connected already; it stays as it was.
-    :raises Internal: if the kernel refuses; the interface is as it was.
+    :raises FailedPrecondition: if the interface is already connected; it is unchanged.
+    :raises Internal: if the kernel refuses; the interface is unchanged.
     """
     try:
         return _connect(endpoint, queues=queues, has_localhost=has_localhost)
@@ -56,7 +56,7 @@ def connect(endpoint: Endpoint, *, queues: int, has_localhost: bool = False) -> 
 
 
 def try_out() -> None:
-    """Try it: connect an interface made for this, in a namespace made for this.
+    """Test a connection with a temporary interface in a temporary namespace.
 
     :raises Internal: if this host's kernel cannot.
     """

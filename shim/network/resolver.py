@@ -1,11 +1,11 @@
-"""Carry the guest's queries to Docker's resolver on a loopback address of the namespace.
+"""Forwards the guest's queries to Docker's resolver on a loopback address of the namespace.
 
 In networks that a user has made, Docker writes ``nameserver 127.0.0.11`` into resolv.conf and answers there
 for the names of containers. The guest sends its questions to that address over the first link, from its
-localhost, and gets the answers the same way. A socket of the shim passes them on, because packets that come
-over a link bypass the rules by which Docker redirects a process's questions to its own port.
+localhost, and gets the answers the same way. A socket of the shim forwards them, because packets from a link
+bypass the rules by which Docker redirects a process's queries to its own port.
 
-Only UDP is carried: an answer that does not fit stays truncated. The layout of /proc/net/tcp is in Linux'
+Only UDP is forwarded: an answer that does not fit stays truncated. The layout of /proc/net/tcp is in Linux'
 proc_net_tcp.rst; that of a message in RFC 1035, 4.1.1.
 """
 
@@ -42,7 +42,7 @@ def is_there() -> bool:
 
 
 class Forwarder:
-    """Passes questions on, in the namespace of the thread that makes it.
+    """Forwards queries in the namespace of the thread that makes this object.
 
     :raises OSError: if the resolver's port is taken.
     """
@@ -57,19 +57,19 @@ class Forwarder:
         self._number = 0
 
     def _reach(self) -> None:
-        # The kernel redirects everything from one port to where the first packet went: only another port
-        # reaches a resolver that was restarted.
+        # The kernel redirects everything from one port to the destination of the first packet, so only
+        # another port reaches a restarted resolver.
         kernel.disconnect(self._resolver.fileno())
         self._resolver.connect((RESOLVER, PORT))
 
     def start(self) -> None:
-        """Begin to pass questions on, in the running loop."""
+        """Start to forward queries in the running loop."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._guest, self._ask)
         loop.add_reader(self._resolver, self._answer)
 
     def close(self) -> None:
-        """Stop passing questions on."""
+        """Stop forwarding queries."""
         loop = asyncio.get_running_loop()
         for each in (self._guest, self._resolver):
             loop.remove_reader(each)
@@ -78,7 +78,7 @@ class Forwarder:
     def _ask(self) -> None:
         try:
             question, sender = self._guest.recvfrom(_MESSAGE_BYTES)
-            # Only the guest speaks from there; this drops an own question that came back.
+            # Only the guest sends from there; this drops one of our own queries that came back.
             if sender[0] != LOCALHOST or len(question) < _HEADER_BYTES:
                 return
             # Two clients may have chosen the same number.
@@ -93,7 +93,7 @@ class Forwarder:
     def _send(self, question: bytes) -> None:
         try:
             self._resolver.send(question)
-        except ConnectionRefusedError:  # the one before was
+        except ConnectionRefusedError:  # the previous one was
             self._reach()
             self._resolver.send(question)
 

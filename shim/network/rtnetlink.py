@@ -1,8 +1,8 @@
-"""Ask the kernel for its tables over netlink, and read its answers.
+"""Reads the kernel's tables over netlink.
 
-pyroute2, which changes things, decodes every statistic of every message: to read a namespace took it 7.8 ms
-of processor time (median of 15), and takes 1.5 ms here. Each answer becomes a mapping: the fields of its
-header, and ``attrs``, names and values. Layout: linux/rtnetlink.h, if_link.h, if_addr.h, neighbour.h and
+pyroute2, which Hako uses for changes, decodes every statistic in every message: reading a namespace took it
+7.8 ms of processor time (median of 15), and takes 1.5 ms here. Each answer becomes a mapping: the fields of
+its header, and ``attrs``, names and values. Layout: linux/rtnetlink.h, if_link.h, if_addr.h, neighbour.h and
 fib_rules.h, see rtnetlink(7).
 """
 
@@ -168,7 +168,7 @@ def routes(netlink: Netlink) -> list[Message]:
 
 
 def neighbours(netlink: Netlink) -> list[Message]:
-    """List the neighbours, IPv4 and IPv6, and the addresses that the namespace answers for as a proxy."""
+    """List the neighbours, IPv4 and IPv6, and the proxy entries."""
     found = []
     for asked in (0, NTF_PROXY):
         for body in netlink.dump(RTM_GETNEIGH, _NEIGHBOUR.pack(socket.AF_UNSPEC, 0, 0, asked, 0)):

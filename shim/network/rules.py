@@ -1,6 +1,6 @@
-"""The rules that choose a routing table: which were set on purpose, and how to describe them.
+"""The rules that choose a routing table: finds those that were set on purpose, and describes them.
 
-They are handed to the guest as the kernel wrote them, since they name interfaces instead of numbering them.
+The guest gets them exactly as the kernel wrote them, because they identify interfaces by name.
 Pure. Layout: linux/fib_rules.h; the words are those of ip-rule(8).
 """
 
@@ -26,7 +26,7 @@ _SPORT_MASK, _DPORT_MASK = 28, 29
 _UNLIMITED = b"\xff\xff\xff\xff"
 _WHOLE_PORT = b"\xff\xff"
 _KNOWN = frozenset({1, 2, 3, 4, 6, 10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 21, 22, 23, 24})
-"""The attributes that every kernel since 4.17 knows. A kernel ignores an attribute that it does not know."""
+"""The attributes that every kernel since 4.17 knows. A kernel ignores unknown attributes."""
 _KERNEL = b"\x02"
 _FIRST = (
     (socket.AF_INET, 0, 255),
@@ -39,9 +39,9 @@ _FIRST = (
 
 
 def decode_rules(bodies: Iterable[bytes]) -> tuple[tuple[Rule, ...] | None, tuple[str, ...]]:
-    """Decide which rules the guest shall have.
+    """Choose the rules for the guest.
 
-    :param bodies: of the kernel's messages, in their order.
+    :param bodies: the bodies of the kernel's messages, in order.
     :returns: the rules, or None if they are those of a new namespace; and a line for each rule that the guest
         cannot have.
     """
@@ -67,7 +67,7 @@ def _says(kind: int, value: bytes) -> bool:
 
 def _normal(body: bytes, found: dict[int, bytes]) -> bytes:
     family, *lengths, tos, table, _, _, action, flags = _HEADER.unpack_from(body)
-    # The other flags say what the kernel thinks of the rule.
+    # The other flags describe the rule's state in this kernel.
     header = _HEADER.pack(family, *lengths, tos, table, 0, 0, action, flags & _INVERT)
     return header + b"".join(attribute(kind, value) for kind, value in sorted(found.items()))
 

@@ -1,4 +1,4 @@
-"""Read a network namespace: the parts that the guest gets, and those that it cannot have."""
+"""Reads a network namespace: the parts that the guest gets, and those that it cannot have."""
 
 from __future__ import annotations
 

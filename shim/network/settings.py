@@ -1,8 +1,8 @@
 """The kernel parameters of a network namespace that differ from those of a new one.
 
-A new namespace inherits IPv4's parameters of interfaces from the host, and a machine does not: these are
-compared with the kernel's own defaults (ip-sysctl.rst, devconf_inherit_init_net), all others with those of a
-namespace made for the comparison. For other inherited values, such as sizes of buffers and the congestion
+A new namespace inherits IPv4's interface parameters from the host, but a machine does not. So these are
+compared with the kernel's own defaults (ip-sysctl.rst, devconf_inherit_init_net), and all others with those
+of a temporary namespace. For other inherited values, such as sizes of buffers and the congestion
 control, the guest keeps its own.
 """
 
@@ -28,13 +28,13 @@ _LEFT_OUT = frozenset(
         # Lists and counts.
         "nf_log",
         "nf_conntrack_count",
-        # The same as others, in other units or for all interfaces.
+        # Duplicates of others, in other units or for all interfaces.
         "base_reachable_time",
         "retrans_time",
         "unres_qlen",
         "gc_min_interval",
         "ip_forward",
-        # Made from the size of the host's memory.
+        # Derived from the size of the host's memory.
         "nf_conntrack_buckets",
     }
 )
@@ -62,7 +62,7 @@ _OPENED = os.O_RDONLY | os.O_CLOEXEC
 def read(mtus: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
     """Read the parameters that were changed in the calling thread's namespace.
 
-    :param mtus: in bytes, of each interface whose own parameters count.
+    :param mtus: the MTU, in bytes, of each interface whose own parameters count.
     :returns: names, with slashes from ``net/`` on, and values, in the order in which they can be set.
     :raises OSError: if no namespace can be made for the comparison.
     """
@@ -88,7 +88,7 @@ def choose(
         general = _ALL if setting in _SPREADING else _DEFAULT
         implied = chosen.get(f"{directory}/{general}/{setting}")
         if directory == _IPV6_CONF and setting == "mtu" and value == str(mtus.get(interface)):
-            chosen.pop(name, None)  # the link's own
+            chosen.pop(name, None)  # the link's own value
         elif implied == value and setting in _SPREADING:
             chosen.pop(name, None)
         elif implied is not None:
@@ -161,6 +161,6 @@ def _read_directory(
 
 def _is_writable(name: str) -> bool:
     try:
-        return bool(os.stat(f"{_ROOT}/{name}").st_mode & 0o222)  # noqa: PTH116 - as all paths here
+        return bool(os.stat(f"{_ROOT}/{name}").st_mode & 0o222)  # noqa: PTH116 - all paths here are strings
     except OSError:
         return False

@@ -1,1 +1,1 @@
-"""A sandbox, its containers and their processes, and the files and streams that they have on the host."""
+"""A sandbox, its containers and their processes, and their files and streams on the host."""

@@ -3,8 +3,8 @@
 There are two kinds: :class:`~shim.sandbox.guest_container.GuestContainer` runs in the guest, and
 :class:`~shim.sandbox.pause_container.PauseContainer` only stands for its pod.
 
-A lock per container orders steps that must not interleave: start against exit (so that the start event is
-queued first), delete against exec. Kill, State and Wait take no lock and never wait for one.
+A lock for each container orders steps that must not interleave: start and exit (so that the start event is
+queued first), delete and exec. Kill, State and Wait take no lock and never wait for one.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ log = logging.getLogger(__name__)
 
 
 class Siblings(Protocol):
-    """All containers of a sandbox, as one of them needs them."""
+    """All containers of a sandbox, as seen by one of them."""
 
     def has_other_uses(self, container_id: str) -> bool:
         """Tell whether the machine serves anything beside a container."""
 
     def forget(self, container_id: str) -> None:
-        """Forget a container that is completely gone."""
+        """Forget a container that has been removed completely."""
 
     async def grow(self) -> None:
         """Make the machine large enough for all containers.
@@ -57,7 +57,7 @@ class Siblings(Protocol):
     async def stats(self) -> agent_pb2.StatsContainerResponse:
         """Measure all containers together.
 
-        :raises ShimError: if the machine is not up.
+        :raises ShimError: if the machine does not run.
         """
 
     @property
@@ -72,7 +72,7 @@ class Container(abc.ABC):
     :param bundle: the bundle directory.
     :param spec: the decoded ``config.json``.
     :param stdio: init's stream paths.
-    :param sandbox: the machine it belongs to.
+    :param sandbox: the machine that it belongs to.
     :param siblings: all containers of the sandbox.
     :param hooks: programs of the host that its specification names.
     """
@@ -112,7 +112,7 @@ class Container(abc.ABC):
             raise NotFound(f"exec {exec_id} of {self.id}: not found") from None
 
     async def create(self, rootfs: Iterable[Mount]) -> None:
-        """Bring the container to where its init waits to be started.
+        """Create the container up to the point where its init waits to be started.
 
         :param rootfs: containerd's mounts for the root file system.
         :raises ShimError: if any step fails; nothing is left behind.
@@ -165,15 +165,15 @@ class Container(abc.ABC):
         self._siblings.parking.consider()
 
     async def delete(self) -> None:
-        """Remove the container from the guest, and take back the files that were shown to it.
+        """Remove the container from the guest, and undo the sharing of its files.
 
-        :raises NotFound: if its creation failed, or it is deleted already.
+        :raises NotFound: if its creation failed, or it is already deleted.
         :raises FailedPrecondition: if init is running.
         """
         await self._settled.wait()
         self._require_deletable()
         removed = self.init.state is State.CREATED
-        if removed:  # init still waits to be started: removing it is what ends it
+        if removed:  # init still waits to be started; the removal ends it
             await self._remove()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(DRAIN_TIMEOUT_S):
@@ -220,7 +220,7 @@ class Container(abc.ABC):
 
     @abc.abstractmethod
     async def exec_ids_of_processes(self) -> list[str]:
-        """List every process but init by the id of its exec; a child of another process has an empty one.
+        """List every process except init by the id of its exec; a child of another process has an empty id.
 
         :raises NotFound: if the container has ended.
         """
@@ -266,7 +266,7 @@ class Container(abc.ABC):
 
     @abc.abstractmethod
     async def _thaw(self) -> None:
-        """Let the processes of the container go on."""
+        """Let the processes of the container continue."""
 
     @abc.abstractmethod
     async def _remove(self) -> None:
@@ -277,7 +277,7 @@ class Container(abc.ABC):
         """Undo the host's work for the container."""
 
     def _require_alive_for(self, what: str) -> None:
-        """Refuse what only a container can do that has not ended.
+        """Refuse a request that needs a container that has not ended.
 
         :raises NotFound: if it has ended.
         """

@@ -38,17 +38,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DESERTED_S = 5.0  # containerd ends a shim milliseconds after its last container, if it lives to do so
-LAST_OUTPUTS_TIMEOUT_S = 2.0  # for clients that read; the others lose the rest
+DESERTED_S = 5.0  # containerd ends a shim milliseconds after its last container, unless containerd has died
+LAST_OUTPUTS_TIMEOUT_S = 2.0  # for clients that read; others lose the rest
 
-_KILLS_AT_ONCE, _KILLS_PER_S = 100, 10  # told to containerd; more of them are told later
+_KILLS_AT_ONCE, _KILLS_PER_S = 100, 10  # reported to containerd at once; more of them are reported later
 
 
 class Containers:
     """The containers of one sandbox.
 
-    :param context: their surroundings, made by the daemon.
-    :param sandbox: the life of the machine that they are in.
+    :param context: the shim's particulars, made by the daemon.
+    :param sandbox: the life of their machine.
     :param volumes: the host's files that they share.
     """
 
@@ -60,7 +60,7 @@ class Containers:
         #: Every container by its id, also one that is being created.
         self.all: dict[str, Container] = {}
         self._volumes = volumes
-        #: Version 3 of the shim protocol: containerd creates further containers without a ``start``.
+        #: Version 3 of the shim protocol: containerd creates more containers without calling ``start``.
         self._is_joined_without_start = context.record.version >= 3
         self._was_told_to_end = False
         self.parking = PodParking(sandbox, self._guests, note=context.publisher.feed.note)
@@ -71,7 +71,7 @@ class Containers:
 
     @property
     def is_needed(self) -> bool:
-        """Whether containerd has a container in the sandbox, or holds it by its sandbox service."""
+        """Whether containerd has a container in the sandbox, or uses it through its sandbox service."""
         return bool(self.all) or self._sandbox.is_held
 
     def has_other_uses(self, container_id: str) -> bool:
@@ -100,7 +100,7 @@ class Containers:
         except BaseException:
             self.forget(container_id)
             raise
-        with contextlib.suppress(ShimError):  # the machine is gone: the container's end says so
+        with contextlib.suppress(ShimError):  # the machine has ended, which the container's end reports
             await self._share_oom_scores()
         return container
 
@@ -161,8 +161,8 @@ class Containers:
     async def delete(self, container_id: str, *, exec_id: str = "") -> None:
         """Remove a container that has ended or one of its execs, even if the caller goes away.
 
-        Where containers join without a ``start``, containerd asks the shim to shut down only after the pod's
-        own task. If that went first, the shim ends with the last container.
+        If containers join without a ``start``, containerd asks the shim to shut down only after the pod's own
+        task. If that task was removed first, the shim ends with the last container.
 
         :param exec_id: the exec; empty for the container.
         :raises NotFound: if there is none.
@@ -177,7 +177,7 @@ class Containers:
             self._leave_unless_needed()
 
     def forget(self, container_id: str) -> None:
-        """Let go of a container: nothing of it is left, or its creation failed."""
+        """Forget a container: nothing of it is left, or its creation failed."""
         self.all.pop(container_id, None)
         self._ledger.deleted(container_id)
         self.parking.consider()
@@ -187,23 +187,23 @@ class Containers:
             asyncio.get_running_loop().call_later(DESERTED_S, self._leave_if_deserted)
 
     def shut_down(self) -> None:
-        """End the shim, unless containers are left or containerd's sandbox service holds it."""
+        """End the shim, unless containers are left or containerd's sandbox service uses it."""
         self._was_told_to_end = True
         self._leave_unless_needed()
 
     async def end(self) -> None:
-        """Switch the machine off because containerd is done with it; return when it is off.
+        """Switch the machine off because containerd no longer needs it; return when it is off.
 
-        :raises DeadlineExceeded: if it does not go.
+        :raises DeadlineExceeded: if it does not end.
         """
         self._sandbox.expect_end()
         await self._deliver_last_outputs()
         await self._sandbox.end()
 
     async def dismiss(self) -> None:
-        """Switch the machine off and end the shim, also if containers are left.
+        """Switch the machine off and end the shim, even if containers are left.
 
-        :raises DeadlineExceeded: if the machine does not go; the shim stays then.
+        :raises DeadlineExceeded: if the machine does not end; the shim stays then.
         """
         await self.end()
         self._sandbox.release()
@@ -228,7 +228,7 @@ class Containers:
     async def stats(self) -> agent_pb2.StatsContainerResponse:
         """Measure all containers together.
 
-        :raises ShimError: if the machine is not up.
+        :raises ShimError: if the machine does not run.
         """
         await self._sandbox.running(awake=False)
         measured = await asyncio.gather(*(_measure(one) for one in self._guests()))
@@ -239,7 +239,7 @@ class Containers:
             self._leave()
 
     def _leave_if_deserted(self) -> None:
-        """End a shim that a containerd which died at the wrong moment has forgotten."""
+        """End a shim that containerd has forgotten because it died at the wrong moment."""
         if not self.is_needed:
             log.info("sandbox %s: without a container for %g s; its shim ends", self._sandbox.id, DESERTED_S)
             self._leave()
@@ -252,10 +252,10 @@ class Containers:
         return with_memory(live.values(), self._volumes.memory.needed_bytes(live))
 
     async def _grow_at_first(self, running: RunningMachine) -> None:
-        """Give a clone, which may be too small, the size that its known containers need."""
+        """Give a clone, which may be too small, the size for its known containers."""
         try:
             await running.grow(self._live_limits())
-        except ShimError as error:  # the next container tries again, and fails if need be
+        except ShimError as error:  # the next container tries again, and reports the failure
             log.warning("grow: sandbox %s: %s", self._sandbox.id, error)
 
     async def _shrink_if_alive(self) -> None:
@@ -265,9 +265,9 @@ class Containers:
             log.debug("shrink: sandbox %s: %s", self._sandbox.id, error)
 
     async def _report_ooms(self, running: RunningMachine) -> None:
-        """Tell containerd of each container in which the guest's kernel killed for memory.
+        """Report each container in which the guest's kernel killed for memory to containerd.
 
-        An agent may answer as fast as it likes, so it is not asked faster than this allows.
+        An agent may answer any number of times, so the requests to it are limited.
         """
         allowance = Allowance(burst=_KILLS_AT_ONCE, per_s=_KILLS_PER_S)
         try:
@@ -295,7 +295,7 @@ class Containers:
                 log.warning("network: sandbox %s: %s", self._sandbox.id, error)
 
     async def _deliver_last_outputs(self) -> None:
-        """Give the clients what ended processes wrote: it is lost with the machine."""
+        """Pass on to clients what ended processes wrote, because it is lost with the machine."""
         processes = [each for one in self.all.values() for each in (one.init, *one.execs.values())]
         exits = [each.exited.wait() for each in processes if each.ended.is_set() and not each.exited.is_set()]
         with contextlib.suppress(TimeoutError):
@@ -304,7 +304,7 @@ class Containers:
 
 
 def _point_to_state(context: Context, bundle: Path) -> None:
-    """Leave in a bundle what ``start`` would have, had it been run for its container."""
+    """Write the files into a bundle that ``start`` would have written for its container."""
     try:
         state_directory.point_to(context.record.state_directory, bundle=str(bundle))
     except OSError as error:
@@ -312,7 +312,7 @@ def _point_to_state(context: Context, bundle: Path) -> None:
 
 
 async def _measure(container: GuestContainer) -> agent_pb2.StatsContainerResponse | None:
-    """Measure one container of many; one that ends during this counts as zero."""
+    """Measure one container of many; one that ends meanwhile counts as zero."""
     try:
         return await container.stats()
     except ShimError as error:

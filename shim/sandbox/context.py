@@ -1,4 +1,4 @@
-"""The surroundings of a sandbox, made by the daemon."""
+"""The particulars of a sandbox's shim, made by the daemon."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """The particulars of one shim, and what its sandbox works with.
+    """The particulars of one shim, and the objects that its sandbox uses.
 
     :param record: how the shim was started.
     :param config: the operator's configuration.
-    :param ledger: where everything that must be undone is written down.
-    :param publisher: where events go.
+    :param ledger: where everything that must be undone is recorded.
+    :param publisher: sends events to containerd.
     :param work: runs the sandbox's tasks.
     :param leave: ends the shim.
     :param host_mounts: the mount namespace that containerd started the shim in, open; None is this process's

@@ -1,4 +1,4 @@
-"""What a sandbox notes in its node's journal, for monitors: its start, its failures, its end."""
+"""A sandbox's entries in its node's journal, for monitors: its start, its failures, its end."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Counting:
-    """Notes what happens to one sandbox.
+    """Records the events of one sandbox.
 
-    :param journal: where to.
-    :param created_at_s: when it was asked for, in seconds since 1970.
+    :param journal: the journal.
+    :param created_at_s: when the sandbox was requested, in seconds since 1970.
     """
 
     def __init__(self, journal: Journal, *, created_at_s: float) -> None:
@@ -27,9 +27,9 @@ class Counting:
         self._created_at_s = created_at_s
 
     def started(self, template: str) -> None:
-        """Note that the machine is up.
+        """Record that the machine runs.
 
-        :param template: ``hit`` if it was cloned, ``miss`` if it would have been, empty if not.
+        :param template: ``hit`` if it was cloned, ``miss`` without a template, empty if none was wanted.
         """
         self._journal.note(
             "start",
@@ -42,9 +42,9 @@ class Counting:
         )
 
     def container_started(self, took_s: float) -> None:
-        """Note the start of a container.
+        """Record the start of a container.
 
-        :param took_s: how long Create and Start took.
+        :param took_s: how long Create and Start took, in seconds.
         """
         self._journal.note("container", {"took_s": took_s})
 
@@ -58,9 +58,9 @@ class Counting:
 
     @contextlib.contextmanager
     def failures(self, phase: str) -> Iterator[None]:
-        """Note a failure of the block.
+        """Record a failure of the block.
 
-        :param phase: what is done in it.
+        :param phase: the name of the block's work.
         """
         try:
             yield
@@ -69,6 +69,6 @@ class Counting:
             raise
 
     def ended(self) -> None:
-        """Note what was dropped in all."""
+        """Record the total of dropped data."""
         if latency.dropped:
             self._journal.note("end", {"dropped": latency.dropped})

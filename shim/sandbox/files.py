@@ -1,6 +1,6 @@
 """The host's files that one container gets, through the share or as disks of the machine.
 
-Everything is taken back in reverse, when the container is gone from the guest.
+Everything is undone in reverse order, after the container was removed from the guest.
 """
 
 from __future__ import annotations
@@ -40,17 +40,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SYSFS = Path("/sys")
-UNPLUG_TIMEOUT_S = 5.0  # below containerd's 10 s for the end of a task; a guest lets go in milliseconds
+UNPLUG_TIMEOUT_S = (
+    5.0  # below containerd's 10 s for the end of a task; a guest releases a disk in milliseconds
+)
 
 
 @dataclass(slots=True, kw_only=True)
 class _Plugged:
     """A disk in the machine.
 
-    :param path: where the host has it.
-    :param number: the host's major and minor number of it; none of a file.
+    :param path: its path on the host.
+    :param number: its major and minor number on the host; None for a file.
     :param mount_point: where the guest mounts it; empty if the container does.
-    :param size_bytes: how large it was when last looked at.
+    :param size_bytes: its last known size.
     """
 
     vm: Hypervisor
@@ -66,7 +68,7 @@ class ContainerFiles:
     :param container_id: whose.
     :param bundle: its bundle directory.
     :param entries: the host's files in the guest, beside root file systems.
-    :param followed: those that it keeps up with the host's mounts.
+    :param followed: the volumes that follow the host's mounts.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class ContainerFiles:
 
     @property
     def has_disks(self) -> bool:
-        """Whether it has disks; the guest writes them back when the container is removed."""
+        """Whether it has disks; the guest writes their data back when the container is removed."""
         return bool(self._plugged)
 
     def announce(self, request: agent_pb2.CreateContainerRequest) -> None:
@@ -116,14 +118,14 @@ class ContainerFiles:
                     f"rootfs: container {self._id}: root.path of config.json is not a string"
                 )
             source = self._bundle / path
-            if not os.path.isdir(source):  # noqa: PTH112 - pathlib raises for a path that no file can have
+            if not os.path.isdir(source):  # noqa: PTH112 - pathlib raises for impossible paths
                 raise InvalidArgument(f"rootfs: container {self._id}: {source} is not a directory")
         self._bind_into_share(source, f"{agent_id(self._id)}/rootfs")
 
     async def mount(self, spec: dict[str, Any]) -> dict[str, Any]:
-        """Have the host mount what only it can mount, see :meth:`FileSystems.mount`, and the guest the rest.
+        """Let the host mount what only it can mount, see :meth:`FileSystems.mount`, and the guest the rest.
 
-        :param spec: the decoded ``config.json``, in which some mounts may be of the guest already.
+        :param spec: the decoded ``config.json``, in which some mounts may already be the guest's.
         :raises ShimError: if that cannot be done.
         """
         spec = await self._file_systems.mount(spec)
@@ -141,7 +143,7 @@ class ContainerFiles:
         return spec
 
     async def show_volumes(self, translation: Translation, *, agent: Agent) -> None:
-        """Show the volumes, and tell the specification where the guest has them.
+        """Share the volumes, and write their paths in the guest into the specification.
 
         :raises ShimError: if one cannot be shared or mounted.
         """
@@ -233,7 +235,7 @@ class ContainerFiles:
                 raise Internal(f"create: container {self._id}: {error}") from error
             self._pci_devices[device_id] = vm
             places.append(f"{address}={path}")
-        # The guest's kernel drives them, and its agent gives the container what their drivers make.
+        # The guest's kernel drives them, and its agent gives the container the drivers' device nodes.
         self._devices.append(
             agent_pb2.Device(
                 id=f"vfio{group}", type="vfio-pci-gk", container_path=f"/dev/vfio/{group}", options=places
@@ -241,7 +243,7 @@ class ContainerFiles:
         )
 
     def without_disk_limits(self, resources: dict[str, Any]) -> dict[str, Any]:
-        """Drop the rates of the container's own disks from its limits: the machine enforces them."""
+        """Remove the rates of the container's own disks from its limits; the machine enforces them."""
         return without_limits_of(resources, [each.number for each in self._plugged.values() if each.number])
 
     async def limit_disks(self, resources: dict[str, Any]) -> None:
@@ -263,7 +265,7 @@ class ContainerFiles:
         """Let disks that have grown on the host grow in the guest, with the file systems on them.
 
         :raises Internal: if the machine refuses.
-        :raises ShimError: if the guest does.
+        :raises ShimError: if the guest refuses.
         """
         for device_id, plugged in self._plugged.items():
             if _size_of(plugged.path) == plugged.size_bytes:
@@ -277,7 +279,7 @@ class ContainerFiles:
                     await agent.files.resize_volume(plugged.mount_point, size_bytes=size_bytes)
                 except Unimplemented as error:  # a stock agent
                     log.warning("update: container %s: %s stays as it is: %s", self._id, plugged.path, error)
-            plugged.size_bytes = size_bytes  # only now, so that the next update tries again after a failure
+            plugged.size_bytes = size_bytes  # only now, so that after a failure the next update tries again
 
     async def take_back(self) -> None:
         """Unplug and unmount everything; the guest keeps a disk that it does not release."""

@@ -1,6 +1,6 @@
-"""A container that runs in the guest: its files are shown there, its processes live there.
+"""A container that runs in the guest, with its files and processes.
 
-One task per process follows its streams and its exit, and ends after both.
+One task for each process follows its streams and its exit, and ends after both.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 SETTLED_S = 1.0  # a process that is silent for so long may never write anything
 _DRAWN = f"{timeline.ENVIRONMENT_VARIABLE}=1"
 STATUS_UNKNOWN = 255  # containerd's own value for an exit status that is not known
-MACHINE_END_TIMEOUT_S = 10.0  # for a machine that the agent is gone from to end
+MACHINE_END_TIMEOUT_S = 10.0  # for the machine to end after its agent has gone
 EXECS_GONE_TIMEOUT_S = 5.0  # the kernel ends them with their pid namespace; only the report takes time
 
 
@@ -67,7 +67,7 @@ class GuestContainer(Container):
     :param bundle: the bundle directory.
     :param spec: the decoded ``config.json``.
     :param stdio: init's stream paths.
-    :param sandbox: the machine it runs in.
+    :param sandbox: the machine that it runs in.
     :param siblings: all containers of the sandbox.
     :param hooks: programs of the host that its specification names.
     :param volumes: the host's files that containers share.
@@ -108,7 +108,7 @@ class GuestContainer(Container):
 
     @override
     async def _bring_up(self, rootfs: Iterable[Mount]) -> None:
-        """Show the file systems, create the container in the guest and follow its init."""
+        """Share the file systems, create the container in the guest, and follow its init."""
         lane = timeline.container_lane(self.id)
         asked_at_s = time.monotonic()
         try:
@@ -182,7 +182,7 @@ class GuestContainer(Container):
         self._sandbox.work.spawn(self._conclude_start(), name=f"timeline of {self.id}")
 
     async def _conclude_start(self) -> None:
-        """Record where the time went, once there is output or there will be none. No request waits for it."""
+        """Record the phases once there is output or there will be none. No request waits for it."""
         self._sandbox.timeline.write()
         self._sandbox.counting.container_started(self._started_in_s)
         ends = [asyncio.ensure_future(event.wait()) for event in (self.init.heard, self.init.ended)]
@@ -240,7 +240,7 @@ class GuestContainer(Container):
 
     @override
     async def exec_ids_of_processes(self) -> list[str]:
-        """List every process but init by the id of its exec; a child of another process has an empty one.
+        """List every process except init by the id of its exec; a child of another process has an empty id.
 
         :raises NotFound: if the container has ended.
         """
@@ -316,7 +316,7 @@ class GuestContainer(Container):
 
     @override
     async def resize(self, process: Process, width: int, height: int) -> None:
-        """Set a terminal's size; remembered if the process is not there yet, ignored without a terminal."""
+        """Set a terminal's size; it is kept for a process that does not run yet, and ignored without a terminal."""
         if not process.stdio.terminal or process.exited.is_set():
             return
         process.terminal_size = (width, height)
@@ -359,7 +359,7 @@ class GuestContainer(Container):
 
     @override
     async def _remove(self) -> None:
-        """Remove the container in the guest, unless the machine is gone or is about to go."""
+        """Remove the container in the guest, unless the machine has ended or is about to end."""
         try:
             agent = await self._sandbox.agent()
             timeout_s = CALL_TIMEOUT_S if self._files.has_disks else REMOVE_TIMEOUT_S
@@ -388,7 +388,7 @@ class GuestContainer(Container):
         )
 
     async def _follow_until_over(self, process: Process, agent: Agent, copier: StreamCopier) -> None:
-        """Carry a process's streams and wait for its exit, until both are over."""
+        """Copy a process's streams and wait for its exit, until both have ended."""
         try:
             async with asyncio.TaskGroup() as group:
                 outputs = copier.outputs(group)

@@ -1,8 +1,8 @@
-"""Hooks of the OCI runtime specification: programs of the host that a specification wants to be run.
+"""Hooks of the OCI runtime specification: programs of the host that a specification names.
 
 They run where runc would run them: in containerd's mount namespace instead of the shim's, in the bundle, and
-in a process group of their own. They get the pid of the machine, which is in the sandbox's network namespace.
-So the container has their interfaces from its start on.
+in their own process group. They get the pid of the machine, which is in the sandbox's network namespace. So
+the container has their interfaces from its start on.
 
 https://github.com/opencontainers/runtime-spec/blob/v1.2.0/config.md#posix-platform-hooks
 https://github.com/opencontainers/runtime-spec/blob/v1.2.0/runtime.md#lifecycle
@@ -50,7 +50,7 @@ _SHOWN_CHARACTERS = 500
 class Hook:
     """One program.
 
-    :param name: its place in the specification and its path, for messages.
+    :param name: its position in the specification and its path, for messages.
     :param path: the program.
     :param argv: its arguments, its own name first.
     :param environment: all of its environment.
@@ -68,8 +68,8 @@ def parse(spec: dict[str, Any]) -> dict[str, tuple[Hook, ...]]:
     """Read the hooks of a specification that run on the host.
 
     :param spec: the decoded ``config.json``.
-    :returns: those of each kind, in their order.
-    :raises InvalidArgument: if one is malformed or cannot be run here; its name is in the message.
+    :returns: the hooks of each kind, in order.
+    :raises InvalidArgument: if one is malformed or cannot run here; its name is in the message.
     """
     hooks = spec.get("hooks") or {}
     with refusing_malformed("spec: hooks"):
@@ -110,7 +110,7 @@ def _parse_hook(hook: Any, *, name: str) -> Hook:
 def _is_argument(value: Any) -> bool:
     try:
         return isinstance(value, str) and b"\0" not in value.encode()
-    except UnicodeEncodeError:  # JSON can name half of a character
+    except UnicodeEncodeError:  # JSON can contain half of a surrogate pair
         return False
 
 
@@ -121,7 +121,7 @@ class Hooks:
     :param bundle: its bundle.
     :param spec: its decoded ``config.json``.
     :param mount_namespace: an open mount namespace to run them in; None is this process's own.
-    :param ledger: where they are on record while they run; None if there is no ledger.
+    :param ledger: where they are recorded while they run; None if there is no ledger.
     :raises InvalidArgument: if one is malformed, or cannot be run on the host.
     """
 
@@ -154,20 +154,20 @@ class Hooks:
                 await self._run(hook, status="creating", pid=pid)
 
     async def started(self, *, pid: int) -> None:
-        """Run what follows a container's start; failures are logged.
+        """Run the poststart hooks; failures are logged.
 
         :param pid: the machine's.
         """
         await self._run_all(self._hooks["poststart"], status="running", pid=pid)
 
     async def deleted(self) -> None:
-        """Run what follows a container's end, unless nothing came before; failures are logged."""
+        """Run the poststop hooks, unless no earlier hooks ran; failures are logged."""
         if not self._is_undone:
             self._is_undone = True
             await self.clean_up()
 
     async def clean_up(self) -> None:
-        """Run what follows a container's end, also if nothing came before; failures are logged."""
+        """Run the poststop hooks, even if no earlier hooks ran; failures are logged."""
         await self._run_all(self._hooks["poststop"], status="stopped", pid=None)
 
     async def _run_all(self, hooks: Iterable[Hook], *, status: str, pid: int | None) -> None:
@@ -209,10 +209,10 @@ class Hooks:
 
 
 class _Running:
-    """A hook that runs.
+    """A running hook.
 
     :param process: its first process, the leader of its group.
-    :param output: the read end of what its standard output and error are; closed by :meth:`close`.
+    :param output: the read end of the pipe for its output; closed by :meth:`close`.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], *, output: int) -> None:
@@ -233,11 +233,11 @@ class _Running:
     ) -> _Running:
         """Start a hook.
 
-        :param standard_input: all that it can read.
-        :param directory: where it runs.
-        :raises OSError: if that is not there, or the program cannot be executed.
+        :param standard_input: the content of its standard input.
+        :param directory: its working directory.
+        :raises OSError: if that does not exist, or the program cannot be executed.
         """
-        # A file: a hook that does not read all of it must not block the writer.
+        # A file, because a hook that does not read all of it must not block the writer.
         source = os.memfd_create("state", os.MFD_CLOEXEC)
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         try:
@@ -255,9 +255,9 @@ class _Running:
         return cls(process, output=read_end)
 
     async def wait(self, *, timeout_s: float) -> str:
-        """Wait for its end, but not for processes that it leaves running.
+        """Wait for its end, but not for processes that it leaves behind.
 
-        :returns: why it failed; empty if it did not.
+        :returns: why it failed; empty if it succeeded.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -271,10 +271,10 @@ class _Running:
         return f"{how}{self._last_words()}"
 
     async def close(self) -> None:
-        """Kill it and all of its group if it still runs, and let go of it."""
+        """Kill it and its whole group if it still runs, and release it."""
         try:
             if self._process.returncode is None:
-                # It is not reaped yet, so the id of its group cannot be another's.
+                # It has not been reaped yet, so no other group can have its id.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.pid, signal.SIGKILL)
                 with contextlib.suppress(TimeoutError):
