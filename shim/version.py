@@ -1,4 +1,4 @@
-"""Which Hako this is. It is on the start path: each sandbox keeps the version that it runs."""
+"""The version of Hako. It is on the start path, because each sandbox records the version that it runs."""
 
 VERSION = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""The protocol by which a process has the zygote do its work: the socket, and the messages on it.
+"""The protocol by which the zygote works for other processes: the socket, and the messages on it.
 
 Every ``start`` of containerd pays for the imports here, so they are only modules that are built into the
 interpreter.
@@ -8,13 +8,13 @@ import posix
 import sys
 
 ZYGOTE_DIRECTORY = "/run/hako/zygote"
-"""Where the sockets of zygotes are. The configuration is not read here, so it cannot say."""
+"""The directory of zygotes' sockets. It is fixed, because the configuration is not read here."""
 
 ACCEPTED = b"\1"
 """The zygote's first message: the request will be done, or the connection will break."""
 
 REFUSED = b"\0"
-"""Its first message if the caller has to do it itself."""
+"""The zygote's first message if the caller must do the work itself."""
 
 DONE = b"\0"
 """The caller's last message: containerd has the answer."""
@@ -36,16 +36,16 @@ def read_input() -> bytes:
 
 
 def socket_path(identity: str) -> str:
-    """Place the socket of a zygote.
+    """Return the path of a zygote's socket.
 
-    :param identity: as :func:`identity_of` has it. The zygote distinguishes callers that share a socket.
+    :param identity: the result of :func:`identity_of`. The zygote tells callers apart that share a socket.
     """
-    # hash() differs from run to run, and hashlib takes as long to import as all the rest takes.
+    # hash() differs from run to run, and importing hashlib takes as long as everything else.
     return f"{ZYGOTE_DIRECTORY}/{int.from_bytes(identity.encode(), 'big') % _HASH_MODULUS:x}"
 
 
 def identity_of(address: str) -> str:
-    """Say which zygote may stand in for this process: that of the same program for the same containerd.
+    """Identify the zygote for this process: the one of the same program and the same containerd.
 
     :param address: containerd's, as on the command line.
     """
@@ -53,7 +53,7 @@ def identity_of(address: str) -> str:
 
 
 def user_of(credentials: bytes) -> int:
-    """Read the uid of a socket's peer out of its credentials: pid, uid, gid; see ``man 7 unix``."""
+    """Read the uid from the credentials of a socket's peer: pid, uid, gid; see ``man 7 unix``."""
     return int.from_bytes(credentials[4:8], sys.byteorder)
 
 

@@ -316,7 +316,7 @@ class GuestContainer(Container):
 
     @override
     async def resize(self, process: Process, width: int, height: int) -> None:
-        """Set a terminal's size; it is kept for a process that does not run yet, and ignored without a terminal."""
+        """Set a terminal's size; it is kept until the process runs, and ignored without a terminal."""
         if not process.stdio.terminal or process.exited.is_set():
             return
         process.terminal_size = (width, height)

@@ -3,12 +3,12 @@
 Rules that avoid deadlock and loss (containerd's client waits for end of file before it deletes):
 
 * an output FIFO is opened only once a reader is there, so a short-lived process loses nothing;
-* the shim keeps a reading end too, so that a client that goes away does not break the pipe;
-* both ends are closed as soon as the process's output is at its end, not at Delete;
-* stdin is opened when the process starts: a client can only tell that its input is over once Create
-  has returned, and ctr before 1.7 never says so if it has copied all of it by then;
-* the shim keeps a writing end of stdin, so that a client that goes away does not cause an end of file;
-  CloseIO gives that end up, and the process sees end of file once the client's end is closed too.
+* the shim also keeps a reading end, so that a client that goes away does not break the pipe;
+* both ends are closed as soon as the process's output ends, not at Delete;
+* stdin is opened when the process starts: a client can only close its input after Create has returned,
+  and ctr before 1.7 never does so if it has copied all input by then;
+* the shim keeps a writing end of stdin, so that a client that goes away does not cause an end of file.
+  CloseIO closes that end, and the process sees end of file once the client's end is closed, too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CHUNK_BYTES = 256 * 1024  # the capacity of an input's pipe: larger reads cost l
 
 @dataclass(frozen=True, slots=True)
 class Stdio:
-    """The stream paths of one process, exactly as the client sent them; empty means unwanted."""
+    """The stream paths of one process, exactly as the client sent them; empty means that it wants none."""
 
     stdin: str = ""
     stdout: str = ""
@@ -57,7 +57,7 @@ class HostStreams:
     _kept: dict[str, int] = field(default_factory=dict)
 
     def close_stdin_writer(self) -> None:
-        """Give up the shim's own writing end of stdin (CloseIO), now or as soon as it would be opened."""
+        """Close the shim's own writing end of stdin (CloseIO), now or as soon as it would be opened."""
         self._stdin_over = True
         self._close_kept("stdin")
 
@@ -106,8 +106,8 @@ class HostStreams:
 async def open_host_streams(stdio: Stdio, *, container_id: str, namespace: str) -> HostStreams:
     """Open the host ends of a process's outputs.
 
-    :param container_id: told to a log driver.
-    :param namespace: containerd's, told to a log driver.
+    :param container_id: for a log driver.
+    :param namespace: containerd's namespace, for a log driver.
     :raises InvalidArgument: if a path has an unknown scheme or cannot be opened.
     :raises DeadlineExceeded: if no client opens its end of an output FIFO in time.
     """
@@ -153,7 +153,7 @@ def _open_file(streams: HostStreams, name: str, uri: str) -> None:
 def plain_path(name: str, path: str) -> str:
     """Strip the scheme of a FIFO's URI.
 
-    :raises InvalidArgument: if the scheme is another than ``fifo://``, or no file can have the path.
+    :raises InvalidArgument: if the scheme is not ``fifo://``, or the path is impossible.
     """
     if "\0" in path:
         raise InvalidArgument(f"stdio: {name} {path!r}: holds a NUL byte; give another path")
@@ -177,7 +177,7 @@ async def _open_output(streams: HostStreams, name: str, path: str) -> None:
 
 
 async def _open_when_read(path: str) -> int:
-    """Open a FIFO for writing as soon as a reader has opened it, or waits to open it."""
+    """Open a FIFO for writing as soon as a reader has opened it, or waits in its open call."""
     try:
         return os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -223,7 +223,7 @@ async def write_all(
 ) -> None:
     """Write all of ``data``, waiting while the pipe is full; a stalled reader stalls only its own stream.
 
-    :param progressed: called whenever some of it was taken.
+    :param progressed: called whenever a part of it was written.
     :raises OSError: if the file behind the descriptor refuses (a full disk); FIFOs do not.
     """
     loop = asyncio.get_running_loop()

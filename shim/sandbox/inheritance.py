@@ -1,6 +1,6 @@
 """The attributes that a container's processes inherit from this process, as from any runtime.
 
-The first process of a machine has the kernel's own values instead, so the guest is sent this process's.
+The first process of a machine has the kernel's own values instead, so the guest gets this process's values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _OOM_SCORE_ADJ = Path("/proc/self/oom_score_adj")
 _MOST_FILES = 1 << 20  # the default of fs.nr_open
 _UNLIMITED = resource.RLIM_INFINITY
 _WITHOUT = (_UNLIMITED, _UNLIMITED)
-# In the kernel's order, which numbers them (include/uapi/asm-generic/resource.h).
+# In the order of the kernel's numbers (include/uapi/asm-generic/resource.h).
 _TYPES = (
     *("CPU", "FSIZE", "DATA", "STACK", "CORE", "RSS", "NPROC", "NOFILE"),
     *("MEMLOCK", "AS", "LOCKS", "SIGPENDING", "MSGQUEUE", "NICE", "RTPRIO", "RTTIME"),
@@ -37,7 +37,7 @@ _KERNELS = {
 class Inheritance:
     """The attributes of a process unless its specification says otherwise.
 
-    :param rlimits: soft and hard limit by type, without those that the guest's kernel gives anyway.
+    :param rlimits: soft and hard limit by type, without those that the guest's kernel sets anyway.
     :param oom_score_adj: how readily the kernel kills it for memory.
     """
 
@@ -46,9 +46,9 @@ class Inheritance:
 
 
 def handed_down(agent: Agent) -> Inheritance:
-    """Read the attributes that this process hands down to those of a guest.
+    """Read the attributes of this process that a guest's processes inherit.
 
-    :param agent: the guest's; one that is not Hako's raises no limit of its kernel beforehand.
+    :param agent: the guest's agent; only Hako's raises limits of the guest's kernel beforehand.
     :raises OSError: if ``/proc`` is not mounted.
     """
     found = {name: resource.getrlimit(number) for number, name in enumerate(_TYPES)}

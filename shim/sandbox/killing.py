@@ -1,8 +1,8 @@
-"""Kill what runs in a guest, even if the guest does not obey.
+"""Kills processes in a guest, even if the guest does not obey.
 
 A guest that cannot even kill is lost, so its machine is switched off. But a busy host makes a guest slow, and
-a process that waits for the host's disk dies only when the disk has answered. A machine that other containers
-use is therefore given more time: for them, losing it would be worse than the wait.
+a process that waits for the host's disk dies only when the disk has answered. So a machine that other
+containers use gets more time: for them, its loss would be worse than the wait.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ async def kill(
         await sandbox.switch_off(f"SIGKILL of {process}, which is parked: {error}")
         return
     agent = await sandbox.agent()
-    # Addressed by its own id, init alone gets the signal; the empty id makes SIGKILL reach them all.
+    # With its own id, only init gets the signal; with an empty id, SIGKILL reaches all processes.
     target = "" if everyone and not process.exec_id else process.agent_id
     try:
         await agent.processes.signal(container, exec_id=target, signal=number)
@@ -72,7 +72,7 @@ async def kill(
 
 
 async def _see_it_end(process: Process, sandbox: Sandbox, *, is_shared: bool) -> None:
-    """Switch the machine off if a process outlives SIGKILL, as one may that waits for a file."""
+    """Switch the machine off if a process outlives SIGKILL, for example because it waits for a file."""
     timeout_s = SHARED_TIMEOUT_S if is_shared else ALONE_TIMEOUT_S
     try:
         async with asyncio.timeout(timeout_s):

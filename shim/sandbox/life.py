@@ -14,10 +14,10 @@ class Life(enum.Enum):
     BOOTING = "booting"
     RUNNING = "running"
     ENDING = "ending"
-    """containerd has asked for the end; until it comes, a machine that runs still answers."""
+    """containerd has asked for the end; until then, a running machine still answers."""
     STOPPED = "stopped"
     DIED = "dead"
-    """It ended, or did not come up, although containerd had not asked for the end."""
+    """It ended, or did not start, although containerd had not asked for the end."""
 
 
 class Happening(enum.Enum):
@@ -37,7 +37,7 @@ TRANSITIONS: dict[tuple[Life, Happening], Life] = {
     (Life.BOOTING, Happening.GONE): Life.DIED,
     (Life.RUNNING, Happening.END_WANTED): Life.ENDING,
     (Life.RUNNING, Happening.GONE): Life.DIED,
-    # A machine may still come up, and containerd may ask again, while it is being switched off.
+    # While it is being switched off, a machine may still start, and containerd may ask again.
     (Life.ENDING, Happening.READY): Life.ENDING,
     (Life.ENDING, Happening.END_WANTED): Life.ENDING,
     (Life.ENDING, Happening.GONE): Life.STOPPED,
@@ -46,7 +46,7 @@ TRANSITIONS: dict[tuple[Life, Happening], Life] = {
 }
 
 OVER = frozenset({Life.STOPPED, Life.DIED})
-"""The states that nothing leads out of."""
+"""The final states."""
 
 
 def following(state: Life, happening: Happening) -> Life:

@@ -30,7 +30,7 @@ _ABOVE_TARGETS = 10  # dup2 onto 3 to 5 must not hit a source
 
 @dataclass(frozen=True, slots=True)
 class DriverUri:
-    """A parsed log URI: the program, its arguments, and whether silence when ready means failure."""
+    """A parsed log URI: the program, its arguments, and whether closing the ready pipe silently is a failure."""
 
     path: str
     arguments: tuple[str, ...]
@@ -119,7 +119,7 @@ class LogDriver:
         self._signal(signal.SIGKILL)
 
     async def finish(self) -> None:
-        """Ask the driver, whose pipes are at their end, to flush and go; kill it if it does not."""
+        """Ask the driver, whose pipes have ended, to flush and exit; kill it if it does not."""
         self._signal(signal.SIGTERM)
         try:
             with contextlib.suppress(TimeoutError):
@@ -162,7 +162,7 @@ def _file_actions(high: list[int]) -> Iterator[tuple[int, int, int]]:
 async def _first_byte(descriptor: int) -> bytes:
     """Wait for a byte or the end of a pipe.
 
-    :raises TimeoutError: if neither comes in time.
+    :raises TimeoutError: if neither happens in time.
     """
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()

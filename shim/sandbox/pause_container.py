@@ -1,7 +1,7 @@
-"""The container that stands for a pod: it runs nothing, because the machine is what holds the pod together.
+"""The container that stands for a pod: it runs no program, because the machine holds the pod together.
 
-To containerd it is a task like any other. Kubernetes' pause program only waits, and ends with status 0 on
-SIGTERM and SIGINT; so does this.
+To containerd, it is a task like any other. Kubernetes' pause program only waits, and ends with status 0 on
+SIGTERM and SIGINT. This container does the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from shim.sandbox.host_streams import Stdio
     from shim.sandbox.process import Process
 
-# The first process of a PID namespace ignores every other signal that it has no handler for.
+# The first process of a PID namespace ignores all other signals without a handler.
 _DEADLY = {signal.SIGTERM: 0, signal.SIGINT: 0, signal.SIGKILL: STATUS_KILLED}
 
 
@@ -49,7 +49,7 @@ class PauseContainer(Container):
 
     @override
     async def exec_ids_of_processes(self) -> list[str]:
-        """List no process but the init that it pretends to have.
+        """List only the init that it pretends to have.
 
         :raises NotFound: if it has ended.
         """
@@ -57,8 +57,8 @@ class PauseContainer(Container):
         return []
 
     @override
-    def add_exec(self, exec_id: str, *, spec: dict[str, Any], stdio: Stdio) -> None:  # noqa: ARG002 - as of every container
-        """Refuse: there is nothing to run in.
+    def add_exec(self, exec_id: str, *, spec: dict[str, Any], stdio: Stdio) -> None:  # noqa: ARG002 - every container has it
+        """Refuse, because there is no container to run in.
 
         :raises Unimplemented: always.
         """
@@ -79,7 +79,7 @@ class PauseContainer(Container):
         """Ignore the size of a terminal that is never written to."""
 
     @override
-    async def kill(self, process: Process, *, number: int, everyone: bool) -> None:  # noqa: ARG002 - it is alone
+    async def kill(self, process: Process, *, number: int, everyone: bool) -> None:  # noqa: ARG002 - it has only one process
         """Send a signal.
 
         :raises NotFound: if it has ended.
@@ -90,8 +90,8 @@ class PauseContainer(Container):
             await self._end(_DEADLY[signal.Signals(number)])
 
     @override
-    async def _bring_up(self, rootfs: Iterable[Mount]) -> None:  # noqa: ARG002 - nothing reads its files
-        # A pod exists only if its machine is up: otherwise its creation fails and says why.
+    async def _bring_up(self, rootfs: Iterable[Mount]) -> None:  # noqa: ARG002 - its files are not used
+        # A pod exists only if its machine runs; otherwise its creation fails with the reason.
         await self._sandbox.agent()
         self.init.host_streams = await open_host_streams(
             self.init.stdio, container_id=self.id, namespace=self._sandbox.namespace

@@ -1,7 +1,7 @@
-"""One process of a container: its states, and what remains of it after its exit.
+"""One process of a container: its states, and its record after its exit.
 
-The life is a table of (state, input); anything not in it is refused. Time and status of the exit are set
-once, by the first report: that of the guest agent, or that of the virtual machine's death.
+The life is a table of (state, input); everything else is refused. Time and status of the exit are set once,
+by the first report: of the guest's agent, or of the virtual machine's death.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ TRANSITIONS: dict[tuple[State, Input], State] = {
 class Process:
     """A container's init, or one exec.
 
-    :param container_id: the container it belongs to.
+    :param container_id: the container that it belongs to.
     :param exec_id: containerd's id of the exec; empty for init.
     :param stdio: the stream paths as the client gave them.
     :param spec: the OCI process of an exec, kept until Start; empty for init.
@@ -86,7 +86,7 @@ class Process:
         self.exited_at_s: float | None = None
         self.started = asyncio.Event()
         self.heard = asyncio.Event()  # the client has the first byte of output
-        self.ended = asyncio.Event()  # so says the guest; output may still be on its way
+        self.ended = asyncio.Event()  # as the guest reports; output may still be on its way
         self.exited = asyncio.Event()
 
     @override
@@ -115,7 +115,7 @@ class Process:
             self.started.set()
 
     def require(self, happening: Input) -> None:
-        """Refuse now what :meth:`apply` would refuse later, before work is begun.
+        """Refuse now what :meth:`apply` would refuse later, before any work is done.
 
         :raises FailedPrecondition: if the table has no such transition.
         """

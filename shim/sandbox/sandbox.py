@@ -1,7 +1,7 @@
 """The life of one sandbox's machine, from its boot to its end.
 
-The machine boots while containerd is still connecting; all that needs it waits for it here. The death of the
-machine is an event, with a reason.
+The machine boots while containerd is still connecting; callers that need it wait for it here. The death of
+the machine is an event, with a reason.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PING_TIMEOUT_S = 2.0  # an agent that is well answers in milliseconds, under emulation too
-CLOCK_TIMEOUT_S = 1.0  # usually right long before; on a host too busy for that the start goes on
-END_TIMEOUT_S = 10.0  # for a machine that is killed to be gone
+CLOCK_TIMEOUT_S = 1.0  # usually right long before; on a very busy host, the start continues without it
+END_TIMEOUT_S = 10.0  # for a killed machine to end
 
 
 class Sandbox:
     """The machine of one shim.
 
-    :param context: its surroundings, made by the daemon.
+    :param context: the shim's particulars, made by the daemon.
     :param machine: the machine, which boots when the sandbox is started.
     """
 
@@ -64,7 +64,7 @@ class Sandbox:
         self.id = record.id
         self.namespace = record.namespace
         self.directory = context.directory
-        #: When the sandbox was asked for, in seconds since 1970.
+        #: When the sandbox was requested, in seconds since 1970.
         self.created_at_s = record.started_at
         self.publish = context.publisher.publish
         self.work = context.work
@@ -76,13 +76,13 @@ class Sandbox:
         )
         self.counting = Counting(Journal(Path(context.config.shim.log_dir)), created_at_s=record.started_at)
         self.state = Life.AWAITED
-        #: Whether containerd's sandbox service has it: then only that ends the shim.
+        #: Whether containerd's sandbox service uses it; then only that service ends the shim.
         self.is_held = False
         self.ended = asyncio.Event()
         self.ended_at_s: float | None = None
         self._context = context
         self._machine = machine
-        #: What the machine is for.
+        #: The pod of the machine.
         self.pod = from_oci({})
         self._files = context.directory / "etc"
         #: Ends the task of the machine's life, once there is one.
@@ -102,7 +102,7 @@ class Sandbox:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the machine is up."""
+        """Whether the machine runs."""
         return not isinstance(self._now, ShimError)
 
     @property
@@ -112,11 +112,11 @@ class Sandbox:
 
     @property
     def reason_of_end(self) -> str:
-        """One line; empty as long as there is a machine, or one to come."""
+        """The reason for the end in one line; empty while there is, or will be, a machine."""
         return str(self._now) if self.state in OVER else ""
 
     def start(self, pod: PodSpec) -> None:
-        """Begin to boot the machine; :meth:`running` waits for it.
+        """Start to boot the machine; :meth:`running` waits for it.
 
         :param pod: its pod.
         :raises FailedPrecondition: if it was started before, or should end.
@@ -126,10 +126,10 @@ class Sandbox:
         self._begun.push_async_callback(_cancelled, self.work.run(self._live(pod), name="sandbox"))
 
     def hold(self, pod: PodSpec) -> None:
-        """Let containerd's sandbox service have the machine, and begin to boot it unless it does already.
+        """Give the machine to containerd's sandbox service, and start to boot it unless it already boots.
 
         :param pod: its pod.
-        :raises AlreadyExists: if the service has it.
+        :raises AlreadyExists: if the service already has it.
         :raises FailedPrecondition: if the machine has ended.
         :raises Internal: if the files of the pod cannot be written.
         """
@@ -150,9 +150,9 @@ class Sandbox:
         self.is_held = False
 
     def while_running(self, work: Accompaniment, *, name: str) -> None:
-        """Have something done for as long as the machine runs.
+        """Run a task while the machine runs.
 
-        :param work: begun once the machine is up, and cancelled when it ends.
+        :param work: started once the machine runs, and cancelled when it ends.
         :param name: for the log.
         """
         self._accompanying.append((name, work))
@@ -171,7 +171,7 @@ class Sandbox:
         return spec
 
     def check_annotations(self, spec: dict[str, Any], *, container_id: str) -> None:
-        """Refuse a container whose annotations no machine may have; warn if this machine has others.
+        """Refuse a container with annotations that are not allowed; warn if this machine does not have them.
 
         :raises InvalidArgument: with the name of the annotation.
         """
@@ -199,14 +199,14 @@ class Sandbox:
         return self._now
 
     async def agent(self) -> Agent:
-        """Wait for the machine to be up; return its agent, see :meth:`running`."""
+        """Wait until the machine runs, and return its agent; see :meth:`running`."""
         return (await self.running()).agent
 
     async def ping(self) -> None:
         """Have the agent answer now, unless the machine is parked.
 
         :raises DeadlineExceeded: if it does not.
-        :raises ShimError: if the machine is not up.
+        :raises ShimError: if the machine does not run.
         """
         if self.state is not Life.AWAITED and not self._settled.is_set():
             raise Unavailable(f"ping: sandbox {self.id}: still boots; ask again")
@@ -215,7 +215,7 @@ class Sandbox:
             await machine.agent.check(timeout_s=PING_TIMEOUT_S)
 
     async def make_ready(self) -> None:
-        """Prepare a start: take over new network interfaces, and wait until the clock is right.
+        """Prepare a start: add new network interfaces, and wait until the clock is right.
 
         :raises ShimError: if the machine cannot have a new interface.
         """
@@ -225,23 +225,23 @@ class Sandbox:
                 await self._clock_is_right.wait()
 
     async def switch_off(self, reason: str) -> None:
-        """End the machine because it is of no use any more; its processes end with it.
+        """End the machine because it is no longer needed; its processes end with it.
 
         :param reason: one line for the log.
         """
         await self._machine.switch_off(reason)
 
     def expect_end(self) -> None:
-        """Note that containerd wants the end of the machine; one that never started has ended with that."""
+        """Record that containerd wants the machine to end; one that never started has then ended."""
         was_awaited = self.state is Life.AWAITED
         self._apply(Happening.END_WANTED)
         if was_awaited:
             self._conclude(Unavailable(f"sandbox {self.id}: switched off: its end was asked for"))
 
     async def end(self) -> None:
-        """Switch the machine off because containerd is done with it; return when it is off.
+        """Switch the machine off because containerd no longer needs it; return when it is off.
 
-        :raises DeadlineExceeded: if it does not go.
+        :raises DeadlineExceeded: if it does not end.
         """
         self.expect_end()
         await self.switch_off("its end was asked for")
@@ -254,7 +254,7 @@ class Sandbox:
             ) from error
 
     async def keep_timeline(self, *, drawn: bool) -> None:
-        """Write down where the time of the start went, in the guest too.
+        """Write the phases of the start, including those in the guest.
 
         :param drawn: also as a picture and as a trace.
         """
@@ -283,7 +283,7 @@ class Sandbox:
             self._conclude(reason)
 
     async def _live_until_over(self, pod: PodSpec) -> ShimError:
-        """Return why the machine did not come up, or why it ended."""
+        """Return why the machine did not start, or why it ended."""
         try:
             running = await self._machine.boot(pod)
         except (ShimError, HypervisorError) as error:
@@ -304,7 +304,7 @@ class Sandbox:
             self.work.spawn(keeping_time, name="clock"),
             *(self.work.spawn(work(running), name=name) for name, work in self._accompanying),
         ]
-        if running.agent.is_hako:  # no other says when it can be saved
+        if running.agent.is_hako:  # other agents do not report when they can be saved
             building = self._machine.cloning.build_what_lacks(
                 self._context.record.config_text, mount_namespace=self._context.host_mounts
             )
@@ -331,7 +331,7 @@ class Sandbox:
         self.state = following(self.state, happening)
 
     def _conclude(self, reason: ShimError) -> None:
-        """Tell everything that waits that there is no machine any more."""
+        """Tell all waiting callers that there is no longer a machine."""
         self._now = reason
         self.ended_at_s = time.time()
         self._context.publisher.feed.note(event_feed.END, text=str(reason))

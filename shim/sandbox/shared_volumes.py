@@ -19,7 +19,7 @@ class SharedVolumes:
     """The volumes of one sandbox.
 
     :param entries: the host's files that the guest can reach.
-    :param followed: those of them that keep up with the host's mounts.
+    :param followed: the volumes that follow the host's mounts.
     :param memory: volumes in memory, which the guest holds.
     """
 
@@ -29,10 +29,10 @@ class SharedVolumes:
 
     @classmethod
     def of(cls, machine: Machine, *, work: Work) -> SharedVolumes:
-        """Make them for a machine; it need not be up yet.
+        """Make them for a machine, which need not run yet.
 
-        :param machine: whose share they go through.
-        :param work: runs what follows the host's mounts.
+        :param machine: the machine whose share they use.
+        :param work: runs the task that follows the host's mounts.
         """
         entries = SharedEntries(machine.share, daemons=machine.share_daemons)
         return cls(entries, FollowedVolumes(entries, work=work), MemoryVolumes(entries.writable))

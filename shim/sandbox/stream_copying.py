@@ -1,6 +1,6 @@
-"""Carry a process's streams between the guest agent and the client's FIFOs.
+"""Copies a process's streams between the guest's agent and the client's FIFOs.
 
-Each output is read by one request after another, so a stalled reader stalls its own stream only, and the
+Each output is read by one request after another, so a stalled reader stalls only its own stream, and the
 guest's pipe makes the process wait.
 """
 
@@ -26,7 +26,7 @@ GUEST_TIMEOUT_S = 60.0  # for a guest to hand over a process's output; on a busy
 
 
 class StreamCopier:
-    """Carries the streams of one process.
+    """Copies the streams of one process.
 
     :param guest_streams: their guest ends.
     :param stdio: the stream paths.
@@ -53,12 +53,12 @@ class StreamCopier:
         self._unread = 0
 
     def outputs(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
-        """Begin to carry each output until its end."""
+        """Start to copy each output until its end."""
         names = ["stdout"] if self._stdio.terminal else ["stdout", "stderr"]
         return [group.create_task(self._carry_output(name)) for name in names]
 
     async def carry_input(self, started: asyncio.Event) -> None:
-        """Copy stdin until its end, then give the process end of file.
+        """Copy stdin until its end, then close the process's input.
 
         :param started: set when the process runs.
         """
@@ -82,15 +82,15 @@ class StreamCopier:
     async def drained(self, tasks: Iterable[asyncio.Task[None]]) -> bool:
         """Wait for tasks as long as output keeps being read, however slowly.
 
-        :param tasks: what ends when everything has been read.
-        :returns: False if the client read nothing for the drain time, or nothing came from the guest for
-            longer; the tasks go on.
+        :param tasks: the tasks that end when everything has been read.
+        :returns: False if the client read nothing for the drain time, or the guest sent nothing for longer;
+            the tasks continue.
         """
         pending = {task for task in tasks if not task.done()}
         now_s = asyncio.get_running_loop().time
         moved_at_s = self._moved_at_s or now_s()
         while pending and (left_s := moved_at_s + self._patience_s - now_s()) > 0:
-            # During that time, it may begin to wait for the guest instead of the client, or the reverse.
+            # During that time, it may start to wait for the guest instead of the client, or the reverse.
             _, pending = await asyncio.wait(pending, timeout=min(left_s, DRAIN_TIMEOUT_S))
             moved_at_s = self._moved_at_s or moved_at_s
         return not pending

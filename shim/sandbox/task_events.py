@@ -1,6 +1,6 @@
 """The events about a task for containerd, as topic and message. Pure.
 
-Topics and messages are those of containerd's runtime v2 README; the order per container is the caller's.
+Topics and messages follow containerd's runtime v2 README; the caller decides their order for each container.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def created(init: Process, *, bundle: Path, rootfs: Iterable[Mount], pid: int) -> Event:
-    """Tell that a container waits to be started."""
+    """Report that a container waits to be started."""
     stdio = init.stdio
     return "/tasks/create", events_pb2.TaskCreate(
         container_id=init.container_id,
@@ -37,41 +37,41 @@ def created(init: Process, *, bundle: Path, rootfs: Iterable[Mount], pid: int) -
 
 
 def started(container_id: str, *, pid: int) -> Event:
-    """Tell that a container's init runs."""
+    """Report that a container's init runs."""
     return "/tasks/start", events_pb2.TaskStart(container_id=container_id, pid=pid)
 
 
 def exec_added(process: Process) -> Event:
-    """Tell that an exec is registered."""
+    """Report that an exec is registered."""
     return "/tasks/exec-added", events_pb2.TaskExecAdded(
         container_id=process.container_id, exec_id=process.exec_id
     )
 
 
 def exec_started(process: Process, *, pid: int) -> Event:
-    """Tell that an exec runs."""
+    """Report that an exec runs."""
     return "/tasks/exec-started", events_pb2.TaskExecStarted(
         container_id=process.container_id, exec_id=process.exec_id, pid=pid
     )
 
 
 def paused(container_id: str) -> Event:
-    """Tell that a container is frozen."""
+    """Report that a container is frozen."""
     return "/tasks/paused", events_pb2.TaskPaused(container_id=container_id)
 
 
 def resumed(container_id: str) -> Event:
-    """Tell that a frozen container goes on."""
+    """Report that a frozen container continues."""
     return "/tasks/resumed", events_pb2.TaskResumed(container_id=container_id)
 
 
 def out_of_memory(container_id: str) -> Event:
-    """Tell that the kernel killed a process of a container for memory."""
+    """Report that the kernel killed a process of a container for memory."""
     return "/tasks/oom", events_pb2.TaskOOM(container_id=container_id)
 
 
 def exited(process: Process, *, pid: int) -> Event:
-    """Tell that a process has ended."""
+    """Report that a process has ended."""
     return "/tasks/exit", events_pb2.TaskExit(
         container_id=process.container_id,
         id=process.event_id,
@@ -82,7 +82,7 @@ def exited(process: Process, *, pid: int) -> Event:
 
 
 def deleted(init: Process, *, pid: int) -> Event:
-    """Report that a container is gone."""
+    """Report that a container was deleted."""
     return "/tasks/delete", events_pb2.TaskDelete(
         container_id=init.container_id,
         pid=pid,

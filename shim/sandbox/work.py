@@ -1,4 +1,4 @@
-"""The tasks of a sandbox: its own work, and requests that must be finished even if the caller goes away."""
+"""The tasks of a sandbox: its own work, and requests that must finish even if the caller goes away."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Work:
         return self._group.create_task(work, name=name)
 
     def finish(self, work: Coroutine[object, object, _T]) -> asyncio.Future[_T]:
-        """Finish a request even if its caller goes away: half done, it could not be repeated.
+        """Finish a request even if its caller goes away, because a half-done request could not be repeated.
 
         :returns: its outcome; cancelling the outcome does not cancel the work.
         """
@@ -52,7 +52,7 @@ class Work:
             except asyncio.CancelledError:
                 outcome.cancel()  # the sandbox ends: release the caller
                 raise
-            except Exception as error:  # noqa: BLE001 - handed on to the caller
+            except Exception as error:  # noqa: BLE001 - passed on to the caller
                 if not outcome.done():
                     outcome.set_exception(error)
             else:

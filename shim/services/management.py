@@ -1,6 +1,6 @@
-"""What operators' tools ask a shim; see ``proto/hako/management.proto``.
+"""The service for operators' tools; see ``proto/hako/management.proto``.
 
-Nothing of this is needed for a sandbox to live: it is made when it is first asked for.
+A sandbox does not need it, so it is made at its first request.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NS_PER_S = 10**9
 
 
 class ManagementService:
-    """Translates what the shim knows of its sandbox to replies.
+    """Translates the shim's knowledge of its sandbox to replies.
 
     :param record: how the shim was started.
     :param machine: the machine of this shim.
@@ -98,7 +98,7 @@ class ManagementService:
         return response
 
     async def usage(self, request: api.UsageRequest) -> api.UsageResponse:
-        """Measure the sandbox's processes, and its containers if the guest tells in time."""
+        """Measure the sandbox's processes, and its containers if the guest answers in time."""
         response = api.UsageResponse()
         for name, pid in self._processes():
             try:
@@ -133,7 +133,7 @@ class ManagementService:
         return api.UnparkResponse()
 
     async def log_sources(self, request: api.LogSourcesRequest) -> api.LogSourcesResponse:  # noqa: ARG002 - it is empty
-        """Name the files that hold log lines."""
+        """Name the files with log lines."""
         found = log.files(self._sandbox.directory)
         return api.LogSourcesResponse(
             sources=[
@@ -142,7 +142,7 @@ class ManagementService:
         )
 
     async def events(self, requests: AsyncIterator[api.EventsRequest]) -> AsyncIterator[api.Event]:
-        """Yield the events that are kept, and if that is asked for, each that follows."""
+        """Yield the kept events, and on request each new one."""
         request = await anext(requests, api.EventsRequest())
         events = self._feed.events(follow=request.follow)
         async with contextlib.aclosing(self._until_over(events)) as told:
@@ -158,7 +158,7 @@ class ManagementService:
                 )
 
     async def _until_over(self, items: AsyncGenerator[_T, None]) -> AsyncGenerator[_T, None]:
-        """Yield what an asynchronous generator yields, until the shim is to end."""
+        """Yield what an asynchronous generator yields, until the shim should end."""
         over = asyncio.ensure_future(self._over.wait())
         following: asyncio.Future[_T | None] | None = None
         try:
@@ -179,7 +179,7 @@ class ManagementService:
         return [(SHIM, os.getpid()), *((each.name, each.pid) for each in self._machine.processes())]
 
     def _annotations(self) -> Mapping[str, str]:
-        """Return the annotations that name the pod: its own, or those of a container of it."""
+        """Return the annotations that name the pod: its own, or those of one of its containers."""
         candidates = (self._sandbox.pod.oci, *(one.spec for one in self._containers.all.values()))
         for spec in candidates:
             annotations = spec.get("annotations")
@@ -268,6 +268,6 @@ def _container(container: Container) -> api.Container:
 
 
 def _text(values: Any, name: str) -> str:
-    """Return a text of a specification; what is none there counts as empty."""
+    """Return a text of a specification; other values count as empty."""
     value = values.get(name) if isinstance(values, dict) else None
     return value if isinstance(value, str) else ""

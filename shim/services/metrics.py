@@ -1,4 +1,4 @@
-"""What a monitor asks a shim; see ``proto/hako/metrics.proto``."""
+"""The service for monitors; see ``proto/hako/metrics.proto``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class MetricsService:
         self._machine = machine
 
     async def read(self, request: metrics_pb2.ReadRequest) -> Reply:
-        """Return the shim's numbers, and the guest's if it tells them in time."""
+        """Return the shim's numbers, and the guest's if it answers in time."""
         sandbox, containers = self._sandbox, self._containers.all.values()
         reply = Reply(
             id=sandbox.id,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from shim.sandbox.containers import Containers
     from shim.sandbox.sandbox import Sandbox
 
-# As Kubernetes' container runtime interface names the states: containerd takes any other for not ready.
+# The states of Kubernetes' container runtime interface; containerd reads any other as not ready.
 _READY = "SANDBOX_READY"
 _NOT_READY = "SANDBOX_NOTREADY"
 
@@ -35,7 +35,7 @@ class SandboxService:
         self._containers = containers
 
     async def create_sandbox(self, request: api.CreateSandboxRequest) -> api.CreateSandboxResponse:
-        """Begin to boot the machine, unless it boots already because the bundle has a specification."""
+        """Start to boot the machine, unless it already boots because the bundle has a specification."""
         self._require(request.sandbox_id, what="create")
         description = pod.from_request(
             request.options, sandbox_id=request.sandbox_id, network_namespace=request.netns_path
@@ -44,7 +44,7 @@ class SandboxService:
         return api.CreateSandboxResponse()
 
     async def start_sandbox(self, request: api.StartSandboxRequest) -> api.StartSandboxResponse:
-        """Wait until the machine is up."""
+        """Wait until the machine runs."""
         self._require(request.sandbox_id, what="start")
         await self._sandbox.running()
         return api.StartSandboxResponse(
@@ -52,7 +52,7 @@ class SandboxService:
         )
 
     async def platform(self, request: api.PlatformRequest) -> api.PlatformResponse:
-        """Tell what runs in the machine."""
+        """Report the platform of the machine."""
         self._require(request.sandbox_id, what="platform")
         return api.PlatformResponse(platform=types_pb2.Platform(os="linux", architecture="amd64"))
 
@@ -63,7 +63,7 @@ class SandboxService:
         return api.StopSandboxResponse()
 
     async def wait_sandbox(self, request: api.WaitSandboxRequest) -> api.WaitSandboxResponse:
-        """Block until the machine is gone."""
+        """Block until the machine has ended."""
         self._require(request.sandbox_id, what="wait")
         await self._sandbox.ended.wait()
         return api.WaitSandboxResponse(
@@ -71,7 +71,7 @@ class SandboxService:
         )
 
     async def sandbox_status(self, request: api.SandboxStatusRequest) -> api.SandboxStatusResponse:
-        """Tell the state as the shim knows it, without asking the guest."""
+        """Report the state that the shim knows, without asking the guest."""
         self._require(request.sandbox_id, what="status")
         sandbox = self._sandbox
         response = api.SandboxStatusResponse(
@@ -97,7 +97,7 @@ class SandboxService:
         return api.PingResponse()
 
     async def shutdown_sandbox(self, request: api.ShutdownSandboxRequest) -> api.ShutdownSandboxResponse:
-        """Switch the machine off and end the shim, also if containers are left; the reply goes first."""
+        """Switch the machine off and end the shim, even if containers are left; the reply is sent first."""
         self._require(request.sandbox_id, what="shutdown")
         await self._containers.dismiss()
         return api.ShutdownSandboxResponse()

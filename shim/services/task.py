@@ -70,7 +70,7 @@ class TaskService:
         return task_v3_pb2.StartResponse(pid=self._sandbox.pid)
 
     async def state(self, request: task_v3_pb2.StateRequest) -> task_v3_pb2.StateResponse:
-        """Tell the state as the shim knows it, without asking the guest."""
+        """Report the state that the shim knows, without asking the guest."""
         container = self._containers.get(request.id)
         process = container.process(request.exec_id)
         return task_v3_pb2.StateResponse(
@@ -176,24 +176,24 @@ class TaskService:
         return Empty()
 
     async def connect(self, request: task_v3_pb2.ConnectRequest) -> task_v3_pb2.ConnectResponse:
-        """Tell the pids; an unknown container has pid 0."""
+        """Report the pids; an unknown container has pid 0."""
         pid = self._sandbox.pid if self._containers.has(request.id) else 0
         return task_v3_pb2.ConnectResponse(shim_pid=os.getpid(), task_pid=pid)
 
-    async def shutdown(self, request: task_v3_pb2.ShutdownRequest) -> Empty:  # noqa: ARG002 - the id says nothing: one shim, one sandbox
-        """End the shim, unless containers are left or containerd's sandbox service holds it."""
+    async def shutdown(self, request: task_v3_pb2.ShutdownRequest) -> Empty:  # noqa: ARG002 - a shim has only one sandbox
+        """End the shim, unless containers are left or containerd's sandbox service uses it."""
         self._containers.shut_down()
         return Empty()
 
     def _pid_of(self, process: Process) -> int:
-        # An exec has no pid before it runs; clients take a non-zero one for "it was started".
+        # An exec has no pid before it runs; clients read a non-zero pid as "started".
         if process.exec_id and process.state is State.CREATED:
             return 0
         return self._sandbox.pid
 
 
 def _check_identifier(identifier: str, *, phase: str, what: str) -> None:
-    # An id becomes part of paths: of the share, and in the guest.
+    # An id becomes part of paths, in the share and in the guest.
     try:
         check_identifier(identifier, phase=phase, what=what)
     except Refusal as refusal:

@@ -1,1 +1,1 @@
-"""The shim's reports: events, metrics, the log, timelines, and the last words of a sandbox."""
+"""The shim's reports: events, metrics, the log, timelines, and the last output of a sandbox."""

@@ -1,4 +1,4 @@
-"""The events of one sandbox for those who watch it: the last ones, and each as it happens."""
+"""The events of one sandbox for its followers: the last ones, and each new one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ END = "/sandbox/end"
 PARKED = "/sandbox/parked"
 AWAKE = "/sandbox/awake"
 KEPT = 64
-"""How many events are kept for those who come later."""
+"""How many events are kept for later followers."""
 
 _MOST_UNREAD = 1024
 
@@ -30,13 +30,13 @@ _MOST_UNREAD = 1024
 class SandboxEvent:
     """Something that happened in a sandbox.
 
-    :param number: counts from 1.
-    :param at_s: when, in seconds since 1970.
+    :param number: its number, from 1 on.
+    :param at_s: its time, in seconds since 1970.
     :param topic: containerd's, or one of this module's.
     :param container_id: empty if it happened to the machine.
     :param exec_id: empty if it happened to the container.
-    :param exit_status: of a process that ended.
-    :param text: what else there is to say, in one line.
+    :param exit_status: the status of a process that ended.
+    :param text: further information, in one line.
     """
 
     number: int
@@ -49,7 +49,7 @@ class SandboxEvent:
 
 
 class EventFeed:
-    """The events of one sandbox; noting one never waits and never fails."""
+    """The events of one sandbox; adding one never waits and never fails."""
 
     def __init__(self) -> None:
         self._number = 0
@@ -60,7 +60,7 @@ class EventFeed:
         """Note an event.
 
         :param topic: its topic.
-        :param message: containerd's, of which the ids and the exit status are taken.
+        :param message: containerd's message, for the ids and the exit status.
         :param text: one line.
         """
         self._number += 1
@@ -81,9 +81,9 @@ class EventFeed:
                 unread.put_nowait(event)
 
     async def events(self, *, follow: bool) -> AsyncGenerator[SandboxEvent, None]:
-        """Yield the events that are kept.
+        """Yield the kept events.
 
-        :param follow: go on with each event as it happens, until this is closed.
+        :param follow: continue with each new event, until this is closed.
         :raises ResourceExhausted: if the caller is too slow and has lost events.
         """
         unread: asyncio.Queue[SandboxEvent] = asyncio.Queue(_MOST_UNREAD)

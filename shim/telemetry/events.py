@@ -1,7 +1,7 @@
-"""Events to containerd: one ordered queue, delivered over ttrpc, never in the way of a reply.
+"""Events for containerd: one ordered queue, delivered over ttrpc, which never delays a reply.
 
-containerd may restart at any time; its socket path stays. An event that cannot be delivered is kept
-and tried again, so the order per container survives the restart.
+containerd may restart at any time, with the same socket path. An event that cannot be delivered is kept and
+tried again, so the order for each container survives the restart.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SERVICE = "containerd.services.events.ttrpc.v1.Events"
-QUEUE_LENGTH = 2048  # as containerd's own publisher: beyond it the oldest event is given up
-FORWARD_TIMEOUT_S = 5.0  # containerd's publisher allows one attempt as long
+QUEUE_LENGTH = 2048  # like containerd's own publisher: beyond it, the oldest event is dropped
+FORWARD_TIMEOUT_S = 5.0  # containerd's publisher has the same limit for an attempt
 RETRY_FIRST_S = 0.1
 RETRY_LONGEST_S = 5.0
 
@@ -50,7 +50,7 @@ class Publisher:
     def __init__(self, address: str, *, namespace: str) -> None:
         self._address = address.removeprefix("unix://")
         self._namespace = namespace
-        #: The same events for those who watch the sandbox, and those of its machine.
+        #: The same events and those of the machine, for followers of the sandbox.
         self.feed = EventFeed()
         self._queue: collections.deque[events_ttrpc_pb2.Envelope] = collections.deque(maxlen=QUEUE_LENGTH)
         self._filled = asyncio.Event()
@@ -100,10 +100,10 @@ class Publisher:
                     await asyncio.sleep(delay_s)
                     delay_s = min(delay_s * 2, RETRY_LONGEST_S)
                     continue
-                except ShimError as error:  # containerd understood and refused: trying again cannot help
+                except ShimError as error:  # containerd understood and refused, so trying again cannot help
                     log.warning("events: %s refused: %s", envelope.topic, error)
                 delay_s = RETRY_FIRST_S
-                if self._queue[0] is envelope:  # a full queue may have dropped it by now
+                if self._queue[0] is envelope:  # a full queue may have dropped it meanwhile
                     self._queue.popleft()
                 if not self._queue:
                     self._filled.clear()

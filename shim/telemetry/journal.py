@@ -1,7 +1,7 @@
-"""A node's journal of starts and failures: a line for each, which outlives the sandbox.
+"""A node's journal of starts and failures: one line for each, which outlives the sandbox.
 
-Every shim appends to the same file, and a monitor that reads it knows also what happened before it ran. Once
-the file is long, it is kept beside a new one until that is long as well.
+Every shim appends to the same file, and a monitor that reads it also knows of earlier events. Once the file
+is long, it is kept beside a new one until that one is long, too.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Journal:
 
     def __init__(self, log_dir: Path) -> None:
         self.path = log_dir / NAME
-        #: By the first line of a file: numbers of files are used again.
+        #: By the first line of a file, because inode numbers are reused.
         self._read_up_to: dict[bytes, int] = {}
 
     def note(self, kind: str, entry: Mapping[str, object]) -> None:
         """Append an entry; a failure is logged.
 
-        :param kind: what happened.
-        :param entry: what else is known of it.
+        :param kind: the kind of event.
+        :param entry: its other fields.
         """
         line = json.dumps({"kind": kind, "at_s": time.time(), **entry}).encode() + b"\n"
         try:
@@ -56,7 +56,7 @@ class Journal:
             log.warning("journal: %s: %s: %s; metrics lack it", self.path, kind, error.strerror)
 
     def _begin_anew(self, descriptor: int) -> None:
-        # Another shim may be doing it, and if it hangs, the file stays long.
+        # Another shim may be doing it already; if it hangs, the file just stays long.
         if not file_lock.take(descriptor, timeout_s=_LOCK_S):
             return
         if os.fstat(descriptor).st_ino == self.path.stat().st_ino:
@@ -67,7 +67,7 @@ class Journal:
         return self.path.with_suffix(".journal.old")
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """Yield each entry that this object has not yielded before; lines that are torn are left out."""
+        """Yield each entry that this object has not yielded before, without torn lines."""
         seen: dict[bytes, int] = {}
         for path in (self._older, self.path):
             try:
@@ -76,9 +76,7 @@ class Journal:
                 continue
             with file:
                 first = file.readline()
-                if first in seen or not first.endswith(
-                    b"\n"
-                ):  # it was renamed a moment ago, or has just begun
+                if first in seen or not first.endswith(b"\n"):  # it has just been renamed or created
                     continue
                 seen[first] = self._read_up_to.get(first, 0)
                 file.seek(seen[first])

@@ -1,4 +1,4 @@
-"""How long a shim's calls take, counted in buckets, and what it had to drop.
+"""How long a shim's calls take, counted in buckets, and how much data it had to drop.
 
 Counting costs a microsecond. Nothing is computed before a monitor asks. All is of this process: a shim serves
 one sandbox.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-#: Upper limits of the buckets, in milliseconds; the last bucket has none. Kata's histograms have these, too.
+#: Upper limits of the buckets, in milliseconds, as in Kata's histograms; the last bucket has none.
 BOUNDS_MS = tuple(float(1 << power) for power in range(10))
 MOST_NAMES = 100
 OTHERS = "others"
 
 
 class Histogram:
-    """How often something took how long."""
+    """Counts how long something took."""
 
     def __init__(self) -> None:
         self.buckets = [0] * (len(BOUNDS_MS) + 1)
@@ -29,7 +29,7 @@ class Histogram:
 
 
 class Latencies:
-    """Histograms by the name of what was called; names beyond the hundredth share one."""
+    """Histograms by the name of the call; names beyond the hundredth share one."""
 
     def __init__(self) -> None:
         self.by_name: dict[str, Histogram] = {}
@@ -37,7 +37,7 @@ class Latencies:
     def observe(self, name: str, took_s: float) -> None:
         """Count a call.
 
-        :param name: what was called.
+        :param name: the name of the call.
         :param took_s: how long it took, in seconds.
         """
         histogram = self.by_name.get(name)
@@ -47,20 +47,20 @@ class Latencies:
         histogram.observe(took_s)
 
 
-#: What containerd asks the shim.
+#: Calls from containerd to the shim.
 SHIM = Latencies()
-#: What the shim asks the guest's agent.
+#: Calls from the shim to the guest's agent.
 AGENT = Latencies()
-#: What the shim asks QEMU.
+#: Commands from the shim to QEMU.
 QMP = Latencies()
-#: What was dropped because there was too much of it, by its kind.
+#: Data that was dropped because there was too much of it, by kind.
 dropped: dict[str, int] = {}
 
 
 def drop(kind: str, count: int = 1) -> None:
-    """Count what was dropped.
+    """Count dropped data.
 
-    :param kind: of what.
+    :param kind: the kind of data.
     :param count: how many.
     """
     dropped[kind] = dropped.get(kind, 0) + count

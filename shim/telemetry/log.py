@@ -1,4 +1,4 @@
-"""The daemon's log: lines on standard error, which is containerd's FIFO, and never a reason to wait.
+"""The daemon's log: lines on standard error, which is containerd's FIFO; writing never blocks.
 
 The last lines are also kept in a file beside the sandbox's state, for ``hako logs``.
 """
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 KEPT_NAME = "shim.log"
 CONSOLE_NAME = "console.log"  # so the hypervisor calls it
 OUTPUT_LOGGER = "hypervisor.output"
-"""What QEMU and the daemons say: kept, and sent to containerd at debug level."""
+"""The output of QEMU and the daemons: kept, and sent to containerd at debug level."""
 
 _KEPT_BYTES = 256 * 1024
-# A write of up to PIPE_BUF bytes is done whole or not at all; see pipe(7).
+# A write of up to PIPE_BUF bytes is atomic; see pipe(7).
 _MAX_LINE = 4096
-# Their debug lines would bury the shim's: hundreds of long lines for each interface.
+# Their debug lines would hide the shim's: hundreds of long lines for each interface.
 _VERBOSE_LIBRARIES = ("asyncio", "pyroute2")
 
 
 class PipeHandler(logging.Handler):
     """Write one logfmt line per record; without a reader, drop and count it.
 
-    :param descriptor: where to; it does not block.
+    :param descriptor: a descriptor that does not block.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -55,7 +55,7 @@ class PipeHandler(logging.Handler):
 class KeptLog(logging.Handler):
     """Keep the last lines in a file, which never grows over 256 KiB.
 
-    :param path: the file; it is made when there is a line.
+    :param path: the file; it is made with the first line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,7 +66,7 @@ class KeptLog(logging.Handler):
 
     @override
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the record; what cannot be written is lost."""
+        """Write the record; it is lost if that fails."""
         line = f"{self.format(record)[:_MAX_LINE]}\n".encode(errors="replace")
         try:
             if self._descriptor < 0:
@@ -94,7 +94,7 @@ class KeptLog(logging.Handler):
 
 
 class LogfmtFormatter(logging.Formatter):
-    """``time=... level=... msg="..."``, as containerd and its own shims write."""
+    """``time=... level=... msg="..."``, the format of containerd and its own shims."""
 
     @override
     def format(self, record: logging.LogRecord) -> str:
@@ -112,7 +112,7 @@ class LogfmtFormatter(logging.Formatter):
 
 
 def files(directory: Path) -> dict[str, Path]:
-    """Name the files that hold the log lines of a sandbox, by what is in them.
+    """Name the files with the log lines of a sandbox, by their content.
 
     :param directory: its state directory.
     """

@@ -1,4 +1,4 @@
-"""A container's statistics, from the guest's cgroup v2 to the message that containerd's host expects.
+"""A container's statistics, from the guest's cgroup v2 to the message for the host's cgroup version.
 
 The guest always has cgroup v2; containerd's consumers want the message of the *host's* mode. Pure:
 values in, values out.
@@ -55,7 +55,7 @@ def host_has_cgroup_v2(root: Path = Path("/sys/fs/cgroup")) -> bool:
 
 
 def total(containers: Iterable[agent_pb2.StatsContainerResponse]) -> agent_pb2.StatsContainerResponse:
-    """Add up the use of a pod's containers, without their limits.
+    """Add up the usage of a pod's containers, without their limits.
 
     :param containers: the agent's statistics of each.
     """
@@ -75,7 +75,9 @@ def total(containers: Iterable[agent_pb2.StatsContainerResponse]) -> agent_pb2.S
         for item in used.blkio_stats.io_service_bytes_recursive:
             key = (item.major, item.minor, item.op)
             transferred[key] = transferred.get(key, 0) + item.value
-        if not result.network_stats:  # the interfaces are the machine's: every container counts the same
+        if (
+            not result.network_stats
+        ):  # the interfaces belong to the machine, so every container reports the same numbers
             result.network_stats.extend(one.network_stats)
     for (major, minor, op), value in sorted(transferred.items()):
         cgroup.blkio_stats.io_service_bytes_recursive.add(major=major, minor=minor, op=op, value=value)
@@ -115,7 +117,7 @@ def _to_v2(stats: agent_pb2.StatsContainerResponse) -> cgroups_v2_pb2.Metrics:
             for size, entry in sorted(cgroup.hugetlb_stats.items())
         ],
         network=[
-            # The agent's message and both of containerd's number these fields alike.
+            # The agent's message and both of containerd's use the same numbers for these fields.
             cgroups_v2_pb2.NetworkStat.FromString(link.SerializeToString())
             for link in stats.network_stats
         ],

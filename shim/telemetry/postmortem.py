@@ -1,7 +1,7 @@
 """The record of a sandbox after a bad end: the reason and the guest's last console lines.
 
-The state directory goes with the sandbox; an operator asks later. One small file per sandbox id, the
-newest hundred of them.
+The state directory disappears with the sandbox, but an operator asks later. There is one small file for each
+sandbox id; the newest hundred are kept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def path_of(log_dir: Path, *, namespace: str, sandbox_id: str, suffix: str = ".l
 
 
 def write(log_dir: Path, *, namespace: str, sandbox_id: str, reason: str, console: Sequence[str]) -> None:
-    """Keep the reason of an end; it replaces an earlier record of the same id.
+    """Keep the reason for an end; it replaces an earlier record of the same id.
 
     :param reason: one line.
     :param console: the guest's last console lines, oldest first.
@@ -52,9 +52,9 @@ def keep(path: Path, text: str) -> None:
 
 
 def read(log_dir: Path, *, sandbox_id: str, namespace: str = "*") -> str:
-    """Return the records of a sandbox, in every namespace with the id unless one is given.
+    """Return the records of a sandbox, by default in every namespace with the id.
 
-    :returns: the text; empty if nothing was kept.
+    :returns: the text; empty if there is no record.
     """
     found = sorted(
         log_dir.glob(path_of(log_dir, namespace=namespace, sandbox_id=sandbox_id).name), key=_modified

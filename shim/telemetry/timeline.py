@@ -1,6 +1,6 @@
-"""The phases of a sandbox's start: each process notes its own in memory.
+"""The phases of a sandbox's start: each process records its own in memory.
 
-Each appends its notes to one file beside the sandbox's state. All times are of CLOCK_MONOTONIC, which is
+Each appends its records to one file beside the sandbox's state. All times are of CLOCK_MONOTONIC, which is
 the same for all processes of a host. ``start`` imports this module, so it avoids slow imports.
 """
 
@@ -15,12 +15,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: The lanes that phases are in; those of a container have their own, see :func:`container_lane`.
+#: The lanes of phases; a container has its own lane, see :func:`container_lane`.
 CONTAINERD, START, SHIM, MACHINE, KERNEL, AGENT = "containerd", "start", "shim", "machine", "kernel", "agent"
 #: In the environment of containerd or of a container: draw the timeline when the start is over.
 ENVIRONMENT_VARIABLE = "HAKO_TIMELINE"
 NAME = "timeline"
-_MOST = 500  # the life of a pod has no end of containers; its start has
+_MOST = 500  # a pod may have endless containers in its life, but not in its start
 _BIRTH = 21  # field of /proc/self/stat, counted from 0: proc(5)
 
 _noted: list[tuple[str, str, float, float]] = []
@@ -33,10 +33,10 @@ def container_lane(container_id: str) -> str:
 
 
 def note(name: str, *, lane: str, began_s: float, ended_s: float) -> None:
-    """Note a phase that is over.
+    """Record a phase that has ended.
 
     :param name: the phase.
-    :param lane: the lane of the process that did it.
+    :param lane: the lane of its process.
     :param began_s: when it began, in seconds of ``time.monotonic()``.
     :param ended_s: when it ended.
     """
@@ -45,14 +45,14 @@ def note(name: str, *, lane: str, began_s: float, ended_s: float) -> None:
 
 
 def mark(name: str, *, lane: str) -> None:
-    """Note a moment: now."""
+    """Record this moment."""
     now_s = time.monotonic()
     note(name, lane=lane, began_s=now_s, ended_s=now_s)
 
 
 @contextlib.contextmanager
 def phase(name: str, *, lane: str) -> Iterator[None]:
-    """Note a block as a phase, whether it succeeds or not."""
+    """Record a block as a phase, whether it succeeds or not."""
     began_s = time.monotonic()
     try:
         yield
@@ -61,9 +61,9 @@ def phase(name: str, *, lane: str) -> Iterator[None]:
 
 
 def durations() -> list[tuple[str, str, float]]:
-    """List the phases that this process noted and has not written yet.
+    """List the phases that this process has recorded and not written yet.
 
-    :returns: the lane, the name and how many seconds it took, of each.
+    :returns: the lane, the name and the duration in seconds of each.
     """
     return [(lane, name, ended_s - began_s) for lane, name, began_s, ended_s in _noted if ended_s > began_s]
 
@@ -71,8 +71,8 @@ def durations() -> list[tuple[str, str, float]]:
 def born_at_s() -> float:
     """Find out when this process was forked.
 
-    The kernel tells in ticks of 10 ms. The processor time used so far says more, but not how long the
-    process waited for a processor.
+    The kernel reports it in ticks of 10 ms. The processor time used so far is more precise, but does not
+    include the time in which the process waited for a processor.
     """
     now_s, used_s = time.monotonic(), time.process_time()
     asleep_s = time.clock_gettime(time.CLOCK_BOOTTIME) - now_s
@@ -90,10 +90,10 @@ def path_of(state_directory: str) -> str:
 
 
 def write(state_directory: str) -> None:
-    """Append the notes since the last time to the file of a sandbox.
+    """Append the records since the last call to the file of a sandbox.
 
-    :param state_directory: the sandbox's, which exists.
-    :raises OSError: if the file cannot be written; the notes are lost.
+    :param state_directory: the sandbox's state directory, which exists.
+    :raises OSError: if the file cannot be written; the records are lost.
     """
     global _written  # noqa: PLW0603 - one timeline per process
     lines = "".join(json.dumps(entry) + "\n" for entry in _noted).encode()

@@ -1,4 +1,4 @@
-"""Timelines on disk: beside the state of a sandbox that runs, beside the last words of one that has ended."""
+"""Timelines on disk: beside the state of a running sandbox, and beside the record of an ended one."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class SandboxTimeline:
         self._log_dir = log_dir
         self._namespace = namespace
         self._sandbox_id = sandbox_id
-        #: Kept also as a picture and as a trace.
+        #: Whether it is also kept as a picture and as a trace.
         self.is_drawn = os.environ.get(timeline.ENVIRONMENT_VARIABLE) == "1"
 
     def write(self, *, kept: bool = False) -> None:
         """Write the timeline so far; a failure is logged.
 
-        :param kept: also where it outlives the sandbox.
+        :param kept: also write it where it outlives the sandbox.
         """
         try:
             timeline.write(str(self._state))
@@ -77,7 +77,7 @@ def keep(state: Path, *, log_dir: Path, namespace: str, sandbox_id: str, drawn: 
 
 
 def find(*, state_dir: Path, log_dir: Path, namespace: str, sandbox_id: str) -> list[Timeline]:
-    """Read the timelines of a sandbox: those that run first.
+    """Read the timelines of a sandbox, running ones first.
 
     :param state_dir: the directory of all sandboxes' state.
     :param log_dir: where timelines are kept.

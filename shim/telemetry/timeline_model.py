@@ -1,4 +1,4 @@
-"""A timeline as data: phases in lanes, read from the notes of a sandbox's processes."""
+"""A timeline as data: phases in lanes, read from the records of a sandbox's processes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _ORDER = (CONTAINERD, START, SHIM, MACHINE, KERNEL, AGENT)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """Something that took time; a moment took none.
+    """A phase that took time, or a moment that took none.
 
-    :param lane: who did it.
+    :param lane: the lane of its process.
     :param name: its name.
     :param began_s: in seconds since the beginning of the timeline.
     :param ended_s: likewise, not before it began.
@@ -59,7 +59,7 @@ class Timeline:
     """The start of a sandbox.
 
     :param title: whose.
-    :param phases: in the order in which they began, the longer of two first; the first begins at 0.
+    :param phases: sorted by their beginning, longer ones first; the first begins at 0.
     """
 
     title: str
@@ -71,7 +71,7 @@ class Timeline:
         return max((phase.ended_s for phase in self.phases), default=0.0)
 
     def lanes(self) -> tuple[Lane, ...]:
-        """Sort the phases into lanes: from containerd to the guest, then the containers as they came."""
+        """Sort the phases into lanes: from containerd to the guest, then the containers in order."""
         names = dict.fromkeys((*_ORDER, *(phase.lane for phase in self.phases)))
         found = ((name, [phase for phase in self.phases if phase.lane == name]) for name in names)
         return tuple(Lane(name=name, rows=_stacked(phases)) for name, phases in found if phases)
@@ -97,13 +97,13 @@ def parse(text: str, *, title: str) -> Timeline:
 def guest_phases(report: str, *, asked_s: float, answered_s: float, since_s: float) -> list[Phase]:
     """Read the report of the guest's agent, in the host's time.
 
-    The guest's clock is taken to be in the middle of question and answer. Phases from before the sandbox's
+    The guest is assumed to read its clock in the middle of the call. Phases from before the sandbox's
     machine existed belong to its template.
 
     :param report: the time now, then a line ``BEGAN ENDED WHO NAME`` for each phase; all in seconds.
-    :param asked_s: when the question was sent, in seconds of ``time.monotonic()``.
-    :param answered_s: when the answer was there.
-    :param since_s: when the machine came to be.
+    :param asked_s: when the request was sent, in seconds of ``time.monotonic()``.
+    :param answered_s: when the answer arrived.
+    :param since_s: when the machine was started.
     """
     first, *lines = report.splitlines() or [""]
     phases = []
@@ -127,7 +127,7 @@ def guest_phases(report: str, *, asked_s: float, answered_s: float, since_s: flo
 
 
 def table(timeline: Timeline) -> str:
-    """Phrase a timeline for a terminal, a line for each phase."""
+    """Format a timeline for a terminal, one line for each phase."""
     width = max((len(phase.lane) for phase in timeline.phases), default=0)
     lines = [f"{timeline.title}: {timeline.length_s * 1000:.0f} ms"]
     for phase in timeline.phases:
@@ -147,7 +147,7 @@ def _entry(line: str) -> tuple[str, str, float, float] | None:
 
 
 def _stacked(phases: Iterable[Phase]) -> tuple[tuple[Phase, ...], ...]:
-    """Put each phase into the first row where it overlaps with none."""
+    """Put each phase into the first row where it overlaps with no other."""
     rows: list[list[Phase]] = []
     for phase in phases:
         row = next((row for row in rows if row[-1].ended_s <= phase.began_s), None)
@@ -159,7 +159,7 @@ def _stacked(phases: Iterable[Phase]) -> tuple[tuple[Phase, ...], ...]:
 
 
 def trace(timeline: Timeline) -> dict[str, Any]:
-    """Give a timeline the form that Perfetto and Chrome read.
+    """Convert a timeline to the format that Perfetto and Chrome read.
 
     The source is the "Trace Event Format", with times in microseconds. A lane is a process of it, a row
     a thread.

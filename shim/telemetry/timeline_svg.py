@@ -27,9 +27,9 @@ _STYLE = (
 def draw(timeline: Timeline) -> str:
     """Draw a timeline.
 
-    A phase's name is in its bar, or beside it where there is room; a list below has them all.
+    A phase's name is in its bar, or beside it if there is room; a list below has all names.
 
-    :param timeline: what happened.
+    :param timeline: the timeline.
     :returns: an SVG document.
     """
     lanes = timeline.lanes()

@@ -1,4 +1,4 @@
-"""Points in time as containerd wants them."""
+"""Points in time in containerd's format."""
 
 from __future__ import annotations
 

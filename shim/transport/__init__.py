@@ -1,1 +1,1 @@
-"""ttrpc and gRPC over one dispatch table; a service method knows neither."""
+"""ttrpc and gRPC over one dispatch table; a service method is independent of both."""

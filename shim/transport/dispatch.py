@@ -1,7 +1,7 @@
 """One table of methods for every transport, built from protobuf service descriptors.
 
 A service implementation is an object whose methods are snake_case coroutines that take the request message,
-return the response message and raise :class:`~shim.errors.ShimError`. A method it lacks is unimplemented.
+return the response message and raise :class:`~shim.errors.ShimError`. A missing method is unimplemented.
 The method of a stream is an asynchronous generator: it takes an iterator over the client's messages and
 yields its own. Only gRPC carries streams.
 """
@@ -44,11 +44,11 @@ class Method:
     name: str
     request_class: type[Message]
     handler: Callable[[Message], Awaitable[Message]]
-    #: Told the bare name and the seconds of each call that is over.
+    #: Called with the bare name and the duration in seconds of each finished call.
     observe: Callable[[str, float], None] | None = None
 
     async def answer(self, payload: bytes, *, timeout_s: float | None) -> bytes:
-        """Run the handler, see :meth:`_answer`, and say how long it took."""
+        """Run the handler, see :meth:`_answer`, and report how long it took."""
         if self.observe is None:
             return await self._answer(payload, timeout_s=timeout_s)
         began_s = time.monotonic()
@@ -82,10 +82,10 @@ class Method:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            # Something the handler waited for was cancelled, not the call: the client must get an answer.
+            # Not the call was cancelled, but something the handler waited for: the client must get an answer.
             logger.exception("call: %s: cancelled from inside", self.name)
             raise Internal(f"call: {self.name}: its work was cancelled; see the log") from error
-        except Exception as error:  # the boundary: any defect becomes an answer
+        except Exception as error:  # at this boundary, any defect becomes an answer
             logger.exception("call: %s: unexpected failure", self.name)
             cause = " ".join(f"{type(error).__name__}: {error}".split())
             raise Internal(f"call: {self.name}: {cause}; see the log") from error
@@ -124,7 +124,7 @@ class Stream:
                 yield answer.SerializeToString()
         except ShimError:
             raise
-        except Exception as error:  # the boundary: any defect becomes an answer
+        except Exception as error:  # at this boundary, any defect becomes an answer
             logger.exception("call: %s: unexpected failure", self.name)
             cause = " ".join(f"{type(error).__name__}: {error}".split())
             raise Internal(f"call: {self.name}: {cause}; see the log") from error
@@ -144,13 +144,13 @@ class Stream:
 class Dispatch:
     """Finds the method for a request.
 
-    One object may stand under several descriptors, as for task v2 and v3, which differ only in the package of
+    One object may have several descriptors, like task v2 and v3, which differ only in the package of
     their messages. Each of its methods is then written against the request class of the **first** descriptor
     listed; those of the others go through the same classes, so their messages must be equal on the wire.
 
     :param services: each service's descriptor with its implementation.
-    :param late: the same by its full name, for services that are made when they are first asked for.
-    :param observe: told the name and the seconds of each call that is over and did not wait for an end.
+    :param late: the same by full name, for services that are made at their first request.
+    :param observe: called with the name and the duration of each finished call that did not wait for an end.
     """
 
     def __init__(
@@ -186,13 +186,13 @@ class Dispatch:
 
     @property
     def service_names(self) -> list[str]:
-        """Full names of all services, in the order given; those that are late come to be by that."""
+        """Full names of all services, in the given order; this makes late ones."""
         for name in list(self._late):
             self._make(name)
         return list(self._services)
 
     def _make(self, name: str) -> None:
-        """Make a service that is late, if it is one."""
+        """Make a late service, if it is one."""
         make = self._late.pop(name, None)
         if make is not None:
             self._add(*make())
@@ -220,7 +220,7 @@ class Dispatch:
 
 
 def snake_case(name: str) -> str:
-    """Turn the name of an RPC into that of its Python method: ``CloseIO`` is ``close_io``."""
+    """Convert the name of an RPC to the name of its Python method: ``CloseIO`` is ``close_io``."""
     return _WORD_START.sub("_", name).lower()
 
 

@@ -1,7 +1,7 @@
-"""A gRPC server that starts with the first connection: few sandboxes are ever asked over gRPC.
+"""A gRPC server that starts with the first connection, because few sandboxes are ever used over gRPC.
 
-Until then there is only the listening socket. gRPC can only listen on a socket that it made itself: its
-socket then replaces ours, and earlier connections are passed on to it.
+Until then, there is only the listening socket. gRPC can only listen on a socket that it made itself, so its
+socket then replaces ours, and earlier connections are forwarded to it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CHUNK = 1 << 16
 
 @asynccontextmanager
 async def serve_grpc_on_demand(dispatch: Dispatch, path: Path) -> AsyncIterator[None]:
-    """Serve as :func:`~shim.transport.grpc_server.serve_grpc` does, from the first connection on.
+    """Serve like :func:`~shim.transport.grpc_server.serve_grpc`, from the first connection on.
 
     :param dispatch: the methods offered.
     :param path: where to listen; its directory exists, and a stale socket there is replaced.
@@ -82,7 +82,7 @@ async def _serve_when_wanted(
     try:
         await _serve(dispatch, path, listener, over)
     except ShimError as error:
-        log.error("gRPC: %s", error)  # noqa: TRY400 - containerd's own calls do not come this way
+        log.error("gRPC: %s", error)  # noqa: TRY400 - containerd's own calls do not use this socket
 
 
 async def _first_of(*events: asyncio.Event) -> None:
@@ -95,13 +95,13 @@ async def _first_of(*events: asyncio.Event) -> None:
 
 
 async def _serve(dispatch: Dispatch, path: Path, listener: socket.socket, over: asyncio.Event) -> None:
-    # Importing grpc takes longer than all the rest of the start, where no zygote has done it.
+    # Without a zygote, importing grpc takes longer than the rest of the start.
     from shim.transport.grpc_server import serve_grpc  # noqa: PLC0415
 
     own = path.with_name(f"{path.name}.own")
-    # The server ends first: its last answers have to get through.
+    # The server ends first, because its last answers must get through.
     async with asyncio.TaskGroup() as relays, serve_grpc(dispatch, own):
-        os.rename(own, path)  # noqa: PTH104 - as Path.rename, but known not to block
+        os.rename(own, path)  # noqa: PTH104 - like Path.rename, but known not to block
         with contextlib.suppress(BlockingIOError):
             while True:
                 client, _ = listener.accept()

@@ -34,14 +34,14 @@ MAX_MESSAGE = 4 << 20
 """Longest message in either direction, in bytes."""
 
 GRACE_S = 1.0
-"""Seconds that calls in flight have to finish when the server stops."""
+"""How many seconds calls in flight have to finish when the server stops."""
 
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE),
     ("grpc.max_send_message_length", MAX_MESSAGE),
-    # By default, grpc cancels some of the calls that wait behind a thousand others; here, a burst is
+    # By default, grpc cancels some calls that wait behind a thousand others; here, a burst is
     # legitimate.
     ("grpc.server.max_pending_requests", 1 << 20),
     ("grpc.server.max_pending_requests_hard_limit", 1 << 20),
@@ -61,7 +61,7 @@ class _TableHandler(grpc.GenericRpcHandler):
         service, _, method = details.method.removeprefix("/").partition("/")
         stream = self._dispatch.find_stream(service, method)
         if stream is not None:
-            # What a client that sends one message does is the same on the wire.
+            # A client that sends only one message looks the same on the wire.
             return grpc.stream_stream_rpc_method_handler(partial(self._converse, stream))
         return grpc.unary_unary_rpc_method_handler(partial(self._call, service, method))
 
@@ -90,7 +90,7 @@ async def _abort(context: _Context, error: ShimError) -> NoReturn:
 async def serve_grpc(dispatch: Dispatch, path: Path) -> AsyncIterator[grpc.aio.Server]:
     """Serve a dispatch table, health and reflection on a unix socket of mode 0600 while the context lasts.
 
-    At its end calls in flight have :data:`GRACE_S` to finish, and the socket is removed.
+    At its end, calls in flight have :data:`GRACE_S` to finish, and the socket is removed.
 
     :param dispatch: the methods offered.
     :param path: where to listen; its directory exists, and a stale socket there is replaced.

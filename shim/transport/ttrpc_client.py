@@ -39,7 +39,7 @@ class _ServerConnection(TtrpcConnection):
         super().__init__()
         self.pending: dict[int, asyncio.Future[Frame | OversizedFrame | None]] = {}
         self.given_up = 0
-        """How many calls were cancelled or timed out whose answers may yet come."""
+        """How many cancelled or timed-out calls may still get an answer."""
 
     @override
     def frame_received(self, frame: Frame | OversizedFrame) -> None:
@@ -86,13 +86,13 @@ class TtrpcClient:
         metadata: Mapping[str, str] = _NO_METADATA,
         most_bytes: int = MAX_BODY,
     ) -> M:
-        """Call one method and wait for its answer. Cancelling the caller harms no other call.
+        """Call one method and wait for its answer. Cancelling the caller does not affect other calls.
 
         :param service: full name, such as ``grpc.AgentService``.
         :param method: bare name, such as ``CreateContainer``.
         :param timeout_s: seconds until both sides give the call up; None for calls that wait for an event.
         :param metadata: headers, lower-case.
-        :param most_bytes: how long the answer may be, up to 4 MiB; a longer one is not decoded.
+        :param most_bytes: the most bytes of the answer, up to 4 MiB; a longer one is not decoded.
         :raises DeadlineExceeded: if no answer came in time.
         :raises Unavailable: if the connection is lost, before the call or during it.
         :raises ResourceExhausted: if the request is over 4 MiB, or the answer too long.
@@ -135,7 +135,7 @@ class TtrpcClient:
     ) -> Frame | OversizedFrame | None:
         connection = self._connection
         await connection.writable()
-        # From here to the write nothing waits: the server wants stream ids in increasing order.
+        # From here to the write, no await may follow: the server requires increasing stream ids.
         if connection.transport.is_closing():
             return None
         stream_id = self._next_stream_id

@@ -34,7 +34,7 @@ class FrameType(IntEnum):
 
 
 class FrameFlag(IntFlag):
-    """State of a stream; requests and responses that are not streamed have none."""
+    """The state of a stream; requests and responses without streams have none."""
 
     REMOTE_CLOSED = 1
     REMOTE_OPEN = 2
@@ -45,7 +45,7 @@ _TYPES = {int(kind): kind for kind in FrameType}
 
 
 class FrameError(Exception):
-    """The peer does not speak ttrpc; nothing after this byte can be trusted."""
+    """The peer does not speak ttrpc; no later byte can be trusted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +80,10 @@ class FrameDecoder:
         return len(self._buffer)
 
     def feed(self, data: bytes) -> list[Frame | OversizedFrame]:
-        """Take the next bytes of the stream.
+        """Add the next bytes of the stream.
 
         :param data: any number of bytes, cut anywhere.
-        :returns: the frames complete now, in order; an oversized one appears as soon as its header does.
+        :returns: the frames that are now complete, in order; an oversized one appears with its header.
         :raises FrameError: if a header names an unknown message type; the decoder is of no further use.
         """
         skipped = min(self._to_skip, len(data))
@@ -135,7 +135,7 @@ def encode_request(
 ) -> bytes:
     """Build the frame of a call that is not streamed.
 
-    :param timeout_nano: time the server may take, in nanoseconds; 0 for no limit.
+    :param timeout_nano: how long the server may take, in nanoseconds; 0 for no limit.
     :raises ResourceExhausted: if the message is over the limit.
     """
     request = ttrpc_pb2.Request(
@@ -159,7 +159,7 @@ def encode_response(stream_id: int, payload: bytes) -> bytes:
 
 
 def encode_error(stream_id: int, *, code: int, message: str) -> bytes:
-    """Build the frame of a failed answer: a status and no payload, for Go clients decode the payload first.
+    """Build the frame of a failed answer: a status and no payload, as Go clients decode the payload first.
 
     :raises ResourceExhausted: if the message is over the limit.
     """

@@ -40,7 +40,7 @@ class TtrpcConnection(asyncio.Protocol):
 
     @override
     def data_received(self, data: bytes) -> None:
-        """Hand on the frames that are complete."""
+        """Pass on the complete frames."""
         try:
             for frame in self._decoder.feed(data):
                 self.frame_received(frame)
@@ -50,17 +50,17 @@ class TtrpcConnection(asyncio.Protocol):
 
     @override
     def pause_writing(self) -> None:
-        """Make writers wait: the write buffer is full."""
+        """Make writers wait, because the write buffer is full."""
         self._writable.clear()
 
     @override
     def resume_writing(self) -> None:
-        """Let writers go on: the write buffer has drained."""
+        """Let writers continue, because the write buffer has drained."""
         self._writable.set()
 
     @override
     def eof_received(self) -> None:
-        """End both directions: ttrpc has no half-closed state, and buffered answers have no reader left."""
+        """End both directions: ttrpc has no half-closed state, and buffered answers have no reader."""
         self.transport.abort()
 
     @override
@@ -74,7 +74,7 @@ class TtrpcConnection(asyncio.Protocol):
     async def writable(self) -> None:
         """Wait in turn until the write buffer has room, or the connection is lost."""
         async with self._turn:
-            # The writer before this one may have filled the buffer again.
+            # The previous writer may have filled the buffer again.
             while not self._writable.is_set():
                 await self._writable.wait()
 

@@ -32,8 +32,8 @@ _LINGER_S = 2.0  # containerd hangs up milliseconds after the last answer, on a 
 class _ClientConnection(TtrpcConnection):
     """One client: each request is a task that the end of the connection cancels.
 
-    While the client does not read its answers, no more requests are read from it and those read wait:
-    a client that only ever asks cannot make memory grow.
+    While the client does not read its answers, no more requests are read from it, and earlier requests wait:
+    a client that only sends requests cannot make memory grow.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class _ClientConnection(TtrpcConnection):
         try:
             request = self._check(frame)
         except ShimError as error:
-            # Needs no wait for room: nothing is read while there is none.
+            # It need not wait for room, because no request is read while there is none.
             self.send(encode_error(frame.stream_id, code=error.code, message=status_text(error)))
             return
         handler = self._calls.create_task(self._serve(request))
@@ -127,8 +127,8 @@ class _ClientConnection(TtrpcConnection):
     async def finish(self) -> None:
         """Wait until every request is answered and every answer sent, then hang up.
 
-        The client may hang up first: one that sees the end of the connection together with an answer may
-        report the end instead, as containerd's does.
+        The client gets time to hang up first: if it sees the end of the connection together with an answer, it
+        may report the end instead, as containerd's does.
         """
         if self._handlers:
             await asyncio.wait(self._handlers)
@@ -171,9 +171,9 @@ class TtrpcServer:
                     connection.drop("the server stops")
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no more requests, answer those in flight, hang up, and let :meth:`serve` return.
+        """Accept no more requests, answer those in flight, hang up, and let :meth:`serve` return.
 
-        A handler must not wait for this itself, for it would be waiting for its own answer.
+        A handler must not wait for this, because it would wait for its own answer.
 
         :param timeout_s: seconds after which handlers still running are cancelled and unread answers lost.
         """

@@ -1,1 +1,1 @@
-"""A container's volumes: the host's files that the guest sees, once for all containers that use them."""
+"""A container's volumes: the host's files that the guest sees, shared once for all containers."""

@@ -1,7 +1,7 @@
 """A container's volumes: the guest's mounts for each of its bind mounts, as runc would make them on the host.
 
-An option that sets a flag replaces those that the source's own mount has; without one they are inherited.
-Mounts below the source appear below the destination, each with its own flags.
+Options replace the flags of the source's own mount; without options, the flags are inherited. Mounts below
+the source appear below the destination, each with its own flags.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ _RECURSIVE = frozenset(
 class Shown:
     """The description of a container's bind mounts for the guest.
 
-    :param mounts: for the container's specification, in their order.
-    :param storages: mounts that the guest makes first, each for all containers that ask for it.
+    :param mounts: the mounts for the container's specification, in order.
+    :param storages: mounts that the guest makes first, each for all containers that use it.
     :param is_slave: whether a mount follows later mounts of the guest.
     """
 
@@ -67,13 +67,13 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """One mount of the host to be shown to a container.
+    """A mount of the host that a container gets.
 
     :param source: its source.
     :param destination: its path in the container.
-    :param flags: those of the container's mount.
-    :param others: its further options.
-    :param points: where the host has mounted something below it that is shown, too.
+    :param flags: the flags of the container's mount.
+    :param others: its other options.
+    :param points: the mount points below it that the container also gets.
     """
 
     source: Source
@@ -96,8 +96,8 @@ class Volumes:
     """The volumes of one container.
 
     :param entries: the files that the sandbox's guest can reach.
-    :param followed: the volumes that it keeps up with the host's mounts.
-    :param agent: the guest's.
+    :param followed: the volumes that follow the host's mounts.
+    :param agent: the guest's agent.
     :param shown: collects the description for the guest.
     """
 
@@ -116,7 +116,7 @@ class Volumes:
         """Show the source of a bind mount.
 
         :param shared: the mount.
-        :param bundle: what its source may be relative to.
+        :param bundle: the directory that its source may be relative to.
         :raises ShimError: if it cannot be shared or mounted.
         """
         path = bundle / shared.source
@@ -143,7 +143,7 @@ class Volumes:
                     self._bind_inner(view, mount, below, table)
 
     async def take_back(self) -> None:
-        """Release everything, once the guest has."""
+        """Release everything, after the guest has done so."""
         while self._keeping:
             await self._followed.release(self._keeping.pop(), agent=self._agent)
         await mounts.run_to_the_end(self._parts.close)
@@ -154,7 +154,7 @@ class Volumes:
         return part
 
     def _copy(self, part: Part, view: _View) -> None:
-        """Have the guest keep a copy of a volume that the kubelet updates."""
+        """Let the guest keep a copy of a volume that the kubelet updates."""
         source = f"{WATCHABLE_DIRECTORY}/{part.stage}"
         self._shown.storages.append(_storage("watchable-bind", part, source))
         self._mount(view.destination, source, ["bind", "rprivate", *view.flags, *view.others])
@@ -178,7 +178,7 @@ class Volumes:
             self._bind_parts(view, part, view.points)
 
     def _bind_inner(self, outer: _View, mount: HostMount, below: list[HostMount], table: MountTable) -> None:
-        """Show the host's mounts below a source, with their flags."""
+        """Share the host's mounts below a source, with their flags."""
         way = inside(mount.point, outer.source.place.real) or ""
         try:
             with walk_down(outer.source.descriptor, way) as descriptor:
@@ -191,11 +191,11 @@ class Volumes:
             OSError,
             ValueError,
             InvalidArgument,
-        ) as error:  # it is gone, or cannot be bound or named
+        ) as error:  # it has disappeared, or cannot be bound or named
             log.warning("mount: %s is not shown: %s", mount.point, error)
 
     def _bind_parts(self, view: _View, part: Part, points: Iterable[str]) -> None:
-        """Show the parts of a source that other containers have as they have them."""
+        """Share the parts of a source that other containers have in the same way as there."""
         wish = view.wish(in_parts=self._agent.is_hako)
         parts = self._entries.hold_parts(view.source, part, wish, without=points)
         for way, inner in sorted(parts.items()):
@@ -205,7 +205,7 @@ class Volumes:
     def _bind_one(self, part: Part, destination: str, view: _View) -> None:
         source = part.path
         if part.below or part.entry.is_directory:
-            # Each container would get its own file system if the guest did not mount it first.
+            # If the guest did not mount it first, each container would get its own file system.
             source = f"{VOLUMES_DIRECTORY}/{part.stage}"
             driver = "bind" if self._agent.is_hako else "virtio-fs"
             self._shown.storages.append(_storage(driver, part, source))
@@ -229,8 +229,8 @@ def _storage(driver: str, part: Part, mount_point: str) -> agent_pb2.Storage:
 def _flags(options: Iterable[str], inherited: frozenset[str]) -> list[str]:
     """Choose the flags of a bind mount.
 
-    :param options: of the specification.
-    :param inherited: of the mount that the source is in.
+    :param options: the options in the specification.
+    :param inherited: the flags of the mount that contains the source.
     """
     given = _SETTING.intersection(options)
     if not given:
@@ -267,7 +267,7 @@ def _is_more_than_a_mount_point(bare: int, point: str) -> bool:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turn an error of the host's files into one that names the volume."""
+    """Translate an error of the host's files into one that names the volume."""
     try:
         yield
     except OSError as error:

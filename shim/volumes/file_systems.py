@@ -1,6 +1,6 @@
 """File systems that the host mounts for a container, in the shim's mount namespace, and shares as volumes.
 
-Their directories and disks are looked up as volumes are: without following a link that a guest made.
+Their directories and disks are opened like volumes, without following a link that a guest made.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _DIRECTORIES = frozenset({_LAYERS, _WRITTEN, "workdir"})
 
 
 class FileSystems:
-    """The file systems that one container has the host mount.
+    """The file systems that the host mounts for one container.
 
-    :param directory: where they are mounted; made with the first.
-    :param writable: what guests write in.
+    :param directory: where they are mounted; made with the first one.
+    :param writable: the directories in which guests may write.
     """
 
     def __init__(self, directory: Path, *, writable: GuestWritable) -> None:
@@ -51,11 +51,11 @@ class FileSystems:
         self._made = contextlib.ExitStack()
 
     async def mount(self, spec: dict[str, Any]) -> dict[str, Any]:
-        """Mount those that a specification asks for.
+        """Mount the file systems of a specification.
 
         :param spec: the decoded ``config.json``.
         :returns: the specification with binds in their place.
-        :raises ShimError: if it is malformed, a mount is of no known type, or the host refuses it.
+        :raises ShimError: if it is malformed, a mount's type is unknown, or the host refuses a mount.
         """
         with refusing_malformed("config.json"):
             entries = spec.get("mounts") or []
@@ -96,7 +96,9 @@ class FileSystems:
             try:
                 mounts.mount(source, target, one.fstype, mounts.parse_options(one.flags).flags, data)
             except ShimError as error:
-                cause = str(error).rpartition(": ")[2]  # its own text would show descriptors instead of paths
+                cause = str(error).rpartition(": ")[
+                    2
+                ]  # the error's own text would show descriptors instead of paths
                 raise type(error)(f"{describe(one)}: {cause}; look at its source and options") from error
             self._made.callback(_unmount, target)
 
@@ -105,13 +107,13 @@ class FileSystems:
 
         :param opened: what keeps it open.
         :returns: the source and the data for mount(2), in which descriptors stand for paths.
-        :raises InvalidArgument: if something is not there, or they are too many.
+        :raises InvalidArgument: if a part does not exist, or there are too many.
         """
         source = one.source
         if one.fstype != _OVERLAY and source.startswith("/"):
             source = self._open(source, opened)
         data = ",".join(self._opened_option(one, option, opened) for option in one.data)
-        # mount(2) would cut a longer one.
+        # mount(2) would truncate longer data.
         if len(data) >= os.sysconf("SC_PAGESIZE"):
             raise InvalidArgument(f"mount: {one.fstype}: {len(data)} bytes of options are more than a page")
         return source, data
@@ -142,7 +144,7 @@ class FileSystems:
 def _unmount(target: Path) -> None:
     descriptor = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # A file system that is unmounted while in use may be written at any later time.
+        # A file system that is unmounted while it is in use may be written at any later time.
         kernel.sync_file_system(descriptor)
     except OSError as error:
         log.warning("mounts: %s: %s", target, error)

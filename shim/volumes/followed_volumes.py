@@ -1,8 +1,8 @@
-"""Volumes that follow the host: it mounts and unmounts below them while containers have them.
+"""Volumes that follow the host's mounts and unmounts below them while containers use them.
 
 runc's containers see such changes through mounts with slave propagation. Here the guest keeps its own mount
-of such a volume, of which the containers' mounts are slaves. The guest repeats the host's mounts below the
-volume in it. All of them are copies in the share, which do not keep the host from unmounting its own.
+of such a volume, and the containers' mounts are its slaves. The guest repeats the host's mounts below the
+volume there. All of them are copies in the share, which do not prevent the host from unmounting its own.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FLAGS = frozenset({"ro", "nosuid", "nodev", "noexec", "noatime", "nodiratime"})
-"""The flags that a bind inherits from its source, and that a guest's kernel knows too."""
+"""The flags that a bind mount inherits from its source, and that a guest's kernel knows, too."""
 
 
 class Below(enum.Enum):
-    """The treatment of mounts that are below a volume when a container gets it."""
+    """How to treat mounts that are below a volume when a container gets it."""
 
     AS_THEY_ARE = "as they are"
     READ = "read-only"
@@ -47,13 +47,13 @@ class Below(enum.Enum):
 class Followed:
     """A volume.
 
-    :param place: where the host has it.
+    :param place: its place on the host.
     :param part: its part of the share.
     :param ignored: the ids of the mounts below it that stay hidden.
-    :param read: the ids of those that are read-only.
+    :param read: the ids of the mounts below it that are read-only.
     :param stage: where the guest keeps it.
     :param shown: the mounts below it that the guest has: id and part, by the path in the volume.
-    :param users: how many containers have it.
+    :param users: how many containers use it.
     """
 
     place: FilePlace
@@ -68,8 +68,8 @@ class Followed:
 class FollowedVolumes:
     """The followed volumes of a sandbox.
 
-    :param entries: what its guest can reach.
-    :param work: runs what follows the host's mounts, as long as there is a volume.
+    :param entries: the files that its guest can reach.
+    :param work: runs the task that follows the host's mounts, while there is a volume.
     """
 
     def __init__(self, entries: SharedEntries, *, work: Work) -> None:
@@ -81,7 +81,7 @@ class FollowedVolumes:
         self._following: asyncio.Task[None] | None = None
 
     async def hold(self, source: Source, wish: Wish, below: Below, *, agent: Agent) -> Followed:
-        """Have the guest keep a volume until :meth:`release`.
+        """Let the guest keep a volume until :meth:`release`.
 
         :param source: the volume, a directory.
         :param wish: how its entry must be made.
@@ -137,7 +137,7 @@ class FollowedVolumes:
         self._volumes.remove(one)
         if not self._volumes:
             self.stop()
-        # The host first: the guest then drops mounts that are gone.
+        # The host first; the guest then drops mounts that are gone.
         ways = sorted(one.shown, reverse=True)
         for way in ways:
             await self._release(one.shown[way][1])
@@ -160,7 +160,7 @@ class FollowedVolumes:
                             log.warning("mounts below %s: %s", one.place.real, error)
 
     async def _update(self, one: Followed, agent: Agent) -> None:
-        """Let the guest have the mounts that the host has below a volume."""
+        """Give the guest the host's mounts below a volume."""
         table = MountTable.read()
         wanted = {
             inside(mount.point, one.place.real) or "": mount
@@ -182,7 +182,7 @@ class FollowedVolumes:
             return
         try:
             source = Source.of(descriptor, table)
-            if source.place.mount.id != mount.id:  # it is gone by now, which the next change reports
+            if source.place.mount.id != mount.id:  # it is already gone, which the next change reports
                 return
             flags = mount.options & FLAGS
             if mount.id in one.read:
@@ -212,7 +212,7 @@ async def _unmount(mount_points: list[str], agent: Agent) -> None:
     storages = [agent_pb2.Storage(driver="bind", mount_point=point) for point in mount_points]
     try:
         await agent.files.change_volumes(storages)
-    except ShimError as error:  # the machine may be gone, and everything with it
+    except ShimError as error:  # the machine, and everything with it, may be gone
         log.debug("mounts: %s: %s", mount_points[-1], error)
 
 

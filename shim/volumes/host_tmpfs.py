@@ -17,7 +17,7 @@ from shim.host.mount_table import MountTable
 _VOLUME = re.compile(r"(?P<volume>.*/kubernetes\.io~empty-dir/[^/]+)(/(?P<below>.+))?")
 # The paths of sources that may be in such a volume: the volume, a file in it, or a subPath.
 _CANDIDATE = re.compile(r"/kubernetes\.io~empty-dir/|/volume-subpaths/")
-# A volume with more than the kubelet itself puts there is shared instead.
+# A volume with more files than the kubelet itself puts there is shared instead.
 _MOST_FILES = 256
 _MOST_BYTES = 16 << 20
 _FLAGS = {
@@ -33,7 +33,7 @@ _FLAGS = {
 class TmpfsPlace:
     """The place of a file in such a volume.
 
-    :param volume: where the host has the volume.
+    :param volume: the volume's path on the host.
     :param below: the path of the file in it; empty for the volume itself.
     """
 
@@ -47,7 +47,7 @@ class File:
 
     :param below: its path in the volume.
     :param path: its path on the host.
-    :param status: what lstat(2) tells of it.
+    :param status: its lstat(2) result.
     """
 
     below: str
@@ -82,7 +82,7 @@ def find(descriptor: int) -> TmpfsPlace | None:
         return None
     for name in table.names_of(place):
         match = _VOLUME.fullmatch(name)
-        # Such a volume is a tmpfs of its own.
+        # Such a volume is a separate tmpfs.
         if match is not None and f"/{match['below'] or ''}" == place.path:
             return TmpfsPlace(Path(match["volume"]), match["below"] or "")
     return None
@@ -98,7 +98,7 @@ def size_of(volume: Path) -> int:
 
 
 def options_of(volume: Path) -> list[str]:
-    """Return the options with which another tmpfs is like a volume.
+    """Return the options that make another tmpfs like a volume.
 
     :raises OSError: if it is gone.
     """
@@ -116,8 +116,8 @@ def options_of(volume: Path) -> list[str]:
 def content_of(volume: Path) -> list[File] | None:
     """List the files of a volume, each directory before its contents.
 
-    :returns: the files; None if they are too many or too large to be copied, or are not all plain files.
-    :raises OSError: if one disappears during that.
+    :returns: the files; None if they are too many or too large to copy, or not all are plain files.
+    :raises OSError: if one disappears meanwhile.
     """
     files: list[File] = []
     size = 0
@@ -132,7 +132,7 @@ def content_of(volume: Path) -> list[File] | None:
 
 
 def way_to(place: TmpfsPlace) -> list[File]:
-    """List what leads to a file in a volume, and the file.
+    """List the directories that lead to a file in a volume, and the file.
 
     :raises OSError: if it is gone.
     """

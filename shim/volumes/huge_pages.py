@@ -1,7 +1,7 @@
-"""Volumes of huge pages: a file system of the host's pages becomes one of the guest's, for the whole pod.
+"""Volumes in huge pages: a file system of the host's pages becomes one of the guest's, for the whole pod.
 
 The kubelet mounts an emptyDir with the medium HugePages as such a file system. A container may use as many
-pages as its ``hugepageLimits`` say, and the machine grows by them.
+pages as its ``hugepageLimits`` allow, and the machine grows by them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from shim.agent.oci_mounts import SharedMount
 
 _TYPE = "hugetlbfs"
-_LEAST_PAGE = 64 << 10  # of any Linux; the blocks of nearly all other file systems are smaller
+_LEAST_PAGE = 64 << 10  # on any Linux; nearly all other file systems have smaller blocks
 _EMPTY_DIR = re.compile(r"/kubernetes\.io~empty-dir/[^/]+/?$")
 _DIRECTORY = "/run/kata-containers/sandbox/ephemeral"
 _UNITS = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
@@ -34,8 +34,8 @@ def volume(
     :param path: the source of a bind mount.
     :param shared: the bind mount.
     :param spec: the container's specification as it is sent.
-    :param inherits_group: whether the agent can have new files belong to the volume's group; no option of the
-        file system does that.
+    :param inherits_group: whether the agent can give new files to the volume's group, which no option of the
+        file system does.
     :returns: the mount, and the mount that the guest makes first; None for any other volume.
     :raises InvalidArgument: if the file system is the host's own, or a part of one.
     """
@@ -81,7 +81,7 @@ def bytes_of(size: str) -> int:
 
 
 def _page_bytes(path: Path) -> int:
-    """Find the size of the pages that a file's file system consists of; 0 if it is an ordinary one."""
+    """Find the page size of a file's file system; 0 if it is an ordinary one."""
     try:
         size = os.statvfs(path).f_bsize
         return size if size >= _LEAST_PAGE and _mounts_of(path) else 0
@@ -90,7 +90,7 @@ def _page_bytes(path: Path) -> int:
 
 
 def _mounts_of(path: Path) -> list[tuple[str, str]]:
-    """List the mounts of a file's file system, if that is of huge pages: each one's point and root."""
+    """List the mounts of a file's huge-page file system: mount point and root of each."""
     device = path.stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     found = []

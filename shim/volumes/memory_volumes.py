@@ -1,7 +1,7 @@
-"""A pod's volumes in memory: each a tmpfs of the guest that all containers of the pod use.
+"""A pod's volumes in memory: each is a tmpfs of the guest that all containers of the pod use.
 
 It is made with the first container that names the volume, like the one that the kubelet has mounted on the
-host, and lives as long as the machine. The kubelet's own files in it are copied. If a volume holds more than
+host, and lasts as long as the machine. The kubelet's own files in it are copied. If a volume holds more than
 can be copied, or the agent cannot make one, the host's directory is shared instead, for as long as the pod
 lives.
 """
@@ -48,9 +48,9 @@ class _Volume:
 
     :param path: where.
     :param size_bytes: how much it holds at most.
-    :param parts: by the path of a subPath in it, where that is mounted.
+    :param parts: the mount points of its subPaths, by path.
     :param users: the memory limits of the containers that use it; 0 for none.
-    :param left_bytes: what containers that have ended may have left in it.
+    :param left_bytes: how much ended containers may have left in it.
     """
 
     path: str
@@ -63,9 +63,9 @@ class _Volume:
 class MemoryVolumes:
     """The volumes in memory of one sandbox.
 
-    :param writable: what its guest writes in.
-    :param host_bytes: the host's memory, if it is not the real one. The kubelet gives a volume without a
-        limit about all of it.
+    :param writable: the directories in which its guest may write.
+    :param host_bytes: the size of the host's memory, for tests. The kubelet gives a volume without a limit
+        about all of it.
     """
 
     def __init__(self, writable: GuestWritable, *, host_bytes: int = 0) -> None:
@@ -77,7 +77,7 @@ class MemoryVolumes:
         self._most_bytes = 0
 
     async def serve(self, spec: dict[str, Any], *, user: User, agent: Agent) -> dict[str, Any]:
-        """Have the guest make the volumes in memory that a container names.
+        """Let the guest make the volumes in memory that a container names.
 
         :param spec: the decoded ``config.json``.
         :param user: the container.
@@ -110,7 +110,7 @@ class MemoryVolumes:
         return {**spec, "mounts": [given.get(number, entry) for number, entry in enumerate(entries)]}
 
     def needed_bytes(self, live: Mapping[str, Limits]) -> int:
-        """Tell how much memory they need beyond the limits of the live containers.
+        """Return how much memory they need beyond the limits of the live containers.
 
         As on a host, a container's files there count against its limit. For a container without a limit,
         the size of the volume counts. The files of a container with a limit still count after its end, but

@@ -1,4 +1,4 @@
-"""The volumes of the host that a sandbox's guest can reach: each file or directory once, for all its users.
+"""The host's volumes that a sandbox's guest can reach: each file or directory once, for all its users.
 
 The virtio-fs daemon makes a separate file system of every mount that it serves, with separate sockets, locks
 and events. So a volume that containers share is mounted once in the share, and a part of it (a subPath) is a
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 
     from shim.host.mount_table import FilePlace, HostMount, MountTable
 
-# Such a volume belongs to one pod, so any container of the pod may stand for all of them.
+# Such a volume belongs to one pod, so any container of the pod may act for all of them.
 _EMPTY_DIR = re.compile(r"(?P<volume>.*/pods/[^/]+/volumes/kubernetes\.io~empty-dir/[^/]+)(/(?P<below>.+))?")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file or directory of the host that is open.
+    """An open file or directory of the host.
 
     :param descriptor: opened with O_PATH, see open(2).
-    :param place: where it is.
-    :param inode: its device and its number there.
+    :param place: its place.
+    :param inode: its device and its inode number.
     :param is_directory: whether it is a directory or a file.
     """
 
@@ -54,7 +54,7 @@ class Source:
     def of(cls, descriptor: int, table: MountTable) -> Source:
         """Look at an open file.
 
-        :raises OSError: if its mount is gone by now.
+        :raises OSError: if its mount is already gone.
         """
         is_directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
         return cls(descriptor, table.locate(descriptor), identity(descriptor), is_directory)
@@ -65,13 +65,13 @@ class SharedEntry:
     """A file or directory in the share.
 
     :param name: its name in the share; no container's id begins with it.
-    :param file_system: of the host; see :attr:`shim.host.mount_table.FilePlace.file_system`.
-    :param path: in that file system.
-    :param inode: its device and its number there.
+    :param file_system: its file system on the host, :attr:`shim.host.mount_table.FilePlace.file_system`.
+    :param path: its path in that file system.
+    :param inode: its device and its inode number.
     :param is_directory: whether it is a directory or a file.
-    :param is_pods: whether it belongs to the pod alone.
-    :param writable: whether the guest may write in it.
-    :param covers: paths in it where a mount hides files that no container was given.
+    :param is_pods: whether it belongs only to the pod.
+    :param writable: whether the guest may write to it.
+    :param covers: paths in it where a mount hides files that no container has.
     :param users: how many users hold a part of it.
     :param stages: the names under which the guest keeps parts of it.
     """
@@ -115,7 +115,7 @@ class Wish:
     """How a source must be shared.
 
     :param label: the last part of a new entry's name, for an operator who looks at the share.
-    :param write: whether the guest may write in it.
+    :param write: whether the guest may write to it.
     :param hidden: paths in the source where a mount hides files from the guest.
     :param in_parts: whether the guest can mount a part of an entry without following links in it.
     """
@@ -143,7 +143,7 @@ class SharedEntries:
         self._lock = threading.Lock()
 
     def disregard(self, path: Path) -> None:
-        """Leave the shim's own mounts at or below a path out of :meth:`below`."""
+        """Exclude the shim's own mounts at or below a path from :meth:`below`."""
         self._own.add(str(path.resolve()))
 
     def below(self, place: FilePlace, table: MountTable) -> list[HostMount]:
@@ -175,13 +175,13 @@ class SharedEntries:
     def hold_parts(
         self, source: Source, part: Part, wish: Wish, *, without: Iterable[str]
     ) -> dict[str, Part]:
-        """Hold the older entries of files in a source, so that all users see the same.
+        """Hold the older entries of files in a source, so that all users see the same file systems.
 
         :param source: a directory.
         :param part: the part that was held for it.
         :param wish: how.
-        :param without: paths in the source on which something is mounted.
-        :returns: by the path in the source.
+        :param without: mount points in the source.
+        :returns: the entries by the path in the source.
         :raises ShimError: if one cannot be made writable.
         """
         held: dict[str, Part] = {}
@@ -201,7 +201,7 @@ class SharedEntries:
         return held
 
     def release(self, part: Part) -> None:
-        """Release a part; the last release takes the entry back.
+        """Release a part; the last release removes the entry.
 
         :raises ShimError: if it cannot be unmounted.
         """
@@ -221,7 +221,7 @@ class SharedEntries:
                 mounts.unmount(self.share / part.entry.name / below)
 
     def name(self, label: str) -> str:
-        """Make a name that no other volume of the sandbox has."""
+        """Make a unique name among the volumes of the sandbox."""
         return volume_in_share(next(self._numbers), label)
 
     def _find(self, source: Source, wish: Wish) -> Part | None:
@@ -235,7 +235,7 @@ class SharedEntries:
         around: list[tuple[str, SharedEntry]] = []
         for entry in alike:
             below = inside(place.path, entry.path) if entry.is_directory else None
-            # A guest that may write in a part of a volume must not write in the rest of it.
+            # A guest that may write to a part of a volume must not write to the rest of it.
             if below and not entry.covers and (entry.writable or entry.is_pods or not wish.write):
                 around.append((below, entry))
         for below, entry in sorted(around, key=lambda one: len(one[0])):
@@ -244,7 +244,7 @@ class SharedEntries:
         return None
 
     def _leads_to(self, part: Part, below: str, inode: tuple[int, int]) -> bool:
-        """Tell whether a path in an entry leads to a file without a link."""
+        """Tell whether a path in an entry leads to a file without any link."""
         try:
             way = f"{part.entry.name}/{part.below}/{below}"
             with walk_down(self.share, way) as descriptor:
@@ -253,7 +253,7 @@ class SharedEntries:
             return False
 
     def _add(self, source: Source, wish: Wish, table: MountTable) -> Part:
-        """Add an entry for a source, or for the pod's volume that it is in."""
+        """Add an entry for a source, or for the pod's volume that contains it."""
         for name in table.names_of(source.place):
             match = _EMPTY_DIR.fullmatch(name)
             if match is None:
