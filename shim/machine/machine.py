@@ -232,7 +232,7 @@ class Machine:
         """Keep the reason for its end and its last output for ``hako logs``.
 
         :param reason: one line.
-        :param namespace: containerd's.
+        :param namespace: containerd's namespace.
         """
         try:
             postmortem.write(

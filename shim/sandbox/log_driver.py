@@ -30,7 +30,7 @@ _ABOVE_TARGETS = 10  # dup2 onto 3 to 5 must not hit a source
 
 @dataclass(frozen=True, slots=True)
 class DriverUri:
-    """A parsed log URI: the program, its arguments, and whether closing the ready pipe silently is a failure."""
+    """A parsed log URI: the program, its arguments, and whether silence when ready is a failure."""
 
     path: str
     arguments: tuple[str, ...]

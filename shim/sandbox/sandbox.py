@@ -256,7 +256,7 @@ class Sandbox:
     async def keep_timeline(self, *, drawn: bool) -> None:
         """Write the phases of the start, including those in the guest.
 
-        :param drawn: also as a picture and as a trace.
+        :param drawn: also keep it as a picture and as a trace.
         """
         self.timeline.is_drawn = self.timeline.is_drawn or drawn
         try:

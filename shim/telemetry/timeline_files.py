@@ -19,12 +19,12 @@ log = logging.getLogger(__name__)
 
 
 class SandboxTimeline:
-    """The timeline of a sandbox that runs.
+    """The timeline of a running sandbox.
 
     :param state: its state directory.
     :param log_dir: where it outlives the sandbox.
-    :param namespace: containerd's.
-    :param sandbox_id: whose it is.
+    :param namespace: containerd's namespace.
+    :param sandbox_id: the sandbox's id.
     """
 
     def __init__(self, state: Path, *, log_dir: Path, namespace: str, sandbox_id: str) -> None:
@@ -60,10 +60,10 @@ def keep(state: Path, *, log_dir: Path, namespace: str, sandbox_id: str, drawn: 
     """Keep the timeline of a sandbox beyond its end; the newest hundred are kept.
 
     :param state: its state directory.
-    :param log_dir: where to.
-    :param namespace: containerd's.
-    :param sandbox_id: whose it is.
-    :param drawn: also as a picture and as a trace.
+    :param log_dir: where it is kept.
+    :param namespace: containerd's namespace.
+    :param sandbox_id: the sandbox's id.
+    :param drawn: also keep it as a picture and as a trace.
     :raises OSError: if it cannot be read or written.
     """
     text = _path(state).read_text(encoding="utf-8", errors="replace")
@@ -82,7 +82,7 @@ def find(*, state_dir: Path, log_dir: Path, namespace: str, sandbox_id: str) -> 
     :param state_dir: the directory of all sandboxes' state.
     :param log_dir: where timelines are kept.
     :param namespace: containerd's; ``*`` for any.
-    :param sandbox_id: whose.
+    :param sandbox_id: the sandbox's id.
     """
     paths = []
     for record_path in sorted(state_dir.glob("*/sandbox.json")):

@@ -44,7 +44,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
-    """The phases of one party.
+    """The phases of one process.
 
     :param name: who.
     :param rows: phases, those that overlap in rows below each other; each row in the order of time.
@@ -58,7 +58,7 @@ class Lane:
 class Timeline:
     """The start of a sandbox.
 
-    :param title: whose.
+    :param title: the sandbox's name.
     :param phases: sorted by their beginning, longer ones first; the first begins at 0.
     """
 
@@ -80,8 +80,8 @@ class Timeline:
 def parse(text: str, *, title: str) -> Timeline:
     """Read a timeline.
 
-    :param text: the file; lines that are torn are left out.
-    :param title: whose it is.
+    :param text: the file; torn lines are left out.
+    :param title: the sandbox's name.
     """
     entries = [entry for entry in map(_entry, text.splitlines()) if entry is not None]
     zero_s = min((began_s for _, _, began_s, _ in entries), default=0.0)

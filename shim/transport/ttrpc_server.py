@@ -127,8 +127,8 @@ class _ClientConnection(TtrpcConnection):
     async def finish(self) -> None:
         """Wait until every request is answered and every answer sent, then hang up.
 
-        The client gets time to hang up first: if it sees the end of the connection together with an answer, it
-        may report the end instead, as containerd's does.
+        The client gets time to hang up first. If it saw the end of the connection together with an answer,
+        it might report the end instead, as containerd's does.
         """
         if self._handlers:
             await asyncio.wait(self._handlers)
