@@ -35,6 +35,10 @@ COPIER = "parking copier"
 _MEMORIES = ("/memfd:memory-backend-memfd", "/memfd:hako-memory")
 """The names of guest memory: QEMU's own, and a clone's."""
 
+_READ_AHEAD_BYTES = 64 << 20
+_STEP_BYTES = 1 << 20
+"""The kernel reads no more than about this for one request."""
+
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -90,7 +94,11 @@ async def put_back(host: HostSide, parked: ParkedMemory) -> None:
         memories = await asyncio.to_thread(_open_memories, pid)
         for each in memories:
             stack.callback(os.close, each)
-        copier = await _copy("unseal", host, parked.file, sealed_memory.order(parked.key, ()), memories)
+        order = sealed_memory.order(parked.key, ())
+        copier, _ = await asyncio.gather(
+            _copy("unseal", host, parked.file, order, memories),
+            asyncio.to_thread(_read_ahead, parked),
+        )
     status = copier.exited.result()
     if status.code == sealed_memory.LOST:
         raise ParkedMemoryLostError(f"unpark: the file of its memory: {copier.output().strip()}")
@@ -138,6 +146,12 @@ def _open_memories(pid: int) -> list[int]:
             os.close(each)
         raise
     return [found[inode] for inode in sorted(found)]
+
+
+def _read_ahead(parked: ParkedMemory) -> None:
+    """Have the disk read the beginning of the file while the copier starts."""
+    for offset in range(0, min(parked.file_bytes, _READ_AHEAD_BYTES), _STEP_BYTES):
+        os.posix_fadvise(parked.file, offset, _STEP_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 def _ranges(memories: list[int]) -> list[Range]:
