@@ -60,11 +60,12 @@ class ParkedMemory:
     file_bytes: int
 
 
-async def take_out(host: HostSide, file: int) -> ParkedMemory:
+async def take_out(host: HostSide, file: int, *, least_bytes: int) -> ParkedMemory:
     """Move the memory of a machine that stands still to a file.
 
     :param host: the machine's side of the host.
     :param file: an empty file; its descriptor stays the caller's to close.
+    :param least_bytes: how much memory the machine has at least.
     :raises ParkError: if that fails; the memory is as before.
     """
     pid = host.complete().qemu.pid
@@ -72,6 +73,8 @@ async def take_out(host: HostSide, file: int) -> ParkedMemory:
         memories = await asyncio.to_thread(_open_memories, pid)
         for each in memories:
             stack.callback(os.close, each)
+        if sum(os.fstat(each).st_size for each in memories) < least_bytes:
+            raise ParkError("park: this QEMU keeps its memory under another name than expected")
         ranges = await asyncio.to_thread(_ranges, memories)
         key = secrets.token_bytes(sealed_memory.KEY_BYTES)
         copier = await _copy("seal", host, file, sealed_memory.order(key, ranges), memories)

@@ -106,7 +106,7 @@ class RunningVm:
         try:
             await self._qmp.ask(dict, "stop")
             try:
-                self._parked = await parking.take_out(self._host, file)
+                self._parked = await parking.take_out(self._host, file, least_bytes=self._spec.memory_bytes)
             except ParkError:
                 await self._qmp.ask(dict, "cont")
                 raise
