@@ -14,7 +14,6 @@ import importlib.util
 import os
 import secrets
 import sys
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +24,7 @@ from hypervisor.memory_copy import data_ranges
 from hypervisor.sealed_memory import Range
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
     from hypervisor.host_side import HostSide
     from hypervisor.process import ChildProcess
@@ -60,48 +59,52 @@ class ParkedMemory:
     file_bytes: int
 
 
-async def take_out(host: HostSide, file: int, *, least_bytes: int) -> ParkedMemory:
-    """Move the memory of a machine that stands still to a file.
+async def write_out(host: HostSide, file: int, *, least_bytes: int) -> ParkedMemory:
+    """Write the memory of a machine that stands still to a file.
 
     :param host: the machine's side of the host.
     :param file: an empty file; its descriptor stays the caller's to close.
     :param least_bytes: how much memory the machine has at least.
-    :raises ParkError: if that fails; the memory is as before.
+    :raises ParkError: if that fails.
     """
-    pid = host.complete().qemu.pid
-    with _reporting(), ExitStack() as stack:
-        memories = await asyncio.to_thread(_open_memories, pid)
-        for each in memories:
-            stack.callback(os.close, each)
-        if sum(os.fstat(each).st_size for each in memories) < least_bytes:
-            raise ParkError("park: this QEMU keeps its memory under another name than expected")
-        ranges = await asyncio.to_thread(_ranges, memories)
-        key = secrets.token_bytes(sealed_memory.KEY_BYTES)
-        copier = await _copy("seal", host, file, sealed_memory.order(key, ranges), memories)
+    with _reporting("park"):
+        async with _opened(host) as memories:
+            if sum(os.fstat(each).st_size for each in memories) < least_bytes:
+                raise ParkError("park: this QEMU keeps its memory under another name than expected")
+            ranges = await asyncio.to_thread(_ranges, memories)
+            key = secrets.token_bytes(sealed_memory.KEY_BYTES)
+            copier = await _copy("seal", host, file, sealed_memory.order(key, ranges), memories)
         if copier.exited.result().code != 0:
             raise ParkError(f"park: {copier.obituary()}")
-        await asyncio.to_thread(_empty, memories, ranges)
         return ParkedMemory(os.dup(file), key, sum(each.length for each in ranges), int(copier.output()))
+
+
+async def empty(host: HostSide) -> None:
+    """Take the memory of a machine that stands still from RAM.
+
+    :param host: the machine's side of the host.
+    :raises ParkError: if that fails; a part of it may be gone.
+    """
+    with _reporting("park"):
+        async with _opened(host) as memories:
+            await asyncio.to_thread(_punch, memories)
 
 
 async def put_back(host: HostSide, parked: ParkedMemory) -> None:
     """Move the memory back; it may be tried again if it fails.
 
     :param host: the machine's side of the host.
-    :param parked: what :func:`take_out` has returned.
+    :param parked: what :func:`write_out` has returned.
     :raises ParkedMemoryLostError: if the file is not what was written: the machine can never go on.
     :raises ParkError: if that fails for another reason.
     """
-    pid = host.complete().qemu.pid
-    with _reporting(), ExitStack() as stack:
-        memories = await asyncio.to_thread(_open_memories, pid)
-        for each in memories:
-            stack.callback(os.close, each)
-        order = sealed_memory.order(parked.key, ())
-        copier, _ = await asyncio.gather(
-            _copy("unseal", host, parked.file, order, memories),
-            asyncio.to_thread(_read_ahead, parked),
-        )
+    order = sealed_memory.order(parked.key, ())
+    with _reporting("unpark"):
+        async with _opened(host) as memories:
+            copier, _ = await asyncio.gather(
+                _copy("unseal", host, parked.file, order, memories),
+                asyncio.to_thread(_read_ahead, parked),
+            )
     status = copier.exited.result()
     if status.code == sealed_memory.LOST:
         raise ParkedMemoryLostError(f"unpark: the file of its memory: {copier.output().strip()}")
@@ -122,6 +125,17 @@ async def _copy(what: str, host: HostSide, file: int, order: bytes, memories: li
         return await host.run(COPIER, [*program, *map(str, descriptors)], inherit=descriptors)
     finally:
         os.close(ordered)
+
+
+@contextlib.asynccontextmanager
+async def _opened(host: HostSide) -> AsyncIterator[list[int]]:
+    """Open each memory of a machine for a block."""
+    memories = await asyncio.to_thread(_open_memories, host.complete().qemu.pid)
+    try:
+        yield memories
+    finally:
+        for each in memories:
+            os.close(each)
 
 
 def _open_memories(pid: int) -> list[int]:
@@ -165,16 +179,16 @@ def _ranges(memories: list[int]) -> list[Range]:
     ]
 
 
-def _empty(memories: list[int], ranges: list[Range]) -> None:
-    for memory, offset, length in ranges:
+def _punch(memories: list[int]) -> None:
+    for memory, offset, length in _ranges(memories):
         if _libc.fallocate(memories[memory], _KEEP_SIZE | _PUNCH_HOLE, offset, length):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
 
 
 @contextlib.contextmanager
-def _reporting() -> Iterator[None]:
+def _reporting(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ParkError(f"park: {error.filename or 'memory'}: {error.strerror}") from error
+        raise ParkError(f"{what}: {error.filename or 'memory'}: {error.strerror}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hypervisor.devices import Devices
+    from hypervisor.errors import HypervisorError
     from hypervisor.host_side import HostSide
     from hypervisor.interface import HostPciDevice, Nic, VmSpec
     from hypervisor.parking import ParkedMemory
+
+log = logging.getLogger(__name__)
 
 _REDIAL_S = 0.05
 _CLONE_REDIAL_S = 0.01
@@ -105,13 +109,11 @@ class RunningVm:
             raise ParkError("park: it has PCI devices of the host, which reach its memory at any time")
         try:
             await self._qmp.ask(dict, "stop")
-            try:
-                self._parked = await parking.take_out(self._host, file, least_bytes=self._spec.memory_bytes)
-            except ParkError:
-                await self._qmp.ask(dict, "cont")
-                raise
-        except QmpError as error:
-            raise ParkError(f"park: {error}") from error
+            self._parked = await parking.write_out(self._host, file, least_bytes=self._spec.memory_bytes)
+            await parking.empty(self._host)
+        except (ParkError, QmpError) as error:
+            await self._go_on_after(error)
+            raise ParkError(str(error)) from error
         return self._parked.memory_bytes
 
     async def unpark(self) -> None:
@@ -124,6 +126,17 @@ class RunningVm:
         except QmpError as error:
             raise ParkError(f"unpark: {error}") from error
         self._release_parked()
+
+    async def _go_on_after(self, error: HypervisorError) -> None:
+        """Let the machine run after it could not be parked, or end it: it never runs without its memory."""
+        try:
+            if self._parked is None:
+                await self._qmp.ask(dict, "cont")
+            else:
+                await self.unpark()
+        except (ParkError, QmpError) as further:
+            log.error("park: %s; the machine is ended, because it does not go on: %s", error, further)  # noqa: TRY400 - one line, no traceback
+            self.qemu.kill()
 
     def _release_parked(self) -> None:
         if self._parked is not None:
