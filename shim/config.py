@@ -9,6 +9,7 @@ This module is on the start path: ``tomllib`` and ``difflib`` are imported only 
 from __future__ import annotations
 
 import os
+import stat
 
 from shim.record import Record
 from shim.refusal import Refusal
@@ -321,6 +322,8 @@ def locate(
         return ConfigText(text=options_body, source="runtime options")
     path = options_path or environment.get(ENVIRONMENT_VARIABLE)
     if path:
+        if options_path and _is_special(path):  # an operator may name a pipe, a client may not
+            raise Refusal(f"config: {path}: not a regular file; name one that is")
         text = _read(path)
         if text is None:
             raise Refusal(f"config: {path}: no such file; correct the path or create the file")
@@ -358,6 +361,13 @@ def _drop_ins(directory: str) -> Iterator[ConfigText]:
             text = _read(path)
             if text is not None:  # otherwise it has been removed by now
                 yield ConfigText(text=text, source=path)
+
+
+def _is_special(path: str) -> bool:
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):  # reading it tells why
+        return False
 
 
 def _read(path: str) -> str | None:

@@ -20,7 +20,7 @@ from shim.host import mounts, releases, state_directory
 from shim.host.ledger import Ledger
 from shim.machine import pod
 from shim.machine.machine import Machine
-from shim.sandbox.bundle import read_spec
+from shim.sandbox.bundle import read_spec, wait_for_spec
 from shim.sandbox.containers import Containers
 from shim.sandbox.context import Context
 from shim.sandbox.sandbox import Sandbox
@@ -104,7 +104,7 @@ async def _serve(
             machine = Machine(record.id, directory=context.directory, config=config, ledger=ledger)
             sandbox = Sandbox(context, machine)
             containers = Containers(context, sandbox, SharedVolumes.of(machine, work=context.work))
-            found = _pod_of(Path(record.bundle), record.id)
+            found = await _pod_of(Path(record.bundle), record.id)
             if found is not None:  # otherwise CreateSandbox describes it
                 sandbox.start(found)
             management = partial(_management, context, machine, sandbox, containers, over)
@@ -118,11 +118,12 @@ async def _serve(
         ledger.close()
 
 
-def _pod_of(bundle: Path, sandbox_id: str) -> PodSpec | None:
+async def _pod_of(bundle: Path, sandbox_id: str) -> PodSpec | None:
     """Describe the pod by the specification in the bundle that the shim was started in, if there is one."""
     if not (bundle / "config.json").exists():
         return None
     try:
+        await wait_for_spec(bundle, phase="start")
         return pod.from_oci(read_spec(bundle), sandbox_id=sandbox_id)
     except ShimError:  # Create reports the error
         return pod.from_oci({})

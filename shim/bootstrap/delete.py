@@ -9,7 +9,7 @@ import time
 
 from shim import config
 from shim.bootstrap import grouping, wire
-from shim.host import host_process, state_directory
+from shim.host import host_process, named_files, spec_file, state_directory
 from shim.host.host_process import HostProcess
 from shim.host.ledger import SHIM_PROCESS, Ledger
 from shim.identifiers import check_identifier
@@ -100,9 +100,8 @@ def _is_on_record(directory: str, container: str) -> bool:
 def _run_hooks(bundle: str, container: str) -> None:
     """Run the container's poststop hooks, as its shim would have done."""
     try:
-        with open(os.path.join(bundle, "config.json"), "rb") as file:
-            if b'"poststop"' not in file.read():
-                return
+        if b'"poststop"' not in named_files.read_regular(spec_file.path_in(bundle)):
+            return
     except OSError:
         return
     import asyncio  # noqa: PLC0415 - together a third of a second, which few deletions need

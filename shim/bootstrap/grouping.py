@@ -45,7 +45,7 @@ def is_pod(bundle: str) -> bool:
     """Tell whether a bundle belongs to a pod's sandbox, to which containerd will add the pod's containers.
 
     :param bundle: the bundle directory.
-    :raises Refusal: if the spec is not JSON.
+    :raises Refusal: if the spec cannot be read.
     """
     annotations = _annotations_of(bundle)
     return annotations is None or annotations.get(KIND) == "sandbox"
@@ -58,6 +58,8 @@ def _annotations_of(bundle: str) -> dict[str, object] | None:
         spec = spec_file.read(bundle)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise Refusal(f"start: {path}: {error.strerror}; recreate the container") from error
     except (ValueError, RecursionError) as error:
         raise Refusal(f"start: {path}: not JSON: {error}; recreate the container") from error
     annotations = spec.get("annotations") if isinstance(spec, dict) else None

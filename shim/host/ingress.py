@@ -62,7 +62,7 @@ def remove_ingress_in(path: str, *, number: int, index: int) -> None:
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - slow to import, and rarely needed
 
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # it may be a FIFO by now
     except FileNotFoundError:
         return
     try:

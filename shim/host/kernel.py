@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import struct
 import time
@@ -20,6 +21,7 @@ _FAR_FUTURE_S = 1 << 33
 _CLONE_FS = 0x00000200
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWNET = 0x40000000
+_NS_GET_NSTYPE = 0xB703  # linux/nsfs.h
 
 
 def become_subreaper() -> None:
@@ -55,6 +57,17 @@ def enter_network_namespace(descriptor: int) -> None:
     :raises OSError: if the kernel refuses.
     """
     _call("setns", descriptor, _CLONE_NEWNET)
+
+
+def is_network_namespace(descriptor: int) -> bool:
+    """Tell whether an open file is a network namespace; see ioctl_ns(2).
+
+    :param descriptor: the file.
+    """
+    try:
+        return fcntl.ioctl(descriptor, _NS_GET_NSTYPE) == _CLONE_NEWNET
+    except OSError:
+        return False
 
 
 def enter_new_network_namespace() -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 
+from shim.host import named_files
+
 _NAME = "config.json"
 _last: tuple[str, tuple[int, ...], object] = ("", (), None)
 
@@ -26,7 +28,7 @@ def read(bundle: str) -> object:
 
     :param bundle: the bundle directory.
     :returns: the decoded file; do not change it, because other callers may have the same object.
-    :raises OSError: if it cannot be read.
+    :raises OSError: if it cannot be read, or is not a regular file.
     :raises ValueError: if it is not JSON.
     :raises RecursionError: if it is nested too deeply.
     """
@@ -34,8 +36,7 @@ def read(bundle: str) -> object:
     path = path_in(bundle)
     state = _state_of(path)
     if _last[:2] != (path, state):
-        with open(path, "rb") as file:
-            _last = (path, state, json.loads(file.read()))
+        _last = (path, state, json.loads(named_files.read_regular(path)))
     return _last[2]
 
 

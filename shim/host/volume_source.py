@@ -22,6 +22,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from shim.errors import InvalidArgument
+from shim.host.named_files import kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,12 +30,6 @@ if TYPE_CHECKING:
 
 _LINKS_AT_MOST = 40  # MAXSYMLINKS of the kernel, see path_resolution(7)
 _REMEDY = "name a file or directory"
-_KINDS = {
-    stat.S_IFSOCK: "socket",
-    stat.S_IFIFO: "FIFO",
-    stat.S_IFBLK: "block device",
-    stat.S_IFCHR: "character device",
-}
 
 
 class GuestWritable:
@@ -65,9 +60,8 @@ def opened(path: Path, writable: GuestWritable) -> Iterator[int]:
     with found(path, writable) as descriptor:
         mode = os.fstat(descriptor).st_mode
         if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-            kind = _KINDS.get(stat.S_IFMT(mode), "special file")
             raise InvalidArgument(
-                f"mount: {path}: is a {kind} of the host; a guest can share files and directories"
+                f"mount: {path}: is a {kind_of(mode)} of the host; a guest can share files and directories"
             )
         yield descriptor
 

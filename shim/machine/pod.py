@@ -7,9 +7,7 @@ must also make these files.
 from __future__ import annotations
 
 import logging
-import os
 import posixpath
-import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,7 @@ from shim.agent import shared_memory
 from shim.agent.guest_paths import SHM_BYTES
 from shim.annotations import KIND, POD, POD_NAME, POD_NAMESPACE, POD_UID
 from shim.errors import InvalidArgument
+from shim.host import named_files
 from shim.machine.limits import NO_LIMITS, Limits, annotated_limits, limits_of, limits_of_pod
 
 if TYPE_CHECKING:
@@ -272,18 +271,9 @@ def _resolvers(spec: dict[str, Any]) -> tuple[str, ...]:
         if not isinstance(entry, dict) or entry.get("destination") != _RESOLV_CONF:
             continue
         try:
-            text = _read_plain(str(entry.get("source")))
+            content = named_files.read_regular(str(entry.get("source")), at_most=_MAX_RESOLV_CONF_BYTES)
         except (OSError, ValueError) as error:
             log.warning("sandbox: %s of its container: %s; the machine has none", _RESOLV_CONF, error)
             continue
-        return tuple(line for line in text.splitlines() if line.strip())
+        return tuple(line for line in content.decode(errors="replace").splitlines() if line.strip())
     return ()
-
-
-def _read_plain(path: str) -> str:
-    """Read a small file of the host; refuse a FIFO or a device, which may never end."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(0, "not a regular file")
-        return file.read(_MAX_RESOLV_CONF_BYTES).decode(errors="replace")

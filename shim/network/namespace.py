@@ -6,6 +6,7 @@ Only a thread enters it, and never leaves it: the process stays in its own names
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -52,7 +53,7 @@ class NetworkNamespace:
         if wanted.path is None:
             return cls(await _make(), wanted_path=None)
         try:
-            descriptor = os.open(wanted.path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = _open(wanted.path)
         except (OSError, ValueError) as error:  # a path with a NUL byte
             reason = error.strerror if isinstance(error, OSError) else error
             raise InvalidArgument(
@@ -97,6 +98,18 @@ class NetworkNamespace:
         """Leave the namespace; its path is no longer valid."""
         self._executor.shutdown(wait=False)
         os.close(self._descriptor)
+
+
+def _open(path: Path) -> int:
+    # A FIFO would be waited for.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not kernel.is_network_namespace(descriptor):
+            raise OSError(errno.EINVAL, "not a network namespace")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 async def _make() -> int:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from shim.errors import InvalidArgument
 from shim.host import spec_file
+from shim.host.answering import all_answer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 
@@ -27,3 +29,31 @@ def read_spec(bundle: Path) -> dict[str, Any]:
     if not isinstance(spec, dict):
         raise InvalidArgument(f"spec: {path}: not a JSON object")
     return spec
+
+
+async def wait_for_spec(bundle: Path, *, others: Iterable[str] = (), phase: str) -> None:
+    """See that a specification can be read, and all that it names, without the shim hanging.
+
+    :param bundle: the bundle directory.
+    :param others: further paths that the client names.
+    :param phase: for whom, at the beginning of the message.
+    :raises InvalidArgument: as :func:`read_spec`.
+    :raises DeadlineExceeded: if the file system of a path does not answer.
+    """
+    await all_answer([spec_file.path_in(str(bundle)), *others], phase=phase)
+    await all_answer(_named_by(read_spec(bundle), bundle), phase=phase)
+
+
+def _named_by(spec: dict[str, Any], bundle: Path) -> Iterator[str]:
+    """Yield the host's paths that a specification names; what is malformed is refused elsewhere."""
+    linux, hooks = (one if isinstance(one, dict) else {} for one in (spec.get("linux"), spec.get("hooks")))
+    for parts, key in (
+        (spec.get("mounts"), "source"),
+        ([spec.get("root")], "path"),
+        (linux.get("namespaces"), "path"),
+        *((each, "path") for each in hooks.values()),
+    ):
+        for part in parts if isinstance(parts, list) else []:
+            path = part.get(key) if isinstance(part, dict) else None
+            if isinstance(path, str) and path:
+                yield str(bundle / path)

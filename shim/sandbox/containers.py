@@ -14,7 +14,7 @@ from shim.host import state_directory
 from shim.machine.limits import with_memory
 from shim.machine.pod import check_names, check_pod, is_pause, oom_score_adj_of
 from shim.sandbox import task_events
-from shim.sandbox.bundle import read_spec
+from shim.sandbox.bundle import read_spec, wait_for_spec
 from shim.sandbox.guest_container import GuestContainer
 from shim.sandbox.hooks import Hooks
 from shim.sandbox.life import Life
@@ -89,6 +89,11 @@ class Containers:
         if self._sandbox.state is Life.AWAITED:
             raise FailedPrecondition(f"create: container {container_id}: its sandbox is not created yet")
         if container_id in self.all:
+            raise AlreadyExists(f"create: container {container_id}: already exists")
+        await wait_for_spec(
+            bundle, others=[mount.source for mount in rootfs], phase=f"create: container {container_id}"
+        )
+        if container_id in self.all:  # meanwhile
             raise AlreadyExists(f"create: container {container_id}: already exists")
         container = self._new(container_id, bundle=bundle, stdio=stdio)
         self.all[container_id] = container

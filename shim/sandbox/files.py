@@ -20,7 +20,8 @@ from shim.agent.oci_disks import limits_of, without_limits_of
 from shim.agent.oci_mount_kinds import OfTheGuest
 from shim.agent.oci_vfio import devices_of
 from shim.errors import Internal, InvalidArgument, Unimplemented
-from shim.host import mounts
+from shim.host import mounts, named_files
+from shim.host.answering import all_answer
 from shim.host.volume_source import opened
 from shim.volumes import huge_pages
 from shim.volumes.bind_mounts import Shown, Volumes
@@ -267,6 +268,9 @@ class ContainerFiles:
         :raises Internal: if the machine refuses.
         :raises ShimError: if the guest refuses.
         """
+        if self._plugged:
+            paths = [str(plugged.path) for plugged in self._plugged.values()]
+            await all_answer(paths, phase=f"update: container {self._id}")
         for device_id, plugged in self._plugged.items():
             if _size_of(plugged.path) == plugged.size_bytes:
                 continue
@@ -354,5 +358,5 @@ class ContainerFiles:
 
 
 def _size_of(path: Path) -> int:
-    with path.open("rb") as file:
+    with os.fdopen(named_files.open_regular(str(path), or_disk=True), "rb") as file:
         return file.seek(0, os.SEEK_END)

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 from hypervisor import printable
 from proto.kata import oci_pb2
 from shim.agent.oci_fields import copy, refusing_malformed
-from shim.errors import Internal, InvalidArgument
+from shim.errors import DeadlineExceeded, Internal, InvalidArgument
 from shim.host import kernel
+from shim.host.answering import all_answer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -147,6 +148,7 @@ class Hooks:
 
         :param pid: the machine's.
         :raises Internal: if one fails.
+        :raises DeadlineExceeded: if its file system does not answer.
         """
         self._is_undone = False
         for kind in _BEFORE_START:
@@ -174,7 +176,7 @@ class Hooks:
         for hook in hooks:
             try:
                 await self._run(hook, status=status, pid=pid)
-            except Internal as error:
+            except (Internal, DeadlineExceeded) as error:
                 log.warning("%s", error)
 
     async def _run(self, hook: Hook, *, status: str, pid: int | None) -> None:
@@ -187,6 +189,7 @@ class Hooks:
             "annotations": self._annotations,
         }
         try:
+            await all_answer([hook.path, str(self._bundle)], phase=f"hook: container {self._container_id}")
             running = _Running.start(
                 hook,
                 standard_input=json.dumps(state).encode(),

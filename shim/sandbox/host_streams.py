@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from shim.errors import DeadlineExceeded, InvalidArgument
+from shim.host.answering import all_answer
 from shim.sandbox.log_driver import SCHEMES, LogDriver
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 OPEN_TIMEOUT_S = 30.0  # containerd's runc shim gives a client this long to open its end
 _FILE_SCHEME = "file://"
+# A terminal must neither be waited for nor become this process's own.
+_APPENDING = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 CHUNK_BYTES = 256 * 1024  # the capacity of an input's pipe: larger reads cost less per byte
 
 
@@ -66,7 +69,7 @@ class HostStreams:
 
         :raises OSError: if it cannot be opened.
         """
-        self.stdin = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        self.stdin = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         is_fifo = stat.S_ISFIFO(os.fstat(self.stdin).st_mode)
         if is_fifo:
             with contextlib.suppress(OSError):  # the usual capacity serves too
@@ -116,7 +119,11 @@ async def open_host_streams(stdio: Stdio, *, container_id: str, namespace: str) 
     if not stdio.terminal:  # with a terminal stderr may name a FIFO that does not exist
         outputs["stderr"] = stdio.stderr
     try:
-        plain_path("stdin", stdio.stdin)
+        named = [plain_path("stdin", stdio.stdin)]
+        for name, path in outputs.items():
+            is_url = path.startswith((_FILE_SCHEME, *SCHEMES))
+            named.append(unquote(urlsplit(path).path) if is_url else plain_path(name, path))
+        await all_answer(filter(None, named), phase="stdio")
         if stdio.stdout.startswith(SCHEMES):  # clients give both outputs the same log URI
             outputs = {}
             streams.driver = await LogDriver.start(
@@ -127,7 +134,7 @@ async def open_host_streams(stdio: Stdio, *, container_id: str, namespace: str) 
             os.set_blocking(streams.stderr, False)
         for name, path in outputs.items():
             if path.startswith(_FILE_SCHEME):
-                _open_file(streams, name, path)
+                await _open_output(streams, name, _make_file(path))
             elif path:
                 await _open_output(streams, name, plain_path(name, path))
     except OSError as error:
@@ -142,12 +149,13 @@ async def open_host_streams(stdio: Stdio, *, container_id: str, namespace: str) 
     return streams
 
 
-def _open_file(streams: HostStreams, name: str, uri: str) -> None:
-    """Append to the file of a ``file://`` log URI, as containerd's runc shim does."""
+def _make_file(uri: str) -> str:
+    """Make the file of a ``file://`` log URI, if there is none, as containerd's runc shim does."""
     path = Path(unquote(urlsplit(uri).path))
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-    setattr(streams, name, os.open(path, flags, 0o644))
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+    return str(path)
 
 
 def plain_path(name: str, path: str) -> str:
@@ -169,7 +177,7 @@ def plain_path(name: str, path: str) -> str:
 
 async def _open_output(streams: HostStreams, name: str, path: str) -> None:
     if not stat.S_ISFIFO(os.stat(path).st_mode):  # noqa: PTH116 - one stat of a local tmpfs file
-        setattr(streams, name, os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC))
+        setattr(streams, name, os.open(path, _APPENDING))
         return
     setattr(streams, name, await _open_when_read(path))
     streams.keep(name, os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))

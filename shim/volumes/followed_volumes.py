@@ -19,6 +19,7 @@ from proto.kata import agent_pb2
 from shim.agent.guest_paths import VOLUMES_DIRECTORY
 from shim.errors import ShimError
 from shim.host import mounts
+from shim.host.answering import all_answer
 from shim.host.mount_changes import MountChanges
 from shim.host.mount_table import MountTable, inside
 from shim.volumes.shared_entries import Source, Wish
@@ -175,6 +176,7 @@ class FollowedVolumes:
                 await self._show(one, way, mount, table, agent)
 
     async def _show(self, one: Followed, way: str, mount: HostMount, table: MountTable, agent: Agent) -> None:
+        await all_answer([mount.point], phase=f"mounts below {one.place.real}")
         try:
             descriptor = os.open(mount.point, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:

@@ -96,7 +96,7 @@ def test_a_failure_of_the_host_is_one_line(tmp_path: Path) -> None:
     reply = run("-namespace", "n", "-id", "c", "-address", "/a", "start", cwd=bundle)
     assert (reply.returncode, reply.stdout) == (1, b"")
     assert b"\n" not in reply.stderr
-    assert b"config.json: Is a directory" in reply.stderr or b"root is required" in reply.stderr
+    assert b"config.json: a directory, not a" in reply.stderr or b"root is required" in reply.stderr
 
 
 def pretending(*, euid: int = 0, machine: str = "x86_64") -> tuple[str, ...]:
