@@ -28,7 +28,7 @@ from hypervisor.vsock import NotListeningError
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterable
 
     from hypervisor.host_side import OnCommand, Phase
     from hypervisor.interface import Disk, DiskLimits, HostPciDevice, Nic
@@ -41,6 +41,8 @@ class QemuHypervisor(Hypervisor):
 
     :param spec: the virtual machine.
     :param on_process: called with the name and the id of each process right after it was started.
+    :param on_devices: called with the major and minor numbers of the host's character devices that QEMU is
+        about to open.
     :param phase: called with the name of each phase of the start, and entered for its duration.
     :param on_command: called with the name of each command to QEMU, and how many seconds it took.
     """
@@ -50,10 +52,12 @@ class QemuHypervisor(Hypervisor):
         spec: VmSpec,
         *,
         on_process: Callable[[str, int], None],
+        on_devices: Callable[[Iterable[tuple[int, int]]], None] = lambda _numbers: None,
         phase: Phase = contextlib.nullcontext,
         on_command: OnCommand | None = None,
     ) -> None:
         self._spec = spec
+        self._on_devices = on_devices
         self._host = HostSide(on_process, phase, on_command)
         self._running: RunningVm | None = None
         self._stopping = False
@@ -210,7 +214,7 @@ class QemuHypervisor(Hypervisor):
             devices = await clone(spec, host, spec.template, timeout_s=timeout_s)
         else:
             devices = await boot(spec, host)
-        self._running = RunningVm(spec, host, devices, on_end=self._end)
+        self._running = RunningVm(spec, host, devices, on_end=self._end, on_devices=self._on_devices)
 
     def _end(self, reason: str) -> None:
         killed = self._started("end", HypervisorError).qemu.exited.result().signal == signal.SIGKILL

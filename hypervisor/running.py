@@ -22,7 +22,7 @@ from proto.extensions import READY_MARK
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from hypervisor.devices import Devices
     from hypervisor.errors import HypervisorError
@@ -45,10 +45,17 @@ class RunningVm:
     :param host: its side of the host, complete.
     :param devices: the devices plugged into it.
     :param on_end: called with the reason, in one line, once QEMU is gone.
+    :param on_devices: called with the numbers of the host's devices that QEMU is about to open.
     """
 
     def __init__(
-        self, spec: VmSpec, host: HostSide, devices: Devices, *, on_end: Callable[[str], None]
+        self,
+        spec: VmSpec,
+        host: HostSide,
+        devices: Devices,
+        *,
+        on_end: Callable[[str], None],
+        on_devices: Callable[[Iterable[tuple[int, int]]], None],
     ) -> None:
         parts = host.complete()
         self.qemu = parts.qemu
@@ -77,6 +84,7 @@ class RunningVm:
         self._has_host_devices = False
         self._parked: ParkedMemory | None = None
         self._on_end = on_end
+        self._on_devices = on_devices
         self._watching = asyncio.create_task(devices.watch())
         self._supervisor = asyncio.create_task(self._supervise())
 
@@ -93,7 +101,9 @@ class RunningVm:
     async def plug_pci(self, device: HostPciDevice) -> str:
         """Add a PCI device of the host; see ``vfio.plug``."""
         self._has_host_devices = True  # an attempt counts, and an unplugged device may come back
-        await give_devices(self.qemu.pid, self._spec, vfio.nodes(device))
+        nodes = vfio.nodes(device)
+        self._on_devices(vfio.numbers(nodes))
+        await give_devices(self.qemu.pid, self._spec, nodes)
         return await vfio.plug(device, devices=self.devices, memory_bytes=await self.memory.total())
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +12,8 @@ from hypervisor.devices import Command, Description
 from hypervisor.errors import HotplugError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from hypervisor.devices import Devices
     from hypervisor.interface import HostPciDevice
 
@@ -103,6 +107,19 @@ def nodes(device: HostPciDevice, *, sysfs: Path = _SYSFS) -> list[Path]:
     if group.is_symlink():
         found.append(_VFIO / group.readlink().name)
     return [node for node in found if node.exists()]
+
+
+def numbers(found: Iterable[Path]) -> list[tuple[int, int]]:
+    """Return the major and minor numbers of device nodes; one that is gone has none.
+
+    :param found: their paths.
+    """
+    devices = []
+    for node in found:
+        with contextlib.suppress(FileNotFoundError):
+            number = node.stat().st_rdev
+            devices.append((os.major(number), os.minor(number)))
+    return devices
 
 
 def describe(device: HostPciDevice, *, iommufd: bool, memory_bytes: int) -> Description:

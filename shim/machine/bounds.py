@@ -27,8 +27,8 @@ def bounded(spec: VmSpec, jail: Jail | None, *, wanted: str, otherwise: str, led
     """
     cgroup = HostCgroup.make(wanted, otherwise=otherwise, ledger=ledger)
     cgroup.limit_memory(spec.memory_bytes)
-    # With root ports, its devices are not known yet; QEMU sees no other device nodes.
-    if jail is not None and spec.root_ports == 0:
+    # Devices that it is given later are allowed then.
+    if jail is not None:
         kvm = (KVM,) if spec.accelerator is Accelerator.KVM else ()
         cgroup.limit_devices((*HARMLESS, *kvm))
     refuse_unbounded(cgroup.problem, jail)

@@ -99,6 +99,8 @@ class HostCgroup:
     def __init__(self, directories: list[Path], *, own: list[Path]) -> None:
         self._directories = directories
         self._own = own
+        self._device_access = [device_access.DeviceAccess(directory) for directory in own]
+        self._limits_devices = False
         self.problem = ""
         """Why its processes are not limited; empty if they are."""
 
@@ -152,13 +154,22 @@ class HostCgroup:
         :param allowed: the character devices.
         """
         allowed = tuple(allowed)
+        self._limits_devices = True
         try:
-            can = [device_access.limit(directory, allowed) for directory in self._own]
+            can = [access.allow(allowed) for access in self._device_access]
         except OSError as error:
             self._warn(f"{error.filename or self._own[0]}: devices: {error.strerror}")
         else:
             if self._own and not any(can):
                 self._warn(f"{self._own[0]}: the host has no devices controller there")
+
+    def allow_devices(self, more: Iterable[device_access.Number]) -> None:
+        """Have its processes open some devices more, if they are limited.
+
+        :param more: the character devices.
+        """
+        if self._limits_devices:
+            self.limit_devices(more)
 
     def _limit(self, names: tuple[str, ...], value: int) -> None:
         files = [directory / name for directory in self._own for name in names]

@@ -30,30 +30,54 @@ _RESULT, _CONTEXT, _KIND, _ACCESS, _MAJOR, _MINOR = 0, 1, 2, 3, 4, 5  # register
 _IS_CHARACTER, _READS_OR_WRITES = 2, 6
 _CGROUP_DEVICE, _ALLOW_MULTI = 6, 2
 _PROG_TYPE = 15
-_PROG_LOAD, _PROG_ATTACH = 5, 8
+_PROG_LOAD, _PROG_ATTACH, _PROG_DETACH = 5, 8, 9
 _SYS_BPF = 321
 _ATTRIBUTES = 128
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def limit(directory: Path, allowed: Iterable[Number]) -> bool:
-    """Let the processes in a cgroup open only some devices.
+class DeviceAccess:
+    """Which devices the processes in one cgroup may open: any, until some are allowed.
 
     :param directory: the cgroup's, of either version.
-    :param allowed: the character devices; a block device is never one.
-    :returns: whether this hierarchy can do that.
-    :raises OSError: if the kernel refuses.
     """
-    if (directory / _LIST).exists():
-        (directory / "devices.deny").write_text("a", encoding="ascii")
-        for line in ("b *:* m", "c *:* m", *(f"c {major}:{minor} rw" for major, minor in allowed)):
-            (directory / _LIST).write_text(line, encoding="ascii")
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._allowed: dict[Number, None] = {}
+        self._is_limited = False
+        self._attached: int | None = None
+
+    def allow(self, numbers: Iterable[Number]) -> bool:
+        """Have the processes open some devices more, but no others.
+
+        :param numbers: character devices; a block device is never allowed.
+        :returns: whether this hierarchy can limit devices.
+        :raises OSError: if the kernel refuses.
+        """
+        more = [number for number in numbers if number not in self._allowed]
+        if (self._directory / _LIST).exists():
+            self._write_list(more)
+        elif (self._directory / "cgroup.controllers").exists():
+            # The new program first: until the old one is gone, both must agree.
+            attached = _attach(self._directory, program([*self._allowed, *more]))
+            old, self._attached = self._attached, attached
+            if old is not None:
+                _detach(self._directory, old)
+        else:
+            return False
+        self._is_limited = True
+        self._allowed.update(dict.fromkeys(more))
         return True
-    if (directory / "cgroup.controllers").exists():
-        _attach(directory, program(allowed))
-        return True
-    return False
+
+    def _write_list(self, more: Iterable[Number]) -> None:
+        lines = [f"c {major}:{minor} rw" for major, minor in more]
+        if not self._is_limited:
+            (self._directory / "devices.deny").write_text("a", encoding="ascii")
+            lines = ["b *:* m", "c *:* m", *lines]
+        for line in lines:
+            (self._directory / _LIST).write_text(line, encoding="ascii")
 
 
 def program(allowed: Iterable[Number]) -> bytes:
@@ -88,7 +112,8 @@ def _instruction(code: int, target: int = 0, *, source: int = 0, offset: int = 0
     return struct.pack("=BBhi", code, target | source << 4, offset, value)
 
 
-def _attach(directory: Path, code: bytes) -> None:
+def _attach(directory: Path, code: bytes) -> int:
+    """Attach a program to a cgroup; return it, open, as it is needed to detach it."""
     text = ctypes.create_string_buffer(code, len(code))
     licence = ctypes.create_string_buffer(b"MIT")
     # union bpf_attr: type, number of instructions, instructions, licence
@@ -97,14 +122,28 @@ def _attach(directory: Path, code: bytes) -> None:
     )
     loaded = _bpf(_PROG_LOAD, words)
     try:
-        cgroup = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            # The programs of the cgroups above apply, too.
-            _bpf(_PROG_ATTACH, struct.pack("=IIII", cgroup, loaded, _CGROUP_DEVICE, _ALLOW_MULTI))
-        finally:
-            os.close(cgroup)
-    finally:
+        _with_cgroup(_PROG_ATTACH, directory, loaded)
+    except BaseException:
         os.close(loaded)
+        raise
+    return loaded
+
+
+def _detach(directory: Path, attached: int) -> None:
+    try:
+        _with_cgroup(_PROG_DETACH, directory, attached)
+    finally:
+        os.close(attached)
+
+
+def _with_cgroup(command: int, directory: Path, loaded: int) -> None:
+    cgroup = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # The programs of the cgroups above apply, too.
+        flags = _ALLOW_MULTI if command == _PROG_ATTACH else 0
+        _bpf(command, struct.pack("=IIII", cgroup, loaded, _CGROUP_DEVICE, flags))
+    finally:
+        os.close(cgroup)
 
 
 def _bpf(command: int, attributes: bytes) -> int:

@@ -337,6 +337,7 @@ class Machine:
         vm = QemuHypervisor(
             spec,
             on_process=self._record_process,
+            on_devices=self._cgroup.allow_devices,
             phase=partial(timeline.phase, lane=timeline.MACHINE),
             on_command=latency.QMP.observe,
         )

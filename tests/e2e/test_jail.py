@@ -187,17 +187,21 @@ def test_the_only_host_files_a_process_sees_are_those_given_to_the_guest(
         assert {path.name for path in roots["QEMU"].iterdir()} == {"dev"}
 
 
-def test_a_machine_is_bounded_in_its_cgroup_and_killed_for_memory_as_readily_as_its_container(
+def test_a_machine_with_root_ports_is_confined_bounded_and_killed_as_readily_as_its_container(
     one_stack: Stack, tmp_path: Path
 ) -> None:
     group, score = f"{NAMESPACE}/{new_id()}", 777
     with (
-        configured(one_stack, hypervisor="memory_mib = 192"),
+        configured(one_stack, hypervisor='memory_mib = 192\nroot_ports = 1\njail = "required"'),
         ByHand(one_stack, tmp_path, linux={"cgroupsPath": f"/{group}"}, process={"oomScoreAdj": score}),
     ):
         [ledger] = one_stack.state_directory.glob("*/ledger")
         processes = processes_of(ledger.parent)
         pids = [processes[name] for name in in_a_sandbox()]
+        for name, row in in_a_sandbox().items():
+            assert_confined(processes[name], row, others=[os.getpid()])
+        root = Path(f"/proc/{processes['QEMU']}/root")
+        assert not any((root / name).exists() for name in ("etc/shadow", "root", "dev/vfio", "dev/mem"))
         roots = counting_roots(Path("/proc/self/mountinfo").read_text(encoding="utf-8"))
         found = [root / group / name for root in roots for name in LIMITS]
         limits = {file.name: int(file.read_text()) for file in found if file.exists()}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from shim.machine import device_access
+from shim.machine.device_access import DeviceAccess
 from tests.patience import patient
 
 if TYPE_CHECKING:
@@ -21,11 +22,13 @@ HIERARCHIES = [
     for _, point, kind, options, *_ in MOUNTS
     if kind == "cgroup2" or (kind == "cgroup" and "devices" in options.split(","))
 ]
+FULL = (1, 7)
 PROBE = """
 echo $$ > "$1/cgroup.procs"
 for device in null zero full; do
     (: < /dev/$device) 2> /dev/null && echo "$device"
 done
+rm -f "$2/block"
 mknod "$2/block" b 7 200 && echo made
 (: < "$2/block") 2> /dev/null && echo opened
 true
@@ -44,12 +47,15 @@ def cgroup(request: pytest.FixtureRequest) -> Iterator[Path]:
 def test_a_process_opens_only_the_allowed_devices_and_may_make_nodes_of_any(
     cgroup: Path, tmp_path: Path
 ) -> None:
-    assert device_access.limit(cgroup, device_access.HARMLESS)
-    done = subprocess.run(
-        ["/bin/sh", "-c", PROBE, "probe", cgroup, tmp_path],
-        capture_output=True,
-        text=True,
-        timeout=patient(10),
-        check=True,
-    )
-    assert done.stdout.split() == ["null", "zero", "made"]
+    access = DeviceAccess(cgroup)
+    assert access.allow(device_access.HARMLESS)
+    assert probe(cgroup, tmp_path) == ["null", "zero", "made"]
+    assert access.allow([FULL])
+    assert probe(cgroup, tmp_path) == ["null", "zero", "full", "made"]
+
+
+def probe(cgroup: Path, place: Path) -> list[str]:
+    """List what a process in a cgroup can open and make."""
+    argv: list[str | Path] = ["/bin/sh", "-c", PROBE, "probe", cgroup, place]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=patient(10), check=True)
+    return done.stdout.split()

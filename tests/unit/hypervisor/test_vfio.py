@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,8 +12,6 @@ from hypervisor.devices import Command, Description, Devices
 from hypervisor.errors import HotplugError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from hypervisor.qmp import QmpSession
     from tests.unit.hypervisor.conftest import Peer
 
@@ -99,3 +98,7 @@ async def test_a_machine_without_ports_is_refused_with_the_key_to_configure(
 @pytest.mark.parametrize(("gib", "limit_s"), [(0, 60), (1, 100), (16, 700), (1024, 1200)])
 def test_more_memory_may_take_longer_to_pin_up_to_a_limit(gib: int, limit_s: int) -> None:
     assert vfio.pinning_timeout_s(gib << 30) == limit_s
+
+
+def test_a_node_is_allowed_by_its_number(tmp_path: Path) -> None:
+    assert vfio.numbers([Path("/dev/null"), Path("/dev/zero"), tmp_path / "gone"]) == [(1, 3), (1, 5)]

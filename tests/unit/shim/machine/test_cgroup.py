@@ -93,6 +93,24 @@ def test_version_1_denies_all_devices_before_it_allows_some(tmp_path: Path) -> N
     assert bounded.problem == ""
 
 
+def test_a_device_that_is_given_later_is_allowed_then(tmp_path: Path) -> None:
+    for name in ("devices.allow", "devices.deny"):
+        (tmp_path / name).touch()
+    bounded = HostCgroup([tmp_path], own=[tmp_path])
+    bounded.limit_devices([(1, 3)])
+    (tmp_path / "devices.deny").write_text("")
+    bounded.allow_devices([(1, 3), (237, 4)])
+    assert (tmp_path / "devices.deny").read_text() == ""
+    assert (tmp_path / "devices.allow").read_text() == "c 237:4 rw"
+
+
+def test_a_device_is_not_allowed_where_any_is(tmp_path: Path) -> None:
+    for name in ("devices.allow", "devices.deny"):
+        (tmp_path / name).touch()
+    HostCgroup([tmp_path], own=[tmp_path]).allow_devices([(237, 4)])
+    assert (tmp_path / "devices.deny").read_text() == (tmp_path / "devices.allow").read_text() == ""
+
+
 def test_a_host_without_a_devices_controller_is_reported(tmp_path: Path) -> None:
     bounded = HostCgroup([tmp_path], own=[tmp_path])
     bounded.limit_devices([])
