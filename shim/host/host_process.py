@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import time
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 #: The exit status of a process that SIGKILL ended, as shells and containerd count.
 STATUS_KILLED = 128 + signal.SIGKILL
+
+_UIDS = re.compile(rb"^Uid:(.*)$", re.MULTILINE)
 
 
 class HostProcess(Record):
@@ -40,6 +43,22 @@ def identify(pid: int) -> HostProcess:
         raise ProcessLookupError(f"no process {pid}") from error
     # The command name, in parentheses, may hold spaces and parentheses itself.
     return HostProcess(pid=pid, start_time=int(stat[stat.rindex(b")") + 1 :].split()[19]))
+
+
+def user_has_any(uid: int) -> bool:
+    """Tell whether any process of this host runs as a user, or may become that user again.
+
+    :param uid: the user's id.
+    """
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with (
+            contextlib.suppress(FileNotFoundError, ProcessLookupError),
+            open(f"/proc/{pid}/status", "rb") as file,
+        ):
+            found = _UIDS.search(file.read())
+            if found is not None and str(uid).encode() in found[1].split():
+                return True
+    return False
 
 
 def pin(process: HostProcess) -> int | None:

@@ -1,6 +1,7 @@
 """Each sandbox's own user for its processes, and how strictly the operator requires it.
 
-A lock on one byte of a file reserves a number, so the number is free again whenever its shim ends.
+A number is taken by a lock on its byte of a file, so that no two shims have it. The byte is not zero while
+processes may run with it: if that outlives the lock, the shim was killed, and its processes may not be gone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 
 from hypervisor import Accelerator, Identity
 from shim.errors import FailedPrecondition
-from shim.host import private_directory
+from shim.host import host_process, private_directory
 
 if TYPE_CHECKING:
     from hypervisor import VmSpec
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 DIRECTORY = "/run/hako/jail"
 _NUMBERS = "numbers"
+_UNUSED, _USED = b"\0", b"\1"
 _FLOCK = struct.Struct("=hh4xqqi4x")  # struct flock of fcntl(2) on x86-64
 _ATTEMPTS = 1000
 _REMEDY = "see what `hako check` says of it, or set [hypervisor] jail to preferred or off"
@@ -48,7 +50,7 @@ class Jail:
 
     @classmethod
     def of(cls, config: Config, accelerator: Accelerator) -> Self | None:
-        """Take a number that no other sandbox has.
+        """Take a number that no other sandbox has, and no process that another has left.
 
         :param config: the operator's configuration.
         :param accelerator: how guest instructions are run.
@@ -60,19 +62,22 @@ class Jail:
         required = is_required(config, accelerator)
         first, count = config.hypervisor.jail_first_id, config.hypervisor.jail_ids
         try:
-            lock, offset = _claim(count)
+            lock, number = _claim(range(first, first + count))
         except OSError as error:
-            problem = f"boot: jail: no user of its own: {error}"
+            where = f"{error.filename}: " if error.filename else ""
+            problem = f"boot: jail: no user of its own: {where}{error.strerror}"
             if required:
                 raise FailedPrecondition(f"{problem}; {_REMEDY}") from error
             log.warning("%s; the sandbox's processes run as root", problem)
             return None
-        identity = Identity(uid=first + offset, gid=first + offset)
+        identity = Identity(uid=number, gid=number)
         return cls(identity=identity, is_required=required, lock=FileIO(lock, "r+"))
 
     def close(self) -> None:
         """Release the number, once no process runs with it. May be called repeatedly."""
-        self.lock.close()
+        if not self.lock.closed:
+            os.pwrite(self.lock.fileno(), _UNUSED, self.identity.uid)
+            self.lock.close()
 
 
 def is_required(config: Config, accelerator: Accelerator) -> bool:
@@ -111,24 +116,33 @@ def refuse_unbounded(problem: str, jail: Jail | None) -> None:
         raise FailedPrecondition(f"boot: jail: cgroup: {problem}; {_REMEDY}")
 
 
-def _claim(count: int) -> tuple[int, int]:
-    """Lock a free byte of the file of numbers; return the open file and the byte's offset."""
+def _claim(numbers: range) -> tuple[int, int]:
+    """Take a number that is free; return the open file that holds its lock, and the number."""
     private_directory.make(DIRECTORY)
     file = os.open(f"{DIRECTORY}/{_NUMBERS}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         for _ in range(_ATTEMPTS):
-            offset = secrets.randbelow(count)
-            wish = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
-            try:
-                # The lock belongs to the open file, not to the process, and ends with this descriptor.
-                fcntl.fcntl(file, fcntl.F_OFD_SETLK, wish)
-            except OSError as error:
-                if error.errno not in {errno.EAGAIN, errno.EACCES}:
-                    raise
-            else:
-                return file, offset
+            number = numbers[secrets.randbelow(len(numbers))]
+            if not _lock(file, number, fcntl.F_WRLCK):
+                continue
+            if os.pread(file, 1, number) != _USED or not host_process.user_has_any(number):
+                os.pwrite(file, _USED, number)
+                return file, number
+            _lock(file, number, fcntl.F_UNLCK)
     except BaseException:
         os.close(file)
         raise
     os.close(file)
-    raise OSError(errno.EAGAIN, f"none of {count} numbers is free; raise [hypervisor] jail_ids")
+    raise OSError(errno.EAGAIN, f"none of {len(numbers)} numbers is free; raise [hypervisor] jail_ids")
+
+
+def _lock(file: int, number: int, kind: int) -> bool:
+    """Lock or unlock a number's byte, which need not be there yet; tell whether that was possible at once."""
+    try:
+        # The lock belongs to the open file, not to the process, and ends with this descriptor.
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, number, 1, 0))
+    except OSError as error:
+        if error.errno not in {errno.EAGAIN, errno.EACCES}:
+            raise
+        return False
+    return True

@@ -25,7 +25,7 @@ SHARED_DIRECTORIES = (Path("/run/containerd/s"), Path("/run/containerd/fifo"), P
 TEMPLATES = Path(HypervisorConfig().template_dir)
 """Not of any container either, except for the remains of an unfinished build."""
 JAIL = Path(jail.DIRECTORY)
-"""Not of any container: its file has a byte for each number that a sandbox can have."""
+"""Not of the containers of one test alone: others have their numbers there, too."""
 ZYGOTES = Path(zygote_protocol.ZYGOTE_DIRECTORY)
 """Not of any container: a zygote outlives those that made it come up."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 from hypervisor import Accelerator, Channel
 from shim.config import Config, HypervisorConfig
 from shim.errors import FailedPrecondition
+from shim.host import host_process
 from shim.machine import jail
 from shim.machine.host_choice import HostChoice
 from shim.machine.jail import Jail
 from shim.machine.sizing import Size
 from shim.machine.spec import describe
+from tests.waiting import until
 
 CHOICE = HostChoice(
     accelerator=Accelerator.KVM,
@@ -57,6 +60,26 @@ def test_a_user_number_belongs_to_one_sandbox_until_it_is_released() -> None:
     assert again.identity == jails[0].identity
     for one in (again, jails[1]):
         one.close()
+
+
+def test_a_number_whose_shim_was_killed_is_free_once_none_of_its_processes_is_left() -> None:
+    config = configured(jail="required", jail_ids=1)
+    killed = taken(config)
+    killed.lock.close()  # as the kernel does
+    stays = ["setpriv", f"--reuid={killed.identity.uid}", "--clear-groups", "sleep", "1000"]
+    with subprocess.Popen(stays) as left:
+        until(lambda: host_process.user_has_any(killed.identity.uid))
+        with pytest.raises(FailedPrecondition, match="none of 1 numbers is free"):
+            taken(config)
+        left.kill()
+    taken(config).close()
+
+
+def test_a_number_of_overlapping_ranges_is_one_sandboxs_alone() -> None:
+    with contextlib.closing(taken(configured(jail_first_id=1_900_000_001, jail_ids=1))):
+        both = configured(jail_first_id=1_900_000_000, jail_ids=2)
+        with contextlib.closing(taken(both)) as other:
+            assert other.identity.uid == 1_900_000_000
 
 
 def test_a_sandbox_with_an_optional_jail_runs_without_one_if_no_number_is_free(
