@@ -190,7 +190,8 @@ def _change_root(confinement: Confinement) -> None:
     for path in confinement.files:
         _show(path, root)
     os.mkdir(f"{root}/proc", 0o755)
-    _do_mount(b"proc", os.fsencode(f"{root}/proc"), b"proc", flags | _MS_NOEXEC)
+    # The kernel lets root write there without a capability, and the virtio-fs daemon may act as root.
+    _do_mount(b"proc", os.fsencode(f"{root}/proc"), b"proc", flags | _MS_NOEXEC | _MS_RDONLY)
     if confinement.share is not None:
         os.mkdir(f"{root}{SHARE}", 0o755)
         _do_mount(os.fsencode(confinement.share), os.fsencode(f"{root}{SHARE}"), b"", _MS_BIND | _MS_REC)

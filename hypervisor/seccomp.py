@@ -45,7 +45,12 @@ _IDENTITY = {
     "mknodat": 259,
 }
 # fmt: on
-_CLONE, _CLONE3, _UNSHARE, _SOCKET, _SOCKETPAIR = 56, 435, 272, 41, 53
+_CLONE, _CLONE3, _UNSHARE, _SOCKET, _SOCKETPAIR, _PRCTL = 56, 435, 272, 41, 53, 157
+
+_OF_OTHERS = {"socket": _SOCKET, "socketpair": _SOCKETPAIR, "connect": 42}
+"""A process that may act as other users could speak to any socket in the share as root."""
+
+_PR_SET_PDEATHSIG = 1
 
 _NEW_NAMESPACES = 0x7E02_0080
 """``CLONE_NEW*`` of clone(2): mount, cgroup, UTS, IPC, user, pid, network and time namespaces."""
@@ -83,9 +88,9 @@ _INSTRUCTION = struct.Struct("=HBBI")
 def refused_calls(*, changes_identity: bool) -> dict[str, int]:
     """List the system calls that a confined process is always refused, with their numbers by name.
 
-    :param changes_identity: whether it may act as other users, and make device nodes.
+    :param changes_identity: whether it may act as other users, and make device nodes, but no sockets.
     """
-    return _REFUSED if changes_identity else {**_REFUSED, **_IDENTITY}
+    return {**_REFUSED, **(_OF_OTHERS if changes_identity else _IDENTITY)}
 
 
 def confining(*, changes_identity: bool) -> Filter:
@@ -109,6 +114,8 @@ def confining(*, changes_identity: bool) -> Filter:
     for number in (_SOCKET, _SOCKETPAIR):
         program += _if_call(number, (_EQUAL, 1, 0, _AF_UNIX), (_RETURN, 0, 0, refuse))
     program += _if_call(_CLONE, (_ANY_BIT, 0, 1, _NEW_NAMESPACES), (_RETURN, 0, 0, refuse))
+    # It ends with its shim, whatever it does.
+    program += _if_call(_PRCTL, (_EQUAL, 0, 1, _PR_SET_PDEATHSIG), (_RETURN, 0, 0, refuse))
     others = 0xFFFF_FFFF & ~(_CLONE_FS | _CLONE_FILES)
     program += _if_call(_UNSHARE, (_ANY_BIT, 0, 1, others), (_RETURN, 0, 0, refuse))
     program += _instructions((_RETURN, 0, 0, _ALLOW))

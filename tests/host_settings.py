@@ -11,6 +11,9 @@ ACCELERATOR_VARIABLE, MEMORY_VARIABLE = "HAKO_TEST_ACCELERATOR", "HAKO_TEST_MEMO
 ACCELERATOR = os.environ.get(ACCELERATOR_VARIABLE, "")
 """The accelerator that tests must use; empty if Hako should detect it."""
 
+JAIL_VARIABLE = "HAKO_TEST_JAIL"
+"""Which jail tests ask for where they do not say; empty for the default."""
+
 MEMORY_MIB = int(os.environ.get(MEMORY_VARIABLE, HypervisorConfig().memory_mib))
 """The memory of a machine, without that of its containers."""
 
@@ -23,4 +26,6 @@ def hypervisor_table(own: str = "") -> str:
     lines = [f'accelerator = "{ACCELERATOR}"'] if ACCELERATOR and "accelerator" not in own else []
     if MEMORY_VARIABLE in os.environ and "memory_mib" not in own:
         lines.append(f"memory_mib = {MEMORY_MIB}")
+    if os.environ.get(JAIL_VARIABLE) and "jail =" not in own:
+        lines.append(f'jail = "{os.environ[JAIL_VARIABLE]}"')
     return "".join(f"{line}\n" for line in lines) + own

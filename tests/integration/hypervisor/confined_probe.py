@@ -61,6 +61,8 @@ CALLS = {
     "clone user": (56, 0x10000000 | 17, 0, 0, 0, 0),
     "clone3": (435, 0, 0),
     "kill": (62, host_pid, 0),
+    "death signal": (157, 1, 0, 0, 0, 0),
+    "x32 getpid": (0x40000000 | 39,),
 }
 FAMILIES = {"unix": 1, "inet": 2, "inet6": 10, "netlink": 16, "packet": 17, "vsock": 40}
 
@@ -82,11 +84,11 @@ def read(path: str) -> str:
 
 
 def reach_abstract_socket() -> str:
-    with socket.socket(socket.AF_UNIX) as stream:
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX) as stream:
             stream.connect(f"\0{abstract}")
-        except OSError as error:
-            return errno.errorcode[error.errno or 0]
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
     return "done"
 
 
@@ -107,6 +109,19 @@ def unwritable(directory: str) -> str:
     except OSError as error:
         return errno.errorcode[error.errno or 0]
     return "done"
+
+
+def writable_below_proc() -> list[str]:
+    """List the kernel's files that can be opened for writing, as root if this process may become root."""
+    libc.syscall(117, 0, 0, 0)  # setresuid
+    found = []
+    for directory, _names, files in os.walk("/proc"):
+        for path in (Path(directory, name) for name in files):
+            with contextlib.suppress(OSError):
+                if not path.is_symlink():
+                    os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY))
+                    found.append(str(path))
+    return found
 
 
 roots = ["", *(f"/proc/{one}/root" for one in names("/proc") if one.isdigit())]
@@ -133,6 +148,7 @@ json.dump(
         "writes": {one: unwritable(one) for one in ("/", "/usr", "/proc", "/dev", "/etc")},
         "files": resource.getrlimit(resource.RLIMIT_NOFILE),
         "core": resource.getrlimit(resource.RLIMIT_CORE),
+        "writable": writable_below_proc(),
         "descriptors": sorted(int(one) for one in names("/proc/self/fd")),
     },
     sys.stdout,
