@@ -120,14 +120,16 @@ def _claim(numbers: range) -> tuple[int, int]:
     """Take a number that is free; return the open file that holds its lock, and the number."""
     private_directory.make(DIRECTORY)
     file = os.open(f"{DIRECTORY}/{_NUMBERS}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    left_behind = set()
     try:
         for _ in range(_ATTEMPTS):
             number = numbers[secrets.randbelow(len(numbers))]
-            if not _lock(file, number, fcntl.F_WRLCK):
+            if number in left_behind or not _lock(file, number, fcntl.F_WRLCK):
                 continue
             if os.pread(file, 1, number) != _USED or not host_process.user_has_any(number):
                 os.pwrite(file, _USED, number)
                 return file, number
+            left_behind.add(number)
             _lock(file, number, fcntl.F_UNLCK)
     except BaseException:
         os.close(file)

@@ -266,7 +266,9 @@ def test_the_user_of_a_killed_shim_is_given_to_no_other_while_it_has_a_process(
     )
     options = ["--runtime-config-path", str(config)]
     killed, other = new_id(), new_id()
-    started = one_stack.containerd.run(busybox.IMAGE, killed, "sleep", "1000", options=["--detach", *options])
+    started = one_stack.containerd.run(
+        busybox.IMAGE, killed, "sleep", "1000", options=["--detach", "--null-io", *options]
+    )
     assert started.code == 0, started.stderr
     [ledger] = one_stack.state_directory.glob("*/ledger")
     processes = processes_of(ledger.parent)
