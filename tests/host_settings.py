@@ -11,8 +11,8 @@ ACCELERATOR_VARIABLE, MEMORY_VARIABLE = "HAKO_TEST_ACCELERATOR", "HAKO_TEST_MEMO
 ACCELERATOR = os.environ.get(ACCELERATOR_VARIABLE, "")
 """The accelerator that tests must use; empty if Hako should detect it."""
 
-JAIL_VARIABLE = "HAKO_TEST_JAIL"
-"""Which jail tests ask for where they do not say; empty for the default."""
+OTHERS = {"HAKO_TEST_JAIL": "jail", "HAKO_TEST_VIRTIOFSD": "virtiofsd"}
+"""By variable, further keys that a run can set where a test does not."""
 
 MEMORY_MIB = int(os.environ.get(MEMORY_VARIABLE, HypervisorConfig().memory_mib))
 """The memory of a machine, without that of its containers."""
@@ -26,6 +26,7 @@ def hypervisor_table(own: str = "") -> str:
     lines = [f'accelerator = "{ACCELERATOR}"'] if ACCELERATOR and "accelerator" not in own else []
     if MEMORY_VARIABLE in os.environ and "memory_mib" not in own:
         lines.append(f"memory_mib = {MEMORY_MIB}")
-    if os.environ.get(JAIL_VARIABLE) and "jail =" not in own:
-        lines.append(f'jail = "{os.environ[JAIL_VARIABLE]}"')
+    for variable, key in OTHERS.items():
+        if os.environ.get(variable) and f"{key} =" not in own:
+            lines.append(f'{key} = "{os.environ[variable]}"')
     return "".join(f"{line}\n" for line in lines) + own
