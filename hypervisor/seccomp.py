@@ -114,7 +114,7 @@ def confining(*, changes_identity: bool) -> Filter:
     for number in (_SOCKET, _SOCKETPAIR):
         program += _if_call(number, (_EQUAL, 1, 0, _AF_UNIX), (_RETURN, 0, 0, refuse))
     program += _if_call(_CLONE, (_ANY_BIT, 0, 1, _NEW_NAMESPACES), (_RETURN, 0, 0, refuse))
-    # It ends with its shim, whatever it does.
+    # A process cannot choose to outlive its shim.
     program += _if_call(_PRCTL, (_EQUAL, 0, 1, _PR_SET_PDEATHSIG), (_RETURN, 0, 0, refuse))
     others = 0xFFFF_FFFF & ~(_CLONE_FS | _CLONE_FILES)
     program += _if_call(_UNSHARE, (_ANY_BIT, 0, 1, others), (_RETURN, 0, 0, refuse))

@@ -1,4 +1,4 @@
-"""A path that a client names is opened only if it leads to a file, whatever else is there."""
+"""A path that a client names is opened only if it leads to a regular file, and never waited for."""
 
 from __future__ import annotations
 
