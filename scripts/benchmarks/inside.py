@@ -50,7 +50,10 @@ def timed_exec(name):
     return answer
 
 def serve(fd):
-    order, argument = os.read(fd, 1000).decode().split()
+    words = b""
+    while not words.endswith(b"\\n"):
+        words += os.read(fd, 1)
+    order, argument = words.decode().split()
     if order == "exec":
         os.write(fd, timed_exec(argument))
         return
@@ -206,5 +209,5 @@ def _order(ports: Path, order: str) -> socket.socket:
             connection.close()
             raise MeasurementError(f"channel: port {PORT}: the guest's measuring program does not listen")
         reply += byte
-    connection.sendall(order.encode())
+    connection.sendall(f"{order}\n".encode())
     return connection
