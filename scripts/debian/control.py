@@ -71,7 +71,8 @@ if [ -d /run/systemd/system ]; then
     systemctl disable --now --quiet hako-monitor.service || true
 fi
 if [ -x /usr/lib/hako/current/bin/hako ]; then
-    /usr/lib/hako/current/bin/hako uninstall --keep-image --keep-sandboxes
+    /usr/lib/hako/current/bin/hako uninstall --keep-image --keep-sandboxes ||
+        echo "hako: something is left, as the line above says; the package is removed" >&2
 fi
 """
 
