@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -11,25 +12,30 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from shim import cli
 from tests.e2e.busybox import IMAGE
-from tests.e2e.conftest import new_id
+from tests.e2e.conftest import _census, new_id
+from tests.e2e.life import until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from tests.e2e.conftest import Stack
 
 pytestmark = pytest.mark.hako
 
 SCRAPE_S = 2.0
-#: Uses a processor, then keeps what it has in memory.
-LOAD = "n=0; while [ $n -lt 60000 ]; do n=$((n+1)); done; "
-LOAD += "dd if=/dev/zero of=/dev/shm/x bs=1M count=40; sleep 1000"
+_T = TypeVar("_T")
+WINDOW_S = 5.0
+#: A quarter of a processor, all the time, and a part of the memory.
+CPU_PERCENT, MEMORY_BYTES = 25, 60 << 20
+LOAD = f"dd if=/dev/zero of=/dev/shm/x bs=1M count={MEMORY_BYTES >> 20}; while :; do :; done"
+QUOTA = ["--cpu-period", "100000", "--cpu-quota", f"{CPU_PERCENT * 1000}"]
 
 
 @contextlib.contextmanager
@@ -75,27 +81,71 @@ def shim_of(container: str) -> int:
     return int(shim.parent.name)
 
 
-def test_a_node_is_scraped_while_one_of_its_shims_is_stopped(one_stack: Stack) -> None:
-    containerd = one_stack.containerd
-    busy, stopped = new_id(), new_id()
+def statistics(stack: Stack, container: str) -> tuple[float, int]:
+    """The processor time in seconds and the bytes of memory of a container, as containerd's Stats says."""
+    shown = stack.containerd.ctr("tasks", "metrics", container).stdout
+    cpu_s = value_of(shown, "cpuacct.usage") / 1e9 + value_of(shown, "cpu.usage_usec") / 1e6
+    return cpu_s, value_of(shown, "memory.usage_in_bytes") + value_of(shown, "memory.usage")
+
+
+def timed(ask: Callable[[], _T]) -> tuple[float, _T]:
+    """When something was asked, in the middle of question and answer, and the answer."""
+    asked_s = time.monotonic()
+    answer = ask()
+    return (asked_s + time.monotonic()) / 2, answer
+
+
+@pytest.fixture(scope="module")
+def busy(one_stack: Stack) -> Iterator[str]:
+    """A container with a load that is known."""
+    containerd, name = one_stack.containerd, new_id()
+    with _census(one_stack):
+        started = containerd.run(IMAGE, name, "sh", "-c", LOAD, options=["--detach", *QUOTA])
+        assert started.code == 0, started.stderr
+        try:
+            until(lambda: statistics(one_stack, name)[1] > MEMORY_BYTES, what="the load")
+            yield name
+        finally:
+            containerd.remove(name)
+
+
+def test_top_stats_and_metrics_agree_with_a_known_load(
+    one_stack: Stack, busy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "hako_container_cpu_seconds_total"
+    with monitor(one_stack) as url:
+        first = timed(lambda: statistics(one_stack, busy)), timed(lambda: scrape(url))
+        argv = ["top", "--json", "--interval", str(WINDOW_S), "--config", str(one_stack.config)]
+        assert cli.main(argv) == 0
+        last = timed(lambda: statistics(one_stack, busy)), timed(lambda: scrape(url))
+    [top] = json.loads(capsys.readouterr().out)
+    (began_s, before), (ended_s, (cpu_s, memory_bytes)) = first[0], last[0]
+    (scrape_began_s, scraped_before), (scrape_ended_s, scraped) = first[1], last[1]
+    counted_s = scraped[name][busy] - scraped_before[name][busy]
+
+    assert top["guest_cpu_percent"] == pytest.approx(CPU_PERCENT, rel=0.1)
+    assert 100 * (cpu_s - before[0]) / (ended_s - began_s) == pytest.approx(CPU_PERCENT, rel=0.1)
+    assert 100 * counted_s / (scrape_ended_s - scrape_began_s) == pytest.approx(CPU_PERCENT, rel=0.1)
+    assert top["guest_memory_bytes"] == pytest.approx(MEMORY_BYTES, rel=0.1)
+    assert memory_bytes == pytest.approx(MEMORY_BYTES, rel=0.1)
+    assert scraped["hako_container_memory_bytes"][busy] == pytest.approx(MEMORY_BYTES, rel=0.1)
+    assert top["cpu_percent"] > 0  # how much depends on the other work of the host
+    assert top["qemu_bytes"] > MEMORY_BYTES
+    assert top["qemu_bytes"] == pytest.approx(scraped["hako_process_memory_bytes"][f"{busy} QEMU"], rel=0.1)
+
+
+def test_a_node_is_scraped_while_one_of_its_shims_is_stopped(one_stack: Stack, busy: str) -> None:
+    containerd, stopped = one_stack.containerd, new_id()
     refused = containerd.run(IMAGE, new_id(), "true", options=["--rm", "--annotation", "io.hako.vcpus=0"])
     assert refused.code == 1
-    try:
-        for name in (busy, stopped):
-            started = containerd.run(IMAGE, name, "sh", "-c", LOAD, options=["--detach"])
+    with monitor(one_stack) as url:
+        started = containerd.run(IMAGE, stopped, "sleep", "1000", options=["--detach"])
+        try:
             assert started.code == 0, started.stderr
-        wait = ["sh", "-c", "while ! [ -s /dev/shm/x ] || pidof dd; do sleep 0.2; done"]
-        assert containerd.ctr("tasks", "exec", "--exec-id", new_id(), busy, *wait).code == 0
-        with monitor(one_stack) as url:
             found = scrape(url)
-            shown = containerd.ctr("tasks", "metrics", busy).stdout
             assert found["hako_sandbox_up"][busy] == found["hako_sandbox_up"][stopped] == 1
-            cpu_s = value_of(shown, "cpuacct.usage") / 1e9 + value_of(shown, "cpu.usage_usec") / 1e6
-            usage = value_of(shown, "memory.usage_in_bytes") + value_of(shown, "memory.usage")
-            assert found["hako_container_cpu_seconds_total"][busy] == pytest.approx(cpu_s, rel=0.1)
-            assert found["hako_container_memory_bytes"][busy] == pytest.approx(usage, rel=0.1)
-            assert found["hako_process_memory_bytes"][f"{busy} QEMU"] > usage
-            assert found["kata_guest_meminfo"][f"{busy} memtotal"] > 40 << 20
+            assert found["kata_guest_meminfo"][f"{busy} memtotal"] > MEMORY_BYTES
+            assert found["kata_virtiofsd_threads"][busy] > 0
             assert found["hako_failures_total"]["boot"] >= 1
             assert sum(found["hako_sandbox_start_seconds_count"].values()) >= 2
             assert f"{busy} Create" in found["kata_shim_rpc_durations_histogram_milliseconds_count"]
@@ -113,11 +163,8 @@ def test_a_node_is_scraped_while_one_of_its_shims_is_stopped(one_stack: Stack) -
             assert (found["hako_sandbox_up"][busy], found["hako_sandbox_up"][stopped]) == (1, 0)
             assert found["hako_sandbox_missing"] == {f"{stopped} shim": 1}
             starts = found["hako_sandbox_start_seconds_count"]
-            containerd.remove(busy)
-            found = scrape(url)
-            assert busy not in found["hako_sandbox_up"]
-            assert found["hako_sandbox_start_seconds_count"] == starts, "starts outlive their sandboxes"
-    finally:
-        for name in (busy, stopped):
-            if name in containerd.containers():
-                containerd.remove(name)
+        finally:
+            containerd.remove(stopped)
+        found = scrape(url)
+        assert stopped not in found["hako_sandbox_up"]
+        assert found["hako_sandbox_start_seconds_count"] == starts, "starts outlive their sandboxes"
