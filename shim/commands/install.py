@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -47,6 +48,7 @@ def add_to(commands: Any) -> None:
         metavar="FILE",
         help=f"its main file, which is never changed ({drop_in.MAIN})",
     )
+    parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--no-image", action="store_true", help="do not build the guest's image")
 
 
@@ -59,7 +61,8 @@ def run(chosen: argparse.Namespace) -> int:
         other settings, or there can be no image; then containerd's configuration is unchanged.
     """
     if chosen.kubernetes:
-        print(kubernetes.objects(config.parse(config.locate(os.environ))), end="")
+        settings = config.parse(config.locate(os.environ))
+        print(kubernetes.as_json(settings) if chosen.json else kubernetes.as_yaml(settings))
         return 0
     if not (chosen.print or chosen.no_image):
         found_version(chosen.containerd)
@@ -86,22 +89,34 @@ def _tell(chosen: argparse.Namespace) -> int:
         handlers=containerd_config.handlers(dumped, native.plugin),
         is_directory_made=drop_in.is_directory_made(before) if before else not target.parent.exists(),
     )
+    is_read = containerd_config.take_out(dumped, native.plugin, drop_in.HANDLER) is not None
+    is_current = before in texts and is_read
     if chosen.print:
+        if chosen.json:
+            _print_json(target, texts[0], changed=not is_current)
+            return 0
         print(f"install: would write this as {target}", file=sys.stderr)
         print(texts[0], end="")
         return 0
-    if before in texts and containerd_config.take_out(dumped, native.plugin, drop_in.HANDLER) is not None:
-        print(f"unchanged: {target}")
-    else:
+    if not is_current:
         remedy = drop_in.remedy(main, document, version=version)
         _write(
             target, texts, before=before, program=chosen.containerd, main=main, remedy=remedy, native=native
         )
-        print(f"written: {target}")
+    if chosen.json:
+        _print_json(target, _content(target) or "", changed=not is_current)
+        return 0
+    print(f"{'unchanged' if is_current else 'written'}: {target}")
+    if not is_current:
         print("containerd offers the runtime once it is restarted: systemctl restart containerd")
     for line in filter(None, [docker.missing()]):
         print(line)
     return 0
+
+
+def _print_json(target: Path, text: str, *, changed: bool) -> None:
+    notes = list(filter(None, [docker.missing()]))
+    print(json.dumps({"path": str(target), "changed": changed, "text": text, "notes": notes}, indent=2))
 
 
 def copy_image(shipped: Path, output: Path) -> None:

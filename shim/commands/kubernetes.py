@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import TYPE_CHECKING
 
@@ -28,11 +29,27 @@ scheduling:
   nodeSelector:
     {label}: "true"
 # For each node on which `hako check` succeeds:
-#   kubectl label node {node} {label}=true
-"""
+#   kubectl label node {node} {label}=true"""
 
 
-def objects(config: Config) -> str:
+def as_json(config: Config) -> str:
+    """Write the RuntimeClass for nodes with a configuration; ``kubectl apply`` takes that, too.
+
+    :param config: the configuration.
+    """
+    memory_mib = config.hypervisor.memory_mib + HOST_MIB
+    runtime_class = {
+        "apiVersion": "node.k8s.io/v1",
+        "kind": "RuntimeClass",
+        "metadata": {"name": "hako"},
+        "handler": "hako",
+        "overhead": {"podFixed": {"memory": f"{memory_mib}Mi", "cpu": f"{_HOST_MILLICPUS}m"}},
+        "scheduling": {"nodeSelector": {LABEL: "true"}},
+    }
+    return json.dumps(runtime_class, indent=2)
+
+
+def as_yaml(config: Config) -> str:
     """Write the RuntimeClass for nodes with a configuration, and the command that labels this node.
 
     :param config: the configuration.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser("metrics", help="print the metrics of this host, or of one sandbox")
     parser.add_argument("id", nargs="?", default="", metavar="ID", help="only this sandbox (all)")
     parser.add_argument("--namespace", default="*", metavar="NAME", help="containerd's namespace (any)")
+    parser.add_argument("--json", action="store_true", help="for programs that do not read Prometheus' text")
     shims.add_config_to(parser)
 
 
@@ -37,5 +39,20 @@ def run(chosen: argparse.Namespace) -> int:
     only = shims.one(chosen).id if chosen.id else ""
     registry = CollectorRegistry()
     registry.register(NodeCollector(shims.settings_of(chosen).shim, only=only))
-    sys.stdout.write(generate_latest(registry).decode())
+    if not chosen.json:
+        sys.stdout.write(generate_latest(registry).decode())
+        return 0
+    families = [
+        {
+            "name": family.name,
+            "type": family.type,
+            "help": family.documentation,
+            "samples": [
+                {"name": sample.name, "labels": sample.labels, "value": sample.value}
+                for sample in family.samples
+            ],
+        }
+        for family in registry.collect()
+    ]
+    print(json.dumps(families, indent=2))
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 import threading
 import time
@@ -50,6 +51,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--listen", default=_LISTEN, metavar="ADDRESS:PORT", help=f"where to serve them ({_LISTEN})"
     )
+    parser.add_argument("--json", action="store_true", help="for programs: the address as an object")
     shims.add_config_to(parser)
 
 
@@ -60,10 +62,10 @@ def run(chosen: argparse.Namespace) -> int:
     :returns: the exit status.
     :raises Refusal: if the configuration or the address cannot be used.
     """
-    return _serve(shims.settings_of(chosen).shim, chosen.listen)
+    return _serve(shims.settings_of(chosen).shim, chosen.listen, as_json=chosen.json)
 
 
-def _serve(settings: ShimConfig, listen: str) -> int:
+def _serve(settings: ShimConfig, listen: str, *, as_json: bool) -> int:
     address, _, port = listen.rpartition(":")
     if not (address and port.isascii() and port.isdecimal() and int(port) < 1 << 16):
         raise Refusal(f"monitor: {listen!r} is no address and port; give for example 127.0.0.1:8090")
@@ -76,7 +78,8 @@ def _serve(settings: ShimConfig, listen: str) -> int:
         server, thread = start_http_server(int(port), address.strip("[]"), registry)
     except OSError as error:
         raise Refusal(f"monitor: {listen}: {error.strerror}; choose another with --listen") from error
-    print(f"monitor: http://{address}:{server.server_port}/metrics", flush=True)
+    url = f"http://{address}:{server.server_port}/metrics"
+    print(json.dumps({"url": url}) if as_json else f"monitor: {url}", flush=True)
     over.wait()
     server.shutdown()
     server.server_close()

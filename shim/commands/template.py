@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from shim.config import Config
-    from shim.machine.template_store import TemplateEntry
+    from shim.machine.template_store import Template, TemplateEntry
 
 _SHOWN = 12  # characters of a key: enough to tell a few templates apart
 _MIB = 1 << 20
@@ -46,8 +46,8 @@ def add_to(commands: Any) -> None:
         action="store_true",
         help="run at low priority, and stop if another process already builds",
     )
-    listing.add_argument("--json", action="store_true", help="for programs")
     for each in (listing, removing, building):
+        each.add_argument("--json", action="store_true", help="for programs")
         text = "a configuration other than the host's; - for standard input"
         each.add_argument("--config", default="", metavar="PATH", help=text)
 
@@ -66,10 +66,13 @@ def run(chosen: argparse.Namespace) -> int:
             case "ls":
                 _print(store.entries(), as_json=chosen.json)
             case "rm":
-                for key in store.remove(chosen.key or ""):
-                    print(key)
+                removed = store.remove(chosen.key or "")
+                for line in [json.dumps({"removed": removed})] if chosen.json else removed:
+                    print(line)
             case _:
-                return _build(settings, store, in_background=chosen.background)
+                template = _build(settings, store, in_background=chosen.background)
+                values = {"key": template.key, "path": str(template.path)}
+                print(json.dumps(values) if chosen.json else template.path)
     except OSError as error:
         raise Refusal(
             f"template: {error.filename or store.directory}: {error.strerror}; correct that"
@@ -81,7 +84,7 @@ def _settings(path: str) -> Config:
     return config.parse(config.located_at(path) if path else config.locate(os.environ))
 
 
-def _build(settings: Config, store: TemplateStore, *, in_background: bool) -> int:
+def _build(settings: Config, store: TemplateStore, *, in_background: bool) -> Template:
     from shim.machine import template_builder  # noqa: PLC0415 - imports the hypervisor
 
     if in_background:
@@ -90,10 +93,9 @@ def _build(settings: Config, store: TemplateStore, *, in_background: bool) -> in
         print("template: another is being built; waiting for that", file=sys.stderr)
     wait_s = 0.0 if in_background else template_builder.longest_s(settings)
     try:
-        print(template_builder.build(settings, store, wait_s=wait_s).path)
+        return template_builder.build(settings, store, wait_s=wait_s)
     except ShimError as error:
         raise Refusal(str(error)) from error
-    return 0
 
 
 def _print(entries: list[TemplateEntry], *, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shim import config, zygote_protocol
 from shim.commands import docker, drop_in, install
+from shim.commands.steps import Steps
 from shim.host import releases, state_directory
 from shim.host.ledger import Ledger
 from shim.machine.template_store import TemplateStore
@@ -46,6 +47,7 @@ def add_to(commands: Any) -> None:
         metavar="FILE",
         help=f"containerd's main file ({drop_in.MAIN})",
     )
+    parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
 
 
@@ -63,36 +65,40 @@ def run(chosen: argparse.Namespace) -> int:
     if running and not chosen.keep_sandboxes:
         raise Refusal(f"uninstall: sandboxes run: {_names(running)}; stop them first, or --keep-sandboxes")
     image = [] if chosen.keep_image else [Path(settings.guest.kernel).parent, _CACHE]
+    steps = Steps(as_json=chosen.json)
     if chosen.print:
-        _say(settings, chosen.containerd_config, ended=ended, image=image)
+        _say(steps, settings, chosen.containerd_config, ended=ended, image=image)
+        steps.end()
         return 0
     for directory in ended:
-        _undo(directory)
+        _undo(directory, steps)
     for line in filter(None, (install.remove(chosen.containerd_config), docker.left())):
-        print(line)
+        steps.say(line)
     try:
         _end_zygotes()
         TemplateStore(Path(settings.hypervisor.template_dir)).remove("")
         for path in (Path(settings.hypervisor.template_dir), *image):
             if path.exists():
                 shutil.rmtree(path)
-                print(f"removed: {path}")
+                steps.say(f"removed: {path}")
     except OSError as error:
         raise Refusal(f"uninstall: {error.filename}: {error.strerror}; remove it by hand") from error
     if running:
-        print(f"left to their end: {_names(running)}; stop them before containerd is restarted")
+        steps.say(f"left to their end: {_names(running)}; stop them before containerd is restarted")
+        steps.end()
         return 0
     releases.remove_shared()
     with contextlib.suppress(OSError):  # something else is there
         state.rmdir()
+    steps.end()
     return 0
 
 
-def _say(settings: Config, main: Path, *, ended: list[Path], image: list[Path]) -> None:
+def _say(steps: Steps, settings: Config, main: Path, *, ended: list[Path], image: list[Path]) -> None:
     paths = [main.parent / drop_in.NAME, Path(settings.hypervisor.template_dir), *ended, *image]
     for path in paths:
         if path.exists():
-            print(f"would remove: {path}")
+            steps.say(f"would remove: {path}")
 
 
 def _found(state: Path) -> tuple[list[state_directory.StartRecord], list[Path]]:
@@ -119,7 +125,7 @@ def _running(directory: Path) -> state_directory.StartRecord | None:
     return record
 
 
-def _undo(directory: Path) -> None:
+def _undo(directory: Path, steps: Steps) -> None:
     held = state_directory.lock_existing(str(directory), wait=False)
     if held is None:
         return
@@ -133,7 +139,7 @@ def _undo(directory: Path) -> None:
         os.close(held)
     if failures:
         raise Refusal(f"uninstall: {failures[0]}")
-    print(f"removed: {directory}")
+    steps.say(f"removed: {directory}")
 
 
 def _end_zygotes() -> None:

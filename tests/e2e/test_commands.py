@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tarfile
 import time
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -30,9 +30,32 @@ if TYPE_CHECKING:
     from tests.e2e.conftest import Stack
 
     Hako = Callable[..., tuple[int, str, str]]
+    Shape = type | tuple[type, ...] | list["Shape"] | dict[Any, "Shape"]
 
 pytestmark = pytest.mark.hako
 
+TEXTS = ("detail", "remedy", "warning")
+#: Each command with the shape of what it tells programs: types, lists of one shape, and tables of named or
+#: of any keys. ``ID`` stands for the sandbox. Those with more to show have tests of their own below.
+SHAPES: dict[str, Any] = {
+    "check": {"able": bool, "findings": [{"name": str, "ok": bool, **dict.fromkeys(TEXTS, str)}]},
+    "config show": {str: {"value": (str, int, bool), "source": str}},
+    "metrics ID": [
+        {
+            **dict.fromkeys(("name", "type", "help"), str),
+            "samples": [{"name": str, "labels": {str: str}, "value": (int, float)}],
+        }
+    ],
+    "timeline ID": [{"lane": str, "name": str, "began_s": float, "ended_s": float}],
+    "template ls": [
+        {
+            **dict.fromkeys(("key", "failure"), str),
+            **dict.fromkeys(("built_at_s", "used_at_s"), float),
+            "size_bytes": int,
+            "purpose": {str: (str, int, bool)},
+        }
+    ],
+}
 SECRET_VARIABLE, SECRET_ARGUMENT = "swordfish-of-a-variable", "swordfish-of-an-argument"
 
 
@@ -100,6 +123,29 @@ def test_ps_lists_the_sandbox_with_its_pod_and_containers(box: StartRecord, hako
     assert found["containers"] == [
         {"id": box.id, "name": "", "kind": "guest", "state": "running", "exit_status": 0}
     ]
+
+
+def differences(value: Any, shape: Shape, where: str = "") -> list[str]:
+    """Name the places where a value has another shape."""
+    if isinstance(shape, list):
+        if not isinstance(value, list) or not (value or where):
+            return [f"{where}: {value!r}"]
+        return [one for each in value for one in differences(each, shape[0], f"{where}[]")]
+    if not isinstance(shape, dict):
+        return [] if isinstance(value, shape) else [f"{where}: {value!r}"]
+    if str in shape:
+        shape = dict.fromkeys(value, shape[str])
+    if not isinstance(value, dict) or value.keys() != shape.keys():
+        return [f"{where}: {value!r}"]
+    return [one for key, each in value.items() for one in differences(each, shape[key], f"{where}.{key}")]
+
+
+@pytest.mark.parametrize("command", SHAPES)
+def test_what_a_command_tells_programs_keeps_its_shape(box: StartRecord, hako: Hako, command: str) -> None:
+    words = [box.id if word == "ID" else word for word in command.split()]
+    status, shown, _ = hako(*words, "--json")
+    assert status == 0
+    assert differences(json.loads(shown), SHAPES[command]) == []
 
 
 def test_inspect_shows_everything(box: StartRecord, hako: Hako) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -397,6 +398,7 @@ def test_templates_are_listed_built_and_removed_by_hand(empty_node: Node) -> Non
     began_s = time.monotonic()
     assert node.hako("build").stdout == f"{path}\n"
     assert time.monotonic() - began_s < 3, "it was there already"
+    assert json.loads(node.hako("build", "--json").stdout) == {"key": path.name, "path": str(path)}
 
     _, line = node.hako("ls").stdout.splitlines()
     assert line.startswith(path.name[:12])
@@ -408,4 +410,4 @@ def test_templates_are_listed_built_and_removed_by_hand(empty_node: Node) -> Non
     missing = node.hako("rm", path.name[:12])
     assert (missing.returncode, missing.stderr.count("\n")) == (1, 1)
     assert "there is none; see `hako template ls`" in missing.stderr
-    assert node.hako("rm", "--all").returncode == 0
+    assert json.loads(node.hako("rm", "--all", "--json").stdout) == {"removed": []}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 from pathlib import Path
@@ -15,7 +16,7 @@ from shim.commands.image import Progress
 from shim.machine import host_choice
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
 
@@ -222,6 +223,22 @@ def test_a_wrong_command_line_has_status_2(arguments: list[str], capsys: pytest.
         cli.main(arguments)
     assert caught.value.code == 2
     assert "usage: hako" in capsys.readouterr().err
+
+
+def leaves(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """The commands that do something, with their names."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not below:
+        yield name, parser
+    for action in below:
+        for word, each in action.choices.items():
+            yield from leaves(each, f"{name} {word}".strip())
+
+
+@pytest.mark.parametrize("name", sorted(dict(leaves(cli.parser()))))
+def test_every_command_speaks_to_programs(name: str) -> None:
+    command = dict(leaves(cli.parser()))[name]
+    assert "--json" in command.format_help()
 
 
 def test_building_an_image_passes_on_its_options(

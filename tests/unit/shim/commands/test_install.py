@@ -139,6 +139,21 @@ def test_print_changes_nothing(node: Path, capsys: pytest.CaptureFixture[str]) -
     assert not (node / "conf.d").exists()
 
 
+def test_programs_are_told_what_is_written(node: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    importing(node)
+    drop_in = node / "conf.d/hako.toml"
+    told = []
+    for options in (("--print", "--json"), ("--json",), ("--json",)):
+        assert install(node, *options) == 0
+        told.append(json.loads(capsys.readouterr().out))
+
+    assert [set(each) for each in told] == [{"path", "changed", "text", "notes"}] * 3
+    assert {each["path"] for each in told} == {str(drop_in)}
+    assert [each["changed"] for each in told] == [True, True, False]
+    assert {each["text"] for each in told[1:]} == {drop_in.read_text(encoding="utf-8")}
+    assert tomllib.loads(told[0]["text"]) == tomllib.loads(told[1]["text"])
+
+
 def test_kubernetes_is_told_the_overhead_of_the_configured_machine(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +163,10 @@ def test_kubernetes_is_told_the_overhead_of_the_configured_machine(
 
     assert cli.main(["install", "--kubernetes"]) == 0
     assert "memory: 1152Mi" in capsys.readouterr().out
+    assert cli.main(["install", "--kubernetes", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["kind"], told["handler"]) == ("RuntimeClass", "hako")
+    assert told["overhead"] == {"podFixed": {"memory": "1152Mi", "cpu": "250m"}}
 
 
 @pytest.mark.parametrize(

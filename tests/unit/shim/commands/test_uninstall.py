@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from typing import TYPE_CHECKING
 
@@ -118,3 +119,18 @@ def test_print_removes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     assert f"would remove: {tmp_path}/run/0123\n" in capsys.readouterr().out
     assert (tmp_path / "run/0123").exists()
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_programs_are_told_what_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = [f"{tmp_path}/{name}" for name in ("etc/conf.d/hako.toml", "run/0123", "run/templates")]
+
+    assert uninstall(tmp_path, "--print", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert sorted(step["detail"] for step in told) == gone
+    assert {step["what"] for step in told} == {"would remove"}
+
+    assert uninstall(tmp_path, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert sorted(step["detail"].partition(";")[0] for step in told) == gone
+    assert {step["what"] for step in told} == {"removed"}
