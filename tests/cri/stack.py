@@ -33,6 +33,7 @@ CGROUP_PARENT = f"/{NAMESPACE}"
 CLONE_NEWNET = 0x40000000
 BY_PATH = "hako-by-path"
 """A handler of containerd 2 whose type is runc's, and whose path is Hako's."""
+POD_ANNOTATIONS = 'pod_annotations = ["io.hako.*", "io.katacontainers.*"]\n'
 IMAGES_TIMEOUT_S = patient(10.0)
 BOOT_TIMEOUT_S = patient(240)
 """Ten machines that boot at once on two processors, which others need, too, take minutes."""
@@ -75,7 +76,7 @@ class CriContainerd(Containerd):
         sandboxer = "" if self.release.name == "1.6" else f'{mode} = "{self.sandboxer}"\n'
         handlers = "".join(
             f'[plugins."{runtime}".containerd.runtimes.{name}]\nruntime_type = "io.containerd.{name}.v2"\n'
-            f"privileged_without_host_devices = true\n{sandboxer}"
+            f"privileged_without_host_devices = true\n{POD_ANNOTATIONS}{sandboxer}"
             for name in ("hako", "runc")
         )
         if self.release.config_version > 2:
