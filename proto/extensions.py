@@ -49,6 +49,11 @@ CLOCK_FEATURE = "hako.clock"
 #: The agent accepts framed streams. Without: streams travel in requests.
 STREAMS_FEATURE = "hako.streams"
 
+#: The agent runs processes in the guest itself, in no container. Without: `hako exec` is refused.
+SHELL_FEATURE = "hako.shell"
+#: The id that stands for the guest itself where that of a container stands. Without: `hako exec` is refused.
+GUEST_ID = "+guest"
+
 # -- Hako's: log types of GetDiagnosticData --------------------------------------------------------------
 
 #: The processes of a container, one line `PID EXEC` for each.

@@ -21,6 +21,7 @@ COMMANDS = {
     "top": "top",
     "logs": "logs",
     "events": "events",
+    "exec": "exec_in_guest",
     "timeline": "timeline",
     "check": "check",
     "collect": "collect",
@@ -37,7 +38,7 @@ COMMANDS = {
 }
 _EXIT_STATUSES = (
     "Exit status: 0 for success or yes, 1 for failure or no, 2 for a wrong command line, "
-    "130 for an interruption."
+    "130 for an interruption. `hako exec` ends with the status of its command."
 )
 _INTERRUPTED = 128 + 2  # as shells count SIGINT
 

@@ -241,6 +241,7 @@ class GuestConfig(Section):
     boot_timeout_s: int = _key(
         60, "How long a machine's agent may take to answer.", unit="s", least=1, most=3600
     )
+    debug: bool = _key(default=False, meaning="Whether ``hako exec`` runs commands as root in guests.")
 
 
 class ShimConfig(Section):

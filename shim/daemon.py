@@ -165,6 +165,7 @@ def _management(
         containers=containers,
         feed=context.publisher.feed,
         over=over,
+        allows_exec=context.config.guest.debug,
     )
     return management.SERVICE, service
 

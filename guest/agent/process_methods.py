@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from guest.agent import oom, raw_streams
 from guest.agent.errors import AgentError, InvalidArgument
+from proto.extensions import GUEST_ID
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from guest.agent.container import Container
+    from guest.agent.guest_shell import GuestProcesses
     from guest.agent.process import Process
     from guest.agent.sandbox import Sandbox
     from guest.agent.ttrpc import Call, Handler
@@ -45,7 +47,7 @@ class ProcessMethods:
         }
 
     def _exec_process(self, request: Message, _call: Call) -> Message:
-        container = self._sandbox.container(request.container_id, AgentError)
+        container = self._place(request, AgentError)
         if request.process is None:
             raise AgentError(f"exec: {request.exec_id}: the request has no process; send it")
         with raw_streams.Claims(request) as claims:
@@ -53,13 +55,20 @@ class ProcessMethods:
             claims.attach(process, ended=lambda: container.forget_if_done(request.exec_id))
         return self._empty
 
-    def _process(self, request: Message) -> tuple[Container, Process]:
-        container = self._sandbox.container(request.container_id, InvalidArgument)
-        return container, container.process(request.exec_id)
+    def _process(self, request: Message) -> tuple[Container | GuestProcesses, Process]:
+        place = self._place(request, InvalidArgument)
+        return place, place.process(request.exec_id)
+
+    def _place(self, request: Message, error: type[AgentError]) -> Container | GuestProcesses:
+        if request.container_id != GUEST_ID:
+            return self._sandbox.container(request.container_id, error)
+        from guest.agent import guest_shell  # noqa: PLC0415  few machines ever need it
+
+        return guest_shell.PROCESSES
 
     def _signal(self, request: Message, _call: Call) -> Message:
         container, process = self._process(request)
-        if not request.exec_id and request.signal == _SIGKILL:
+        if not request.exec_id and request.signal == _SIGKILL and container.init is not None:
             container.signal_all()
         else:
             process.signal(request.signal)

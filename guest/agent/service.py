@@ -37,6 +37,7 @@ from proto.extensions import (
     LIMITS,
     PROCESSES,
     SHARE_FILES,
+    SHELL_FEATURE,
     STREAMS_FEATURE,
     TIMELINE,
     UNIFIED,
@@ -231,7 +232,7 @@ class Service:
             init_daemon=os.getpid() == 1,
             storage_handlers=list(storage.DRIVERS),
             supports_seccomp=True,
-            extra_features=[FEATURE, CLOCK_FEATURE, STREAMS_FEATURE, "seccomp"],
+            extra_features=[FEATURE, CLOCK_FEATURE, STREAMS_FEATURE, SHELL_FEATURE, "seccomp"],
         )
         response = self._codec.new("grpc.GuestDetailsResponse", agent_details=details)
         if request.mem_block_size and files.exists(f"{_MEMORY}/block_size_bytes"):

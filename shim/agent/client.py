@@ -20,6 +20,7 @@ from proto.extensions import (
     LIMITS,
     SHARE_FILES,
     SHARE_TAG,
+    SHELL_FEATURE,
     STREAMS_FEATURE,
     TIMELINE,
 )
@@ -78,6 +79,11 @@ class Agent:
     def tells_time(self) -> bool:
         """Whether the agent can report the guest's time."""
         return self._connection.features.tells_time
+
+    @property
+    def runs_shells(self) -> bool:
+        """Whether the agent runs processes in the guest itself."""
+        return self._connection.features.runs_shells
 
     @classmethod
     async def over(cls, connection: socket.socket, *, timeout_s: float, is_clone: bool = False) -> Agent:
@@ -183,6 +189,7 @@ class Agent:
             supports_seccomp=details.supports_seccomp,
             frames_streams=STREAMS_FEATURE in details.extra_features,
             tells_time=CLOCK_FEATURE in details.extra_features,
+            runs_shells=SHELL_FEATURE in details.extra_features,
         )
         if not self.is_hako:
             # A stock agent applies the options of such a storage only to a remount.

@@ -41,12 +41,14 @@ class AgentFeatures:
     :param supports_seccomp: whether it applies seccomp profiles.
     :param frames_streams: whether it carries a stream in frames over its own connection.
     :param tells_time: whether it can report the guest's time.
+    :param runs_shells: whether it runs processes in the guest itself.
     """
 
     is_hako: bool = False
     supports_seccomp: bool = False
     frames_streams: bool = False
     tells_time: bool = False
+    runs_shells: bool = False
 
 
 class AgentConnection:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from proto.hako import management_pb2 as api
 from shim.annotations import CONTAINER_NAME, POD_NAME, POD_NAMESPACE, POD_UID
-from shim.errors import ShimError
+from shim.errors import FailedPrecondition, InvalidArgument, ShimError, Unimplemented
 from shim.host import process_usage
 from shim.sandbox.guest_container import GuestContainer
+from shim.services import guest_shell
 from shim.telemetry import log
 from shim.version import version
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 SERVICE: ServiceDescriptor = api.DESCRIPTOR.services_by_name["Management"]
 SHIM = "shim"
+logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _NS_PER_S = 10**9
@@ -47,6 +50,7 @@ class ManagementService:
     :param containers: what is in it.
     :param feed: what happens in it.
     :param over: set when the shim is to end; streams end then.
+    :param allows_exec: whether the operator allows commands in the guest.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class ManagementService:
         containers: Containers,
         feed: EventFeed,
         over: asyncio.Event,
+        allows_exec: bool,
     ) -> None:
         self._record = record
         self._machine = machine
@@ -65,6 +70,7 @@ class ManagementService:
         self._containers = containers
         self._feed = feed
         self._over = over
+        self._allows_exec = allows_exec
 
     async def describe(self, request: api.DescribeRequest) -> api.DescribeResponse:  # noqa: ARG002 - it is empty
         """Describe the sandbox without asking the guest."""
@@ -156,6 +162,25 @@ class ManagementService:
                     exit_status=event.exit_status,
                     text=event.text,
                 )
+
+    async def exec(self, requests: AsyncIterator[api.ExecRequest]) -> AsyncIterator[api.ExecResponse]:
+        """Run a command in the guest, and carry its streams."""
+        request = await anext(requests, api.ExecRequest())
+        if not self._allows_exec:
+            raise FailedPrecondition(
+                "exec: commands in guests are not allowed on this host; set [guest] debug = true, which "
+                "counts for sandboxes that start after that"
+            )
+        if request.WhichOneof("said") != "start":
+            raise InvalidArgument("exec: the first message starts nothing; send a start")
+        agent = await self._sandbox.agent()
+        if not agent.runs_shells:
+            raise Unimplemented("exec: the guest's agent has no shell; use Hako's image")
+        logger.warning("exec: a command in the guest: %s", " ".join(request.start.args) or "a shell")
+        answers = guest_shell.converse(agent, request.start, requests)
+        async with contextlib.aclosing(self._until_over(answers)) as told:
+            async for answer in told:
+                yield answer
 
     async def _until_over(self, items: AsyncGenerator[_T, None]) -> AsyncGenerator[_T, None]:
         """Yield what an asynchronous generator yields, until the shim should end."""

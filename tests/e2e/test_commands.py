@@ -81,7 +81,9 @@ def hako(one_stack: Stack, capsys: pytest.CaptureFixture[str]) -> Hako:
     """Run a command with the configuration of the stack."""
 
     def run(*words: str | Path) -> tuple[int, str, str]:
-        status = cli.main([*map(str, words), "--config", str(one_stack.config)])
+        place = 1 if words[0] == "exec" else len(words)  # what follows a sandbox there is another command
+        given = [*words[:place], "--config", one_stack.config, *words[place:]]
+        status = cli.main([str(word) for word in given])
         told = capsys.readouterr()
         return status, told.out, told.err
 
@@ -272,11 +274,13 @@ def test_collect_writes_all_but_what_is_secret(box: StartRecord, hako: Hako, tmp
     assert hako("collect", "--output", output)[0] == 1  # it is there already
 
 
-@pytest.mark.parametrize("command", [("ps",), ("top", "--interval", "0.1"), ("events", "--past")])
+@pytest.mark.parametrize(
+    "command", [("ps",), ("top", "--interval", "0.1"), ("events", "--past"), ("exec", "ID", "id")]
+)
 def test_a_shim_that_is_stopped_holds_no_command_up(
     box: StartRecord, hako: Hako, stopped: None, command: tuple[str, ...]
 ) -> None:
-    status, shown, told = hako(*command)
+    status, shown, told = hako(*(box.id if word == "ID" else word for word in command))
     assert status == 1
     assert box.id in shown + told
     assert f"does not answer within {shims.TIMEOUT_S:g} s" in shown + told

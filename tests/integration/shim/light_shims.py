@@ -86,6 +86,7 @@ async def serve(record: StartRecord, listener: socket.socket) -> None:
         containers=containers,
         feed=EventFeed(),
         over=asyncio.Event(),
+        allows_exec=False,
     )
     metrics = metrics_pb2.DESCRIPTOR.services_by_name["Metrics"]
     services = [(metrics, MetricsService(sandbox, containers, machine)), (management.SERVICE, operators)]
