@@ -267,6 +267,11 @@ class ShimConfig(Section):
         "The annotations by which pods may change their machines: whole names, separated by spaces; "
         "``*`` matches any text.",
     )
+    tracing_endpoint: str = _key(
+        "",
+        "Where the phases of each start go as OpenTelemetry spans, by OTLP over HTTP, for example "
+        "``http://127.0.0.1:4318/v1/traces``; nowhere if empty. It needs the extra ``tracing``.",
+    )
     state_dir: str = _key("/run/hako", "Sockets, ledgers and shares of running sandboxes.", is_path=True)
     log_dir: str = _key(
         "/var/log/hako",

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from shim.config import Config
     from shim.host.state_directory import StartRecord
     from shim.machine.pod import PodSpec
+    from shim.telemetry.trace_export import TraceExport
+    from shim.transport.dispatch import Heed
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +102,7 @@ async def _serve(
                 work=Work(group),
                 leave=over.set,
                 host_mounts=host_mounts,
+                traces=_traces(record, config),
             )
             machine = Machine(record.id, directory=context.directory, config=config, ledger=ledger)
             sandbox = Sandbox(context, machine)
@@ -110,7 +113,8 @@ async def _serve(
             management = partial(_management, context, machine, sandbox, containers, over)
             metrics = MetricsService(sandbox, containers, machine)
             dispatch = _dispatch(sandbox, containers, metrics, management=management)
-            await _serve_until(over, dispatch, record, listener=listener, ready=ready)
+            heed = context.traces.contexts.heed if context.traces else None
+            await _serve_until(over, dispatch, record, listener=listener, ready=ready, heed=heed)
             await containers.stop()
             await publisher.drain(timeout_s=EVENTS_TIMEOUT_S)
             publishing.cancel()
@@ -152,6 +156,15 @@ def _dispatch(
     )
 
 
+def _traces(record: StartRecord, config: Config) -> TraceExport | None:
+    endpoint = config.shim.tracing_endpoint
+    if not endpoint:
+        return None
+    from shim.telemetry.trace_export import TraceExport  # noqa: PLC0415 - few hosts send traces
+
+    return TraceExport(endpoint, state=Path(record.state_directory), log_dir=Path(config.shim.log_dir))
+
+
 def _management(
     context: Context, machine: Machine, sandbox: Sandbox, containers: Containers, over: asyncio.Event
 ) -> tuple[ServiceDescriptor, object]:
@@ -177,9 +190,10 @@ async def _serve_until(
     *,
     listener: socket.socket | None,
     ready: Callable[[], None],
+    heed: Heed | None,
 ) -> None:
     """Serve on every socket until ``over`` is set and the answers in flight are sent."""
-    server = TtrpcServer(dispatch)
+    server = TtrpcServer(dispatch, heed=heed)
     async with asyncio.TaskGroup() as group, AsyncExitStack() as stack:
         if listener is not None:
             group.create_task(server.serve(listener), name="ttrpc")
@@ -190,7 +204,7 @@ async def _serve_until(
                 # Importing grpc takes longer than the rest of the start.
                 from shim.transport.grpc_server import serve_grpc  # noqa: PLC0415
 
-                await stack.enter_async_context(serve_grpc(dispatch, Path(record.socket_path)))
+                await stack.enter_async_context(serve_grpc(dispatch, Path(record.socket_path), heed=heed))
         ready()
         version()  # before another one can be installed
         await over.wait()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from shim.host.state_directory import StartRecord
     from shim.sandbox.work import Work
     from shim.telemetry.events import Publisher
+    from shim.telemetry.trace_export import TraceExport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,7 @@ class Context:
     :param leave: ends the shim.
     :param host_mounts: the mount namespace that containerd started the shim in, open; None is this process's
         own.
+    :param traces: where traces of starts go; None if nowhere.
     """
 
     record: StartRecord
@@ -37,6 +39,7 @@ class Context:
     work: Work
     leave: Callable[[], None]
     host_mounts: int | None = None
+    traces: TraceExport | None = None
 
     @property
     def directory(self) -> Path:

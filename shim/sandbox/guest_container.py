@@ -189,7 +189,8 @@ class GuestContainer(Container):
         await asyncio.wait(ends, timeout=SETTLED_S, return_when=asyncio.FIRST_COMPLETED)
         for end in ends:
             end.cancel()
-        await self._sandbox.keep_timeline(drawn=_DRAWN in self.spec.get("process", {}).get("env", ()))
+        is_drawn = _DRAWN in self.spec.get("process", {}).get("env", ())
+        await self._sandbox.keep_timeline(self.id, drawn=is_drawn)
 
     @override
     async def _freeze(self) -> None:

@@ -253,9 +253,10 @@ class Sandbox:
                 f"stop: sandbox {self.id}: its machine, pid {self.pid}, is not gone after {END_TIMEOUT_S:g} s"
             ) from error
 
-    async def keep_timeline(self, *, drawn: bool) -> None:
-        """Write the phases of the start, including those in the guest.
+    async def keep_timeline(self, container_id: str, *, drawn: bool) -> None:
+        """Write the phases of a container's start, including those in the guest, and send them as a trace.
 
+        :param container_id: the container.
         :param drawn: also keep it as a picture and as a trace.
         """
         self.timeline.is_drawn = self.timeline.is_drawn or drawn
@@ -264,6 +265,9 @@ class Sandbox:
         except ShimError as error:
             log.debug("timeline: sandbox %s: the guest's part is missing: %s", self.id, error)
         self.timeline.write(kept=self.timeline.is_drawn)
+        if self._context.traces is not None:
+            names = {"hako.sandbox.id": self.id, "hako.namespace": self.namespace}
+            await self._context.traces.send(container_id, names)
 
     async def stop(self) -> None:
         """Switch the machine off and wait until nothing of it is left; stopping twice is harmless."""

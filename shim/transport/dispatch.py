@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from google.protobuf.descriptor import ServiceDescriptor
 
     Service = tuple[ServiceDescriptor, object]
+    #: Told the method, the request and the headers of each request.
+    Heed = Callable[[str, bytes, Iterable[tuple[str, str]]], None]
 
 MAX_STATUS_TEXT = 2048
 """Longest error text sent, in bytes: gRPC escapes it, tripled at worst, into headers of at most 8 KiB."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from shim.transport.dispatch import Stream
+    from shim.transport.dispatch import Heed, Stream
 
 MAX_MESSAGE = 4 << 20
 """Longest message in either direction, in bytes."""
@@ -53,8 +53,9 @@ _Context = grpc.aio.ServicerContext[bytes, bytes]
 class _TableHandler(grpc.GenericRpcHandler):
     """Answers every path with the dispatch table, which refuses unknown paths."""
 
-    def __init__(self, dispatch: Dispatch) -> None:
+    def __init__(self, dispatch: Dispatch, heed: Heed | None) -> None:
         self._dispatch = dispatch
+        self._heed = heed
 
     @override
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
@@ -66,6 +67,10 @@ class _TableHandler(grpc.GenericRpcHandler):
         return grpc.unary_unary_rpc_method_handler(partial(self._call, service, method))
 
     async def _call(self, service: str, method: str, payload: bytes, context: _Context) -> bytes:
+        if self._heed is not None:
+            given = context.invocation_metadata() or ()
+            headers = [(key, value) for key, value in given if isinstance(value, str)]
+            self._heed(method, payload, headers)
         try:
             # grpc itself cancels the handler at the client's deadline.
             return await self._dispatch.find(service, method).answer(payload, timeout_s=None)
@@ -87,13 +92,16 @@ async def _abort(context: _Context, error: ShimError) -> NoReturn:
 
 
 @asynccontextmanager
-async def serve_grpc(dispatch: Dispatch, path: Path) -> AsyncIterator[grpc.aio.Server]:
+async def serve_grpc(
+    dispatch: Dispatch, path: Path, *, heed: Heed | None = None
+) -> AsyncIterator[grpc.aio.Server]:
     """Serve a dispatch table, health and reflection on a unix socket of mode 0600 while the context lasts.
 
     At its end, calls in flight have :data:`GRACE_S` to finish, and the socket is removed.
 
     :param dispatch: the methods offered.
     :param path: where to listen; its directory exists, and a stale socket there is replaced.
+    :param heed: told the method, the request and the headers of each request before it is served.
     :raises Internal: if the path cannot be listened on.
     """
     server = grpc.aio.server(options=_OPTIONS)
@@ -103,7 +111,7 @@ async def serve_grpc(dispatch: Dispatch, path: Path) -> AsyncIterator[grpc.aio.S
     for name in offered:
         await status.set(name, health_pb2.HealthCheckResponse.SERVING)
     reflection.enable_server_reflection([*offered, reflection.SERVICE_NAME], server)
-    server.add_generic_rpc_handlers((_TableHandler(dispatch),))
+    server.add_generic_rpc_handlers((_TableHandler(dispatch, heed),))
     _bind(server, path)
     await server.start()
     try:

@@ -26,6 +26,8 @@ from shim.transport.ttrpc_connection import TtrpcConnection
 if TYPE_CHECKING:
     import socket
 
+    from shim.transport.dispatch import Heed
+
 _LINGER_S = 2.0  # containerd hangs up milliseconds after the last answer, on a loaded host later
 
 
@@ -37,9 +39,14 @@ class _ClientConnection(TtrpcConnection):
     """
 
     def __init__(
-        self, dispatch: Dispatch, calls: asyncio.TaskGroup, connections: set[_ClientConnection]
+        self,
+        dispatch: Dispatch,
+        calls: asyncio.TaskGroup,
+        connections: set[_ClientConnection],
+        heed: Heed | None,
     ) -> None:
         super().__init__()
+        self._heed = heed
         self._dispatch = dispatch
         self._calls = calls
         self._connections = connections
@@ -116,6 +123,8 @@ class _ClientConnection(TtrpcConnection):
             request = ttrpc_pb2.Request.FromString(body)
         except DecodeError as error:
             raise InvalidArgument(f"ttrpc: request is not valid: {error}") from error
+        if self._heed is not None:
+            self._heed(request.method, request.payload, [(each.key, each.value) for each in request.metadata])
         method = self._dispatch.find(request.service, request.method)
         timeout_s = request.timeout_nano / 1e9 if request.timeout_nano else None
         return await method.answer(request.payload, timeout_s=timeout_s)
@@ -143,10 +152,12 @@ class TtrpcServer:
     """Serves one dispatch table to any number of concurrent clients.
 
     :param dispatch: the methods offered.
+    :param heed: told the method, the request and the headers of each request before it is served.
     """
 
-    def __init__(self, dispatch: Dispatch) -> None:
+    def __init__(self, dispatch: Dispatch, *, heed: Heed | None = None) -> None:
         self._dispatch = dispatch
+        self._heed = heed
         self._connections: set[_ClientConnection] = set()
         self._draining = asyncio.Event()
         self._drained = asyncio.Event()
@@ -159,7 +170,7 @@ class TtrpcServer:
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as calls:
             server = await loop.create_server(
-                lambda: _ClientConnection(self._dispatch, calls, self._connections), sock=listener
+                lambda: _ClientConnection(self._dispatch, calls, self._connections, self._heed), sock=listener
             )
             try:
                 await self._draining.wait()

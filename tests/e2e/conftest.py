@@ -20,7 +20,7 @@ from tests.e2e.nursery import Nursery
 from tests.patience import patient
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 HAKO = "io.containerd.hako.v2"
 RUNC = "io.containerd.runc.v2"
@@ -245,18 +245,24 @@ def _stack(
     templates: Path | None,
     name: str | None = None,
     launcher: tuple[str, ...] = (),
+    environment: Mapping[str, str] | None = None,
+    shim: str = "",
 ) -> Iterator[Stack]:
     place = home / (name or f"{release.name}-{protocol}")
     state_directory = home / f"{place.name}-hako"
     state_directory.mkdir(mode=0o700)
     config = write_config(
-        home / f"{place.name}.toml", state_directory=state_directory, protocol=protocol, templates=templates
+        home / f"{place.name}.toml",
+        state_directory=state_directory,
+        protocol=protocol,
+        templates=templates,
+        shim=shim,
     )
     daemon = Containerd(
         release=release,
         home=place,
         nursery=nursery,
-        environment={"HAKO_CONFIG": str(config)},
+        environment={"HAKO_CONFIG": str(config), **(environment or {})},
         runtime=runtime,
         launcher=launcher,
     )

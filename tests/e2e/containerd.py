@@ -135,7 +135,9 @@ class Containerd:
 
         :param unneeded: the plugins that it leaves out.
         """
-        plugins = ", ".join(f'"{plugin}"' for plugin in unneeded)
+        is_traced = any(name.startswith("OTEL_") for name in self.environment)
+        left_out = [plugin for plugin in unneeded if not (is_traced and ".tracing" in plugin)]
+        plugins = ", ".join(f'"{plugin}"' for plugin in left_out)
         return (
             f"version = {self.release.config_version}\n"
             f'root = "{self.root}"\nstate = "{self.state}"\n'

@@ -1,0 +1,116 @@
+"""The process that sends phases of a start as OpenTelemetry spans: what they are comes on standard input.
+
+Only this process imports OpenTelemetry. Its library reads more settings from the environment, such as
+``OTEL_EXPORTER_OTLP_HEADERS``.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import SpanKind
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from shim.version import version
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.sdk.trace.export import SpanExporter
+    from opentelemetry.trace import Span
+
+_DEADLINE_S = 20
+_EXPORT_TIMEOUT_S = 5.0
+_NS_PER_S = 10**9
+
+
+def main() -> None:
+    """Send what the standard input describes; process end is the only answer."""
+    signal.alarm(_DEADLINE_S)
+    batch = json.load(sys.stdin)
+    send(batch, OTLPSpanExporter(endpoint=batch["endpoint"], timeout=_EXPORT_TIMEOUT_S))
+
+
+def send(batch: dict[str, Any], exporter: SpanExporter) -> None:
+    """Send a batch.
+
+    A sandbox's first batch has a span for its start, with a span for each phase; a moment becomes an event.
+    The container's start has one with its own phases.
+
+    :param batch: what :class:`shim.telemetry.trace_export.TraceExport` wrote.
+    :param exporter: where to.
+    """
+    resource = Resource.create({"service.name": "hako", "service.version": version()})
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    sender = _Sender(provider.get_tracer("hako", version()), batch)
+    sandbox_phases = [phase for phase in batch["phases"] if phase[0] != batch["lane"]]
+    own_phases = [phase for phase in batch["phases"] if phase[0] == batch["lane"]]
+    around = None
+    if batch["sandbox_carried"] is not None:
+        parent = _remote(batch["sandbox_carried"])
+        around = sender.tree("sandbox start", sandbox_phases, parent=parent, whole=batch["phases"])
+        sandbox_phases = []
+    parent = _remote(batch["carried"]) or (trace.set_span_in_context(around) if around else None)
+    if own_phases:
+        more = {"hako.container.id": batch["container"]}
+        sender.tree(
+            "container start", [*own_phases, *sandbox_phases], parent=parent, whole=own_phases, **more
+        )
+    provider.shutdown()
+
+
+def _remote(carried: dict[str, str]) -> Context | None:
+    return TraceContextTextMapPropagator().extract(carried) if carried else None
+
+
+class _Sender:
+    def __init__(self, tracer: trace.Tracer, batch: dict[str, Any]) -> None:
+        self._tracer = tracer
+        self._attributes = batch["attributes"]
+        self._epoch_ns = int(batch["epoch_ns"])
+
+    def tree(
+        self, name: str, phases: list[Any], *, parent: Context | None, whole: list[Any], **more: str
+    ) -> Span:
+        """Send a span with a child for each phase.
+
+        :param name: of the span.
+        :param phases: its children.
+        :param parent: whose child it is itself.
+        :param whole: phases that it spans.
+        :param more: further attributes.
+        """
+        span = self._tracer.start_span(
+            name,
+            context=parent,
+            kind=SpanKind.SERVER,
+            attributes={**self._attributes, **more},
+            start_time=self._at(min(began_s for _, _, began_s, _ in whole)),
+        )
+        inside = trace.set_span_in_context(span)
+        for lane, text, began_s, ended_s in phases:
+            attributes = {"hako.lane": lane}
+            if began_s == ended_s:
+                span.add_event(text, attributes, timestamp=self._at(began_s))
+                continue
+            child = self._tracer.start_span(
+                text, context=inside, attributes=attributes, start_time=self._at(began_s)
+            )
+            child.end(self._at(ended_s))
+        span.end(self._at(max(ended_s for *_, ended_s in whole)))
+        return span
+
+    def _at(self, monotonic_s: float) -> int:
+        return self._epoch_ns + int(monotonic_s * _NS_PER_S)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Phases of a start become spans: with their times, below what containerd's requests name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+from shim.telemetry import spans
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
+
+TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+BATCH: dict[str, Any] = {
+    "endpoint": "",
+    "attributes": {"hako.sandbox.id": "box"},
+    "container": "box",
+    "lane": "container box",
+    "carried": {},
+    "sandbox_carried": {},
+    "phases": [
+        ["shim", "sockets", 1.0, 1.5],
+        ["shim", "ready", 1.5, 1.5],
+        ["container box", "Create", 1.25, 2.0],
+    ],
+    "epoch_ns": 10**18,
+}
+
+
+class Kept(SpanExporter):
+    def __init__(self) -> None:
+        self.spans: dict[str, ReadableSpan] = {}
+
+    def export(self, spans: Any) -> SpanExportResult:
+        self.spans |= {span.name: span for span in spans}
+        return SpanExportResult.SUCCESS
+
+
+def sent(**changes: Any) -> dict[str, ReadableSpan]:
+    kept = Kept()
+    spans.send({**BATCH, **changes}, kept)
+    return kept.spans
+
+
+def parent_of(span: ReadableSpan) -> int:
+    assert span.parent is not None
+    return span.parent.span_id
+
+
+def context_of(span: ReadableSpan) -> tuple[int, int]:
+    assert span.context is not None
+    return span.context.trace_id, span.context.span_id
+
+
+def test_a_start_spans_its_phases_and_its_container() -> None:
+    found = sent()
+
+    assert {*found} == {"sandbox start", "sockets", "container start", "Create"}
+    start, container = found["sandbox start"], found["container start"]
+    assert start.parent is None
+    assert (start.start_time, start.end_time) == (10**18 + 10**9, 10**18 + 2 * 10**9)
+    assert [event.name for event in start.events] == ["ready"]
+    assert parent_of(found["sockets"]) == parent_of(container) == context_of(start)[1]
+    assert parent_of(found["Create"]) == context_of(container)[1]
+    assert dict(found["sockets"].attributes or {}) == {"hako.lane": "shim"}
+    assert dict(container.attributes or {}) == {"hako.sandbox.id": "box", "hako.container.id": "box"}
+    assert start.resource.attributes["service.name"] == "hako"
+
+
+def test_spans_are_below_those_that_containerd_names() -> None:
+    carried = {"traceparent": f"00-{TRACE}-{SPAN}-01"}
+    found = sent(carried=carried, sandbox_carried=carried)
+
+    for name in ("sandbox start", "container start"):
+        assert parent_of(found[name]) == int(SPAN, 16)
+    assert {context_of(span)[0] for span in found.values()} == {int(TRACE, 16)}
+
+
+def test_a_further_container_has_a_span_of_its_own() -> None:
+    found = sent(sandbox_carried=None)
+
+    assert {*found} == {"sockets", "container start", "Create"}
+    assert found["container start"].parent is None
+
+
+def test_a_trace_that_is_not_sampled_is_not_sent() -> None:
+    carried = {"traceparent": f"00-{TRACE}-{SPAN}-00"}
+    assert sent(carried=carried, sandbox_carried=carried) == {}
