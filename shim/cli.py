@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
+from shim.errors import ShimError
 from shim.host import releases
 from shim.refusal import Refusal
 
@@ -49,20 +51,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :param arguments: the command line without the program; by default, that of this process.
     :returns: the exit status: 0 for yes or done, 1 for no or failed, 2 for a wrong command line.
     """
+    if sys.stdout is None:  # its descriptor was closed
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - kept open
     given = sys.argv[1:] if arguments is None else list(arguments)
     # The others are not imported.
     wanted = given[:1] if given[:1] and given[0] in COMMANDS else COMMANDS
     chosen = parser(wanted).parse_args(given)
     try:
         status: int = chosen.run(chosen)
-    except Refusal as refusal:
-        print(refusal, file=sys.stderr)
-        return 1
+        sys.stdout.flush()
+    except (Refusal, ShimError) as error:
+        return _failed(str(error))
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:  # as of `hako ps | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except OSError as error:
+        _drop_output()
+        what = error.filename or "the output"
+        return _failed(f"{chosen.command}: {what}: {error.strerror}; correct that, and run it again")
     return status
 
 
@@ -71,6 +79,18 @@ def run() -> NoReturn:
     status = main()
     releases.leave()  # `hako monitor` may have been the last process of an old release
     sys.exit(status)
+
+
+def _failed(message: str) -> int:
+    """Say in one line why; parts of it may be what others chose."""
+    print("".join(mark if mark.isprintable() else " " for mark in message), file=sys.stderr)
+    return 1
+
+
+def _drop_output() -> None:
+    """Have what is still in the buffer of the output go nowhere, without a word."""
+    with contextlib.suppress(OSError, ValueError):  # it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parser(wanted: Iterable[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:

@@ -61,22 +61,17 @@ def run(chosen: argparse.Namespace) -> int:
     """
     settings = _settings(chosen.config)
     store = TemplateStore(Path(settings.hypervisor.template_dir))
-    try:
-        match chosen.action:
-            case "ls":
-                _print(store.entries(), as_json=chosen.json)
-            case "rm":
-                removed = store.remove(chosen.key or "")
-                for line in [json.dumps({"removed": removed})] if chosen.json else removed:
-                    print(line)
-            case _:
-                template = _build(settings, store, in_background=chosen.background)
-                values = {"key": template.key, "path": str(template.path)}
-                print(json.dumps(values) if chosen.json else template.path)
-    except OSError as error:
-        raise Refusal(
-            f"template: {error.filename or store.directory}: {error.strerror}; correct that"
-        ) from error
+    match chosen.action:
+        case "ls":
+            _print(store.entries(), as_json=chosen.json)
+        case "rm":
+            removed = store.remove(chosen.key or "")
+            for line in [json.dumps({"removed": removed})] if chosen.json else removed:
+                print(line)
+        case _:
+            template = _build(settings, store, in_background=chosen.background)
+            values = {"key": template.key, "path": str(template.path)}
+            print(json.dumps(values) if chosen.json else template.path)
     return 0
 
 

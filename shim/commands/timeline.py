@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import argparse
     from typing import Any
 
+    from shim.telemetry.timeline_model import Timeline
+
 
 def add_to(commands: Any) -> None:
     """Offer the command.
@@ -35,25 +37,33 @@ def run(chosen: argparse.Namespace) -> int:
     :returns: the exit status.
     :raises Refusal: if no timeline of the sandbox is kept.
     """
-    settings = shims.settings_of(chosen).shim
-    found = timeline_files.find(
-        state_dir=Path(settings.state_dir),
-        log_dir=Path(settings.log_dir),
-        namespace=chosen.namespace,
-        sandbox_id=chosen.id,
-    )
-    if not found:
-        raise Refusal(f"timeline: {chosen.id}: nothing is kept of such a sandbox; see `hako ps`")
+    found = _found(chosen)
     if chosen.svg is not None:
-        chosen.svg.write_text(timeline_svg.draw(found[0]), encoding="utf-8")
+        chosen.svg.write_text(timeline_svg.draw(found), encoding="utf-8")
     if chosen.trace is not None:
-        chosen.trace.write_text(json.dumps(timeline_model.trace(found[0])), encoding="utf-8")
+        chosen.trace.write_text(json.dumps(timeline_model.trace(found)), encoding="utf-8")
     if chosen.json:
         phases = [
             {"lane": each.lane, "name": each.name, "began_s": each.began_s, "ended_s": each.ended_s}
-            for each in found[0].phases
+            for each in found.phases
         ]
         print(json.dumps(phases, indent=2))
     elif chosen.svg is None and chosen.trace is None:
-        sys.stdout.write(timeline_model.table(found[0]))
+        sys.stdout.write(timeline_model.table(found))
     return 0
+
+
+def _found(chosen: argparse.Namespace) -> Timeline:
+    """Find the timeline of a sandbox that runs, or else the newest that is kept.
+
+    :raises Refusal: if there is neither.
+    """
+    log_dir = Path(shims.settings_of(chosen).shim.log_dir)
+    try:
+        record = shims.one(chosen)
+    except Refusal:
+        kept = timeline_files.of_ended(log_dir, namespace=chosen.namespace, sandbox_id=chosen.id)
+        if not kept:
+            raise
+        return kept[-1]
+    return timeline_files.of_running(shims.state_of(record), title=record.id)

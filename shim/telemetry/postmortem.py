@@ -56,10 +56,22 @@ def read(log_dir: Path, *, sandbox_id: str, namespace: str = "*") -> str:
 
     :returns: the text; empty if there is no record.
     """
-    found = sorted(
-        log_dir.glob(path_of(log_dir, namespace=namespace, sandbox_id=sandbox_id).name), key=_modified
-    )
+    found = kept(log_dir, namespace=namespace, sandbox_id=sandbox_id)
     return "".join(path.read_text(errors="replace") for path in found)
+
+
+def kept(log_dir: Path, *, namespace: str, sandbox_id: str, suffix: str = ".log") -> list[Path]:
+    """Find the files of an id, the oldest first.
+
+    :param namespace: containerd's; ``*`` for any.
+    """
+    import glob  # noqa: PLC0415 - no shim needs it
+
+    wanted = "*" if namespace == "*" else glob.escape(namespace)
+    name = path_of(log_dir, namespace=wanted, sandbox_id=glob.escape(sandbox_id), suffix=suffix).name
+    if "/" in sandbox_id + namespace:  # no id has one
+        return []
+    return sorted(log_dir.glob(name), key=_modified)
 
 
 def _modified(path: Path) -> float:

@@ -7,7 +7,6 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from shim.host import state_directory
 from shim.telemetry import postmortem, timeline
 from shim.telemetry.timeline_model import Timeline, parse, trace
 from shim.telemetry.timeline_svg import draw
@@ -76,26 +75,25 @@ def keep(state: Path, *, log_dir: Path, namespace: str, sandbox_id: str, drawn: 
         postmortem.keep(path, content)
 
 
-def find(*, state_dir: Path, log_dir: Path, namespace: str, sandbox_id: str) -> list[Timeline]:
-    """Read the timelines of a sandbox, running ones first.
+def of_running(state: Path, *, title: str) -> Timeline:
+    """Read the timeline of a sandbox that runs.
 
-    :param state_dir: the directory of all sandboxes' state.
+    :param state: its state directory.
+    :param title: whose it is.
+    :raises OSError: if there is none yet.
+    """
+    return parse(_path(state).read_text(encoding="utf-8", errors="replace"), title=title)
+
+
+def of_ended(log_dir: Path, *, namespace: str, sandbox_id: str) -> list[Timeline]:
+    """Read the timelines that are kept of sandboxes with an id that have ended.
+
     :param log_dir: where timelines are kept.
     :param namespace: containerd's; ``*`` for any.
-    :param sandbox_id: the sandbox's id.
+    :param sandbox_id: the id.
     """
-    paths = []
-    for record_path in sorted(state_dir.glob("*/sandbox.json")):
-        record = state_directory.read_record(str(record_path.parent))
-        if record.id == sandbox_id and namespace in {"*", record.namespace}:
-            paths.append(_path(record_path.parent))
-    kept = postmortem.path_of(log_dir, namespace=namespace, sandbox_id=sandbox_id, suffix=".timeline")
-    paths += sorted(log_dir.glob(kept.name))
-    return [
-        parse(path.read_text(encoding="utf-8", errors="replace"), title=sandbox_id)
-        for path in paths
-        if path.exists()
-    ]
+    paths = postmortem.kept(log_dir, namespace=namespace, sandbox_id=sandbox_id, suffix=".timeline")
+    return [parse(path.read_text(encoding="utf-8", errors="replace"), title=sandbox_id) for path in paths]
 
 
 def _path(state: Path) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,9 @@ from shim.machine import host_choice
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
+
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -270,6 +275,39 @@ def test_an_image_that_cannot_be_built_is_one_line(
     monkeypatch.setattr("guest.image.build", build)
     assert cli.main(["image", "build", "--output", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "image: kernel: unreadable; choose another\n"
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "told"),
+    [
+        ("| head -0", 0, ""),
+        ("> /dev/full", 1, "version: the output: No space left on device; correct that, and run it again\n"),
+        (">&-", 0, ""),
+    ],
+)
+def test_an_output_that_takes_nothing_is_no_traceback(redirection: str, status: int, told: str) -> None:
+    command = f"{sys.executable} -m shim.cli version {redirection}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["/bin/bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, told)
+
+
+def test_an_error_is_one_line_whatever_it_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "check", "/no\n\x1b[31mfile"]) == 1
+    assert capsys.readouterr().err == (
+        "config: /no  [31mfile: no such file; correct the path or create the file\n"
+    )
+
+
+def test_a_file_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(*_: Path, progress: Callable[..., Any], **__: None) -> None:
+        (tmp_path / "no" / "place").mkdir()
+
+    monkeypatch.setattr("guest.image.build", build)
+    assert cli.main(["image", "build"]) == 1
+    told = f"image: {tmp_path}/no/place: No such file or directory; correct that, and run it again\n"
+    assert capsys.readouterr().err == told
 
 
 def test_progress_on_a_terminal_stays_on_one_line() -> None:

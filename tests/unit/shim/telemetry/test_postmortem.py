@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+import pytest
+
 from shim.telemetry import postmortem
 
 if TYPE_CHECKING:
@@ -17,6 +19,13 @@ def keep(
     postmortem.write(
         log_dir, namespace=namespace, sandbox_id=sandbox_id, reason=reason, console=["line 1", "line 2"]
     )
+
+
+@pytest.mark.parametrize("name", ["*", "bo?", "[b]ox", "../box", "/box"])
+def test_an_id_is_no_pattern(tmp_path: Path, name: str) -> None:
+    postmortem.write(tmp_path, namespace="a", sandbox_id="box", reason="in a", console=[])
+
+    assert postmortem.read(tmp_path, sandbox_id=name) == ""
 
 
 def test_the_reason_and_the_console_are_read_back(tmp_path: Path) -> None:

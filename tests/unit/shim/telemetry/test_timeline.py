@@ -212,4 +212,4 @@ def test_an_unknown_sandbox_is_one_line(
     kept: Path, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     assert cli.main(["timeline", *words, "--config", f"{kept}/config.toml"]) == 1
-    assert f"timeline: {words[0]}: nothing is kept" in capsys.readouterr().err
+    assert f"timeline: {words[0]}: no such sandbox" in capsys.readouterr().err
