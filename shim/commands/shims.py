@@ -87,9 +87,12 @@ def records(state_dir: str) -> list[StartRecord]:
         raise Refusal(f"sandboxes: {state_dir}: {error.strerror}; run this as root") from error
     found = []
     for directory in directories:
-        # A starting sandbox has no record yet, and an ending one has lost it.
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        try:
             found.append(state_directory.read_record(str(directory)))
+        except PermissionError as error:
+            raise Refusal(f"sandboxes: {directory}: {error.strerror}; run this as root") from error
+        except (OSError, ValueError, TypeError):
+            continue  # a starting sandbox has no record yet, and an ending one has lost it
     return sorted(found, key=lambda record: record.started_at)
 
 
