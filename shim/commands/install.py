@@ -62,7 +62,7 @@ def run(chosen: argparse.Namespace) -> int:
     """
     if chosen.kubernetes:
         settings = config.parse(config.locate(os.environ))
-        print(kubernetes.as_json(settings) if chosen.json else kubernetes.as_yaml(settings))
+        print(kubernetes.as_json(settings) if chosen.json else kubernetes.objects(settings), end="")
         return 0
     if not (chosen.print or chosen.no_image):
         found_version(chosen.containerd)

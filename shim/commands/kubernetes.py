@@ -29,7 +29,8 @@ scheduling:
   nodeSelector:
     {label}: "true"
 # For each node on which `hako check` succeeds:
-#   kubectl label node {node} {label}=true"""
+#   kubectl label node {node} {label}=true
+"""
 
 
 def as_json(config: Config) -> str:
@@ -46,10 +47,10 @@ def as_json(config: Config) -> str:
         "overhead": {"podFixed": {"memory": f"{memory_mib}Mi", "cpu": f"{_HOST_MILLICPUS}m"}},
         "scheduling": {"nodeSelector": {LABEL: "true"}},
     }
-    return json.dumps(runtime_class, indent=2)
+    return json.dumps(runtime_class, indent=2) + "\n"
 
 
-def as_yaml(config: Config) -> str:
+def objects(config: Config) -> str:
     """Write the RuntimeClass for nodes with a configuration, and the command that labels this node.
 
     :param config: the configuration.
