@@ -80,11 +80,6 @@ class Agent:
         """Whether the agent can report the guest's time."""
         return self._connection.features.tells_time
 
-    @property
-    def runs_shells(self) -> bool:
-        """Whether the agent runs processes in the guest itself."""
-        return self._connection.features.runs_shells
-
     @classmethod
     async def over(cls, connection: socket.socket, *, timeout_s: float, is_clone: bool = False) -> Agent:
         """Connect to the agent behind ``connection`` and wait for its first answer.

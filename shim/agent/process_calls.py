@@ -29,6 +29,11 @@ class ProcessCalls:
     def __init__(self, connection: AgentConnection) -> None:
         self._connection = connection
 
+    @property
+    def run_in_guest(self) -> bool:
+        """Whether the agent can run processes in the guest itself, in no container."""
+        return self._connection.features.runs_shells
+
     async def execute(self, request: agent_pb2.ExecProcessRequest) -> None:
         """Create and start another process in a container."""
         await self._connection.call("ExecProcess", request, Empty)

@@ -174,7 +174,7 @@ class ManagementService:
         if request.WhichOneof("said") != "start":
             raise InvalidArgument("exec: the first message starts nothing; send a start")
         agent = await self._sandbox.agent()
-        if not agent.runs_shells:
+        if not agent.processes.run_in_guest:
             raise Unimplemented("exec: the guest's agent has no shell; use Hako's image")
         logger.warning("exec: a command in the guest: %s", " ".join(request.start.args) or "a shell")
         answers = guest_shell.converse(agent, request.start, requests)
