@@ -7,6 +7,7 @@ guest wakes the machine; what only asks for a state or a measurement is answered
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Protocol
 
@@ -141,7 +142,8 @@ class PodParking:
                     self._paused.append(one)
             await self._park(machine)
         except BaseException:
-            await self._resume()
+            with contextlib.suppress(ShimError):  # the machine may be gone, which the first error says
+                await self._resume()
             raise
         return machine
 
