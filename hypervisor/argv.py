@@ -52,8 +52,8 @@ _KERNEL_PARAMETERS = (
     # it.
     "systemd.unified_cgroup_hierarchy=1",
     "cgroup_no_v1=all",
-    # Memory that is added is used at once, up to three times what the guest booted with in a zone of its own
-    # that can be emptied again.
+    # Added memory is used at once. Up to three times the initial memory goes into a separate zone, which can
+    # be emptied again.
     "memhp_default_state=online",
     "memory_hotplug.online_policy=auto-movable",
     # 1 MiB of bounce buffers, in 2 KiB pieces: the room for more memory would make it 64 MiB (measured), and

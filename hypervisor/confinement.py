@@ -49,7 +49,7 @@ _FILES_OF_SHARE = 1_048_576
 class Confinement:
     """What one process may have and do.
 
-    :param identity: whom it runs as.
+    :param identity: its user.
     :param capabilities: what it is started with, by number; its bounding set is the same.
     :param keeps_identity: whether it never acts as another user.
     :param network: the network namespace that it enters, or ``None`` for a new one that is empty.
@@ -76,7 +76,7 @@ def of_program(program: Path, identity: Identity) -> Confinement:
     """Confine a program that needs nothing but itself.
 
     :param program: its path.
-    :param identity: whom it runs as.
+    :param identity: its user.
     """
     return Confinement(identity=identity, files=_program(program), open_files=_FILES)
 
@@ -139,7 +139,7 @@ def _program(program: Path) -> tuple[Path, ...]:
     paths = map(Path, (*_SYSTEM, *_LINKS_OF_LIBRARIES, *_NODES))
     found = [path for path in paths if path.is_symlink() or path.exists()]
     real = program.resolve()
-    # What was installed below a prefix of its own, as below /opt, has its libraries and its data there.
+    # A program below its own prefix, such as /opt, has its libraries and its data there.
     prefix = real.parent.parent if real.parent.name in _PROGRAM_DIRECTORIES else real
     own = [one for one in dict.fromkeys((program, prefix)) if one.exists() and not _is_below(one, found)]
     return (*found, *own)

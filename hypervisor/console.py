@@ -31,7 +31,7 @@ class Console:
     """The reader of one guest's console.
 
     QEMU writes to a socket rather than to a file, so the host's disk never fills up, and each new line is an
-    event. Of a guest that writes more than 1 MiB in a second, and goes on, 1 MiB per second is read; QEMU
+    event. If a guest keeps writing more than 1 MiB per second, only 1 MiB per second is read; QEMU
     drops the rest.
 
     :param log: the file that keeps a copy; it never grows over 1 MiB, and always holds the newest output. The

@@ -10,9 +10,9 @@
      │         └── TemplateLateError  the same, unless the host is too busy to tell
      ├── ChannelError          the guest was not reached; the text says whether the VM still runs
      │    └── GuestLateError   it runs, but did not answer in time
-     ├── HotplugError          a device was not added, changed or removed; the virtual machine goes on
+     ├── HotplugError          a device was not added, changed or removed; the virtual machine keeps running
      │    └── NoSlotError      every slot is taken; unplug something first
-     ├── ResizeError           the size was not reached; the virtual machine goes on
+     ├── ResizeError           the size was not reached; the virtual machine keeps running
      │    └── ResizeRefusedError  because the guest refuses or is silent; it has the size that was reached
      ├── ParkError             the memory was not moved; the machine is as before, and it may be tried again
      │    └── ParkedMemoryLostError  the memory is lost; stop the virtual machine

@@ -201,7 +201,7 @@ class HostSide:
                 self._on_process(worker.name, worker.pid)
 
     async def early_cause(self, error: HypervisorError) -> str:
-        """Say why QEMU did not come up. A daemon's failure comes first, because it often causes QEMU's.
+        """Return why QEMU did not start. A daemon's failure has priority, because it often causes QEMU's.
 
         :param error: how it was noticed.
         """

@@ -206,7 +206,7 @@ class Hypervisor(abc.ABC):
 
     @abc.abstractmethod
     async def connect(self, port: int, *, timeout_s: float) -> socket.socket:
-        """Connect to a port the guest listens on, waiting for the guest to come up.
+        """Connect to a port of the guest, and wait until the guest listens there.
 
         :param port: the guest's port; over virtio-serial only ``AGENT_PORT`` exists, and only once.
         :param timeout_s: the longest this may take, in seconds.

@@ -9,5 +9,5 @@ if TYPE_CHECKING:
 else:
 
     def override(method: Any) -> Any:
-        """Return a method as it is."""
+        """Return a method unchanged."""
         return method

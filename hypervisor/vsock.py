@@ -202,7 +202,7 @@ class UserVsockChannel(GuestChannel):
     """
 
     # A connection that arrives while QEMU hands over the queues ends the daemon's worker. The daemon stays
-    # and answers CONNECT, but moves no data any more (seen with vhost-device-vsock 0.3.0).
+    # and answers CONNECT, but no longer moves data (seen with vhost-device-vsock 0.3.0).
     needs_driver = DEVICE
 
     def __init__(

@@ -102,7 +102,7 @@ def problem() -> str | None:
     """Return one line on why this host cannot have an outer machine, and what to do; None if it can."""
     hidden = next((each for each in _OWN_DIRECTORIES if TREE.is_relative_to(each)), None)
     if hidden is not None:
-        return f"outer machine: {TREE}: the outer machine has a {hidden} of its own; move the tree elsewhere"
+        return f"outer machine: {TREE}: the outer machine has its own {hidden}; move the tree elsewhere"
     if not any((_GUEST_IMAGE / "modules").glob("*/modules.dep")):
         return f"outer machine: {_GUEST_IMAGE}: has no kernel modules; run scripts/setup"
     if not _QEMU.exists():

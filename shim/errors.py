@@ -14,7 +14,7 @@
      └── Internal             a defect or a host failure; read the log
 
 Each class carries its wire code (the gRPC status number, which ttrpc shares), so no transport
-needs a table of its own. The message is one line: phase, object, cause, remedy.
+needs its own table. The message is one line: phase, object, cause, remedy.
 """
 
 # ruff: noqa: N818 - the names are those of the wire statuses

@@ -145,7 +145,7 @@ def templates(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def private_machine() -> None:
-    """Give the tests of this lane mounts and a network of their own from now on."""
+    """From now on, give the tests of this lane their own mounts and network."""
     private.enter()
 
 

@@ -118,7 +118,7 @@ class Claims:
     def attach(self, process: Process, *, ended: Callable[[], None]) -> None:
         """Carry a process's streams over the connections, each in its own thread.
 
-        :param process: whose.
+        :param process: the process.
         :param ended: called whenever an output is at its end.
         """
         outputs = {"stdout": process.streams.stdout, "stderr": process.streams.stderr}

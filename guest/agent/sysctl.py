@@ -66,7 +66,7 @@ def apply(parameters: dict[str, str], *, namespaces: Iterable[str]) -> None:
         finally:
             done.release()
 
-    # The kernel shows each thread the parameters of its own namespaces, so a thread of its own reads them and
+    # The kernel shows each thread the parameters of its own namespaces, so a separate thread reads them and
     # ends.
     _thread.start_new_thread(write, ())
     done.acquire()

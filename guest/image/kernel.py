@@ -51,7 +51,7 @@ class Module:
 
 
 def vmlinux(image: bytes, *, name: str) -> bytes:
-    """Extract the uncompressed kernel from a bzImage, or take a vmlinux as it is.
+    """Extract the uncompressed kernel from a bzImage, or return a vmlinux unchanged.
 
     The payload's place is given by the setup header (Documentation/arch/x86/boot.rst, ``payload_offset``
     and ``payload_length``, protocol 2.08); its last four bytes are the uncompressed size, as the kernel's

@@ -124,7 +124,7 @@ def running(
     :param disk: a block device that it has as :data:`DISK`.
     :param card: its network.
     :param serves: whether the program serves the others' network measurements.
-    :raises MeasurementError: if it does not come up.
+    :raises MeasurementError: if it does not start.
     """
     parameters = [f"bare_role={load.SERVE}"] if serves else []
     devices: list[str] = []

@@ -80,7 +80,7 @@ def growth_volumes(stage: Stage) -> Samples:
     """Start a container with 60 volumes, in seconds, over one with a single volume.
 
     The curves are the medians of as many starts as there are rounds, State, and the memory of the sandbox.
-    Each has a machine of its own, which is cloned.
+    Each has its own machine, which is cloned.
     """
     stage.configure(template=True, guest=PATIENCE)
     curves = _Curves()
@@ -134,7 +134,7 @@ class _Curves:
         self._starts_s.append(time.perf_counter() - began_s)
 
     def add(self, number: int, *, state_ms: float, memory_mib: float) -> None:
-        """Note what is found at a number, with the last starts."""
+        """Record the values at a number, with the last starts."""
         self._points[START].append((number, statistics.median(self._starts_s[-RECENT:])))
         self._points[STATE].append((number, state_ms))
         self._points[MEMORY].append((number, memory_mib))

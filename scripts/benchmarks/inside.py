@@ -129,7 +129,7 @@ def ports(bundle: Path) -> Path:
     :param bundle: the container's, under Hako.
     """
     directory = (bundle / "hako").readlink()
-    # A confined daemon has a directory of its own.
+    # A confined daemon has its own directory.
     own = directory / "vsock"
     return (own if own.exists() else directory) / "vsock.sock"
 

@@ -1,7 +1,8 @@
 """The load program of the data paths: the same on both sides of a comparison.
 
 It runs in containers, in bare machines and on the host. It reads one order per line and answers with how many
-seconds the work took. It may import only what is built into Python's interpreter: the guest has nothing more.
+seconds the work took. It may import only modules that are built into Python's interpreter, because the guest
+has no others.
 """
 
 import _socket
@@ -32,7 +33,7 @@ _TIMEOUT_S = 20.0
 
 
 def write(path: str, size: str) -> float:
-    """Write a device, or a file anew, in blocks of 1 MiB, and have it stored."""
+    """Write a device, or a new file, in blocks of 1 MiB, and flush it."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     began_s = time.monotonic()
     for _ in range(int(size) // len(_BLOCK)):
@@ -52,7 +53,7 @@ def read(path: str, size: str) -> float:
 
 
 def random_write(path: str, size: str, count: str) -> float:
-    """Write blocks of 4 KiB all over what is not in this machine's memory, and have them stored."""
+    """Write blocks of 4 KiB at random places outside this machine's memory, and flush them."""
     file = _forgotten(path)
     offsets = _offsets(int(size), int(count))
     began_s = time.monotonic()
@@ -276,7 +277,7 @@ def _say(line: str) -> None:
 
 
 def main() -> None:
-    """Serve, or do what is ordered until nothing more is."""
+    """Serve, or carry out orders until there are no more."""
     if sys.argv[1:] == [SERVE]:
         serve()
     _say(READY)

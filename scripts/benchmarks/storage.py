@@ -203,7 +203,7 @@ _PLACES = {Place.DISK: _disks, Place.VOLUME: _volumes, Place.ROOT: _roots}
 
 @contextlib.contextmanager
 def _memory(stage: Stage) -> Iterator[Path]:
-    """Make a file system in memory, so that the host's disk is not what is measured."""
+    """Make a file system in memory, so that the host's disk is not measured."""
     directory = stage.home / stage.new_id()
     directory.mkdir()
     with _mounted(directory, "-t", "tmpfs", "bench"):

@@ -23,7 +23,7 @@ LIFETIME_S = patient(600.0)
 
 
 class Worker:
-    """A load program whose streams are those of a command.
+    """A load program that uses the streams of a command.
 
     :param name: where it runs, for messages.
     :param command: what brings it up; it is ended when the block is left.

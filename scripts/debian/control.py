@@ -1,4 +1,4 @@
-"""What dpkg is told of the package, and what it runs."""
+"""The package's description and scripts for dpkg."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Section: admin
 Priority: optional
 Description: {summary}
  Hako is a runtime for containerd that runs every container, or Kubernetes pod,
- in a small QEMU virtual machine of its own. This package holds the runtime
- with every Python library that it uses, in a directory of its own: nothing is
- added to the system's Python.
+ in its own small QEMU virtual machine. This package has the runtime and every
+ Python library that it uses in its own directory: nothing is added to the
+ system's Python.
  .
  After the installation, "hako install" tells containerd of the runtime and
  builds the guest's image.

@@ -32,7 +32,7 @@ _STATUS = """\
 
 _SHIM = """\
 .SH NAME
-containerd-shim-hako-v2 \\- run containers and pods in virtual machines of their own
+containerd-shim-hako-v2 \\- run containers and pods in their own virtual machines
 .SH SYNOPSIS
 .B containerd-shim-hako-v2
 .RB [ \\-v ]
@@ -42,7 +42,7 @@ containerd-shim-hako-v2 \\- run containers and pods in virtual machines of their
 .SH DESCRIPTION
 containerd runs this program for containers whose runtime is
 .BR io.containerd.hako.v2 .
-Each sandbox, which is a container or a pod, gets a small QEMU virtual machine of its own.
+Each sandbox, which is a container or a pod, gets its own small QEMU virtual machine.
 The program is not meant to be started by hand, except for
 .BR \\-v ,
 which prints the version.

@@ -17,7 +17,7 @@ END = WORD.pack(0)
 
 
 class StreamFrameError(Exception):
-    """The stream goes on after its end."""
+    """There are bytes after the end of the stream."""
 
 
 class Unframer:

@@ -1,4 +1,4 @@
-"""What Docker must be told of Hako: its configuration is one file, without a place for others' parts."""
+"""The lines for Docker's configuration, which is a single file without a place for drop-ins."""
 
 from __future__ import annotations
 

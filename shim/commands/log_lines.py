@@ -75,7 +75,7 @@ def of_console(content: bytes, times: Iterable[str], *, since: int = 0) -> Itera
 
 
 class LogFile:
-    """A file that grows, read as far as it is whole lines.
+    """A growing file, read up to the last whole line.
 
     :param kind: ``log`` or ``console``.
     :param path: the file.

@@ -68,7 +68,7 @@ def run(chosen: argparse.Namespace) -> int:
 def _serve(settings: ShimConfig, listen: str, *, as_json: bool) -> int:
     address, _, port = listen.rpartition(":")
     if not (address and port.isascii() and port.isdecimal() and int(port) < 1 << 16):
-        raise Refusal(f"monitor: {listen!r} is no address and port; give for example 127.0.0.1:8090")
+        raise Refusal(f"monitor: {listen!r} is not an address and port; give for example 127.0.0.1:8090")
     registry = CollectorRegistry()
     registry.register(NodeCollector(settings, scrapes=registry))
     over = threading.Event()

@@ -65,7 +65,7 @@ def remove_shared() -> None:
 
 
 def prune(root: str, *, wait_s: float = _SHORT_S) -> list[str]:
-    """Remove the releases from which no other process runs, but for the current one.
+    """Remove the releases from which no other process runs, except the current one.
 
     :param root: the directory of all releases. It is removed as well if nothing is left in it.
     :param wait_s: how long to wait for processes that began before the current release was, and that do not
@@ -110,7 +110,7 @@ def retire_zygotes(root: str, *, also_current: bool = False) -> None:
     """End the zygotes of releases; a request that one of their forks serves is not disturbed.
 
     :param root: the directory of all releases.
-    :param also_current: whether those of the current one end, too.
+    :param also_current: whether the zygotes of the current one also end.
     """
     current = _current(root)
     found = {

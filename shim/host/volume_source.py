@@ -73,7 +73,7 @@ def found(path: Path | str, writable: GuestWritable) -> Iterator[int]:
     :param path: an absolute path.
     :param writable: the guest-writable directories.
     :returns: a descriptor, as O_PATH of open(2) makes it; it is closed when the context ends.
-    :raises InvalidArgument: if there is no file at the path, or the invariant forbids the way to it; the
+    :raises InvalidArgument: if there is no file at the path, or the invariant forbids the path; the
         message says which.
     """
     try:

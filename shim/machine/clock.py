@@ -111,13 +111,13 @@ async def keep(agent: Agent, *, pid: int, right: asyncio.Event) -> None:
                         trials = 0
                 woken.clear()
     except (ShimError, OSError) as error:
-        log.warning("clock: it is not kept right any more: %s", error)
+        log.warning("clock: it is no longer kept right: %s", error)
     finally:
         right.set()
 
 
 async def set_right(agent: Agent) -> bool:
-    """Compare the clocks and move the guest's; tell whether it is certainly right then.
+    """Compare the clocks and move the guest's; return whether it is certainly right then.
 
     :param agent: the guest's.
     :raises ShimError: if it does not answer.

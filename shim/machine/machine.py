@@ -119,7 +119,7 @@ class Machine:
         return [process for vm in self._attempts[-1:] for process in vm.processes()]
 
     def share_daemons(self) -> list[int]:
-        """List the processes of the virtio-fs daemon, which has a mount namespace of its own."""
+        """List the processes of the virtio-fs daemon, which has its own mount namespace."""
         processes = [process for vm in self._attempts for process in vm.processes()]
         return [process.pid for process in processes if process.name == SHARE_DAEMON]
 

@@ -125,7 +125,7 @@ class Network:
     async def attach(self, *, vm: Hypervisor, agent: Agent) -> None:
         """Give the machine its cards, and the guest its addresses, routes and neighbours.
 
-        :raises ShimError: if the machine or the guest refuses; then nothing is connected any more.
+        :raises ShimError: if the machine or the guest refuses; then nothing is connected.
         """
         async with self._lock:
             if self._plan == NetworkPlan():

@@ -186,7 +186,7 @@ class Containers:
         self.all.pop(container_id, None)
         self._ledger.deleted(container_id)
         self.parking.consider()
-        if self.all:  # the machine of the last one goes as a whole
+        if self.all:  # after the last one, the whole machine ends
             self._sandbox.work.spawn(self._shrink_if_alive(), name="shrink")
         else:
             asyncio.get_running_loop().call_later(DESERTED_S, self._leave_if_deserted)

@@ -66,7 +66,7 @@ class _Plugged:
 class ContainerFiles:
     """The files of one container.
 
-    :param container_id: whose.
+    :param container_id: the container's id.
     :param bundle: its bundle directory.
     :param entries: the host's files in the guest, beside root file systems.
     :param followed: the volumes that follow the host's mounts.

@@ -39,7 +39,7 @@ async def kill(
     :param container: the container's id at the agent.
     :param number: the signal's number.
     :param sandbox: where the process runs.
-    :param is_shared: tells whether the machine serves others too.
+    :param is_shared: tells whether the machine also serves other containers.
     :param wake: wakes the machine if it is parked.
     :raises NotFound: if the process has ended.
     :raises FailedPrecondition: if it is an exec that was never started.

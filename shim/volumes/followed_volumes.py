@@ -157,7 +157,7 @@ class FollowedVolumes:
                             ShimError,
                             OSError,
                             ValueError,
-                        ) as error:  # not a name that the guest can have
+                        ) as error:  # the guest cannot have such a name
                             log.warning("mounts below %s: %s", one.place.real, error)
 
     async def _update(self, one: Followed, agent: Agent) -> None:

@@ -1,4 +1,4 @@
-"""A containerd that serves the container runtime interface, in a network of its own."""
+"""A containerd that serves the container runtime interface in its own network."""
 
 from __future__ import annotations
 

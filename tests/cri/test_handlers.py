@@ -29,7 +29,7 @@ IDS = [{"host_id": 100000, "container_id": 0, "length": 65536}]
 def volume(stack: Stack) -> Iterator[Path]:
     """A directory of the host with a file system mounted below it."""
     if stack.kind.release.config_version < 3:
-        pytest.skip("containerd 1 asks nobody")
+        pytest.skip("containerd 1 does not ask runtimes")
     path = stack.containerd.home / "volume"
     (path / "below").mkdir(parents=True)
     subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "tmpfs", path / "below"], check=True)
@@ -41,7 +41,7 @@ def volume(stack: Stack) -> Iterator[Path]:
 
 def test_containerd_reports_the_features_of_each_handler(stack: Stack) -> None:
     if stack.kind.release.config_version < 3:
-        pytest.skip("containerd 1 asks nobody")
+        pytest.skip("containerd 1 does not ask runtimes")
     features = {
         handler.name: (handler.features.recursive_read_only_mounts, handler.features.user_namespaces)
         for handler in stack.cri.call("Status").runtime_handlers

@@ -27,7 +27,7 @@ TEMPLATES = Path(HypervisorConfig().template_dir)
 JAIL = Path(jail.DIRECTORY)
 """Not of the containers of one test alone: others have their numbers there, too."""
 ZYGOTES = Path(zygote_protocol.ZYGOTE_DIRECTORY)
-"""Not of any container: a zygote outlives those that made it come up."""
+"""Not part of any container: a zygote outlives the containers that started it."""
 
 SETTLE_S = patient(8.0)
 """How long containerd may take for its work after it has answered."""

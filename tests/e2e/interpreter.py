@@ -24,7 +24,7 @@ READ_ONLY = {"/usr": "/usr", "/usr/lib": "/lib", "/usr/lib64": "/lib64", str(TES
 class Interpreter:
     """A container that runs the programs.
 
-    :param stack: whose containerd has it.
+    :param stack: the stack whose containerd runs it.
     :param name: its id.
     """
 
@@ -68,7 +68,7 @@ def interpreter(
 ) -> Iterator[Interpreter]:
     """Run a container with Python in it for the length of a block.
 
-    :param stack: whose containerd has it.
+    :param stack: the stack whose containerd runs it.
     :param binds: directories of the host, and where they are writable in the container.
     :param options: further options of ``ctr run``.
     """

@@ -19,7 +19,7 @@ OTHERS = ("/run/netns/", "/tmp/")
 
 
 def enter() -> None:
-    """Give this thread, and all that it starts, mounts and a network of their own.
+    """Give this thread, and everything that it starts, separate mounts and a separate network.
 
     Everything in them is then made by the tests, and nothing belongs to another process: sockets,
     names and temporary mounts of others are out of sight. The root of the mounts is shared, as on a host with

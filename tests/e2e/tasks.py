@@ -68,7 +68,7 @@ class Tasks:
     """A connection to a containerd.
 
     :param address: the path of its gRPC socket.
-    :param namespace: whose containers and tasks are meant.
+    :param namespace: the namespace of the containers and tasks.
     """
 
     def __init__(self, address: Path, *, namespace: str = NAMESPACE) -> None:

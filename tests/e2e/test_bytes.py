@@ -113,7 +113,7 @@ def feed(fifo: Path, source: Path) -> None:
 
 
 class Stalled:
-    """The reading end of a FIFO that nobody reads from, for a while."""
+    """The reading end of a FIFO without a reader, for a while."""
 
     def __init__(self, fifo: Path) -> None:
         self._fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
@@ -211,7 +211,7 @@ def test_a_stalled_reader_loses_nothing_when_it_reads_on(
 
     exec_id = pod.execute("sh", "-c", "cat /both >&2 & cat /both; exec >&-; wait", stdout=others, stderr=fifo)
 
-    assert read.result() == (size, expected), "the other stream waits for nobody"
+    assert read.result() == (size, expected), "the other stream does not wait"
     assert pod.finish(pod.execute("true")) == 0
     assert reader.read_all() == (size, expected)
     assert pod.finish(exec_id) == 0

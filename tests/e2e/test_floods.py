@@ -1,4 +1,4 @@
-"""Floods from a guest cost the host little, and a machine that goes on with one is ended."""
+"""Floods from a guest cost the host little, and a machine that does not stop one is ended."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_machine_that_floods_qemus_monitor_is_ended(life: Life, one_stack: Sta
 
 
 @pytest.mark.alone
-def test_floods_that_are_held_back_disturb_nobody(life: Life, one_stack: Stack) -> None:
+def test_bounded_floods_do_not_disturb_others(life: Life, one_stack: Stack) -> None:
     [state] = one_stack.state_directory.iterdir()
     console = state / "console.log"
     before = {pid: resident_kib(pid) for pid in (life.pid("QEMU"), life.pid("shim"))}

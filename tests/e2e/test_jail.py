@@ -55,7 +55,7 @@ def documented() -> dict[str, dict[str, str]]:
 
 
 def in_a_sandbox() -> dict[str, dict[str, str]]:
-    """Those of them that a sandbox has."""
+    """The documented processes of a sandbox."""
     return {name: row for name, row in documented().items() if name != BUILDER}
 
 
@@ -245,9 +245,7 @@ def test_a_machine_with_root_ports_is_confined_bounded_and_killed_as_readily_as_
     assert scores == {f"{score}"}
 
 
-def test_a_sandbox_that_nobody_gave_a_cgroup_has_its_own_until_its_end(
-    one_stack: Stack, tmp_path: Path
-) -> None:
+def test_a_sandbox_without_a_given_cgroup_has_its_own_until_its_end(one_stack: Stack, tmp_path: Path) -> None:
     roots = counting_roots(Path("/proc/self/mountinfo").read_text(encoding="utf-8"))
     with ByHand(one_stack, tmp_path):
         [ledger] = one_stack.state_directory.glob("*/ledger")

@@ -39,7 +39,7 @@ def cloning(one_stack: Stack, home: Path, templates: Path, phase: str) -> Iterat
     running = one_stack.containerd.nursery.descendants
     until(
         lambda: all(BUILDER not in each.command for each in running()),
-        what="nobody builds a template",
+        what="no process builds a template",
         timeout_s=BUILD_S,
     )
     shutil.rmtree(store)
@@ -49,6 +49,6 @@ def cloning(one_stack: Stack, home: Path, templates: Path, phase: str) -> Iterat
 def test_the_death_of_a_clone_ends_the_task_once_and_leaves_nothing(
     one_stack: Stack, home: Path, cloning: None, victim: str, phase: str
 ) -> None:
-    # A clone that does not come up is replaced by a machine that boots.
+    # A clone that does not start is replaced by a machine that boots.
     replaced = {"CREATED"} if phase in BEFORE_THE_TASK_EXISTS else set()
     see_a_death(one_stack, home, victim, phase, lasting={"STOPPED", "GONE"} | replaced)

@@ -43,7 +43,7 @@ pytestmark = [
 MIB = 1 << 20
 CLONES, REPORTED = 100, 10
 OF_A_CLONE = ("load template", "copy memory", "clone goes on", "first answer")
-"""The phases of a clone's start, each with a limit of its own."""
+"""The phases of a clone's start, each with its own limit."""
 
 HIGHEST_PRIVILEGED_PORT = 1023
 SENT = bytes(range(256)) * 4096
@@ -100,7 +100,7 @@ def booted(
 
 @pytest.fixture(scope="module")
 def cloned(one_stack: Stack) -> Iterator[str]:
-    """A container whose machine goes on where the template was saved."""
+    """A container whose machine continues where the template was saved."""
     yield from running(one_stack, ["--detach"])
 
 

@@ -48,7 +48,7 @@ def disk(place: Path) -> Iterator[Path]:
 
 
 def read_from(disk: Path, path: str) -> bytes:
-    """Read a file of an ext4 file system as it is on its disk."""
+    """Read a file of an ext4 file system directly from its disk."""
     argv: list[str | Path] = ["/usr/sbin/debugfs", "-R", f"cat {path}", disk]
     return subprocess.run(argv, check=True, capture_output=True).stdout
 

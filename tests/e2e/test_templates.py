@@ -45,7 +45,7 @@ def until(condition: Callable[[], object], *, what: str, timeout_s: float = BUIL
 
 @dataclass(slots=True, kw_only=True)
 class Node:
-    """A containerd whose sandboxes use a store of templates of their own."""
+    """A containerd whose sandboxes use a separate store of templates."""
 
     stack: Stack
     store: Path
@@ -112,7 +112,7 @@ def node(empty_node: Node, templates: Path) -> Node:
 
 
 def test_a_clone_refuses_a_bad_command_in_the_same_words(node: Node) -> None:
-    # The template has a runtime waiting for the first container, under a name of its own.
+    # The template has a runtime that waits for the first container, under its own name.
     refused = node.run("/no/such/program")
     assert CLONED in node.log()
     assert refused.code != 0

@@ -62,7 +62,7 @@ class Pod:
         return {one.name: one for one in listed}
 
     def addresses(self, name: str) -> set[str]:
-        """Tell the addresses of an interface but for the link-local one that the kernel makes."""
+        """Return the addresses of an interface, except the link-local one that the kernel makes."""
         found = {f"{one.address}/{one.mask}" for one in self.interfaces()[name].IPAddresses}
         return {one for one in found if not one.startswith("fe80::ff:fe00:")}
 

@@ -2,7 +2,7 @@
 
     confined_probe.py HOST_PID ABSTRACT_SOCKET PATH...
 
-It has nothing but the standard library, for it sees no other.
+It has only the standard library, because it sees no other.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ async def test_a_failed_confinement_names_the_step(make_spec: Callable[..., VmSp
 
 
 def launch_and_die(confinement: Confinement, told: int) -> NoReturn:
-    """Start a program, tell its id, and end as soon as it runs; to be called in a process of its own."""
+    """Start a program, tell its id, and end as soon as it runs; to be called in a separate process."""
     try:
         child = launch(
             ["/usr/bin/sleep", "1000"], {}, output=1, inherit=(), confinement=confinement, huge_pages=True

@@ -1,4 +1,4 @@
-"""A virtual machine comes up, is reached on each channel, and is gone without a trace after stop()."""
+"""A virtual machine starts, is reached on each channel, and leaves no trace after stop()."""
 
 from __future__ import annotations
 

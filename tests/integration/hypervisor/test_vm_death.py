@@ -41,7 +41,7 @@ async def running(machines: Machines) -> Any:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
 async def test_qemu_killed(machines: Machines, number: signal.Signals) -> None:
-    # Another process's signals, but for SIGKILL, do not reach the first process of a pid namespace.
+    # Another process's signals, except SIGKILL, do not reach the first process of a pid namespace.
     vm = machines(jail=JAIL if number == signal.SIGKILL else None)
     await vm.start(timeout_s=START_S)
     os.kill(vm.pid, number)

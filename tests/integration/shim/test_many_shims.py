@@ -29,7 +29,7 @@ SCRAPE_S = 2.0
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration with directories of its own."""
+    """A configuration with its own directories."""
     place = tmp_path_factory.mktemp("shims")
     file = place / "config.toml"
     file.write_text(f'[shim]\nstate_dir = "{place}/state"\nlog_dir = "{place}/log"\n', encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What an operator is told of Docker's configuration, which ``hako install`` does not change."""
+"""``hako install`` prints lines for Docker's configuration, which it does not change."""
 
 from __future__ import annotations
 
