@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PLACES = ("shim", "hypervisor", "guest", "proto", "scripts", "tests", "docs")
-#: "Whoever" and its relatives; "a name that is no number" instead of "a name that is not a number"; "for" that
-#: means "because"; "for ever"; "a process' end" instead of "a process's end"; a parameter that is described by
-#: a question, such as "whose it is"; and a word that is written twice.
+#: "Whoever" and its relatives; "a name that is no number" instead of "a name that is not a number"; "for" in
+#: the sense of "because"; "for ever"; "a process' end" instead of "a process's end"; a parameter that is
+#: described by a question, such as "whose it is"; and a word that is written twice.
 AVOIDED = re.compile(
     r"\bwh(?:o|om|at|ich)ever\b"
     r"|\b(?:that|which|who|what) (?:is|are|was|were) no (?!longer\b|more\b)"
