@@ -1,4 +1,4 @@
-"""Parking: the memory of a machine that stands still goes to a sealed file, and comes back.
+"""Parking: moves the memory of a stopped machine to a sealed file, and back.
 
 QEMU, the daemons and all connections stay. The memory consists of files that QEMU holds open, so another
 process can read them, and empty them page by page. Nothing may touch the memory in between: QEMU's virtual
@@ -45,12 +45,12 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 @dataclass(frozen=True, slots=True)
 class ParkedMemory:
-    """The memory of a machine that is parked.
+    """The memory of a parked machine.
 
     :param file: a descriptor of the sealed file, to be closed.
-    :param key: it is nowhere else.
-    :param memory_bytes: how much memory it took from RAM.
-    :param file_bytes: how long the file is.
+    :param key: its key, which exists nowhere else.
+    :param memory_bytes: how much RAM it freed, in bytes.
+    :param file_bytes: the length of the file.
     """
 
     file: int
@@ -91,7 +91,7 @@ async def empty(host: HostSide) -> None:
 
 
 async def put_back(host: HostSide, parked: ParkedMemory) -> None:
-    """Move the memory back; it may be tried again if it fails.
+    """Move the memory back; after a failure, it can be tried again.
 
     :param host: the machine's side of the host.
     :param parked: what :func:`write_out` has returned.
@@ -139,7 +139,7 @@ async def _opened(host: HostSide) -> AsyncIterator[list[int]]:
 
 
 def _open_memories(pid: int) -> list[int]:
-    """Open each memory of a machine once, in an order that does not change.
+    """Open each memory of a machine once, in a fixed order.
 
     :param pid: of its QEMU, which may be hostile: only files that exist nowhere else are opened.
     """

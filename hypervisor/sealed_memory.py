@@ -1,9 +1,9 @@
-"""A guest's memory in a sealed file, and back. It is a program, so that the machine's cgroup pays.
+"""Moves a guest's memory to a sealed file, and back. It is a program, so the machine's cgroup is charged.
 
     sealed_memory.py seal|unseal PACKAGES FILE ORDER MEMORY...
 
-PACKAGES is the directory of Python's packages; the others are descriptors. ORDER holds the key, then the
-ranges of each MEMORY that have data. The process ends soon: its libraries stay out of the shim's memory.
+PACKAGES is the directory of Python's packages; the others are descriptors. ORDER has the key, then the ranges
+of each MEMORY that have data. The process ends soon, and its libraries stay out of the shim's memory.
 
 The file is a sequence of records, each sealed by AES-256-GCM: where its pages belong, then the pages. The
 nonce of a record is its number, so none can be left out, repeated or moved; the last one is empty, so none
@@ -53,9 +53,9 @@ _MOST_SEALED = _COUNT.size + _RECORD_BYTES + _RECORD_BYTES // _PAGE * _RUN.size 
 class Range(NamedTuple):
     """A part of a guest's memory.
 
-    :param memory: which of its memories, from 0.
-    :param offset: where it begins, in bytes.
-    :param length: how long it is, in bytes.
+    :param memory: the number of the memory, from 0.
+    :param offset: its beginning, in bytes.
+    :param length: its length, in bytes.
     """
 
     memory: int
@@ -68,31 +68,31 @@ class FileLostError(Exception):
 
 
 def room(ranges: Iterable[Range]) -> int:
-    """Return how much a file with these ranges may take, in bytes."""
+    """Return how long a file with these ranges may be, in bytes."""
     total = sum(each.length for each in ranges)
     records = total // _RECORD_BYTES + 2
     return total + total // _PAGE * _RUN.size + records * (_LENGTH.size + _COUNT.size + _TAG_BYTES)
 
 
 def order(key: bytes, ranges: Iterable[Range]) -> bytes:
-    """Write what the program reads from ORDER."""
+    """Encode the content of ORDER."""
     return key + b"".join(_RANGE.pack(*each) for each in ranges)
 
 
 def read_order(text: bytes) -> tuple[bytes, list[Range]]:
-    """Read what :func:`order` has written."""
+    """Decode the content of ORDER."""
     return text[:KEY_BYTES], [Range(*each) for each in _RANGE.iter_unpack(text[KEY_BYTES:])]
 
 
 def pieces(ranges: Iterable[Range]) -> Iterator[Range]:
-    """Cut ranges so that none is longer than a record."""
+    """Split ranges so that none is longer than a record."""
     for memory, offset, length in ranges:
         for begin in range(0, length, _RECORD_BYTES):
             yield Range(memory, offset + begin, min(length - begin, _RECORD_BYTES))
 
 
 def used_runs(pages: bytes) -> Iterator[tuple[int, int]]:
-    """List where memory is not zero.
+    """List the runs of memory that are not zero.
 
     :param pages: whole pages.
     :returns: offset and end of each run of such pages, in bytes.
@@ -117,7 +117,7 @@ def record(runs: Iterable[tuple[Range, bytes]]) -> bytes:
 
 
 def runs_of(plain: bytes) -> list[tuple[Range, bytes]]:
-    """Take the plaintext of a record apart."""
+    """Split the plaintext of a record."""
     (count,) = _COUNT.unpack_from(plain)
     begin = _COUNT.size + count * _RUN.size
     found = []
@@ -128,9 +128,9 @@ def runs_of(plain: bytes) -> list[tuple[Range, bytes]]:
 
 
 def records(ranges: Iterable[Range], memories: list[int]) -> Iterator[bytes]:
-    """Read guest memory into the plaintexts of records, the empty last one included.
+    """Read guest memory into the plaintexts of records, including the empty last one.
 
-    :param ranges: where it has data.
+    :param ranges: the ranges that have data.
     :param memories: the descriptors of its memories.
     :raises OSError: if it cannot be read.
     """
@@ -194,7 +194,7 @@ def _seal_file(file: int, ranges: list[Range], memories: list[int], cipher: Ciph
             count = os.pwrite(file, view, written)
             view, written = view[count:], written + count
     os.ftruncate(file, written)
-    # On the disk now, and not in the host's memory instead of the guest's.
+    # On the disk now, not in the host's memory instead of the guest's.
     os.fdatasync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     print(written)

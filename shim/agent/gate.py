@@ -1,7 +1,7 @@
 """The gate before a guest: it is closed while the guest's machine is parked.
 
-What asks for an answer opens it: the machine is woken. What waits for the guest's own events, and what a
-client writes to a paused process, waits until somebody opens it.
+A request that needs an answer wakes the machine, which opens the gate. A wait for the guest's own events, and
+a client's input to a paused process, wait until another request opens it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Gate:
 
     @property
     def is_closed(self) -> bool:
-        """Whether a question would wake the machine."""
+        """Whether a request would wake the machine."""
         return self._is_closed
 
     @contextlib.contextmanager
@@ -52,7 +52,7 @@ class Gate:
         return self._counted()
 
     async def woken(self) -> None:
-        """Wake the machine if it is parked or about to be.
+        """Wake the machine if it is parked or is being parked.
 
         :raises ShimError: if it does not wake.
         """
@@ -64,23 +64,23 @@ class Gate:
         await self._free.wait()
 
     async def waiting(self) -> contextlib.AbstractContextManager[None]:
-        """Do as :meth:`asking`, but wait until somebody else wakes the machine."""
+        """Like :meth:`asking`, but wait until another request wakes the machine."""
         await self._free.wait()
         return self._counted()
 
     def hold(self) -> None:
-        """Let only those in who ask for an answer."""
+        """Admit only requests that need an answer."""
         self._free.clear()
 
     async def close(self) -> None:
-        """Let nobody in, once all who asked for an answer have it; :meth:`hold` comes first."""
+        """Admit no request, once all pending ones have their answers; :meth:`hold` comes first."""
         while self._inside:
             self._empty.clear()
             await self._empty.wait()
         self._is_closed = True
 
     def admit(self) -> None:
-        """Let those in who ask for an answer."""
+        """Admit requests that need an answer."""
         self._is_closed = False
 
     def open(self) -> None:

@@ -13,7 +13,7 @@ _ENTRY = '"hako": {"runtimeType": "io.containerd.hako.v2"}'
 
 
 def missing(path: Path = CONFIGURATION) -> str:
-    """Say what to add to Docker's configuration.
+    """Describe what to add to Docker's configuration.
 
     :param path: the file.
     :returns: one line; empty if there is no Docker, or it knows Hako.
@@ -36,7 +36,7 @@ def missing(path: Path = CONFIGURATION) -> str:
 
 
 def left(path: Path = CONFIGURATION) -> str:
-    """Say what Docker's configuration still has of Hako.
+    """Describe the parts of Docker's configuration that name Hako.
 
     :param path: the file.
     :returns: one line; empty if it has nothing.
@@ -49,16 +49,16 @@ def left(path: Path = CONFIGURATION) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read the file; it need not be there.
+    """Read the file, which need not exist.
 
-    :raises ValueError: if it is not what Docker takes.
+    :raises ValueError: if Docker would refuse it.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     if not isinstance(document, dict):
-        raise ValueError("not a JSON object")  # noqa: TRY004 - of the file's content
+        raise ValueError("not a JSON object")  # noqa: TRY004 - the fault is in the file
     return document
 
 

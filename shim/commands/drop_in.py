@@ -1,4 +1,4 @@
-"""The file beside containerd's main file that tells containerd of Hako."""
+"""The file beside containerd's main file that adds Hako."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ THIRD = Format(number=3, plugin="io.containerd.cri.v1.runtime")
 
 
 def native_format(version: str) -> Format:
-    """Return the newest format of a containerd, in which it tells its configuration.
+    """Return the newest format of a containerd, in which it prints its configuration.
 
     :param version: containerd's, such as ``1.7.24``.
     :raises Refusal: if Hako does not work with it.
@@ -119,9 +119,9 @@ def render(
     :param version: containerd's, such as ``1.7.24``.
     :param main: its main file.
     :param format: of the text; by default the newest that this containerd has.
-    :param carried: what else it says of the plugin.
-    :param is_directory_made: whether the file's directory is there for it alone.
-    :returns: TOML with comments that say where it goes.
+    :param carried: its other settings of the plugin.
+    :param is_directory_made: whether the file's directory was made only for it.
+    :returns: TOML with comments that say where it belongs.
     :raises Refusal: if Hako does not work with that containerd.
     """
     native = native_format(version)
@@ -146,18 +146,18 @@ def _without_own(carried: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_own(text: str) -> bool:
-    """Tell whether a file is of ``hako install``, of any release."""
+    """Tell whether ``hako install``, of any release, has written a file."""
     return text.startswith(_MARK)
 
 
 def is_changed(text: str) -> bool:
-    """Tell whether somebody has changed a file of ``hako install``."""
+    """Tell whether a file of ``hako install`` has been changed by hand."""
     lines, found, digest = text.rpartition(_DIGEST)
     return bool(found) and digest != f"{_digest(lines)}.\n"
 
 
 def is_directory_made(text: str) -> bool:
-    """Tell whether the directory is there for this file alone."""
+    """Tell whether the directory was made only for this file."""
     return f"\n{_MADE}\n" in text
 
 
@@ -166,10 +166,10 @@ def _digest(text: str) -> str:
 
 
 def remedy(main: Path, document: dict[str, Any], *, version: str) -> str:
-    """Say which line has the main file import the drop-in.
+    """Describe the line by which the main file imports the drop-in.
 
     :param main: the main file.
-    :param document: what it says.
+    :param document: its content.
     :param version: containerd's.
     """
     own = f"{(main.parent / NAME).parent}/*.toml"

@@ -46,10 +46,10 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def ask(chosen: argparse.Namespace, method: str, request: Message, reply: type[shims._M]) -> shims._M:
-    """Ask the shim of a sandbox for something that may take long.
+    """Call a method of a sandbox's shim that may take long.
 
     :param chosen: the command line, which names the sandbox.
-    :param method: of the management API.
+    :param method: a method of the management API.
     :raises Refusal: if there is no such sandbox, or it refuses.
     """
     record = shims.one(chosen)

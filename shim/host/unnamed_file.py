@@ -1,4 +1,4 @@
-"""A file without a name, on a disk: it is gone when the last process that has it open ends."""
+"""A file without a name, on a disk: it disappears when the last process that has it open ends."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _IN_MEMORY = frozenset({"tmpfs", "ramfs", "hugetlbfs"})
 
 
 def make(directory: str) -> int:
-    """Make a file that only root can read, and nobody can find.
+    """Make a file that only root can read, and that has no path.
 
-    :param directory: where; it is made if it is missing.
+    :param directory: its directory, which is made if it is missing.
     :returns: its descriptor, the caller's to close.
     :raises OSError: if it cannot be made, or the directory is in memory.
     """

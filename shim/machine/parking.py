@@ -1,7 +1,7 @@
-"""Park a machine that nobody needs now: its memory goes to a file, and comes back when it is needed.
+"""Parks an idle machine: moves its memory to a file, and back when it is needed.
 
-The guest gives up what it can do without, the gate before it closes, the machine stops, its memory is moved.
-Waking does the reverse, and sets the guest's clock. See ``docs/design/parking.md``.
+The guest frees its caches, the gate before it closes, the machine stops, and its memory is moved. Waking does
+the reverse, and sets the guest's clock. See ``docs/design/parking.md``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 
-QUIET_TIMEOUT_S = 15.0  # for requests that are under way to be answered
+QUIET_TIMEOUT_S = 15.0  # for pending requests to be answered
 CLOCK_TIMEOUT_S = 5.0  # usually it takes milliseconds
 
 
@@ -61,14 +61,14 @@ class Parking:
 
     @property
     def is_awake(self) -> bool:
-        """Whether the guest can be asked without waking its machine."""
+        """Whether a request to the guest would not wake its machine."""
         return not self._agent.gate.is_closed
 
     async def park(self) -> float | None:
-        """Park the machine; it must be finished once it has begun.
+        """Park the machine; once begun, this must be finished.
 
-        :returns: how long it took, in seconds; None if the machine was parked already.
-        :raises FailedPrecondition: if it cannot be parked; it goes on as before.
+        :returns: how long it took, in seconds; None if the machine was already parked.
+        :raises FailedPrecondition: if it cannot be parked; it continues as before.
         """
         async with self._lock:
             if self.rest is Rest.PARKED:
@@ -88,7 +88,7 @@ class Parking:
             return took_s
 
     async def wake(self) -> float | None:
-        """Wake the machine; it must be finished once it has begun.
+        """Wake the machine; once begun, this must be finished.
 
         :returns: how long it took, in seconds; None if it was awake.
         :raises ResourceExhausted: if that fails; the machine is still parked.

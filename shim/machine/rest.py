@@ -1,4 +1,4 @@
-"""The rest of a machine that is up: a table of (state, input). Pure."""
+"""Whether a running machine is awake or parked: a table of (state, input). Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Rest(enum.Enum):
 
 
 class RestInput(enum.Enum):
-    """The events in a machine's rest."""
+    """The events that change it."""
 
     PARK = "park"
     WAKE = "wake"

@@ -1,7 +1,8 @@
-"""When a pod is parked: once all of its containers have been paused for a while, or an operator wants it.
+"""When a pod is parked: once all of its containers have been paused for a while, or at an operator's request.
 
-A pod that an operator parks is paused first; only what was paused for that is resumed with it. What needs the
-guest wakes the machine; what only asks for a state or a measurement is answered from what is known.
+A pod that an operator parks is paused first, and only containers that were paused for that are resumed with
+it. Requests that need the guest wake the machine. Queries for a state or a measurement are answered from the
+last known values.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class PodParking:
 
     :param sandbox: its machine's life.
     :param guests: lists its containers in the guest.
-    :param note: tells those who watch the sandbox of an event: its topic and one line.
+    :param note: reports an event to the sandbox's followers: its topic and one line.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class PodParking:
         self._note = note
         self._running: RunningMachine | None = None
         self._timer: asyncio.TimerHandle | None = None
-        #: Those that were paused to park the pod.
+        #: The containers that were paused to park the pod.
         self._paused: list[GuestContainer] = []
         sandbox.while_running(self._begin, name="parking")
 
@@ -60,13 +61,13 @@ class PodParking:
 
     @property
     def condition(self) -> str:
-        """The state of the sandbox in one word: of its machine's life, or of its rest if it is not awake."""
+        """The state of the sandbox in one word: of its machine's life, or of its parking."""
         rest = self._running.parking.rest if self._running is not None else Rest.AWAKE
         is_awake = rest is Rest.AWAKE or self._sandbox.state is not Life.RUNNING
         return self._sandbox.state.name.lower() if is_awake else rest.name.lower()
 
     def consider(self) -> None:
-        """Start or stop the clock: a container has been paused, resumed or created, or has ended."""
+        """Start or stop the timer, after a container was paused, resumed or created, or has ended."""
         self._paused = [one for one in self._paused if one.init.state is State.PAUSED]
         running = self._running
         if running is None or not running.park_after_s or not self._is_idle():
@@ -87,7 +88,7 @@ class PodParking:
         return await self._sandbox.work.finish(self._pause_and_park())
 
     async def unpark(self) -> None:
-        """Wake the machine and resume what was paused to park it.
+        """Wake the machine and resume the containers that were paused to park it.
 
         :raises ShimError: if it does not wake.
         """
