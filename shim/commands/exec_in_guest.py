@@ -82,7 +82,7 @@ def _raw() -> Iterator[None]:
 
 
 class _Session:
-    """One command in a guest and this process' standard streams.
+    """One command in a guest and this process's standard streams.
 
     :param argv: the command; empty for a shell.
     :param has_terminal: whether it gets a terminal like this process'.

@@ -32,7 +32,7 @@ async def converse(
     :param agent: the guest's; it must have announced that it can.
     :param start: which process.
     :param requests: what the client says after that.
-    :returns: the process' output, and its exit status at the end.
+    :returns: the process's output, and its exit status at the end.
     :raises ShimError: as the agent refuses.
     """
     conversation = _Conversation(agent.processes, start)

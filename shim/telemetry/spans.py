@@ -84,7 +84,7 @@ class _Sender:
 
         :param name: of the span.
         :param phases: its children.
-        :param parent: whose child it is itself.
+        :param parent: its own parent.
         :param whole: phases that it spans.
         :param more: further attributes.
         """

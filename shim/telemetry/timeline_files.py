@@ -79,7 +79,7 @@ def of_running(state: Path, *, title: str) -> Timeline:
     """Read the timeline of a sandbox that runs.
 
     :param state: its state directory.
-    :param title: whose it is.
+    :param title: the sandbox's name.
     :raises OSError: if there is none yet.
     """
     return parse(_path(state).read_text(encoding="utf-8", errors="replace"), title=title)
