@@ -17,6 +17,7 @@ from shim.machine.pod_annotations import ANNOTATIONS
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import _census, new_id, write_config
 from tests.e2e.test_management import ask
+from tests.e2e.test_parking import PARK_ANNOTATION
 from tests.patience import patient
 
 if TYPE_CHECKING:
@@ -175,9 +176,9 @@ def test_an_annotation_that_this_host_cannot_fulfil_fails_create_with_the_reason
     assert reason in result.stderr
 
 
-def test_the_tests_above_ask_for_every_annotation() -> None:
+def test_these_tests_and_that_of_parking_ask_for_every_annotation() -> None:
     fail = {"io.hako.boot_timeout_s", "io.hako.huge_pages", f"{KATA}enable_hugepages"}
-    assert {*ASKED["own"], *ASKED["kata"], *fail} >= {*ANNOTATIONS}
+    assert {*ASKED["own"], *ASKED["kata"], *fail, PARK_ANNOTATION} >= {*ANNOTATIONS}
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.hako
 
 DEADLINE_S = patient(60.0)
 PARK_AFTER_S = 1
+PARK_ANNOTATION = "io.hako.park_after_s"
 PORT = 7000
 CLOCK_ERROR_S = 0.5
 PROGRAM = """
@@ -199,11 +200,14 @@ def test_a_paused_task_is_parked_after_a_while_and_resumed(box: Box) -> None:
     assert box.describe().state == "running"
 
 
-def test_a_parked_task_is_killed_and_deleted(one_stack: Stack, templates: Path, tmp_path: Path) -> None:
+def test_a_task_that_its_annotation_parked_is_killed_and_deleted(
+    one_stack: Stack, templates: Path, tmp_path: Path
+) -> None:
     containerd, name = one_stack.containerd, new_id()
-    settings = f'park_after_s = {PARK_AFTER_S}\npark_dir = "{tmp_path}"'
-    with configured(one_stack, templates=templates, hypervisor=settings):
-        containerd.run(IMAGE, name, "sleep", "100000", options=["--detach"])
+    park_dir, allowed = f'park_dir = "{tmp_path}"', f'enable_annotations = "{PARK_ANNOTATION}"'
+    options = ["--detach", f"--annotation={PARK_ANNOTATION}={PARK_AFTER_S}"]
+    with configured(one_stack, templates=templates, hypervisor=park_dir, shim=allowed):
+        containerd.run(IMAGE, name, "sleep", "100000", options=options)
     try:
         box = Sandbox(one_stack, name)
         assert containerd.ctr("task", "pause", name).code == 0
