@@ -85,7 +85,7 @@ class _Session:
     """One command in a guest and this process's standard streams.
 
     :param argv: the command; empty for a shell.
-    :param has_terminal: whether it gets a terminal like this process'.
+    :param has_terminal: whether it gets a terminal like this process's.
     :param keeps: whether its output is kept rather than passed on.
     """
 

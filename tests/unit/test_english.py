@@ -10,12 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PLACES = ("shim", "hypervisor", "guest", "proto", "scripts", "tests", "docs")
 #: "Whoever" and its relatives; "a name that is no number" instead of "a name that is not a number"; "for" in
-#: the sense of "because"; "for ever"; and a word that is written twice.
+#: the sense of "because"; "for ever"; "process'" as a possessive; and a word that is written twice.
 AVOIDED = re.compile(
     r"\bwh(?:o|om|at|ich)ever\b"
     r"|\b(?:that|which|who|what) (?:is|are|was|were) no (?!longer\b|more\b)"
     r"|, for (?:it|they|this|these|there) (?:is|are|was|were|has|have|had|can|may|must|will|would)\b"
     r"|\bfor ever\b"
+    r"|(?<!['\"`\w])process'(?!\w)"
     r"|(?<![\w./-])(?P<twice>an?|the|and|of|to|in|is|by|with) (?P=twice)(?![\w.-])",
     re.IGNORECASE,
 )
@@ -36,6 +37,7 @@ def avoided(text: str) -> list[str]:
         "a file, which\n    # is no link",
         "It waits, for it has no lock.",
         "It waits for ever.",
+        "a process' exit code",
         "A a file",
         "part of the\n    the tree",
     ],
