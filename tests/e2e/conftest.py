@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 HAKO = "io.containerd.hako.v2"
 RUNC = "io.containerd.runc.v2"
-DEFAULT_BOOT_S = 60
+DEFAULT_BOOT_S = 45
+"""Less than tests.e2e.containerd.CALL_TIMEOUT_S, so that the shim says why a machine does not come up."""
 COLD_RELEASE = "1.6"
 """The containerd whose machines all boot; those of the others are clones."""
 
