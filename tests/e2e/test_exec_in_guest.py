@@ -86,6 +86,7 @@ def test_a_shell_has_a_terminal_of_the_size_of_the_window(argv: Argv) -> None:
         window.send("echo is $((7*8)); sleep 1000\n")
         window.expect("is 56")
         window.send("\x03")  # which ends the program, and not the shell
+        window.expect("# ")
         window.send("exit 5\n")
         assert window.wait() == 5
 
