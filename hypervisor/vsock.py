@@ -19,6 +19,7 @@ from hypervisor.confinement import of_vsock_daemon
 from hypervisor.devices import Command, Description, socket_chardev
 from hypervisor.errors import ChannelError, VmStartError
 from hypervisor.interface import Channel, VmSpec
+from hypervisor.lone_mount import open_alone
 from hypervisor.override import override
 from proto.extensions import AGENT_PORT
 
@@ -211,13 +212,15 @@ class UserVsockChannel(GuestChannel):
         self._daemon = daemon
         self._spawn = spawn
         self._confinement = confinement
-        if confinement is not None:
+        self._device: socket.socket | None = None
+        # Both sides name the sockets through this descriptor: a unix socket's address has 108 bytes at most.
+        if confinement is None:
+            self._directory_fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        else:
             directory /= _OWN_DIRECTORY
             directory.mkdir(mode=0o700, exist_ok=True)  # left over if a clone could not be made
             os.chown(directory, confinement.identity.uid, confinement.identity.gid)
-        self._device: socket.socket | None = None
-        # Both sides name the sockets through this descriptor: a unix socket's address has 108 bytes at most.
-        self._directory_fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._directory_fd = open_alone(directory)
 
     @override
     async def open(self, handover: ExitStack) -> UserVsock:  # noqa: ARG002  (no descriptor is only QEMU's)

@@ -93,7 +93,9 @@ def test_a_shell_has_a_terminal_of_the_size_of_the_window(argv: Argv) -> None:
 
 def test_a_command_ends_with_its_client(argv: Argv) -> None:
     # The name of a program is what `ps` in the guest shows of it.
-    client = subprocess.Popen(argv("sleep", "123456"), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    # The process that runs this test may ignore the signal, and its children inherit that.
+    command = ["env", "--default-signal=INT", *argv("sleep", "123456")]
+    client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
     def is_running() -> bool:
         return "sleep 123456" in run(argv("ps")).stdout

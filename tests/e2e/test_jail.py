@@ -174,7 +174,10 @@ def test_a_machine_that_becomes_a_template_is_confined_and_bounded_as_documented
         assert_confined(qemu, row, others=[os.getpid(), builder])
         assert not Path(f"/proc/{qemu}/root/etc/shadow").exists()
         groups = [root / f"hako-template-{builder}" for root in roots]
-        assert all(str(qemu) in (group / "cgroup.procs").read_text().split() for group in groups)
+        # QEMU is put there just after it was started.
+        assert until(
+            lambda: all(str(qemu) in (group / "cgroup.procs").read_text().split() for group in groups)
+        )
         found = [group / name for group in groups for name in LIMITS]
         assert {file.name for file in found if file.exists() and file.read_text() != "max\n"} >= {"pids.max"}
     assert not any(group.exists() for group in groups)

@@ -77,7 +77,7 @@ async def serve(record: StartRecord, listener: socket.socket) -> None:
         pod=SimpleNamespace(oci={}),
         directory=Path(record.state_directory),
     )
-    containers: Any = SimpleNamespace(all={})
+    containers: Any = SimpleNamespace(all={}, parking=SimpleNamespace(condition="booting"))
     machine: Any = SimpleNamespace(processes=list)
     operators = management.ManagementService(
         record,
