@@ -83,8 +83,10 @@ def test_a_shell_has_a_terminal_of_the_size_of_the_window(argv: Argv) -> None:
         window.send("stty size; echo $TERM-$((6*7))\n")
         window.expect("40 90")
         window.expect("-42")
-        window.send("echo is $((7*8)); sleep 1000\n")
+        window.send("echo is $((7*8)); cat\n")
         window.expect("is 56")
+        window.send("typed\n")
+        window.expect(r"typed\s+typed")  # the program runs, and no longer the shell in its place
         window.send("\x03")  # which ends the program, and not the shell
         window.expect("# ")
         window.send("exit 5\n")
