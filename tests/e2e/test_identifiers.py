@@ -22,6 +22,9 @@ IDS = (
     *("watchable", "sandbox", "shared", "rootfs"),
 )
 
+RUNC_ATTEMPTS = 4
+"""On a busy host, runc's shim may lose the output of a short exec."""
+
 
 def run_all(argvs: list[list[str]]) -> dict[str, tuple[int, str]]:
     """Run commands at once; return the exit code and the output of each by its last argument."""
@@ -73,5 +76,9 @@ def test_containers_of_one_sandbox_may_have_any_ids(
             )
             for name in IDS
         ]
-        assert run_all(argvs) == {name: (0, f"{name}\n") for name in IDS}
+        expected = {name: (0, f"{name}\n") for name in IDS}
+        seen = run_all(argvs)
+        for _ in range(0 if either_stack.is_hako else RUNC_ATTEMPTS):
+            seen = seen if seen == expected else run_all(argvs)
+        assert seen == expected
     assert {name: containerd.tasks()[name][1] for name in IDS} == dict.fromkeys(IDS, "RUNNING")
