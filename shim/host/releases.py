@@ -15,6 +15,7 @@ import signal
 import time
 
 from shim import zygote_protocol
+from shim.host import file_lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _PROGRAM = b"/containerd-shim-hako-v2"
 _INTERPRETER = b"python"
 #: containerd ends a ``start`` or a ``delete`` that takes longer.
 _SHORT_S = 10.0
-_LOCK_S, _LOCK_RETRY_S = 1.0, 0.005
+_LOCK_S = 1.0
 
 
 def root() -> str | None:
@@ -93,17 +94,10 @@ def _old(root: str) -> list[str]:
 
 
 def _lock(root: str) -> None:
-    """Lock the directory of releases, unless somebody keeps it for long."""
-    give_up_at = time.monotonic() + _LOCK_S
+    """Lock the directory of releases until this process ends, unless another holds the lock for long."""
     with contextlib.suppress(FileNotFoundError):
         descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        while time.monotonic() < give_up_at:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(_LOCK_RETRY_S)
-            else:
-                return
+        file_lock.take(descriptor, timeout_s=_LOCK_S)
 
 
 def retire_zygotes(root: str, *, also_current: bool = False) -> None:
