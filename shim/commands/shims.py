@@ -22,7 +22,7 @@ from shim.transport.ttrpc_client import TtrpcClient
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 
     import grpc.aio
 
@@ -230,7 +230,7 @@ async def ask_all(
 
 async def stream_events(
     record: StartRecord, *, follow: bool, timeout_s: float | None
-) -> AsyncIterator[api.Event]:
+) -> AsyncGenerator[api.Event, None]:
     """Yield the events of a sandbox; see :func:`errors_of_grpc`.
 
     :param follow: continue with each event as it happens.

@@ -17,6 +17,7 @@ import pytest
 from proto.hako import management_pb2 as api
 from shim.commands import shims
 from shim.host.state_directory import read_record
+from shim.telemetry.event_feed import AWAKE, PARKED
 from tests.e2e.busybox import IMAGE, PYTHON, PYTHON_OPTIONS
 from tests.e2e.conftest import _census, new_id
 from tests.e2e.containerd import SHIM_DIRECTORY
@@ -62,16 +63,24 @@ class Sandbox:
     def __init__(self, stack: Stack, name: str) -> None:
         found = map(read_record, map(str, stack.state_directory.iterdir()))
         self.record: StartRecord = next(each for each in found if each.id == name)
+        self._seen = 0
 
     def describe(self) -> Any:
         asked = (self.record, "Describe", api.DescribeRequest(), api.DescribeResponse)
         return asyncio.run(shims.ask(*asked, timeout_s=DEADLINE_S))
 
-    def wait_for(self, state: str) -> None:
-        deadline = time.monotonic() + DEADLINE_S
-        while (seen := self.describe().state) != state:
-            assert time.monotonic() < deadline, f"it is {seen}, not {state}"
-            time.sleep(0.05)
+    def wait_for(self, topic: str) -> None:
+        """Wait for the next event of a topic."""
+
+        async def wait() -> None:
+            following = shims.stream_events(self.record, follow=True, timeout_s=DEADLINE_S)
+            async with contextlib.aclosing(following) as events:
+                async for event in events:
+                    if event.topic == topic and event.number > self._seen:
+                        self._seen = event.number
+                        return
+
+        asyncio.run(wait())
 
     def memory_bytes(self) -> int:
         """The guest's memory that is in RAM."""
@@ -178,6 +187,7 @@ def test_a_parked_sandbox_goes_on_where_it_was(box: Box) -> None:
 
     parked = box.command("park")
 
+    box.wait_for(PARKED)
     assert parked.keys() == {"memory_bytes"}
     assert parked["memory_bytes"] > 32 << 20
     assert box.describe().state == "parked"
@@ -190,6 +200,7 @@ def test_a_parked_sandbox_goes_on_where_it_was(box: Box) -> None:
     time.sleep(3 * CLOCK_ERROR_S)  # a clock that was not set would be late by more than is allowed
 
     assert box.command("unpark") == {}
+    box.wait_for(AWAKE)
 
     box.check("meanwhile")
     assert box.stack.containerd.tasks()[box.name][1] == "RUNNING"
@@ -197,7 +208,7 @@ def test_a_parked_sandbox_goes_on_where_it_was(box: Box) -> None:
 
 def test_a_paused_task_is_parked_after_a_while_and_resumed(box: Box) -> None:
     assert box.stack.containerd.ctr("task", "pause", box.name).code == 0
-    box.wait_for("parked")
+    box.wait_for(PARKED)
     assert box.memory_bytes() == 0
 
     assert box.stack.containerd.ctr("task", "resume", box.name).code == 0
@@ -218,7 +229,7 @@ def test_a_task_that_its_annotation_parked_is_killed_and_deleted(
     try:
         box = Sandbox(one_stack, name)
         assert containerd.ctr("task", "pause", name).code == 0
-        box.wait_for("parked")
+        box.wait_for(PARKED)
 
         assert containerd.ctr("task", "kill", "--signal", "KILL", name).code == 0
 
