@@ -15,6 +15,7 @@ from scripts.benchmarks.sandbox import HAKO, running
 from scripts.benchmarks.stage import MeasurementError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from scripts.benchmarks.stage import Stage
@@ -52,12 +53,11 @@ def stdout_over_channel(stage: Stage) -> Samples:
                 raise MeasurementError(f"stdout: {size} bytes arrived, not {SIZE_MIB * MIB}")
             return SIZE_MIB / took_s
 
-        def through_the_channel() -> float:
-            began_s = time.perf_counter()
-            inside.receive(sandbox.vsock_socket(), SIZE_MIB * MIB)
-            return SIZE_MIB / (time.perf_counter() - began_s)
-
-        return alternate(stage.rounds, value=through_the_shim, baseline=through_the_channel)
+        return alternate(
+            stage.rounds,
+            value=through_the_shim,
+            baseline=lambda: _rate(SIZE_MIB, lambda: inside.receive(sandbox.vsock_socket(), SIZE_MIB * MIB)),
+        )
 
 
 def stdin_over_channel(stage: Stage) -> Samples:
@@ -85,12 +85,11 @@ def stdin_over_channel(stage: Stage) -> Samples:
             sandbox.finish(exec_id)
             return SIZE_MIB / took_s
 
-        def through_the_channel() -> float:
-            began_s = time.perf_counter()
-            inside.send(sandbox.vsock_socket(), SIZE_MIB * MIB)
-            return SIZE_MIB / (time.perf_counter() - began_s)
-
-        return alternate(stage.rounds, value=through_the_shim, baseline=through_the_channel)
+        return alternate(
+            stage.rounds,
+            value=through_the_shim,
+            baseline=lambda: _rate(SIZE_MIB, lambda: inside.send(sandbox.vsock_socket(), SIZE_MIB * MIB)),
+        )
 
 
 def exec_trips(stage: Stage) -> Samples:
@@ -110,19 +109,23 @@ def exec_trips(stage: Stage) -> Samples:
         stack.callback(os.close, said)
         sandbox.execute("trips", "cat", stdin=stdin, stdout=stdout)
 
-        def through_the_shim() -> float:
-            began_s = time.perf_counter()
+        def through_the_shim() -> None:
             for _ in range(TRIPS):
                 os.write(said, b"x")
                 os.read(heard, 1)
-            return TRIPS / (time.perf_counter() - began_s)
 
-        def through_the_channel() -> float:
-            began_s = time.perf_counter()
-            inside.echo(sandbox.vsock_socket(), TRIPS)
-            return TRIPS / (time.perf_counter() - began_s)
+        return alternate(
+            stage.rounds,
+            value=lambda: _rate(TRIPS, through_the_shim),
+            baseline=lambda: _rate(TRIPS, lambda: inside.echo(sandbox.vsock_socket(), TRIPS)),
+        )
 
-        return alternate(stage.rounds, value=through_the_shim, baseline=through_the_channel)
+
+def _rate(amount: int, work: Callable[[], None]) -> float:
+    """Time some work; return how much of it is done in a second."""
+    began_s = time.perf_counter()
+    work()
+    return amount / (time.perf_counter() - began_s)
 
 
 def _write(fifo: Path) -> None:

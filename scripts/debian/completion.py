@@ -6,6 +6,8 @@ import shlex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from scripts.debian.commands import Argument, Command
 
 # The loop finds the command that the words before the cursor lead to.
@@ -69,18 +71,23 @@ def bash(hako: Command) -> str:
 
     :param hako: the command line.
     """
-    values, words = [], []
+    values = [f"        {patterns}) {_bash_value(given)}; return ;;" for patterns, given in _values(hako)]
+    words = []
     for command in hako.all():
-        for argument in command.arguments:
-            if argument.flags and argument.value:
-                patterns = "|".join(f"'{' '.join(command.words)} {flag}'" for flag in argument.flags)
-                values.append(f"        {patterns}) {_bash_value(argument)}; return ;;")
         offered = " ".join([*_names(command), *_flags(command)])
         line = f'mapfile -t COMPREPLY < <(compgen -W {shlex.quote(offered)} -- "$current")'
         if _takes_file(command):
             line += "; compopt -o default"
         words.append(f"        '{' '.join(command.words)}') {line} ;;")
     return _BASH.format(commands=_paths(hako, "|"), values="\n".join(values), words="\n".join(words))
+
+
+def _values(hako: Command) -> Iterator[tuple[str, Argument]]:
+    """List the flags that take a value, as the pattern of a shell's ``case``."""
+    for command in hako.all():
+        for argument in command.arguments:
+            if argument.flags and argument.value:
+                yield "|".join(f"'{' '.join(command.words)} {flag}'" for flag in argument.flags), argument
 
 
 def _bash_value(argument: Argument) -> str:
@@ -95,12 +102,9 @@ def zsh(hako: Command) -> str:
 
     :param hako: the command line.
     """
-    values, words = [], []
+    values = [f"    {patterns}) {_zsh_value(given)}; return ;;" for patterns, given in _values(hako)]
+    words = []
     for command in hako.all():
-        for argument in command.arguments:
-            if argument.flags and argument.value:
-                patterns = "|".join(f"'{' '.join(command.words)} {flag}'" for flag in argument.flags)
-                values.append(f"    {patterns}) {_zsh_value(argument)}; return ;;")
         offered = [_zsh_pair(each.words[-1], each.help) for each in command.commands]
         for argument in command.arguments:
             offered += [_zsh_pair(flag, argument.help) for flag in argument.flags]
