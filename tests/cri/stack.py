@@ -22,6 +22,7 @@ from tests.patience import patient
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from tests.e2e.census import Census
     from tests.e2e.containerd import Release
     from tests.e2e.nursery import Nursery
 
@@ -121,13 +122,16 @@ class Stack:
         """The directory of the pods' logs."""
         return self.containerd.home / "logs"
 
-    def census(self) -> frozenset[str]:
-        """Return one line per thing on the machine that a pod may leave behind."""
-        lines = filter(self._is_own, census.take(self.containerd, state_directory=self.state_directory))
+    def census(self) -> Census:
+        """Count the things on the machine that a pod may leave behind."""
+        everything = census.take(self.containerd, state_directory=self.state_directory)
         # The devices of the machine's own network are others'.
-        return frozenset(
-            [*(line for line in lines if not line.startswith("network device")), *self._of_pods()]
-        )
+        own = {
+            thing: line
+            for thing, line in everything.items()
+            if self._is_own(line) and not line.startswith("network device")
+        }
+        return own | {line: line for line in self._of_pods()}
 
     def _is_own(self, line: str) -> bool:
         """Leave out things of another daemon of the tests, which may come and go at any time."""
@@ -135,12 +139,9 @@ class Stack:
         own = (self.containerd.home, self.state_directory, self.network)
         return home is None or any(str(path) in line for path in own)
 
-    def difference(self, before: frozenset[str]) -> list[str]:
+    def difference(self, before: Census) -> list[str]:
         """Return what changed since a census, once containerd had time to settle."""
-        deadline = time.monotonic() + census.SETTLE_S
-        while (after := self.census()) != before and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return sorted([*(f"+ {line}" for line in after - before), *(f"- {line}" for line in before - after)])
+        return census.settled_difference(before, self.census)
 
     def _of_pods(self) -> Iterator[str]:
         links = subprocess.run(

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from shim import zygote_protocol
 from shim.config import HypervisorConfig
@@ -17,7 +17,7 @@ from tests.e2e.tasks import Tasks
 from tests.patience import patient
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from tests.e2e.containerd import Containerd
 
@@ -32,42 +32,62 @@ ZYGOTES = Path(zygote_protocol.ZYGOTE_DIRECTORY)
 SETTLE_S = patient(8.0)
 """How long containerd may take for its work after it has answered."""
 
+Census: TypeAlias = "Mapping[str, str]"
+"""A line for each thing, by what makes it the same thing later."""
 
-def take(daemon: Containerd, *, state_directory: Path) -> frozenset[str]:
-    """Return one line per process, mount, file, cgroup, network device, snapshot and so on.
+
+def take(daemon: Containerd, *, state_directory: Path) -> Census:
+    """Count the processes, mounts, files, cgroups, network devices, snapshots and so on.
 
     :param daemon: the containerd whose containers count; it is not counted itself.
     :param state_directory: where Hako keeps the state of its sandboxes.
     """
-    return frozenset(
-        [
-            *_processes(daemon),
-            *_mounts(),
-            *_files(daemon, state_directory),
-            *_cgroups(),
-            *(f"network device {device.name}" for device in Path("/sys/class/net").iterdir()),
-            *(f"network namespace {path.name}" for path in Path("/run/netns").glob("*")),
-            *_loop_devices(daemon),
-            *_objects(daemon),
-        ]
-    )
+    things = [
+        *_mounts(),
+        *_files(daemon, state_directory),
+        *_cgroups(),
+        *(f"network device {device.name}" for device in Path("/sys/class/net").iterdir()),
+        *(f"network namespace {path.name}" for path in Path("/run/netns").glob("*")),
+        *_loop_devices(daemon),
+        *_objects(daemon),
+    ]
+    return {**dict(_processes(daemon)), **{thing: thing for thing in things}}
 
 
-def difference(before: frozenset[str], daemon: Containerd, *, state_directory: Path) -> list[str]:
+def difference(before: Census, daemon: Containerd, *, state_directory: Path) -> list[str]:
     """Return what changed since ``before``, once containerd had time to settle.
 
     :returns: one line per change, ``+`` for new things and ``-`` for missing ones; empty if none.
     """
+    return settled_difference(before, lambda: take(daemon, state_directory=state_directory))
+
+
+def settled_difference(before: Census, again: Callable[[], Census]) -> list[str]:
+    """Return what changed since ``before``, once containerd had time to settle.
+
+    :param again: takes the census that is compared.
+    :returns: as ``difference``.
+    """
     deadline = time.monotonic() + SETTLE_S
-    while (after := take(daemon, state_directory=state_directory)) != before and time.monotonic() < deadline:
+    while (after := again()).keys() != before.keys() and time.monotonic() < deadline:
         time.sleep(0.05)
-    return sorted([*(f"+ {line}" for line in after - before), *(f"- {line}" for line in before - after)])
+    return sorted(
+        [
+            *(f"+ {after[thing]}" for thing in after.keys() - before.keys()),
+            *(f"- {before[thing]}" for thing in before.keys() - after.keys()),
+        ]
+    )
 
 
-def _processes(daemon: Containerd) -> Iterator[str]:
+def _processes(daemon: Containerd) -> Iterator[tuple[str, str]]:
     for process in daemon.nursery.descendants():
         if process.pid != daemon.pid:
-            yield f"process {process.pid} {process.command[:160]}"
+            # It stays the same process when it becomes another program: runc's init is one for a moment after
+            # ctr has answered.
+            yield (
+                f"process {process.pid} {process.start_time}",
+                f"process {process.pid} {process.command[:160]}",
+            )
 
 
 def _objects(daemon: Containerd) -> Iterator[str]:
