@@ -156,7 +156,7 @@ def _machine_argv(spec: VmSpec, inherited: Inherited, *, architecture: Architect
         # Once QEMU runs, a guest cannot make it start a process or gain a privilege.
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         "-machine", _machine(spec, architecture),
-        "-accel", _accelerator(spec.accelerator),
+        "-accel", _accelerator(spec.accelerator, vcpus=spec.vcpus),
         "-cpu", architecture.cpu_models[spec.accelerator],
         "-smp", f"cpus={spec.vcpus},maxcpus={spec.max_vcpus}",
         "-m", _memory(spec),
@@ -195,7 +195,7 @@ def probe_argv(
         "-display", "none",
         "-no-reboot",
         "-machine", architecture.type,
-        "-accel", _accelerator(accelerator),
+        "-accel", _accelerator(accelerator, vcpus=1),
         "-cpu", architecture.cpu_models[accelerator],
         "-m", "32M",
         "-kernel", str(kernel),
@@ -275,7 +275,7 @@ def _share(fd: int | None) -> list[str]:
     ]  # fmt: skip
 
 
-def _accelerator(accelerator: Accelerator) -> str:
+def _accelerator(accelerator: Accelerator, *, vcpus: int) -> str:
     match accelerator:
         case Accelerator.KVM:
             # The interrupt controllers in the kernel: an interrupt then needs no trip to user space.
@@ -283,7 +283,10 @@ def _accelerator(accelerator: Accelerator) -> str:
         case Accelerator.TCG:
             # Memory for translated code, in MiB. QEMU's own choice is up to a gigabyte, which a guest that
             # lives long would fill; a whole boot fits in less than this (measured: as fast as the default).
-            return "tcg,tb-size=128"
+            # One thread for all virtual CPUs of a machine that boots with several. Linux patches its own code
+            # while it boots, and a QEMU before 8.1 misses that if another thread translates the page just
+            # then; such a boot was seen to hang. (QEMU's commit deba78709a locks the page.)
+            return f"tcg,tb-size=128{',thread=single' if vcpus > 1 else ''}"
 
 
 def _console(fd: int, architecture: Architecture) -> list[str]:

@@ -76,7 +76,8 @@ class Vcpus:
         async with self._lock:
             try:
                 found = await self._session.ask(list, "query-cpus-fast")
-                threads = [self._own_thread(each["thread-id"]) for each in found]
+                # Each thread once: under emulation, one may run all virtual CPUs.
+                threads = list(dict.fromkeys(self._own_thread(each["thread-id"]) for each in found))
                 one_each = len(threads) == len(cpus)
                 for thread, cpu in zip(threads, sorted(cpus) if one_each else threads, strict=True):
                     os.sched_setaffinity(thread, {cpu} if one_each else allowed)

@@ -51,6 +51,7 @@ _BY_THREAD = (
 )
 """Roles by thread name, for processes that ended before their command line was read."""
 
+_GUEST_THREADS = ("CPU ", "ALL CPUs/")
 _MS = 1000
 _LEAST_MS = 0.1
 
@@ -61,8 +62,8 @@ def role(command: str, thread: str) -> str:
     :param command: its process's command line, or empty if that was not read.
     :param thread: the thread's name.
     """
-    if "qemu-system" in command or thread.startswith(("CPU ", "qemu-system", "vhost-")):
-        if thread.startswith("CPU "):
+    if "qemu-system" in command or thread.startswith((*_GUEST_THREADS, "qemu-system", "vhost-")):
+        if thread.startswith(_GUEST_THREADS):
             return GUEST
         return "QEMU's main thread" if thread.startswith("qemu-system") else "QEMU's other threads"
     named = [name for word, name in _BY_COMMAND if word in command]

@@ -54,6 +54,14 @@ def test_the_command_line_matches_the_golden_file(
     assert words == golden.read_text().splitlines()
 
 
+@pytest.mark.parametrize(("vcpus", "suffix"), [(1, ""), (2, ",thread=single")])
+def test_one_thread_emulates_all_processors_that_a_machine_boots_with(
+    make_spec: Callable[..., VmSpec], vcpus: int, suffix: str
+) -> None:
+    words = argv(make_spec(accelerator=Accelerator.TCG, vcpus=vcpus))
+    assert value_of("-accel", words) == f"tcg,tb-size=128{suffix}"
+
+
 def test_the_operators_machine_options_come_last(make_spec: Callable[..., VmSpec]) -> None:
     words = argv(make_spec(machine_options="hpet=off,i8042=off"))
     assert value_of("-machine", words).endswith(",dump-guest-core=off,hpet=off,i8042=off")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 from typing import TYPE_CHECKING, cast
 
 import pytest
@@ -18,18 +19,18 @@ if TYPE_CHECKING:
 
 
 class Qemu:
-    """A QEMU that reports a chosen thread for its only virtual CPU."""
+    """A QEMU that reports a chosen thread for each of its virtual CPUs."""
 
-    def __init__(self, thread: object) -> None:
-        self._thread = thread
+    def __init__(self, *threads: object) -> None:
+        self._threads = threads
 
     async def ask(self, _kind: type, command: str, **_: object) -> object:
         assert command == "query-cpus-fast"
-        return [{"cpu-index": 0, "thread-id": self._thread}]
+        return [{"cpu-index": index, "thread-id": thread} for index, thread in enumerate(self._threads)]
 
 
-def vcpus(thread: object) -> Vcpus:
-    return Vcpus(cast("QmpSession", Qemu(thread)), pid=os.getpid(), boot=1, most=1, emulated=True)
+def vcpus(*threads: object) -> Vcpus:
+    return Vcpus(cast("QmpSession", Qemu(*threads)), pid=os.getpid(), boot=1, most=1, emulated=True)
 
 
 @pytest.fixture
@@ -52,6 +53,18 @@ async def test_a_thread_of_another_process_is_not_moved(stranger: int) -> None:
 async def test_a_malformed_thread_id_is_refused(thread: int | str | None) -> None:
     with pytest.raises(ResizeError, match="is not one of QEMU's"):
         await vcpus(thread).pin(frozenset({0}))
+
+
+async def test_a_thread_that_runs_all_virtual_cpus_gets_all_processors() -> None:
+    thread = threading.get_native_id()
+    before = os.sched_getaffinity(thread)
+    try:
+        await vcpus(thread, thread).pin(frozenset(before))
+        assert os.sched_getaffinity(thread) == before
+        await vcpus(thread, thread).pin(frozenset({min(before)}))
+        assert os.sched_getaffinity(thread) == {min(before)}
+    finally:
+        os.sched_setaffinity(thread, before)
 
 
 async def test_the_state_of_another_process_is_not_shown(stranger: int) -> None:
