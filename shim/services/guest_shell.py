@@ -71,9 +71,7 @@ class _Conversation:
         try:
             async with asyncio.TaskGroup() as group:
                 listening = group.create_task(self._listen(requests))
-                outputs = [group.create_task(self._copy("stdout"))]
-                if not self._start.terminal:
-                    outputs.append(group.create_task(self._copy("stderr")))
+                outputs = [group.create_task(self._copy(output)) for output in self._outputs]
                 status = await self._processes.wait(GUEST_ID, exec_id=self._exec_id)
                 await asyncio.wait(outputs)
                 self._has_ended = True
@@ -85,33 +83,46 @@ class _Conversation:
 
     async def _listen(self, requests: AsyncIterator[api.ExecRequest]) -> None:
         async for request in requests:
-            match request.WhichOneof("said"):
-                case "stdin":
-                    with contextlib.suppress(ShimError):  # it reads no more
-                        await self._processes.write_stdin(GUEST_ID, exec_id=self._exec_id, data=request.stdin)
-                case "size":
-                    size = request.size
-                    await self._processes.resize_terminal(
-                        GUEST_ID, exec_id=self._exec_id, rows=size.rows, columns=size.columns
-                    )
-                case "end_of_stdin":
-                    await self._processes.close_stdin(GUEST_ID, exec_id=self._exec_id)
-                case _:
-                    raise InvalidArgument("exec: a message says nothing that is known; update the client")
+            said = request.WhichOneof("said")
+            if said not in {"stdin", "size", "end_of_stdin"}:
+                raise InvalidArgument("exec: a message says nothing that is known; update the client")
+            with contextlib.suppress(ShimError):  # it reads no more, or has ended: its status says so
+                await self._pass_on(said, request)
 
-    async def _copy(self, name: str) -> None:
-        is_output = name == "stdout"
-        read = self._processes.read_stdout if is_output else self._processes.read_stderr
-        while data := await read(GUEST_ID, exec_id=self._exec_id, length=_READ_BYTES):
+    async def _pass_on(self, said: str, request: api.ExecRequest) -> None:
+        match said:
+            case "stdin":
+                await self._processes.write_stdin(GUEST_ID, exec_id=self._exec_id, data=request.stdin)
+            case "size":
+                size = request.size
+                await self._processes.resize_terminal(
+                    GUEST_ID, exec_id=self._exec_id, rows=size.rows, columns=size.columns
+                )
+            case _:
+                await self._processes.close_stdin(GUEST_ID, exec_id=self._exec_id)
+
+    @property
+    def _outputs(self) -> list[str]:
+        return ["stdout"] if self._start.terminal else ["stdout", "stderr"]
+
+    async def _read(self, output: str) -> bytes:
+        read = self._processes.read_stdout if output == "stdout" else self._processes.read_stderr
+        return await read(GUEST_ID, exec_id=self._exec_id, length=_READ_BYTES)
+
+    async def _copy(self, output: str) -> None:
+        while data := await self._read(output):
             await self.answers.put(
-                api.ExecResponse(stdout=data) if is_output else api.ExecResponse(stderr=data)
+                api.ExecResponse(stdout=data) if output == "stdout" else api.ExecResponse(stderr=data)
             )
 
     async def end(self) -> None:
-        """Kill the process, if it has not ended."""
+        """Kill the process, if it has not ended, and read what is left, so that the guest forgets it."""
         if self._has_ended:
             return
         with contextlib.suppress(ShimError, TimeoutError):  # the machine may be gone
             async with asyncio.timeout(_KILL_TIMEOUT_S):
                 await self._processes.signal(GUEST_ID, exec_id=self._exec_id, signal=signal.SIGKILL)
                 await self._processes.wait(GUEST_ID, exec_id=self._exec_id)
+                for output in self._outputs:
+                    while await self._read(output):
+                        pass
