@@ -44,7 +44,23 @@ runtime_type = "io.containerd.runc.v2"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
 SystemdCgroup = true
 """
+DEFAULT = "containerd's own"
 OTHER = '[plugins."io.containerd.gc.v1.scheduler"]\ndeletion_threshold = 7\n'
+
+
+CASES = {
+    "2-empty": (2, ""),
+    "2-debian": (2, DEBIAN),
+    "2-kubeadm": (2, KUBEADM),
+    "3-empty": (3, ""),
+    "3-runc": (3, THIRD),
+    "default": (2, DEFAULT),
+}
+
+
+def reads(release: Release, *, number: int) -> bool:
+    """Tell whether a containerd reads a main file of a version: each reads those up to its own."""
+    return number <= release.config_version
 
 
 @pytest.fixture(params=RELEASES, ids=lambda release: release.name)
@@ -67,11 +83,7 @@ def install(release: Release, tmp_path: Path) -> Callable[..., int]:
     return install
 
 
-def main_file(
-    release: Release, place: Path, text: str, *, number: int = 2, imports: str | None = None
-) -> Path:
-    if number == 3 and release.name.startswith("1."):
-        pytest.skip("containerd 1 knows no configuration of version 3")
+def main_file(place: Path, text: str, *, number: int = 2, imports: str | None = None) -> Path:
     line = f'imports = ["{place}/conf.d/*.toml"]\n' if imports is None else imports
     main = place / "config.toml"
     main.write_text(f"version = {number}\n{line}{text}", encoding="utf-8")
@@ -83,14 +95,19 @@ def dumped(release: Release, main: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("number", "text"),
-    [(2, ""), (2, DEBIAN), (2, KUBEADM), (3, ""), (3, THIRD), (2, "default")],
-    ids=["2-empty", "2-debian", "2-kubeadm", "3-empty", "3-runc", "default"],
+    ("release", "number", "text"),
+    [
+        pytest.param(release, number, text, id=f"{release.name}-{name}")
+        for release in RELEASES
+        for name, (number, text) in CASES.items()
+        if reads(release, number=number)
+    ],
+    indirect=["release"],
 )
 def test_the_runtime_is_added_and_nothing_else_changes(
     release: Release, tmp_path: Path, install: Callable[..., int], number: int, text: str
 ) -> None:
-    if text == "default":
+    if text == DEFAULT:
         argv = [str(release.programs / "containerd"), "config", "default"]
         text = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
         main = tmp_path / "config.toml"
@@ -98,7 +115,7 @@ def test_the_runtime_is_added_and_nothing_else_changes(
         lines = ["" if each.startswith("imports =") else each for each in text.splitlines()]
         main.write_text("\n".join([line, *lines]), encoding="utf-8")
     else:
-        main = main_file(release, tmp_path, text, number=number)
+        main = main_file(tmp_path, text, number=number)
     said, before = main.read_text(encoding="utf-8"), dumped(release, main)
 
     assert install() == 0
@@ -119,7 +136,7 @@ def test_the_runtime_is_added_and_nothing_else_changes(
 def test_what_another_imported_file_says_stays(
     release: Release, tmp_path: Path, install: Callable[..., int]
 ) -> None:
-    main = main_file(release, tmp_path, DEBIAN)
+    main = main_file(tmp_path, DEBIAN)
     (tmp_path / "conf.d").mkdir()
     (tmp_path / "conf.d/gc.toml").write_text(f"version = 2\n{OTHER}", encoding="utf-8")
 
@@ -127,7 +144,16 @@ def test_what_another_imported_file_says_stays(
     assert dumped(release, main)["plugins"]["io.containerd.gc.v1.scheduler"]["deletion_threshold"] == 7  # type: ignore[index]
 
 
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize(
+    ("release", "number"),
+    [
+        pytest.param(release, number, id=f"{release.name}-{number}")
+        for release in RELEASES
+        for number in (2, 3)
+        if reads(release, number=number)
+    ],
+    indirect=["release"],
+)
 def test_the_line_that_is_missing_makes_it_work(
     release: Release,
     tmp_path: Path,
@@ -135,7 +161,7 @@ def test_the_line_that_is_missing_makes_it_work(
     capsys: pytest.CaptureFixture[str],
     number: int,
 ) -> None:
-    main = main_file(release, tmp_path, DEBIAN if number == 2 else THIRD, number=number, imports="")
+    main = main_file(tmp_path, DEBIAN if number == 2 else THIRD, number=number, imports="")
     assert install() == 1
     line = capsys.readouterr().err.partition("put the line `")[2].partition("`")[0]
     assert not (tmp_path / "conf.d").exists()
@@ -149,7 +175,7 @@ def test_imports_of_another_place_are_extended(
     release: Release, tmp_path: Path, install: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     imports = f'imports = ["{tmp_path}/other.d/*.toml"]\n'
-    main = main_file(release, tmp_path, DEBIAN, imports=imports)
+    main = main_file(tmp_path, DEBIAN, imports=imports)
     assert install() == 1
     line = capsys.readouterr().err.partition("replace its `imports` by `")[2].partition("`")[0]
     assert f"{tmp_path}/other.d/*.toml" in line
@@ -171,7 +197,7 @@ def test_without_a_main_file_its_lines_are_named(
 def test_what_was_printed_is_what_is_written(
     release: Release, tmp_path: Path, install: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main_file(release, tmp_path, KUBEADM)
+    main_file(tmp_path, KUBEADM)
     assert install("--print") == 0
     printed = capsys.readouterr().out
     assert not (tmp_path / "conf.d").exists()
@@ -182,7 +208,7 @@ def test_what_was_printed_is_what_is_written(
 
 def test_a_read_only_place_is_one_line_with_the_remedy(tmp_path: Path) -> None:
     release = RELEASES[-1]
-    main_file(release, tmp_path, DEBIAN)
+    main_file(tmp_path, DEBIAN)
     script = 'mount --bind "$1" "$1"; mount -o remount,bind,ro "$1"; shift; exec "$@"'
     argv: list[str | Path] = ["unshare", "--mount", "sh", "-ec", script, "sh", tmp_path]
     argv += [SHIM_DIRECTORY / "hako", "install", "--no-image"]
