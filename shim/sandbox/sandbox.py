@@ -30,6 +30,7 @@ from shim.machine.pod import from_oci, with_files, with_sysctls, write_files
 from shim.machine.rest import Rest
 from shim.sandbox.counting import Counting
 from shim.sandbox.life import OVER, Happening, Life, following
+from shim.sandbox.tracing import Tracing
 from shim.telemetry import event_feed
 from shim.telemetry.journal import Journal
 from shim.telemetry.timeline_files import SandboxTimeline
@@ -74,6 +75,13 @@ class Sandbox:
             namespace=record.namespace,
             sandbox_id=record.id,
         )
+        self.tracing = Tracing(
+            context.traces,
+            timeline=self.timeline,
+            work=context.work,
+            attributes={"hako.sandbox.id": record.id, "hako.namespace": record.namespace},
+            sandbox_has_failed=lambda: self.state in OVER and not self._came_up,
+        )
         self.counting = Counting(Journal(Path(context.config.shim.log_dir)), created_at_s=record.started_at)
         self.state = Life.AWAITED
         #: Whether containerd's sandbox service uses it; then only that service ends the shim.
@@ -93,6 +101,7 @@ class Sandbox:
             f"sandbox {self.id}: not created yet; call CreateSandbox first"
         )
         self._settled = asyncio.Event()
+        self._came_up = False
         self._clock_is_right = asyncio.Event()
 
     @property
@@ -265,9 +274,7 @@ class Sandbox:
         except ShimError as error:
             log.debug("timeline: sandbox %s: the guest's part is missing: %s", self.id, error)
         self.timeline.write(kept=self.timeline.is_drawn)
-        if self._context.traces is not None:
-            names = {"hako.sandbox.id": self.id, "hako.namespace": self.namespace}
-            await self._context.traces.send(container_id, names)
+        await self.tracing.send(container_id)
 
     async def stop(self) -> None:
         """Switch the machine off and wait until nothing of it is left; stopping twice is harmless."""
@@ -299,6 +306,7 @@ class Sandbox:
             return reason
         self._apply(Happening.READY)
         self._now = running
+        self._came_up = True
         self._settled.set()
         self._context.publisher.feed.note(event_feed.READY)
         self.counting.started(self._machine.cloning.outcome)

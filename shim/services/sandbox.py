@@ -37,16 +37,18 @@ class SandboxService:
     async def create_sandbox(self, request: api.CreateSandboxRequest) -> api.CreateSandboxResponse:
         """Start to boot the machine, unless it already boots because the bundle has a specification."""
         self._require(request.sandbox_id, what="create")
-        description = pod.from_request(
-            request.options, sandbox_id=request.sandbox_id, network_namespace=request.netns_path
-        )
-        self._sandbox.hold(description)
+        with self._sandbox.tracing.failures():
+            description = pod.from_request(
+                request.options, sandbox_id=request.sandbox_id, network_namespace=request.netns_path
+            )
+            self._sandbox.hold(description)
         return api.CreateSandboxResponse()
 
     async def start_sandbox(self, request: api.StartSandboxRequest) -> api.StartSandboxResponse:
         """Wait until the machine runs."""
         self._require(request.sandbox_id, what="start")
-        await self._sandbox.running()
+        with self._sandbox.tracing.failures():
+            await self._sandbox.running()
         return api.StartSandboxResponse(
             pid=self._sandbox.pid, created_at=to_timestamp(self._sandbox.created_at_s)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -21,6 +22,7 @@ from shim.telemetry.metrics import host_has_cgroup_v2, to_metrics
 from shim.telemetry.timestamps import to_timestamp
 
 if TYPE_CHECKING:
+    from shim.sandbox.container import Container
     from shim.sandbox.containers import Containers
     from shim.sandbox.sandbox import Sandbox
 
@@ -47,12 +49,18 @@ class TaskService:
     async def create(self, request: task_v3_pb2.CreateTaskRequest) -> task_v3_pb2.CreateTaskResponse:
         """Create a container."""
         _check_identifier(request.id, phase="create", what="id")
-        if request.checkpoint:
-            raise InvalidArgument(f"create: container {request.id}: restoring a checkpoint is not supported")
         stdio = Stdio(
             stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal
         )
-        with timeline.phase("Create", lane=timeline.CONTAINERD), self._sandbox.counting.failures("create"):
+        with (
+            self._sandbox.tracing.failures(request.id),
+            timeline.phase("Create", lane=timeline.CONTAINERD),
+            self._sandbox.counting.failures("create"),
+        ):
+            if request.checkpoint:
+                raise InvalidArgument(
+                    f"create: container {request.id}: restoring a checkpoint is not supported"
+                )
             await self._containers.create(
                 request.id, bundle=Path(request.bundle), rootfs=list(request.rootfs), stdio=stdio
             )
@@ -65,9 +73,19 @@ class TaskService:
             with self._sandbox.counting.failures("exec"):
                 await container.start_exec(request.exec_id)
         else:
-            with timeline.phase("Start", lane=timeline.CONTAINERD), self._sandbox.counting.failures("start"):
+            with (
+                self._traced_once(container),
+                timeline.phase("Start", lane=timeline.CONTAINERD),
+                self._sandbox.counting.failures("start"),
+            ):
                 await container.start()
         return task_v3_pb2.StartResponse(pid=self._sandbox.pid)
+
+    def _traced_once(self, container: Container) -> contextlib.AbstractContextManager[None]:
+        """Have the trace of a start sent if it fails, unless the container has been started before."""
+        if container.init.state is State.CREATED:
+            return self._sandbox.tracing.failures(container.id)
+        return contextlib.nullcontext()
 
     async def state(self, request: task_v3_pb2.StateRequest) -> task_v3_pb2.StateResponse:
         """Report the state that the shim knows, without asking the guest."""

@@ -16,7 +16,7 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import SpanKind
+from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from shim.version import version
@@ -42,7 +42,7 @@ def send(batch: dict[str, Any], exporter: SpanExporter) -> None:
     """Send a batch.
 
     A sandbox's first batch has a span for its start, with a span for each phase; a moment becomes an event.
-    The container's start has one with its own phases.
+    The container's start has one with its own phases. The span of a start that failed ends with the error.
 
     :param batch: what :class:`shim.telemetry.trace_export.TraceExport` wrote.
     :param exporter: where to.
@@ -53,22 +53,37 @@ def send(batch: dict[str, Any], exporter: SpanExporter) -> None:
     sender = _Sender(provider.get_tracer("hako", version()), batch)
     sandbox_phases = [phase for phase in batch["phases"] if phase[0] != batch["lane"]]
     own_phases = [phase for phase in batch["phases"] if phase[0] == batch["lane"]]
+    failure, sandbox_failure = batch["failure"], batch["sandbox_failure"]
     around = None
     if batch["sandbox_carried"] is not None:
-        parent = _remote(batch["sandbox_carried"])
-        around = sender.tree("sandbox start", sandbox_phases, parent=parent, whole=batch["phases"])
+        around = sender.tree(
+            "sandbox start",
+            sandbox_phases,
+            parent=_remote(batch["sandbox_carried"]),
+            whole=[*batch["phases"], *_requests(failure, sandbox_failure)],
+            failure=sandbox_failure,
+        )
         sandbox_phases = []
     parent = _remote(batch["carried"]) or (trace.set_span_in_context(around) if around else None)
-    if own_phases:
-        more = {"hako.container.id": batch["container"]}
+    if own_phases or failure:
         sender.tree(
-            "container start", [*own_phases, *sandbox_phases], parent=parent, whole=own_phases, **more
+            "container start",
+            [*own_phases, *sandbox_phases],
+            parent=parent,
+            whole=[*own_phases, *_requests(failure)],
+            failure=failure,
+            more={"hako.container.id": batch["container"]},
         )
     provider.shutdown()
 
 
 def _remote(carried: dict[str, str]) -> Context | None:
     return TraceContextTextMapPropagator().extract(carried) if carried else None
+
+
+def _requests(*failures: dict[str, Any] | None) -> list[Any]:
+    """List the requests that failed as phases: one that fails early has none."""
+    return [("", "", each["began_s"], each["ended_s"]) for each in failures if each]
 
 
 class _Sender:
@@ -78,7 +93,14 @@ class _Sender:
         self._epoch_ns = int(batch["epoch_ns"])
 
     def tree(
-        self, name: str, phases: list[Any], *, parent: Context | None, whole: list[Any], **more: str
+        self,
+        name: str,
+        phases: list[Any],
+        *,
+        parent: Context | None,
+        whole: list[Any],
+        failure: dict[str, Any] | None,
+        more: dict[str, str] | None = None,
     ) -> Span:
         """Send a span with a child for each phase.
 
@@ -86,13 +108,14 @@ class _Sender:
         :param phases: its children.
         :param parent: its own parent.
         :param whole: phases that it spans.
+        :param failure: why what it spans failed.
         :param more: further attributes.
         """
         span = self._tracer.start_span(
             name,
             context=parent,
             kind=SpanKind.SERVER,
-            attributes={**self._attributes, **more},
+            attributes={**self._attributes, **(more or {})},
             start_time=self._at(min(began_s for _, _, began_s, _ in whole)),
         )
         inside = trace.set_span_in_context(span)
@@ -105,6 +128,9 @@ class _Sender:
                 text, context=inside, attributes=attributes, start_time=self._at(began_s)
             )
             child.end(self._at(ended_s))
+        if failure:
+            span.set_attribute("error.type", failure["type"])
+            span.set_status(Status(StatusCode.ERROR, failure["text"]))
         span.end(self._at(max(ended_s for *_, ended_s in whole)))
         return span
 

@@ -1,4 +1,4 @@
-"""Traces of a sandbox's starts: a process of its own sends them, so that no start waits for that.
+"""Traces of a sandbox's starts, also of failed ones: a process of its own sends them, so no start waits.
 
 The process outlives a sandbox that ends at once, by its own deadline at most. See ``spans.py``.
 """
@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,40 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOG = "tracing.log"
+MISSING = "OpenTelemetry is not installed; install what the extra `tracing` names, or leave the endpoint out"
 _START_TIMEOUT_S = 10.0
 _MOST_LOG_BYTES = 1 << 20
 _NICENESS = 10
+MODULES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
+
+
+def is_available() -> bool:
+    """Tell whether the libraries are installed that send traces."""
+    try:
+        return all(importlib.util.find_spec(name) is not None for name in MODULES)
+    except ModuleNotFoundError:  # a package above it is missing
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why something did not start.
+
+    :param error: the reason.
+    :param began_s: when the start was requested, in seconds of ``time.monotonic()``.
+    :param ended_s: when it failed.
+    """
+
+    error: BaseException
+    _: KW_ONLY
+    began_s: float
+    ended_s: float
+
+    def described(self) -> dict[str, Any]:
+        """Describe it in terms of JSON."""
+        text = " ".join(str(self.error).split()) or "it was given up"
+        interval = {"began_s": self.began_s, "ended_s": self.ended_s}
+        return {"type": type(self.error).__name__, "text": text, **interval}
 
 
 class TraceExport:
@@ -47,22 +79,32 @@ class TraceExport:
         self._waiting: list[list[Any]] = []
         self._has_sent = False
 
-    async def send(self, container_id: str, attributes: Mapping[str, str]) -> None:
-        """Send what a container's start has added to the timeline; a failure is logged.
+    async def send(
+        self,
+        container_id: str,
+        attributes: Mapping[str, str],
+        *,
+        failure: Failure | None = None,
+        sandbox_failure: Failure | None = None,
+    ) -> None:
+        """Send what a start has added to the timeline; if that is impossible, it is logged.
 
-        :param container_id: the container.
+        :param container_id: the container that was to start; empty for the sandbox alone.
         :param attributes: of the spans.
+        :param failure: why the container did not start.
+        :param sandbox_failure: why the sandbox did not start.
         """
+        what = f"container {container_id}" if container_id else "the sandbox"
         try:
             batch = self._batch(container_id, attributes)
-            if importlib.util.find_spec("opentelemetry") is None:
-                log.warning(
-                    "tracing: opentelemetry-sdk is not installed; install what the extra `tracing` names"
-                )
+            batch["failure"] = failure and failure.described()
+            batch["sandbox_failure"] = sandbox_failure and sandbox_failure.described()
+            if not is_available():
+                log.warning("tracing: the start of %s is not sent: %s", what, MISSING)
                 return
             await self._start(json.dumps(batch).encode())
         except (OSError, TimeoutError) as error:
-            log.warning("tracing: nothing is sent of %s: %s", container_id, error)
+            log.warning("tracing: the start of %s is not sent: %s", what, error)
 
     def _batch(self, container_id: str, attributes: Mapping[str, str]) -> dict[str, Any]:
         with Path(timeline.path_of(str(self._state))).open("rb") as file:

@@ -1,4 +1,4 @@
-"""A start becomes spans that are part of containerd's own trace of the request."""
+"""Each start, also one that fails, becomes spans that are part of containerd's own trace of the request."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 from tests.e2e.busybox import IMAGE
-from tests.e2e.conftest import HAKO, _stack, new_id
+from tests.e2e.conftest import HAKO, _stack, new_id, write_config
 from tests.e2e.containerd import RELEASES
 from tests.e2e.life import until
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+    from tests.e2e.conftest import Stack
     from tests.e2e.nursery import Nursery
 
 pytestmark = pytest.mark.hako
@@ -62,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def receiver() -> Iterator[Receiver]:
     with Receiver() as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -72,9 +74,11 @@ def receiver() -> Iterator[Receiver]:
         thread.join()
 
 
-def test_a_start_is_part_of_containerds_trace(
+@pytest.fixture(scope="module")
+def traced(
     receiver: Receiver, home: Path, nursery: Nursery, image_archive: Path, templates: Path
-) -> None:
+) -> Iterator[Stack]:
+    """A containerd that traces its requests, and whose shims trace their starts."""
     with _stack(
         home,
         nursery,
@@ -88,28 +92,103 @@ def test_a_start_is_part_of_containerds_trace(
             "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
             "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
         },
-        shim=f'tracing_endpoint = "{receiver.url}/v1/traces"',
+        shim=endpoint(receiver),
     ) as stack:
-        name = new_id()
-        ran = stack.containerd.run(IMAGE, name, "sleep", "100000", options=["--detach"])
-        try:
-            assert ran.code == 0, ran.stderr
-            [start] = until(lambda: receiver.named("sandbox start", service="hako"), what="a span")
-            [container] = until(lambda: receiver.named("container start", service="hako"), what="a span")
-            until(lambda: start.parent_span_id in receiver.spans, what="containerd's span")
-        finally:
-            stack.containerd.remove(name)
+        yield stack
 
-    sender, request = receiver.spans[start.parent_span_id]
+
+def endpoint(receiver: Receiver) -> str:
+    return f'tracing_endpoint = "{receiver.url}/v1/traces"'
+
+
+def attribute(span: Span, name: str) -> str:
+    return {each.key: each.value.string_value for each in span.attributes}.get(name, "")
+
+
+def span_of(receiver: Receiver, name: str, *, sandbox: str) -> Span:
+    """Wait for the only span of a name that a sandbox's shim has sent."""
+
+    def sent() -> list[Span]:
+        spans = receiver.named(name, service="hako")
+        return [span for span in spans if attribute(span, "hako.sandbox.id") == sandbox]
+
+    found: list[Span] = until(sent, what=f"the span {name}")
+    [span] = found
+    return span
+
+
+def request_of(receiver: Receiver, span: Span) -> Span:
+    """Wait for the span of containerd's request that a span belongs to."""
+    until(lambda: span.parent_span_id in receiver.spans, what="containerd's span")
+    sender, request = receiver.spans[span.parent_span_id]
     assert sender == "containerd"
+    assert request.trace_id == span.trace_id
+    return request
+
+
+def test_a_start_is_part_of_containerds_trace(traced: Stack, receiver: Receiver) -> None:
+    name = new_id()
+    ran = traced.containerd.run(IMAGE, name, "sleep", "100000", options=["--detach"])
+    try:
+        assert ran.code == 0, ran.stderr
+        start = span_of(receiver, "sandbox start", sandbox=name)
+        container = span_of(receiver, "container start", sandbox=name)
+        request = request_of(receiver, start)
+    finally:
+        traced.containerd.remove(name)
+
     assert request.name.endswith("Create")
-    assert start.trace_id == container.trace_id == request.trace_id
+    assert container.trace_id == request.trace_id
     assert container.parent_span_id == start.parent_span_id
     assert request.start_time_unix_nano < start.end_time_unix_nano
     children = [span for _, span in receiver.spans.values() if span.parent_span_id == container.span_id]
     assert {span.name for span in children} >= {"CreateContainer", "StartContainer"}
     for span in children:
         assert container.start_time_unix_nano <= span.start_time_unix_nano <= span.end_time_unix_nano
-    attributes = {each.key: each.value.string_value for each in start.attributes}
-    assert attributes["hako.sandbox.id"] == name
-    assert (stack.state_directory.parent / "log/tracing.log").read_text() == ""
+    assert {start.status.code, container.status.code} == {Status.STATUS_CODE_UNSET}
+    assert log_of(traced) == ""
+
+
+def test_a_container_that_does_not_start_ends_its_span_with_the_error(
+    traced: Stack, receiver: Receiver
+) -> None:
+    name = new_id()
+    ran = traced.containerd.run(IMAGE, name, "no-such-program", options=["--rm"])
+    assert ran.code != 0
+    container = span_of(receiver, "container start", sandbox=name)
+    start = span_of(receiver, "sandbox start", sandbox=name)
+
+    assert request_of(receiver, container).name.endswith("Create")
+    assert container.status.code == Status.STATUS_CODE_ERROR
+    assert "no-such-program" in container.status.message
+    assert container.status.message in ran.stderr
+    assert attribute(container, "error.type")
+    assert start.status.code == Status.STATUS_CODE_UNSET
+    children = [span for _, span in receiver.spans.values() if span.parent_span_id == container.span_id]
+    assert "CreateContainer" in {span.name for span in children}
+    assert log_of(traced) == ""
+
+
+def test_a_sandbox_that_does_not_start_ends_its_span_with_the_error(
+    traced: Stack, receiver: Receiver, home: Path
+) -> None:
+    config = write_config(
+        home / "no-kernel.toml",
+        state_directory=traced.state_directory,
+        shim=endpoint(receiver),
+        guest='kernel = "/nowhere/vmlinux"',
+    )
+    name = new_id()
+    ran = traced.containerd.run(IMAGE, name, "true", options=["--rm", "--runtime-config-path", config])
+    assert ran.code != 0
+    spans = [span_of(receiver, f"{what} start", sandbox=name) for what in ("sandbox", "container")]
+
+    for span in spans:
+        assert span.status.code == Status.STATUS_CODE_ERROR
+        assert "/nowhere/vmlinux" in span.status.message
+        assert request_of(receiver, span).name.endswith("Create")
+    assert log_of(traced) == ""
+
+
+def log_of(stack: Stack) -> str:
+    return (stack.state_directory.parent / "log/tracing.log").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.trace import StatusCode
 
 from shim.telemetry import spans
 
@@ -25,7 +26,10 @@ BATCH: dict[str, Any] = {
         ["container box", "Create", 1.25, 2.0],
     ],
     "epoch_ns": 10**18,
+    "failure": None,
+    "sandbox_failure": None,
 }
+FAILURE = {"type": "InvalidArgument", "text": "create: no such path", "began_s": 1.25, "ended_s": 3.0}
 
 
 class Kept(SpanExporter):
@@ -66,6 +70,7 @@ def test_a_start_spans_its_phases_and_its_container() -> None:
     assert dict(found["sockets"].attributes or {}) == {"hako.lane": "shim"}
     assert dict(container.attributes or {}) == {"hako.sandbox.id": "box", "hako.container.id": "box"}
     assert start.resource.attributes["service.name"] == "hako"
+    assert {span.status.status_code for span in found.values()} == {StatusCode.UNSET}
 
 
 def test_spans_are_below_those_that_containerd_names() -> None:
@@ -87,3 +92,35 @@ def test_a_further_container_has_a_span_of_its_own() -> None:
 def test_a_trace_that_is_not_sampled_is_not_sent() -> None:
     carried = {"traceparent": f"00-{TRACE}-{SPAN}-00"}
     assert sent(carried=carried, sandbox_carried=carried) == {}
+
+
+def assert_failed(span: ReadableSpan) -> None:
+    assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, FAILURE["text"])
+    assert (span.attributes or {})["error.type"] == "InvalidArgument"
+    assert span.end_time == 10**18 + 3 * 10**9
+
+
+def test_a_container_that_does_not_start_ends_its_span_with_the_error() -> None:
+    found = sent(failure=FAILURE)
+
+    assert_failed(found["container start"])
+    assert {*found} == {"sandbox start", "sockets", "container start", "Create"}
+    assert found["sandbox start"].status.status_code is StatusCode.UNSET
+
+
+def test_a_start_that_is_refused_before_its_first_phase_has_a_span() -> None:
+    found = sent(failure=FAILURE, sandbox_carried=None, phases=[])
+
+    assert {*found} == {"container start"}
+    assert_failed(found["container start"])
+    assert found["container start"].start_time == 10**18 + 1_250_000_000
+
+
+def test_a_sandbox_that_does_not_start_ends_its_span_with_the_error() -> None:
+    found = sent(failure=FAILURE, sandbox_failure=FAILURE)
+    for name in ("sandbox start", "container start"):
+        assert_failed(found[name])
+
+    found = sent(container="", lane="container ", sandbox_failure=FAILURE, phases=BATCH["phases"][:2])
+    assert {*found} == {"sandbox start", "sockets"}
+    assert_failed(found["sandbox start"])

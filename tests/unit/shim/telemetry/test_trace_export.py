@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shim.telemetry.trace_export import LOG, TraceExport
+from shim.errors import InvalidArgument
+from shim.telemetry.trace_export import LOG, Failure, TraceExport, is_available
 from tests.waiting import reached
 
 if TYPE_CHECKING:
@@ -62,4 +63,38 @@ async def test_a_timeline_that_is_gone_is_logged(
     export: TraceExport, caplog: pytest.LogCaptureFixture
 ) -> None:
     await export.send("one", {})
-    assert "tracing: nothing is sent of one" in caplog.text
+    assert "tracing: the start of container one is not sent" in caplog.text
+
+
+async def test_a_failure_is_sent_with_what_was_reached(export: TraceExport, tmp_path: Path) -> None:
+    note(tmp_path, ("shim", "sockets"), ("container one", "mounts"))
+    failure = Failure(InvalidArgument("create: no\nsuch path"), began_s=1.0, ended_s=2.0)
+    await export.send("one", {}, failure=failure)
+
+    [batch] = await sent(tmp_path, 1)
+    assert names(batch) == ["sockets", "mounts"]
+    told = {"type": "InvalidArgument", "text": "create: no such path", "began_s": 1.0, "ended_s": 2.0}
+    assert (batch["failure"], batch["sandbox_failure"]) == (told, None)
+
+
+async def test_without_its_library_a_start_warns_once(
+    export: TraceExport, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shim.telemetry.trace_export.MODULES", ("opentelemetry.sdk", "opentelemetry.gone"))
+    note(tmp_path, ("shim", "sockets"))
+    await export.send("one", {})
+
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith("tracing: the start of container one is not sent: OpenTelemetry is not installed;")
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("modules", "available"),
+    [(("json",), True), (("json", "json.gone"), False), (("gone.sdk",), False)],
+)
+def test_the_library_is_there_if_all_of_it_is(
+    monkeypatch: pytest.MonkeyPatch, *, modules: tuple[str, ...], available: bool
+) -> None:
+    monkeypatch.setattr("shim.telemetry.trace_export.MODULES", modules)
+    assert is_available() is available
