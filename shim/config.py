@@ -270,7 +270,8 @@ class ShimConfig(Section):
     tracing_endpoint: str = _key(
         "",
         "Where the phases of each start go as OpenTelemetry spans, by OTLP over HTTP, for example "
-        "``http://127.0.0.1:4318/v1/traces``; nowhere if empty. It needs the extra ``tracing``.",
+        "``http://127.0.0.1:4318/v1/traces``; nowhere if empty. It needs OpenTelemetry, which the "
+        "Debian package contains, and which the extra ``tracing`` installs otherwise.",
     )
     state_dir: str = _key("/run/hako", "Sockets, ledgers and shares of running sandboxes.", is_path=True)
     log_dir: str = _key(

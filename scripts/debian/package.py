@@ -33,6 +33,8 @@ _PLATFORMS = (
     "manylinux_2_28_x86_64",
     "manylinux_2_34_x86_64",
 )
+#: What traces need: its five megabytes are few beside gRPC's and the cryptography's.
+_EXTRA = "tracing"
 _INTERPRETER = "/usr/bin/python3"
 _EPOCH = 1_767_225_600  # 2026-01-01: of all files, unless SOURCE_DATE_EPOCH says otherwise
 #: What pip notes of an installation, and no program reads.
@@ -129,7 +131,7 @@ def _wheel(scratch: Path, version: str) -> Path:
 
 
 def install_packages(wheel: Path, directory: Path, *, scratch: Path) -> None:
-    """Fill a directory with a wheel and all that it needs, for every Python.
+    """Fill a directory with a wheel and all that it and its extra need, for every Python.
 
     :param wheel: the wheel.
     :param directory: made by this.
@@ -143,7 +145,7 @@ def install_packages(wheel: Path, directory: Path, *, scratch: Path) -> None:
         target = scratch / python
         arguments: list[str | Path] = ["install", "--target", target, "--no-compile", "--only-binary=:all:"]
         arguments += ["--implementation=cp", f"--python-version={python}", *platforms]
-        _pip(*arguments, "--constraint", ROOT / "scripts/constraints.txt", wheel)
+        _pip(*arguments, "--constraint", ROOT / "scripts/constraints.txt", f"{wheel}[{_EXTRA}]")
         for path in sorted(target.rglob("*")):
             if path.is_file() and _is_wanted(path.relative_to(target)):
                 _merge(path, directory / path.relative_to(target))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from shim import config
 from shim.commands.columns import print_table
 from shim.refusal import Refusal
+from shim.telemetry import trace_export
 
 if TYPE_CHECKING:
     import argparse
@@ -47,13 +48,19 @@ def run(chosen: argparse.Namespace) -> int:
         case "explain":
             _explain(chosen.key, as_json=chosen.json)
         case "check":
-            config.parse(config.located_at(chosen.file))
+            _check(chosen.file)
             print(
                 json.dumps({"file": chosen.file, "valid": True}) if chosen.json else f"{chosen.file}: valid"
             )
         case _:
             _show(chosen.config, as_json=chosen.json)
     return 0
+
+
+def _check(file: str) -> None:
+    endpoint = config.parse(config.located_at(file)).shim.tracing_endpoint
+    if endpoint and not trace_export.is_available():
+        raise Refusal(f"config: {file}: [shim] tracing_endpoint: {trace_export.MISSING}")
 
 
 def _explain(wanted: str | None, *, as_json: bool) -> None:

@@ -361,6 +361,18 @@ def test_a_wrong_file_is_refused_with_its_mistake(capsys: pytest.CaptureFixture[
     assert "the nearest valid key is 'vcpus'" in capsys.readouterr().err
 
 
+def test_traces_that_could_not_be_sent_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config_with(tmp_path, '[shim]\ntracing_endpoint = "http://127.0.0.1:4318/v1/traces"\n')
+    assert cli.main(["config", "check", path]) == 0
+
+    monkeypatch.setattr("shim.telemetry.trace_export.MODULES", ("opentelemetry.gone",))
+    assert cli.main(["config", "check", path]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"config: {path}: [shim] tracing_endpoint: OpenTelemetry is not installed; ")
+
+
 def test_the_effective_configuration_is_shown_with_its_source(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
