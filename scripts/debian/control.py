@@ -38,6 +38,7 @@ set -e
 [ "$1" = configure ] || exit 0
 root=/usr/lib/hako
 release={release}
+rm -f "$root/purged"
 if [ ! -d "$root/$release" ]; then
     rm -rf "$root/.new"
     cp -al "$root/package" "$root/.new"
@@ -76,26 +77,36 @@ if [ -x /usr/lib/hako/current/bin/hako ]; then
 fi
 """
 
-# Python may be gone by now. A process that needs a release has its path on its command line.
+# Python may be gone by now. A process that needs a release has its path on its command line. When it ends, it
+# takes the same lock, and removes what the last one leaves: see shim/host/releases.py.
 _AFTER_REMOVAL = """\
 #!/bin/sh
 set -e
 root=/usr/lib/hako
+data="/var/lib/hako /var/cache/hako /var/log/hako"
 case "$1" in
-    remove|purge|disappear)
-        rm -f "$root/current"
-        for release in "$root"/*; do
-            [ -d "$release" ] && [ "$release" != "$root/package" ] || continue
-            grep -qsaF "$release/" /proc/[0-9]*/cmdline || rm -rf "$release"
-        done
-        rm -rf "$root/.new" "$root/.current"
-        rmdir --ignore-fail-on-non-empty "$root" 2>/dev/null || true
-        ;;
+    remove|purge|disappear) ;;
+    *) exit 0 ;;
 esac
+used=
+if { command exec 9<"$root"; } 2>/dev/null; then
+    flock --timeout 10 9 || true
+    rm -rf "$root/current" "$root/.new" "$root/.current"
+    for release in "$root"/*; do
+        [ -d "$release" ] && [ "$release" != "$root/package" ] || continue
+        if grep -qsaF "$release/" /proc/[0-9]*/cmdline; then used=yes; else rm -rf "$release"; fi
+    done
+fi
 if [ "$1" = purge ]; then
-    rm -rf /var/lib/hako /var/cache/hako /var/log/hako
+    if [ -n "$used" ]; then
+        printf '%s\\n' $data >"$root/purged"
+        echo "hako: sandboxes run; the last one removes $data when it ends"
+    else
+        rm -rf $data
+    fi
     rmdir --ignore-fail-on-non-empty /etc/hako/config.d /etc/hako 2>/dev/null || true
 fi
+rmdir --ignore-fail-on-non-empty "$root" 2>/dev/null || true
 """
 
 

@@ -64,7 +64,9 @@ def run(chosen: argparse.Namespace) -> int:
     running, ended = _found(state)
     if running and not chosen.keep_sandboxes:
         raise Refusal(f"uninstall: sandboxes run: {_names(running)}; stop them first, or --keep-sandboxes")
-    image = [] if chosen.keep_image else [Path(settings.guest.kernel).parent, _CACHE]
+    # A running guest still loads modules from there.
+    keeps_image = chosen.keep_image or bool(running)
+    image = [] if keeps_image else [Path(settings.guest.kernel).parent, _CACHE]
     steps = Steps(as_json=chosen.json)
     if chosen.print:
         _say(steps, settings, chosen.containerd_config, ended=ended, image=image)
@@ -85,6 +87,9 @@ def run(chosen: argparse.Namespace) -> int:
         raise Refusal(f"uninstall: {error.filename}: {error.strerror}; remove it by hand") from error
     if running:
         steps.say(f"left to their end: {_names(running)}; stop them before containerd is restarted")
+        if not chosen.keep_image:
+            kept = Path(settings.guest.kernel).parent
+            steps.say(f"left: {kept}: running guests use it; run `hako uninstall` again after their end")
         steps.end()
         return 0
     releases.remove_shared()

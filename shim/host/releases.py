@@ -3,6 +3,9 @@
 An upgrade leaves the directory of the old release to the processes that run from it, so that their files do
 not change. So does the removal of the package. The last of these processes removes the directory: each looks
 for others when it ends. Because a process can be killed, ``delete`` and a new zygote look, too.
+
+A sandbox also needs the guest's modules, and writes logs until its end. So if the package is purged while
+sandboxes run, it leaves a list of the directories that the last process removes.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 CURRENT = "current"
 """The link to the release for new processes."""
 
+PURGED = "purged"
+"""The list of directories that go with the last process, one a line: the package has been purged."""
 _PRISTINE = "package"  # dpkg's own files, from which releases are made
 _PACKAGES = "packages"
 #: The command line of a ``start`` or a ``delete`` does not name its release.
@@ -45,7 +50,8 @@ def leave() -> None:
     """Remove the old releases from which no other process runs; this process must end afterwards.
 
     It holds a lock until its end, so of two processes that end at once, the second does not find the first.
-    After the removal of the package, the last process leaves nothing behind.
+    After the removal of the package, the last process leaves nothing behind. What a purge would have removed
+    goes, too.
     """
     directory = root()
     if directory is not None and _old(directory):
@@ -81,14 +87,30 @@ def prune(root: str, *, wait_s: float = _SHORT_S) -> list[str]:
 
     for name in removed:
         shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+    for directory in _purged(root):
+        shutil.rmtree(directory, ignore_errors=True)
     with contextlib.suppress(OSError):  # a release is left, or dpkg's files are
         os.rmdir(root)
     return removed
 
 
+def _purged(root: str) -> list[str]:
+    """Take the list of directories that a purge has left to the last process, if nothing else is left."""
+    path = os.path.join(root, PURGED)
+    try:
+        if os.listdir(root) != [PURGED]:
+            return []
+        with open(path, encoding="utf-8") as file:
+            found = file.read().splitlines()
+        os.unlink(path)
+    except FileNotFoundError:  # another process is the last, too
+        return []
+    return [each for each in found if os.path.isabs(each)]
+
+
 def _old(root: str) -> list[str]:
     try:
-        return sorted(set(os.listdir(root)) - {_current(root), CURRENT, _PRISTINE})
+        return sorted(set(os.listdir(root)) - {_current(root), CURRENT, PURGED, _PRISTINE})
     except FileNotFoundError:
         return []
 

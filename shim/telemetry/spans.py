@@ -7,6 +7,7 @@ Only this process imports OpenTelemetry. Its library reads more settings from th
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from shim.host import releases
 from shim.version import version
 
 if TYPE_CHECKING:
@@ -33,9 +35,19 @@ _NS_PER_S = 10**9
 
 def main() -> None:
     """Send what the standard input describes; process end is the only answer."""
+    signal.signal(signal.SIGALRM, _give_up)
     signal.alarm(_DEADLINE_S)
-    batch = json.load(sys.stdin)
-    send(batch, OTLPSpanExporter(endpoint=batch["endpoint"], timeout=_EXPORT_TIMEOUT_S))
+    try:
+        batch = json.load(sys.stdin)
+        send(batch, OTLPSpanExporter(endpoint=batch["endpoint"], timeout=_EXPORT_TIMEOUT_S))
+    finally:
+        releases.leave()  # the sandbox may have been the last one of an old release
+
+
+def _give_up(*_: object) -> None:
+    print(f"tracing: not sent within {_DEADLINE_S} s; look at the endpoint", file=sys.stderr, flush=True)
+    releases.leave()
+    os._exit(1)
 
 
 def send(batch: dict[str, Any], exporter: SpanExporter) -> None:

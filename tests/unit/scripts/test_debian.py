@@ -5,15 +5,14 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tomllib
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from scripts.debian import commands, completion, control, manual, package
 from shim import cli, config
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from shim.host import releases
+from tests.waiting import until
 
 HAKO = commands.described(cli.parser())
 
@@ -90,6 +89,71 @@ def test_other_shells_can_parse_their_completions(shell: str, tmp_path: Path) ->
     script.write_text({"zsh": completion.zsh, "fish": completion.fish}[shell](HAKO), encoding="utf-8")
 
     subprocess.run([shell, "-n", script], check=True)
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A host whose package dpkg has just removed, but for a release, its data and its configuration."""
+    for name in ("lib/1.2.3-0/bin", "data/lib", "data/cache", "data/log", "etc/config.d"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "lib/current").symlink_to("1.2.3-0")
+    (tmp_path / "lib/1.2.3-0/bin/python").symlink_to("/usr/bin/sleep")
+    return tmp_path
+
+
+def after_removal(host: Path, action: str) -> str:
+    """Run the script that dpkg runs after a removal, in a host below a directory."""
+    script = control.scripts(version="1.2.3", release="1.2.3-0")["postrm"]
+    places = {f"/var/{name}/hako": host / f"data/{name}" for name in ("lib", "cache", "log")}
+    for path, place in {**places, "/usr/lib/hako": host / "lib", "/etc/hako": host / "etc"}.items():
+        script = script.replace(path, str(place))
+    argv = ["/bin/sh", "-c", script, "postrm", action]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout
+
+
+def left(host: Path) -> set[str]:
+    return {str(path.relative_to(host)) for path in host.rglob("*")}
+
+
+def test_a_removal_keeps_data_and_configuration(installed: Path) -> None:
+    assert after_removal(installed, "remove") == ""
+    assert left(installed) == {"data", "data/lib", "data/cache", "data/log", "etc", "etc/config.d"}
+
+    after_removal(installed, "purge")
+    assert left(installed) == {"data"}
+
+
+def test_a_purge_keeps_what_the_operator_has_written(installed: Path) -> None:
+    (installed / "etc/config.toml").touch()
+    after_removal(installed, "purge")
+
+    assert left(installed) == {"data", "etc", "etc/config.toml"}
+
+
+def test_a_purge_leaves_what_running_sandboxes_need_to_the_last_of_them(installed: Path) -> None:
+    with subprocess.Popen([installed / "lib/1.2.3-0/bin/python", "60"]) as process:
+        try:
+            until(lambda: b"1.2.3-0" in Path(f"/proc/{process.pid}/cmdline").read_bytes())
+            said = after_removal(installed, "purge")
+        finally:
+            process.kill()
+    data = [str(installed / f"data/{name}") for name in ("lib", "cache", "log")]
+
+    assert said == f"hako: sandboxes run; the last one removes {' '.join(data)} when it ends\n"
+    assert (installed / "lib" / releases.PURGED).read_text().splitlines() == data
+    assert left(installed) >= {"lib/1.2.3-0/bin/python", "data/lib", "data/log"}
+
+    assert releases.prune(str(installed / "lib"), wait_s=0) == ["1.2.3-0"]
+    assert left(installed) == {"data"}
+
+
+def test_other_actions_of_dpkg_remove_nothing(installed: Path) -> None:
+    before = left(installed)
+    after_removal(installed, "upgrade")
+
+    assert left(installed) == before
 
 
 @pytest.mark.parametrize("name", ["postinst", "prerm", "postrm"])

@@ -10,6 +10,7 @@ import pytest
 
 from shim import cli, config, zygote_protocol
 from shim.commands import drop_in
+from shim.commands import uninstall as uninstall_command
 from shim.host import state_directory
 from shim.host.ledger import Ledger
 
@@ -89,6 +90,29 @@ def test_a_running_sandbox_is_left_to_its_end_if_that_is_wanted(
     assert "left to their end: box of namespace default" in capsys.readouterr().out
     assert not (tmp_path / "etc/conf.d/hako.toml").exists()
     assert (tmp_path / "run/0123/sandbox.json").exists()
+
+
+def test_running_guests_keep_the_image_that_they_load_modules_from(
+    sandbox: StartRecord, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uninstall_command, "_CACHE", tmp_path / "cache")
+    for name in ("guest/modules", "cache"):
+        (tmp_path / name).mkdir(parents=True)
+    configuration = tmp_path / "hako.toml"
+    guest = f'[guest]\nkernel = "{tmp_path}/guest/vmlinux"\n'
+    configuration.write_text(configuration.read_text(encoding="utf-8") + guest, encoding="utf-8")
+    argv = ["uninstall", "--keep-sandboxes", "--config", str(configuration)]
+    argv += ["--containerd-config", str(tmp_path / "etc/config.toml")]
+    with socket.socket(socket.AF_UNIX) as shim:
+        shim.bind(sandbox.socket_path)
+        shim.listen()
+        assert cli.main(argv) == 0
+    assert f"left: {tmp_path}/guest: running guests use it" in capsys.readouterr().out
+    assert (tmp_path / "guest/modules").exists()
+
+    assert cli.main(argv) == 0
+    assert not (tmp_path / "guest").exists()
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.usefixtures("sandbox")

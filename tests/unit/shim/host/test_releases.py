@@ -102,6 +102,46 @@ def test_the_last_of_a_removed_package_leaves_nothing(own: Path) -> None:
     assert not (own.parent / "run").exists()
 
 
+@pytest.fixture
+def purged(own: Path) -> Path:
+    """Purge the package while the old release runs; return a directory that the last process removes."""
+    for name in (NEW, "package"):
+        shutil.rmtree(own / name)
+    (own / "current").unlink()
+    logs = own.parent / "log"
+    logs.mkdir()
+    (logs / "box.timeline").touch()
+    (own / "purged").write_text(f"{logs}\n{own.parent}/never-there\n", encoding="utf-8")
+    return logs
+
+
+def test_the_last_of_a_purged_package_removes_what_the_purge_left_to_it(own: Path, purged: Path) -> None:
+    releases.leave()
+
+    assert not own.exists()
+    assert not purged.exists()
+
+
+def test_what_a_purge_left_stays_while_a_process_may_need_it(
+    own: Path, purged: Path, runs_from_old: subprocess.Popen[bytes]
+) -> None:
+    assert runs_from_old.poll() is None
+    releases.leave()
+
+    assert names(own) == {OLD, "purged"}
+    assert (purged / "box.timeline").exists()
+
+
+def test_a_purge_counts_no_more_once_the_package_is_installed_again(own: Path, purged: Path) -> None:
+    (own / NEW).mkdir()
+    (own / "current").symlink_to(NEW)
+
+    releases.leave()
+
+    assert names(own) == {NEW, "current", "purged"}
+    assert purged.exists()
+
+
 def test_what_sandboxes_share_stays_while_there_is_one(own: Path) -> None:
     (own.parent / "run/0123").mkdir()
     (own.parent / "run/0123/sandbox.json").touch()

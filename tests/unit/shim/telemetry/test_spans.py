@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import StatusCode
 
+from shim.host import releases
 from shim.telemetry import spans
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from opentelemetry.sdk.trace import ReadableSpan
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -124,3 +133,35 @@ def test_a_sandbox_that_does_not_start_ends_its_span_with_the_error() -> None:
     found = sent(container="", lane="container ", sandbox_failure=FAILURE, phases=BATCH["phases"][:2])
     assert {*found} == {"sandbox start", "sockets"}
     assert_failed(found["sandbox start"])
+
+
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Let this process be the one that sends; note in what order it does what."""
+    done: list[str] = []
+    before = signal.getsignal(signal.SIGALRM)
+    monkeypatch.setattr(spans, "OTLPSpanExporter", lambda **_: None)
+    monkeypatch.setattr(spans, "send", lambda *_: done.append("sent"))
+    monkeypatch.setattr(releases, "leave", lambda: done.append("left"))
+    monkeypatch.setattr(signal, "alarm", lambda _: None)
+    monkeypatch.setattr(os, "_exit", lambda status: done.append(f"exit {status}"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(BATCH)))
+    yield done
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_the_last_process_of_an_old_release_takes_it_along(process: list[str]) -> None:
+    spans.main()
+
+    assert process == ["sent", "left"]
+
+
+def test_a_process_that_cannot_send_says_so_and_takes_its_release_along(
+    process: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(spans, "send", lambda *_: signal.raise_signal(signal.SIGALRM))
+    spans.main()
+
+    assert process[:2] == ["left", "exit 1"]
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == "tracing: not sent within 20 s; look at the endpoint"
