@@ -6,6 +6,7 @@ ordinary host, ``modprobe`` finds them. In the initramfs, all of them would take
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ def write(directory: Path, modules: Iterable[Module], *, release: str, staging: 
 
     The indexes are those of depmod(8), modules.dep(5) and modules.alias.
 
-    :param directory: it is replaced if it exists. Machines that use the old one go on without modules.
+    :param directory: where it goes; see :func:`put`.
     :param modules: every module of the kernel.
     :param release: the kernel's release.
     :param staging: tree of unpacked packages, with a static busybox.
@@ -49,8 +50,32 @@ def write(directory: Path, modules: Iterable[Module], *, release: str, staging: 
         aliases += [f"alias {alias} {module.name}\n" for alias in module.aliases]
     (tree / "modules.dep").write_text("".join(dependency_lines(depends)), encoding="ascii")
     (tree / "modules.alias").write_text("".join(aliases), encoding="utf-8")
+    put(partial, directory)
+
+
+def put(new: Path, directory: Path) -> None:
+    """Put a new tree in the place of one that machines may use.
+
+    If both are the same, the old one stays. Otherwise, machines that use it can load no more modules.
+
+    :param new: the tree; it is moved or removed.
+    :param directory: its place.
+    """
+    if _content(new) == _content(directory):
+        shutil.rmtree(new)
+        return
     shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    new.rename(directory)
+
+
+def _content(tree: Path) -> dict[str, str]:
+    """Digest each file of a tree, by its name."""
+    found = {}
+    for path in tree.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                found[str(path.relative_to(tree))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def dependency_lines(depends: dict[str, tuple[str, ...]]) -> list[str]:

@@ -70,6 +70,17 @@ def build(output: Path, cache: Path, *, kernel: Path | None = None, modules: Pat
         progress.end()
 
 
+def put_modules(new: Path, directory: Path) -> None:
+    """Replace a directory of modules, unless it has the same; running machines use it.
+
+    :param new: the new one; it is moved or removed.
+    :param directory: the place.
+    """
+    from guest.image import module_tree  # noqa: PLC0415 - as above
+
+    module_tree.put(new, directory)
+
+
 class Progress:
     """Show the current step: on a terminal in one changing line, otherwise one line for each.
 

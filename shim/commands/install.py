@@ -132,11 +132,12 @@ def copy_image(shipped: Path, output: Path) -> None:
             return
         output.mkdir(parents=True, exist_ok=True)
         for path in sorted(shipped.iterdir(), key=lambda path: path.name == name):
+            new = output / f".{path.name}.new"
             if path.is_dir():
-                shutil.rmtree(output / path.name, ignore_errors=True)
-                shutil.copytree(path, output / path.name)
+                shutil.rmtree(new, ignore_errors=True)
+                shutil.copytree(path, new)
+                image.put_modules(new, output / path.name)
             else:
-                new = output / f".{path.name}.new"
                 shutil.copyfile(path, new)
                 new.replace(output / path.name)
     except OSError as error:

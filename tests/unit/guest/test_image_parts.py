@@ -213,6 +213,31 @@ def test_the_tree_of_modules_has_modprobe_and_its_indexes(modules: Path, tmp_pat
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
+@pytest.mark.parametrize(
+    ("files", "stays"),
+    [
+        ({"6.1/virtio.ko": "code", "modprobe": "program"}, True),
+        ({"6.1/virtio.ko": "other", "modprobe": "program"}, False),
+        ({"6.1/virtio.ko": "code"}, False),
+        ({"6.2/virtio.ko": "code", "modprobe": "program"}, False),
+    ],
+)
+def test_machines_keep_their_modules_unless_there_are_others(
+    tmp_path: Path, *, files: dict[str, str], stays: bool
+) -> None:
+    new, place = tmp_path / "new", tmp_path / "modules"
+    for tree, content in ((place, {"6.1/virtio.ko": "code", "modprobe": "program"}), (new, files)):
+        for name, text in content.items():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_text(text, encoding="utf-8")
+    before = place.stat().st_ino
+    module_tree.put(new, place)
+
+    assert (place.stat().st_ino == before) is stays
+    assert {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()} == {*files}
+    assert not new.exists()
+
+
 def test_a_missing_dependency_of_a_module_is_named() -> None:
     with pytest.raises(ImageError, match="virtio needs virtio_ring"):
         module_tree.dependency_lines({"virtio": ("virtio_ring",)})

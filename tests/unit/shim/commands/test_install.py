@@ -10,6 +10,7 @@ import pytest
 
 from shim import cli
 from shim.commands import containerd_config, docker
+from shim.commands.install import copy_image
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -178,3 +179,20 @@ def test_a_table_survives_a_round_trip(value: object) -> None:
     written = "\n".join(containerd_config.tables(("plugins",), document["plugins"]))
 
     assert tomllib.loads(written) == json.loads(json.dumps(document))
+
+
+def test_a_shipped_image_replaces_another_and_leaves_the_same_modules_to_machines(tmp_path: Path) -> None:
+    shipped, output = tmp_path / "shipped", tmp_path / "guest"
+    (shipped / "modules/6.1").mkdir(parents=True)
+    for name in ("vmlinux", "initrd", "image.json", "modules/6.1/virtio.ko"):
+        (shipped / name).write_text(f"first {name}", encoding="utf-8")
+    copy_image(shipped, output)
+    used = (output / "modules").stat().st_ino
+
+    (shipped / "initrd").write_text("second", encoding="utf-8")
+    (shipped / "image.json").write_text("second", encoding="utf-8")
+    copy_image(shipped, output)
+
+    assert (output / "modules").stat().st_ino == used
+    assert (output / "initrd").read_text(encoding="utf-8") == "second"
+    assert {path.name for path in output.iterdir()} == {"vmlinux", "initrd", "image.json", "modules"}
