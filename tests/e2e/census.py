@@ -29,8 +29,8 @@ JAIL = Path(jail.DIRECTORY)
 ZYGOTES = Path(zygote_protocol.ZYGOTE_DIRECTORY)
 """Not part of any container: a zygote outlives the containers that started it."""
 
-SETTLE_S = patient(8.0)
-"""How long containerd may take for its work after it has answered."""
+SETTLE_S = patient(40.0)
+"""How long containerd and a shim may take for their work after they have answered."""
 
 Census: TypeAlias = "Mapping[str, str]"
 """A line for each thing, by what makes it the same thing later."""
@@ -119,7 +119,8 @@ def _files(daemon: Containerd, state_directory: Path) -> Iterator[str]:
         yield f"file {top}"
         # A mount point is counted as a mount; the files seen through it are not left behind.
         for directory, names, files in os.walk(top):
-            names[:] = [name for name in names if not Path(directory, name).is_mount()]
+            # What goes away meanwhile is no mount point; Path.is_mount raises an error for that.
+            names[:] = [name for name in names if not os.path.ismount(f"{directory}/{name}")]
             yield from (f"file {directory}/{name}" for name in [*names, *files])
 
 
