@@ -286,8 +286,12 @@ def _counted(request: pytest.FixtureRequest) -> Stack | None:
 def _census(stack: Stack) -> Iterator[None]:
     before = census.take(stack.containerd, state_directory=stack.state_directory)
     yield
+    stack.containerd.revive()
     changes = census.difference(before, stack.containerd, state_directory=stack.state_directory)
     if changes:
+        for name in stack.containerd.containers():  # which would be in the way of all later tests
+            if f"container {name}" not in before:
+                stack.containerd.remove(name)
         pytest.fail("left behind (+) or lost (-):\n" + "\n".join(changes), pytrace=False)
 
 

@@ -26,7 +26,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 LOG_SHOWN = 8000  # characters
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SHIM_DIRECTORY = Path(sys.executable).parent
-CALL_TIMEOUT_S = patient(60.0)
+CALL_TIMEOUT_S = patient(120.0)
+"""Longer than a machine may take that does not come up as a clone and then boots."""
 TIMEOUTS_S = {"shim.cleanup": 5, "shim.load": 5, "shim.shutdown": 3, "task.state": 2}
 """How long containerd usually waits for a shim's ``delete``, for a connection to it, its end, and a state."""
 
@@ -109,6 +110,7 @@ class Containerd:
     namespace: str = NAMESPACE
     launcher: tuple[str, ...] = ()
     pid: int = field(default=0, init=False)
+    _is_stopped: bool = field(default=False, init=False)
 
     @property
     def address(self) -> Path:
@@ -167,6 +169,7 @@ class Containerd:
             stdout=self.log,
             stderr=self.log,
         )
+        self._is_stopped = False
         deadline = time.monotonic() + CALL_TIMEOUT_S
         while not self._serves():
             if time.monotonic() > deadline:
@@ -177,15 +180,25 @@ class Containerd:
         with socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(str(self.address)) != 0:
                 return False
-        return self.ctr("version", timeout_s=patient(10)).code == 0
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.ctr("version", timeout_s=patient(10)).code == 0
+        return False
 
     def stop(self, *, how: signal.Signals = signal.SIGTERM) -> None:
-        """End the daemon and wait until it is gone; shims live on.
+        """End the daemon, if it runs, and wait until it is gone; shims live on.
 
         :param how: the signal that ends it.
         """
+        if not self.pid or self._is_stopped:
+            return
         os.kill(self.pid, how)
-        self.nursery.wait(self.pid, timeout_s=patient(20))
+        self.nursery.wait(self.pid, timeout_s=patient(60))
+        self._is_stopped = True
+
+    def revive(self) -> None:
+        """Start the daemon again if a test has failed while it was stopped."""
+        if self._is_stopped:
+            self.start()
 
     def ctr(
         self, *arguments: str | Path, timeout_s: float = CALL_TIMEOUT_S, stdin: str | None = None
@@ -255,13 +268,27 @@ class Containerd:
         return self.ctr("task", "exec", "--exec-id", exec_id, container, *command, stdin=stdin)
 
     def tasks(self) -> dict[str, tuple[int, str]]:
-        """Return every task of the namespace with its process id and state."""
-        table = self.ctr("task", "ls").stdout.splitlines()[1:]
-        return {name: (int(pid), state) for name, pid, state in (line.split() for line in table)}
+        """Return every task of the namespace with its process id and state.
+
+        Those whose state containerd does not know are asked about again: it waits two seconds for a shim.
+        """
+        deadline = time.monotonic() + CALL_TIMEOUT_S
+        while True:
+            listed = self._listed_tasks()
+            if "UNKNOWN" not in {state for _, state in listed.values()} or time.monotonic() > deadline:
+                return listed
+
+    def _listed_tasks(self) -> dict[str, tuple[int, str]]:
+        listed = self.ctr("task", "ls")
+        assert listed.code == 0, listed.stderr
+        table = [line.split() for line in listed.stdout.splitlines()[1:]]
+        return {name: (int(pid), state) for name, pid, state in table}
 
     def containers(self) -> list[str]:
         """Return the id of every container of the namespace."""
-        return self.ctr("container", "ls", "-q").stdout.split()
+        listed = self.ctr("container", "ls", "-q")
+        assert listed.code == 0, listed.stderr
+        return listed.stdout.split()
 
     def wait_for_state(self, container: str, state: str, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Wait until a task has a state.
@@ -269,27 +296,35 @@ class Containerd:
         :raises TimeoutError: if it has another one at the deadline.
         """
         deadline = time.monotonic() + timeout_s
-        while (seen := self.tasks().get(container, (0, "GONE"))[1]) != state:
+        while (seen := self._listed_tasks().get(container, (0, "GONE"))[1]) != state:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"task {container}: is {seen}, not {state}")
             time.sleep(0.05)
 
     def remove(self, container: str) -> None:
-        """Kill and delete a container and its task, in any state."""
-        if container in self.tasks():
-            self.ctr("task", "kill", "--signal", "9", "--all", container)
-            with contextlib.suppress(TimeoutError):
-                self.wait_for_state(container, "STOPPED", timeout_s=patient(10))
-            self.ctr("task", "delete", "--force", container)
-        self.ctr("container", "delete", container)
+        """Kill and delete a container and its task, in any state.
+
+        A task whose shim has just died cannot be deleted, nor its container, until containerd has noticed.
+        """
+        self.revive()
+        deadline = time.monotonic() + CALL_TIMEOUT_S
+        while True:
+            if container in self._listed_tasks():
+                self.ctr("task", "kill", "--signal", "9", "--all", container)
+                with contextlib.suppress(TimeoutError):
+                    self.wait_for_state(container, "STOPPED", timeout_s=patient(10))
+                self.ctr("task", "delete", "--force", container)
+            deleted = self.ctr("container", "delete", container)
+            if deleted.code == 0 or container not in self.containers() or time.monotonic() > deadline:
+                return
 
 
 @contextlib.contextmanager
 def running(daemon: Containerd) -> Iterator[Containerd]:
     """Keep a daemon running for a block."""
     daemon.home.mkdir(parents=True, exist_ok=True)
-    daemon.start()
     try:
+        daemon.start()
         yield daemon
     finally:
         daemon.stop()
