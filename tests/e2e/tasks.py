@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -22,10 +23,13 @@ if TYPE_CHECKING:
 
     from google.protobuf.descriptor import ServiceDescriptor
 
-CALL_TIMEOUT_S = patient(60.0)
+CALL_TIMEOUT_S = patient(120.0)
 _PROTO = Path(__file__).with_name("containerd_services.proto")
 _SERVICES = {"Tasks": "tasks", "Containers": "containers", "Snapshots": "snapshots", "Events": "events"}
 _SNAPSHOTTER = "overlayfs"
+_FOLLOWED = ("/tasks/exit", "/tasks/oom", "/tasks/delete")
+_SUBSCRIBED = "/tests/subscribed"
+_PUBLISH_AGAIN_S = 0.1
 
 
 @functools.cache
@@ -35,9 +39,15 @@ def _service(name: str) -> ServiceDescriptor:
 
 @dataclass(slots=True)
 class Exits:
-    """The ``/tasks/exit`` events that containerd has sent on, by the id of the process."""
+    """The events that containerd has sent on about the ends of processes and tasks.
+
+    ``seen`` has the id and the status of each process that has ended, and ``topics`` the topic and the
+    container of each event.
+    """
 
     seen: list[tuple[str, int]] = field(default_factory=list)
+    topics: list[tuple[str, str]] = field(default_factory=list)
+    is_subscribed: bool = False
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def of(self, name: str) -> list[int]:
@@ -52,16 +62,38 @@ class Exits:
                 lambda: any(process == name for process, _ in self.seen), timeout=timeout_s
             )
 
+    def topics_until(self, topic: str, container: str) -> list[str]:
+        """Wait for the first event of a topic about a container.
+
+        :returns: the topics of all events about it up to then.
+        :raises TimeoutError: if there is none in time.
+        """
+        with self.changed:
+            if not self.changed.wait_for(lambda: (topic, container) in self.topics, timeout=CALL_TIMEOUT_S):
+                raise TimeoutError(f"no {topic} of {container} in {self.topics}")
+            of_container = [each for each, about in self.topics if about == container]
+        return of_container[: of_container.index(topic) + 1]
+
     def follow(self, stream: Iterable[Any]) -> None:
         """Collect until the connection ends."""
         try:
             for envelope in stream:
-                event = events_pb2.TaskExit.FromString(envelope.event.value)
                 with self.changed:
-                    self.seen.append((event.id, event.exit_status))
+                    self._note(envelope)
                     self.changed.notify_all()
         except grpc.RpcError:
             return
+
+    def _note(self, envelope: Any) -> None:
+        if envelope.topic == _SUBSCRIBED:
+            self.is_subscribed = True
+            return
+        # All of these events have the container in the same place.
+        container = events_pb2.TaskOOM.FromString(envelope.event.value).container_id
+        self.topics.append((envelope.topic, container))
+        if envelope.topic == "/tasks/exit":
+            event = events_pb2.TaskExit.FromString(envelope.event.value)
+            self.seen.append((event.id, event.exit_status))
 
 
 class Tasks:
@@ -114,7 +146,7 @@ class Tasks:
     def state(self, container: str) -> tuple[str, int]:
         """Return a task's state and exit status; ``GONE`` if none, ``UNKNOWN`` if its shim is gone."""
         try:
-            process = self.call("Get", container, timeout_s=10).process
+            process = self.call("Get", container).process
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.NOT_FOUND:
                 return ("GONE", 0)
@@ -137,9 +169,25 @@ class Tasks:
         return [snapshot.name for part in parts for snapshot in part.info if snapshot.kind == active]
 
     def subscribe(self, exits: Exits) -> None:
-        """Collect the exits that containerd reports while this connection is open."""
-        stream = self._call("Events", "Subscribe", {"filters": ['topic=="/tasks/exit"']}, timeout_s=None)
+        """Collect the exits that containerd reports while this connection is open, from now on.
+
+        containerd does not say when a subscription begins, so events are published until one arrives.
+
+        :raises TimeoutError: if none does.
+        """
+        exits.is_subscribed = False
+        topics = [f'topic=="{topic}"' for topic in (*_FOLLOWED, _SUBSCRIBED)]
+        stream = self._call("Events", "Subscribe", {"filters": topics}, timeout_s=None)
         threading.Thread(target=exits.follow, args=(stream,), daemon=True).start()
+        event = {"type_url": "containerd.events.TaskExit"}
+        deadline = time.monotonic() + CALL_TIMEOUT_S
+        while time.monotonic() < deadline:
+            publishing = {"topic": _SUBSCRIBED, "event": event}
+            self._call("Events", "Publish", publishing, timeout_s=CALL_TIMEOUT_S).result()
+            with exits.changed:
+                if exits.changed.wait_for(lambda: exits.is_subscribed, timeout=_PUBLISH_AGAIN_S):
+                    return
+        raise TimeoutError("events: containerd has not begun to send them")
 
     def _call(self, service: str, name: str, fields: dict[str, Any], *, timeout_s: float | None) -> Any:
         method = _service(service).methods_by_name[name]
