@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from tests.e2e.busybox import IMAGE
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
     from tests.e2e.conftest import Stack
     from tests.e2e.nursery import Process
 
-MOMENT_S = patient(30.0)
+MOMENT_S = patient(90.0)
+"""Longer than a machine may take to boot, and a zygote, which gives way to all others, to import everything."""
 PROGRAMS = {
     "shim": "containerd-shim-hako-v2",
     "QEMU": "qemu-system-x86_64",
@@ -56,6 +59,7 @@ class Life:
         self.tasks.__exit__()
         if self._door >= 0:
             os.close(self._door)
+        self._containerd.revive()
         for name in filter(None, (self.id, self._door_id)):
             if name in self._containerd.containers():
                 self._containerd.remove(name)
@@ -126,15 +130,12 @@ class Life:
         )
         return sorted(running, key=lambda process: process.start_time)
 
-    def wait_for_log(self, text: str) -> None:
-        """Wait for a text in containerd's log, which includes the shims' lines."""
+    def wait_for_log(self, pattern: str) -> None:
+        """Wait for a line in containerd's log, which includes the shims' lines: containerd copies them.
 
-        def said() -> bool:
-            with self._containerd.log.open("rb") as log:
-                log.seek(self._log_start)
-                return text.encode() in log.read()
-
-        until(said, what=f"the log says {text!r}")
+        :param pattern: what occurs in the line.
+        """
+        until(lambda: re.search(pattern, self.log()), what=f"the log says {pattern!r}")
 
     def log(self) -> str:
         """Return what containerd and the shims have logged since this life began."""
@@ -163,11 +164,15 @@ class Life:
         :raises AssertionError: if ``ctr`` cannot.
         """
         for name in reversed(self.all_ids):
-            if name in self._containerd.tasks():
-                self._containerd.ctr("task", "delete", "--force", name)
-            assert name not in self._containerd.tasks()
+            # A task whose shim has just died cannot be deleted until containerd has noticed.
+            until(partial(self._delete_task, name), what=f"the task {name} is deleted")
             deleted = self._containerd.ctr("container", "delete", name)
             assert deleted.code == 0, deleted.stderr
+
+    def _delete_task(self, name: str) -> bool:
+        if self.tasks.state(name)[0] != "GONE":
+            self._containerd.ctr("task", "delete", "--force", name)
+        return self.tasks.state(name)[0] == "GONE"
 
     def _find(self, victim: str) -> Process | None:
         # A virtio-fs daemon has two processes, of which the younger serves; one that only prints its options
@@ -175,6 +180,9 @@ class Life:
         found = [each for each in self.processes(PROGRAMS[victim]) if "--help" not in each.command]
         if victim == "shim":
             found = [each for each in found if " -state " in each.command]
+            # A child of a shim has its command line until it runs its own program.
+            pids = {each.pid for each in found}
+            found = [each for each in found if each.parent not in pids]
         return found[-1] if found else None
 
     def _record(self, name: str, *command: str, options: list[str | Path]) -> None:

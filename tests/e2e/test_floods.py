@@ -104,8 +104,8 @@ def test_a_machine_that_floods_qemus_monitor_is_ended(life: Life, one_stack: Sta
     sandbox_id = life.all_ids[0]
     life.remove()
     reason = f"sandbox {sandbox_id}: killed, because its guest flooded the host with {event} events"
-    assert re.search(f"level=error .*{reason}", life.log())
-    assert re.search(f"wait: container {life.id}: {reason}; its status is 137", life.log())
+    life.wait_for_log(f"level=error .*{reason}")
+    life.wait_for_log(f"wait: container {life.id}: {reason}; its status is 137")
     kept = subprocess.run(
         [SHIM_DIRECTORY / "hako", "logs", sandbox_id, "--config", one_stack.config],
         capture_output=True,
