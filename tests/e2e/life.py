@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tests.e2e.nursery import Process
 
 MOMENT_S = patient(90.0)
-"""Longer than a machine may take to boot, and a zygote, which gives way to all others, to import everything."""
+"""Longer than a machine may take to boot, and a zygote, which gives way to others, to import everything."""
 PROGRAMS = {
     "shim": "containerd-shim-hako-v2",
     "QEMU": "qemu-system-x86_64",

@@ -119,6 +119,7 @@ def test_the_death_of_the_process_that_deletes_leaves_nothing(
             os.kill(spare.pid, signal.SIGKILL)
 
         assert list(outcomes([deleting], timeout_s=CALLS_END_S)) == [grpc.StatusCode.OK]
+        assert life.exits.wait_for(life.id, timeout_s=CONSISTENT_S)
         life.remove()
         assert life.exits.of(life.id) == [128 + signal.SIGKILL]
 

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from tests.e2e.busybox import IMAGE
-from tests.e2e.conftest import write_config
+from tests.e2e.conftest import DEFAULT_BOOT_S, write_config
 from tests.e2e.life import Life
 from tests.e2e.tasks import outcomes
 from tests.e2e.test_refusals import configured
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.hako, pytest.mark.mostly_on("1.7-ttrpc")]
 
-CONSISTENT_S = patient(10.0)
-CALLS_END_S = patient(15.0)
+CONSISTENT_S = patient(30.0)
+CALLS_END_S = patient(100.0)
+"""Longer than a machine may take that boots in the place of a clone which was killed."""
 
 VICTIMS = ("shim", "QEMU", "virtio-fs daemon", "vsock daemon", "guest", "containerd")
 PHASES = (
@@ -144,12 +145,11 @@ def test_a_restarted_containerd_takes_a_task_up_where_it_was(stack: Stack, home:
         life.write_down()
         under_way = bring_to(life, phase)
         life.kill("containerd")
-        assert grpc.StatusCode.OK not in outcomes(under_way, timeout_s=CALLS_END_S)
+        list(outcomes(under_way, timeout_s=CALLS_END_S))  # a call may have been faster than the signal
 
         stack.containerd.start()
         life.connect()
 
-        state, status = life.tasks.state(life.id)
         expected = {
             "during start": {"GONE", "CREATED"},
             "during create": {"GONE", "CREATED"},
@@ -160,7 +160,7 @@ def test_a_restarted_containerd_takes_a_task_up_where_it_was(stack: Stack, home:
             "stopping": {"RUNNING", "STOPPED", "GONE"},
             "during delete": {"STOPPED", "GONE"},
         }
-        assert state in expected[phase]
+        state, status = life.wait_for_state(expected[phase], timeout_s=CONSISTENT_S)
         if state in {"CREATED", "RUNNING", "PAUSED"}:
             life.tasks.call("Kill", life.id, signal=signal.SIGKILL)
             _, status = life.wait_for_state({"STOPPED"}, timeout_s=CONSISTENT_S)
@@ -182,7 +182,8 @@ def test_a_kernel_that_panics_while_it_boots_fails_the_create(
         tmp_path / "panic.toml",
         state_directory=stack.state_directory,
         protocol=stack.protocol,
-        guest='kernel_parameters = "rdinit=/none init=/none root=/dev/none"',
+        guest='kernel_parameters = "rdinit=/none init=/none root=/dev/none"\n'
+        f"boot_timeout_s = {patient(DEFAULT_BOOT_S):.0f}",
     )
     with Life(stack, home) as life:
         life.write_down("--runtime-config-path", config)
