@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from tests.e2e.conftest import Stack
 
-CALL_TIMEOUT_S = patient(60.0)
+CALL_TIMEOUT_S = patient(120.0)
 TASK = task_v3_pb2.DESCRIPTOR.services_by_name["Task"]
 PROCESS = {"cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}}
 CAPABILITY_SETS = ("bounding", "effective", "inheritable", "permitted")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from shim.commands import shims
 from tests import host_settings
 from tests.e2e import busybox, census
 from tests.e2e.containerd import RELEASES, Containerd, Release, running
@@ -22,6 +23,7 @@ from tests.patience import patient
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from shim.host.state_directory import StartRecord
 HAKO = "io.containerd.hako.v2"
 RUNC = "io.containerd.runc.v2"
 DEFAULT_BOOT_S = 45
@@ -43,6 +45,11 @@ class Stack:
     def is_hako(self) -> bool:
         """Tell whether the runtime is the one of this project and not one it is compared with."""
         return self.containerd.runtime == HAKO
+
+    def record(self, sandbox_id: str) -> StartRecord:
+        """Tell how a sandbox was started."""
+        known = shims.records(str(self.state_directory))
+        return next(each for each in known if each.id == sandbox_id)
 
 
 def write_config(

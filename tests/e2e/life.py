@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
 import signal
 import time
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from tests.e2e.busybox import IMAGE
@@ -16,8 +18,7 @@ from tests.e2e.tasks import Exits, Tasks
 from tests.patience import patient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
     from tests.e2e.conftest import Stack
     from tests.e2e.nursery import Process
@@ -188,6 +189,29 @@ class Life:
     def _record(self, name: str, *command: str, options: list[str | Path]) -> None:
         made = self._containerd.ctr("container", "create", "--runtime", HAKO, *options, IMAGE, name, *command)
         assert made.code == 0, made.stderr
+
+
+@contextlib.contextmanager
+def stopped(*pids: int) -> Iterator[None]:
+    """Let processes stand still for a block, as on a host that has no time for them."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        for pid in pids:
+            until(partial(_stands_still, pid), what=f"process {pid} stands still")
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def _stands_still(pid: int) -> bool:
+    threads = Path(f"/proc/{pid}/task").glob("*/stat")
+    try:
+        states = {each.read_text(errors="replace").rpartition(")")[2].split()[0] for each in threads}
+    except (FileNotFoundError, ProcessLookupError):  # a thread has just ended
+        return False
+    return states == {"T"}
 
 
 def until(condition: Callable[[], Any], *, what: str, timeout_s: float = MOMENT_S) -> Any:

@@ -12,7 +12,6 @@ import pytest
 
 from proto.hako import management_pb2 as api
 from shim.config import GuestConfig
-from shim.host.state_directory import read_record
 from shim.machine.pod_annotations import ANNOTATIONS
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import _census, new_id, write_config
@@ -98,9 +97,7 @@ def machine(request: pytest.FixtureRequest, one_stack: Stack, home: Path, config
         started = containerd.run(IMAGE, container, "sleep", "100000", options=options)
         try:
             assert started.code == 0, started.stderr
-            [path] = one_stack.state_directory.glob("*/sandbox.json")
-            record = read_record(str(path.parent))
-            found = ask(record, "Describe", api.DescribeRequest(), api.DescribeResponse)
+            found = ask(one_stack.record(container), "Describe", api.DescribeRequest(), api.DescribeResponse)
             [qemu] = [each.pid for each in found.processes if each.name == "QEMU"]
             shown = containerd.exec(container, "look", "cat", "/proc/cmdline").stdout
             argv = Path(f"/proc/{qemu}/cmdline").read_text(encoding="utf-8").split("\0")

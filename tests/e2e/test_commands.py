@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import tarfile
@@ -15,10 +14,10 @@ import pytest
 from proto.hako import management_pb2 as api
 from shim import cli
 from shim.commands import shims
-from shim.host.state_directory import read_record
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import _census, new_id
 from tests.e2e.containerd import SHIM_DIRECTORY, SYSTEM_PATH
+from tests.e2e.life import stopped as stopped_processes
 from tests.e2e.life import until
 from tests.e2e.test_management import ANSWER_S, POD, ask
 
@@ -70,8 +69,7 @@ def box(one_stack: Stack) -> Iterator[StartRecord]:
         started = one_stack.containerd.run(IMAGE, name, *command, options=options)
         try:
             assert started.code == 0, started.stderr
-            [path] = one_stack.state_directory.glob("*/sandbox.json")
-            yield read_record(str(path.parent))
+            yield one_stack.record(name)
         finally:
             one_stack.containerd.remove(name)
 
@@ -94,10 +92,8 @@ def hako(one_stack: Stack, capsys: pytest.CaptureFixture[str]) -> Hako:
 def stopped(box: StartRecord) -> Iterator[None]:
     """Have the shim stopped for the duration of a test."""
     found = ask(box, "Describe", api.DescribeRequest(), api.DescribeResponse)
-    pid = found.processes[0].pid
-    os.kill(pid, signal.SIGSTOP)
-    yield
-    os.kill(pid, signal.SIGCONT)
+    with stopped_processes(found.processes[0].pid):
+        yield
     ask(box, "Describe", api.DescribeRequest(), api.DescribeResponse)
 
 
@@ -188,7 +184,9 @@ def test_logs_are_merged_by_time(box: StartRecord, hako: Hako) -> None:
     assert hako("logs", box.id, "--since", "soon")[0] == 1
 
 
-def test_logs_go_on_until_the_sandbox_ends(one_stack: Stack, tmp_path: Path) -> None:
+def test_logs_go_on_until_the_sandbox_ends(
+    one_stack: Stack, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """And events show a sandbox that begins after them."""
     containerd, name = one_stack.containerd, new_id()
     environment = {"HAKO_CONFIG": str(one_stack.config), "PATH": f"{SHIM_DIRECTORY}:{SYSTEM_PATH}"}
@@ -197,6 +195,7 @@ def test_logs_go_on_until_the_sandbox_ends(one_stack: Stack, tmp_path: Path) -> 
             [SHIM_DIRECTORY / "hako", "events", "--json"], env=environment, stdout=events, stderr=events
         )
         try:
+            request.addfinalizer(lambda: containerd.remove(name))
             started = containerd.run(IMAGE, name, "sleep", "100000", options=["--detach"])
             assert started.code == 0, started.stderr
             following = subprocess.Popen(
@@ -209,7 +208,7 @@ def test_logs_go_on_until_the_sandbox_ends(one_stack: Stack, tmp_path: Path) -> 
             )
             containerd.remove(name)
             assert following.wait(timeout=ANSWER_S) == 0
-            assert "/tasks/exit" in topics(tmp_path / "events", name)
+            until(lambda: "/tasks/exit" in topics(tmp_path / "events", name), what="the event of its end")
         finally:
             watching.send_signal(signal.SIGINT)
             assert watching.wait(timeout=ANSWER_S) == 130
@@ -217,7 +216,8 @@ def test_logs_go_on_until_the_sandbox_ends(one_stack: Stack, tmp_path: Path) -> 
 
 def topics(path: Path, sandbox: str) -> list[str]:
     """The topics of a sandbox's events in the output of ``hako events --json``."""
-    events = [json.loads(line) for line in path.read_text().splitlines()]
+    lines, _, _unfinished = path.read_text().rpartition("\n")
+    events = [json.loads(line) for line in lines.splitlines()]
     return [each["topic"] for each in events if each["sandbox"] == sandbox]
 
 
