@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,14 +37,17 @@ def sandbox(one_stack: Stack) -> Iterator[Path]:
     name = new_id()
     started = one_stack.containerd.run(busybox.IMAGE, name, "sleep", "1000", options=["--detach"])
     assert started.code == 0, started.stderr
-    yield next(one_stack.state_directory.glob("*/ledger")).parent
+    yield Path(one_stack.record(name).state_directory)
     one_stack.containerd.remove(name)
 
 
 def open_files(pid: int, *, own: Path | None = None) -> set[str]:
     """List what a process has open; its own directory, if that has no path, by that of the host."""
-    links = Path(f"/proc/{pid}/fd").iterdir()
-    return {str(own if own and own.exists() and link.samefile(own) else link.readlink()) for link in links}
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found.add(str(own if own and own.exists() and link.samefile(own) else link.readlink()))
+    return found
 
 
 def kind_of(link: str, *, name: str, sandbox: Path) -> str:

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from shim.config import HypervisorConfig
+from shim.host import host_process
+from shim.host.host_process import HostProcess
 from shim.host.ledger import SHIM_PROCESS, Ledger
 from shim.machine.cgroup import MOST_TASKS, counting_roots, memory_bound
 from tests.e2e import busybox
 from tests.e2e.by_hand import ByHand
 from tests.e2e.conftest import new_id, write_config
 from tests.e2e.containerd import NAMESPACE, SHIM_DIRECTORY
+from tests.e2e.life import MOMENT_S
 from tests.e2e.nursery import descendants
 from tests.e2e.test_refusals import configured
 from tests.waiting import ends, until
@@ -64,7 +67,11 @@ def processes_of(directory: Path) -> dict[str, int]:
     ledger = Ledger(str(directory))
     processes = [entry for entry in ledger.entries() if entry.kind == "process"]
     ledger.close()
-    return {entry.name: entry.pid for entry in processes if Path(f"/proc/{entry.pid}").exists()}
+    return {
+        entry.name: entry.pid
+        for entry in processes
+        if host_process.is_running(HostProcess(pid=entry.pid, start_time=entry.start_time))
+    }
 
 
 @pytest.fixture
@@ -77,12 +84,14 @@ def sandboxes(one_stack: Stack, tmp_path: Path) -> Iterator[list[dict[str, int]]
     )
     options = ["--detach", "--runtime-config-path", str(config)]
     names = [new_id(), new_id()]
-    for name in names:
-        started = one_stack.containerd.run(busybox.IMAGE, name, "sleep", "1000", options=options)
-        assert started.code == 0, started.stderr
-    yield [processes_of(path.parent) for path in one_stack.state_directory.glob("*/ledger")]
-    for name in names:
-        one_stack.containerd.remove(name)
+    try:
+        for name in names:
+            started = one_stack.containerd.run(busybox.IMAGE, name, "sleep", "1000", options=options)
+            assert started.code == 0, started.stderr
+        yield [processes_of(Path(one_stack.record(name).state_directory)) for name in names]
+    finally:
+        for name in names:
+            one_stack.containerd.remove(name)
 
 
 def status(pid: int) -> dict[str, str]:
@@ -124,7 +133,8 @@ def test_each_process_is_confined_as_documented_and_each_sandbox_has_its_own_use
     sandboxes: list[dict[str, int]],
 ) -> None:
     users = []
-    everything = [os.getpid(), *(pid for processes in sandboxes for pid in processes.values())]
+    lasting = [SHIM_PROCESS, *in_a_sandbox()]
+    everything = [os.getpid(), *(processes[name] for processes in sandboxes for name in lasting)]
     for processes in sandboxes:
         users.append({status(processes[name])["Uid"] for name in in_a_sandbox()})
         for name, row in in_a_sandbox().items():
@@ -153,15 +163,15 @@ def building(stack: Stack, tmp_path: Path) -> Iterator[tuple[int, int]]:
 
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as builder:
         try:
-            qemu = until(booting)
+            qemu = until(booting, within_s=MOMENT_S)
             assert qemu is not None
             os.kill(qemu, signal.SIGSTOP)
             yield builder.pid, qemu
         finally:
             builder.kill()
-    assert ends(qemu)
+    assert ends(qemu, within_s=MOMENT_S)
     # The process that removes the rest outlives the builder.
-    until(lambda: not (tmp_path / "templates/.building").exists())
+    until(lambda: not (tmp_path / "templates/.building").exists(), within_s=MOMENT_S)
 
 
 def test_a_machine_that_becomes_a_template_is_confined_and_bounded_as_documented(
@@ -176,7 +186,8 @@ def test_a_machine_that_becomes_a_template_is_confined_and_bounded_as_documented
         groups = [root / f"hako-template-{builder}" for root in roots]
         # QEMU is put there just after it was started.
         assert until(
-            lambda: all(str(qemu) in (group / "cgroup.procs").read_text().split() for group in groups)
+            lambda: all(str(qemu) in (group / "cgroup.procs").read_text().split() for group in groups),
+            within_s=MOMENT_S,
         )
         found = [group / name for group in groups for name in LIMITS]
         assert {file.name for file in found if file.exists() and file.read_text() != "max\n"} >= {"pids.max"}
@@ -190,12 +201,18 @@ def test_the_only_host_files_a_process_sees_are_those_given_to_the_guest(
         roots = {name: Path(f"/proc/{processes[name]}/root") for name in in_a_sandbox()}
         assert not any((root / "etc/shadow").exists() or (root / "root").exists() for root in roots.values())
         assert {path.name for path in roots["QEMU"].iterdir()} == {"dev"}
-        tops = [
-            top_of(one) for root in roots.values() for one in (root.parent / "fd").iterdir() if one.is_dir()
-        ]
+        tops = [top for root in roots.values() for top in tops_of_files(root.parent)]
         assert tops
         # The C daemon keeps its first root open, which has programs and libraries of the host, read-only.
         assert not any({"shadow", "root", "home"} & set(top) for top in tops)
+
+
+def tops_of_files(process: Path) -> Iterator[list[str]]:
+    """List the tops of all open directories of a process that runs on."""
+    for one in (process / "fd").iterdir():
+        if one.is_dir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                yield top_of(one)
 
 
 def top_of(directory: Path) -> list[str]:
@@ -277,8 +294,9 @@ def test_the_user_of_a_killed_shim_is_given_to_no_other_while_it_has_a_process(
     stays = ["setpriv", f"--reuid={IDS[-1] + 1}", "--clear-groups", "sleep", "1000"]
     with subprocess.Popen(stays) as left:
         try:
+            until(lambda: status(left.pid)["Uid"].split()[0] == stays[1].partition("=")[2])
             os.kill(processes[SHIM_PROCESS], signal.SIGKILL)
-            assert all(ends(pid) for pid in processes.values())
+            assert all(ends(pid, within_s=MOMENT_S) for pid in processes.values())
             one_stack.containerd.remove(killed)
             refused = one_stack.containerd.run(busybox.IMAGE, other, "true", options=["--rm", *options])
             assert "boot: jail: no user of its own: none of 1 numbers is free" in refused.stderr
