@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-COMMAND_TIMEOUT_S = patient(10.0)
+COMMAND_TIMEOUT_S = patient(60.0)
 
 
 class Space:

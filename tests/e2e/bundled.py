@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from tests.e2e.busybox import rootfs_archive
 from tests.e2e.conftest import new_id
+from tests.e2e.containerd import ATTEMPTS_OF_RUNC
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.e2e.conftest import Stack
 
-#: ctr stops reading from a container that ended before it had opened its streams: runc's can be as fast.
-_ATTEMPTS_OF_A_PEER = 3
 NAMESPACES = ("pid", "ipc", "uts", "mount", "network")
 
 
@@ -82,7 +81,7 @@ def run(
     name = name or new_id()
     config = _write(place, name, specification(place, script, mounts, annotations or {}))
     containerd = stack.containerd
-    for _ in range(1 if stack.is_hako else _ATTEMPTS_OF_A_PEER):
+    for _ in range(1 if stack.is_hako else ATTEMPTS_OF_RUNC):
         try:
             done = containerd.ctr("run", "--runtime", containerd.runtime, "--config", config, name)
         finally:

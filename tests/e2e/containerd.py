@@ -28,6 +28,9 @@ SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SHIM_DIRECTORY = Path(sys.executable).parent
 CALL_TIMEOUT_S = patient(120.0)
 """Longer than a machine may take that does not come up as a clone and then boots."""
+ATTEMPTS_OF_RUNC = 4
+"""On a busy host, the output of a short process under runc may be lost: it may have ended before ctr and
+runc's shim have opened its streams, and then they no longer do."""
 TIMEOUTS_S = {"shim.cleanup": 5, "shim.load": 5, "shim.shutdown": 3, "task.state": 2}
 """How long containerd usually waits for a shim's ``delete``, for a connection to it, its end, and a state."""
 
@@ -266,6 +269,18 @@ class Containerd:
     def exec(self, container: str, exec_id: str, *command: str, stdin: str | None = None) -> Result:
         """Run ``ctr task exec`` to its end."""
         return self.ctr("task", "exec", "--exec-id", exec_id, container, *command, stdin=stdin)
+
+    def ask(self, container: str, exec_id: str, *command: str, timeout_s: float = CALL_TIMEOUT_S) -> Result:
+        """Run a command that only looks, and says something, as :meth:`exec` does.
+
+        :param timeout_s: how long it may take.
+        """
+        argv = ("task", "exec", "--exec-id", exec_id, container, *command)
+        for _ in range(ATTEMPTS_OF_RUNC if ".runc." in self.runtime else 1):
+            result = self.ctr(*argv, timeout_s=timeout_s)
+            if result.code != 0 or result.stdout:
+                break
+        return result
 
     def tasks(self) -> dict[str, tuple[int, str]]:
         """Return every task of the namespace with its process id and state.

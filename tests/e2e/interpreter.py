@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import new_id
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from tests.e2e.conftest import Stack
 
-PROGRAM_TIMEOUT_S = 180.0
+PROGRAM_TIMEOUT_S = patient(180.0)
 TESTS = Path(__file__).parents[1]
 READ_ONLY = {"/usr": "/usr", "/usr/lib": "/lib", "/usr/lib64": "/lib64", str(TESTS): "/tree/tests"}
 
@@ -44,12 +45,20 @@ class Interpreter:
 
     def execute(self, *command: str) -> str:
         """Run a command that must succeed, and return its output."""
-        exec_id = f"exec-{next(self._numbers)}"
-        result = self.stack.containerd.ctr(
-            *("task", "exec", "--exec-id", exec_id, self.name, *command), timeout_s=PROGRAM_TIMEOUT_S
-        )
+        argv = ("task", "exec", "--exec-id", self._exec_id(), self.name, *command)
+        result = self.stack.containerd.ctr(*argv, timeout_s=PROGRAM_TIMEOUT_S)
         assert result.code == 0, result.stderr
         return result.stdout
+
+    def ask(self, *command: str) -> str:
+        """Run a command that only looks, and says something."""
+        asked = self.stack.containerd.ask
+        result = asked(self.name, self._exec_id(), *command, timeout_s=PROGRAM_TIMEOUT_S)
+        assert result.code == 0, result.stderr
+        return result.stdout
+
+    def _exec_id(self) -> str:
+        return f"exec-{next(self._numbers)}"
 
 
 def run_on_the_host(program: str, *arguments: str) -> str:
@@ -78,9 +87,7 @@ def interpreter(
         *(f"type=bind,src={source},dst={target},options=rbind:rw" for source, target in binds.items()),
     ]
     flags = [word for mount in mounts for word in ("--mount", mount)]
-    started = stack.containerd.run(
-        IMAGE, name, "sleep", "100000", options=["--detach", *flags, *options], timeout_s=120
-    )
+    started = stack.containerd.run(IMAGE, name, "sleep", "100000", options=["--detach", *flags, *options])
     try:
         assert started.code == 0, started.stderr
         yield Interpreter(stack, name)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.e2e.conftest import new_id
+from tests.e2e.containerd import ATTEMPTS_OF_RUNC
 from tests.e2e.described import Described, specification, unpack_rootfs
-from tests.e2e.test_identifiers import RUNC_ATTEMPTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,7 +112,7 @@ def test_an_exec_has_its_own_user_groups_and_privileges_and_no_limit_of_the_cont
 def test_a_user_may_open_their_own_streams_again(odd: Described) -> None:
     command = ("sh", "-c", "echo out >/dev/stdout; echo err >/dev/stderr")
     _, said = odd.exec(*command, user=UNKNOWN)
-    for _ in range(0 if odd.stack.is_hako else RUNC_ATTEMPTS):
+    for _ in range(0 if odd.stack.is_hako else ATTEMPTS_OF_RUNC):
         said = said if len(said.split()) > 1 else odd.exec(*command, user=UNKNOWN)[1]
     assert sorted(said.split()) == ["err", "out"]
 

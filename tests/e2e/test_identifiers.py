@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import new_id
+from tests.e2e.containerd import ATTEMPTS_OF_RUNC, CALL_TIMEOUT_S
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,9 +23,6 @@ IDS = (
     *("watchable", "sandbox", "shared", "rootfs"),
 )
 
-RUNC_ATTEMPTS = 4
-"""On a busy host, runc's shim may lose the output of a short exec."""
-
 
 def run_all(argvs: list[list[str]]) -> dict[str, tuple[int, str]]:
     """Run commands at once; return the exit code and the output of each by its last argument."""
@@ -34,7 +32,7 @@ def run_all(argvs: list[list[str]]) -> dict[str, tuple[int, str]]:
         )
         for argv in argvs
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in started]
+    outputs = [process.communicate(timeout=CALL_TIMEOUT_S)[0] for process in started]
     return {
         argv[-1]: (process.returncode, output)
         for argv, process, output in zip(argvs, started, outputs, strict=True)
@@ -78,7 +76,7 @@ def test_containers_of_one_sandbox_may_have_any_ids(
         ]
         expected = {name: (0, f"{name}\n") for name in IDS}
         seen = run_all(argvs)
-        for _ in range(0 if either_stack.is_hako else RUNC_ATTEMPTS):
+        for _ in range(0 if either_stack.is_hako else ATTEMPTS_OF_RUNC):
             seen = seen if seen == expected else run_all(argvs)
         assert seen == expected
     assert {name: containerd.tasks()[name][1] for name in IDS} == dict.fromkeys(IDS, "RUNNING")

@@ -13,6 +13,7 @@ from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import new_id
 from tests.e2e.life import until
 from tests.network_space import Space, add_cable, new_space
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 PROGRAMS = "type=bind,src=/usr,dst=/host,options=rbind:ro"
 LIBRARIES = "/host/lib/x86_64-linux-gnu"
 IP = f"{LIBRARIES}/ld-linux-x86-64.so.2 --library-path {LIBRARIES} /host/bin/ip -N"
+#: How long the answer to a ping may take, in seconds; that no route leads to an address is known at once.
+ANSWER_S = round(patient(30.0))
 # Entries that a kernel makes for a link, and the route of forwarded ports to localhost.
 NOBODYS = re.compile(
     r"hako\d|169\.254\.255\.254|fe80::|ff00::|^(anycast|broadcast) |valid_lft|link/|^\d+: \w+: <"
@@ -63,20 +66,26 @@ class Box:
         assert result.code == 0, (script, result.stdout, result.stderr)
         return result.stdout
 
+    def ask(self, script: str) -> str:
+        """Run a script that only looks, and says something."""
+        result = self._stack.containerd.ask(self._name, new_id(), "sh", "-c", script)
+        assert result.code == 0, (script, result.stdout, result.stderr)
+        return result.stdout
+
     def ip(self, *commands: str) -> list[list[str]]:
         """Run ``ip``, and read the entries that were not made by the kernel."""
         script = "; echo ==; ".join(f"{IP} {command}" for command in commands)
-        return [_made(text) for text in self.run(script).split("==\n")]
+        return [_made(text) for text in self.ask(script).split("==\n")]
 
     def settings(self, *names: str) -> dict[str, str]:
         """Read kernel parameters."""
         script = "; ".join(f"echo {name} $(cat /proc/sys/net/{name})" for name in names)
-        return dict(line.split(maxsplit=1) for line in self.run(script).splitlines())
+        return dict(line.split(maxsplit=1) for line in self.ask(script).splitlines())
 
     def reached(self, *targets: str) -> set[str]:
         """Tell which of these addresses answer."""
-        script = "; ".join(f"ping -c 1 -W 5 {one} >/dev/null 2>&1 && echo {one}" for one in targets)
-        return set(self.run(f"{script}; true").split())
+        script = "; ".join(f"ping -c 1 -W {ANSWER_S} {one} >/dev/null 2>&1 && echo {one}" for one in targets)
+        return set(self.ask(f"{script}; true").split())
 
 
 def ip_in(space: Space, *commands: str) -> list[list[str]]:
@@ -121,7 +130,7 @@ def test_a_dropping_route_of_the_namespace_drops_in_the_container(either_stack: 
     targets = ("192.0.2.1", "192.0.2.2", "192.0.2.3", "198.51.100.1", "fd99::1", "fd99::2")
     with box_in(either_stack, pod) as box:
         assert box.reached(*targets) == {"198.51.100.1", "fd99::2"}
-        errors = box.run("for i in 1 2 3; do ping -c 1 -W 2 192.0.2.$i 2>&1 | grep -o 'sendto.*'; done; true")
+        errors = box.ask("for i in 1 2 3; do ping -c 1 -W 2 192.0.2.$i 2>&1 | grep -o 'sendto.*'; done; true")
         assert errors.splitlines() == [
             "sendto: Invalid argument",
             "sendto: No route to host",
@@ -182,11 +191,11 @@ def test_addresses_are_those_of_the_namespace(either_stack: Stack, pod: Space, o
     shown = ("addr show dev eth0", "addr show dev lo", "route show table all", "-6 route show table all")
     with box_in(either_stack, pod) as box:
         assert box.ip(*shown) == ip_in(pod, *shown)
-        assert "mtu 9000" in box.run("ip link show dev lo")
+        assert "mtu 9000" in box.ask("ip link show dev lo")
         answering = {"203.0.113.1", "203.0.113.200", "fd77::1"}
         assert box.reached(*answering) == answering
         for address in answering:
-            outside.run("busybox", "ping", "-c1", "-W5", address)
+            outside.run("busybox", "ping", "-c1", f"-W{ANSWER_S}", address)
         # A deprecated address is not chosen to speak from.
         assert "src fd00:1::77 " not in box.ip("-6 route get fd99::2")[0][0]
         pod.ip("addr add 203.0.113.2/32 dev lo")
@@ -328,7 +337,7 @@ def test_a_network_as_plugins_make_it_works(either_stack: Stack, outside: Space)
             assert box.reached(*far) == {*far}
             assert box.reached("10.3.0.1 -s 8900", "fd99::1 -s 2000") >= {"10.3.0.1", "fd99::1"}
             for near in ("10.1.0.2", "10.2.0.2", "10.3.0.2", "10.5.0.2", "10.6.0.2", "fd04::2"):
-                outside.run("busybox", "ping", "-c1", "-W5", near)
+                outside.run("busybox", "ping", "-c1", f"-W{ANSWER_S}", near)
 
 
 @pytest.mark.hako
@@ -336,14 +345,19 @@ def test_a_packet_filter_in_the_namespace_is_named_in_the_log_once(one_stack: St
     pod.run("iptables", "-A", "INPUT", "-p", "tcp", "--dport", "9", "-j", "DROP")
     log = one_stack.containerd.log
     before = log.stat().st_size
+    said = "pass by the namespace's packet filter"
+
+    def warned() -> list[str]:
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            lines.seek(before)
+            return [line for line in lines if said in line]
+
     with box_in(one_stack, pod) as box:
+        until(warned, what="containerd has copied the warning to its log")
         pod.ip("addr add 10.1.0.9/32 dev eth0")
-        until(lambda: "10.1.0.9/32" in box.run("ip addr show"), what="the address is there")
-    with log.open(encoding="utf-8") as lines:
-        lines.seek(before)
-        warned = [line for line in lines if "pass by the namespace's packet filter" in line]
-    assert len(warned) == 1
-    assert "set it up in a container with NET_ADMIN" in warned[0]
+        until(lambda: "10.1.0.9/32" in box.ask("ip addr show"), what="the address is there")
+    [warning] = warned()
+    assert "set it up in a container with NET_ADMIN" in warning
 
 
 @pytest.mark.inherent("sockets-of-namespace")
@@ -352,5 +366,5 @@ def test_the_sockets_of_a_container_are_listed_in_its_namespace_on_the_host(
 ) -> None:
     with box_in(either_stack, pod) as box:
         box.run("nc -ll -p 7000 -e cat </dev/null >/dev/null 2>&1 &")
-        until(lambda: ":1B58" in box.run("cat /proc/net/tcp6"), what="the server listens")
+        until(lambda: ":1B58" in box.ask("cat /proc/net/tcp6"), what="the server listens")
         assert ":1B58" in pod.run("cat", "/proc/net/tcp6")

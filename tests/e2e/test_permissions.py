@@ -76,4 +76,4 @@ def test_space_reserved_by_another_than_root_costs_a_program_its_set_id_bits(box
     box.execute("chmod", "755", "/root")
     user = ["/usr/bin/setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups"]
     box.execute(*user, "/usr/bin/fallocate", "--length", "4096", "/root/program")
-    assert box.execute("stat", "-c", "%a", "/root/program") == "755\n"
+    assert box.ask("stat", "-c", "%a", "/root/program") == "755\n"

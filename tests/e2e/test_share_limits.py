@@ -45,7 +45,7 @@ def test_a_file_can_be_made_without_a_name(box: Interpreter) -> None:
 
 @pytest.mark.inherent("extents")
 def test_a_files_extents_can_be_listed(box: Interpreter) -> None:
-    assert " 0 extents" not in box.execute("/usr/sbin/filefrag", FILE)
+    assert " 0 extents" not in box.ask("/usr/sbin/filefrag", FILE)
 
 
 @pytest.mark.inherent("file-flags")
@@ -55,7 +55,7 @@ def test_a_files_flags_can_be_changed(box: Interpreter) -> None:
 
 @pytest.mark.inherent("birth-time")
 def test_a_files_birth_time_is_known(box: Interpreter) -> None:
-    assert int(box.execute("/usr/bin/stat", "-c", "%W", FILE)) > 0
+    assert int(box.ask("/usr/bin/stat", "-c", "%W", FILE)) > 0
 
 
 @pytest.mark.inherent("shifted-ranges")
@@ -80,5 +80,5 @@ def test_a_change_of_the_host_is_an_event(box: Interpreter, volume: Path) -> Non
 def test_a_lock_of_the_host_is_held_against_a_container(box: Interpreter, volume: Path) -> None:
     with (volume / "file").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        said = box.execute("sh", "-c", f"/usr/bin/flock --nonblock {FILE} echo granted || echo refused")
+        said = box.ask("sh", "-c", f"/usr/bin/flock --nonblock {FILE} echo granted || echo refused")
     assert said == "refused\n"
