@@ -32,6 +32,7 @@ def box(one_stack: Stack) -> Iterator[None]:
     one_stack.containerd.remove(NAME)
 
 
+@pytest.mark.timeout(600)  # a template is built, among others
 def test_every_runnable_example_succeeds(one_stack: Stack, box: None, tmp_path: Path) -> None:
     templates = tmp_path / "templates"
     templates.mkdir(mode=0o700)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.e2e.busybox import IMAGE
-from tests.e2e.containerd import converse
+from tests.e2e.containerd import CALL_TIMEOUT_S, converse
 from tests.e2e.life import until
 from tests.e2e.terminal import terminal
 
@@ -39,6 +39,7 @@ def test_stdin_reaches_an_exec_and_its_end_is_seen(stack: Stack, long_lived: str
 def test_an_exec_with_a_terminal_has_one_of_the_size_of_the_window(stack: Stack, long_lived: str) -> None:
     argv = stack.containerd.ctr_argv("task", "exec", "-t", "--exec-id", "terminal", long_lived, "sh")
     with terminal(argv, rows=31, columns=97) as screen:
+        screen.expect("# ")
         screen.send("test -t 0 && test -t 1 && test -t 2 && echo is'-'terminal\n")
         screen.expect("is-terminal")
         screen.send("while [ \"$(stty size)\" != '31 97' ]; do :; done; echo size'-'right\n")
@@ -62,7 +63,7 @@ def test_many_execs_run_at_once_and_none_mixes_with_another(stack: Stack, long_l
         )
         for number in range(count)
     ]
-    outcomes = [(process.communicate(timeout=100)[0], process.returncode) for process in started]
+    outcomes = [(process.communicate(timeout=CALL_TIMEOUT_S)[0], process.returncode) for process in started]
 
     assert outcomes == [("".join(f"{number} {i}\n" for i in (1, 2, 3)), number) for number in range(count)]
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.hako
 
-TIMEOUT_S = patient(30)
+TIMEOUT_S = patient(60)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,7 @@ def test_programs_are_told_output_and_status_at_once(argv: Argv) -> None:
 
 def test_a_shell_has_a_terminal_of_the_size_of_the_window(argv: Argv) -> None:
     with terminal(argv(), rows=30, columns=100) as window:
+        window.expect("# ")
         window.send("stty size\n")
         window.expect("30 100")
         window.resize(rows=40, columns=90)

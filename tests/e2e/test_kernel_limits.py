@@ -10,6 +10,7 @@ import pytest
 from tests.e2e.busybox import IMAGE, PYTHON, PYTHON_OPTIONS
 from tests.e2e.by_hand import ByHand
 from tests.e2e.conftest import new_id
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 GIB = 1 << 30
 RESOURCES = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
-RUN_TIMEOUT_S = 180
+RUN_TIMEOUT_S = patient(240.0)
 IN_MEMORY = ["--mount", "type=tmpfs,src=tmpfs,dst=/tmp"]
 # More of each than a kernel allows that has booted with 512 MiB.
 WANTED = {"threads": 3_700, "inotify watches": 12_000, "epoll watches": 105_000}

@@ -37,7 +37,7 @@ def test_a_container_redirects_its_traffic_as_a_service_mesh_does(
             chroot /host /usr/sbin/$ip-{kind} {REDIRECT} --dport 80 -j REDIRECT --to-ports 15001 || exit 1
         done
         echo from the proxy | nc -l -p 15001 &
-        sleep 1
+        until grep -qs ':3A99 ' /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done
         nc 127.0.0.1 80 </dev/null
     """
     result = stack.containerd.run(IMAGE, container, "sh", "-c", script, options=[*ADMINISTRATOR, *HOST])

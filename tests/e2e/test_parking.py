@@ -16,7 +16,6 @@ import pytest
 
 from proto.hako import management_pb2 as api
 from shim.commands import shims
-from shim.host.state_directory import read_record
 from shim.telemetry.event_feed import AWAKE, PARKED
 from tests.e2e.busybox import IMAGE, PYTHON, PYTHON_OPTIONS
 from tests.e2e.conftest import _census, new_id
@@ -28,7 +27,6 @@ from tests.patience import patient
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from shim.host.state_directory import StartRecord
     from tests.e2e.conftest import Stack
 
 pytestmark = pytest.mark.hako
@@ -61,8 +59,7 @@ class Sandbox:
     """A sandbox, asked over the management API."""
 
     def __init__(self, stack: Stack, name: str) -> None:
-        found = map(read_record, map(str, stack.state_directory.iterdir()))
-        self.record: StartRecord = next(each for each in found if each.id == name)
+        self.record = stack.record(name)
         self._seen = 0
 
     def describe(self) -> Any:
@@ -87,9 +84,10 @@ class Sandbox:
         [qemu] = [each.pid for each in self.describe().processes if each.name == "QEMU"]
         found = {}
         for descriptor in Path(f"/proc/{qemu}/fd").iterdir():
-            if "memfd:" in str(descriptor.readlink()):
-                status = descriptor.stat()
-                found[status.st_ino] = status.st_blocks * 512
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                if "memfd:" in str(descriptor.readlink()):
+                    status = descriptor.stat()
+                    found[status.st_ino] = status.st_blocks * 512
         assert found
         return sum(found.values())
 
@@ -101,6 +99,7 @@ class Box(Sandbox):
         super().__init__(stack, name)
         self.stack, self.name, self.volume = stack, name, volume
         self._process = process
+        self._sent_at_s = 0.0
 
     def command(self, word: str) -> Any:
         """Run a command of ``hako`` for it, and decode what it says to programs."""
@@ -111,6 +110,7 @@ class Box(Sandbox):
 
     def send(self, line: str) -> None:
         assert self._process.stdin is not None
+        self._sent_at_s = time.time()
         self._process.stdin.write(f"{line}\n")
         self._process.stdin.flush()
 
@@ -118,10 +118,14 @@ class Box(Sandbox):
         assert self._process.stdout is not None
         return json.loads(self._process.stdout.readline())
 
-    def check(self, line: str) -> None:
-        """See that everything is as it was, for a line that was sent."""
+    def check(self, line: str, *, since_s: float = 0.0) -> None:
+        """See that everything is as it was, for a line that was sent.
+
+        :param since_s: when it could be read first, in seconds since 1970; by default when it was sent.
+        """
         answer = self.answer()
-        assert abs(answer.pop("time") - time.time()) < CLOCK_ERROR_S
+        told_s = answer.pop("time")
+        assert (since_s or self._sent_at_s) - CLOCK_ERROR_S < told_s < time.time() + CLOCK_ERROR_S
         assert answer == {"pattern": True, "echo": f"{line}\n"}
         assert (self.volume / "file").read_text().endswith(f"{line}\n")
 
@@ -199,10 +203,13 @@ def test_a_parked_sandbox_goes_on_where_it_was(box: Box) -> None:
     assert box.describe().state == "parked", "neither questions nor input wake it"
     time.sleep(3 * CLOCK_ERROR_S)  # a clock that was not set would be late by more than is allowed
 
+    woken_at_s = time.time()
     assert box.command("unpark") == {}
     box.wait_for(AWAKE)
 
-    box.check("meanwhile")
+    box.check("meanwhile", since_s=woken_at_s)
+    box.send("after")
+    box.check("after")
     assert box.stack.containerd.tasks()[box.name][1] == "RUNNING"
 
 
@@ -225,8 +232,9 @@ def test_a_task_that_its_annotation_parked_is_killed_and_deleted(
     park_dir, allowed = f'park_dir = "{tmp_path}"', f'enable_annotations = "{PARK_ANNOTATION}"'
     options = ["--detach", f"--annotation={PARK_ANNOTATION}={PARK_AFTER_S}"]
     with configured(one_stack, templates=templates, hypervisor=park_dir, shim=allowed):
-        containerd.run(IMAGE, name, "sleep", "100000", options=options)
+        started = containerd.run(IMAGE, name, "sleep", "100000", options=options)
     try:
+        assert started.code == 0, started.stderr
         box = Sandbox(one_stack, name)
         assert containerd.ctr("task", "pause", name).code == 0
         box.wait_for(PARKED)

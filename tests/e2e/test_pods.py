@@ -11,8 +11,10 @@ import pytest
 
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import new_id
-from tests.e2e.life import until
+from tests.e2e.containerd import CALL_TIMEOUT_S
+from tests.e2e.life import MOMENT_S, until
 from tests.e2e.tasks import Exits, Tasks
+from tests.e2e.test_death import ENDS_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -54,7 +56,7 @@ class Pod:
             for name in names
         ]
         for process in started:
-            _, problem = process.communicate(timeout=120)
+            _, problem = process.communicate(timeout=CALL_TIMEOUT_S)
             assert process.returncode == 0, problem
 
     def remove(self, name: str) -> None:
@@ -89,7 +91,7 @@ class Pod:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=CALL_TIMEOUT_S,
             check=False,
         )
         assert made.returncode == 0, made.stderr
@@ -148,7 +150,7 @@ def test_a_pod_is_one_machine_and_its_containers_come_and_go_independently(pod: 
         tasks.call("Kill", pod.id, signal=signal.SIGUSR1)
         assert tasks.state(pod.id) == ("RUNNING", 0), "a pause program ignores it"
         tasks.call("Kill", pod.id, signal=signal.SIGTERM)
-        assert exits.wait_for(pod.id, timeout_s=10)
+        assert exits.wait_for(pod.id, timeout_s=MOMENT_S)
         assert tasks.state(pod.id) == ("STOPPED", 0)
     pod.remove(pod.id)
     assert pod.run_in(second, "echo", "still there") == "still there\n"
@@ -168,7 +170,7 @@ def test_a_pod_whose_machine_dies_ends_at_once_with_all_its_containers(pod: Pod)
         tasks.subscribe(exits)
         os.kill(pod.machines()[0], signal.SIGKILL)
         for name in (pod.id, *names):
-            assert exits.wait_for(name, timeout_s=5)
+            assert exits.wait_for(name, timeout_s=ENDS_S)
         assert [tasks.state(name) for name in (pod.id, *names)] == [("STOPPED", 137)] * 3
         assert [exits.of(name) for name in (pod.id, *names)] == [[137]] * 3
     refused = containerd.run(

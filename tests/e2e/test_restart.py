@@ -47,7 +47,7 @@ def test_a_detached_container_survives_a_restart_of_containerd(
     os.kill(before[0], 0)
     containerd.start()
 
-    assert containerd.tasks()[container] == before
+    until(lambda: containerd.tasks().get(container) == before, what="the task is as it was")
     assert containerd.exec(container, "after", "echo", "alive").stdout == "alive\n"
     assert containerd.ctr("task", "kill", "--signal", "9", container).code == 0
     containerd.wait_for_state(container, "STOPPED")
@@ -102,7 +102,7 @@ def test_fifos_lose_nothing_while_containerd_is_away(
         output += read_to(reader, MUCH[-8:])
 
     with Tasks(containerd.address) as tasks:
-        assert tasks.state(box)[0] == "RUNNING"
+        until(lambda: tasks.state(box)[0] == "RUNNING", what="the task runs as before")
         fifos["stdin"].write_text("farewell\n")
         output += read_to(reader, None)
         os.close(reader)

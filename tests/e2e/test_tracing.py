@@ -141,7 +141,7 @@ def test_a_start_is_part_of_containerds_trace(traced: Stack, receiver: Receiver)
     assert container.trace_id == request.trace_id
     assert container.parent_span_id == start.parent_span_id
     assert request.start_time_unix_nano < start.end_time_unix_nano
-    children = [span for _, span in receiver.spans.values() if span.parent_span_id == container.span_id]
+    children = [span for _, span in list(receiver.spans.values()) if span.parent_span_id == container.span_id]
     assert {span.name for span in children} >= {"CreateContainer", "StartContainer"}
     for span in children:
         assert container.start_time_unix_nano <= span.start_time_unix_nano <= span.end_time_unix_nano

@@ -13,6 +13,7 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from tests.e2e.by_hand import ByHand
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.hako
 
 MIB = 1 << 20
 CONTENT = os.urandom(2 * MIB)
-WITHIN_S = 20.0
+WITHIN_S = patient(60.0)
 
 
 def publish(volume: Path, version: str, text: str) -> None:
