@@ -7,14 +7,20 @@ import fcntl
 import os
 import re
 import selectors
+import signal
 import struct
 import subprocess
 import termios
 import time
 from typing import TYPE_CHECKING
 
+from tests.patience import patient
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+WITHIN_S = patient(120.0)
+TOLD_AGAIN_S = 2.0
 
 
 class Terminal:
@@ -43,7 +49,7 @@ class Terminal:
         """Type ``text``."""
         os.write(self._master, text.encode())
 
-    def expect(self, pattern: str, *, timeout_s: float = 60.0) -> re.Match[str]:
+    def expect(self, pattern: str, *, timeout_s: float = WITHIN_S) -> re.Match[str]:
         """Read until ``pattern`` matches the unread part, and drop everything up to the end of the match.
 
         :raises AssertionError: if the program ends or ``timeout_s`` passes first.
@@ -55,7 +61,22 @@ class Terminal:
         self.output = self.output[match.end() :]
         return match
 
-    def wait(self, *, timeout_s: float = 60.0) -> int:
+    def expect_after_resize(self, pattern: str) -> re.Match[str]:
+        """As :meth:`expect`, after the size of the window has changed.
+
+        ctr tells the container the size, and only then begins to hear of changes: it loses one in between.
+        So it is told again until the pattern matches.
+        """
+        deadline = time.monotonic() + WITHIN_S
+        while True:
+            try:
+                return self.expect(pattern, timeout_s=TOLD_AGAIN_S)
+            except AssertionError:
+                if time.monotonic() > deadline or self.process.poll() is not None:
+                    raise
+                self.process.send_signal(signal.SIGWINCH)
+
+    def wait(self, *, timeout_s: float = WITHIN_S) -> int:
         """Read to the end of the output and return the program's exit code."""
         deadline = time.monotonic() + timeout_s
         while self._read(deadline):

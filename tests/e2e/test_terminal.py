@@ -29,7 +29,7 @@ def test_a_terminal_follows_the_size_of_the_window_and_turns_control_c_into_a_si
         screen.expect("is-terminal\\s")
         screen.expect("30 90\\s")
         screen.resize(rows=50, columns=132)
-        screen.expect("50 132\\s")
+        screen.expect_after_resize("50 132\\s")
         screen.send("\x03")
         screen.expect("interrupted\\s")
         assert screen.wait() == 3
