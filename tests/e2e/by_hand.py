@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import tarfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc
@@ -23,7 +24,6 @@ from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from google.protobuf.message import Message
 
@@ -88,9 +88,8 @@ class ByHand:
         (self._bundle / "config.json").write_text(json.dumps(spec), encoding="utf-8")
 
     def __enter__(self) -> Self:
-        others = set(self._stack.state_directory.iterdir())
         self._act("start")
-        [self._state] = set(self._stack.state_directory.iterdir()) - others
+        self._state = Path(self._stack.record(self.id).state_directory)
         self._channel = grpc.insecure_channel(f"unix://{self._state}/grpc.sock")
         try:
             self.call("Create", bundle=str(self._bundle), rootfs=[self._root])
@@ -103,10 +102,10 @@ class ByHand:
     def __exit__(self, *_: object) -> None:
         if self._state.exists():
             with contextlib.suppress(grpc.RpcError):
-                self.call("Kill", signal=9, all=True)
-                self.call("Wait")
-                self.call("Delete")
-                self.call("Shutdown")
+                self.call("Kill", is_there=True, signal=9, all=True)
+                self.call("Wait", is_there=True)
+                self.call("Delete", is_there=True)
+                self.call("Shutdown", is_there=True)
         self._channel.close()
         self._act("delete", "-bundle", self._bundle)
 
@@ -134,8 +133,13 @@ class ByHand:
         status = nursery.wait(pid, timeout_s=CALL_TIMEOUT_S)
         assert status == 0, output.read_text()
 
-    def call(self, name: str, *, timeout_s: float = CALL_TIMEOUT_S, **fields: Any) -> Any:
-        """Call one method of the task service, on the container unless ``id`` names another."""
+    def call(
+        self, name: str, *, timeout_s: float = CALL_TIMEOUT_S, is_there: bool = False, **fields: Any
+    ) -> Any:
+        """Call one method of the task service, on the container unless ``id`` names another.
+
+        :param is_there: do not wait for a shim that does not serve, because it has been serving.
+        """
         method = TASK.methods_by_name[name]
         request: type[Message] = GetMessageClass(method.input_type)
         response: type[Message] = GetMessageClass(method.output_type)
@@ -144,7 +148,8 @@ class ByHand:
             request_serializer=request.SerializeToString,
             response_deserializer=response.FromString,
         )
-        return call(request(**{"id": self.id, **fields}), timeout=timeout_s, wait_for_ready=True)
+        wanted = request(**{"id": self.id, **fields})
+        return call(wanted, timeout=timeout_s, wait_for_ready=not is_there)
 
     def execute(self, *command: str, **streams: Path | str) -> str:
         """Begin a process in the container.

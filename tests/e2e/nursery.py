@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PR_SET_CHILD_SUBREAPER = 36
 ZYGOTE = " -zygote"
-START_S = 60.0
+START_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,9 @@ def processes() -> dict[int, Process]:
         if not directory.name.isdigit():
             continue
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            name, _, rest = (directory / "stat").read_text(encoding="utf-8").rpartition(")")
+            # A name may have been cut within a character.
+            status = (directory / "stat").read_text(encoding="utf-8", errors="replace")
+            name, _, rest = status.rpartition(")")
             fields = rest.split()
             arguments = (directory / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
             found[int(directory.name)] = Process(
@@ -129,6 +131,7 @@ class Nursery:
             raise RuntimeError(f"nursery: {argv[0]}: {reply['error']}")
         pid = reply["started"]
         assert isinstance(pid, int)
+        self._exits.pop(pid, None)  # of another program that had the same number
         return pid
 
     def wait(self, pid: int, *, timeout_s: float) -> int:

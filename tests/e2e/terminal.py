@@ -31,13 +31,9 @@ class Terminal:
         self._master, slave = os.openpty()
         self.resize(rows=rows, columns=columns)
         self.output = ""
+        # It becomes the program. No Python may run in a child of a process that has threads, as gRPC's.
         self.process = subprocess.Popen(
-            argv,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - no thread runs here
+            ["/usr/bin/setsid", "--ctty", *argv], stdin=slave, stdout=slave, stderr=slave
         )
         os.close(slave)
 

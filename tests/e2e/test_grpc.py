@@ -12,6 +12,7 @@ import socket
 import subprocess
 import tarfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
@@ -25,10 +26,9 @@ from shim.transport.ttrpc_server import TtrpcServer
 from tests.e2e.busybox import IMAGE, rootfs_archive
 from tests.e2e.conftest import new_id
 from tests.e2e.containerd import SHIM_DIRECTORY, SYSTEM_PATH
+from tests.patience import patient
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from google.protobuf.message import Message
 
     from tests.e2e.conftest import Stack
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.hako
 
-DEADLINE_S = 60.0
+DEADLINE_S = patient(120.0)
 STOPPED = task_types_pb2.Status.Value("STOPPED")
 TASK = task_v3_pb2.DESCRIPTOR.services_by_name["Task"]
 
@@ -47,7 +47,7 @@ def test_grpcurl_lists_and_calls_the_services(one_stack: Stack) -> None:
     started = containerd.run(IMAGE, name, "sleep", "1000", options=["--detach"])
     assert started.code == 0, started.stderr
     try:
-        [path] = one_stack.state_directory.glob("*/grpc.sock")
+        path = Path(one_stack.record(name).state_directory) / "grpc.sock"
         assert path.stat().st_mode & 0o777 == 0o600
 
         listed = grpcurl(path, "list").split()
@@ -138,7 +138,7 @@ class Shim:
 
     def connect(self) -> None:
         """Open the gRPC socket beside the shim's state."""
-        [state] = self._stack.state_directory.glob("*/")
+        state = self._stack.record(self._container).state_directory
         self._channel = grpc.aio.insecure_channel(f"unix://{state}/grpc.sock")
 
     async def call(self, name: str, **fields: Any) -> Any:

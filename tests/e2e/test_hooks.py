@@ -56,7 +56,7 @@ def run(one_stack: Stack, tmp_path: Path) -> Callable[..., Result]:
                         "path": "/bin/sh",
                         "args": ["hook", "-ec", f"cd {shlex.quote(str(tmp_path))}; cat > {kind}; {script}"],
                         "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"],
-                        "timeout": 20,
+                        "timeout": 60,
                     }
                 ]
                 for kind, script in scripts.items()
@@ -86,7 +86,7 @@ def test_a_container_has_the_interface_that_a_hook_puts_next_to_its_task(
     started = run(name, "--detach", createRuntime=attach, poststart=":", poststop=":")
     try:
         assert started.code == 0, started.stderr
-        pinged = daemon.exec(name, new_id(), "ping", "-c", "1", "-W", "5", "10.9.0.1")
+        pinged = daemon.exec(name, new_id(), "ping", "-c", "1", "-W", "30", "10.9.0.1")
         assert pinged.code == 0, pinged.stdout
         creating, running = (
             json.loads((tmp_path / kind).read_text()) for kind in ("createRuntime", "poststart")

@@ -238,10 +238,11 @@ def test_a_machine_with_root_ports_is_confined_bounded_and_killed_as_readily_as_
     group, score = f"{NAMESPACE}/{new_id()}", 777
     with (
         configured(one_stack, hypervisor='memory_mib = 192\nroot_ports = 1\njail = "required"'),
-        ByHand(one_stack, tmp_path, linux={"cgroupsPath": f"/{group}"}, process={"oomScoreAdj": score}),
+        ByHand(
+            one_stack, tmp_path, linux={"cgroupsPath": f"/{group}"}, process={"oomScoreAdj": score}
+        ) as box,
     ):
-        [ledger] = one_stack.state_directory.glob("*/ledger")
-        processes = processes_of(ledger.parent)
+        processes = processes_of(Path(one_stack.record(box.id).state_directory))
         pids = [processes[name] for name in in_a_sandbox()]
         for name, row in in_a_sandbox().items():
             assert_confined(processes[name], row, others=[os.getpid()])
@@ -267,10 +268,10 @@ def test_a_machine_with_root_ports_is_confined_bounded_and_killed_as_readily_as_
 
 def test_a_sandbox_without_a_given_cgroup_has_its_own_until_its_end(one_stack: Stack, tmp_path: Path) -> None:
     roots = counting_roots(Path("/proc/self/mountinfo").read_text(encoding="utf-8"))
-    with ByHand(one_stack, tmp_path):
-        [ledger] = one_stack.state_directory.glob("*/ledger")
-        groups = [root / f"hako-{ledger.parent.name}" for root in roots]
-        pid = str(processes_of(ledger.parent)["QEMU"])
+    with ByHand(one_stack, tmp_path) as box:
+        state = Path(one_stack.record(box.id).state_directory)
+        groups = [root / f"hako-{state.name}" for root in roots]
+        pid = str(processes_of(state)["QEMU"])
         assert all(pid in (group / "cgroup.procs").read_text().split() for group in groups)
     assert not any(group.exists() for group in groups)
 
@@ -289,8 +290,7 @@ def test_the_user_of_a_killed_shim_is_given_to_no_other_while_it_has_a_process(
         busybox.IMAGE, killed, "sleep", "1000", options=["--detach", "--null-io", *options]
     )
     assert started.code == 0, started.stderr
-    [ledger] = one_stack.state_directory.glob("*/ledger")
-    processes = processes_of(ledger.parent)
+    processes = processes_of(Path(one_stack.record(killed).state_directory))
     stays = ["setpriv", f"--reuid={IDS[-1] + 1}", "--clear-groups", "sleep", "1000"]
     with subprocess.Popen(stays) as left:
         try:

@@ -51,9 +51,8 @@ class SandboxByHand(ByHand):
 
     def __enter__(self) -> Self:
         subprocess.run(["/usr/bin/unshare", f"--net={self.network_namespace}", "true"], check=True)
-        others = set(self._stack.state_directory.iterdir())
         self._act("start")
-        [state] = set(self._stack.state_directory.iterdir()) - others
+        state = self._stack.record(self.id).state_directory
         self._channel = grpc.insecure_channel(f"unix://{state}/grpc.sock")
         return self
 
