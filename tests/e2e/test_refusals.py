@@ -36,7 +36,7 @@ def configured(stack: Stack, **tables: Any) -> Iterator[None]:
         stack.config.write_bytes(usual)
 
 
-def refusal(stack: Stack, container: str, *, within_s: float = CALL_TIMEOUT_S, **tables: str) -> str:
+def refusal(stack: Stack, container: str, *, within_s: float, **tables: str) -> str:
     """Run a container that cannot start, and return the one line that says why."""
     with configured(stack, **tables):
         result = stack.containerd.run(IMAGE, container, "true", timeout_s=within_s)
@@ -71,7 +71,7 @@ def refusal(stack: Stack, container: str, *, within_s: float = CALL_TIMEOUT_S, *
 def test_a_failed_start_names_the_phase_and_the_cause(
     stack: Stack, container: str, tables: dict[str, str], words: list[str]
 ) -> None:
-    line = refusal(stack, container, **tables)
+    line = refusal(stack, container, within_s=CALL_TIMEOUT_S, **tables)
 
     for word in words:
         assert word in line
@@ -98,9 +98,8 @@ def test_a_guest_without_an_init_fails_with_the_last_words_of_its_kernel(
     stack: Stack, container: str
 ) -> None:
     deadline_s = f"{patient(DEFAULT_BOOT_S):.0f}"
-    line = refusal(
-        stack, container, guest=f'kernel_parameters = "rdinit=/no/init"\nboot_timeout_s = {deadline_s}'
-    )
+    guest = f'kernel_parameters = "rdinit=/no/init"\nboot_timeout_s = {deadline_s}'
+    line = refusal(stack, container, within_s=CALL_TIMEOUT_S, guest=guest)
 
     assert "boot" in line
     assert "panic" in line
