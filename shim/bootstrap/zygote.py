@@ -269,7 +269,8 @@ def _do(request: Request, caller: socket.socket) -> None:
     if answer is None:
         return
     status, output = answer
-    caller.send(bytes([status]) + output[: zygote_protocol.MAX_ANSWER - 1])
+    with contextlib.suppress(OSError):  # containerd kills a start that takes too long
+        caller.send(bytes([status]) + output[: zygote_protocol.MAX_ANSWER - 1])
     if successor.shim is None:
         caller.close()
         releases.leave()  # the process that was deleted may have been the last of an old release

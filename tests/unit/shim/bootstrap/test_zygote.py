@@ -200,16 +200,30 @@ def test_a_hanging_zygote_is_not_waited_for(warmed: Containerd) -> None:
     assert len(warmed.shims()) == 2
 
 
+def ask_for_a_start(containerd: Containerd, client: socket.socket, name: str) -> None:
+    """Ask the zygote for a start as a process does that containerd has started, and see it accepted."""
+    bundle = containerd.make_bundle(name)
+    flags = ["-namespace", "tests", "-address", containerd.address, "-id", name, "start"]
+    environment = {**os.environ, **containerd.environment}
+    client.connect(str(place(containerd)))
+    coded = {os.fsencode(name): os.fsencode(value) for name, value in environment.items()}
+    client.send(marshal.dumps((identity_of(containerd), os.getppid(), str(bundle), flags, coded, b"", 0.0)))
+    assert client.recv(1) == zygote_protocol.ACCEPTED
+
+
+def test_a_start_that_is_killed_leaves_nothing(warmed: Containerd) -> None:
+    starting = host_process.identify(only_spare(warmed))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        ask_for_a_start(warmed, client, "c2")
+    assert host_process.end([starting], number=None, timeout_s=WITHIN_S) == []
+    assert not warmed.state_of("c2").exists()
+    assert not warmed.socket_path("c2").exists()
+
+
 def test_a_shim_that_containerd_never_learns_of_ends(warmed: Containerd) -> None:
     zygote_socket(warmed)
-    bundle = warmed.make_bundle("c2")
-    flags = ["-namespace", "tests", "-address", warmed.address, "-id", "c2", "start"]
-    environment = {**os.environ, **warmed.environment}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
-        client.connect(str(place(warmed)))
-        coded = {os.fsencode(name): os.fsencode(value) for name, value in environment.items()}
-        client.send(marshal.dumps((identity_of(warmed), os.getppid(), str(bundle), flags, coded, b"", 0.0)))
-        assert client.recv(1) == zygote_protocol.ACCEPTED
+        ask_for_a_start(warmed, client, "c2")
         assert client.recv(zygote_protocol.MAX_ANSWER).startswith(b"\0{")
         assert warmed.state_of("c2").exists()
     until(lambda: not warmed.state_of("c2").exists() and not warmed.socket_path("c2").exists())
