@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from shim.host.state_directory import StartRecord
+
 HAKO = "io.containerd.hako.v2"
 RUNC = "io.containerd.runc.v2"
 DEFAULT_BOOT_S = 45
