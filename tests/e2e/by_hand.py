@@ -19,8 +19,7 @@ from google.protobuf.message_factory import GetMessageClass
 from proto.containerd import task_v3_pb2
 from tests.e2e.busybox import rootfs_archive
 from tests.e2e.conftest import new_id
-from tests.e2e.containerd import SHIM_DIRECTORY, SYSTEM_PATH
-from tests.patience import patient
+from tests.e2e.containerd import CALL_TIMEOUT_S, SHIM_DIRECTORY, SYSTEM_PATH
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
     from tests.e2e.conftest import Stack
 
-CALL_TIMEOUT_S = patient(120.0)
 TASK = task_v3_pb2.DESCRIPTOR.services_by_name["Task"]
 PROCESS = {"cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}}
 CAPABILITY_SETS = ("bounding", "effective", "inheritable", "permitted")

@@ -26,8 +26,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 LOG_SHOWN = 8000  # characters
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SHIM_DIRECTORY = Path(sys.executable).parent
-CALL_TIMEOUT_S = patient(120.0)
-"""Longer than a machine may take that does not come up as a clone and then boots."""
+CALL_TIMEOUT_S = patient(60.0) + 60.0
+"""Longer than a machine may take that waits a minute for its turn, is no clone in the end, and boots."""
 ATTEMPTS_OF_RUNC = 4
 """On a busy host, the output of a short process under runc may be lost: it may have ended before ctr and
 runc's shim have opened its streams, and then they no longer do."""

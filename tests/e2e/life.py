@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import HAKO, new_id
+from tests.e2e.containerd import CALL_TIMEOUT_S
 from tests.e2e.tasks import Exits, Tasks
-from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from tests.e2e.conftest import Stack
     from tests.e2e.nursery import Process
 
-MOMENT_S = patient(90.0)
-"""Longer than a machine may take to boot, and a zygote, which gives way to others, to import everything."""
+MOMENT_S = CALL_TIMEOUT_S
+"""Longer than a zygote may take, too, which gives way to all others while it imports everything."""
 PROGRAMS = {
     "shim": "containerd-shim-hako-v2",
     "QEMU": "qemu-system-x86_64",

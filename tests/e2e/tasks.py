@@ -14,8 +14,7 @@ import grpc
 from google.protobuf.message_factory import GetMessageClass
 
 from proto.containerd import events_pb2
-from tests.e2e.containerd import NAMESPACE
-from tests.patience import patient
+from tests.e2e.containerd import CALL_TIMEOUT_S, NAMESPACE
 from tests.protocol import compiled
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
     from google.protobuf.descriptor import ServiceDescriptor
 
-CALL_TIMEOUT_S = patient(120.0)
 _PROTO = Path(__file__).with_name("containerd_services.proto")
 _SERVICES = {"Tasks": "tasks", "Containers": "containers", "Snapshots": "snapshots", "Events": "events"}
 _SNAPSHOTTER = "overlayfs"

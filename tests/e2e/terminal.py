@@ -14,12 +14,12 @@ import termios
 import time
 from typing import TYPE_CHECKING
 
-from tests.patience import patient
+from tests.e2e.containerd import CALL_TIMEOUT_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-WITHIN_S = patient(120.0)
+WITHIN_S = CALL_TIMEOUT_S
 TOLD_AGAIN_S = 2.0
 
 

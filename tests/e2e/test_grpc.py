@@ -25,8 +25,7 @@ from shim.transport.dispatch import Dispatch
 from shim.transport.ttrpc_server import TtrpcServer
 from tests.e2e.busybox import IMAGE, rootfs_archive
 from tests.e2e.conftest import new_id
-from tests.e2e.containerd import SHIM_DIRECTORY, SYSTEM_PATH
-from tests.patience import patient
+from tests.e2e.containerd import CALL_TIMEOUT_S, SHIM_DIRECTORY, SYSTEM_PATH
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.hako
 
-DEADLINE_S = patient(120.0)
+DEADLINE_S = CALL_TIMEOUT_S
 STOPPED = task_types_pb2.Status.Value("STOPPED")
 TASK = task_v3_pb2.DESCRIPTOR.services_by_name["Task"]
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import DEFAULT_BOOT_S, write_config
+from tests.e2e.containerd import CALL_TIMEOUT_S
 from tests.e2e.life import Life
 from tests.e2e.tasks import outcomes
 from tests.e2e.test_refusals import configured
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.hako, pytest.mark.mostly_on("1.7-ttrpc")]
 
 CONSISTENT_S = patient(30.0)
-CALLS_END_S = patient(100.0)
-"""Longer than a machine may take that boots in the place of a clone which was killed."""
+CALLS_END_S = CALL_TIMEOUT_S
 
 VICTIMS = ("shim", "QEMU", "virtio-fs daemon", "vsock daemon", "guest", "containerd")
 PHASES = (

@@ -19,6 +19,7 @@ from proto.containerd import cgroups_v1_pb2, cgroups_v2_pb2, sandbox_v1_pb2, tas
 from proto.cri.pod_pb2 import DNSConfig, PodSandboxConfig
 from shim.sandbox.killing import ALONE_TIMEOUT_S
 from tests.e2e.by_hand import PROCESS, ByHand
+from tests.e2e.containerd import CALL_TIMEOUT_S
 from tests.e2e.life import PROGRAMS, stopped, until
 from tests.patience import patient
 
@@ -34,7 +35,6 @@ pytestmark = [pytest.mark.hako, pytest.mark.timeout(240)]
 SANDBOX = sandbox_v1_pb2.DESCRIPTOR.services_by_name["Sandbox"]
 TASK = task_v3_pb2.DESCRIPTOR.services_by_name["Task"]
 NOTICED_S = patient(30.0)
-CALL_TIMEOUT_S = patient(120.0)
 
 
 class SandboxByHand(ByHand):

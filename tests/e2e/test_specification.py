@@ -25,6 +25,7 @@ from shim.agent.oci_fields import ROWS, Fate
 from tests.e2e import census
 from tests.e2e.busybox import IMAGE, rootfs_archive
 from tests.e2e.conftest import new_id
+from tests.e2e.containerd import CALL_TIMEOUT_S
 from tests.e2e.specified import (
     CAP_SYS_ADMIN,
     LIMITS,
@@ -34,7 +35,6 @@ from tests.e2e.specified import (
     capability,
     specification,
 )
-from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.hako
 
-DEADLINE_S = patient(120.0)
+DEADLINE_S = CALL_TIMEOUT_S
 ROWS_OF_EXEC, COLUMNS_OF_EXEC = 31, 97
 
 
