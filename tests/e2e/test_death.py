@@ -89,7 +89,7 @@ def test_every_task_of_a_sandbox_ends_at_once_and_an_operator_can_learn_why(
             [SHIM_DIRECTORY / "hako", "logs", sandbox_id, "--config", stack.config],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=MOMENT_S,
             check=True,
         )
         first, *console = kept.stdout.splitlines()

@@ -85,7 +85,7 @@ def test_an_exec_is_killed_without_harm_to_its_container(stack: Stack, long_live
         assert process.stdout.readline() == "ready\n"
         killed = stack.containerd.ctr("task", "kill", "--signal", "9", "--exec-id", "victim", long_lived)
         assert killed.code == 0, killed.stderr
-        assert process.wait(60) == 137
+        assert process.wait(CALL_TIMEOUT_S) == 137
 
     assert stack.containerd.tasks()[long_lived][1] == "RUNNING"
 
@@ -124,4 +124,4 @@ def test_every_process_is_listed_behind_the_machines_and_an_exec_with_its_id(
     assert [int(line.split()[0]) for line in lines] == [pid] * 3
     assert sum("third" in line for line in lines) == 1
     one_stack.containerd.ctr("task", "kill", "--signal", "9", box)
-    assert third.wait(60) == 137
+    assert third.wait(CALL_TIMEOUT_S) == 137

@@ -125,7 +125,7 @@ def test_a_machine_that_floods_qemus_monitor_is_ended(life: Life, one_stack: Sta
         [SHIM_DIRECTORY / "hako", "logs", sandbox_id, "--config", one_stack.config],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=MOMENT_S,
         check=True,
     )
     assert reason.partition(": ")[2] in kept.stdout

@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import write_config
-from tests.e2e.containerd import converse
+from tests.e2e.containerd import CALL_TIMEOUT_S, converse
 
 if TYPE_CHECKING:
     from tests.e2e.conftest import Stack
@@ -47,7 +47,7 @@ def test_a_process_killed_by_signal_9_exits_with_137(stack: Stack, container: st
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         assert stack.containerd.ctr("task", "kill", "--signal", "9", container).code == 0
-        assert process.wait(60) == 137
+        assert process.wait(CALL_TIMEOUT_S) == 137
 
 
 def test_stdout_and_stderr_stay_apart(stack: Stack, container: str) -> None:
@@ -147,7 +147,7 @@ def test_a_signal_reaches_the_process(stack: Stack, container: str) -> None:
         assert process.stdout.readline() == "ready\n"
         assert stack.containerd.ctr("task", "kill", "--signal", "SIGUSR1", container).code == 0
         assert process.stdout.readline() == "caught\n"
-        assert process.wait(60) == 7
+        assert process.wait(CALL_TIMEOUT_S) == 7
 
 
 def test_a_missing_program_is_an_error_of_create_that_names_it(stack: Stack, container: str) -> None:

@@ -307,10 +307,17 @@ def building(node: Node) -> Iterator[subprocess.Popen[bytes]]:
             builder.kill()
 
 
+def is_written(node: Node) -> bool:
+    """Tell whether a template has files, but is not published."""
+    with contextlib.suppress(FileNotFoundError):  # published meanwhile
+        return any((node.store / ".building").glob("template/*"))
+    return False
+
+
 MOMENTS: dict[str, Callable[[Node, set[Process]], object]] = {
     "before its machine runs": lambda node, _: (node.store / ".building").exists(),
     "while its machine boots": lambda _, below: below,
-    "while it writes": lambda node, _: any((node.store / ".building").glob("template/*")),
+    "while it writes": lambda node, _: is_written(node),
     "when it has published": lambda node, _: node.templates,
 }
 BY_DAY = ("while its machine boots", "when it has published")
