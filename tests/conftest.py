@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 STACK = re.compile(r"\[(\d+\.\d+-[a-z]+)")
 BUILD_TIMEOUT_S = patient(200.0)
-#: Longer than what a test may wait for: a template's build, and a machine that boots when it was no clone.
-CONTAINERS_TIMEOUT_S = 300.0
-CONTAINERS = Path(__file__).parent / "e2e"
 TURNS = pytest.StashKey["Turns"]()
 
 
@@ -105,8 +102,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         longest = item.get_closest_marker("timeout")
         if longest:
             item.add_marker(pytest.mark.timeout(patient(longest.args[0])), append=False)
-        elif CONTAINERS in item.path.parents and not item.config.getoption("timeout", None):
-            item.add_marker(pytest.mark.timeout(patient(CONTAINERS_TIMEOUT_S)))
         limit = item.get_closest_marker("inherent")
         if limit and isinstance(item, pytest.Function) and "-hako" in item.callspec.id:
             reason = f"docs/limits.md: {limit.args[0]}"
