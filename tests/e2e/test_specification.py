@@ -12,6 +12,7 @@ import subprocess
 import tarfile
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from tests.e2e import census
 from tests.e2e.busybox import IMAGE, rootfs_archive
 from tests.e2e.conftest import new_id
 from tests.e2e.containerd import CALL_TIMEOUT_S
+from tests.e2e.life import until
 from tests.e2e.specified import (
     CAP_SYS_ADMIN,
     LIMITS,
@@ -169,8 +171,9 @@ def test_a_mount_made_later_on_the_host_is_seen_where_propagation_is_asked_for(b
     subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "hako-late", late], check=True)
     try:
         (late / "file").write_text("later\n")
-        seen = box.stack.containerd.exec(box.name, "late", "sh", "-c", "cat /following/late/file")
-        assert seen.stdout == "later\n", seen.stderr
+        look = partial(box.stack.containerd.exec, box.name, "late", "cat", "/following/late/file")
+        # The shim hears of the mount, and shows it to the guest.
+        until(lambda: look().stdout == "later\n", what="the mount is seen")
     finally:
         # The guest's kernel, and so the virtio-fs daemon, remembers the directories that it has seen.
         subprocess.run(["/usr/bin/umount", "--lazy", late], check=True)
