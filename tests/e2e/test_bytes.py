@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import random
-import termios
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +14,8 @@ import pytest
 
 from shim.sandbox.stream_copying import DRAIN_TIMEOUT_S
 from tests.e2e.by_hand import ByHand
-from tests.e2e.life import MOMENT_S
+from tests.e2e.fifos import is_full
+from tests.e2e.life import until
 from tests.e2e.test_refusals import configured
 
 if TYPE_CHECKING:
@@ -119,19 +118,6 @@ class Stalled:
     def __init__(self, fifo: Path) -> None:
         self._fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
 
-    def wait_until_full(self) -> None:
-        """Wait until no more fits into the FIFO.
-
-        :raises TimeoutError: if it never is.
-        """
-        deadline = time.monotonic() + MOMENT_S
-        waiting = bytearray(4)
-        while int.from_bytes(waiting, "little") < 64 * KIB:
-            if time.monotonic() > deadline:
-                raise TimeoutError("the FIFO does not fill")
-            time.sleep(0.02)
-            fcntl.ioctl(self._fd, termios.FIONREAD, waiting)
-
     def read_all(self) -> tuple[int, str]:
         """Read to the end after all."""
         os.set_blocking(self._fd, True)
@@ -222,9 +208,9 @@ def test_a_stalled_reader_loses_nothing_when_it_reads_on(
 def test_a_stalled_reader_holds_up_neither_kill_nor_for_long_delete(
     pod: ByHand, stalled: tuple[Path, Stalled]
 ) -> None:
-    fifo, reader = stalled
+    fifo, _ = stalled
     exec_id = pod.execute("cat", "/dev/zero", stdout=fifo)
-    reader.wait_until_full()
+    until(lambda: is_full(fifo), what="the FIFO is full")
     start = time.monotonic()
     pod.call("Kill", exec_id=exec_id, signal=9)
     assert pod.call("Wait", exec_id=exec_id).exit_status == 137

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import select
 import signal
-import termios
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import new_id
+from tests.e2e.fifos import is_full
 from tests.e2e.life import MOMENT_S, until
 from tests.e2e.tasks import Tasks
 
@@ -96,7 +95,7 @@ def test_fifos_lose_nothing_while_containerd_is_away(
         output += read_to(reader, MUCH[-8:])
         containerd.start()
     else:
-        until(lambda: waiting(fifos["stdout"]) == PIPE_BYTES, what="the FIFO is full")
+        until(lambda: is_full(fifos["stdout"]), what="the FIFO is full")
         containerd.start()
         reader = open_reader(fifos["stdout"])
         output += read_to(reader, MUCH[-8:])
@@ -129,13 +128,3 @@ def read_to(reader: int, last: bytes | None) -> bytes:
             break
         output += part
     return output
-
-
-def waiting(fifo: Path) -> int:
-    """Say how much a FIFO holds, and do not stay its reader."""
-    reader, count = open_reader(fifo), bytearray(4)
-    try:
-        fcntl.ioctl(reader, termios.FIONREAD, count)
-    finally:
-        os.close(reader)
-    return int.from_bytes(count, "little")
