@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MOMENT_S = CALL_TIMEOUT_S
 """Longer than a zygote may take, too, which gives way to all others while it imports everything."""
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.05
 PROGRAMS = {
     "shim": "containerd-shim-hako-v2",
     "QEMU": "qemu-system-x86_64",
@@ -217,11 +218,14 @@ def _stands_still(pid: int) -> bool:
 def until(condition: Callable[[], Any], *, what: str, timeout_s: float = MOMENT_S) -> Any:
     """Wait until a condition has a true value, and return it.
 
+    It is asked less and less often, because each look at all processes takes time from what is waited for.
+
     :raises TimeoutError: if it has none in time.
     """
-    deadline = time.monotonic() + timeout_s
+    deadline, pause_s = time.monotonic() + timeout_s, _SHORTEST_PAUSE_S
     while not (value := condition()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {timeout_s:g} s: {what}")
-        time.sleep(0.005)
+        time.sleep(pause_s)
+        pause_s = min(1.2 * pause_s, _LONGEST_PAUSE_S)
     return value
