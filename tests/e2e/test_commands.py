@@ -78,8 +78,8 @@ def box(one_stack: Stack) -> Iterator[StartRecord]:
 def hako(request: pytest.FixtureRequest, one_stack: Stack, capsys: pytest.CaptureFixture[str]) -> Hako:
     """Run a command with the configuration of the stack.
 
-    A shim is given up after a second even if it is only busy. Unless the test has stopped it, it is asked
-    again.
+    A shim is given up after a second, and a guest a little sooner, even if they are only busy. Unless the
+    test has stopped it, it is asked again.
     """
 
     def run(*words: str | Path) -> tuple[int, str, str]:
