@@ -151,9 +151,7 @@ class ChildProcess:
     @property
     def is_starved(self) -> bool:
         """Whether the live process has waited for processors longer than it has used them."""
-        return waits_more_than_it_runs(
-            path.read_text(encoding="ascii") for path in Path(f"/proc/{self.pid}/task").glob("*/schedstat")
-        )
+        return waits_more_than_it_runs(_of_threads(self.pid, "schedstat"))
 
     def adopt_workers(self) -> None:
         """Find the processes that this one has forked so far, so that ``destroy`` also ends them."""
@@ -277,8 +275,13 @@ def _no_huge_pages() -> Iterator[None]:
 
 
 def _children(pid: int) -> list[int]:
+    return [int(child) for children in _of_threads(pid, "children") for child in children.split()]
+
+
+def _of_threads(pid: int, name: str) -> list[str]:
+    """Read a file of each thread of a process, except of those that end meanwhile."""
     found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+    for path in Path(f"/proc/{pid}/task").glob(f"*/{name}"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            found += [int(child) for child in task.read_text().split()]
+            found.append(path.read_text(encoding="ascii"))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,9 +100,10 @@ class Vcpus:
         """Accept only QEMU's threads: a QEMU that its guest has taken over could name any of the host's."""
         if isinstance(tid, int):
             for task in Path(f"/proc/{self._pid}/task").iterdir():
-                # Its numbers in each pid namespace, from this process's to its own; QEMU reports the last.
-                if numbers(task.joinpath("status").read_text(encoding="ascii"))[-1:] == [tid]:
-                    return int(task.name)
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ends meanwhile
+                    # Its numbers in each pid namespace, from this process's to its own: QEMU has the last.
+                    if numbers(task.joinpath("status").read_text(encoding="ascii"))[-1:] == [tid]:
+                        return int(task.name)
         raise QmpError(f"thread {tid!r} is not one of QEMU's")
 
     async def _count(self) -> int:

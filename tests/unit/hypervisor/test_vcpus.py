@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import threading
@@ -70,3 +71,30 @@ async def test_a_thread_that_runs_all_virtual_cpus_gets_all_processors() -> None
 async def test_the_state_of_another_process_is_not_shown(stranger: int) -> None:
     assert await vcpus(stranger).states() == ""
     assert "vCPU 0" in await vcpus(os.getpid()).states()
+
+
+@contextlib.contextmanager
+def threads_that_end() -> Iterator[None]:
+    """Let this process start threads for a block that end at once, as QEMU does for its blocking work."""
+    over = threading.Event()
+
+    def start_threads() -> None:
+        while not over.is_set():
+            short = threading.Thread(target=int)
+            short.start()
+            short.join()
+
+    starting = threading.Thread(target=start_threads)
+    starting.start()
+    try:
+        yield
+    finally:
+        over.set()
+        starting.join()
+
+
+async def test_a_search_among_threads_survives_the_end_of_some(stranger: int) -> None:
+    with threads_that_end():
+        for _ in range(300):
+            with pytest.raises(ResizeError, match="is not one of QEMU's"):
+                await vcpus(stranger).pin(frozenset({0}))
