@@ -1,18 +1,13 @@
-"""How many cases are tried, and a served shim to try them on.
-
-``HAKO_FUZZ=nightly`` tries more than 100,000 cases, new ones every time; otherwise about 5,000, the same
-ones every time.
-"""
+"""A served shim to try cases of hostile input on, and the time that each test may take."""
 
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, settings
 
+from tests import cases
 from tests.blocking import Detector, detected
 from tests.fuzz.peers import ServedShim
 
@@ -23,38 +18,14 @@ if TYPE_CHECKING:
     from _pytest.python import Function
     from pytest_asyncio.plugin import Coroutine
 
-_NIGHTLY = "nightly"
-_TEST_TIMEOUT_NIGHTLY_S = 3600
-
-# A case that takes this long hangs, however busy the machine is.
-_CASE_DEADLINE = timedelta(seconds=20)
-
-_HEALTH = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example)
-
-settings.register_profile(
-    "normal",
-    max_examples=100,
-    deadline=_CASE_DEADLINE,
-    derandomize=True,
-    database=None,
-    suppress_health_check=_HEALTH,
-)
-settings.register_profile(
-    _NIGHTLY,
-    max_examples=2200,
-    deadline=_CASE_DEADLINE,
-    database=None,
-    print_blob=True,
-    suppress_health_check=_HEALTH,
-)
-settings.load_profile(os.environ.get("HAKO_FUZZ", "normal"))
+_TEST_TIMEOUT_S = 3600 if cases.IS_NIGHTLY else 600
+"""A thousand cases take half a minute on an idle machine, and several minutes on a busy one."""
 
 
 def pytest_collection_modifyitems(items: list[Function | Coroutine]) -> None:
-    if os.environ.get("HAKO_FUZZ") == _NIGHTLY:
-        for item in items:
-            if "tests/fuzz" in item.nodeid:
-                item.add_marker(pytest.mark.timeout(_TEST_TIMEOUT_NIGHTLY_S))
+    for item in items:
+        if "tests/fuzz" in item.nodeid:
+            item.add_marker(pytest.mark.timeout(_TEST_TIMEOUT_S))
 
 
 @pytest.fixture(scope="session")

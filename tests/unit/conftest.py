@@ -1,4 +1,4 @@
-"""A unit test fails if a call blocks the event loop."""
+"""A unit test fails if a call blocks the event loop, and never because its cases take long."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import tests.cases  # noqa: F401 - sets Hypothesis up
 from tests.blocking import Detector, detected
 
 if TYPE_CHECKING:

@@ -122,7 +122,7 @@ def same(ours: Message, reference: Reference) -> None:
 
 
 @pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.DESCRIPTOR.full_name)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_messages_survive_a_round_trip_through_the_protobuf_runtime(
     kind: type[Reference], data: st.DataObject
@@ -135,7 +135,7 @@ def test_messages_survive_a_round_trip_through_the_protobuf_runtime(
     assert kind.FromString(CODEC.encode(name, ours)) == reference
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.binary(max_size=60))
 def test_any_bytes_are_refused_or_survive_a_round_trip(data: bytes) -> None:
     name = "grpc.CreateContainerRequest"

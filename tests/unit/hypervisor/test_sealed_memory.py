@@ -63,7 +63,7 @@ def unsealed(file: bytes) -> dict[tuple[int, int], bytes]:
         os.close(descriptor)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.sampled_from([0, 0, 1, 2]), max_size=700), st.integers(0, 700))
 def test_memory_comes_back_as_it_was(marks: list[int], split: int) -> None:
     pages = b"".join(bytes([mark]) * PAGE for mark in marks)
