@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-WITHIN_S = patient(20.0)
+WITHIN_S = patient(60.0)
 _LOOK_AGAIN_S = 0.01
 _PASSES = 20
 
