@@ -17,12 +17,12 @@ from guest.agent.process import Process
 from guest.agent.reaper import Exit
 from guest.agent.runtime import Started
 from guest.agent.streams import Pipes
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-TIMEOUT_S = 5.0
 MUCH = os.urandom(3 << 20)
 
 
@@ -34,7 +34,7 @@ class Guest:
         self.process = Process(Started(1, Exit(), self.pipes.streams()))
         self.forgotten: list[str] = []
         self.host, self._guests = socket.socketpair()
-        self.host.settimeout(TIMEOUT_S)
+        self.host.settimeout(WITHIN_S)
         self.thread = threading.Thread(target=framed_streams.serve, args=(self._guests.detach(), self._find))
         self.thread.start()
 
@@ -67,7 +67,7 @@ class Guest:
     def close(self) -> None:
         self.host.close()
         self.process.end.set(0)
-        self.thread.join(TIMEOUT_S)
+        self.thread.join(WITHIN_S)
         assert not self.thread.is_alive()
         for fd in self.pipes.child:
             try:
@@ -103,12 +103,12 @@ def test_an_output_arrives_whole_and_the_host_closes_the_connection(guest: Guest
     player = threading.Thread(target=play)
     player.start()
     assert guest.read() == MUCH
-    player.join(TIMEOUT_S)
+    player.join(WITHIN_S)
     assert guest.forgotten == ["exec"]
     guest.host.settimeout(0.1)
     with pytest.raises(TimeoutError):
         guest.host.recv(1)
-    guest.host.settimeout(TIMEOUT_S)
+    guest.host.settimeout(WITHIN_S)
     guest.host.shutdown(socket.SHUT_WR)
     assert guest.host.recv(1) == b""
 

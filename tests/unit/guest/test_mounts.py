@@ -11,6 +11,7 @@ import pytest
 
 from guest.agent import storage
 from guest.agent.mounts import Mounts
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +31,7 @@ class Recorder:
 
     def add(self, one: Any) -> Callable[[], None] | None:
         self.entered.set()
-        assert self.go_on.wait(10)
+        assert self.go_on.wait(WITHIN_S)
         if one.mount_point == self.failing:
             raise OSError(f"{one.mount_point} fails")
         self.calls.append(f"+{one.mount_point}")
@@ -86,14 +87,14 @@ def test_waiting_for_a_disk_delays_only_its_other_users(kernel: Recorder) -> Non
     threads = [threading.Thread(target=mounts.hold, args=([at("/slow")],)) for _ in range(2)]
     for thread in threads:
         thread.start()
-    assert kernel.entered.wait(10)
+    assert kernel.entered.wait(WITHIN_S)
     quick = threading.Thread(target=mounts.release, args=([],))
     quick.start()
-    quick.join(10)
+    quick.join(WITHIN_S)
     assert not quick.is_alive()
     kernel.go_on.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(WITHIN_S)
     assert kernel.calls == ["+/slow"]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from guest.agent import cgroup, oom
 from guest.agent.ttrpc import Call
+from tests.waiting import WITHIN_S
 
 
 @pytest.fixture
@@ -21,6 +22,7 @@ def kills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(oom, "_counters", {})
     monkeypatch.setattr(oom, "_changed_fd", os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
     monkeypatch.setattr(oom, "_asked", True)
+    monkeypatch.setattr(oom, "SETTLE_TIMEOUT_S", WITHIN_S)
     return counted
 
 
@@ -51,10 +53,10 @@ def test_a_kill_is_reported_even_if_the_end_was_seen_first(kills: list[int]) -> 
     waiter = threading.Thread(target=serve, daemon=True)
     waiter.start()
     for _ in ("the container is new", "nothing happens to it"):
-        assert call.waits.acquire(timeout=oom.SETTLE_TIMEOUT_S)
+        assert call.waits.acquire(timeout=WITHIN_S)
     kills[0] = 1
     began_s = time.monotonic()
     oom.settle("box")
-    assert time.monotonic() - began_s < oom.SETTLE_TIMEOUT_S
-    waiter.join(oom.SETTLE_TIMEOUT_S)
+    assert time.monotonic() - began_s < WITHIN_S
+    waiter.join(WITHIN_S)
     assert told == ["box"]

@@ -15,6 +15,7 @@ from guest.agent.process import Process
 from guest.agent.reaper import Exit
 from guest.agent.runtime import Started
 from guest.agent.streams import Pipes
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from guest.agent.wire import Message
 
 
-TIMEOUT_S = 5.0
 MUCH = os.urandom(3 << 20)
 
 
@@ -50,7 +50,7 @@ def host() -> Iterator[Callable[[int], socket.socket]]:
 
     def connect(port: int) -> socket.socket:
         ours, guests = socket.socketpair()
-        ours.settimeout(TIMEOUT_S)
+        ours.settimeout(WITHIN_S)
         ends.append(ours)
         raw_streams.arrive(port, guests.detach())
         return ours

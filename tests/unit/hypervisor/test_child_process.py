@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from hypervisor import process as process_module
 from hypervisor.exits import ExitStatus
 from hypervisor.printable import printable
 from hypervisor.process import LINE_LIMIT, ChildProcess, waits_more_than_it_runs
 from tests.descriptors import descriptors
-from tests.waiting import ends, reached
+from tests.waiting import WITHIN_S, ends, reached
 
 
 def shell(script: str, **kwargs: Any) -> ChildProcess:
@@ -89,7 +90,8 @@ async def test_no_descriptor_leaks() -> None:
     assert descriptors() <= before
 
 
-async def test_destroying_a_process_ends_the_workers_it_forked() -> None:
+async def test_destroying_a_process_ends_the_workers_it_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "_REAPING_S", WITHIN_S)
     parent = shell("sleep 60 & echo forked; wait")
     await wait_for_output(parent, "forked")
     parent.adopt_workers()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hypervisor import console as console_module
 from hypervisor.allowance import Allowance
 from hypervisor.console import Console
 from tests.waiting import WITHIN_S
@@ -97,8 +98,9 @@ async def test_unread_output_is_read_at_the_end(
 
 
 async def test_the_time_of_output_is_recorded_beside_it(
-    console_and_guest: tuple[Console, socket.socket], tmp_path: Path
+    console_and_guest: tuple[Console, socket.socket], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(console_module, "_TIMES_APART_S", WITHIN_S)
     console, guest = console_and_guest
     began_s = time.time()
     await write(console, guest, b"one\n")
