@@ -8,9 +8,7 @@ import pytest
 
 from shim.agent.gate import Gate
 from shim.errors import Unavailable
-from tests.waiting import settle
-
-SOON_S = 5.0
+from tests.waiting import WITHIN_S, settle
 
 
 class Machine:
@@ -68,7 +66,7 @@ async def test_a_gate_closes_only_after_the_last_answer() -> None:
             assert machine.woken == 0, "a gate that is held lets questions pass"
         assert not closing.done()
 
-    async with asyncio.timeout(SOON_S):
+    async with asyncio.timeout(WITHIN_S):
         await closing
 
 
@@ -85,5 +83,5 @@ async def test_those_who_wait_are_let_in_once_the_machine_is_awake() -> None:
     assert not any(task.done() for task in waiting), "questions only"
     machine.gate.open()
 
-    async with asyncio.timeout(SOON_S):
+    async with asyncio.timeout(WITHIN_S):
         await asyncio.gather(*waiting)

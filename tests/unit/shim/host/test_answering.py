@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from shim.errors import DeadlineExceeded
 from shim.host import answering
 from shim.host.answering import all_answer
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,14 +22,23 @@ HUNG = "/hung/file"
 
 @pytest.fixture
 def hung(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """A host where one path does not answer before the event."""
-    answers = threading.Event()
+    """A host where one path does not answer before the event, and no other thread is slow."""
+    reached, answers = threading.Event(), threading.Event()
 
     def look_up(path: str) -> None:
-        if path == HUNG:
+        if path == HUNG and not answers.is_set():
+            reached.set()
             answers.wait()
 
+    class Prompt(threading.Thread):
+        """A thread that is at the path that hangs once it has been started."""
+
+        def start(self) -> None:
+            super().start()
+            assert answers.is_set() or reached.wait(WITHIN_S)
+
     monkeypatch.setattr(answering, "_look_up", look_up)
+    monkeypatch.setattr(answering, "threading", SimpleNamespace(Thread=Prompt))
     yield answers
     answers.set()
 
@@ -54,4 +65,5 @@ async def test_a_late_answer_disturbs_nobody(hung: threading.Event, monkeypatch:
     for thread in threading.enumerate():
         if thread.name == "lookup":
             thread.join()
+    monkeypatch.setattr(answering, "ANSWER_TIMEOUT_S", WITHIN_S)
     await all_answer([HUNG], phase="create")

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 
 from shim.host.mount_changes import MountChanges
-from tests.waiting import settle
+from tests.waiting import WITHIN_S, settle
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
 MS_REC = 16384
 MS_PRIVATE = 1 << 18
-WITHIN_S = 20.0
 
 
 async def mount_and_unmount() -> None:

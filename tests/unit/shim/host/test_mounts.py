@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from shim.host.mounts import MountOptions, parse_options, run_to_the_end
-from tests.waiting import settle
+from tests.waiting import WITHIN_S, settle
 
 
 @pytest.mark.parametrize(
@@ -35,11 +35,11 @@ async def test_unmounting_finishes_even_if_the_caller_gives_up() -> None:
 
     def unmount() -> None:
         begun.set()
-        allowed.wait(10)
+        allowed.wait(WITHIN_S)
         ended.set()
 
     asked = asyncio.create_task(run_to_the_end(unmount))
-    await asyncio.to_thread(begun.wait, 10)
+    await asyncio.to_thread(begun.wait, WITHIN_S)
     for _ in range(2):
         asked.cancel()
         await settle()

@@ -15,6 +15,7 @@ import pytest
 from scripts.document import ROOT
 from shim import zygote_protocol
 from shim.host import releases
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -154,7 +155,8 @@ def test_what_sandboxes_share_stays_while_there_is_one(own: Path) -> None:
 def test_of_two_that_end_at_once_the_second_takes_the_release_along(own: Path) -> None:
     # Each prunes as the old release's process does, and stays for a moment longer.
     program = (
-        f"import os, time; from shim.host import releases; releases.__file__ = {releases.__file__!r}\n"
+        f"import os; from shim.host import releases; releases.__file__ = {releases.__file__!r}\n"
+        f"releases._LOCK_S = {WITHIN_S}\n"
         "input(); releases.leave(); os._exit(0)"
     )
     python = own / OLD / "bin/python"
@@ -173,7 +175,7 @@ def test_of_two_that_end_at_once_the_second_takes_the_release_along(own: Path) -
         assert each.stdin is not None
         each.stdin.write(b"\n")
         each.stdin.close()
-    assert [each.wait(20) for each in two] == [0, 0]
+    assert [each.wait(WITHIN_S) for each in two] == [0, 0]
 
     assert OLD not in names(own)
 
@@ -188,7 +190,7 @@ def test_nothing_is_removed_during_a_start_from_an_old_release(root: Path) -> No
         os.utime(root / "current", (later, later), follow_symlinks=False)
         assert releases.prune(str(root), wait_s=0) == []
         start.kill()
-    assert releases.prune(str(root), wait_s=5) == [OLD]
+    assert releases.prune(str(root), wait_s=WITHIN_S) == [OLD]
 
 
 def command_line(pid: int) -> bytes:
@@ -207,7 +209,7 @@ def test_the_zygotes_of_other_releases_end(root: Path) -> None:
         while b"-zygote" not in command_line(zygote.pid).split(b"\0"):
             os.sched_yield()
         releases.retire_zygotes(str(root))
-        assert zygote.wait(5) == -15
+        assert zygote.wait(WITHIN_S) == -15
 
 
 def test_only_the_sockets_of_dead_zygotes_are_removed(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ async def child() -> AsyncIterator[Process]:
 async def keeping(agent: Agent, pid: int) -> asyncio.Task[None]:
     right = asyncio.Event()
     task = asyncio.create_task(clock.keep(cast("client.Agent", agent), pid=pid, right=right))
-    await asyncio.wait_for(right.wait(), 10)
+    await asyncio.wait_for(right.wait(), WITHIN_S)
     return task
 
 

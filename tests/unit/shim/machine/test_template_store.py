@@ -130,7 +130,7 @@ def test_a_waiting_builder_builds_after_the_other(store: TemplateStore) -> None:
         thread.start()
         thread.join(0.2)
         order.append("first")
-    thread.join(10)
+    thread.join(WITHIN_S)
     assert order == ["first", "second"]
 
 

@@ -48,7 +48,7 @@ class Machine:
     def __init__(self) -> None:
         ours, self.guest = socket.socketpair()
         ours.setblocking(False)
-        self.guest.settimeout(5.0)
+        self.guest.settimeout(WITHIN_S)
         self.offered: list[socket.socket] = [ours]
 
     async def connect(self, port: int, **_: Any) -> socket.socket:

@@ -10,14 +10,12 @@ import grpc
 from proto.containerd import task_v3_pb2
 from shim.transport.grpc_on_demand import serve_grpc_on_demand
 from tests.unit.shim.transport.conftest import TASK
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from shim.transport.dispatch import Dispatch
-
-
-CALL_TIMEOUT_S = 10.0
 
 
 def names_in(directory: Path) -> list[str]:
@@ -30,7 +28,7 @@ async def create(channel: grpc.aio.Channel, name: str) -> int:
         request_serializer=task_v3_pb2.CreateTaskRequest.SerializeToString,
         response_deserializer=task_v3_pb2.CreateTaskResponse.FromString,
     )
-    answer = await call(task_v3_pb2.CreateTaskRequest(id=name, bundle="/b"), timeout=CALL_TIMEOUT_S)
+    answer = await call(task_v3_pb2.CreateTaskRequest(id=name, bundle="/b"), timeout=WITHIN_S)
     return answer.pid
 
 
@@ -53,5 +51,5 @@ async def test_the_first_connections_are_served_like_later_ones(dispatch: Dispat
 async def test_no_server_runs_before_the_first_connection(dispatch: Dispatch, tmp_path: Path) -> None:
     threads = set(threading.enumerate())
     async with serve_grpc_on_demand(dispatch, tmp_path / "grpc"):
-        assert set(threading.enumerate()) == threads
+        assert set(threading.enumerate()) <= threads
     assert names_in(tmp_path) == []

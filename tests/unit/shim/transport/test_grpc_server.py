@@ -19,6 +19,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shim.errors import Internal, Unavailable
+from shim.transport import grpc_server
 from shim.transport.grpc_on_demand import serve_grpc_on_demand
 from shim.transport.grpc_server import serve_grpc
 from tests.unit.shim.transport.conftest import OverGrpc
@@ -122,8 +123,13 @@ async def test_a_connection_that_sends_garbage_is_harmless(grpc_socket: Path, gr
 
 
 async def test_stopping_lets_calls_in_flight_finish(
-    serve: Callable[..., Any], dispatch: Dispatch, tasks: MemoryTasks, tmp_path: Path
+    serve: Callable[..., Any],
+    dispatch: Dispatch,
+    tasks: MemoryTasks,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(grpc_server, "GRACE_S", WITHIN_S)
     path = tmp_path / "grpc"
     async with contextlib.AsyncExitStack() as stack:
         async with serve(dispatch, path):

@@ -20,7 +20,7 @@ from shim.errors import (
 )
 from shim.transport.ttrpc_codec import MAX_BODY, Frame, FrameDecoder, FrameType, encode_frame, encode_request
 from shim.transport.ttrpc_server import TtrpcServer
-from tests.waiting import settle
+from tests.waiting import WITHIN_S, reached, settle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -214,9 +214,10 @@ async def test_a_client_that_does_not_read_is_paused_and_loses_nothing(
     request = task_v3_pb2.StateRequest(id="big")
     stream = b"".join(request_frame(2 * number + 1, message=request) for number in range(count))
     sending = asyncio.create_task(client.send(stream))
+    await reached(lambda: tasks.state_calls > 0)
     await asyncio.wait([sending], timeout=0.5)
     assert not sending.done()
-    assert 0 < tasks.state_calls < 200
+    assert tasks.state_calls < 200
     assert {(await client.receive())[0] for _ in range(count)} == {2 * number + 1 for number in range(count)}
     await sending
 
@@ -226,7 +227,7 @@ async def test_draining_answers_calls_in_flight_and_ends_the_server(
 ) -> None:
     client = raw()
     await begin_wait(client, tasks)
-    draining = asyncio.create_task(ttrpc_server.drain(5))
+    draining = asyncio.create_task(ttrpc_server.drain(WITHIN_S))
     await settle()
     await client.send(request_frame(5))
     tasks.exits["one"].set_result(3)
