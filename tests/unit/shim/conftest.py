@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -116,12 +117,11 @@ class Containerd:
 
     def shims(self) -> list[HostProcess]:
         """Return every shim process in a ledger."""
-        return [
-            HostProcess(pid=entry.pid, start_time=entry.start_time)
-            for path in self.state_dir.glob("*/ledger")
-            for entry in Ledger(str(path.parent)).entries()
-            if entry.kind == "process"
-        ]
+        found = []
+        for path in self.state_dir.glob("*/ledger"):
+            with contextlib.closing(Ledger(str(path.parent))) as ledger:
+                found += [entry for entry in ledger.entries() if entry.kind == "process"]
+        return [HostProcess(pid=entry.pid, start_time=entry.start_time) for entry in found]
 
     def kill_shims(self) -> None:
         assert host_process.end(self.shims(), number=signal.SIGKILL, timeout_s=WITHIN_S) == []
@@ -160,14 +160,22 @@ def zygote_socket(containerd: Containerd) -> Path:
 
 
 def lock_holder(path: Path) -> int:
-    """Return the zygote's pid: no other process has the lock's file open."""
+    """Return the zygote's pid: only its newest fork may have the lock's file open, too, for a moment."""
+    holders = []
     for link in Path("/proc").glob("[0-9]*/fd/3"):
-        try:
+        with contextlib.suppress(OSError):  # it has ended
             if str(link.readlink()) == f"{path}.lock":
-                return int(link.parts[2])
-        except OSError:
-            continue
+                holders.append(int(link.parts[2]))
+    for pid in holders:
+        with contextlib.suppress(OSError):
+            if parent(pid) not in holders:
+                return pid
     raise LookupError(f"nobody holds {path}.lock")
+
+
+def parent(pid: int) -> int:
+    """Return the id of a process's parent."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def end(pid: int) -> None:
@@ -179,12 +187,12 @@ def end(pid: int) -> None:
 def warmed(containerd: Containerd) -> Iterator[Containerd]:
     """A containerd whose next shims a zygote forks; the start of ``c1`` also started the zygote."""
     containerd.configure(f'[shim]\nzygote = true\nstate_dir = "{containerd.state_dir}"\n')
+    containerd.environment["STUB_ACCEPTED_WITHIN_S"] = str(WITHIN_S)
     containerd.make_bundle("c1")
     containerd.run("start", "c1")
-    pid = lock_holder(zygote_socket(containerd))
+    zygote = host_process.identify(lock_holder(zygote_socket(containerd)))
     yield containerd
-    if Path(f"/proc/{pid}").exists():
-        end(pid)
+    assert host_process.end([zygote], number=signal.SIGKILL, timeout_s=WITHIN_S) == []
     for path in (place(containerd), Path(f"{place(containerd)}.lock")):
         path.unlink(missing_ok=True)
 

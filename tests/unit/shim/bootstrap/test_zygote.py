@@ -17,15 +17,11 @@ from shim import zygote_protocol
 from shim.bootstrap import zygote
 from shim.host import host_process
 from tests.unit.shim.bootstrap.test_start import fake_containerd
-from tests.unit.shim.conftest import WITHIN_S, end, identity_of, lock_holder, place, zygote_socket
+from tests.unit.shim.conftest import WITHIN_S, end, identity_of, lock_holder, parent, place, zygote_socket
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from tests.unit.shim.conftest import Containerd
-
-
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def is_shim(pid: int) -> bool:
@@ -191,6 +187,7 @@ def test_a_hanging_zygote_is_not_waited_for(warmed: Containerd) -> None:
     spare = only_spare(warmed)
     os.kill(spare, signal.SIGSTOP)
     try:
+        del warmed.environment["STUB_ACCEPTED_WITHIN_S"]
         warmed.make_bundle("c2")
         assert warmed.run("start", "c2").returncode == 0
         assert parent(warmed.daemon("c2")["pid"]) != lock_holder(place(warmed))
