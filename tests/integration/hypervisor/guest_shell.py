@@ -53,7 +53,7 @@ class GuestShell:
         self._connection = connection
         self._lock = asyncio.Lock()
 
-    async def __call__(self, command: str, *, timeout_s: float = patient(30)) -> str:
+    async def __call__(self, command: str, *, timeout_s: float = patient(120)) -> str:
         """Run a command; return its output."""
         loop = asyncio.get_running_loop()
         async with self._lock, asyncio.timeout(timeout_s):

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 PROBE = Path(__file__).with_name("confined_probe.py")
 PYTHON = Path("/usr/bin/python3")
-END_S = patient(20)
+END_S = patient(60)
 
 CONFINED: dict[str, Callable[[VmSpec], Confinement | None]] = {
     "QEMU": lambda spec: of_qemu(spec, boots=True),

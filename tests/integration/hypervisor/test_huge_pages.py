@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hypervisor import VmStartError
-from tests.patience import patient
+
+from .conftest import START_S
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 RESERVED = Path("/proc/sys/vm/nr_hugepages")
-START_S = patient(20)
 BOOTED, GROWN, MOST = 128 * MIB, 192 * MIB, 512 * MIB
 
 

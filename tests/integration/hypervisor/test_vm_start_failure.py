@@ -1,16 +1,18 @@
-"""A failed start of a virtual machine is explained in one line, soon, and leaves nothing behind."""
+"""A failed start of a virtual machine is explained in one line, and leaves nothing behind."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from hypervisor import Channel, VmStartError
+
+from .conftest import START_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,17 +21,13 @@ if TYPE_CHECKING:
     from tests.integration.hypervisor.conftest import Machines
 
 
-SOON_S = 1.5
-
-
 async def failure_of(vm: Any) -> str:
-    begin = time.monotonic()
     with pytest.raises(VmStartError) as caught:
-        await vm.start(timeout_s=20)
-    assert time.monotonic() - begin < SOON_S
+        await vm.start(timeout_s=START_S)
     assert vm.processes() == []
     message = str(caught.value)
     assert message.startswith("start vm: ")
+    assert "not running within" not in message, "it was noticed only at the deadline"
     assert "\n" not in message
     return message
 
@@ -83,7 +81,7 @@ async def test_a_ledger_that_cannot_be_written_stops_the_start(machines: Machine
     vm = machines()
 
     def refuse(name: Any, pid: Any) -> None:
-        machines.started.append((name, pid))
+        machines.note(name, pid)
         raise OSError(28, os.strerror(28), "/ledger")
 
     vm._host._on_process = refuse
@@ -92,10 +90,9 @@ async def test_a_ledger_that_cannot_be_written_stops_the_start(machines: Machine
 
 async def test_a_machine_that_does_not_answer_is_given_up_in_time(machines: Machines, tmp_path: Path) -> None:
     silent = tmp_path / "qemu"
-    silent.write_text("#!/bin/sh\nexec sleep 60\n")
+    silent.write_text("#!/bin/sh\nexec sleep 100000\n")
     silent.chmod(0o755)
     vm = machines(qemu=silent)
-    begin = time.monotonic()
-    with pytest.raises(VmStartError, match=r"not running within 0\.5 s"):
-        await vm.start(timeout_s=0.5)
-    assert time.monotonic() - begin < SOON_S
+    async with asyncio.timeout(START_S):
+        with pytest.raises(VmStartError, match=r"not running within 0\.5 s"):
+            await vm.start(timeout_s=0.5)
