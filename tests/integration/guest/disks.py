@@ -7,12 +7,13 @@ import subprocess
 from typing import TYPE_CHECKING
 
 from proto.kata import oci_pb2
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 MIB = 1 << 20
-_TIMEOUT_S = 60
+_TIMEOUT_S = patient(120)
 _CHECKS = {"ext4": ("/usr/sbin/e2fsck", "-fn"), "xfs": ("/usr/sbin/xfs_repair", "-n")}
 
 

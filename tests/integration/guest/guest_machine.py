@@ -27,8 +27,9 @@ KERNEL_LINE = (
 )
 ACCELERATOR = host_settings.ACCELERATOR or "tcg"
 CAPABILITIES = ["CAP_CHOWN", "CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BIND_SERVICE"]
-BOOT_TIMEOUT_S = patient(60)
-MONITOR_TIMEOUT_S = patient(20)
+BOOT_TIMEOUT_S = patient(120)
+START_TIMEOUT_S = patient(60)
+MONITOR_TIMEOUT_S = patient(60)
 VSOCK_DAEMON = "/var/lib/hako/bin/vhost-device-vsock"
 SERVING = "hako-agent: serving"
 PORTS = range(0x10, 0x16)
@@ -194,8 +195,8 @@ class GuestMachine:
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.settimeout(1)
                 connection.connect(str(self._agent_socket))
-                connection.sendall(f"CONNECT {port}\n".encode())
                 with contextlib.suppress(ConnectionError, TimeoutError):
+                    connection.sendall(f"CONNECT {port}\n".encode())
                     connection.recv(64)
 
     def _serves(self) -> bool:
@@ -308,7 +309,7 @@ class GuestMachine:
 
     @staticmethod
     def _await(path: Path, process: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + START_TIMEOUT_S
         while not path.exists():
             assert process.poll() is None, f"{process.args!r} ended with {process.returncode}"
             assert time.monotonic() < deadline, f"{path} did not appear"

@@ -13,7 +13,13 @@ from proto.kata import agent_pb2
 from tests.integration.guest.agent_client import StatusError
 from tests.integration.guest.conftest import IMAGE, Life
 from tests.integration.guest.disks import bound, content_of, make_disk
-from tests.integration.guest.guest_machine import KERNEL_LINE, GuestMachine, process, spec
+from tests.integration.guest.guest_machine import (
+    BOOT_TIMEOUT_S,
+    KERNEL_LINE,
+    GuestMachine,
+    process,
+    spec,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +58,7 @@ def test_destroying_the_sandbox_writes_back_and_powers_off(own_machine: GuestMac
     # The machine may be gone before its answer is.
     with contextlib.suppress(ConnectionError):
         own_machine.client.call("DestroySandbox", agent_pb2.DestroySandboxRequest())
-    assert own_machine.qemu.wait(timeout=20) == 0
+    assert own_machine.qemu.wait(timeout=BOOT_TIMEOUT_S) == 0
     assert (own_machine.share / "last/rootfs/kept").read_text() == "kept\n"
     assert content_of(disk, "/kept") == b"kept\n"
 
@@ -73,7 +79,7 @@ def test_crash_of_the_agent_ends_the_machine_and_says_why(tmp_path: Path) -> Non
             *("-device", "virtio-serial-pci", "-chardev", f"file,id=console,path={console}"),
             *("-device", "virtconsole,chardev=console"),
         ],
-        timeout=60,
+        timeout=BOOT_TIMEOUT_S,
         check=False,
     )
     assert ended.returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import socket
 import threading
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from tests.integration.guest.agent_client import StatusError
 from tests.integration.guest.conftest import IMAGE, Life
 from tests.integration.guest.guest_machine import GuestMachine, process, spec
 from tests.network_space import Space, new_space
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 FIRST, SECOND = "02:00:00:00:00:01", "02:00:00:00:00:02"
 PORTS = (0x10, 0x11)
 FAR_V4, FAR_V6 = "198.51.100.1", "2001:db8:ff::1"
+# A packet's answer, in whole seconds; and what a connection waits for at most.
+ANSWER_S = math.ceil(patient(30))
+CONNECTED_S = patient(100)
 NOARP, PERMANENT, ONLINK, LINK_SCOPE = 0x80, 0x80, 4, 253
 
 
@@ -55,7 +60,7 @@ class Pod:
 
     def ping(self, target: str) -> None:
         """Send it a single packet, which must be answered."""
-        self.space.run("busybox", "ping", "-c1", "-W2", target)
+        self.space.run("busybox", "ping", "-c1", f"-W{ANSWER_S}", target)
 
     def interfaces(self) -> dict[str, types_pb2.Interface]:
         listed = self.client.call("ListInterfaces", agent_pb2.ListInterfacesRequest()).Interfaces
@@ -94,6 +99,11 @@ def pod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
         for number in range(2):
             space.ip(f"tuntap add tap{number} mode tap vnet_hdr")
             space.ip(f"link set tap{number} up addrgenmode none")
+            for version in ("ipv4", "ipv6"):
+                # One question a second; after three the kernel gives up a machine that is slow to answer.
+                space.run(
+                    "busybox", "sysctl", "-w", f"net.{version}.neigh.tap{number}.mcast_solicit={ANSWER_S}"
+                )
         for address in ("192.0.2.1/24 dev tap0", f"{FAR_V4}/32 dev lo"):
             space.ip(f"address add {address}")
         for address in ("2001:db8::1/64 dev tap0", "fe80::1/64 dev tap0", f"{FAR_V6}/128 dev lo"):
@@ -117,7 +127,7 @@ def network(pod: Pod) -> Pod:
     with pytest.raises(TimeoutError):
         pod.client.answer(waiting, timeout_s=0.5)
     assert pod.machine.plug_nic("tap0", mac=FIRST, port=PORTS[0]) == path
-    reply = types_pb2.Interface.FromString(pod.client.answer(waiting, timeout_s=30))
+    reply = types_pb2.Interface.FromString(pod.client.answer(waiting))
     assert reply == wanted.interface
     route = types_pb2.Route
     pod.update_routes(
@@ -148,7 +158,7 @@ class Sink(threading.Thread):
     def run(self) -> None:
         digest = hashlib.sha256()
         with self._listener, self._listener.accept()[0] as connection:
-            connection.settimeout(30)
+            connection.settimeout(CONNECTED_S)
             while part := connection.recv(65536):
                 digest.update(part)
         self.received = digest.hexdigest()
@@ -157,7 +167,7 @@ class Sink(threading.Thread):
 @pytest.mark.parametrize(("family", "target"), [(socket.AF_INET, FAR_V4), (socket.AF_INET6, FAR_V6)])
 def test_a_container_sends_through_the_default_route(network: Pod, family: int, target: str) -> None:
     listener = network.space.inside(lambda: socket.create_server((target, 0), family=family))
-    listener.settimeout(30)
+    listener.settimeout(CONNECTED_S)
     port = listener.getsockname()[1]
     sink = Sink(listener)
     sink.start()
@@ -165,7 +175,7 @@ def test_a_container_sends_through_the_default_route(network: Pod, family: int, 
         f"send-{int(family)}",
         "dd if=/dev/urandom of=/tmp/data bs=64k count=64 2>/dev/null;",
         f"nc {target} {port} < /tmp/data; sha256sum < /tmp/data;",
-        f"ping -c1 -W2 {target} >/dev/null && echo pong",
+        f"ping -c1 -W{ANSWER_S} {target} >/dev/null && echo pong",
     )
     sink.join()
     assert output.split() == [sink.received, "-", "pong"]
