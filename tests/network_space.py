@@ -6,12 +6,12 @@ import contextlib
 import os
 import subprocess
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from shim.host import kernel
 from tests.patience import patient
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -60,6 +60,10 @@ class Space:
         thread.join()
         return outcome[0]
 
+    def wait_for(self, text: str, command: str) -> None:
+        """Wait until the output of ``ip`` in it has a text; the kernel reports no end of such work."""
+        until(lambda: text in self.ip(command), within_s=COMMAND_TIMEOUT_S)
+
     def configuration(self) -> list[str]:
         """List everything that a machine's network may change in it."""
         return [
@@ -97,8 +101,6 @@ def add_cable(pod: Space, outside: Space, name: str, *, number: int, mtu: int = 
     pod.ip(f"addr add fd00:{number}::2/64 dev {name} nodad")
     # The kernel's own address would appear some time after the rest.
     pod.ip(f"link set {name} addrgenmode none up")
-    deadline = time.monotonic() + COMMAND_TIMEOUT_S
-    # The kernel does this last, some time after the other end of the cable came up.
-    while f"multicast ff00::/8 dev {name} " not in pod.ip("-6 route show table all"):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    # The kernel does this last, at each end some time after the other end came up.
+    for space in (outside, pod):
+        space.wait_for(f"multicast ff00::/8 dev {name} ", "-6 route show table all")

@@ -20,6 +20,7 @@ from shim.network.namespace import NetworkNamespace
 from shim.network.network import Network
 from shim.network.tap import open_tap
 from tests.network_space import Space, add_cable
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 HEADER = bytes(10)  # virtio_net_hdr of a packet without checksum or segmentation wishes
 ETHERTYPE = 0x88B5  # IEEE 802: free for experiments
 TEXT = b"a frame of this test"
-DEADLINE_S = 10.0
+DEADLINE_S = patient(60.0)
 HOST = Path("/proc/self/ns/net")
 HOST_NUMBER = HOST.stat().st_ino
 
@@ -151,6 +152,9 @@ async def far_end(kind: str, pod: Space, outside: Space) -> AsyncIterator[tuple[
         outside.ip("link set far up")
         outside.ip(f"link add link near name net1 netns {pod.pid} type {kind} mode bridge")
         pod.ip("link set net1 addrgenmode none up")
+        # Until then the kernel drops what is sent.
+        for space, name in ((outside, "near"), (outside, "far"), (pod, "net1")):
+            space.wait_for(" state UP ", f"link show {name}")
 
     def capture() -> socket.socket:
         opened = socket.socket(
@@ -458,7 +462,7 @@ async def test_after_a_crash_the_ledger_gives_the_namespace_back(
     assert "ingress" in pod.run("tc", "qdisc")
 
     after = Ledger(str(state_directory))
-    assert after.undo_all(deadline_s=1) == []
+    assert after.undo_all(deadline_s=DEADLINE_S) == []
     after.close()
     assert pod.configuration() == before
 
@@ -471,7 +475,7 @@ async def test_the_ledger_spares_another_namespace_at_the_same_path(
     index = int(pod.ip("-oneline link show eth0").partition(":")[0])
     ledger.redirection(str(pod.path), namespace=1, interface=index)
     ledger.redirection(f"{state_directory}/gone", namespace=1, interface=index)
-    assert ledger.undo_all(deadline_s=1) == []
+    assert ledger.undo_all(deadline_s=DEADLINE_S) == []
     ledger.close()
     assert "ingress" in pod.run("tc", "qdisc")
 
@@ -586,7 +590,8 @@ async def test_a_packet_filter_that_misses_the_guests_packets_is_named_once(
 ) -> None:
     commands, named = case
     for command in commands:
-        pod.run(*command.format("iptables").split())
+        program, *rest = command.format("iptables").split()
+        pod.run(program, *(["-w"] if "tables" in program else []), *rest)
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
         pod.ip("addr add 10.1.0.9/32 dev eth0")
@@ -604,7 +609,7 @@ async def test_a_packet_filter_that_comes_later_is_named(
         await network.rescan(vm=machine.vm, agent=machine.agent)
         noticed = asyncio.create_task(network.changed())
         await asyncio.sleep(0)
-        await asyncio.to_thread(pod.run, "iptables", "-A", "INPUT", "-j", "ACCEPT")
+        await asyncio.to_thread(pod.run, "iptables", "-w", "-A", "INPUT", "-j", "ACCEPT")
         async with asyncio.timeout(DEADLINE_S):
             await noticed
         await network.rescan(vm=machine.vm, agent=machine.agent)
