@@ -1,7 +1,7 @@
 """Many shims without machines: processes that serve the real services on the real sockets.
 
-``python -m tests.integration.shim.light_shims STATE_DIR COUNT`` prints the process of each, and ends them
-when its standard input ends.
+``python -m tests.integration.shim.light_shims STATE_DIR COUNT`` prints the process of each as soon as all of
+them serve, and ends them when its standard input ends.
 """
 
 from __future__ import annotations
@@ -65,8 +65,11 @@ def listen(record: StartRecord) -> socket.socket:
     return listener
 
 
-async def serve(record: StartRecord, listener: socket.socket) -> None:
-    """Serve what operators' tools ask, for a sandbox whose machine has still to boot."""
+async def serve(record: StartRecord, listener: socket.socket, serving: int) -> None:
+    """Serve what operators' tools ask, for a sandbox whose machine has still to boot.
+
+    :param serving: a descriptor to which a byte is written when it serves.
+    """
     sandbox: Any = SimpleNamespace(
         id=record.id,
         namespace=record.namespace,
@@ -90,20 +93,28 @@ async def serve(record: StartRecord, listener: socket.socket) -> None:
     )
     metrics = metrics_pb2.DESCRIPTOR.services_by_name["Metrics"]
     services = [(metrics, MetricsService(sandbox, containers, machine)), (management.SERVICE, operators)]
+    asyncio.get_running_loop().call_soon(os.write, serving, b".")
     await TtrpcServer(Dispatch(services)).serve(listener)
 
 
 def main(state_dir: Path, count: int) -> None:
     """Run them until the standard input ends."""
     children = []
+    told, serving = os.pipe()
     for record in (record_of(state_dir, number) for number in range(count)):
         listener = listen(record)
         child = os.fork()
         if child == 0:
-            asyncio.run(serve(record, listener))
+            asyncio.run(serve(record, listener, serving))
             os._exit(0)
         listener.close()
         children.append(child)
+    os.close(serving)
+    awaited = count
+    while awaited:
+        written = len(os.read(told, awaited))
+        assert written, "one has ended"
+        awaited -= written
     print(*children, flush=True)
     sys.stdin.read()
     for child in children:

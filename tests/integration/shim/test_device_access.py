@@ -57,5 +57,5 @@ def test_a_process_opens_only_the_allowed_devices_and_may_make_nodes_of_any(
 def probe(cgroup: Path, place: Path) -> list[str]:
     """List what a process in a cgroup can open and make."""
     argv: list[str | Path] = ["/bin/sh", "-c", PROBE, "probe", cgroup, place]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=patient(10), check=True)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=patient(60), check=True)
     return done.stdout.split()
