@@ -18,13 +18,14 @@ import grpc
 from proto import ttrpc_pb2
 from proto.containerd import task_v3_pb2
 from shim.transport.ttrpc_codec import Frame, FrameDecoder, OversizedFrame, encode_request
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from typing import Any, Self
 
 
 TASK = "containerd.task.v3.Task"
-ANSWER_TIMEOUT_S = 15.0
+ANSWER_TIMEOUT_S = patient(60.0)
 MIB = 1 << 20
 
 CONTRACT_CODES = frozenset({0, 3, 4, 5, 6, 8, 9, 12, 14})
@@ -178,7 +179,7 @@ class ServedShim:
         """Remove the container of this id if there is one."""
         peer = self._witness
         peer.ask("Kill", task_v3_pb2.KillRequest(id=container, signal=9, all=True))
-        peer.call("Wait", task_v3_pb2.WaitRequest(id=container).SerializeToString(), timeout_s=5)
+        peer.ask("Wait", task_v3_pb2.WaitRequest(id=container))
         assert peer.ask("Delete", task_v3_pb2.DeleteRequest(id=container)) in {0, 5}
 
     def memory_bytes(self) -> int:

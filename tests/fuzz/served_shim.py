@@ -91,6 +91,10 @@ class HonestAgent:
         self._ended[request.container_id, request.exec_id] = asyncio.Event()
         return Empty()
 
+    async def exec_process(self, request: Any) -> Any:
+        self._ended[request.container_id, request.exec_id] = asyncio.Event()
+        return Empty()
+
     async def wait_process(self, request: Any) -> Any:
         await self._ended[request.container_id, request.exec_id].wait()
         return agent_pb2.WaitProcessResponse(status=137)
@@ -197,7 +201,7 @@ async def serve(directory: Any) -> None:
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(str(directory / "agent"))
         connection.setblocking(False)
-        agent = await Agent.over(connection, timeout_s=5)
+        agent = await Agent.over(connection, timeout_s=60)
         await agent.create_sandbox(sandbox_id="box", hostname="", dns=[])
         context = Context(
             record=record,

@@ -35,6 +35,7 @@ from shim.transport.ttrpc_codec import Frame, FrameDecoder, FrameType, Oversized
 from tests.fuzz.material import bent, messages
 from tests.fuzz.peers import header
 from tests.fuzz.served_shim import MachinelessSandbox
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 CASES = settings().max_examples
 CALL_TIMEOUT_S = 0.02
-END_TIMEOUT_S = 10
+END_TIMEOUT_S = patient(40)
 
 _METHODS = {
     method.name: GetMessageClass(method.output_type)
@@ -238,7 +239,7 @@ async def life(directory: Path, script: list[tuple[str, bytes, int, dict[str, An
             )
             sandbox = MachinelessSandbox(context)
             containers = sandbox.containers()
-            agent = await Agent.over(ours, timeout_s=5)
+            agent = await Agent.over(ours, timeout_s=END_TIMEOUT_S)
             try:
                 hostile.hostile = begin == 0
                 with contextlib.suppress(ShimError, TimeoutError):
@@ -336,7 +337,7 @@ async def test_an_impossible_exit_status_becomes_255(status: int) -> None:
     await asyncio.get_running_loop().sock_sendall(
         theirs, encode_frame(1, FrameType.RESPONSE, response(payload))
     )
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(END_TIMEOUT_S):
         assert await waiting == 255
     theirs.close()
     await agent.aclose()

@@ -18,6 +18,7 @@ from proto.kata import agent_pb2, oci_pb2
 from shim.transport.ttrpc_codec import Frame, FrameDecoder, FrameType, encode_frame, encode_request
 from tests.fuzz.material import bent, messages
 from tests.fuzz.peers import header
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,12 +112,12 @@ streams = st.lists(st.one_of(bodies, frames), min_size=1, max_size=5).map(b"".jo
 )
 def test_any_stream_is_answered_or_ended(stream: Any) -> None:
     ours, theirs = socket.socketpair()
-    ours.settimeout(10)
+    ours.settimeout(WITHIN_S)
     serving = threading.Thread(target=Connection(OverSocket(theirs), SERVER).serve)
     serving.start()
     ours.sendall(stream)
     ours.shutdown(socket.SHUT_WR)
-    serving.join(10)
+    serving.join(WITHIN_S)
     assert not serving.is_alive()
     theirs.shutdown(socket.SHUT_WR)
     received = b""

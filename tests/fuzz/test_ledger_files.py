@@ -17,6 +17,7 @@ from shim.bootstrap.command_line import CommandLine
 from shim.host.ledger import Ledger
 from shim.refusal import Refusal
 from tests.fuzz.material import bent, json_values
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from typing import Any
@@ -94,7 +95,7 @@ def test_a_corrupted_ledger_is_read_and_undone(place: Any, data: Any, torn: Any)
     # Lines that are appended after the damage are whole.
     assert number in {entry.number for entry in ledger.entries()}
     assert "other" in ledger.containers()
-    assert ledger.undo_all(deadline_s=1) == []
+    assert ledger.undo_all(deadline_s=WITHIN_S) == []
     ledger.close()
     assert not directory.exists()
 

@@ -117,8 +117,7 @@ def test_any_exec(shim: Any, text: Any) -> None:
             start = task_v3_pb2.StartRequest(id="box", exec_id="hostile")
             if peer.ask("Start", start) == 0:
                 peer.ask("Kill", task_v3_pb2.KillRequest(id="box", exec_id="hostile", signal=9))
-                wait = task_v3_pb2.WaitRequest(id="box", exec_id="hostile").SerializeToString()
-                assert peer.call("Wait", wait, timeout_s=5)[0] == 0
+                assert peer.ask("Wait", task_v3_pb2.WaitRequest(id="box", exec_id="hostile")) == 0
             assert peer.ask("Delete", task_v3_pb2.DeleteRequest(id="box", exec_id="hostile")) == 0
     shim.assert_serves()
 

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from hypervisor.errors import QmpError
 from hypervisor.qmp import QmpSession
 from tests.fuzz.material import bent, json_values
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from typing import Any
 
 
 CASES = settings().max_examples
-STEP_TIMEOUT_S = 5
+STEP_TIMEOUT_S = patient(40)
 PATIENCE_S = 0.02
 
 GREETING = {

@@ -16,6 +16,7 @@ import pytest
 
 from proto.containerd import task_v3_pb2
 from shim.agent.guest_names import agent_id
+from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,7 +70,7 @@ def guest_writes(directory: Any, *, to: Any, read_only: Any = False, recursive: 
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=WITHIN_S,
         check=True,
     )
     return int(ran.stdout)

@@ -74,8 +74,8 @@ def test_any_stream_paths(
             if peer.ask("Exec", request) == 0:
                 started = peer.ask("Start", task_v3_pb2.StartRequest(id="box", exec_id="streams")) == 0
                 peer.ask("Kill", task_v3_pb2.KillRequest(id="box", exec_id="streams", signal=9))
-                wait = task_v3_pb2.WaitRequest(id="box", exec_id="streams").SerializeToString()
-                assert not started or peer.call("Wait", wait, timeout_s=10)[0] == 0
+                wait = task_v3_pb2.WaitRequest(id="box", exec_id="streams")
+                assert not started or peer.ask("Wait", wait) == 0
                 assert peer.ask("Delete", task_v3_pb2.DeleteRequest(id="box", exec_id="streams")) == 0
         else:
             create = task_v3_pb2.CreateTaskRequest(
