@@ -10,6 +10,7 @@ import pytest
 from tests import cases
 from tests.blocking import Detector, detected
 from tests.fuzz.peers import ServedShim
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from _pytest.python import Function
     from pytest_asyncio.plugin import Coroutine
 
-_TEST_TIMEOUT_S = 3600 if cases.IS_NIGHTLY else 600
+_TEST_TIMEOUT_S = patient(3600 if cases.IS_NIGHTLY else 600)
 """A thousand cases take half a minute on an idle machine, and several minutes on a busy one."""
 
 
