@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from tests.cri.client import enum_name
 from tests.cri.stack import CGROUP_PARENT
 from tests.cri.streams import Stream
 from tests.patience import patient
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,11 +105,31 @@ class Container:
             time.sleep(0.05)
 
     def log(self) -> list[LogLine]:
-        """Return the lines of its log so far."""
+        """Return the lines of its log so far, except one that is only partly there."""
         if not self.log_path.exists():
             return []
-        rows = [line.split(" ", 3) for line in self.log_path.read_text(encoding="utf-8").splitlines()]
+        written = self.log_path.read_bytes().rpartition(b"\n")[0].decode()
+        rows = [line.split(" ", 3) for line in written.split("\n") if line]
         return [LogLine(stamp, stream, tag == "P", text) for stamp, stream, tag, text in rows]
+
+    def whole_log(self) -> list[LogLine]:
+        """Return the lines of the log of a container that has ended.
+
+        Containerd may still write the last of them when it says that the container has exited.
+
+        :raises TimeoutError: if it does not close the log in time.
+        """
+        until(lambda: not self._is_logged(), within_s=STATE_TIMEOUT_S)
+        return self.log()
+
+    def _is_logged(self) -> bool:
+        """Tell whether containerd has its log open."""
+        log = self.log_path.stat()
+        for descriptor in Path(f"/proc/{self.pod.stack.containerd.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(descriptor.stat(), log):
+                    return True
+        return False
 
     def exec(self, *command: str, timeout_s: int = 60) -> Output:
         """Run a command in it to its end.

@@ -27,7 +27,7 @@ def test_init_containers_run_one_after_the_other_and_before_the_rest(duo: Duo, t
         init.remove()
     last = duo.pod.run("last", "cat", "/shared/order", mounts=volume)
     assert last.wait_for_exit() == 0
-    assert [line.text for line in last.log()] == ["first", "second"]
+    assert [line.text for line in last.whole_log()] == ["first", "second"]
     last.remove()
 
 
@@ -37,7 +37,7 @@ def test_a_log_is_complete_and_says_which_stream_and_when(duo: Duo) -> None:
     before = datetime.now(UTC)
     writer = duo.pod.run("writer", "sh", "-c", script)
     assert writer.wait_for_exit() == 0
-    log = writer.log()
+    log = writer.whole_log()
     writer.remove()
     output = "".join(line.text + ("" if line.partial else "\n") for line in log if line.stream == "stdout")
     expected = "".join(f"{number}\n" for number in range(1, 5001)) + long_line + "\nunfinished"
@@ -77,7 +77,7 @@ def test_stopping_sends_sigterm_first_and_waits_for_the_grace(duo: Duo) -> None:
     container.stop(grace_s=30)
     assert time.monotonic() - start < 10
     assert container.wait_for_exit() == 5
-    assert container.log()[-1].text == "terminated"
+    assert container.whole_log()[-1].text == "terminated"
     container.remove()
 
 

@@ -101,7 +101,7 @@ def users(pod: Pod, volume: Volume) -> Users:
         mounts=[whole],
     )
     assert init.wait_for_exit() == 0
-    said = [line.text for line in init.log()]
+    said = [line.text for line in init.whole_log()]
     init.remove()
     app = pod.run("app", "sleep", "100000", mounts=[whole])
     sidecar = pod.run(

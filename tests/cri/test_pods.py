@@ -54,7 +54,7 @@ def test_pods_and_containers_survive_a_restart_of_containerd(duo: Duo) -> None:
     assert duo.worker.shell("exit 9").code == 9
     later = duo.pod.run("later", "sh", "-c", "echo started later")
     assert later.wait_for_exit() == 0
-    assert [line.text for line in later.log()] == ["started later"]
+    assert [line.text for line in later.whole_log()] == ["started later"]
     later.remove()
 
 

@@ -36,8 +36,8 @@ def busy_host() -> Iterator[None]:
 
 
 def texts(container: Container, stream: str = "stdout") -> list[str]:
-    """Return the lines of a stream in a container's log."""
-    return [line.text for line in container.log() if line.stream == stream]
+    """Return the lines of a stream in the log of a container that has ended."""
+    return [line.text for line in container.whole_log() if line.stream == stream]
 
 
 def live_shortly(stack: Stack, number: int) -> None:
