@@ -16,7 +16,8 @@ from tests.protocol import compiled
 if TYPE_CHECKING:
     from google.protobuf.descriptor import MethodDescriptor
 
-CALL_TIMEOUT_S = patient(100.0)
+CALL_TIMEOUT_S = patient(300.0)
+"""More than a pod's machine may take to boot."""
 MESSAGE_LIMIT = 32 << 20
 """A command may have twice 16 MiB of output."""
 _PROTO = Path(__file__).with_name("runtime.proto")

@@ -32,6 +32,7 @@ KINDS = [
     ),
 ]
 MAIN = "2.1-podsandbox"
+_TEST_TIMEOUT_S = 900
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,8 +47,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before those that are not meant are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave repetitions on other stacks to the night."""
+    """Leave repetitions on other stacks to the night, and give all time for the pods that they may start."""
     for item in items:
+        if "tests/cri/" in item.nodeid and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(_TEST_TIMEOUT_S))
         mainly = item.get_closest_marker("mainly")
         if mainly is None or not isinstance(item, pytest.Function) or "stack" not in item.callspec.params:
             continue
@@ -190,6 +193,7 @@ def duo(stack: Stack) -> Iterator[Duo]:
             pods.append(run_pod(stack, "neighbour"))
             caller = pods[1].run("caller", "sleep", "100000")
             server.wait_for_line("serving")
+            worker.wait_for_line("ready")
             yield Duo(pods[0], server, worker, pods[1], caller)
         finally:
             remove_all(pods)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from tests.cri.stack import Stack
 
-STATE_TIMEOUT_S = patient(30.0)
+STATE_TIMEOUT_S = patient(120.0)
 POD_SCOPE, CONTAINER_SCOPE, NODE_SCOPE = 0, 1, 2
 """The modes of a namespace: the containers of a pod share it, each has its own, or it is the host's."""
 SYSCTLS = {"net.ipv4.ip_local_port_range": "30000 40000", "kernel.shm_rmid_forced": "1"}
@@ -131,22 +131,22 @@ class Container:
                     return True
         return False
 
-    def exec(self, *command: str, timeout_s: int = 60) -> Output:
+    def exec(self, *command: str, timeout_s: int = 100) -> Output:
         """Run a command in it to its end.
 
         :raises grpc.RpcError: if it takes longer than ``timeout_s``, or cannot be run.
         """
         limit_s = int(patient(timeout_s))
         done = self.pod.stack.cri.call(
-            "ExecSync", container_id=self.id, cmd=command, timeout=limit_s, timeout_s=limit_s + patient(20)
+            "ExecSync", container_id=self.id, cmd=command, timeout=limit_s, timeout_s=limit_s + patient(100)
         )
         return Output(done.exit_code, done.stdout.decode(), done.stderr.decode())
 
-    def shell(self, script: str, *, timeout_s: int = 60) -> Output:
+    def shell(self, script: str, *, timeout_s: int = 100) -> Output:
         """Run a shell script in it to its end."""
         return self.exec("sh", "-c", script, timeout_s=timeout_s)
 
-    def peer(self, verb: str, argument: object, *hosts: str, timeout_s: int = 100) -> list[str]:
+    def peer(self, verb: str, argument: object, *hosts: str, timeout_s: int = 200) -> list[str]:
         """Run the peer program in it, and return the line that it prints for each host.
 
         :raises AssertionError: if it fails.
@@ -240,6 +240,16 @@ class Pod:
         """Return the id of the process that stands for the pod."""
         reply = self.stack.cri.call("PodSandboxStatus", pod_sandbox_id=self.id, verbose=True)
         return int(json.loads(reply.info["info"])["pid"])
+
+    def shim(self) -> int:
+        """Return the id of the process of its shim; a copy of it may have yet to become another program."""
+        words = (f"-id {self.id}", "-state ")
+        found = [
+            each
+            for each in self.stack.containerd.nursery.descendants()
+            if all(word in each.command for word in words)
+        ]
+        return min(found, key=lambda each: each.start_time).pid
 
     def addresses(self) -> tuple[str, str]:
         """Return its IPv4 and its IPv6 address."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-TIMEOUT_S = 5
+TIMEOUT_S = 30
 IN_CREATE = 0x100
 EVENT_HEADER_BYTES = 16
 

@@ -35,7 +35,7 @@ CLONE_NEWNET = 0x40000000
 BY_PATH = "hako-by-path"
 """A handler of containerd 2 whose type is runc's, and whose path is Hako's."""
 POD_ANNOTATIONS = 'pod_annotations = ["io.hako.*", "io.katacontainers.*"]\n'
-IMAGES_TIMEOUT_S = patient(10.0)
+IMAGES_TIMEOUT_S = patient(60.0)
 BOOT_TIMEOUT_S = patient(240)
 """Ten machines that boot at once on two processors, which others need, too, take minutes."""
 
@@ -169,9 +169,10 @@ class Stack:
                 for kind in ("sandboxes", "containers", "k8s.io")
             ),
         ):
-            for path in directory.glob("*"):
-                if path.name != "lock" and not path.name.startswith("last_reserved_ip"):
-                    yield f"file {path}"
+            with contextlib.suppress(FileNotFoundError):
+                for path in directory.iterdir():
+                    if path.name != "lock" and not path.name.startswith("last_reserved_ip"):
+                        yield f"file {path}"
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 STDIN, STDOUT, STDERR, ENDED, TERMINAL_SIZE = range(5)
-TIMEOUT_S = patient(30.0)
+TIMEOUT_S = patient(100.0)
 _BINARY, _CLOSE, _PING, _PONG = 2, 8, 9, 10
 SUBPROTOCOL = "v4.channel.k8s.io"
 

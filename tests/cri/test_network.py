@@ -36,7 +36,7 @@ def test_containers_of_a_pod_talk_over_localhost(duo: Duo) -> None:
 def test_a_pod_reaches_another_one_which_sees_its_address(duo: Duo) -> None:
     addresses = duo.pod.addresses()
     for address in addresses:
-        pinged = duo.caller.exec("ping", "-c", "2", "-i", "0.2", "-W", "5", address)
+        pinged = duo.caller.exec("ping", "-c", "2", "-i", "0.2", "-W", "60", address)
         assert "2 packets received" in pinged.stdout
     assert duo.caller.peer("greet", LARGEST_DATAGRAM, *addresses) == list(duo.neighbour.addresses())
 

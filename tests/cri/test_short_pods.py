@@ -11,6 +11,7 @@ import pytest
 
 from tests.cri.conftest import counted
 from tests.cri.pods import run_pod
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 4
 HOGS = 3
-TIMEOUT_S = 240.0
+TIMEOUT_S = patient(240.0)
 COUNTER = "n=0; while :; do n=$((n+1)); echo $n; echo $n >> /data/counted; done"
 
 
@@ -74,7 +75,7 @@ def be_killed_by_a_probe(pod: Pod, data: Path) -> None:
     script = "trap 'echo bye; echo bye > /data/bye; exit 5' TERM; echo up; while :; do sleep 0.1; done"
     container = run_in(pod, data, "probed", script)
     container.wait_for_line("up", timeout_s=TIMEOUT_S)
-    container.stop(grace_s=60)
+    container.stop(grace_s=240)
     assert (container.state(), container.status().exit_code) == ("EXITED", 5)
     assert texts(container) == ["up", "bye"]
     assert (data / "bye").read_text() == "bye\n"

@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from tests.kubelet_volume import publish
+from tests.patience import patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.mainly
 
 MIB = 1 << 20
 CONTENT = os.urandom(MIB)
-WITHIN_S = 20.0
+WITHIN_S = patient(100.0)
 BIDIRECTIONAL = 2
 """As a mount's propagation."""
 
