@@ -71,7 +71,7 @@ def test_the_share_mounted_anew_holds_nothing_else(privileged: Container, secret
     script = (
         f"mkdir -p /all && mount -t virtiofs kataShared /all && find /all -name {secret.name}; umount /all"
     )
-    assert privileged.shell(script, timeout_s=90).stdout == ""
+    assert privileged.shell(script, timeout_s=200).stdout == ""
 
 
 def test_a_read_only_volume_stays_so_however_it_is_mounted(privileged: Container) -> None:
