@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.hako
 
+PARTS = {"CreateContainer", "StartContainer"}
+
 
 class Receiver(ThreadingHTTPServer):
     """A collector of OTLP over HTTP on the loopback."""
@@ -43,6 +45,14 @@ class Receiver(ThreadingHTTPServer):
     def named(self, name: str, *, service: str) -> list[Span]:
         """The spans of a name that a service has sent."""
         return [span for sender, span in list(self.spans.values()) if (sender, span.name) == (service, name)]
+
+    def below(self, parent: Span) -> list[Span]:
+        """The spans that are part of another."""
+        return [span for _, span in list(self.spans.values()) if span.parent_span_id == parent.span_id]
+
+    def names_below(self, parent: Span) -> set[str]:
+        """The names of these spans."""
+        return {span.name for span in self.below(parent)}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -134,6 +144,7 @@ def test_a_start_is_part_of_containerds_trace(traced: Stack, receiver: Receiver)
         start = span_of(receiver, "sandbox start", sandbox=name)
         container = span_of(receiver, "container start", sandbox=name)
         request = request_of(receiver, start)
+        until(lambda: receiver.names_below(container) >= PARTS, what="the parts of the container's start")
     finally:
         traced.containerd.remove(name)
 
@@ -141,9 +152,7 @@ def test_a_start_is_part_of_containerds_trace(traced: Stack, receiver: Receiver)
     assert container.trace_id == request.trace_id
     assert container.parent_span_id == start.parent_span_id
     assert request.start_time_unix_nano < start.end_time_unix_nano
-    children = [span for _, span in list(receiver.spans.values()) if span.parent_span_id == container.span_id]
-    assert {span.name for span in children} >= {"CreateContainer", "StartContainer"}
-    for span in children:
+    for span in receiver.below(container):
         assert container.start_time_unix_nano <= span.start_time_unix_nano <= span.end_time_unix_nano
     assert {start.status.code, container.status.code} == {Status.STATUS_CODE_UNSET}
     assert log_of(traced) == ""
@@ -164,8 +173,7 @@ def test_a_container_that_does_not_start_ends_its_span_with_the_error(
     assert container.status.message in ran.stderr
     assert attribute(container, "error.type")
     assert start.status.code == Status.STATUS_CODE_UNSET
-    children = [span for _, span in receiver.spans.values() if span.parent_span_id == container.span_id]
-    assert "CreateContainer" in {span.name for span in children}
+    until(lambda: "CreateContainer" in receiver.names_below(container), what="a part of the failed start")
     assert log_of(traced) == ""
 
 
