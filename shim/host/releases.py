@@ -193,14 +193,25 @@ def _unnamed(root: str) -> list[int]:
         for pid, words in _processes()
         if not words[0].startswith(prefix)
         and os.path.basename(words[0]).startswith(_INTERPRETER)
-        and any(_is_of(prefix, word) for word in words[1:3] if word.endswith(_PROGRAM))
+        and any(_is_of(prefix, pid, word) for word in words[1:3] if word.endswith(_PROGRAM))
         and _began_at(pid) <= switched_at
     ]
 
 
-def _is_of(prefix: bytes, program: bytes) -> bool:
-    """Tell whether a program is of a release, or was before the package was removed."""
-    return os.path.realpath(program).startswith(prefix) or not os.path.exists(program)
+def _is_of(prefix: bytes, pid: int, program: bytes) -> bool:
+    """Tell whether a process's program is of a release, or was before the package was removed."""
+    if os.path.realpath(program).startswith(prefix):
+        return True
+    return not os.path.exists(program) and not _is_elsewhere(pid, program)
+
+
+def _is_elsewhere(pid: int, program: bytes) -> bool:
+    """Tell whether a process has its program in a root directory of its own, as in a container."""
+    own_root = b"/proc/%d/root" % pid
+    try:
+        return not os.path.samefile(own_root, "/") and os.path.lexists(own_root + program)
+    except OSError:  # it has ended
+        return False
 
 
 def _processes() -> Iterator[tuple[int, list[bytes]]]:

@@ -193,6 +193,28 @@ def test_nothing_is_removed_during_a_start_from_an_old_release(root: Path) -> No
     assert releases.prune(str(root), wait_s=WITHIN_S) == [OLD]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its root directory")
+def test_only_a_program_that_is_gone_may_be_of_a_removed_release(root: Path, tmp_path: Path) -> None:
+    program, elsewhere = tmp_path / "bin/containerd-shim-hako-v2", tmp_path / "elsewhere"
+    there = elsewhere / program.relative_to("/")
+    for path in (program, there):
+        path.parent.mkdir(parents=True)
+        path.write_text("import os, sys; os.chroot(sys.argv[1]); print(flush=True); sys.stdin.read()")
+    with subprocess.Popen(
+        [sys.executable, program, elsewhere], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline()
+        program.unlink()
+        later = time.time() + 60
+        os.utime(root / "current", (later, later), follow_symlinks=False)
+        hidden = there.rename(there.with_suffix(".old"))
+        assert releases.prune(str(root), wait_s=0) == []
+        hidden.rename(there)
+        assert releases.prune(str(root), wait_s=0) == [OLD]
+        other.kill()
+
+
 def command_line(pid: int) -> bytes:
     with open(f"/proc/{pid}/cmdline", "rb") as file:  # noqa: PTH123 - a file of another process
         return file.read()
