@@ -68,13 +68,14 @@ def put(new: Path, directory: Path) -> None:
     new.rename(directory)
 
 
-def _content(tree: Path) -> dict[str, str]:
-    """Digest each file of a tree, by its name."""
+def _content(tree: Path) -> dict[str, tuple[int, str]]:
+    """Return the mode and the digest of each file of a tree, by its name."""
     found = {}
     for path in tree.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
-                found[str(path.relative_to(tree))] = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found[str(path.relative_to(tree))] = (path.stat().st_mode, digest)
     return found
 
 

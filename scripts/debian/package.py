@@ -17,6 +17,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from guest.image import module_tree
 from scripts.debian import commands, completion, control, manual
 from scripts.document import ROOT
 from shim import cli, config
@@ -300,7 +301,8 @@ def _set_times(tree: Path) -> None:
     """Give all of it one time and the usual modes."""
     for path in (*tree.rglob("*"), tree):
         if not path.is_symlink():
-            path.chmod(0o755 if path.is_dir() or path.parent.name in {"bin", "DEBIAN"} else 0o644)
+            is_program = path.parent.name in {"bin", "DEBIAN"} or path.name == module_tree.PROGRAM
+            path.chmod(0o755 if path.is_dir() or is_program else 0o644)
         os.utime(path, (_epoch(), _epoch()), follow_symlinks=False)
 
 

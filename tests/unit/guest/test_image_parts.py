@@ -238,6 +238,15 @@ def test_machines_keep_their_modules_unless_there_are_others(
     assert not new.exists()
 
 
+def test_a_program_that_machines_cannot_run_is_replaced(tmp_path: Path) -> None:
+    for tree, mode in (("new", 0o755), ("modules", 0o644)):
+        (tmp_path / tree).mkdir()
+        (tmp_path / tree / "modprobe").touch(mode)
+    module_tree.put(tmp_path / "new", tmp_path / "modules")
+
+    assert (tmp_path / "modules/modprobe").stat().st_mode & 0o777 == 0o755
+
+
 def test_a_missing_dependency_of_a_module_is_named() -> None:
     with pytest.raises(ImageError, match="virtio needs virtio_ring"):
         module_tree.dependency_lines({"virtio": ("virtio_ring",)})

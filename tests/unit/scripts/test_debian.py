@@ -164,6 +164,18 @@ def test_a_script_of_the_package_is_valid_posix_shell(name: str, tmp_path: Path)
     subprocess.run(["/bin/sh", "-n", script], check=True)
 
 
+def test_guests_can_run_what_loads_modules_of_a_shipped_image(tmp_path: Path) -> None:
+    for name in ("image.json", "vmlinux", "modules/modprobe", "modules/6.1/virtio.ko"):
+        (tmp_path / "guest" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "guest" / name).touch()
+    tree = tmp_path / "tree"
+    package._copy_guest(tmp_path / "guest", tree)
+    package._set_times(tree)
+
+    executable = {path.name for path in tree.rglob("*") if path.is_file() and path.stat().st_mode & 0o111}
+    assert executable == {"modprobe"}
+
+
 def test_the_example_configuration_names_every_key_and_changes_nothing() -> None:
     text = package.example_configuration()
 
