@@ -16,15 +16,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 README_LINES = 150
+COMMANDS = ROOT / "docs/commands.md"
 MERGE_MARK = re.compile(r"^(?:<<<<<<<|>>>>>>>) .*$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)")
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 13), reason="argparse lays its help out in another way there")
-def test_generated_tables_agree_with_the_code() -> None:
-    stale = [str(page.relative_to(ROOT)) for page in document.stale(pages())]
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_generated_tables_agree_with_the_code(page: Path) -> None:
+    if page == COMMANDS and sys.version_info >= (3, 13):
+        pytest.skip("argparse lays help out in another way than the Python that wrote this page")
 
-    assert stale == [], "run: .venv/bin/python -m scripts.document"
+    assert list(document.stale([page])) == [], "run: .venv/bin/python -m scripts.document"
 
 
 @pytest.mark.parametrize("example", examples(), ids=lambda example: f"{example.page}: {example.commands[0]}")
