@@ -23,6 +23,8 @@ from shim.version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from shim.bootstrap.command_line import CommandLine, Invocation
     from shim.host.daemonize import MakeShim
 
@@ -33,6 +35,7 @@ _READY_TIMEOUT_S = 10.0
 _CLEANUP_TIMEOUT_S = 2.0
 #: Room for the command lines of shims: the zygote's own arguments are overwritten in its forks.
 _TITLE_BYTES = 2048
+_REHEARSAL = "rehearsal"
 
 
 def start(line: CommandLine, invocation: Invocation) -> bytes | None:
@@ -108,6 +111,47 @@ def start(line: CommandLine, invocation: Invocation) -> bytes | None:
         if invocation.make_shim is None and settings.shim.zygote:
             _launch_zygote(line.address)
         return reply
+
+
+def rehearse(directory: str) -> None:
+    """Do what takes time in a ``start``, but make no shim, and leave nothing behind.
+
+    :param directory: a path that does not exist, or that an interrupted rehearsal has left.
+    :raises OSError: if the host fails.
+    :raises Refusal: if the directory cannot be removed.
+    """
+    name = grouping.socket_name(address=directory, namespace="", group="")
+    record = StartRecord(
+        namespace="",
+        id=grouping.group_of(directory, _REHEARSAL),
+        bundle=directory,
+        grpc_address="",
+        ttrpc_address="",
+        publish_binary="",
+        config_text="",
+        config_source="",
+        protocol="ttrpc",
+        socket_path=grouping.socket_path(directory, "socket"),
+        state_directory=state_directory.path_of(directory, name),
+        debug=False,
+        dialect="1.7",
+        started_at=time.time(),
+    )
+
+    def make_no_shim(*_: object, register: Callable[[int], None], **__: object) -> None:
+        register(os.getpid())
+
+    lock = state_directory.lock(record.state_directory)
+    try:
+        _is_live(record.socket_path)
+        _make(record, container=record.id, make_shim=make_no_shim)
+        timeline.write(record.state_directory)
+        with contextlib.closing(Ledger(record.state_directory)) as ledger:
+            ledger.directory(directory)
+            _undo(ledger)
+    finally:
+        os.close(lock)
+        timeline.forget()
 
 
 def _check_host() -> None:

@@ -84,6 +84,13 @@ def born_at_s() -> float:
     return max(earliest_s, min(now_s - used_s, earliest_s + 1 / frequency))
 
 
+def forget() -> None:
+    """Forget what this process has recorded."""
+    global _written  # noqa: PLW0603 - one timeline per process
+    _noted.clear()
+    _written = 0
+
+
 def path_of(state_directory: str) -> str:
     """Name the file of a sandbox."""
     return os.path.join(state_directory, NAME)

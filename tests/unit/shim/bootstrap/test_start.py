@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from proto.containerd import bootstrap_v1_pb2, runtime_options_pb2
+from shim.bootstrap import start
+from shim.telemetry import timeline
 from shim.version import version
 
 if TYPE_CHECKING:
@@ -404,3 +406,20 @@ def test_containers_of_a_group_that_start_at_once_share_one_shim(
     assert {reply.returncode for reply in replies} == {0}
     assert len({reply.stdout for reply in replies}) == 1
     assert len(containerd.shims()) == 1
+
+
+def test_a_rehearsal_leaves_nothing_behind(containerd: Containerd) -> None:
+    before = sorted(containerd.directory.iterdir())
+    start.rehearse(str(containerd.directory / "rehearsal"))
+    assert sorted(containerd.directory.iterdir()) == before
+    assert timeline.durations() == []
+
+
+def test_a_rehearsal_removes_what_an_interrupted_one_has_left(containerd: Containerd) -> None:
+    directory = containerd.directory / "rehearsal"
+    directory.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(directory / "socket"))
+
+    start.rehearse(str(directory))
+    assert not directory.exists()
