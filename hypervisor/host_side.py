@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hypervisor import confinement as confinements
-from hypervisor.errors import JailError
+from hypervisor.errors import JailError, QmpError
 from hypervisor.interface import Accelerator
 from hypervisor.launcher import FAILED, MARK
 from hypervisor.process import ChildProcess
@@ -33,8 +33,11 @@ QEMU = "QEMU"
 _ONLY_AS_ROOT = "can only be used by"
 """The message of Rust virtio-fs daemons that cannot run as another user."""
 
-LAST_WORDS_S = 1.0
-"""A process's death may be seen this much later than its effect on another process."""
+LAST_WORDS_S = 10.0
+"""How long a process that has hung up may take to end. A busy host frees its memory only after seconds."""
+
+A_MOMENT_S = 1.0
+"""How long to wait for the end of a process that may also go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +62,7 @@ class HostSide:
     :param on_process: called with the name and the id of each process right after it was started.
     :param phase: called with the name of each phase of a start, and entered for its duration.
     :param on_command: called with the name of each command to QEMU, and how many seconds it took.
+    :param on_console_pause: called each time that the guest writes so much that a part is dropped.
     """
 
     def __init__(
@@ -66,10 +70,12 @@ class HostSide:
         on_process: Callable[[str, int], None],
         phase: Phase = contextlib.nullcontext,
         on_command: OnCommand | None = None,
+        on_console_pause: Callable[[], None] = lambda: None,
     ) -> None:
         self._on_process = on_process
         self.phase = phase
         self.on_command = on_command
+        self.on_console_pause = on_console_pause
         self._processes: list[ChildProcess] = []
         self.qemu: ChildProcess | None = None
         self._jail_problem = ""
@@ -206,11 +212,21 @@ class HostSide:
         :param error: how it was noticed.
         """
         assert self.qemu is not None  # noqa: S101  (called after the spawn only)
-        await asyncio.wait([self.qemu.exited], timeout=LAST_WORDS_S)
+        await self.qemu_ends(error)
         for daemon in self.daemons:
             if daemon.exited.done() and daemon.exited.result().code != 0:
                 return daemon.obituary()
         return self.qemu.obituary() if self.qemu.exited.done() else f"QEMU: {error}"
+
+    async def qemu_ends(self, error: BaseException) -> None:
+        """Wait for QEMU's end after an error that it may have caused.
+
+        :param error: how it was noticed.
+        """
+        if self.qemu is not None:
+            has_hung_up = isinstance(error, QmpError) and self.qmp is not None and not self.qmp.is_open
+            timeout_s = LAST_WORDS_S if has_hung_up else A_MOMENT_S
+            await asyncio.wait([self.qemu.exited], timeout=timeout_s)
 
     async def destroy(self) -> None:
         """Kill all processes; return when they are gone."""

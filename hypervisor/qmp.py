@@ -242,9 +242,14 @@ class QmpSession:
             await self._client.disconnect()
         self._stream.close()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether QEMU has not hung up."""
+        return self._client.runstate is Runstate.RUNNING
+
     async def drained(self) -> None:
         """Wait until QEMU has closed its end, and all earlier events have been seen."""
-        while self._client.runstate is Runstate.RUNNING:
+        while self.is_open:
             await self._client.runstate_changed()
 
     @contextlib.contextmanager

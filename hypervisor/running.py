@@ -12,7 +12,7 @@ from hypervisor import nics, parking, vfio
 from hypervisor.disks import Disks
 from hypervisor.errors import ParkError, QmpError
 from hypervisor.exits import vm_exit_reason
-from hypervisor.host_side import LAST_WORDS_S, cancel
+from hypervisor.host_side import A_MOMENT_S, LAST_WORDS_S, cancel
 from hypervisor.interface import Accelerator
 from hypervisor.memory import Memory
 from hypervisor.seclusion import give_devices
@@ -224,4 +224,4 @@ class RunningVm:
     async def _overdue(self) -> None:
         """Wait until QEMU should have ended: after a shutdown, 7.2 may forever wait for a daemon."""
         await self._qmp.shut_down()
-        await asyncio.wait([self.qemu.exited], timeout=LAST_WORDS_S)
+        await asyncio.wait([self.qemu.exited], timeout=A_MOMENT_S)

@@ -16,7 +16,7 @@ from hypervisor.argv import boot_argv
 from hypervisor.console import Console
 from hypervisor.errors import HypervisorError, QmpError, VmStartError
 from hypervisor.exits import vm_exit_reason
-from hypervisor.host_side import LAST_WORDS_S, HostSide
+from hypervisor.host_side import HostSide
 from hypervisor.interface import Channel
 from hypervisor.memory_copy import data_ranges
 from hypervisor.qmp import QmpSession
@@ -66,9 +66,8 @@ async def save_template(
         async with asyncio.timeout(timeout_s):
             try:
                 await _save(template.bare_machine(spec), directory, host)
-            except (HypervisorError, OSError):
-                if host.qemu is not None:
-                    await asyncio.wait([host.qemu.exited], timeout=LAST_WORDS_S)
+            except (HypervisorError, OSError) as error:
+                await host.qemu_ends(error)
                 host.check_jail()
                 raise
     except TimeoutError:
