@@ -43,7 +43,9 @@ async def boot(spec: VmSpec, host: HostSide) -> Devices:
         with host.phase("open agent's channel"):
             device = await host.channel.open(handover)
         host.qmp = qmp = QmpSession(spec.name, handover=handover, on_command=host.on_command)
-        host.console = Console(spec.directory / "console.log", handover=handover)
+        host.console = Console(
+            spec.directory / "console.log", handover=handover, on_pause=host.on_console_pause
+        )
         inherited = Inherited(
             qmp=qmp.qemu_fd, console=host.console.qemu_fd, share=share.fileno(), channel=device
         )

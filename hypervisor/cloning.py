@@ -116,7 +116,9 @@ def _spawn_qemu(
     spec: VmSpec, host: HostSide, handover: ExitStack, *, memory: int, port: int | None
 ) -> QmpSession:
     host.qmp = qmp = QmpSession(spec.name, handover=handover, on_command=host.on_command)
-    host.console = console = Console(spec.directory / "console.log", handover=handover)
+    host.console = console = Console(
+        spec.directory / "console.log", handover=handover, on_pause=host.on_console_pause
+    )
     inherit = [qmp.qemu_fd, console.qemu_fd, memory, *([] if port is None else [port])]
     descriptors = template.bare_descriptors(
         qmp=qmp.qemu_fd, console=console.qemu_fd, memory=memory, agent=port

@@ -12,6 +12,7 @@ from hypervisor.printable import printable
 from hypervisor.process import LINE_LIMIT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import ExitStack
     from pathlib import Path
 
@@ -36,11 +37,14 @@ class Console:
 
     :param log: the file that keeps a copy; it never grows over 1 MiB, and always holds the newest output. The
         times of its parts go into a file beside it.
+    :param on_pause: called each time that reading pauses because the guest writes too much.
     :param handover: closes QEMU's end of the socket once QEMU has inherited it.
     :raises OSError: if the file cannot be made.
     """
 
-    def __init__(self, log: Path, *, handover: ExitStack) -> None:
+    def __init__(
+        self, log: Path, *, handover: ExitStack, on_pause: Callable[[], None] = lambda: None
+    ) -> None:
         self._log = log.open("wb", buffering=0)
         self._times = log.with_suffix(TIMES_SUFFIX).open("wb", buffering=0)
         self._noted_at_s = 0.0
@@ -51,6 +55,7 @@ class Console:
         self._tail = bytearray()
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._stream, self._read)
+        self._on_pause = on_pause
         self._allowance = Allowance(burst=_BYTES_AT_ONCE, per_s=_BYTES_PER_S)
         self.grew = asyncio.Event()
         """Set whenever output arrives. Clear it before waiting for it."""
@@ -80,6 +85,7 @@ class Console:
         if not self._allowance.take(self._take()):
             self._loop.remove_reader(self._stream)
             self._loop.call_later(_PAUSE_S, self._go_on)
+            self._on_pause()
 
     def _go_on(self) -> None:
         if self._stream.fileno() >= 0:

@@ -45,6 +45,7 @@ class QemuHypervisor(Hypervisor):
         about to open.
     :param phase: called with the name of each phase of the start, and entered for its duration.
     :param on_command: called with the name of each command to QEMU, and how many seconds it took.
+    :param on_console_pause: called each time that the guest writes so much that a part is dropped.
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class QemuHypervisor(Hypervisor):
         on_devices: Callable[[Iterable[tuple[int, int]]], None] = lambda _numbers: None,
         phase: Phase = contextlib.nullcontext,
         on_command: OnCommand | None = None,
+        on_console_pause: Callable[[], None] = lambda: None,
     ) -> None:
         self._spec = spec
         self._on_devices = on_devices
-        self._host = HostSide(on_process, phase, on_command)
+        self._host = HostSide(on_process, phase, on_command, on_console_pause)
         self._running: RunningVm | None = None
         self._stopping = False
         self._was_starved = False

@@ -60,7 +60,7 @@ _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
-REASON_TIMEOUT_S = 2.0  # a machine's reason usually arrives just after the agent's connection breaks
+REASON_TIMEOUT_S = 5.0  # for a machine's reason, after the agent's connection breaks; a busy host is late
 
 _CLONE_PART = 0.75  # a clone may take this part of the time for a boot to answer
 _LOAD_TIMES = 10  # its load may take so many times longer; each of its steps has a shorter limit
@@ -340,6 +340,7 @@ class Machine:
             on_devices=self._cgroup.allow_devices,
             phase=partial(timeline.phase, lane=timeline.MACHINE),
             on_command=latency.QMP.observe,
+            on_console_pause=partial(latency.drop, "console"),
         )
         self._attempts.append(vm)
         try:

@@ -79,8 +79,13 @@ async def test_a_guest_that_writes_too_much_is_read_slowly(
     console_and_guest: tuple[Console, socket.socket],
 ) -> None:
     console, guest = console_and_guest
+    pauses: list[float] = []
+    console._on_pause = lambda: pauses.append(time.monotonic())
     console._allowance = Allowance(burst=10, per_s=0)
+    await write(console, guest, b"ten bytes\n")
+    assert pauses == []
     await write(console, guest, b"more than ten bytes\n")
+    assert len(pauses) == 1
     assert not asyncio.get_running_loop().remove_reader(console._stream)
     await write(console, guest, b"read after a pause\n")
     assert console.tail(1) == ["read after a pause"]
