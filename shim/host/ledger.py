@@ -3,7 +3,7 @@
 The ledger is a file to which JSON lines are appended. A line records a thing, or that its maker has undone
 it, or that a container was added or removed. A crash may tear the last line. It is skipped, because nothing
 is made before its line is complete. If a pod runs for months and its containers change, a new file with the
-lines that still matter replaces the old one; therefore each line is written under a lock.
+lines that still matter replaces the old one; therefore lines are written under a lock, if it is free soon.
 """
 
 from __future__ import annotations
@@ -122,13 +122,11 @@ class Ledger:
 
     def entries(self) -> list[LedgerEntry]:
         """List the entries that have not been undone, oldest first."""
-        entries: dict[int, LedgerEntry] = {}
-        for line in self._lines():
-            if "kind" in line:
-                entries[line["number"]] = LedgerEntry(**line)
-            elif "undone" in line:
-                entries.pop(line["undone"], None)
-        return list(entries.values())
+        return _entries(self._lines())
+
+    def shims(self) -> list[HostProcess]:
+        """Identify the sandbox's daemon, if it has been started."""
+        return _shims(self._lines())
 
     def containers(self) -> set[str]:
         """Name the containers that are in the sandbox."""
@@ -184,24 +182,34 @@ class Ledger:
         return number
 
     def _append(self, line: dict[str, object]) -> None:
-        # Without the lock, a line is lost only if another process shortens the file in this very moment.
-        with self._locked(fcntl.LOCK_SH):
-            os.write(self._descriptor, json.dumps(line).encode() + b"\n")
+        """Add a line, even if a process that shortens the file hangs.
+
+        Then this process writes, and looks whether the file has been replaced. The other one replaces it, and
+        looks for lines in the old one. So the line is in the new one, perhaps twice, which means the same.
+        """
+        text = json.dumps(line).encode() + b"\n"
+        with self._locked(fcntl.LOCK_SH) as is_locked:
+            os.write(self._descriptor, text)
+            while not is_locked and self._reopen():
+                os.write(self._descriptor, text)
 
     def _shorten(self) -> None:
         """Remove undone entries and ended containers; do it later if the file is in use."""
         with self._locked(fcntl.LOCK_EX) as is_locked:
             if not is_locked:
                 return
+            size = os.fstat(self._descriptor).st_size
             lines: list[dict[str, object]] = [entry.as_dict() for entry in self.entries()]
             lines += ({"created": container} for container in sorted(self.containers()))
             new = f"{self._path}.new"
-            descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(new, _FLAGS | os.O_CREAT | os.O_TRUNC, 0o600)
             try:
                 os.write(descriptor, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+                os.rename(new, self._path)
+                added = os.fstat(self._descriptor).st_size - size
+                os.write(descriptor, os.pread(self._descriptor, added, size))
             finally:
                 os.close(descriptor)
-            os.rename(new, self._path)
 
     @contextlib.contextmanager
     def _locked(self, kind: int) -> Iterator[bool]:
@@ -211,28 +219,65 @@ class Ledger:
         does not wait for stopped ones. The block is told whether it has the lock.
         """
         is_locked = file_lock.take(self._descriptor, kind, timeout_s=_LOCK_S)
-        with contextlib.suppress(FileNotFoundError):  # undone, and no longer read
-            while not os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
-                current = os.open(self._path, _FLAGS)
-                os.close(self._descriptor)
-                self._descriptor = current
-                is_locked = file_lock.take(self._descriptor, kind, timeout_s=_LOCK_S)
+        while self._reopen():
+            is_locked = file_lock.take(self._descriptor, kind, timeout_s=_LOCK_S)
         try:
             yield is_locked
         finally:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
+    def _reopen(self) -> bool:
+        """Open the file that has the name now; tell whether it is another one."""
+        with contextlib.suppress(FileNotFoundError):  # undone, and no longer read
+            if not os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
+                current = os.open(self._path, _FLAGS)
+                os.close(self._descriptor)
+                self._descriptor = current
+                return True
+        return False
+
     def _lines(self) -> list[dict[str, Any]]:
-        content = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
-        lines = []
-        for text in content.splitlines():
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            if _is_whole(line):
-                lines.append(line)
-        return lines
+        return _decoded(os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0))
+
+
+def shims_in(state_directory: str) -> list[HostProcess]:
+    """Identify the daemon of a sandbox, if it has been started; the ledger is only read.
+
+    :param state_directory: the state directory of the sandbox.
+    :raises OSError: if it has no ledger.
+    """
+    with open(os.path.join(state_directory, _NAME), "rb") as file:
+        return _shims(_decoded(file.read()))
+
+
+def _decoded(content: bytes) -> list[dict[str, Any]]:
+    lines = []
+    for text in content.splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if _is_whole(line):
+            lines.append(line)
+    return lines
+
+
+def _entries(lines: list[dict[str, Any]]) -> list[LedgerEntry]:
+    entries: dict[int, LedgerEntry] = {}
+    for line in lines:
+        if "kind" in line:
+            entries[line["number"]] = LedgerEntry(**line)
+        elif "undone" in line:
+            entries.pop(line["undone"], None)
+    return list(entries.values())
+
+
+def _shims(lines: list[dict[str, Any]]) -> list[HostProcess]:
+    return [
+        HostProcess(pid=entry.pid, start_time=entry.start_time)
+        for entry in _entries(lines)
+        if entry.kind == "process" and entry.name == SHIM_PROCESS
+    ]
 
 
 def _is_whole(line: Any) -> bool:

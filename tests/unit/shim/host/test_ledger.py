@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -21,7 +22,7 @@ STATE_S = 0.5
 """How long containerd may wait for a state: a slow line in the ledger blocks the event loop."""
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
     from typing import Any
 
@@ -282,3 +283,43 @@ def test_a_lock_that_is_never_released_delays_a_line_only_briefly(
         ledger.deleted("other")  # also shortens the file
         assert 0 < clock.now_s < STATE_S
         assert ledger.containers() == {"one"}
+
+
+@pytest.fixture
+def other(ledger: Ledger, state: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
+    """Another process's ledger, which never gets the lock."""
+    monkeypatch.setattr(file_lock, "time", Clock())
+    ledger.created("one")
+    other = Ledger(str(state))
+    monkeypatch.setattr(other, "_locked", lambda _kind: contextlib.nullcontext(enter_result=False))
+    yield other
+    other.close()
+
+
+def before(name: str, what: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have something happen just before the next call of a function of ``os``."""
+    original = getattr(os, name)
+
+    def call(*arguments: Any) -> Any:
+        monkeypatch.setattr(os, name, original)
+        what()
+        return original(*arguments)
+
+    monkeypatch.setattr(os, name, call)
+
+
+def test_a_line_that_is_added_without_the_lock_survives_the_shortening(
+    ledger: Ledger, other: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before("rename", lambda: other.created("two"), monkeypatch)
+    ledger._shorten()
+    assert ledger.containers() == {"one", "two"}
+
+
+def test_a_line_that_goes_to_a_file_that_was_replaced_is_added_again(
+    ledger: Ledger, other: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before("write", ledger._shorten, monkeypatch)
+    other.created("two")
+    ledger.created("three")
+    assert ledger.containers() == other.containers() == {"one", "two", "three"}
