@@ -5,12 +5,15 @@ The last lines are also kept in a file beside the sandbox's state, for ``hako lo
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from shim.override import override
+from shim.telemetry import latency
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,6 +23,9 @@ CONSOLE_NAME = "console.log"  # so the hypervisor calls it
 OUTPUT_LOGGER = "hypervisor.output"
 """The output of QEMU and the daemons: kept, and sent to containerd at debug level."""
 
+PIPE_BYTES = 1 << 20
+"""Room for lines that a busy containerd has not read yet; the kernel's 64 KiB are few."""
+
 _KEPT_BYTES = 256 * 1024
 # A write of up to PIPE_BUF bytes is atomic; see pipe(7).
 _MAX_LINE = 4096
@@ -28,7 +34,7 @@ _VERBOSE_LIBRARIES = ("asyncio", "pyroute2")
 
 
 class PipeHandler(logging.Handler):
-    """Write one logfmt line per record; without a reader, drop and count it.
+    """Write one logfmt line per record; if the pipe is full, drop and count it.
 
     :param descriptor: a descriptor that does not block.
     """
@@ -37,6 +43,8 @@ class PipeHandler(logging.Handler):
         super().__init__()
         self._descriptor = descriptor
         self._dropped = 0
+        with contextlib.suppress(OSError):  # it is no pipe, or the kernel allows no more
+            fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     @override
     def emit(self, record: logging.LogRecord) -> None:
@@ -48,6 +56,7 @@ class PipeHandler(logging.Handler):
             os.write(self._descriptor, line[: _MAX_LINE - len(ending)] + ending)
         except (BlockingIOError, BrokenPipeError):
             self._dropped += 1
+            latency.drop("log lines")
         else:
             self._dropped = 0
 

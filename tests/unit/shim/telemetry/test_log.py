@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from shim.host import daemonize
-from shim.telemetry import log
+from shim.telemetry import latency, log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,16 +105,21 @@ def test_a_long_line_is_cut_to_an_atomic_write(root: logging.Logger, fifo: int) 
     assert b"next" in second
 
 
-def test_records_without_a_reader_are_dropped_and_counted(root: logging.Logger, fifo: int) -> None:
+def test_records_that_a_full_pipe_cannot_take_are_dropped_and_counted(
+    root: logging.Logger, fifo: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "dropped", {})
     log.configure("info", descriptor=fifo)
-    for _ in range(40):
+    room = log.PIPE_BYTES // 4096
+    for _ in range(room + 40):
         logging.getLogger().error("x" * 4096)
-    kept = drain(fifo).count(b"\n")
-    assert kept < 40
+    assert drain(fifo).count(b"\n") == room
+    assert latency.dropped == {"log lines": 40}
+
     logging.getLogger().error("after")
     line = drain(fifo)
     assert b"after" in line
-    assert int(line.rpartition(b"dropped=")[2]) == 40 - kept
+    assert int(line.rpartition(b"dropped=")[2]) == 40
 
 
 def test_a_reader_may_go_away(root: logging.Logger, bundle: Path, fifo: int) -> None:
