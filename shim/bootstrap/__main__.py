@@ -13,6 +13,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.bootstrap.command_line import CommandLine
 
+#: Of the 5 s that containerd gives a ``delete``. The next zygote removes what this leaves.
+_LEAVE_S = 1.0
+
 
 def main(sent: bytes | None = None) -> int:
     """Do one action in this process.
@@ -29,7 +32,8 @@ def main(sent: bytes | None = None) -> int:
     if sys.argv[-1] == "delete":
         from shim.host import releases  # noqa: PLC0415 - the other actions do without
 
-        releases.leave()  # the process that was deleted may have been the last of an old release
+        # The process that was deleted may have been the last of an old release. containerd waits for us.
+        releases.leave(lock_s=_LEAVE_S)
     return status
 
 

@@ -36,7 +36,8 @@ _PROGRAM = b"/containerd-shim-hako-v2"
 _INTERPRETER = b"python"
 #: containerd ends a ``start`` or a ``delete`` that takes longer.
 _SHORT_S = 10.0
-_LOCK_S = 1.0
+#: The holder of the lock ends soon, but may have to remove a release first.
+_LOCK_S = 10.0
 
 
 def root() -> str | None:
@@ -46,16 +47,18 @@ def root() -> str | None:
     return os.path.dirname(os.path.dirname(packages)) if os.path.basename(packages) == _PACKAGES else None
 
 
-def leave() -> None:
+def leave(*, lock_s: float = _LOCK_S) -> None:
     """Remove the old releases from which no other process runs; this process must end afterwards.
 
     It holds a lock until its end, so of two processes that end at once, the second does not find the first.
     After the removal of the package, the last process leaves nothing behind. What a purge would have removed
     goes, too.
+
+    :param lock_s: how long to wait for others that end, in seconds.
     """
     directory = root()
     if directory is not None and _old(directory):
-        _lock(directory)
+        _lock(directory, timeout_s=lock_s)
         prune(directory, wait_s=0.0)
         if not os.path.exists(directory):
             remove_shared()
@@ -115,11 +118,11 @@ def _old(root: str) -> list[str]:
         return []
 
 
-def _lock(root: str) -> None:
+def _lock(root: str, *, timeout_s: float) -> None:
     """Lock the directory of releases until this process ends, unless another holds the lock for long."""
     with contextlib.suppress(FileNotFoundError):
         descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        file_lock.take(descriptor, timeout_s=_LOCK_S)
+        file_lock.take(descriptor, timeout_s=timeout_s)
 
 
 def retire_zygotes(root: str, *, also_current: bool = False) -> None:
