@@ -99,14 +99,20 @@ class ContainerCalls:
                 f"{UNIFIED} {lines}", container_id=container_id, timeout_s=CALL_TIMEOUT_S
             )
 
-    async def stats(self, container_id: str) -> agent_pb2.StatsContainerResponse:
-        """Return a container's statistics."""
+    async def stats(
+        self, container_id: str, *, timeout_s: float = STATS_TIMEOUT_S
+    ) -> agent_pb2.StatsContainerResponse:
+        """Return a container's statistics.
+
+        :param timeout_s: how long the agent may take.
+        :raises DeadlineExceeded: if it does not answer in time.
+        """
         request = agent_pb2.StatsContainerRequest(container_id=container_id)
         return await self._connection.call(
             "StatsContainer",
             request,
             agent_pb2.StatsContainerResponse,
-            timeout_s=STATS_TIMEOUT_S,
+            timeout_s=timeout_s,
             most_bytes=_MOST_STATS_BYTES,
         )
 

@@ -37,7 +37,7 @@ def add_to(commands: Any) -> None:
     """
     parser = commands.add_parser("events", help="show the events in the sandboxes as they happen")
     parser.add_argument("id", nargs="?", metavar="ID", help="only this sandbox")
-    parser.add_argument("--namespace", default="*", metavar="NAME", help="containerd's namespace (any)")
+    shims.add_namespace_to(parser)
     parser.add_argument("--past", action="store_true", help="show the last events of each sandbox, and exit")
     parser.add_argument("--json", action="store_true", help="for programs: one object on each line")
     shims.add_config_to(parser)
@@ -62,12 +62,11 @@ def run(chosen: argparse.Namespace) -> int:
 def _wanted(chosen: argparse.Namespace) -> list[StartRecord]:
     if chosen.id:
         return [shims.one(chosen)]
-    known = shims.records(shims.settings_of(chosen).shim.state_dir)
-    return [each for each in known if chosen.namespace in {"*", each.namespace}]
+    return shims.records(shims.settings_of(chosen).shim.state_dir, chosen.namespace)
 
 
 async def _show_past(records: list[StartRecord], *, as_json: bool) -> int:
-    answers = await shims.ask_all(records, _past)
+    answers = shims.still_there(await shims.ask_all(records, _past))
     told = [(event, answer.record) for answer in answers for event in answer.value or []]
     for event, record in sorted(told, key=lambda each: each[0].at_s):
         _print(event, record, as_json=as_json)
@@ -92,11 +91,11 @@ async def _follow(chosen: argparse.Namespace, wanted: str) -> None:
         async with asyncio.TaskGroup() as group:
             while True:
                 _watch_all(watch, state_dir)
-                for record in shims.records(str(state_dir)):
+                for record in shims.records(str(state_dir), chosen.namespace):
                     path = record.state_directory
                     if path in followed or not _has_socket(record):
                         continue
-                    if chosen.namespace in {"*", record.namespace} and wanted in {"", record.id}:
+                    if wanted in {"", record.id}:
                         followed.add(path)
                         group.create_task(_tell(record, followed, as_json=chosen.json))
                 await watch.changed()

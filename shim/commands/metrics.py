@@ -20,7 +20,7 @@ def add_to(commands: Any) -> None:
     """
     parser = commands.add_parser("metrics", help="print the metrics of this host, or of one sandbox")
     parser.add_argument("id", nargs="?", default="", metavar="ID", help="only this sandbox (all)")
-    parser.add_argument("--namespace", default="*", metavar="NAME", help="containerd's namespace (any)")
+    shims.add_namespace_to(parser)
     parser.add_argument("--json", action="store_true", help="for programs that do not read Prometheus' text")
     shims.add_config_to(parser)
 
@@ -36,7 +36,7 @@ def run(chosen: argparse.Namespace) -> int:
 
     from shim.commands.monitor import NodeCollector  # noqa: PLC0415 - as above
 
-    only = shims.one(chosen).id if chosen.id else ""
+    only = shims.one(chosen) if chosen.id else None
     registry = CollectorRegistry()
     registry.register(NodeCollector(shims.settings_of(chosen).shim, only=only))
     if not chosen.json:

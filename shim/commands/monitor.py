@@ -70,7 +70,9 @@ def _serve(settings: ShimConfig, listen: str, *, as_json: bool) -> int:
     if not (address and port.isascii() and port.isdecimal() and int(port) < 1 << 16):
         raise Refusal(f"monitor: {listen!r} is not an address and port; give for example 127.0.0.1:8090")
     registry = CollectorRegistry()
-    registry.register(NodeCollector(settings, scrapes=registry))
+    collector = NodeCollector(settings, scrapes=registry)
+    collector.read_journal()  # so that no scrape waits for it
+    registry.register(collector)
     over = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: over.set())
@@ -91,12 +93,16 @@ class NodeCollector(Collector):
     """Asks every sandbox of the node when it is scraped, all at once.
 
     :param settings: where sandboxes keep their state and their journal.
-    :param only: the one sandbox to ask; empty for all.
+    :param only: the one sandbox to ask; None for all.
     :param scrapes: where the monitor registers its own metrics; None for none.
     """
 
     def __init__(
-        self, settings: ShimConfig, *, only: str = "", scrapes: CollectorRegistry | None = None
+        self,
+        settings: ShimConfig,
+        *,
+        only: StartRecord | None = None,
+        scrapes: CollectorRegistry | None = None,
     ) -> None:
         self._state_dir = settings.state_dir
         self._journal = Journal(Path(settings.log_dir))
@@ -119,12 +125,11 @@ class NodeCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Ask the sandboxes and yield the metrics."""
         began_s = time.monotonic()
-        answers = asyncio.run(shims.ask_all(self.records(), _ask))
+        answers = shims.still_there(asyncio.run(shims.ask_all(self.records(), _ask)))
         with self._lock:  # two scrapes may run at once
             self._counts["kata_monitor_scrape"] += 1
             self._counts["kata_monitor_scrape_failed"] += sum(not answer.value for answer in answers)
-            for entry in self._journal.read():
-                self._history.add(entry)
+            self.read_journal()
             yield from _of_scrape(answers)
             replies = [answer.value for answer in answers if answer.value is not None]
             numbers = {}
@@ -140,9 +145,14 @@ class NodeCollector(Collector):
         if self._durations:
             self._durations.observe((time.monotonic() - began_s) * 1000)
 
+    def read_journal(self) -> None:
+        """Count what is new in the journal; the first time, that may be thousands of entries."""
+        for entry in self._journal.read():
+            self._history.add(entry)
+
     def records(self) -> list[StartRecord]:
         """List the sandboxes to ask."""
-        return [record for record in shims.records(self._state_dir) if self._only in {"", record.id}]
+        return [self._only] if self._only else shims.records(self._state_dir)
 
 
 def _of_scrape(answers: list[shims.Answer[ReadResponse]]) -> Iterator[Metric]:

@@ -45,6 +45,7 @@ def add_to(commands: Any) -> None:
     :param commands: what ``add_subparsers`` returned.
     """
     parser = commands.add_parser("ps", help="list running sandboxes and their containers")
+    shims.add_namespace_to(parser)
     parser.add_argument("--json", action="store_true", help="for programs")
     shims.add_config_to(parser)
 
@@ -55,8 +56,8 @@ def run(chosen: argparse.Namespace) -> int:
     :param chosen: the command line.
     :returns: the exit status: 1 if a shim does not answer.
     """
-    records = shims.records(shims.settings_of(chosen).shim.state_dir)
-    answers = asyncio.run(shims.ask_all(records, look_at))
+    records = shims.records(shims.settings_of(chosen).shim.state_dir, chosen.namespace)
+    answers = shims.still_there(asyncio.run(shims.ask_all(records, look_at)))
     if chosen.json:
         print(json.dumps([_values(each) for each in answers], indent=2))
     else:

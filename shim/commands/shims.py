@@ -16,7 +16,7 @@ from hypervisor import printable
 from proto.hako import management_pb2 as api
 from shim import config
 from shim.errors import DeadlineExceeded, ShimError, Unavailable, from_code
-from shim.host import state_directory
+from shim.host import host_process, ledger, state_directory
 from shim.refusal import Refusal
 from shim.transport.ttrpc_client import TtrpcClient
 
@@ -30,10 +30,13 @@ if TYPE_CHECKING:
     from shim.host.state_directory import StartRecord
 
 SERVICE = "hako.management.v1.Management"
-TIMEOUT_S = 1.0
-"""How long a shim may take to answer; a stopped one must not hold up a command."""
+TIMEOUT_S = 5.0
+"""How long a shim may take to answer a command: on a busy host it may take seconds. All are asked at once."""
+
+_RETRY_S = 0.05
 
 _MESSAGE = 200  # characters of an error
+_MOST_NAMED = 5
 _M = TypeVar("_M", bound=Message)
 _T = TypeVar("_T")
 
@@ -60,8 +63,13 @@ def add_config_to(parser: argparse.ArgumentParser) -> None:
 def add_sandbox_to(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name one sandbox."""
     parser.add_argument("id", metavar="ID", help="the id of a sandbox: of a pod, or of a single container")
-    parser.add_argument("--namespace", default="*", metavar="NAME", help="containerd's namespace (any)")
+    add_namespace_to(parser)
     add_config_to(parser)
+
+
+def add_namespace_to(parser: argparse.ArgumentParser) -> None:
+    """Add the option that chooses the sandboxes of one namespace."""
+    parser.add_argument("--namespace", default="*", metavar="NAME", help="containerd's namespace (any)")
 
 
 def settings_of(chosen: argparse.Namespace) -> Config:
@@ -73,10 +81,11 @@ def settings_of(chosen: argparse.Namespace) -> Config:
     return config.parse(config.locate(environment))
 
 
-def records(state_dir: str) -> list[StartRecord]:
+def records(state_dir: str, namespace: str = "*") -> list[StartRecord]:
     """List the start records of this host's sandboxes, oldest first.
 
     :param state_dir: the directory of their state.
+    :param namespace: containerd's namespace; ``*`` for any.
     :raises Refusal: if that cannot be read.
     """
     try:
@@ -88,12 +97,14 @@ def records(state_dir: str) -> list[StartRecord]:
     found = []
     for directory in directories:
         try:
-            found.append(state_directory.read_record(str(directory)))
+            record = state_directory.read_record(str(directory))
+            if namespace in {"*", record.namespace}:
+                found.append(record)
         except PermissionError as error:
             raise Refusal(f"sandboxes: {directory}: {error.strerror}; run this as root") from error
         except (OSError, ValueError, TypeError):
             continue  # a starting sandbox has no record yet, and an ending one has lost it
-    return sorted(found, key=lambda record: record.started_at)
+    return sorted(found, key=lambda record: (record.started_at, record.id))
 
 
 def one(chosen: argparse.Namespace) -> StartRecord:
@@ -102,15 +113,14 @@ def one(chosen: argparse.Namespace) -> StartRecord:
     :raises Refusal: if there is none, or more than one.
     """
     command, namespace, wanted = chosen.command, chosen.namespace, chosen.id
-    known = [
-        each for each in records(settings_of(chosen).shim.state_dir) if namespace in {"*", each.namespace}
-    ]
+    known = records(settings_of(chosen).shim.state_dir, namespace)
     found = [each for each in known if each.id == wanted]
     found = found or [each for each in known if wanted and each.id.startswith(wanted)]
     if not found:
         raise Refusal(f"{command}: {printable(wanted, limit=_MESSAGE)}: no such sandbox; see `hako ps`")
     if len(found) > 1:
-        names = ", ".join(f"{each.id} in {each.namespace}" for each in found)
+        names = ", ".join(f"{each.id} in {each.namespace}" for each in found[:_MOST_NAMED])
+        names += f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
         raise Refusal(
             f"{command}: {wanted}: more than one sandbox: {names}; give the whole id and --namespace"
         )
@@ -133,33 +143,70 @@ async def ask(
     :param timeout_s: how long the answer may take.
     :param service: the full name of the service; by default, the management API.
     :raises DeadlineExceeded: if it does not answer in time.
-    :raises Unavailable: if it is gone.
+    :raises Unavailable: if it is gone, or its process is stopped.
     :raises ShimError: if it answers with one.
     """
-    if record.protocol == "grpc":
-        return await _ask_over_grpc(record, f"/{service}/{method}", request, reply, timeout_s=timeout_s)
+    refuse_stopped(record)
     try:
         async with asyncio.timeout(timeout_s):
-            client = await TtrpcClient.over(await _connect(record.socket_path))
+            connection = await _connect(record)
+            if record.protocol == "grpc":
+                connection.close()  # a channel would try again, and not say why there is none
+                path = f"/{service}/{method}"
+                return await _ask_over_grpc(record, path, request, reply, timeout_s=timeout_s)
+            client = await TtrpcClient.over(connection)
             try:
                 return await client.call(service, method, request, reply, timeout_s=timeout_s)
             finally:
                 await client.aclose()
     except (TimeoutError, DeadlineExceeded) as error:
-        raise _late(timeout_s) from error
+        refuse_stopped(record)
+        raise DeadlineExceeded(
+            f"its shim did not answer within {timeout_s:g} s; it is busy, or waits for the host"
+        ) from error
 
 
-async def _connect(path: str) -> socket.socket:
+def refuse_stopped(record: StartRecord) -> None:
+    """Do not wait for a shim that cannot answer.
+
+    :param record: how it was started.
+    :raises Unavailable: if its process is stopped, by a signal or a debugger.
+    """
+    try:
+        known = ledger.shims_in(record.state_directory)
+    except OSError:  # it is gone, which the connection will tell
+        return
+    for each in known:
+        if host_process.is_stopped(each):
+            raise Unavailable(f"its shim is stopped; `kill -CONT {each.pid}` lets it go on")
+
+
+async def _connect(record: StartRecord) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
     connection.setblocking(False)  # noqa: FBT003 - its only spelling
     try:
-        await asyncio.get_running_loop().sock_connect(connection, path)
+        while True:
+            try:
+                connection.connect(record.socket_path)  # which never waits: unix(7)
+            except BlockingIOError:  # as many as the kernel allows wait to be accepted, and no event tells
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return connection
     except BaseException as error:
         connection.close()
         if isinstance(error, OSError):
-            raise Unavailable(f"its shim is gone: {error.strerror}") from error
+            raise Unavailable(_why_nobody_listens(record, error)) from error
         raise
-    return connection
+
+
+def _why_nobody_listens(record: StartRecord, error: OSError) -> str:
+    try:
+        known = ledger.shims_in(record.state_directory)
+    except FileNotFoundError:
+        return "its sandbox has ended"
+    if not known or any(map(host_process.is_running, known)):
+        return "its shim is starting; ask again"
+    return f"its shim is gone: {error.strerror}; containerd removes what it left, once it runs"
 
 
 async def _ask_over_grpc(
@@ -172,7 +219,8 @@ async def _ask_over_grpc(
             response_deserializer=reply.FromString,
         )
         with errors_of_grpc(timeout_s):
-            return await call(request, timeout=timeout_s)
+            # It listens, as ``ask`` has seen, but a channel fails if the kernel lets no more callers connect.
+            return await call(request, timeout=timeout_s, wait_for_ready=True)
 
 
 @contextlib.asynccontextmanager
@@ -201,12 +249,8 @@ def errors_of_grpc(timeout_s: float = TIMEOUT_S) -> Any:
         yield
     except grpc.aio.AioRpcError as error:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise _late(timeout_s) from error
+            raise DeadlineExceeded(f"its shim did not answer within {timeout_s:g} s") from error
         raise from_code(error.code().value[0], error.details() or "") from error
-
-
-def _late(timeout_s: float) -> DeadlineExceeded:
-    return DeadlineExceeded(f"its shim does not answer within {timeout_s:g} s")
 
 
 async def ask_all(
@@ -226,6 +270,11 @@ async def ask_all(
             return Answer(record, problem=printable(str(error), limit=_MESSAGE))
 
     return await asyncio.gather(*(answer(each) for each in asked))
+
+
+def still_there(answers: Iterable[Answer[_T]]) -> list[Answer[_T]]:
+    """Leave out the sandboxes that had ended before they could be asked."""
+    return [each for each in answers if each.value is not None or state_of(each.record).exists()]
 
 
 async def stream_events(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 #: The exit status of a process that SIGKILL ended, as shells and containerd count.
 STATUS_KILLED = 128 + signal.SIGKILL
 
+#: Of proc(5) ``stat``.
+_STOPPED = {b"T", b"t"}
 _UIDS = re.compile(rb"^Uid:(.*)$", re.MULTILINE)
 
 
@@ -36,13 +38,30 @@ def identify(pid: int) -> HostProcess:
     :returns: its identity.
     :raises ProcessLookupError: if there is none.
     """
+    return HostProcess(pid=pid, start_time=int(_fields(pid)[19]))
+
+
+def is_stopped(process: HostProcess) -> bool:
+    """Tell whether a recorded process exists and is stopped, by a signal or by a debugger."""
+    try:
+        fields = _fields(process.pid)
+    except ProcessLookupError:
+        return False
+    return fields[0] in _STOPPED and int(fields[19]) == process.start_time
+
+
+def _fields(pid: int) -> list[bytes]:
+    """Return the fields of proc(5) ``stat`` after the command name.
+
+    :raises ProcessLookupError: if there is no such process.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             stat = file.read()
     except FileNotFoundError as error:
         raise ProcessLookupError(f"no process {pid}") from error
     # The command name, in parentheses, may hold spaces and parentheses itself.
-    return HostProcess(pid=pid, start_time=int(stat[stat.rindex(b")") + 1 :].split()[19]))
+    return stat[stat.rindex(b")") + 1 :].split()
 
 
 def user_has_any(uid: int) -> bool:

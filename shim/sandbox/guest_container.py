@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from proto.kata import agent_pb2
 from shim.agent.connection import CALL_TIMEOUT_S
-from shim.agent.container_calls import REMOVE_TIMEOUT_S
+from shim.agent.container_calls import REMOVE_TIMEOUT_S, STATS_TIMEOUT_S
 from shim.agent.oci import translate, translate_resources
 from shim.agent.oci_disks import root_disk
 from shim.agent.oci_fields import refusing_malformed
@@ -228,15 +228,17 @@ class GuestContainer(Container):
         await self._siblings.shrink()
 
     @override
-    async def stats(self) -> agent_pb2.StatsContainerResponse:
+    async def stats(self, *, timeout_s: float = STATS_TIMEOUT_S) -> agent_pb2.StatsContainerResponse:
         """Measure the container.
 
+        :param timeout_s: how long the guest may take.
         :raises NotFound: if it has ended.
+        :raises DeadlineExceeded: if the guest does not answer in time.
         """
         self._require_alive_for("stats")
         machine = await self._sandbox.running(awake=False)
         if self._last_stats is None or machine.parking.is_awake:
-            self._last_stats = await machine.agent.containers.stats(self.init.agent_id)
+            self._last_stats = await machine.agent.containers.stats(self.init.agent_id, timeout_s=timeout_s)
         return self._last_stats
 
     @override

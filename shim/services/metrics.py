@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from proto.hako import metrics_pb2
 from shim.annotations import POD_NAME, POD_NAMESPACE, POD_UID
-from shim.errors import ShimError, Unimplemented
+from shim.errors import DeadlineExceeded, NotFound, ShimError, Unimplemented
 from shim.sandbox.guest_container import GuestContainer
 from shim.telemetry import latency
 from shim.version import version
@@ -17,6 +17,7 @@ from shim.version import version
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from proto.kata.agent_pb2 import StatsContainerResponse
     from shim.machine.machine import Machine
     from shim.sandbox.container import Container
     from shim.sandbox.containers import Containers
@@ -68,19 +69,19 @@ class MetricsService:
         if request.guest_timeout_s > 0 and sandbox.is_ready:
             try:
                 async with asyncio.timeout(request.guest_timeout_s):
-                    reply.usage.extend(await self._usage(containers))
+                    reply.usage.extend(await self._usage(containers, request.guest_timeout_s))
                     reply.guest = await self._guest_text()
-            except TimeoutError:
-                reply.problem = f"the guest does not answer within {request.guest_timeout_s:g} s"
+            except (TimeoutError, DeadlineExceeded):
+                reply.problem = f"the guest did not answer within {request.guest_timeout_s:g} s"
             except ShimError as error:
                 reply.problem = str(error)
         return reply
 
-    async def _usage(self, containers: Iterable[Container]) -> list[Reply.ContainerUsage]:
+    async def _usage(self, containers: Iterable[Container], timeout_s: float) -> list[Reply.ContainerUsage]:
         live = [
             each for each in containers if isinstance(each, GuestContainer) and not each.init.exited.is_set()
         ]
-        measured = await asyncio.gather(*(each.stats() for each in live))
+        measured = await asyncio.gather(*(_stats(each, timeout_s) for each in live))
         return [
             Reply.ContainerUsage(
                 id=container.id,
@@ -89,6 +90,7 @@ class MetricsService:
                 processes=stats.cgroup_stats.pids_stats.current,
             )
             for container, stats in zip(live, measured, strict=True)
+            if stats is not None
         ]
 
     async def _guest_text(self) -> str:
@@ -99,6 +101,14 @@ class MetricsService:
             return (await machine.agent.metrics())[:_MOST_GUEST_TEXT]
         except Unimplemented:
             return ""
+
+
+async def _stats(container: GuestContainer, timeout_s: float) -> StatsContainerResponse | None:
+    """Measure one container; None if it ends meanwhile."""
+    try:
+        return await container.stats(timeout_s=timeout_s)
+    except NotFound:
+        return None
 
 
 def _histograms(latencies: Latencies) -> list[Reply.Histogram]:

@@ -45,11 +45,13 @@ QUOTA = ["--cpu-period", "100000", "--cpu-quota", f"{CPU_PERCENT * 1000}"]
 
 @contextlib.contextmanager
 def monitor(stack: Stack) -> Iterator[str]:
-    command = [sys.executable, "-m", "shim.cli", "monitor", "--listen", "127.0.0.1:0"]
+    command = [sys.executable, "-m", "shim.cli", "monitor", "--json", "--listen", "127.0.0.1:0"]
     process = subprocess.Popen([*command, "--config", stack.config], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
-        yield process.stdout.readline().split()[-1]
+        [(name, url)] = json.loads(process.stdout.readline()).items()
+        assert name == "url"
+        yield url
     finally:
         process.terminate()
         assert process.wait(timeout=MOMENT_S) == 0
@@ -110,7 +112,7 @@ def timed(ask: Callable[[], _T]) -> tuple[float, _T]:
 class Measured:
     """What three sources say of a load in about the same time: percent of a processor, and bytes.
 
-    :param status: the exit status of top, which gives a shim up after a second.
+    :param status: the exit status of top, which gives a shim up after some seconds.
     :param processor: of top, Stats and metrics.
     :param memory: of the same.
     :param top: all that top shows.

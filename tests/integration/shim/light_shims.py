@@ -18,6 +18,7 @@ from typing import Any
 
 from proto.hako import metrics_pb2
 from shim.host import state_directory
+from shim.host.ledger import SHIM_PROCESS, Ledger
 from shim.host.state_directory import StartRecord
 from shim.sandbox.life import Life
 from shim.services import management
@@ -108,6 +109,9 @@ def main(state_dir: Path, count: int) -> None:
             asyncio.run(serve(record, listener, serving))
             os._exit(0)
         listener.close()
+        ledger = Ledger(record.state_directory, create=True)
+        ledger.process(child, name=SHIM_PROCESS)
+        ledger.close()
         children.append(child)
     os.close(serving)
     awaited = count

@@ -20,13 +20,14 @@ from shim.telemetry.latency import BOUNDS_MS
 
 ROOT = Path(__file__).resolve().parents[4]
 DASHBOARD = ROOT / "docs/grafana-dashboard.json"
-OF_THE_SCRAPE = {
-    "hako_sandbox_up",
-    "hako_sandbox_missing",
-    "hako_sandboxes",
-    "kata_monitor_running_shim_count",
-    "kata_monitor_scrape_total",
-    "kata_monitor_scrape_failed_total",
+#: The metrics of the monitor itself, with their labels.
+OF_THE_SCRAPE: dict[str, set[str]] = {
+    "hako_sandbox_up": {"sandbox_id", "namespace"},
+    "hako_sandbox_missing": {"sandbox_id", "namespace", "missing", "reason"},
+    "hako_sandboxes": {"state"},
+    "kata_monitor_running_shim_count": set(),
+    "kata_monitor_scrape_total": set(),
+    "kata_monitor_scrape_failed_total": set(),
 }
 START = {
     "kind": "start",
@@ -167,11 +168,20 @@ def test_a_guest_cannot_make_two_families_of_one_name() -> None:
     assert len(found["kata_guest_load"]) == 1
 
 
-def test_the_dashboard_shows_only_metrics_that_exist() -> None:
-    known = {*samples(reply(), journal=(START, {"kind": "failure", "phase": "a", "cause": "b"}))}
+def test_the_dashboard_shows_only_metrics_and_labels_that_exist() -> None:
+    failure = {"kind": "failure", "phase": "a", "cause": "b"}
+    found = samples(reply(), journal=(START, {"kind": "container", "took_s": 0.4}, failure))
+    known = OF_THE_SCRAPE | {
+        name: {label.partition("=")[0] for labels in values for label in labels.split(",")}
+        for name, values in found.items()
+    }
     dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    used = {name for query in queries for name in re.findall(r"\b(?:hako|kata)_\w+", query)}
 
     assert len(queries) >= 10
-    assert used <= known | OF_THE_SCRAPE
+    for query in queries:
+        names = re.findall(r"\b(?:hako|kata)_\w+", query)
+        labels = {each for by in re.findall(r"by \(([^)]*)\)", query) for each in by.split(", ")}
+        assert names
+        for name in names:
+            assert labels <= known[name], query
