@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from proto.hako import management_pb2 as api
 from shim.commands import shims
 from shim.refusal import Refusal
 from shim.telemetry import timeline_files, timeline_model, timeline_svg
+from shim.telemetry.timeline_model import Phase, Timeline
 
 if TYPE_CHECKING:
     import argparse
     from typing import Any
 
-    from shim.telemetry.timeline_model import Timeline
+    from shim.host.state_directory import StartRecord
 
 
 def add_to(commands: Any) -> None:
@@ -66,4 +69,21 @@ def _found(chosen: argparse.Namespace) -> Timeline:
         if not kept:
             raise
         return kept[-1]
-    return timeline_files.of_running(shims.state_of(record), title=record.id)
+    [answer] = asyncio.run(shims.ask_all([record], _ask))
+    if answer.value is not None:
+        return answer.value
+    try:
+        found = timeline_files.of_running(shims.state_of(record), title=record.id)
+    except FileNotFoundError as error:
+        raise Refusal(f"timeline: {record.id}: {answer.problem.removeprefix('timeline: ')}") from error
+    print(f"timeline: {record.id}: {answer.problem}; what follows is what it has written", file=sys.stderr)
+    return found
+
+
+async def _ask(record: StartRecord) -> Timeline:
+    found = await shims.ask(record, "Timeline", api.TimelineRequest(), api.TimelineResponse)
+    phases = (
+        Phase(lane=each.lane, name=each.name, began_s=each.began_s, ended_s=each.ended_s)
+        for each in found.phases
+    )
+    return Timeline(title=record.id, phases=tuple(phases))

@@ -13,11 +13,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from proto.hako import management_pb2 as api
 from shim.annotations import CONTAINER_NAME, POD_NAME, POD_NAMESPACE, POD_UID
-from shim.errors import FailedPrecondition, InvalidArgument, ShimError, Unimplemented
+from shim.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ShimError,
+    Unimplemented,
+)
 from shim.host import process_usage
 from shim.sandbox.guest_container import GuestContainer
 from shim.services import guest_shell
-from shim.telemetry import log
+from shim.telemetry import log, timeline_files
 from shim.version import version
 
 if TYPE_CHECKING:
@@ -121,9 +128,9 @@ class ManagementService:
         if request.guest_timeout_s > 0:
             try:
                 async with asyncio.timeout(request.guest_timeout_s):
-                    response.containers.extend(await self._guest_usage())
-            except TimeoutError:
-                response.problem = f"the guest does not answer within {request.guest_timeout_s:g} s"
+                    response.containers.extend(await self._guest_usage(request.guest_timeout_s))
+            except (TimeoutError, DeadlineExceeded):
+                response.problem = f"the guest did not answer within {request.guest_timeout_s:g} s"
             except ShimError as error:
                 response.problem = str(error)
         return response
@@ -137,6 +144,20 @@ class ManagementService:
         """Move the memory back, and resume the containers."""
         await self._containers.parking.unpark()
         return api.UnparkResponse()
+
+    async def timeline(self, request: api.TimelineRequest) -> api.TimelineResponse:  # noqa: ARG002 - it is empty
+        """Tell the phases of the starts so far."""
+        self._sandbox.timeline.write()
+        try:
+            found = timeline_files.of_running(self._sandbox.directory, title=self._sandbox.id)
+        except OSError as error:
+            raise NotFound(f"timeline: sandbox {self._sandbox.id}: there is none yet; try again") from error
+        return api.TimelineResponse(
+            phases=[
+                api.Phase(lane=each.lane, name=each.name, began_s=each.began_s, ended_s=each.ended_s)
+                for each in found.phases
+            ]
+        )
 
     async def log_sources(self, request: api.LogSourcesRequest) -> api.LogSourcesResponse:  # noqa: ARG002 - it is empty
         """Name the files with log lines."""
@@ -212,17 +233,20 @@ class ManagementService:
                 return annotations
         return {}
 
-    async def _guest_usage(self) -> list[api.ContainerUsage]:
+    async def _guest_usage(self, timeout_s: float) -> list[api.ContainerUsage]:
         guests = [one for one in self._containers.all.values() if isinstance(one, GuestContainer)]
-        measured = await asyncio.gather(*(_usage(one) for one in guests))
+        measured = await asyncio.gather(*(_usage(one, timeout_s) for one in guests))
         return [one for one in measured if one is not None]
 
 
-async def _usage(container: GuestContainer) -> api.ContainerUsage | None:
+async def _usage(container: GuestContainer, timeout_s: float) -> api.ContainerUsage | None:
     """Measure one container; one that has ended uses nothing."""
     if container.init.exited.is_set():
         return None
-    cgroup = (await container.stats()).cgroup_stats
+    try:
+        cgroup = (await container.stats(timeout_s=timeout_s)).cgroup_stats
+    except NotFound:
+        return None
     return api.ContainerUsage(
         id=container.id,
         memory_bytes=cgroup.memory_stats.usage.usage,
