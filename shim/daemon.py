@@ -199,7 +199,7 @@ async def _serve_until(
             group.create_task(server.serve(listener), name="ttrpc")
         with timeline.phase("gRPC", lane=timeline.SHIM):
             for_tools = Path(record.state_directory) / "grpc.sock"
-            await stack.enter_async_context(serve_grpc_on_demand(dispatch, for_tools))
+            await stack.enter_async_context(serve_grpc_on_demand(dispatch, for_tools, heed=heed))
             if listener is None:
                 # Importing grpc takes longer than the rest of the start.
                 from shim.transport.grpc_server import serve_grpc  # noqa: PLC0415

@@ -37,7 +37,7 @@ class SandboxService:
     async def create_sandbox(self, request: api.CreateSandboxRequest) -> api.CreateSandboxResponse:
         """Start to boot the machine, unless it already boots because the bundle has a specification."""
         self._require(request.sandbox_id, what="create")
-        with self._sandbox.tracing.failures():
+        with self._sandbox.tracing.failures(), self._sandbox.counting.failures("create"):
             description = pod.from_request(
                 request.options, sandbox_id=request.sandbox_id, network_namespace=request.netns_path
             )

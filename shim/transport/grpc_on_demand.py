@@ -12,15 +12,16 @@ import logging
 import os
 import socket
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from shim.errors import Internal, ShimError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
-    from shim.transport.dispatch import Dispatch
+    from shim.transport.dispatch import Dispatch, Heed
 
 log = logging.getLogger(__name__)
 
@@ -28,18 +29,22 @@ _CHUNK = 1 << 16
 
 
 @asynccontextmanager
-async def serve_grpc_on_demand(dispatch: Dispatch, path: Path) -> AsyncIterator[None]:
+async def serve_grpc_on_demand(
+    dispatch: Dispatch, path: Path, *, heed: Heed | None = None
+) -> AsyncIterator[None]:
     """Serve like :func:`~shim.transport.grpc_server.serve_grpc`, from the first connection on.
 
     :param dispatch: the methods offered.
     :param path: where to listen; its directory exists, and a stale socket there is replaced.
+    :param heed: told of each request before it is served.
     :raises Internal: if the path cannot be listened on.
     """
     over = asyncio.Event()
     with _listen(path) as listener:
         try:
             async with asyncio.TaskGroup() as group:
-                serving = group.create_task(_serve_when_wanted(dispatch, path, listener, over), name="gRPC")
+                serve = partial(_serve, dispatch, path, listener, over, heed)
+                serving = group.create_task(_when_wanted(serve, listener, over), name="gRPC")
                 yield
                 over.set()
                 await asyncio.wait({serving})
@@ -67,8 +72,8 @@ def _listen(path: Path) -> socket.socket:
     return listener
 
 
-async def _serve_when_wanted(
-    dispatch: Dispatch, path: Path, listener: socket.socket, over: asyncio.Event
+async def _when_wanted(
+    serve: Callable[[], Awaitable[None]], listener: socket.socket, over: asyncio.Event
 ) -> None:
     loop = asyncio.get_running_loop()
     wanted = asyncio.Event()
@@ -80,7 +85,7 @@ async def _serve_when_wanted(
     if over.is_set():
         return
     try:
-        await _serve(dispatch, path, listener, over)
+        await serve()
     except ShimError as error:
         log.error("gRPC: %s", error)  # noqa: TRY400 - containerd's own calls do not use this socket
 
@@ -94,13 +99,15 @@ async def _first_of(*events: asyncio.Event) -> None:
             task.cancel()
 
 
-async def _serve(dispatch: Dispatch, path: Path, listener: socket.socket, over: asyncio.Event) -> None:
+async def _serve(
+    dispatch: Dispatch, path: Path, listener: socket.socket, over: asyncio.Event, heed: Heed | None
+) -> None:
     # Without a zygote, importing grpc takes longer than the rest of the start.
     from shim.transport.grpc_server import serve_grpc  # noqa: PLC0415
 
     own = path.with_name(f"{path.name}.own")
     # The server ends first, because its last answers must get through.
-    async with asyncio.TaskGroup() as relays, serve_grpc(dispatch, own):
+    async with asyncio.TaskGroup() as relays, serve_grpc(dispatch, own, heed=heed):
         os.rename(own, path)  # noqa: PTH104 - like Path.rename, but known not to block
         with contextlib.suppress(BlockingIOError):
             while True:

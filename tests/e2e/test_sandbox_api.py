@@ -38,10 +38,16 @@ NOTICED_S = patient(30.0)
 
 
 class SandboxByHand(ByHand):
-    """A sandbox that no containerd knows, in its own network namespace, and a container to be in it."""
+    """A sandbox that no containerd knows, in its own network namespace, and a container to be in it.
 
-    def __init__(self, stack: Stack, place: Path) -> None:
+    :param metadata: what each request carries.
+    """
+
+    def __init__(
+        self, stack: Stack, place: Path, *, metadata: tuple[tuple[str, str | bytes], ...] = ()
+    ) -> None:
         super().__init__(stack, place)
+        self._metadata = metadata
         self.container = f"{self.id}-container"
         self.container_bundle = self._bundle
         self._bundle = place / "sandbox"
@@ -91,9 +97,13 @@ class SandboxByHand(ByHand):
         self.task("Create", bundle=str(self.container_bundle), rootfs=rootfs)
         self.task("Start")
 
-    def create(self) -> None:
-        """Create the sandbox as containerd's CRI does."""
-        config = PodSandboxConfig(hostname="the-pod", dns_config=DNSConfig(servers=["192.0.2.53"]))
+    def create(self, **fields: Any) -> None:
+        """Create the sandbox as containerd's CRI does.
+
+        :param fields: of the pod's configuration, beside its name and its resolver.
+        """
+        usual = {"hostname": "the-pod", "dns_config": DNSConfig(servers=["192.0.2.53"])}
+        config = PodSandboxConfig(**{**usual, **fields})
         options = {"type_url": "runtime.v1.PodSandboxConfig", "value": config.SerializeToString()}
         self.sandbox(
             "CreateSandbox",
@@ -130,7 +140,9 @@ class SandboxByHand(ByHand):
             request_serializer=request.SerializeToString,
             response_deserializer=response.FromString,
         )
-        return call.future(request(**fields), timeout=CALL_TIMEOUT_S, wait_for_ready=not is_there)
+        return call.future(
+            request(**fields), timeout=CALL_TIMEOUT_S, wait_for_ready=not is_there, metadata=self._metadata
+        )
 
 
 @pytest.fixture

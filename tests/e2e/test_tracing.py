@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import gzip
+import json
 import threading
+from collections import Counter
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
+from shim import cli
 from tests.e2e.busybox import IMAGE
 from tests.e2e.conftest import HAKO, _stack, new_id, write_config
 from tests.e2e.containerd import RELEASES
 from tests.e2e.life import until
+from tests.e2e.test_sandbox_api import SandboxByHand
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -196,6 +202,65 @@ def test_a_sandbox_that_does_not_start_ends_its_span_with_the_error(
         assert "/nowhere/vmlinux" in span.status.message
         assert request_of(receiver, span).name.endswith("Create")
     assert log_of(traced) == ""
+
+
+@pytest.mark.parametrize(
+    ("phase", "config", "reason"),
+    [
+        ("create", {"hostname": "x" * 65}, "hostname"),
+        ("boot", {"annotations": {"io.hako.vcpus": "0"}}, "annotation io.hako.vcpus: "),
+    ],
+)
+def test_a_pod_that_the_sandbox_service_cannot_start_is_traced_and_counted(
+    sent: Sent, tmp_path: Path, phase: str, config: dict[str, Any], reason: str
+) -> None:
+    trace, parent = "ab" * 16, "cd" * 8
+    metadata = (("traceparent", f"00-{trace}-{parent}-01"),)
+    before = sent.failures()
+    with SandboxByHand(sent.stack, tmp_path, metadata=metadata) as pod:
+        with pytest.raises(grpc.RpcError) as refused:
+            start(pod, config)
+        span = span_of(sent.receiver, "sandbox start", sandbox=pod.id)
+
+    assert reason in span.status.message
+    assert span.status.message == refused.value.details()
+    assert span.status.code == Status.STATUS_CODE_ERROR
+    assert (span.trace_id.hex(), span.parent_span_id.hex()) == (trace, parent)
+    assert attribute(span, "error.type") == "InvalidArgument"
+    assert sent.failures() - before == Counter({(phase, "InvalidArgument"): 1})
+    assert log_of(sent.stack) == ""
+
+
+def start(pod: SandboxByHand, config: dict[str, Any]) -> None:
+    pod.create(**config)
+    pod.sandbox("StartSandbox")
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a node tells its operator of failed starts.
+
+    :param stack: its containerd.
+    :param receiver: where its traces go.
+    :param capsys: reads what a command prints.
+    """
+
+    stack: Stack
+    receiver: Receiver
+    capsys: pytest.CaptureFixture[str]
+
+    def failures(self) -> Counter[tuple[str, str]]:
+        """What ``hako metrics`` has counted so far, by phase and cause."""
+        self.capsys.readouterr()
+        assert cli.main(["metrics", "--json", "--config", str(self.stack.config)]) == 0
+        families = {each["name"]: each["samples"] for each in json.loads(self.capsys.readouterr().out)}
+        counted = [(each["labels"], each["value"]) for each in families["hako_failures"]]
+        return Counter({(labels["phase"], labels["cause"]): int(value) for labels, value in counted})
+
+
+@pytest.fixture
+def sent(traced: Stack, receiver: Receiver, capsys: pytest.CaptureFixture[str]) -> Sent:
+    return Sent(traced, receiver, capsys)
 
 
 def log_of(stack: Stack) -> str:
