@@ -33,11 +33,17 @@ def perform(
         action = line.action or action
         output = _perform(line, invocation, otherwise)
     except Refusal as refusal:
-        return 1, _one_line(str(refusal))
+        message, cause = str(refusal), type(refusal).__name__
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return 1, _one_line(f"{action}: {where}{error.strerror or error}; look at the host")
-    return None if output is None else (0, output)
+        message, cause = f"{action}: {where}{error.strerror or error}; look at the host", type(error).__name__
+    else:
+        return None if output is None else (0, output)
+    if action == "start":
+        from shim.bootstrap import failures  # noqa: PLC0415 - most starts succeed
+
+        failures.count(cause)
+    return 1, _one_line(message)
 
 
 def _one_line(message: str) -> bytes:

@@ -10,8 +10,7 @@ import time
 from shim import config
 from shim.bootstrap import grouping, wire
 from shim.host import host_process, named_files, spec_file, state_directory
-from shim.host.host_process import HostProcess
-from shim.host.ledger import SHIM_PROCESS, Ledger
+from shim.host.ledger import Ledger, shims_in
 from shim.identifiers import check_identifier
 from shim.refusal import Refusal
 
@@ -19,7 +18,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.bootstrap.command_line import CommandLine
 
-#: 128 + SIGKILL: containerd's status for a task whose shim could not report its end.
 #: How long a shim without containers may take to end before it is killed.
 _GRACE_S = 2.0
 _KILL_TIMEOUT_S = 2.0
@@ -41,11 +39,16 @@ def delete(line: CommandLine) -> bytes:
     bundle = line.bundle or _working_directory()
     directory = state_directory.pointed_to(bundle) or _expected_directory(line, bundle)
     was_deserted = _is_on_record(directory, line.id)
+    has_died = was_deserted and _has_died(directory)
     try:
         _delete_from(directory, line.id)
     finally:
         if was_deserted:
             _run_hooks(bundle, line.id)
+        if has_died:
+            from shim.bootstrap import failures  # noqa: PLC0415 - shims rarely die
+
+            failures.count("Died")
     return wire.encode_delete_response(exit_status=host_process.STATUS_KILLED, exited_at=time.time())
 
 
@@ -97,6 +100,15 @@ def _is_on_record(directory: str, container: str) -> bool:
         ledger.close()
 
 
+def _has_died(directory: str) -> bool:
+    """Tell whether the sandbox's shim ended without leaving its sandbox in order."""
+    try:
+        shims = shims_in(directory)
+    except OSError:
+        return False
+    return bool(shims) and not any(map(host_process.is_running, shims))
+
+
 def _run_hooks(bundle: str, container: str) -> None:
     """Run the container's poststop hooks, as its shim would have done."""
     try:
@@ -144,11 +156,7 @@ def _remove_if_empty(directory: str) -> None:
 
 def _is_needed(ledger: Ledger) -> bool:
     """Tell whether the shim runs and has other containers; give an idle one time to end."""
-    shims = [
-        HostProcess(pid=entry.pid, start_time=entry.start_time)
-        for entry in ledger.entries()
-        if entry.kind == "process" and entry.name == SHIM_PROCESS
-    ]
+    shims = ledger.shims()
     if ledger.containers():
         return any(host_process.is_running(shim) for shim in shims)
     # Without the lock, because a shim that ends takes it to undo its work.

@@ -136,7 +136,8 @@ class Containerd:
 def containerd(tmp_path: Path) -> Iterator[Containerd]:
     if os.geteuid() != 0:
         pytest.skip("start refuses to run without root")
-    peer = Containerd(tmp_path, {"MAX_SHIM_VERSION": "2", "HAKO_CONFIG": str(tmp_path / "config.toml")})
+    environment = {"HAKO_CONFIG": str(tmp_path / "config.toml"), "STUB_LOG_DIR": f"{tmp_path}-log"}
+    peer = Containerd(tmp_path, {"MAX_SHIM_VERSION": "2", **environment})
     peer.configure(f'[shim]\nzygote = false\nstate_dir = "{peer.state_dir}"\n')
     yield peer
     peer.end_all()

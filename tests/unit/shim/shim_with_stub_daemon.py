@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import shim
-from shim import entry
+from shim import config, entry
 from shim.host import state_directory
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ if accepted_within_s := os.environ.get("STUB_ACCEPTED_WITHIN_S"):
         from shim.bootstrap import zygote
 
         zygote._REQUEST_TIMEOUT_S = float(accepted_within_s)
+# Failed starts are not counted on the host that runs the test.
+config.ShimConfig.log_dir = os.environ["STUB_LOG_DIR"]
 
 stub = types.ModuleType("shim.daemon")
 vars(stub)["run"] = run

@@ -14,6 +14,7 @@ import pytest
 from proto.containerd import task_v2_pb2
 from shim.host import host_process
 from shim.host.ledger import Ledger
+from shim.telemetry.journal import Journal
 from tests.waiting import WITHIN_S
 
 if TYPE_CHECKING:
@@ -47,6 +48,29 @@ def test_a_dead_shim_leaves_nothing(containerd: Containerd) -> None:
     containerd.kill_shims()
     delete(containerd)
     assert nothing_is_left(containerd)
+
+
+def counted(containerd: Containerd) -> list[tuple[str, str]]:
+    """What a monitor reads of failures: phases and causes."""
+    entries = Journal(Path(containerd.environment["STUB_LOG_DIR"])).read()
+    return [(each["phase"], each["cause"]) for each in entries]
+
+
+def test_a_shim_that_died_is_counted_once(containerd: Containerd) -> None:
+    for name in ("pod", "member"):
+        containerd.make_bundle(name, annotations={GROUP: "pod"})
+        containerd.run("start", name)
+    containerd.kill_shims()
+    for name in ("pod", "member", "pod"):
+        delete(containerd, name)
+    assert counted(containerd) == [("shim", "Died")]
+
+
+def test_a_shim_that_containerd_ends_is_not_counted(containerd: Containerd) -> None:
+    containerd.make_bundle("c1")
+    containerd.run("start", "c1")
+    delete(containerd)
+    assert counted(containerd) == []
 
 
 def test_everything_is_undone_even_if_the_bundle_is_gone(containerd: Containerd) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import stat
@@ -15,6 +16,7 @@ import pytest
 from proto.containerd import bootstrap_v1_pb2, runtime_options_pb2
 from shim.bootstrap import start
 from shim.telemetry import timeline
+from shim.telemetry.journal import Journal
 from shim.version import version
 
 if TYPE_CHECKING:
@@ -146,6 +148,7 @@ def test_the_record_has_every_field_that_the_daemon_reads(containerd: Containerd
     containerd.run("start", "c1", flags=("-debug",))
     record = json.loads((containerd.state_of("c1") / "sandbox.json").read_text())
     assert record.pop("started_at") > 0
+    own = f'zygote = false\nstate_dir = "{containerd.state_dir}"\n'
     assert record == {
         "namespace": "tests",
         "hako_version": version(),
@@ -154,7 +157,7 @@ def test_the_record_has_every_field_that_the_daemon_reads(containerd: Containerd
         "grpc_address": containerd.address,
         "ttrpc_address": "/run/t.sock",
         "publish_binary": "/usr/bin/containerd",
-        "config_text": f'[shim]\nzygote = false\nstate_dir = "{containerd.state_dir}"\n',
+        "config_text": f'[shim]\n{own}log_dir = "{containerd.environment["STUB_LOG_DIR"]}"\n',
         "config_source": str(containerd.directory / "config.toml"),
         "protocol": "ttrpc",
         "socket_path": str(containerd.socket_path("c1")),
@@ -180,6 +183,21 @@ def test_containers_of_a_group_share_one_shim(containerd: Containerd, annotation
     assert second.stdout == first.stdout
     assert (member / "address").read_text() == f"unix://{containerd.socket_path('pod')}"
     assert len(list(containerd.state_dir.iterdir())) == 1
+
+
+def test_a_shim_that_is_too_slow_for_its_callers_is_not_dead(containerd: Containerd) -> None:
+    containerd.make_bundle("pod", annotations={GROUPS[0]: "pod"})
+    containerd.make_bundle("member", annotations={GROUPS[0]: "pod"})
+    first = containerd.run("start", "pod")
+    with contextlib.ExitStack() as callers:
+        with contextlib.suppress(BlockingIOError):
+            while True:  # until the kernel lets no more connect, because the stub accepts no connection
+                caller = callers.enter_context(socket.socket(socket.AF_UNIX))
+                caller.setblocking(False)
+                caller.connect(str(containerd.socket_path("pod")))
+        second = containerd.run("start", "member")
+    assert second.stdout == first.stdout
+    assert len(containerd.shims()) == 1
 
 
 def test_each_caller_is_answered_in_its_own_dialect(containerd: Containerd) -> None:
@@ -254,6 +272,39 @@ def refusal(containerd: Containerd, container: str = "c1", **arguments: Any) -> 
     assert line
     assert "\n" not in line
     return line
+
+
+def counted(log_dir: Path) -> list[tuple[str, str, str]]:
+    """What a monitor reads of failed starts."""
+    entries = list(Journal(log_dir).read())
+    return [(each["kind"], each["phase"], each["cause"]) for each in entries]
+
+
+def test_a_start_that_fails_before_there_is_a_shim_is_counted(either: Containerd) -> None:
+    log_dir = either.directory / "log"
+    either.configure(f'[shim]\nlog_dir = "{log_dir}"\nstate_dir = "{either.state_dir}"\n')
+    (either.make_bundle("c2") / "config.json").write_text("{")
+    assert either.run("start", "c2").returncode == 1
+    assert counted(log_dir) == [("failure", "shim", "Refusal")]
+
+    (either.bundle("c2") / "config.json").write_text("{}")
+    assert either.run("start", "c2").returncode == 0
+    assert len(counted(log_dir)) == 1
+
+
+def test_a_start_whose_configuration_is_wrong_is_counted_where_none_would_put_it(
+    containerd: Containerd,
+) -> None:
+    containerd.make_bundle("c1")
+    containerd.configure("[hypervisor]\nvcpu = 2\n")
+    containerd.run("start", "c1")
+    assert counted(Path(containerd.environment["STUB_LOG_DIR"])) == [("failure", "shim", "Refusal")]
+
+
+def test_a_start_that_cannot_be_counted_says_only_why_it_failed(containerd: Containerd) -> None:
+    containerd.configure('[shim]\nlog_dir = "/dev/null/log"\n')
+    (containerd.make_bundle("c1") / "config.json").write_text("{")
+    assert "config.json: not JSON" in refusal(containerd)
 
 
 def test_a_bad_configuration_is_one_line(containerd: Containerd) -> None:
