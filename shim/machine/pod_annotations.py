@@ -140,6 +140,17 @@ FACTS: dict[str, Fact] = {
         Fact(name=f"{_KATA_CONFIG}hypervisor.machine_type", values=("q35",)),
         Fact(name=f"{_KATA_CONFIG}hypervisor.shared_fs", values=("virtio-fs",)),
         Fact(name=f"{_KATA_CONFIG}hypervisor.enable_virtio_mem", values=("true",)),
+        Fact(name=f"{_KATA_CONFIG}hypervisor.block_device_driver", values=("virtio-blk",)),
+        Fact(name=f"{_KATA_CONFIG}hypervisor.reclaim_guest_freed_memory", values=("true",)),
+        *(
+            Fact(name=f"{_KATA_CONFIG}hypervisor.{name}", values=("false",))
+            for name in (
+                "enable_mem_prealloc",
+                "enable_guest_swap",
+                "enable_iommu",
+                "disable_block_device_use",
+            )
+        ),
         Fact(name=f"{_KATA_CONFIG}runtime.disable_guest_seccomp", values=("false",)),
         Fact(name=f"{_KATA_CONFIG}runtime.internetworking_model", values=("tcfilter",)),
         Fact(name=f"{_KATA_CONFIG}runtime.disable_new_netns", values=("false",)),
