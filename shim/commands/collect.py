@@ -18,6 +18,7 @@ from shim import config
 from shim.commands import shims
 from shim.commands.inspect_sandbox import everything
 from shim.commands.logs import files_of
+from shim.commands.remedies import remedy
 from shim.host.program_version import version_line
 from shim.refusal import Refusal
 from shim.telemetry import timeline
@@ -31,11 +32,22 @@ if TYPE_CHECKING:
     from shim.host.state_directory import StartRecord
 
 _REDACTED = "(redacted)"
-_SECRET = re.compile(
-    r"(?i)((?:password|passwd|secret|token|api[-_]?key|credential|authorization)[\w-]*\s*[=:]\s*)"
-    r"(\"[^\"]*\"|'[^']*'|\S+)"
+#: The name of a secret, up to its value; in JSON and in quoted text, there are quotation marks.
+_NAME = (
+    r"(?:password|passwd|passphrase|secret|token|credential|(?:api|access|private)[-_]?key)"
+    r"[\w-]*\\?[\"']?\s*[=:]\s*"
 )
-_URL_SECRET = re.compile(r"(\w+://[^/\s:@]+:)[^@\s/]+(?=@)")
+_VALUE = r"""(?:\\?"[^"]*"|\\?'[^']*'|[^\s,;&"']+)"""
+_SECRETS = tuple(
+    re.compile(f"(?i)({begins}){value}")
+    for begins, value in (
+        (_NAME, _VALUE),
+        (r"authorization\\?[\"']?\s*[=:]\s*", r".+"),
+        (r"\b(?:bearer|basic)\s+", r"[\w.~+/-]{8,}=*"),
+        (r"\w+://", r"[^/\s@]+(?=@)"),
+        (r"-----BEGIN [A-Z ]*PRIVATE KEY-----", r"[^-]+"),
+    )
+)
 
 
 def add_to(commands: Any) -> None:
@@ -71,7 +83,8 @@ def run(chosen: argparse.Namespace) -> int:
             for name, text in files.items():
                 _add(archive, name, text, at_s=now_s)
     except OSError as error:
-        raise Refusal(f"collect: {output}: {error.strerror}; name another with --output") from error
+        rest = remedy(error, "name another with --output")
+        raise Refusal(f"collect: {output}: {error.strerror}; {rest}") from error
     if chosen.json:
         print(json.dumps({"output": str(output), "files": sorted(files)}, indent=2))
     else:
@@ -88,7 +101,9 @@ def _add(archive: tarfile.TarFile, name: str, text: str, *, at_s: float) -> None
 
 def redacted(text: str) -> str:
     """Return a text without values that look like passwords, tokens or keys."""
-    return _URL_SECRET.sub(rf"\1{_REDACTED}", _SECRET.sub(rf"\1{_REDACTED}", text))
+    for secret in _SECRETS:
+        text = secret.sub(rf"\1{_REDACTED}", text)
+    return text
 
 
 async def _collected(settings: Config) -> list[tuple[str, str]]:

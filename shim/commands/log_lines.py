@@ -75,7 +75,7 @@ def of_console(content: bytes, times: Iterable[str], *, since: int = 0) -> Itera
 
 
 class LogFile:
-    """A growing file, read up to the last whole line.
+    """A growing file.
 
     :param kind: ``log`` or ``console``.
     :param path: the file.
@@ -86,8 +86,11 @@ class LogFile:
         self._kind = kind
         self._read = 0
 
-    def new_lines(self) -> list[LogLine]:
-        """Read what was added since the last call; a missing file has nothing new."""
+    def new_lines(self, *, unfinished: bool = False) -> list[LogLine]:
+        """Read what was added since the last call; a missing file has nothing new.
+
+        :param unfinished: also read a last line that has no end yet; nothing may be read after it.
+        """
         try:
             with self.path.open("rb") as file:
                 if file.seek(0, 2) < self._read:  # it was shortened, and its newest part is in it
@@ -96,7 +99,7 @@ class LogFile:
                 content = file.read()
         except FileNotFoundError:
             return []
-        whole = content[: content.rfind(b"\n") + 1]
+        whole = content if unfinished else content[: content.rfind(b"\n") + 1]
         self._read += len(whole)
         if self._kind == "log":
             return list(of_log(whole.decode(errors="replace").splitlines()))

@@ -117,7 +117,12 @@ async def _show(record: StartRecord, *, since_s: float, follow: bool, as_json: b
         watch.add(directory, contents=True)
         files = await files_of(record)
         while True:
-            lines = [line for file in files for line in file.new_lines() if line.at_s >= since_s]
+            lines = [
+                line
+                for file in files
+                for line in file.new_lines(unfinished=not follow)
+                if line.at_s >= since_s
+            ]
             for line in sorted(lines, key=lambda each: each.at_s):
                 _print(line, as_json=as_json)
             sys.stdout.flush()
