@@ -39,13 +39,15 @@ class Command:
     """A command, by the words that lead to it.
 
     :param words: ``hako`` and the names of the commands.
-    :param help: what it does.
+    :param summary: what it does, in a few words.
+    :param help: what it does, in sentences if it has more to say.
     :param usage: its synopsis.
     :param arguments: what may follow it.
     :param commands: the commands below it.
     """
 
     words: tuple[str, ...]
+    summary: str
     help: str
     usage: str
     arguments: tuple[Argument, ...]
@@ -62,7 +64,7 @@ def described(parser: argparse.ArgumentParser, *, text: str = "") -> Command:
     """Describe a parser and those below it.
 
     :param parser: the parser.
-    :param text: what it does, if its own description does not say.
+    :param text: what it does, in a few words.
     """
     arguments: list[Argument] = []
     commands: list[Command] = []
@@ -78,6 +80,7 @@ def described(parser: argparse.ArgumentParser, *, text: str = "") -> Command:
         arguments.append(_argument(action))
     return Command(
         words=tuple(parser.prog.split()),
+        summary=text,
         help=parser.description or text,
         usage=" ".join(parser.format_usage().removeprefix("usage: ").split()),
         arguments=tuple(arguments),

@@ -105,7 +105,7 @@ def zsh(hako: Command) -> str:
     values = [f"    {patterns}) {_zsh_value(given)}; return ;;" for patterns, given in _values(hako)]
     words = []
     for command in hako.all():
-        offered = [_zsh_pair(each.words[-1], each.help) for each in command.commands]
+        offered = [_zsh_pair(each.words[-1], each.summary) for each in command.commands]
         for argument in command.arguments:
             offered += [_zsh_pair(flag, argument.help) for flag in argument.flags]
         positional = [c for each in command.arguments if not each.flags for c in each.choices]
@@ -135,7 +135,9 @@ def fish(hako: Command) -> str:
     lines = [_FISH.format(commands=_paths(hako, " "))]
     for command in hako.all():
         here = f"complete -c hako -n {_fish_quoted('__hako_at ' + shlex.quote(' '.join(command.words)))}"
-        lines += [f"{here} -a {each.words[-1]} -d {_fish_quoted(each.help)}\n" for each in command.commands]
+        lines += [
+            f"{here} -a {each.words[-1]} -d {_fish_quoted(each.summary)}\n" for each in command.commands
+        ]
         for argument in command.arguments:
             lines.append(f"{here}{_fish_argument(argument)}\n")
     return "".join(lines)

@@ -27,7 +27,9 @@ Why sandboxes failed.
 """
 _STATUS = """\
 .SH EXIT STATUS
-0 means yes or done, 1 no or failed, and 2 a wrong command line.
+0 means yes or done, 1 no or failed, 2 a wrong command line, and 130 an interruption.
+.B hako exec
+ends with the status of its command.
 """
 
 _SHIM = """\
