@@ -2,6 +2,7 @@
 
 from hypervisor.accelerator import Verdict, choose_accelerator
 from hypervisor.allowance import Allowance
+from hypervisor.argv import TRANSLATED_CODE_MIB
 from hypervisor.confinement_probe import jail_problem
 from hypervisor.errors import (
     ChannelError,
@@ -39,6 +40,7 @@ from hypervisor.vsock import channel_problem
 
 __all__ = [
     "SHARE_DAEMON",
+    "TRANSLATED_CODE_MIB",
     "Accelerator",
     "Allowance",
     "Channel",

@@ -34,6 +34,13 @@ cost the guest a second under TCG. ACPI tells the guest of each device at once.
 MEMORY_MODULES = 16
 """How many memory modules can be added."""
 
+TRANSLATED_CODE_MIB = 128
+"""The most memory for the code of an emulated processor.
+
+QEMU's own choice is up to a gigabyte, which a guest that lives long would fill; a whole boot fits in less
+than this (measured: as fast as the default).
+"""
+
 _PORT_ROOM = "mem-reserve=32M,pref64-reserve=32G"
 
 _KERNEL_PARAMETERS = (
@@ -281,12 +288,10 @@ def _accelerator(accelerator: Accelerator, *, vcpus: int) -> str:
             # The interrupt controllers in the kernel: an interrupt then needs no trip to user space.
             return "kvm,kernel-irqchip=on"
         case Accelerator.TCG:
-            # Memory for translated code, in MiB. QEMU's own choice is up to a gigabyte, which a guest that
-            # lives long would fill; a whole boot fits in less than this (measured: as fast as the default).
             # One thread for all virtual CPUs of a machine that boots with several. Linux patches its own code
             # while it boots, and a QEMU before 8.1 misses that if another thread translates the page just
             # then; such a boot was seen to hang. (QEMU's commit deba78709a locks the page.)
-            return f"tcg,tb-size=128{',thread=single' if vcpus > 1 else ''}"
+            return f"tcg,tb-size={TRANSLATED_CODE_MIB}{',thread=single' if vcpus > 1 else ''}"
 
 
 def _console(fd: int, architecture: Architecture) -> list[str]:

@@ -24,6 +24,7 @@ from scripts.benchmarks.net import (
     net_udp_pods,
     net_udp_trips,
 )
+from scripts.benchmarks.overhead import overhead_mib, overhead_millicpus
 from scripts.benchmarks.parking import parked_mib, wake_over_start
 from scripts.benchmarks.storage import (
     disk_random_read,
@@ -83,6 +84,8 @@ METRICS = {
         Metric(shim_pss_mib, "MiB", "everything off"),
         Metric(shim_uss_mib, "MiB", "everything off"),
         Metric(pod_pss_mib, "MiB", "everything off"),
+        Metric(overhead_mib, "MiB", "idle"),
+        Metric(overhead_millicpus, "m", "idle"),
         Metric(parked_mib, "MiB", "before parking"),
         Metric(wake_over_start, "s", "start of a clone"),
         Metric(template_mib, "MiB", ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shim import config
-from shim.commands import containerd_config, docker, drop_in, image, kubernetes
+from shim.commands import containerd_config, docker, drop_in, image
+from shim.commands.remedies import remedy
 from shim.host.program_version import version_line
 from shim.refusal import Refusal
 
@@ -62,7 +64,10 @@ def run(chosen: argparse.Namespace) -> int:
     """
     if chosen.kubernetes:
         settings = config.parse(config.locate(os.environ))
-        print(kubernetes.as_json(settings) if chosen.json else kubernetes.objects(settings), end="")
+        from shim.commands import kubernetes  # noqa: PLC0415 - imports the hypervisor
+
+        pod = asyncio.run(kubernetes.overhead(settings))
+        print(kubernetes.as_json(pod) if chosen.json else kubernetes.objects(pod), end="")
         return 0
     if not (chosen.print or chosen.no_image):
         found_version(chosen.containerd)
@@ -99,9 +104,9 @@ def _tell(chosen: argparse.Namespace) -> int:
         print(texts[0], end="")
         return 0
     if not is_current:
-        remedy = drop_in.remedy(main, document, version=version)
+        line = drop_in.remedy(main, document, version=version)
         _write(
-            target, texts, before=before, program=chosen.containerd, main=main, remedy=remedy, native=native
+            target, texts, before=before, program=chosen.containerd, main=main, import_it=line, native=native
         )
     if chosen.json:
         _print_json(target, _content(target) or "", changed=not is_current)
@@ -141,9 +146,8 @@ def copy_image(shipped: Path, output: Path) -> None:
                 shutil.copyfile(path, new)
                 new.replace(output / path.name)
     except OSError as error:
-        raise Refusal(
-            f"install: {error.filename}: {error.strerror}; make room, or make it writable"
-        ) from error
+        rest = remedy(error, "make room, or make it writable")
+        raise Refusal(f"install: {error.filename}: {error.strerror}; {rest}") from error
 
 
 def remove(main: Path) -> str:
@@ -192,7 +196,7 @@ def _write(
     before: str | None,
     program: str,
     main: Path,
-    remedy: str,
+    import_it: str,
     native: drop_in.Format,
 ) -> None:
     """Write the first text by which containerd knows Hako and everything else as before, or change nothing.
@@ -209,7 +213,9 @@ def _write(
             containerd_config.replace(target, text)
             found = containerd_config.dump(program, main)
             if containerd_config.take_out(found, native.plugin, drop_in.HANDLER) is None:
-                raise Refusal(f"install: {main}: it does not import {target}; {remedy}, and run this again")
+                raise Refusal(
+                    f"install: {main}: it does not import {target}; {import_it}, and run this again"
+                )
             if found == without:
                 kept = text
                 return

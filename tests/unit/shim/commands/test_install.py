@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from shim import cli
-from shim.commands import containerd_config, docker
+from shim.commands import containerd_config, docker, kubernetes
 from shim.commands.install import copy_image
 
 if TYPE_CHECKING:
@@ -155,19 +155,28 @@ def test_programs_are_told_what_is_written(node: Path, capsys: pytest.CaptureFix
     assert tomllib.loads(told[0]["text"]) == tomllib.loads(told[1]["text"])
 
 
+@pytest.mark.parametrize(("accelerator", "code_mib"), [("kvm", 0), ("tcg", 128)])
 def test_kubernetes_is_told_the_overhead_of_the_configured_machine(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    accelerator: str,
+    code_mib: int,
 ) -> None:
     chosen = tmp_path / "hako.toml"
-    chosen.write_text("[hypervisor]\nmemory_mib = 1024\n", encoding="utf-8")
+    text = f'[hypervisor]\nmemory_mib = 1024\naccelerator = "{accelerator}"\n'
+    chosen.write_text(text, encoding="utf-8")
     monkeypatch.setenv("HAKO_CONFIG", str(chosen))
+    memory = f"{1024 + kubernetes.HOST_MIB + code_mib}Mi"
 
     assert cli.main(["install", "--kubernetes"]) == 0
-    assert "memory: 1152Mi" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"memory: {memory}" in shown
+    assert ("128 because this node emulates" in shown) == (accelerator == "tcg")
     assert cli.main(["install", "--kubernetes", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["kind"], told["handler"]) == ("RuntimeClass", "hako")
-    assert told["overhead"] == {"podFixed": {"memory": "1152Mi", "cpu": "250m"}}
+    assert told["overhead"] == {"podFixed": {"memory": memory, "cpu": f"{kubernetes.HOST_MILLICPUS}m"}}
 
 
 @pytest.mark.parametrize(
