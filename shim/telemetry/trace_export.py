@@ -122,7 +122,7 @@ class TraceExport:
             "attributes": dict(attributes),
             "container": container_id,
             "lane": own,
-            "carried": self.contexts.take(container_id),
+            "carried": self.contexts.take(container_id) if container_id else {},
             "sandbox_carried": self.contexts.take(SANDBOX) if is_first else None,
             "phases": [phase for phase in phases if phase not in self._waiting],
             "epoch_ns": time.time_ns() - time.monotonic_ns(),

@@ -77,6 +77,19 @@ async def test_a_failure_is_sent_with_what_was_reached(export: TraceExport, tmp_
     assert (batch["failure"], batch["sandbox_failure"]) == (told, None)
 
 
+async def test_a_sandbox_without_a_container_belongs_to_the_trace_of_its_request(
+    export: TraceExport, tmp_path: Path
+) -> None:
+    carried = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
+    export.contexts.heed("CreateSandbox", b"", carried.items())
+    note(tmp_path, ("shim", "sockets"))
+    failure = Failure(InvalidArgument("boot: no"), began_s=1.0, ended_s=2.0)
+    await export.send("", {}, sandbox_failure=failure)
+
+    [batch] = await sent(tmp_path, 1)
+    assert (batch["sandbox_carried"], batch["carried"]) == (carried, {})
+
+
 async def test_without_its_library_a_start_warns_once(
     export: TraceExport, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
