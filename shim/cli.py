@@ -9,6 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
+from shim.commands.remedies import remedy
 from shim.errors import ShimError
 from shim.host import releases
 from shim.refusal import Refusal
@@ -51,14 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :param arguments: the command line without the program; by default, that of this process.
     :returns: the exit status: 0 for yes or done, 1 for no or failed, 2 for a wrong command line.
     """
-    if sys.stdout is None:  # its descriptor was closed
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - kept open
+    _open_standard_streams()
     given = sys.argv[1:] if arguments is None else list(arguments)
     # The others are not imported.
     wanted = given[:1] if given[:1] and given[0] in COMMANDS else COMMANDS
-    chosen = parser(wanted).parse_args(given)
+    chosen, unknown = parser(wanted).parse_known_args(given)
+    if unknown:  # argparse itself would show the usage of all commands
+        chosen.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        status: int = chosen.run(chosen)
+        status = _run(chosen)
         sys.stdout.flush()
     except (Refusal, ShimError) as error:
         return _failed(str(error))
@@ -70,8 +72,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         _drop_output()
         what = error.filename or "the output"
-        return _failed(f"{chosen.command}: {what}: {error.strerror}; correct that, and run it again")
+        rest = remedy(error, "correct that, and run it again")
+        return _failed(f"{chosen.command}: {what}: {error.strerror}; {rest}")
     return status
+
+
+def _open_standard_streams() -> None:
+    """Open those that the caller has closed, so that no other file gets their numbers."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which takes the lowest free number
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - kept open
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - as above
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    """Run a command; of the errors of tasks that it runs at once, raise the first."""
+    try:
+        return int(chosen.run(chosen))
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from group
 
 
 def run() -> NoReturn:
@@ -106,7 +131,17 @@ def parser(wanted: Iterable[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
         module = importlib.import_module(f"shim.commands.{COMMANDS[name]}")
         module.add_to(commands)
         commands.choices[name].set_defaults(run=module.run)
+        _note_parsers(commands.choices[name])
     return hako
+
+
+def _note_parsers(command: argparse.ArgumentParser) -> None:
+    """Have what is parsed name the parser of the command, or of the one below it."""
+    command.set_defaults(parser=command)
+    for action in command._actions:  # noqa: SLF001 - argparse has no other way to its subcommands
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - as above
+            for each in action.choices.values():
+                _note_parsers(each)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from typing import TextIO
 
 _MIB = 1 << 20
 _AGES = ((86400, "d"), (3600, "h"), (60, "min"))
@@ -28,9 +29,18 @@ def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "  ".join([*cells, row[-1]])
 
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, with a highlighted heading on a terminal."""
+def print_table(rows: Sequence[Sequence[str]], *, room: os.terminal_size | None = None) -> None:
+    """Print a table, with a highlighted heading on a terminal.
+
+    :param rows: as for :func:`aligned`.
+    :param room: the window that it must fit into; lines are cut, and the last one counts rows without room.
+    """
     heading, *others = aligned(rows)
+    if room is not None:
+        most = max(room.lines - 2, 1)  # without the heading and the line of the cursor
+        if len(others) > most:
+            others[most - 1 :] = [f"... and {len(others) - most + 1} more"]
+        heading, *others = (line[: room.columns] for line in (heading, *others))
     print(f"{_BOLD}{heading}{_PLAIN}" if is_coloured() else heading)
     for line in others:
         print(line)
@@ -38,7 +48,15 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 def is_coloured() -> bool:
     """Tell whether the output is a terminal whose user wants colours, see no-color.org."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return is_screen() and not os.environ.get("NO_COLOR")
+
+
+def is_screen(stream: TextIO | None = None) -> bool:
+    """Tell whether a stream is a terminal that knows control sequences.
+
+    :param stream: the stream; by default, the output.
+    """
+    return (stream or sys.stdout).isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def text(value: str) -> str:

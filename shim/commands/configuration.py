@@ -87,8 +87,8 @@ def _show(path: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({name: each.as_dict() for name, each in shown.items()}, indent=2))
         return
-    rows = [(name, config.toml(each.value), each.source) for name, each in shown.items()]
-    print_table([("KEY", "VALUE", "FROM"), *rows])
+    rows = [(name, each.source, config.toml(each.value)) for name, each in shown.items()]
+    print_table([("KEY", "FROM", "VALUE"), *rows])
 
 
 def _keys() -> Iterator[tuple[str, config.Key]]:

@@ -8,6 +8,7 @@ import subprocess
 import tomllib
 from typing import TYPE_CHECKING, Any
 
+from shim.commands.remedies import remedy
 from shim.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -135,5 +136,5 @@ def replace(path: Path, text: str | None) -> None:
         new.chmod(0o644)
         new.replace(path)
     except OSError as error:
-        remedy = "make it writable, or put what `hako install --print` shows there"
-        raise Refusal(f"install: {path}: {error.strerror}; {remedy}") from error
+        rest = remedy(error, "make it writable, or put what `hako install --print` shows there")
+        raise Refusal(f"install: {path}: {error.strerror}; {rest}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shim import config
+from shim.commands import columns
 from shim.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Progress:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._in_place = stream.isatty()
+        self._in_place = columns.is_screen(stream)
         self._shown = False
 
     def step(self, text: str) -> None:

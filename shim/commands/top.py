@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
+import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from proto.hako import management_pb2 as api
 from shim.commands import shims
-from shim.commands.columns import mib, print_table, shown_id, text
+from shim.commands.columns import is_screen, mib, print_table, shown_id, text
 from shim.refusal import Refusal
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
     from shim.commands.shims import Answer
     from shim.host.state_directory import StartRecord
 
 _HEADING = ("SANDBOX", "POD", "CPU", "MEMORY", "QEMU", "DAEMONS", "SHIM", "GUEST CPU", "GUEST MEMORY", "")
-_GUEST_S = 0.7 * shims.TIMEOUT_S
+_GUEST_S = 0.7 * shims.TIMEOUT_S  # so that the host's numbers arrive in time
 _CLEAR = "\x1b[H\x1b[J"  # ECMA-48 CUP, ED
 _LEAST_S, _MOST_S = 0.1, 3600.0
 
@@ -67,6 +69,7 @@ def add_to(commands: Any) -> None:
         metavar="SECONDS",
         help="how long to count processor time",
     )
+    shims.add_namespace_to(parser)
     parser.add_argument("--json", action="store_true", help="for programs: once")
     shims.add_config_to(parser)
 
@@ -80,29 +83,29 @@ def run(chosen: argparse.Namespace) -> int:
     """
     if not _LEAST_S <= chosen.interval <= _MOST_S:
         raise Refusal(f"top: --interval {chosen.interval:g}: give {_LEAST_S:g} to {_MOST_S:g}")
-    state_dir = shims.settings_of(chosen).shim.state_dir
-    live = sys.stdout.isatty() and not chosen.json
-    return asyncio.run(_show(state_dir, interval_s=chosen.interval, live=live, as_json=chosen.json))
+    records = partial(shims.records, shims.settings_of(chosen).shim.state_dir, chosen.namespace)
+    live = is_screen() and not chosen.json
+    return asyncio.run(_show(records, interval_s=chosen.interval, live=live, as_json=chosen.json))
 
 
-async def _show(state_dir: str, *, interval_s: float, live: bool, as_json: bool) -> int:
-    before = await _samples(state_dir)
+async def _show(
+    records: Callable[[], list[StartRecord]], *, interval_s: float, live: bool, as_json: bool
+) -> int:
+    before = await shims.ask_all(records(), _sample)
     while True:
         await asyncio.sleep(interval_s)
-        after = await _samples(state_dir)
+        after = shims.still_there(await shims.ask_all(records(), _sample))
         rows = [values(former(one, before), one) for one in after]
         if as_json:
             print(json.dumps(rows, indent=2))
         else:
             print(_CLEAR if live else "", end="")
-            print_table([_HEADING, *(_row(each) for each in rows)])
+            rows.sort(key=lambda row: row["cpu_percent"] or 0.0, reverse=True)
+            room = shutil.get_terminal_size() if live else None
+            print_table([_HEADING, *(_row(each) for each in rows)], room=room)
         if not live:
             return 1 if any(one.value is None for one in after) else 0
         before = after
-
-
-async def _samples(state_dir: str) -> list[Answer[Sample]]:
-    return await shims.ask_all(shims.records(state_dir), _sample)
 
 
 async def _sample(record: StartRecord) -> Sample:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shim import config, zygote_protocol
 from shim.commands import docker, drop_in, install
+from shim.commands.remedies import remedy
 from shim.commands.steps import Steps
 from shim.host import releases, state_directory
 from shim.host.ledger import Ledger
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from shim.config import Config
 
-_CONNECT_TIMEOUT_S = 1.0
 _UNDO_TIMEOUT_S = 10.0
 _CACHE = Path("/var/cache/hako")
 
@@ -84,7 +84,8 @@ def run(chosen: argparse.Namespace) -> int:
                 shutil.rmtree(path)
                 steps.say(f"removed: {path}")
     except OSError as error:
-        raise Refusal(f"uninstall: {error.filename}: {error.strerror}; remove it by hand") from error
+        rest = remedy(error, "remove it by hand")
+        raise Refusal(f"uninstall: {error.filename}: {error.strerror}; {rest}") from error
     if running:
         steps.say(f"left to their end: {_names(running)}; stop them before containerd is restarted")
         if not chosen.keep_image:
@@ -121,10 +122,10 @@ def _running(directory: Path) -> state_directory.StartRecord | None:
     try:
         record = state_directory.read_record(str(directory))
         with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(_CONNECT_TIMEOUT_S)
-            probe.connect(record.socket_path)
-    except TimeoutError:
-        return record  # it is stopped, but has not ended
+            probe.setblocking(False)  # noqa: FBT003 - its only spelling
+            probe.connect(record.socket_path)  # which never waits: unix(7)
+    except BlockingIOError:  # it has many callers already: it is slow or stopped, but has not ended
+        return record
     except (OSError, ValueError, TypeError):
         return None
     return record
@@ -139,7 +140,9 @@ def _undo(directory: Path, steps: Steps) -> None:
         failures = ledger.undo_all(deadline_s=_UNDO_TIMEOUT_S)
         ledger.close()
     except OSError as error:
-        raise Refusal(f"uninstall: {directory}: {error.strerror}; remove it by hand") from error
+        raise Refusal(
+            f"uninstall: {directory}: {error.strerror}; {remedy(error, 'remove it by hand')}"
+        ) from error
     finally:
         os.close(held)
     if failures:

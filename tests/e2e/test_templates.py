@@ -427,3 +427,5 @@ def test_templates_are_listed_built_and_removed_by_hand(empty_node: Node) -> Non
     assert (missing.returncode, missing.stderr.count("\n")) == (1, 1)
     assert "there is none; see `hako template ls`" in missing.stderr
     assert json.loads(node.hako("rm", "--all", "--json").stdout) == {"removed": []}
+    node.hako("build")
+    assert json.loads(node.hako("rm", "--all", "--json").stdout) == {"removed": [path.name]}

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 ISSUE = [
     *("clone_over_cold", "run_template_over_cold", "run_jail_over_off", "cold_over_bare"),
     *("host_share", "start_over_runc", "delete_ms"),
-    *("shim_pss_mib", "shim_uss_mib", "pod_pss_mib", "parked_mib", "wake_over_start", "template_mib"),
+    *("shim_pss_mib", "shim_uss_mib", "pod_pss_mib", "overhead_mib", "overhead_millicpus"),
+    *("parked_mib", "wake_over_start", "template_mib"),
     *("exec_over_guest", "state_over_runc"),
     *("grpc_state_ms", "stdout_over_channel", "stdin_over_channel", "exec_trips"),
     *("burst_30", "crowd_100", "resident_60", "busy_host"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import json
 import subprocess
@@ -16,6 +17,7 @@ from guest.image import ImageError
 from shim import cli, config
 from shim.commands.image import Progress
 from shim.machine import host_choice
+from shim.refusal import Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -264,6 +266,8 @@ def test_building_an_image_passes_on_its_options(
     assert asked == given
     output = capsys.readouterr()
     assert (output.out, output.err) == (f"{tmp_path}/output\n", "packing\n")
+    assert cli.main(["image", "build", "--json", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out) == {"output": f"{tmp_path}/output"}
 
 
 def test_an_image_that_cannot_be_built_is_one_line(
@@ -283,12 +287,42 @@ def test_an_image_that_cannot_be_built_is_one_line(
         ("| head -0", 0, ""),
         ("> /dev/full", 1, "version: the output: No space left on device; correct that, and run it again\n"),
         (">&-", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
     ],
 )
 def test_an_output_that_takes_nothing_is_no_traceback(redirection: str, status: int, told: str) -> None:
     command = f"{sys.executable} -m shim.cli version {redirection}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["/bin/bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (status, told)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (BrokenPipeError(), 0, ""),
+        (KeyboardInterrupt(), 130, ""),
+        (Refusal("ps: no"), 1, "ps: no\n"),
+        (
+            FileNotFoundError(2, "No such file", "/x"),
+            1,
+            "ps: /x: No such file; correct that, and run it again\n",
+        ),
+    ],
+)
+def test_an_error_of_a_task_is_told_as_that_of_a_command(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+    told: str,
+) -> None:
+    def run(_: argparse.Namespace) -> int:
+        raise BaseExceptionGroup("outer", [BaseExceptionGroup("inner", [error]), ValueError()])
+
+    monkeypatch.setattr("shim.commands.ps.run", run)
+    monkeypatch.setattr("shim.cli._drop_output", lambda: None)
+    assert cli.main(["ps"]) == status
+    assert capsys.readouterr().err == told
 
 
 def test_an_error_is_one_line_whatever_it_names(capsys: pytest.CaptureFixture[str]) -> None:
@@ -310,7 +344,44 @@ def test_a_file_that_cannot_be_written_is_one_line(
     assert capsys.readouterr().err == told
 
 
-def test_progress_on_a_terminal_stays_on_one_line() -> None:
+@pytest.mark.parametrize(
+    ("words", "usage"), [("ps one two", "hako ps"), ("template ls --al", "hako template ls")]
+)
+def test_a_wrong_command_line_shows_the_usage_of_its_command(
+    capsys: pytest.CaptureFixture[str], words: str, usage: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words.split())
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"usage: {usage} [")
+    assert (
+        f"{usage}: error: unrecognized arguments: {' '.join(words.split()[len(usage.split()) - 1 :])}" in told
+    )
+
+
+@pytest.mark.parametrize(
+    ("user", "rest"), [(0, "correct that, and run it again"), (1000, "run this as root")]
+)
+def test_a_user_who_may_not_do_it_is_told_who_may(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    user: int,
+    rest: str,
+) -> None:
+    def build(*_: Path, progress: Callable[..., Any], **__: None) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr("os.geteuid", lambda: user)
+    monkeypatch.setattr("guest.image.build", build)
+    assert cli.main(["image", "build"]) == 1
+    assert capsys.readouterr().err == f"image: {tmp_path}: Permission denied; {rest}\n"
+
+
+def test_progress_on_a_terminal_stays_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -389,5 +460,6 @@ def test_the_effective_configuration_is_shown_in_columns(
     path = config_with(tmp_path, "[hypervisor]\nvcpus = 2\n")
     assert cli.main(["config", "show", "--config", path]) == 0
     heading, *lines = capsys.readouterr().out.splitlines()
-    column = heading.index("FROM")
-    assert {line[column:] for line in lines} == {path, "default"}
+    first, last = heading.index("FROM"), heading.index("VALUE")
+    assert {line[first:last].rstrip() for line in lines} == {path, "default"}
+    assert {line[last:] for line in lines if line.startswith("hypervisor.vcpus ")} == {"2"}

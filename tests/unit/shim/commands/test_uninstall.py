@@ -71,6 +71,18 @@ def test_a_running_sandbox_is_named_and_nothing_is_removed(
     assert (tmp_path / "etc/conf.d/hako.toml").exists()
 
 
+def test_a_sandbox_runs_even_if_it_is_too_slow_for_its_callers(
+    sandbox: StartRecord, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket(socket.AF_UNIX) as shim, socket.socket(socket.AF_UNIX) as caller:
+        shim.bind(sandbox.socket_path)
+        shim.listen(0)
+        caller.connect(sandbox.socket_path)
+
+        assert uninstall(tmp_path) == 1
+    assert "sandboxes run: box of namespace default; stop them first" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("sandbox")
 def test_leftovers_and_templates_and_the_drop_in_are_removed(tmp_path: Path) -> None:
     assert uninstall(tmp_path) == 0
