@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
 from scripts import kvm, outer
-from tests import patience
+from tests import patience, progress
+from tests.progress import Progress
 
 if TYPE_CHECKING:
     from typing import Any
@@ -94,6 +96,76 @@ def test_results_are_kept_after_a_failure_or_on_request(
     assert kvm.main(["test", "--short", *options]) == status
     assert [place.is_dir() for place in seen] == [wanted or status != 0]
     assert not wanted or seen == [tmp_path / "here"]
+
+
+class Machine:
+    """Stands in for outer machines: each run notes tests as the plugin does.
+
+    :param ends: for each run, the tests that pass and the exit status.
+    """
+
+    def __init__(self, *ends: tuple[set[str], int]) -> None:
+        self._ends = list(ends)
+        self.ran: list[list[str]] = []
+
+    def run(self, command: list[str], *, results: Path, **_: object) -> int:
+        passing, status = self._ends.pop(0)
+        self.ran.append(files(command))
+        noted = Progress(results / "progress")
+        noted.pytest_collection_finish(
+            cast("Any", SimpleNamespace(items=[SimpleNamespace(nodeid=each) for each in self.ran[-1]]))
+        )
+        for name in passing:
+            noted.pytest_runtest_logreport(
+                cast("Any", SimpleNamespace(nodeid=name, when="teardown", failed=False))
+            )
+        return status
+
+
+BOTH = ["tests/unit/a.py", "tests/unit/b.py"]
+
+
+@pytest.mark.parametrize(
+    ("ends", "ran", "status", "late"),
+    [
+        pytest.param([({*BOTH}, 0)], [BOTH], 0, [], id="all pass"),
+        pytest.param([({BOTH[0]}, 1), ({BOTH[1]}, 0)], [BOTH, BOTH[1:]], 0, BOTH[1:], id="one passes later"),
+        pytest.param([({BOTH[0]}, 1), (set(), 1)], [BOTH, BOTH[1:]], 1, [], id="one never passes"),
+        pytest.param([({*BOTH}, 1)], [BOTH], 1, [], id="the machine breaks at the end"),
+        pytest.param([(set(), 4)], [BOTH], 4, [], id="pytest refuses its arguments"),
+    ],
+)
+def test_tests_that_have_not_passed_run_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+    started: list[Any],
+    capsys: pytest.CaptureFixture[str],
+    *,
+    ends: list[tuple[set[str], int]],
+    ran: list[list[str]],
+    status: int,
+    late: list[str],
+) -> None:
+    machine = Machine(*ends)
+    monkeypatch.setattr(outer, "run", machine.run)
+    assert kvm.main(["test", "-x", *BOTH]) == status
+    assert machine.ran == ran
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(" ")[2] for line in shown if "only in the second machine" in line] == late
+
+
+def test_a_failed_teardown_is_no_pass(tmp_path: Path) -> None:
+    noted = Progress(tmp_path / "progress")
+    noted.pytest_collection_finish(
+        cast("Any", SimpleNamespace(items=[SimpleNamespace(nodeid="tests/a.py::b[c d]")]))
+    )
+    noted.pytest_runtest_logreport(
+        cast("Any", SimpleNamespace(nodeid="tests/a.py::b[c d]", when="teardown", failed=True))
+    )
+    assert progress.remaining(tmp_path / "progress") == ["tests/a.py::b[c d]"]
+
+
+def test_a_run_that_never_began_has_no_list_of_tests(tmp_path: Path) -> None:
+    assert progress.remaining(tmp_path / "progress") is None
 
 
 def test_tests_in_the_outer_machine_get_more_time_and_leave_a_report(started: list[Any]) -> None:
