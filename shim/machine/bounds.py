@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from shim.machine.jail import Jail
 
 
-def bounded(spec: VmSpec, jail: Jail | None, *, wanted: str, otherwise: str, ledger: Ledger) -> HostCgroup:
+def bounded(spec: VmSpec, jail: Jail | None, *, wanted: str, name: str, ledger: Ledger) -> HostCgroup:
     """Make the cgroup of a machine, with its limits.
 
     :param spec: the machine.
     :param jail: what confines its processes.
     :param wanted: ``linux.cgroupsPath``.
-    :param otherwise: the cgroup's name below the root, if the machine names none.
+    :param name: the cgroup's name, if the machine names none, or one that exists.
     :param ledger: where it is recorded.
     :raises FailedPrecondition: if the machine must have limits, but cannot.
     """
-    cgroup = HostCgroup.make(wanted, otherwise=otherwise, ledger=ledger)
+    cgroup = HostCgroup.make(wanted, name=name, ledger=ledger)
     cgroup.limit_memory(spec.memory_bytes)
     # Devices that it is given later are allowed then.
     if jail is not None:

@@ -37,6 +37,8 @@ MOST_TASKS = 2048
 """Threads of all its processes: one for each vCPU, up to 64 for each kind of I/O, and some more."""
 
 _MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")
+_SWAP_LIMITS = {"memory.swap.max": 1, "memory.memsw.limit_in_bytes": 2}
+"""How many times the bound of memory they are: version 1 limits memory and swap together."""
 _TASK_LIMITS = ("pids.max",)
 
 
@@ -104,61 +106,73 @@ def memory_bound(machine_bytes: int) -> int:
 class HostCgroup:
     """The cgroup of one sandbox, in each hierarchy that counts or limits.
 
-    :param directories: existing ones.
-    :param own: those that were made for the sandbox; limits in others are not ours to change.
+    :param directories: its directories, which were made for the sandbox.
     """
 
-    def __init__(self, directories: list[Path], *, own: list[Path]) -> None:
+    def __init__(self, directories: list[Path]) -> None:
         self._directories = directories
-        self._own = own
-        self._device_access = [device_access.DeviceAccess(directory) for directory in own]
+        self._device_access = [device_access.DeviceAccess(directory) for directory in directories]
         self._limits_devices = False
+        self._memory_bound = 0
         self.problem = ""
         """Why its processes are not limited; empty if they are."""
 
     @classmethod
-    def make(cls, wanted: str, *, otherwise: str, ledger: Ledger) -> HostCgroup:
+    def make(cls, wanted: str, *, name: str, ledger: Ledger) -> HostCgroup:
         """Make the cgroup; if the host cannot, the sandbox has none.
 
+        A cgroup that exists may have other processes and keeps its limits. The sandbox gets one below it,
+        so both limits apply.
+
         :param wanted: ``linux.cgroupsPath``.
-        :param otherwise: its name below the root, if the wanted path is empty.
+        :param name: its name below the root if the wanted path is empty, or below a cgroup that exists.
         :param ledger: where it is recorded.
         """
-        path = normal_path(wanted) or otherwise
-        made, own = [], []
+        path = normal_path(wanted)
+        made = []
         for root in counting_roots(_MOUNTINFO.read_text(encoding="utf-8")):
-            directory = root / path
+            below = posixpath.join(path, name) if (root / path).exists() else path
+            directory = root / below
             try:
                 directory.parent.mkdir(parents=True, exist_ok=True)
-                if not directory.exists():
-                    _delegate(root, path)
-                    ledger.cgroup(str(directory))
-                    directory.mkdir()
-                    own.append(directory)
+                _delegate(root, below)
+                ledger.cgroup(str(directory))
+                directory.mkdir(exist_ok=True)  # one of this name was left behind
             except OSError as error:
                 log.warning("cgroup: %s: %s; the machine's use is not counted there", directory, error)
                 continue
             made.append(directory)
-        cgroup = cls(made, own=own)
+        cgroup = cls(made)
         if not made:
-            cgroup._warn(f"{path}: it could not be made")
+            cgroup._warn(f"{path or name}: it could not be made")
         cgroup._limit(_TASK_LIMITS, MOST_TASKS)
         return cgroup
 
     def add(self, pid: int) -> None:
-        """Count a process and its future children from now on."""
+        """Count and limit a process and its future children from now on."""
         for directory in self._directories:
             try:
                 (directory / "cgroup.procs").write_text(str(pid), encoding="ascii")
+            except ProcessLookupError:  # it has ended
+                continue
             except OSError as error:
-                log.warning("cgroup: %s: process %d: %s; it is not counted there", directory, pid, error)
+                self._warn(f"{directory}: process {pid}: {error.strerror}")
 
     def limit_memory(self, machine_bytes: int) -> None:
-        """Limit the memory of its processes.
+        """Limit the memory of its processes, and their swap.
 
         :param machine_bytes: the guest's memory, now or soon.
         """
-        self._limit(_MEMORY_LIMITS, memory_bound(machine_bytes))
+        before, self._memory_bound = self._memory_bound, memory_bound(machine_bytes)
+        # Version 1 refuses a limit of memory that exceeds the one of memory and swap.
+        if 0 < before < self._memory_bound:
+            self._limit_swap()
+        self._limit(_MEMORY_LIMITS, self._memory_bound)
+        self._limit_swap()
+
+    def _limit_swap(self) -> None:
+        for name, times in _SWAP_LIMITS.items():  # hosts without swap may lack the file
+            self._write(self._files((name,)), times * self._memory_bound)
 
     def limit_devices(self, allowed: Iterable[device_access.Number]) -> None:
         """Let its processes open only some devices.
@@ -170,10 +184,10 @@ class HostCgroup:
         try:
             can = [access.allow(allowed) for access in self._device_access]
         except OSError as error:
-            self._warn(f"{error.filename or self._own[0]}: devices: {error.strerror}")
+            self._warn(f"{error.filename or self._directories[0]}: devices: {error.strerror}")
         else:
-            if self._own and not any(can):
-                self._warn(f"{self._own[0]}: the host has no devices controller there")
+            if self._directories and not any(can):
+                self._warn(f"{self._directories[0]}: the host has no devices controller there")
 
     def allow_devices(self, more: Iterable[device_access.Number]) -> None:
         """Have its processes open some devices more, if they are limited.
@@ -184,15 +198,25 @@ class HostCgroup:
             self.limit_devices(more)
 
     def _limit(self, names: tuple[str, ...], value: int) -> None:
-        files = [directory / name for directory in self._own for name in names]
-        files = [file for file in files if file.exists()]
-        try:
-            for file in files:
+        files = self._files(names)
+        self._write(files, value)
+        if self._directories and not files:
+            controller = names[0].partition(".")[0]
+            self._warn(
+                f"{self._directories[0]}: no {controller} controller there: the host lacks it, or a cgroup "
+                "above has processes"
+            )
+
+    def _files(self, names: tuple[str, ...]) -> list[Path]:
+        files = [directory / name for directory in self._directories for name in names]
+        return [file for file in files if file.exists()]
+
+    def _write(self, files: list[Path], value: int) -> None:
+        for file in files:
+            try:
                 file.write_text(f"{value}", encoding="ascii")
-        except OSError as error:
-            self._warn(f"{error.filename}: {error.strerror}")
-        if self._own and not files:
-            self._warn(f"{self._own[0]}: the host has no {names[0].partition('.')[0]} controller there")
+            except OSError as error:
+                self._warn(f"{file}: {error.strerror}")
 
     def _warn(self, problem: str) -> None:
         if not self.problem:  # one warning is enough

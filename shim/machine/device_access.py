@@ -6,6 +6,7 @@ They may make any device node: the virtio-fs daemon makes those of a guest's roo
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import struct
 from typing import TYPE_CHECKING, TypeAlias
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 Number: TypeAlias = "tuple[int, int]"
 """A character device's major and minor number, as in the kernel's admin-guide/devices.txt."""
@@ -77,7 +80,10 @@ class DeviceAccess:
             (self._directory / "devices.deny").write_text("a", encoding="ascii")
             lines = ["b *:* m", "c *:* m", *lines]
         for line in lines:
-            (self._directory / _LIST).write_text(line, encoding="ascii")
+            try:
+                (self._directory / _LIST).write_text(line, encoding="ascii")
+            except PermissionError:
+                log.warning("cgroup: %s: %s: a cgroup above it forbids that", self._directory, line)
 
 
 def program(allowed: Iterable[Number]) -> bytes:

@@ -36,7 +36,7 @@ from shim.machine.bounds import bounded
 from shim.machine.cgroup import HostCgroup
 from shim.machine.cloning import Cloning, clone_of, dial_clone
 from shim.machine.host_choice import EMULATION_IS_NO_BOUNDARY, resolve
-from shim.machine.jail import Jail, without
+from shim.machine.jail import Jail, refuse_unbounded, without
 from shim.machine.parking import Parking
 from shim.machine.resizing import Resizer
 from shim.machine.running import RunningMachine
@@ -103,7 +103,7 @@ class Machine:
         self._guest_share = directory / "guest-share"
         self._config = config
         self._ledger = ledger
-        self._cgroup = HostCgroup([], own=[])
+        self._cgroup = HostCgroup([])
         self._oom_score_adj: int | None = None
         #: Every QEMU that was started for the machine; the last one is the machine.
         self._attempts: list[QemuHypervisor] = []
@@ -158,13 +158,14 @@ class Machine:
                     spec,
                     self._jail,
                     wanted=pod.cgroup,
-                    otherwise=f"hako-{self._directory.name}",
+                    name=f"hako-{self._directory.name}",
                     ledger=self._ledger,
                 )
                 self._oom_score_adj = pod.oom_score_adj
                 bringing_up = self._bring_up(spec, sizes, template, limit=limit)
                 started = await _while_preparing(network, bringing_up)
                 try:
+                    refuse_unbounded(self._cgroup.problem, self._jail)
                     await self._set_up(started, pod, network)
                 except BaseException:
                     await started.agent.aclose()

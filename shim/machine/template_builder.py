@@ -122,7 +122,7 @@ async def _save(config: Config, spec: VmSpec, directory: Path) -> None:
         if jail is not None:
             stack.callback(jail.close)
         name = f"hako-template-{os.getpid()}"
-        cgroup = bounded(spec, jail, wanted="", otherwise=name, ledger=ledger)
+        cgroup = bounded(spec, jail, wanted="", name=name, ledger=ledger)
 
         def record(name: str, pid: int) -> None:
             ledger.process(pid, name=name)

@@ -21,7 +21,7 @@ from shim.machine.cgroup import MOST_TASKS, counting_roots, memory_bound
 from tests.e2e import busybox
 from tests.e2e.by_hand import ByHand
 from tests.e2e.conftest import new_id, write_config
-from tests.e2e.containerd import NAMESPACE, SHIM_DIRECTORY
+from tests.e2e.containerd import SHIM_DIRECTORY
 from tests.e2e.life import MOMENT_S
 from tests.e2e.nursery import descendants
 from tests.e2e.test_refusals import configured
@@ -38,6 +38,7 @@ BUILDER = "template's QEMU"
 TABLE = Path(__file__).parents[2] / "docs/security.md"
 FIRST = HypervisorConfig().jail_first_id
 IDS = range(FIRST, FIRST + HypervisorConfig().jail_ids)
+ROOTS = counting_roots(Path("/proc/self/mountinfo").read_text(encoding="utf-8"))
 LIMITS = ("pids.max", "memory.max", "memory.limit_in_bytes")
 #: In the order of their numbers, linux/capability.h.
 NAMES = (
@@ -178,12 +179,11 @@ def test_a_machine_that_becomes_a_template_is_confined_and_bounded_as_documented
     one_stack: Stack, tmp_path: Path
 ) -> None:
     row = documented()[BUILDER]
-    roots = counting_roots(Path("/proc/self/mountinfo").read_text(encoding="utf-8"))
     with building(one_stack, tmp_path) as (builder, qemu):
         assert row["user"] == "its own"
         assert_confined(qemu, row, others=[os.getpid(), builder])
         assert not Path(f"/proc/{qemu}/root/etc/shadow").exists()
-        groups = [root / f"hako-template-{builder}" for root in roots]
+        groups = [root / f"hako-template-{builder}" for root in ROOTS]
         # QEMU is put there just after it was started.
         assert until(
             lambda: all(str(qemu) in (group / "cgroup.procs").read_text().split() for group in groups),
@@ -205,6 +205,15 @@ def test_the_only_host_files_a_process_sees_are_those_given_to_the_guest(
         assert tops
         # The C daemon keeps its first root open, which has programs and libraries of the host, read-only.
         assert not any({"shadow", "root", "home"} & set(top) for top in tops)
+
+
+def test_the_processes_of_a_sandbox_can_make_files_nowhere_beside_its_share(
+    sandboxes: list[dict[str, int]], one_stack: Stack
+) -> None:
+    users = {int(status(processes["QEMU"])["Uid"].split()[0]) for processes in sandboxes}
+    directories = [path for path in one_stack.state_directory.glob("*/*") if path.is_dir()]
+    assert [path.name for path in directories].count("vsock") == len(users)
+    assert [path for path in directories if path.stat().st_uid in users] == []
 
 
 def tops_of_files(process: Path) -> Iterator[list[str]]:
@@ -232,29 +241,42 @@ def top_of(directory: Path) -> list[str]:
         os.close(here)
 
 
+@pytest.fixture
+def existing_cgroup() -> Iterator[str]:
+    """A cgroup in each hierarchy, which the test must leave as empty as it was."""
+    name = new_id()
+    directories = [root / name for root in ROOTS]
+    for directory in directories:
+        directory.mkdir()
+    yield name
+    for directory in directories:
+        directory.rmdir()
+
+
 def test_a_machine_with_root_ports_is_confined_bounded_and_killed_as_readily_as_its_container(
-    one_stack: Stack, tmp_path: Path
+    one_stack: Stack, tmp_path: Path, existing_cgroup: str
 ) -> None:
-    group, score = f"{NAMESPACE}/{new_id()}", 777
+    score = 777
+    linux = {"cgroupsPath": f"/{existing_cgroup}"}
     with (
         configured(one_stack, hypervisor='memory_mib = 192\nroot_ports = 1\njail = "required"'),
-        ByHand(
-            one_stack, tmp_path, linux={"cgroupsPath": f"/{group}"}, process={"oomScoreAdj": score}
-        ) as box,
+        ByHand(one_stack, tmp_path, linux=linux, process={"oomScoreAdj": score}) as box,
     ):
-        processes = processes_of(Path(one_stack.record(box.id).state_directory))
+        state = Path(one_stack.record(box.id).state_directory)
+        processes = processes_of(state)
         pids = [processes[name] for name in in_a_sandbox()]
         for name, row in in_a_sandbox().items():
             assert_confined(processes[name], row, others=[os.getpid()])
         root = Path(f"/proc/{processes['QEMU']}/root")
         assert not any((root / name).exists() for name in ("etc/shadow", "root", "dev/vfio", "dev/mem"))
-        roots = counting_roots(Path("/proc/self/mountinfo").read_text(encoding="utf-8"))
-        found = [root / group / name for root in roots for name in LIMITS]
+        groups = [root / existing_cgroup / f"hako-{state.name}" for root in ROOTS]
+        found = [group / name for group in groups for name in LIMITS]
         limits = {file.name: int(file.read_text()) for file in found if file.exists()}
-        members = [set((root / group / "cgroup.procs").read_text().split()) for root in roots]
-        listed = [(root / group / "devices.list") for root in roots]
+        members = [set((group / "cgroup.procs").read_text().split()) for group in groups]
+        listed = [group / "devices.list" for group in groups]
         devices = {line for file in listed if file.exists() for line in file.read_text().splitlines()}
         scores = {Path(f"/proc/{pid}/oom_score_adj").read_text().strip() for pid in pids}
+        assert not any((group.parent / "cgroup.procs").read_text() for group in groups)
     assert all(inside >= set(map(str, pids)) for inside in members)
     assert limits.pop("pids.max") == MOST_TASKS
     assert [*limits.values()] == [memory_bound(192 << 20)]
@@ -267,10 +289,9 @@ def test_a_machine_with_root_ports_is_confined_bounded_and_killed_as_readily_as_
 
 
 def test_a_sandbox_without_a_given_cgroup_has_its_own_until_its_end(one_stack: Stack, tmp_path: Path) -> None:
-    roots = counting_roots(Path("/proc/self/mountinfo").read_text(encoding="utf-8"))
     with ByHand(one_stack, tmp_path) as box:
         state = Path(one_stack.record(box.id).state_directory)
-        groups = [root / f"hako-{state.name}" for root in roots]
+        groups = [root / f"hako-{state.name}" for root in ROOTS]
         pid = str(processes_of(state)["QEMU"])
         assert all(pid in (group / "cgroup.procs").read_text().split() for group in groups)
     assert not any(group.exists() for group in groups)
