@@ -1,7 +1,7 @@
 """The filter that refuses system calls of a confined process, as a program for the kernel (seccomp(2)).
 
-It refuses calls that make or enter namespaces, mount, reach other processes, load kernel code or change the
-user. A call that is newer than this list fails as "not implemented".
+It refuses calls that make or enter namespaces, mount, make or reach other processes, load kernel code or
+change the user. A call that is newer than this list fails as "not implemented".
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _REFUSED = {
     "statmount": 457, "listmount": 458,
     # Namespaces; clone(2) and unshare(2) are handled below.
     "setns": 308,
-    # Other processes.
-    "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "pidfd_getfd": 438,
-    "pidfd_open": 434, "pidfd_send_signal": 424, "process_madvise": 440, "process_mrelease": 448,
-    "move_pages": 279, "migrate_pages": 256,
+    # Other processes; clone(2) is handled below.
+    "fork": 57, "vfork": 58, "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312,
+    "pidfd_getfd": 438, "pidfd_open": 434, "pidfd_send_signal": 424, "process_madvise": 440,
+    "process_mrelease": 448, "move_pages": 279, "migrate_pages": 256,
     # Parts of the kernel that are large, young, or run code that they are given.
     "bpf": 321, "perf_event_open": 298, "userfaultfd": 323, "io_uring_setup": 425, "io_uring_enter": 426,
     "io_uring_register": 427, "keyctl": 250, "add_key": 248, "request_key": 249, "memfd_secret": 447,
@@ -55,7 +55,7 @@ _PR_SET_PDEATHSIG = 1
 _NEW_NAMESPACES = 0x7E02_0080
 """``CLONE_NEW*`` of clone(2): mount, cgroup, UTS, IPC, user, pid, network and time namespaces."""
 
-_CLONE_FS, _CLONE_FILES = 0x200, 0x400
+_CLONE_FS, _CLONE_FILES, _CLONE_THREAD = 0x200, 0x400, 0x10000
 _AF_UNIX = 1
 
 _ARCHITECTURE = 0xC000003E  # AUDIT_ARCH_X86_64 of linux/audit.h
@@ -113,7 +113,10 @@ def confining(*, changes_identity: bool) -> Filter:
     program += _instructions((_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, absent))
     for number in (_SOCKET, _SOCKETPAIR):
         program += _if_call(number, (_EQUAL, 1, 0, _AF_UNIX), (_RETURN, 0, 0, refuse))
-    program += _if_call(_CLONE, (_ANY_BIT, 0, 1, _NEW_NAMESPACES), (_RETURN, 0, 0, refuse))
+    # Threads only: each process may open as many files as the limit says, and the host has a limit, too.
+    program += _if_call(
+        _CLONE, (_ANY_BIT, 1, 0, _NEW_NAMESPACES), (_ANY_BIT, 1, 0, _CLONE_THREAD), (_RETURN, 0, 0, refuse)
+    )
     # A process cannot choose to outlive its shim.
     program += _if_call(_PRCTL, (_EQUAL, 0, 1, _PR_SET_PDEATHSIG), (_RETURN, 0, 0, refuse))
     others = 0xFFFF_FFFF & ~(_CLONE_FS | _CLONE_FILES)

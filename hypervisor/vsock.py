@@ -248,9 +248,18 @@ class UserVsockChannel(GuestChannel):
                 # two steps, so even a watch on the directory would have to dial again.
                 await asyncio.wait([process.exited], timeout=_DAEMON_REDIAL_S)
             else:
+                self._take_directory_back()
                 return UserVsock(fd=stream.fileno())
             if process.exited.done():
                 raise VmStartError(f"start vm: {process.obituary()}")
+
+    def _take_directory_back(self) -> None:
+        """Keep a daemon that is taken over later from replacing its sockets by links to others.
+
+        It could also fill the file system with the state of all sandboxes.
+        """
+        if self._confinement is not None:
+            os.chown(f"/proc/self/fd/{self._directory_fd}", 0, 0)
 
     @override
     def is_handed_over(self) -> bool:

@@ -58,6 +58,8 @@ CALLS = {
             "time": 0x80,
         }.items()
     },
+    "fork": (57,),
+    "clone": (56, 17, 0, 0, 0, 0),
     "clone user": (56, 0x10000000 | 17, 0, 0, 0, 0),
     "clone3": (435, 0, 0),
     "kill": (62, host_pid, 0),

@@ -81,7 +81,10 @@ def test_a_system_call_of_another_architecture_kills_the_process(code: bytes) ->
         pytest.param(SOCKET, 40, ERRNO | errno.EPERM, id="vsock socket"),
         pytest.param(SOCKETPAIR, 2, ERRNO | errno.EPERM, id="other pair"),
         pytest.param(CLONE, CLONE_THREAD_OF_A_PROGRAM, ALLOW, id="thread"),
-        pytest.param(CLONE, 17, ALLOW, id="fork"),
+        pytest.param(CLONE, 17, ERRNO | errno.EPERM, id="fork"),
+        pytest.param(
+            CLONE, 0x2_0000 | CLONE_THREAD_OF_A_PROGRAM, ERRNO | errno.EPERM, id="thread with its own mounts"
+        ),
         pytest.param(CLONE, 0x1000_0000 | 17, ERRNO | errno.EPERM, id="user namespace"),
         pytest.param(CLONE, 0x2_0000 | 17, ERRNO | errno.EPERM, id="mount namespace"),
         pytest.param(UNSHARE, 0x200, ALLOW, id="own working directory"),
