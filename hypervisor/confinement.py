@@ -19,6 +19,7 @@ SHARE = Path("/share")
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store")
 _LINKS_OF_LIBRARIES = ("/etc/ld.so.cache", "/etc/alternatives")
 _PROGRAM_DIRECTORIES = {"bin", "sbin", "libexec"}
+_BESIDE_PROGRAMS = ("lib", "lib32", "lib64", "libexec", "share")
 _KVM = Path("/dev/kvm")
 _NODES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
@@ -138,10 +139,12 @@ def _program(program: Path) -> tuple[Path, ...]:
     """List what a program needs to run: itself, its libraries and its data, and the least of devices."""
     paths = map(Path, (*_SYSTEM, *_LINKS_OF_LIBRARIES, *_NODES))
     found = [path for path in paths if path.is_symlink() or path.exists()]
-    real = program.resolve()
-    # A program below its own prefix, such as /opt, has its libraries and its data there.
-    prefix = real.parent.parent if real.parent.name in _PROGRAM_DIRECTORIES else real
-    own = [one for one in dict.fromkeys((program, prefix)) if one.exists() and not _is_below(one, found)]
+    own = [program, program.resolve()]
+    if own[1].parent.name in _PROGRAM_DIRECTORIES:
+        # A program below its own prefix, such as /opt/name, has its libraries and its data there. The prefix
+        # may be a home directory or the root, so the rest of it is not shown.
+        own += [own[1].parent.parent / name for name in _BESIDE_PROGRAMS]
+    own = [one for one in dict.fromkeys(own) if one.exists() and not _is_below(one, found)]
     return (*found, *own)
 
 
