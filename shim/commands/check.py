@@ -139,15 +139,20 @@ def _warning(name: str, detail: str) -> str:
 
 
 def _few_files() -> str:
-    """Warn if the file servers of sandboxes may open only few files."""
-    limit = kernel_limits.most_open_files()
+    """Warn if the file servers of sandboxes may open only few files, or those of two all of the host's."""
+    limit, of_all = kernel_limits.most_open_files(), kernel_limits.most_open_by_all()
     most = most_open_in_guest(limit)
-    if most is None:
-        return ""
-    return (
-        f"it may open {limit} files: a guest that looks at more is slow, and may have {most} open; "
-        "raise the limit of containerd's service (LimitNOFILE)"
-    )
+    if most is not None:
+        return (
+            f"it may open {limit} files: a guest that looks at more is slow, and may have {most} open; "
+            "raise the limit of containerd's service (LimitNOFILE)"
+        )
+    if of_all < 2 * limit:
+        return (
+            f"it may open {limit} files, and all processes of the host {of_all}: two guests can keep others "
+            "from opening any; raise the sysctl fs.file-max"
+        )
+    return ""
 
 
 async def _user(_: Config) -> str:

@@ -46,6 +46,11 @@ def most_open_files() -> int:
     return limit
 
 
+def most_open_by_all() -> int:
+    """Return how many files may be open on this host; then only root can open more."""
+    return int((_ROOT / "fs/file-max").read_text(encoding="ascii"))
+
+
 def raised(root: Path = _ROOT) -> dict[str, int]:
     """Read the limits that are higher than the kernel's defaults.
 

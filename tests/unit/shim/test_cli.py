@@ -105,19 +105,28 @@ def test_a_warning_is_shown_and_does_not_fail_the_check(
     assert warning in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("limit", "warned"), [(20_000, True), (200_000, False)])
-def test_check_warns_if_file_servers_may_open_few_files(
+@pytest.mark.parametrize(
+    ("limits", "remedies"),
+    [
+        ((20_000, 40_000), ["(LimitNOFILE)"]),
+        ((200_000, 399_999), ["fs.file-max"]),
+        ((200_000, 400_000), []),
+    ],
+)
+def test_check_warns_if_file_servers_may_open_few_files_or_those_of_the_whole_host(
     able_host: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    limit: int,
-    warned: bool,
+    limits: tuple[int, int],
+    remedies: list[str],
 ) -> None:
+    limit, of_all = limits
     monkeypatch.setattr("shim.host.kernel_limits.most_open_files", lambda: limit)
+    monkeypatch.setattr("shim.host.kernel_limits.most_open_by_all", lambda: of_all)
     assert cli.main(["check", "--config", str(able_host)]) == 0
     output = capsys.readouterr().out
-    assert (f"warning: it may open {limit} files: " in output) == warned
-    assert ("(LimitNOFILE)" in output) == warned
+    assert (f"warning: it may open {limit} files" in output) == bool(remedies)
+    assert [one for one in ("(LimitNOFILE)", "fs.file-max") if one in output] == remedies
 
 
 @pytest.mark.parametrize(
