@@ -14,6 +14,9 @@ ACCELERATOR = os.environ.get(ACCELERATOR_VARIABLE, "")
 OTHERS = {"HAKO_TEST_JAIL": "jail", "HAKO_TEST_VIRTIOFSD": "virtiofsd"}
 """By variable, further keys that a run can set where a test does not."""
 
+INITRD = os.environ.get("HAKO_TEST_INITRD", "")
+"""The initramfs of another guest, such as Kata's, of which no template can be made; empty for Hako's own."""
+
 MEMORY_MIB = int(os.environ.get(MEMORY_VARIABLE, HypervisorConfig().memory_mib))
 """The memory of a machine, without that of its containers."""
 
@@ -30,3 +33,11 @@ def hypervisor_table(own: str = "") -> str:
         if os.environ.get(variable) and f"{key} =" not in own:
             lines.append(f'{key} = "{os.environ[variable]}"')
     return "".join(f"{line}\n" for line in lines) + own
+
+
+def guest_table(own: str = "") -> str:
+    """Return the table ``guest`` of Hako's configuration for this host.
+
+    :param own: the test's own lines.
+    """
+    return (f'initrd = "{INITRD}"\n' if INITRD and "initrd" not in own else "") + own

@@ -70,6 +70,8 @@ def write_config(
     :param tables: the body of further tables by name; those of ``shim`` and ``hypervisor`` are appended to.
     """
     tables["hypervisor"] = host_settings.hypervisor_table(tables.get("hypervisor", ""))
+    if host_settings.INITRD:
+        templates = None
     if "template" not in tables["hypervisor"]:
         cloning = f'template = "auto"\ntemplate_dir = "{templates}"' if templates else 'template = "off"'
         tables["hypervisor"] += f"\n{cloning}"
@@ -77,7 +79,8 @@ def write_config(
         f'protocol = "{protocol}"\nstate_dir = "{state_directory}"\n'
         f'log_dir = "{state_directory.parent / "log"}"\n{tables.pop("shim", "")}'
     )
-    tables.setdefault("guest", f"boot_timeout_s = {patient(DEFAULT_BOOT_S):.0f}\n")
+    guest = tables.get("guest", f"boot_timeout_s = {patient(DEFAULT_BOOT_S):.0f}\n")
+    tables["guest"] = host_settings.guest_table(guest)
     bodies = {"shim": shim, **tables}
     path.write_text("".join(f"[{name}]\n{body}\n" for name, body in bodies.items()), encoding="utf-8")
     return path
