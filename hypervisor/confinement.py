@@ -60,6 +60,7 @@ class Confinement:
     :param open_files: how many files it may have open, if the host lets it.
     :param has_devices: whether it may be given devices of the host: it sees what the host's kernel tells of
         them, can be shown their nodes later, and may pin memory for them.
+    :param has_huge_pages: whether it may use those that the host has set aside.
     """
 
     identity: Identity
@@ -71,6 +72,7 @@ class Confinement:
     share: Path | None = None
     open_files: int
     has_devices: bool = False
+    has_huge_pages: bool = False
 
 
 def of_program(program: Path, identity: Identity) -> Confinement:
@@ -101,6 +103,7 @@ def of_qemu(spec: VmSpec, *, boots: bool) -> Confinement | None:
         files=tuple(files),
         open_files=_FILES,
         has_devices=spec.root_ports > 0,
+        has_huge_pages=spec.huge_pages,
     )
 
 

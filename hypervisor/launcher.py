@@ -81,7 +81,9 @@ def launch(
     :raises OSError: if no process could be made.
     :raises NotImplementedError: if there is no seccomp filter for this machine's architecture.
     """
-    calls = seccomp.confining(changes_identity=not confinement.keeps_identity)
+    calls = seccomp.confining(
+        changes_identity=not confinement.keeps_identity, huge_pages=confinement.has_huge_pages
+    )
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -35,6 +35,8 @@ _REFUSED = {
     # The machine as a whole.
     "reboot": 169, "sethostname": 170, "setdomainname": 171, "settimeofday": 164, "clock_settime": 227,
     "clock_adjtime": 305, "adjtimex": 159, "acct": 163, "syslog": 103, "vhangup": 153, "personality": 135,
+    # What all processes of a host share, without a limit for each: slots for such requests, all disks.
+    "io_setup": 206, "sync": 162,
     # Obsolete.
     "uselib": 134, "ustat": 136, "sysfs": 139, "_sysctl": 156, "create_module": 174, "get_kernel_syms": 177,
     "query_module": 178, "nfsservctl": 180,
@@ -52,6 +54,10 @@ _OF_OTHERS = {"socket": _SOCKET, "socketpair": _SOCKETPAIR, "connect": 42}
 
 _PR_SET_PDEATHSIG = 1
 
+_WITH_HUGE_PAGES = {9: (3, 0x4_0000), 319: (1, 0x4)}
+"""mmap(2) and memfd_create(2): the argument and its flag for the huge pages that a host has set aside. No
+cgroup for memory counts them."""
+
 _NEW_NAMESPACES = 0x7E02_0080
 """``CLONE_NEW*`` of clone(2): mount, cgroup, UTS, IPC, user, pid, network and time namespaces."""
 
@@ -63,7 +69,7 @@ _OTHER_ABI = 0x4000_0000  # __X32_SYSCALL_BIT
 
 # Of linux/filter.h, linux/bpf_common.h and linux/seccomp.h.
 _LOAD, _EQUAL, _GREATER, _ANY_BIT, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
-_NUMBER, _ARCH, _FIRST_ARGUMENT = 0, 4, 16
+_NUMBER, _ARCH, _ARGUMENTS, _ARGUMENT_SIZE = 0, 4, 16, 8
 _KILL_PROCESS, _ERRNO, _ALLOW = 0x8000_0000, 0x0005_0000, 0x7FFF_0000
 
 
@@ -93,10 +99,11 @@ def refused_calls(*, changes_identity: bool) -> dict[str, int]:
     return {**_REFUSED, **(_OF_OTHERS if changes_identity else _IDENTITY)}
 
 
-def confining(*, changes_identity: bool) -> Filter:
+def confining(*, changes_identity: bool, huge_pages: bool = False) -> Filter:
     """Build the filter for a process that a guest talks to.
 
     :param changes_identity: whether it may act as other users, and make device nodes.
+    :param huge_pages: whether it may use those that the host has set aside.
     :raises NotImplementedError: on another architecture than x86-64.
     """
     if platform.machine() != "x86_64":
@@ -119,15 +126,18 @@ def confining(*, changes_identity: bool) -> Filter:
     )
     # A process cannot choose to outlive its shim.
     program += _if_call(_PRCTL, (_EQUAL, 0, 1, _PR_SET_PDEATHSIG), (_RETURN, 0, 0, refuse))
+    for number, (argument, flag) in ({} if huge_pages else _WITH_HUGE_PAGES).items():
+        program += _if_call(number, (_ANY_BIT, 0, 1, flag), (_RETURN, 0, 0, refuse), argument=argument)
     others = 0xFFFF_FFFF & ~(_CLONE_FS | _CLONE_FILES)
     program += _if_call(_UNSHARE, (_ANY_BIT, 0, 1, others), (_RETURN, 0, 0, refuse))
     program += _instructions((_RETURN, 0, 0, _ALLOW))
     return Filter(b"".join(program))
 
 
-def _if_call(number: int, *steps: tuple[int, int, int, int]) -> list[bytes]:
-    """Check a call's first argument; values that are not refused are allowed."""
-    body = _instructions((_LOAD, 0, 0, _FIRST_ARGUMENT), *steps, (_RETURN, 0, 0, _ALLOW))
+def _if_call(number: int, *steps: tuple[int, int, int, int], argument: int = 0) -> list[bytes]:
+    """Check the lower half of a call's argument; values that are not refused are allowed."""
+    offset = _ARGUMENTS + argument * _ARGUMENT_SIZE
+    body = _instructions((_LOAD, 0, 0, offset), *steps, (_RETURN, 0, 0, _ALLOW))
     return [*_instructions((_EQUAL, 0, len(body), number)), *body]
 
 

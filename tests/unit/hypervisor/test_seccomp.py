@@ -12,13 +12,13 @@ from hypervisor.seccomp import confining, refused_calls
 ALLOW, KILL, ERRNO = 0x7FFF_0000, 0x8000_0000, 0x0005_0000
 X86_64, I386 = 0xC000003E, 0x40000003
 CLONE_THREAD_OF_A_PROGRAM = 0x3D0F00
-SOCKETPAIR, CONNECT, PRCTL = 53, 42, 157
+SOCKETPAIR, CONNECT, PRCTL, MMAP, MEMFD_CREATE = 53, 42, 157, 9, 319
 READ, SOCKET, CLONE, UNSHARE, CLONE3, SETRESUID, MKNODAT = 0, 41, 56, 272, 435, 117, 259
 
 
-def run(code: bytes, number: int, argument: int = 0, *, architecture: int = X86_64) -> int:
+def run(code: bytes, number: int, *arguments: int, architecture: int = X86_64) -> int:
     """Interpret a filter, which consists of loads, three kinds of comparison, and returns."""
-    data = struct.pack("=iIQQ", number, architecture, 0, argument)
+    data = struct.pack("=iIQ6Q", number, architecture, 0, *arguments, *(0,) * (6 - len(arguments)))
     program = list(struct.iter_unpack("=HBBI", code))
     accumulator, place = 0, 0
     while True:
@@ -99,3 +99,19 @@ def test_some_calls_are_allowed_only_with_certain_arguments(
     code: bytes, number: int, argument: int, answer: int
 ) -> None:
     assert run(code, number, argument) == answer
+
+
+@pytest.mark.parametrize(
+    ("number", "arguments"),
+    [
+        pytest.param(MMAP, (0, 1 << 21, 3, 0x4_0022), id="mapping"),
+        pytest.param(MEMFD_CREATE, (0, 0x4), id="file"),
+    ],
+)
+@pytest.mark.parametrize("may", [True, False])
+def test_only_a_qemu_that_is_given_huge_pages_may_use_those_of_the_host(
+    number: int, arguments: tuple[int, ...], may: bool
+) -> None:
+    code = confining(changes_identity=False, huge_pages=may).code
+    assert run(code, number, *arguments) == (ALLOW if may else ERRNO | errno.EPERM)
+    assert run(code, number, *arguments[:-1], 0x22 if number == MMAP else 0) == ALLOW
