@@ -47,6 +47,9 @@ _NO_SETUID_FIXUP = 1 << 2
 _CAPABILITY_VERSION = 0x20080522
 _CAPABILITIES = 64
 
+_PENDING_SIGNALS = 1024
+"""More than a program with a thousand threads has at once."""
+
 _PLACE = b"/sys"
 """Where the new root is built: this directory exists on every host, and nothing below it is needed."""
 
@@ -241,12 +244,15 @@ def _show(path: Path, root: str) -> None:
 
 def _limit(confinement: Confinement) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _raise(resource.RLIMIT_NOFILE, confinement.open_files)
+    # All processes of a user share these, and the virtio-fs daemon may act as any user.
+    resource.setrlimit(resource.RLIMIT_MSGQUEUE, (0, 0))
+    _set(resource.RLIMIT_SIGPENDING, _PENDING_SIGNALS)
+    _set(resource.RLIMIT_NOFILE, confinement.open_files)
     if confinement.has_devices:
-        _raise(resource.RLIMIT_MEMLOCK, resource.RLIM_INFINITY)
+        _set(resource.RLIMIT_MEMLOCK, resource.RLIM_INFINITY)
 
 
-def _raise(limit: int, wanted: int) -> None:
+def _set(limit: int, wanted: int) -> None:
     try:
         resource.setrlimit(limit, (wanted, wanted))
     except (ValueError, OSError):  # this process has a lower limit and may not raise it

@@ -35,8 +35,8 @@ _REFUSED = {
     # The machine as a whole.
     "reboot": 169, "sethostname": 170, "setdomainname": 171, "settimeofday": 164, "clock_settime": 227,
     "clock_adjtime": 305, "adjtimex": 159, "acct": 163, "syslog": 103, "vhangup": 153, "personality": 135,
-    # What all processes of a host share, without a limit for each: slots for such requests, all disks.
-    "io_setup": 206, "sync": 162,
+    # What all processes of a host share, or all of one user, who may be root: requests, disks, watches.
+    "io_setup": 206, "sync": 162, "inotify_init": 253, "inotify_init1": 294,
     # Obsolete.
     "uselib": 134, "ustat": 136, "sysfs": 139, "_sysctl": 156, "create_module": 174, "get_kernel_syms": 177,
     "query_module": 178, "nfsservctl": 180,

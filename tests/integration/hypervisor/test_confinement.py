@@ -142,6 +142,8 @@ async def test_a_confined_process_has_no_network(found: dict[str, Any]) -> None:
 async def test_a_confined_process_leaves_no_core_and_has_the_files_that_the_host_allows(
     found: dict[str, Any],
 ) -> None:
+    assert found["messages"] == [0, 0]
+    assert max(found["signals"]) <= 1024
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = found["confined"].open_files
     assert found["core"] == [0, 0]
