@@ -25,7 +25,7 @@ from shim.host import daemonize
 from shim.host.ledger import Ledger
 from shim.machine.bounds import bounded
 from shim.machine.host_choice import resolve
-from shim.machine.jail import Jail, without
+from shim.machine.jail import Jail, refuse_unbounded, without
 from shim.machine.sizing import plan
 from shim.machine.spec import describe
 from shim.machine.template_store import remove_remains
@@ -127,6 +127,7 @@ async def _save(config: Config, spec: VmSpec, directory: Path) -> None:
         def record(name: str, pid: int) -> None:
             ledger.process(pid, name=name)
             cgroup.add(pid)
+            refuse_unbounded(cgroup.problem, jail)
 
         save = partial(
             save_template,
