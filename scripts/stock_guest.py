@@ -23,7 +23,8 @@ def read_archive(data: bytes) -> dict[str, bytes]:
 
     :param data: the archive.
     """
-    files, at = {}, 0
+    files: dict[str, bytes] = {}
+    at = 0
     while True:
         starts = range(at + 6, at + 6 + _FIELD * _MODE_AND_OTHERS, _FIELD)
         fields = [int(data[start : start + _FIELD], 16) for start in starts]

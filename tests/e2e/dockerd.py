@@ -94,7 +94,7 @@ def running(stack: Stack, home: Path, *, release: str, runtime: str) -> Iterator
     programs = daemon / "usr/sbin"
     docker = Docker(client=client / "usr/bin/docker", socket=home / "sock", runtime=runtime, home=home)
     containerd = stack.containerd
-    argv = [
+    argv: list[str | Path] = [
         *(programs / "dockerd", "--containerd", containerd.address, "--containerd-namespace", NAMESPACE),
         *("--host", f"unix://{docker.socket}", "--data-root", home / "root", "--exec-root", home / "exec"),
         *("--pidfile", home / "pid", "--config-file", home / "none.json", "--cgroup-parent", f"/{NAMESPACE}"),
