@@ -50,9 +50,12 @@ class ChildProcess:
     :param name: the role of the process; used in errors and in the ledger.
     :param pid: its process id. The process must not have been reaped.
     :param output: the read end of the pipe for its output, or ``None`` if it has no pipe.
+    :param logged_lines: how many lines of its output are logged.
     """
 
-    def __init__(self, name: str, pid: int, *, output: int | None = None) -> None:
+    def __init__(
+        self, name: str, pid: int, *, output: int | None = None, logged_lines: int = _LOGGED_LINES
+    ) -> None:
         self.name = name
         self.pid = pid
         self.is_confined = False
@@ -60,7 +63,7 @@ class ChildProcess:
         self._pidfd = os.pidfd_open(pid)
         self._output_fd = output
         self._output = bytearray()
-        self._lines_to_log = _LOGGED_LINES
+        self._lines_to_log = logged_lines
         self.workers: list[ChildProcess] = []
         """The processes that this one has forked, as ``adopt_workers`` found them."""
         self.exited: asyncio.Future[ExitStatus] = self._loop.create_future()
@@ -79,6 +82,7 @@ class ChildProcess:
         huge_pages: bool = True,
         keeps_capabilities: bool = False,
         confinement: Confinement | None = None,
+        logged_lines: int = _LOGGED_LINES,
     ) -> Self:
         """Start a program that the kernel kills when this thread ends.
 
@@ -91,6 +95,7 @@ class ChildProcess:
         :param huge_pages: whether its memory may be of huge pages, if it asks for them.
         :param keeps_capabilities: whether a thread keeps its capabilities when it becomes another user.
         :param confinement: its rights; ``None`` for those of this process.
+        :param logged_lines: how many lines of its output are logged.
         :raises NotImplementedError: as ``launch``.
         :raises OSError: if no process could be made. A program that cannot be executed is not an error
             here: the process ends at once with status 127 and a line in its output.
@@ -106,7 +111,7 @@ class ChildProcess:
                     confinement=confinement,
                     huge_pages=huge_pages,
                 )
-                confined = cls(name, pid, output=read_end)
+                confined = cls(name, pid, output=read_end, logged_lines=logged_lines)
                 confined.is_confined = True
                 return confined
             with contextlib.nullcontext() if huge_pages else _no_huge_pages():
@@ -136,7 +141,7 @@ class ChildProcess:
             raise
         finally:
             os.close(write_end)
-        return cls(name, pid, output=read_end)
+        return cls(name, pid, output=read_end, logged_lines=logged_lines)
 
     async def ended_well(self, *, timeout_s: float) -> bool:
         """Wait for a program that only prints something, and kill it if it takes too long.

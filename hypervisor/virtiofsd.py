@@ -80,7 +80,7 @@ async def detect_dialect(virtiofsd: Path) -> Dialect:
     :param virtiofsd: the program.
     :raises VmStartError: if it cannot be run, or is not a virtio-fs daemon.
     """
-    process = ChildProcess.spawn(f"{virtiofsd} --help", [str(virtiofsd), "--help"])
+    process = ChildProcess.spawn(f"{virtiofsd} --help", [str(virtiofsd), "--help"], logged_lines=0)
     try:
         async with asyncio.timeout(_HELP_TIMEOUT_S):
             status = await process.exited

@@ -26,7 +26,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row[:-1], widths[:-1], strict=True))
-        yield "  ".join([*cells, row[-1]])
+        yield "  ".join([*cells, row[-1]]).rstrip()
 
 
 def print_table(rows: Sequence[Sequence[str]], *, room: os.terminal_size | None = None) -> None:

@@ -35,16 +35,18 @@ def add_to(commands: Any) -> None:
 
     :param commands: what ``add_subparsers`` returned.
     """
-    parser = commands.add_parser("events", help="show the events in the sandboxes as they happen")
+    parser = commands.add_parser(
+        "events", help="show the last events in the sandboxes, and each as it happens"
+    )
     parser.add_argument("id", nargs="?", metavar="ID", help="only this sandbox")
     shims.add_namespace_to(parser)
-    parser.add_argument("--past", action="store_true", help="show the last events of each sandbox, and exit")
+    parser.add_argument("--past", action="store_true", help="show only the last events, and exit")
     parser.add_argument("--json", action="store_true", help="for programs: one object on each line")
     shims.add_config_to(parser)
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Show events: past ones on request, otherwise new ones until an interruption.
+    """Show past events, and unless only these are wanted, new ones until an interruption.
 
     :param chosen: the command line.
     :returns: the exit status.

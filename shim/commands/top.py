@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from shim.host.state_directory import StartRecord
 
 _HEADING = ("SANDBOX", "POD", "CPU", "MEMORY", "QEMU", "DAEMONS", "SHIM", "GUEST CPU", "GUEST MEMORY", "")
-_GUEST_S = 0.7 * shims.TIMEOUT_S  # so that the host's numbers arrive in time
+_GUEST_S = 2.0  # twice for each picture of a guest that hangs
 _CLEAR = "\x1b[H\x1b[J"  # ECMA-48 CUP, ED
 _LEAST_S, _MOST_S = 0.1, 3600.0
 

@@ -66,6 +66,20 @@ async def test_only_the_end_of_the_output_is_kept() -> None:
     assert process.last_words().endswith("the end")
 
 
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [(0, []), (2, ["test: 1", "test: 2", "test: goes on; its further output is not logged"])],
+)
+async def test_only_the_first_lines_of_the_output_are_logged(
+    caplog: pytest.LogCaptureFixture, most: int, expected: list[str]
+) -> None:
+    caplog.set_level("DEBUG", logger="hypervisor.output")
+    process = shell("echo 1; echo 2; echo 3", logged_lines=most)
+    await process.exited
+    assert [record.getMessage() for record in caplog.records] == expected
+    assert process.output() == "1\n2\n3\n"
+
+
 async def test_only_listed_descriptors_are_inherited() -> None:
     listed, other = os.open(os.devnull, os.O_RDONLY), os.open(os.devnull, os.O_RDONLY)
     os.set_inheritable(other, False)
