@@ -42,7 +42,7 @@ def perform(
     if action == "start":
         from shim.bootstrap import failures  # noqa: PLC0415 - most starts succeed
 
-        failures.count(cause)
+        failures.start_failed(cause)
     return 1, _one_line(message)
 
 

@@ -39,16 +39,15 @@ def delete(line: CommandLine) -> bytes:
     bundle = line.bundle or _working_directory()
     directory = state_directory.pointed_to(bundle) or _expected_directory(line, bundle)
     was_deserted = _is_on_record(directory, line.id)
-    has_died = was_deserted and _has_died(directory)
+    if was_deserted and _has_died(directory):
+        from shim.bootstrap import failures  # noqa: PLC0415 - shims rarely die
+
+        failures.died(directory)
     try:
         _delete_from(directory, line.id)
     finally:
         if was_deserted:
             _run_hooks(bundle, line.id)
-        if has_died:
-            from shim.bootstrap import failures  # noqa: PLC0415 - shims rarely die
-
-            failures.count("Died")
     return wire.encode_delete_response(exit_status=host_process.STATUS_KILLED, exited_at=time.time())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -93,7 +92,9 @@ async def _follow(chosen: argparse.Namespace, wanted: str) -> None:
         async with asyncio.TaskGroup() as group:
             while True:
                 _watch_all(watch, state_dir)
-                for record in shims.records(str(state_dir), chosen.namespace):
+                known = shims.records(str(state_dir), chosen.namespace)
+                followed.intersection_update(record.state_directory for record in known)
+                for record in known:
                     path = record.state_directory
                     if path in followed or not _has_socket(record):
                         continue
@@ -115,17 +116,17 @@ def _has_socket(record: StartRecord) -> bool:
 
 
 async def _tell(record: StartRecord, followed: set[str], *, as_json: bool) -> None:
-    """Print the events of one sandbox until its end."""
+    """Print the events of one sandbox until its end; one that does not answer is named once."""
     try:
+        await shims.ask(record, "LogSources", api.LogSourcesRequest(), api.LogSourcesResponse)
         with shims.errors_of_grpc():
             async for event in shims.stream_events(record, follow=True, timeout_s=None):
                 _print(event, record, as_json=as_json)
     except ShimError as error:
         if shims.state_of(record).exists():  # otherwise it has ended
             print(f"events: {record.id}: {text(str(error))}", file=sys.stderr)
-    finally:
-        with contextlib.suppress(KeyError):
-            followed.remove(record.state_directory)
+    else:
+        followed.discard(record.state_directory)
 
 
 def _print(event: api.Event, record: StartRecord, *, as_json: bool) -> None:

@@ -14,6 +14,7 @@ import pytest
 from proto.containerd import task_v2_pb2
 from shim.host import host_process
 from shim.host.ledger import Ledger
+from shim.telemetry import postmortem
 from shim.telemetry.journal import Journal
 from tests.waiting import WITHIN_S
 
@@ -61,9 +62,14 @@ def test_a_shim_that_died_is_counted_once(containerd: Containerd) -> None:
         containerd.make_bundle(name, annotations={GROUP: "pod"})
         containerd.run("start", name)
     containerd.kill_shims()
+    (containerd.state_of("pod") / "shim.log").write_text("the last line\n", encoding="utf-8")
     for name in ("pod", "member", "pod"):
         delete(containerd, name)
     assert counted(containerd) == [("shim", "Died")]
+    kept = postmortem.read(Path(containerd.environment["STUB_LOG_DIR"]), sandbox_id="pod")
+    first, *others = kept.splitlines()
+    assert first.endswith("Z its shim died; the kernel's log says whether memory was short")
+    assert others == ["log: the last line"]
 
 
 def test_a_shim_that_containerd_ends_is_not_counted(containerd: Containerd) -> None:
