@@ -124,13 +124,13 @@ def test_a_host_that_cannot_run_it_is_refused(host: dict[str, Any], line: str) -
 
 
 SITE = """
-import atexit, sys, types
+import atexit, signal, sys, types
 from shim import config
 config.ShimConfig.zygote = False
 if sys.orig_argv[-1] in {{"start", "delete"}}:
     atexit.register(lambda: open({listing!r}, "w").write("\\n".join(sys.modules)))
 else:
-    sys.modules["shim.daemon"] = types.SimpleNamespace(run=lambda *_: None)
+    sys.modules["shim.daemon"] = types.SimpleNamespace(run=lambda *_: signal.pause())
 """
 
 
