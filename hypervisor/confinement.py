@@ -32,15 +32,15 @@ FILE_CAPABILITIES = {
     _DAC_OVERRIDE: "the guest's kernel has checked the permission already, knowing all of a process's groups",
     _FOWNER: "chmod(2) and times of files that belong to users of the guest",
     _FSETID: "set-group-ID bits of such files stay, where the guest's kernel says that they do",
-    _SETGID: "a file that is made gets the group of the process in the guest that makes it",
-    _SETUID: "as the group, the user",
+    _SETGID: "a file that is made gets the group of the guest's process that makes it",
+    _SETUID: "and that process's user",
     _MKNOD: "device nodes in a container's root file system, and whiteouts of overlays",
     _SETFCAP: "file capabilities of programs that a container installs",
 }
-"""What the virtio-fs daemon keeps, and what for; it serves files of all users of the guest."""
+"""The capabilities with which the virtio-fs daemon serves files of all users of the guest, and their uses."""
 
 _ITS_OWN_TO_DROP = frozenset({_SETPCAP, _SYS_CHROOT})
-"""With these the daemon goes into its share and empties its bounding set; then it has them no more."""
+"""With these, the daemon changes its root to its share and empties its bounding set; then it loses them."""
 
 _FILES = 65_536
 _FILES_OF_SHARE = 1_048_576
@@ -55,7 +55,7 @@ class Confinement:
     :param keeps_identity: whether it never acts as another user.
     :param network: the network namespace that it enters, or ``None`` for a new one that is empty.
     :param files: what it sees of the host's files and devices, read-only and under the same paths.
-    :param nodes: device nodes of the host that it gets as its own, as some hosts let root alone open them.
+    :param nodes: device nodes of the host that it gets as its own: some hosts let only root open theirs.
     :param share: a directory that it sees as :data:`SHARE`, with what is mounted there later.
     :param open_files: how many files it may have open, if the host lets it.
     :param has_devices: whether it may be given devices of the host: it sees what the host's kernel tells of

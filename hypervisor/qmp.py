@@ -211,7 +211,7 @@ class QmpSession:
     async def broken(self) -> str:
         """Wait until QEMU has stopped the guest for good; forever if QEMU ends first.
 
-        A After a failure inside KVM, QEMU does not end: it stops the virtual CPUs and waits for an operator.
+        After a failure inside KVM, QEMU does not end: it stops the virtual CPUs and waits for an operator.
 
         :returns: that run state.
         """

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 _REDIAL_S = 0.05
 _CLONE_REDIAL_S = 0.01
-"""A How long to wait for a clone, which writes nothing to its console and soon serves."""
+"""A clone writes nothing to its console and soon serves, so it is dialled more often."""
 _CONSOLE_LINES = 50
 
 

@@ -65,7 +65,6 @@ _CLONE_FS, _CLONE_FILES, _CLONE_THREAD = 0x200, 0x400, 0x10000
 _AF_UNIX = 1
 
 _ARCHITECTURE = 0xC000003E  # AUDIT_ARCH_X86_64 of linux/audit.h
-_OTHER_ABI = 0x4000_0000  # __X32_SYSCALL_BIT
 
 # Of linux/filter.h, linux/bpf_common.h and linux/seccomp.h.
 _LOAD, _EQUAL, _GREATER, _ANY_BIT, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
@@ -111,6 +110,7 @@ def confining(*, changes_identity: bool, huge_pages: bool = False) -> Filter:
     refuse = _ERRNO | errno.EPERM
     absent = _ERRNO | errno.ENOSYS
     program = [
+        # The numbers of the x32 ABI are greater than the newest, too.
         *_instructions((_LOAD, 0, 0, _ARCH), (_EQUAL, 1, 0, _ARCHITECTURE), (_RETURN, 0, 0, _KILL_PROCESS)),
         *_instructions((_LOAD, 0, 0, _NUMBER), (_GREATER, 0, 1, _NEWEST), (_RETURN, 0, 0, absent)),
     ]

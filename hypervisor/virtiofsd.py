@@ -45,9 +45,10 @@ needs them if its upper directory is on a volume."""
 _TIMEOUT_S = 0.1
 """How long the guest trusts names and attributes that it has read; the daemons' own value is 1 s.
 
-A file that the host lengthens meanwhile is read as new bytes up to the old length. With 1 s, 234 of 371 reads
-of a file written three times a second were such, with 0.1 s 24 of 267. It costs up to 25 requests a second.
-With 0, Python starts with 9,100 requests instead of 1,600. The Rust daemon has no such option.
+If the host lengthens a file meanwhile, a read returns the new bytes cut to the old length. Of a file that was
+written three times a second, 234 of 371 reads were cut with 1 s, and 24 of 267 with 0.1 s. The price is up to
+25 requests a second. With 0, Python starts with 9,100 requests instead of 1,600. The Rust daemon has no such
+option.
 """
 
 

@@ -73,15 +73,6 @@ def _drain(channel: _socket.socket) -> None:
                 raise
 
 
-def is_pci_path(path: str) -> bool:
-    """Tell whether a string has the form of a PCI path: slots in hexadecimal, with slashes between.
-
-    :param path: the string, such as ``02/00`` or ``1e.0``.
-    :returns: whether it has that form.
-    """
-    return all(_slot(part) is not None for part in path.split("/"))
-
-
 def _slot(part: str) -> tuple[int, int] | None:
     slot, dot, function = part.partition(".")
     if not slot or not _HEXADECIMAL.issuperset(slot + function) or bool(dot) is not bool(function):

@@ -10,7 +10,6 @@ from guest.image.errors import ImageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
 PT_LOAD, PT_DYNAMIC, PT_INTERP, PT_NOTE = 1, 2, 3, 4
 DT_NULL, DT_NEEDED, DT_STRTAB = 0, 1, 5
@@ -111,16 +110,6 @@ class Elf:
 
 def _aligned(size: int, padding: int) -> int:
     return (size + padding - 1) // padding * padding
-
-
-def is_elf(path: Path) -> bool:
-    """Tell whether a regular file starts with the ELF magic.
-
-    :param path: the file.
-    :returns: True for ELF of any class.
-    """
-    with path.open("rb") as file:
-        return file.read(4) == b"\x7fELF"
 
 
 def parse(data: bytes, *, name: str) -> Elf:

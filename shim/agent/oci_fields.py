@@ -165,19 +165,6 @@ _OBJECTS = {path.rsplit(".", depth)[0] for path in _TABLE for depth in range(1, 
 _RENAMED = {"ociversion": "version"}
 
 
-def row_of(path: str) -> Row | None:
-    """Find the row of a field.
-
-    :param path: its path, such as ``linux.resources.memory.limit``.
-    :returns: its row, or the row of an object that contains it; None if the table has neither.
-    """
-    while path:
-        if path in _TABLE:
-            return _TABLE[path]
-        path = path.rpartition(".")[0]
-    return None
-
-
 def copy(source: Mapping[str, Any], message: Message, *, path: str) -> None:
     """Copy one JSON object into the message that carries it, as the table says.
 

@@ -1,7 +1,7 @@
-"""Whether the file systems of some paths answer, asked before anything waits for them.
+"""Checks that the file systems of some paths answer, before the shim depends on them.
 
-A file system that is served by another machine or program can hang for good, and who touches it hangs with
-it. So each path that a client names is looked up by a thread first, which is given up if it does not return.
+A file system that another machine or program serves can hang for good, and a process that touches it hangs,
+too. So a thread first looks up each path that a client names, and is given up if it does not return.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ ANSWER_TIMEOUT_S = 10.0
 
 
 async def all_answer(paths: Iterable[str], *, phase: str) -> None:
-    """Wait until the file system of each path has told of it, or that there is no such file.
+    """Wait until the file system of each path has answered, even if it has no such file.
 
     :param paths: of the host; they need not exist.
-    :param phase: for whom, at the beginning of the message.
+    :param phase: the beginning of an error's message.
     :raises DeadlineExceeded: if one does not answer in time.
     """
     loop = asyncio.get_running_loop()
@@ -44,7 +44,7 @@ async def all_answer(paths: Iterable[str], *, phase: str) -> None:
         with contextlib.suppress(RuntimeError):  # it took too long, and the loop has ended
             loop.call_soon_threadsafe(finish)
 
-    # A daemon, because the end of this process does not wait for it.
+    # A daemon, so that the end of this process does not wait for it.
     threading.Thread(target=ask, name="lookup", daemon=True).start()
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):

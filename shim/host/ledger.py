@@ -1,5 +1,7 @@
 """A record of everything that a sandbox makes on the host, written first, so that any process can undo it.
 
+The sandbox's mounts are not in it: they are in the shim's own mount namespace, and end with the shim.
+
 The ledger is a file to which JSON lines are appended. A line records a thing, or that its maker has undone
 it, or that a container was added or removed. A crash may tear the last line. It is skipped, because nothing
 is made before its line is complete. If a pod runs for months and its containers change, a new file with the
@@ -41,7 +43,7 @@ class LedgerEntry(Record):
     """A thing that exists, or may exist, on the host."""
 
     number: int
-    #: ``process``, ``directory``, ``file`` (sockets too), ``mount`` or ``redirection``.
+    #: ``process``, ``directory``, ``file`` (sockets too), ``redirection`` or ``cgroup``.
     kind: str
     #: Path of the thing; of a redirection path and inode of its namespace and the interface; or the name of
     #: the process.
@@ -85,10 +87,6 @@ class Ledger:
     def file(self, path: str) -> int:
         """Record a file, socket, FIFO or link that is about to be made."""
         return self._record("file", _without_links(path))
-
-    def mount(self, target: str) -> int:
-        """Record a mount that is about to be made, by its target."""
-        return self._record("mount", _without_links(target))
 
     def redirection(self, path: str, *, namespace: int, interface: int) -> int:
         """Record that the packets of an interface are about to be redirected to a machine.
@@ -299,7 +297,7 @@ def _is_whole(line: Any) -> bool:
         return False
     return (
         kind == "process"
-        or (kind in {"directory", "file", "mount", "cgroup"} and name.startswith("/"))
+        or (kind in {"directory", "file", "cgroup"} and name.startswith("/"))
         or (kind == "redirection" and _REDIRECTION.fullmatch(name) is not None)
     )
 
@@ -319,11 +317,10 @@ def _undo(kind: str, name: str) -> None:
     if _without_links(name) != name:
         # A guest can write below shared directories; its links must not lead us elsewhere.
         raise OSError(errno.ELOOP, "a symbolic link is now part of the path")
-    if kind in {"mount", "directory"}:
-        # Files in mounts below a directory are not ours to remove.
-        kernel.detach_mounts(name)
     try:
         if kind == "directory":
+            # Files in mounts below a directory are not ours to remove.
+            kernel.detach_mounts(name)
             _remove_tree(name)
         elif kind == "file":
             os.unlink(name)

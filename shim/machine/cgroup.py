@@ -30,8 +30,8 @@ OVERHEAD_BYTES = 1 << 30
 is for translated code, for files that the share's server has open, and for the host's cache of files."""
 
 _PART_FOR_OPEN_FILES = 4
-"""A part of the guest's memory more, for files that are open in the guest. Its kernel opens one for each
-10 KiB of its memory at most, and the host's needs 2.4 KiB for each: measured with ext4 and Linux 6.18."""
+"""A quarter of the guest's memory in addition, for files that are open in the guest. Its kernel opens at most
+one for each 10 KiB of its memory, and the host's kernel needs 2.4 KiB for each (ext4, Linux 6.18)."""
 
 MOST_TASKS = 2048
 """Threads of all its processes: one for each vCPU, up to 64 for each kind of I/O, and some more."""
@@ -139,7 +139,7 @@ class HostCgroup:
                 ledger.cgroup(str(directory))
                 directory.mkdir(exist_ok=True)  # one of this name was left behind
             except OSError as error:
-                log.warning("cgroup: %s: %s; the machine's use is not counted there", directory, error)
+                log.warning("cgroup: %s: %s; what the machine uses is not counted there", directory, error)
                 continue
             made.append(directory)
         cgroup = cls(made)
@@ -190,7 +190,7 @@ class HostCgroup:
                 self._warn(f"{self._directories[0]}: the host has no devices controller there")
 
     def allow_devices(self, more: Iterable[device_access.Number]) -> None:
-        """Have its processes open some devices more, if they are limited.
+        """Let its processes open more devices, if these are limited.
 
         :param more: the character devices.
         """

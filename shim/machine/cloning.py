@@ -136,11 +136,11 @@ class Cloning:
         :param starved: whether the clone's QEMU waited for a processor for longer than it had one.
         """
         self.outcome = "miss"
-        advice = 'if clones go on to fail on this host, set [hypervisor] template = "off"'
+        advice = 'if clones keep failing on this host, set [hypervisor] template = "off"'
         to_blame = blames_template(error, starved=starved)
         try:
             if not to_blame or (isinstance(error, LATE) and not self.templates.is_late(template)):
-                fate = "it is kept, for the host may only be busy"
+                fate = "it is kept, because the host may only be busy"
             else:
                 self.templates.discard(template, reason=str(error))
                 self.lacks_template = not self.templates.failure(template.key)

@@ -53,7 +53,7 @@ class DeviceAccess:
         self._attached: int | None = None
 
     def allow(self, numbers: Iterable[Number]) -> bool:
-        """Have the processes open some devices more, but no others.
+        """Let the processes open more devices; from the first call on, they may open only allowed ones.
 
         :param numbers: character devices; a block device is never allowed.
         :returns: whether this hierarchy can limit devices.

@@ -196,7 +196,7 @@ class TemplateStore:
         if key and not keys:
             raise Refusal(f"template: {key}: there is none; see `hako template ls`")
         if key and len(keys) > 1:
-            raise Refusal(f"template: {key}: {len(keys)} begin so; give more of the key")
+            raise Refusal(f"template: {key}: {len(keys)} keys begin with it; give more of the key")
         for path in paths:
             self._remove(path)
         return keys

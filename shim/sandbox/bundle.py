@@ -32,11 +32,11 @@ def read_spec(bundle: Path) -> dict[str, Any]:
 
 
 async def wait_for_spec(bundle: Path, *, others: Iterable[str] = (), phase: str) -> None:
-    """See that a specification can be read, and all that it names, without the shim hanging.
+    """Wait until a specification, and each file that it names, can be read without hanging the shim.
 
     :param bundle: the bundle directory.
     :param others: further paths that the client names.
-    :param phase: for whom, at the beginning of the message.
+    :param phase: the beginning of an error's message.
     :raises InvalidArgument: as :func:`read_spec`.
     :raises DeadlineExceeded: if the file system of a path does not answer.
     """

@@ -270,7 +270,7 @@ class Containers:
             log.debug("shrink: sandbox %s: %s", self._sandbox.id, error)
 
     async def _report_ooms(self, running: RunningMachine) -> None:
-        """Report each container in which the guest's kernel killed for memory to containerd.
+        """Report to containerd each container in which the guest's kernel killed a process for memory.
 
         An agent may answer any number of times, so the requests to it are limited.
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from proto import ttrpc_pb2
@@ -33,14 +33,6 @@ class FrameType(IntEnum):
     DATA = 3
 
 
-class FrameFlag(IntFlag):
-    """The state of a stream; requests and responses without streams have none."""
-
-    REMOTE_CLOSED = 1
-    REMOTE_OPEN = 2
-    NO_DATA = 4
-
-
 _TYPES = {int(kind): kind for kind in FrameType}
 
 
@@ -50,7 +42,7 @@ class FrameError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One whole frame."""
+    """One whole frame; its flags are those of a stream, and 0 for a request or a response without one."""
 
     stream_id: int
     kind: FrameType

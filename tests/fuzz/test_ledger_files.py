@@ -34,7 +34,7 @@ def lines_of(directory: Any) -> Any:
             {"number": 1, "kind": "file", "name": f"{directory}/socket", "pid": 0, "start_time": 0},
             {"number": 2, "kind": "process", "name": "qemu", "pid": 4194303, "start_time": 1},
             {"created": "box"},
-            {"number": 3, "kind": "mount", "name": f"{directory}/share", "pid": 0, "start_time": 0},
+            {"number": 3, "kind": "cgroup", "name": f"{directory}/share", "pid": 0, "start_time": 0},
             {"number": 4, "kind": "directory", "name": f"{directory}/share", "pid": 0, "start_time": 0},
             {"undone": 3},
             {"deleted": "box"},
@@ -50,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @st.composite
 def entries(draw: Any) -> Any:
     """Lines with the right keys and any values."""
-    line = {"number": draw(json_values), "kind": draw(st.sampled_from(["file", "mount", "process", "x", 1]))}
+    line = {"number": draw(json_values), "kind": draw(st.sampled_from(["file", "cgroup", "process", "x", 1]))}
     # Never a string: delete removes what a well-formed line names.
     line["name"] = draw(json_values.filter(lambda value: not isinstance(value, str)))
     line |= {"pid": draw(json_values), "start_time": draw(json_values)}

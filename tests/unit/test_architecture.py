@@ -44,6 +44,8 @@ ARROWS = {
     "guest": {"guest", "proto"},
     "proto": {"proto"},
 }
+#: Hatch finds its hook by the base class.
+USED_BY_NAME = {"ProtoBuildHook"}
 # The operator's command builds the guest image; a sandbox's own processes must not import the builder.
 EXCEPTIONS = {("shim/commands/image.py", "guest.image")}
 
@@ -175,6 +177,33 @@ def trees_of(*packages: str) -> list[ast.Module]:
     """The syntax trees of packages."""
     paths = [path for name, path in modules().items() if name.split(".")[0] in packages]
     return [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def names_of(statement: ast.stmt) -> list[str]:
+    """The names that a statement of a module defines."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [statement.name]
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    targets = [statement.target] if isinstance(statement, ast.AnnAssign) else targets
+    return [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+
+
+def names_used_in(tree: ast.Module) -> set[str]:
+    """The names that a module reads, imports, or looks for in an object."""
+    nodes = list(ast.walk(tree))
+    used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    return used | {node.name for node in nodes if isinstance(node, ast.alias)}
+
+
+def test_every_name_of_a_module_is_used() -> None:
+    """A function, class or constant that only tests use is dead code."""
+    scripts = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "scripts").rglob("*.py")]
+    trees = [*trees_of(*OURS), *scripts]
+    used = set().union(*(names_used_in(tree) for tree in trees))
+    defined = {name for tree in trees for statement in tree.body for name in names_of(statement)}
+
+    assert {name for name in defined - used if not name.startswith("__")} == USED_BY_NAME
 
 
 def test_everything_that_the_hypervisor_exports_is_imported() -> None:

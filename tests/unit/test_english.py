@@ -10,14 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PLACES = ("shim", "hypervisor", "guest", "proto", "scripts", "tests", "docs")
 #: "Whoever" and its relatives; "a name that is no number" instead of "a name that is not a number"; "for" in
-#: the sense of "because"; "for ever"; "process'" as a possessive; and a word that is written twice.
+#: the sense of "because"; "for ever"; "process'" as a possessive; a word written twice; a stray article.
 AVOIDED = re.compile(
     r"\bwh(?:o|om|at|ich)ever\b"
     r"|\b(?:that|which|who|what) (?:is|are|was|were) no (?!longer\b|more\b)"
-    r"|, for (?:it|they|this|these|there) (?:is|are|was|were|has|have|had|can|may|must|will|would)\b"
+    r"|, for (?:it|they|this|these|there|the \w+) (?:is|are|was|were|has|have|had|can|may|must|will|would)\b"
     r"|\bfor ever\b"
     r"|(?<!['\"`\w])process'(?!\w)"
-    r"|(?<![\w./-])(?P<twice>an?|the|and|of|to|in|is|by|with) (?P=twice)(?![\w.-])",
+    r"|(?<![\w./-])(?P<twice>an?|the|and|of|to|in|is|by|with) (?P=twice)(?![\w.-])"
+    r"|(?<![\w./-])(?:an?|the) (?:how|what|when|where|why|after|before|if|it|this|these)\b",
     re.IGNORECASE,
 )
 
@@ -40,6 +41,7 @@ def avoided(text: str) -> list[str]:
         "a process' exit code",
         "A a file",
         "part of the\n    the tree",
+        "A How long to wait",
     ],
 )
 def test_an_avoided_construction_is_found(text: str) -> None:

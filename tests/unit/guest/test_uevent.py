@@ -38,7 +38,6 @@ def test_a_path_to_a_missing_device_is_accepted(bus: Path, absent: str) -> None:
 
 @pytest.mark.parametrize("path", ["", "20", "02/", "/02", "vda", "02.8", "02.", "+2", "../02"])
 def test_a_malformed_pci_path_is_refused(bus: Path, path: str) -> None:
-    assert not uevent.is_pci_path(path)
     with pytest.raises(InvalidArgument, match="not a PCI path"):
         uevent.pci_directory(path)
 
