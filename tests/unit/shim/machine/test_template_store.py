@@ -259,7 +259,7 @@ def test_the_list_shows_each_templates_purpose_and_size(store: TemplateStore) ->
 def test_templates_are_removed_by_a_prefix_of_their_key(store: TemplateStore) -> None:
     for key in (KEY, OTHER, f"ab{'0' * 30}"):
         publish(store, key, purpose={"key": key})
-    with pytest.raises(Refusal, match="2 begin so"):
+    with pytest.raises(Refusal, match="2 keys begin with it"):
         store.remove("a")
     with pytest.raises(Refusal, match="there is none"):
         store.remove("c")
