@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from scripts.document import ROOT, pages
 
 _EXAMPLE = re.compile(r"(?:<!-- (run|not run: [^\n]+) -->\n)?```console\n(.*?)```", re.DOTALL)
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,12 @@ class Example:
     page: str
     mark: str
     commands: tuple[str, ...]
+
+
+def commands_elsewhere() -> list[str]:
+    """List the lines with commands in blocks that do not say that they are examples."""
+    blocks = [block for page in pages() for block in _BLOCK.findall(page.read_text(encoding="utf-8"))]
+    return [line for kind, body in blocks if not kind for line in body.splitlines() if line.startswith("# ")]
 
 
 def examples() -> list[Example]:

@@ -10,7 +10,7 @@ import pytest
 
 from scripts import document
 from scripts.document import ROOT, pages
-from tests.documentation import Example, examples
+from tests.documentation import Example, commands_elsewhere, examples
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +33,10 @@ def test_generated_tables_agree_with_the_code(page: Path) -> None:
 def test_an_example_is_run_or_says_why_not(example: Example) -> None:
     assert example.mark
     assert example.commands
+
+
+def test_every_command_is_in_an_example() -> None:
+    assert commands_elsewhere() == [], "begin the block with ```console, and say whether it is run"
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
