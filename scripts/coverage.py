@@ -54,15 +54,24 @@ GROUPS = {
         ),
     ),
     "state tables": Group(
-        ("shim/sandbox/process.py", "shim/sandbox/life.py"),
-        ("tests/unit/shim/sandbox/test_process.py", "tests/unit/shim/sandbox/test_life.py"),
+        ("shim/sandbox/process.py", "shim/sandbox/life.py", "shim/machine/rest.py"),
+        (
+            "tests/unit/shim/sandbox/test_process.py",
+            "tests/unit/shim/sandbox/test_life.py",
+            "tests/unit/shim/machine/test_rest.py",
+        ),
     ),
     "sizing": Group(
-        ("shim/machine/sizing.py", "shim/machine/resizing.py"),
+        ("shim/machine/sizing.py", "shim/machine/resizing.py", "shim/machine/limits.py"),
         ("tests/unit/shim/machine/test_sizing.py", "tests/unit/shim/machine/test_resizing.py"),
     ),
     "network plan": Group(
-        ("shim/network/plan.py", "shim/network/decode.py", "shim/network/messages.py"),
+        (
+            "shim/network/plan.py",
+            "shim/network/decode.py",
+            "shim/network/messages.py",
+            "shim/network/rules.py",
+        ),
         ("tests/unit/shim/network",),
     ),
 }

@@ -60,6 +60,10 @@ class Space:
         thread.join()
         return outcome[0]
 
+    def set(self, parameter: str, value: str) -> None:
+        """Set one of its kernel parameters, named with slashes."""
+        self.inside(lambda: Path(f"/proc/sys/{parameter}").write_text(value, encoding="ascii"))
+
     def wait_for(self, text: str, command: str) -> None:
         """Wait until the output of ``ip`` in it has a text; the kernel reports no end of such work."""
         until(lambda: text in self.ip(command), within_s=COMMAND_TIMEOUT_S)

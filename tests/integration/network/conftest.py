@@ -9,6 +9,8 @@ import pytest
 from shim.host.ledger import Ledger
 from tests.network_space import Space, add_cable, new_space
 
+from .machine import Machine
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -49,3 +51,10 @@ def ledger(state_directory: Path) -> Iterator[Ledger]:
     ledger = Ledger(str(state_directory), create=True)
     yield ledger
     ledger.close()
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    machine = Machine()
+    yield machine
+    machine.die()

@@ -8,11 +8,10 @@ import os
 import socket
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import pytest
 
-from hypervisor.errors import HotplugError
 from shim.agent.oci_namespaces import WantedNamespace
 from shim.errors import FailedPrecondition, Internal, InvalidArgument
 from shim.host.ledger import Ledger
@@ -22,12 +21,11 @@ from shim.network.tap import open_tap
 from tests.network_space import Space, add_cable
 from tests.patience import patient
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+from .machine import Machine, attach, network_of
 
-    from hypervisor import Hypervisor, Nic
-    from proto.kata import agent_pb2
-    from shim.agent.client import Agent
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
 
 HEADER = bytes(10)  # virtio_net_hdr of a packet without checksum or segmentation wishes
 ETHERTYPE = 0x88B5  # IEEE 802: free for experiments
@@ -35,81 +33,6 @@ TEXT = b"a frame of this test"
 DEADLINE_S = patient(60.0)
 HOST = Path("/proc/self/ns/net")
 HOST_NUMBER = HOST.stat().st_ino
-
-
-class Machine:
-    """A stand-in for the machine: it records calls, and refuses those that a test names."""
-
-    def __init__(self) -> None:
-        self.cards: dict[str, Nic] = {}
-        self.queues: dict[str, list[int]] = {}
-        self.told: list[Any] = []
-        self.requests: list[agent_pb2.UpdateRoutesRequest] = []
-        self.refuses = ""
-        self.is_hako = False
-
-    @property
-    def vm(self) -> Hypervisor:
-        return cast("Hypervisor", self)
-
-    @property
-    def agent(self) -> Agent:
-        return cast("Agent", self)
-
-    async def plug_nic(self, nic: Nic) -> str:
-        if self.refuses == "plug":
-            raise HotplugError("plug: no slot is free")
-        self.cards[nic.id] = nic
-        self.queues[nic.id] = [os.dup(descriptor) for descriptor in nic.tap_fds]
-        return f"02/{len(self.cards):02x}"
-
-    async def unplug(self, device_id: str, **_: float) -> None:
-        del self.cards[device_id]
-        for descriptor in self.queues.pop(device_id):
-            os.close(descriptor)
-
-    def die(self) -> None:
-        for descriptors in self.queues.values():
-            for descriptor in descriptors:
-                os.close(descriptor)
-        self.queues.clear()
-
-    async def update_interface(self, interface: Any) -> None:
-        if self.refuses == "interface":
-            raise Internal("interface: Link not found")
-        self.told.append(interface)
-
-    async def update_routes(self, request: agent_pb2.UpdateRoutesRequest) -> list[str]:
-        self.told.append(request.routes)
-        self.requests.append(request)
-        return []
-
-    async def add_arp_neighbors(self, neighbors: Any) -> None:
-        self.told.append(neighbors)
-
-    def names(self) -> list[str]:
-        return [message.name for message in self.told if hasattr(message, "devicePath")]
-
-
-@pytest.fixture
-def machine() -> Iterator[Any]:
-    machine = Machine()
-    yield machine
-    machine.die()
-
-
-@contextlib.asynccontextmanager
-async def network_of(pod: Space, ledger: Ledger, *, queues: int = 1) -> AsyncIterator[Network]:
-    network = await Network.open(WantedNamespace(pod.path), ledger=ledger, queues=queues)
-    try:
-        yield network
-    finally:
-        await network.detach()
-
-
-async def attach(network: Network, machine: Any) -> None:
-    await network.prepare()
-    await network.attach(vm=machine.vm, agent=machine.agent)
 
 
 async def test_the_machine_gets_a_card_for_the_interface_and_the_guest_its_configuration(
@@ -349,106 +272,6 @@ async def test_a_namespace_without_interfaces_needs_nothing(
     assert (machine.cards, machine.told) == ({}, [])
 
 
-async def test_an_interface_that_comes_late_becomes_a_card_at_the_next_scan(
-    empty_pod: Space, outside: Space, ledger: Ledger, machine: Machine
-) -> None:
-    async with network_of(empty_pod, ledger) as network:
-        await attach(network, machine)
-        add_cable(empty_pod, outside, "eth0", number=1)
-        empty_pod.ip("route add default via 10.1.0.1")
-        await network.rescan(vm=machine.vm, agent=machine.agent)
-        assert machine.names() == ["eth0"]
-        assert [each.gateway for each in machine.told[-1].Routes] == ["10.1.0.1"]
-
-        add_cable(empty_pod, outside, "net1", number=2)
-        await network.rescan(vm=machine.vm, agent=machine.agent)
-        assert machine.names() == ["eth0", "net1"]
-
-
-def write(pod: Space, parameter: str, value: str) -> None:
-    pod.inside(lambda: Path(f"/proc/sys/{parameter}").write_text(value, encoding="ascii"))
-
-
-async def test_a_change_after_a_scan_is_noticed(
-    pod: Space, outside: Space, ledger: Ledger, machine: Machine
-) -> None:
-    changes = {
-        "interface": lambda: add_cable(pod, outside, "net1", number=2),
-        "address": lambda: pod.ip("addr add 10.1.0.9/32 dev eth0"),
-        "route": lambda: pod.ip("route add 10.9.0.0/16 via 10.1.0.1"),
-        "rule": lambda: pod.ip("rule add to 10.9.0.0/16 prohibit"),
-        "neighbour": lambda: pod.ip("neigh add 10.1.0.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent"),
-        "parameter": lambda: write(pod, "net/ipv4/conf/eth0/forwarding", "1"),
-        "end": lambda: pod.ip("link delete net1"),
-    }
-    async with network_of(pod, ledger) as network:
-        await attach(network, machine)
-        await network.rescan(vm=machine.vm, agent=machine.agent)
-        for what, change in changes.items():
-            noticed = asyncio.create_task(network.changed())
-            await asyncio.sleep(0)
-            told = len(machine.told)
-            await asyncio.to_thread(change)
-            async with asyncio.timeout(DEADLINE_S):
-                await noticed
-            await network.rescan(vm=machine.vm, agent=machine.agent)
-            assert len(machine.told) > told, what
-
-
-async def test_an_interface_that_is_gone_is_unplugged(
-    pod: Space, outside: Space, ledger: Ledger, machine: Machine
-) -> None:
-    add_cable(pod, outside, "net1", number=2)
-    async with network_of(pod, ledger) as network:
-        await attach(network, machine)
-        pod.ip("link delete net1")
-        await network.rescan(vm=machine.vm, agent=machine.agent)
-        assert [card.mac for card in machine.cards.values()] == [machine.told[0].hwAddr]
-
-
-async def test_an_interface_that_goes_down_is_given_back(
-    pod: Space, ledger: Ledger, machine: Machine
-) -> None:
-    async with network_of(pod, ledger) as network:
-        await attach(network, machine)
-        pod.ip("link set eth0 down")
-        await network.rescan(vm=machine.vm, agent=machine.agent)
-        assert machine.cards == {}
-        assert "ingress" not in pod.run("tc", "qdisc")
-
-
-async def test_a_new_address_reaches_the_guest_at_the_next_scan(
-    pod: Space, ledger: Ledger, machine: Machine
-) -> None:
-    async with network_of(pod, ledger) as network:
-        await attach(network, machine)
-        told = len(machine.told)
-        await network.rescan(vm=machine.vm, agent=machine.agent)
-        assert len(machine.told) == told
-
-        pod.ip("addr add 10.1.0.9/32 dev eth0")
-        await network.rescan(vm=machine.vm, agent=machine.agent)
-        interface, _ = machine.told[told:]
-        assert "10.1.0.9" in {each.address for each in interface.IPAddresses}
-        assert len(machine.cards) == 1
-
-
-async def test_a_scan_that_failed_is_made_good_by_the_next(
-    pod: Space, outside: Space, ledger: Ledger, machine: Machine
-) -> None:
-    async with network_of(pod, ledger) as network:
-        await attach(network, machine)
-        add_cable(pod, outside, "net1", number=2)
-        machine.refuses = "plug"
-        with pytest.raises(Internal):
-            await network.rescan(vm=machine.vm, agent=machine.agent)
-        assert len(machine.cards) == 1
-        machine.refuses = ""
-        await network.rescan(vm=machine.vm, agent=machine.agent)
-        assert len(machine.cards) == 2
-        assert machine.names()[-1] == "net1"
-
-
 async def test_after_a_crash_the_ledger_gives_the_namespace_back(
     pod: Space, state_directory: Path, machine: Machine
 ) -> None:
@@ -499,47 +322,13 @@ async def test_a_namespace_that_does_not_exist_is_refused_by_its_path(tmp_path: 
         await NetworkNamespace.open(WantedNamespace(tmp_path / "x"))
 
 
-async def test_the_guest_gets_rules_and_parameters_once_and_when_they_change(
-    pod: Space, ledger: Ledger, machine: Machine
-) -> None:
-    machine.is_hako = True
-    pod.ip("rule add to 10.9.0.0/16 prohibit")
-    write(pod, "net/core/somaxconn", "99")
-    async with network_of(pod, ledger) as network:
-        await attach(network, machine)
-        [request] = machine.requests
-        assert "rule 32765: from all to 10.9.0.0/16 prohibit" in {rule.text for rule in request.rules.rules}
-        assert request.settings.values["net/core/somaxconn"] == "99"
-
-        pod.ip("route add blackhole 10.9.0.0/16")
-        await network.rescan(vm=machine.vm, agent=machine.agent)
-        assert not machine.requests[-1].HasField("rules")
-        assert not machine.requests[-1].HasField("settings")
-
-        pod.ip("rule del to 10.9.0.0/16 prohibit")
-        await network.rescan(vm=machine.vm, agent=machine.agent)
-        assert len(machine.requests[-1].rules.rules) == 5
-
-
-async def test_the_guest_gets_parameters_again_for_a_new_card(
-    pod: Space, outside: Space, ledger: Ledger, machine: Machine
-) -> None:
-    machine.is_hako = True
-    write(pod, "net/ipv4/conf/eth0/rp_filter", "1")
-    async with network_of(pod, ledger) as network:
-        await attach(network, machine)
-        add_cable(pod, outside, "net1", number=2)
-        await network.rescan(vm=machine.vm, agent=machine.agent)
-        assert machine.requests[-1].settings.values["net/ipv4/conf/eth0/rp_filter"] == "1"
-
-
 async def test_a_stock_agent_gets_dropping_routes_and_other_rules_are_logged(
     pod: Space, ledger: Ledger, machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
     pod.ip("route add blackhole 10.9.0.0/16")
     pod.ip("route add default via 10.1.0.1 table 100")
     pod.ip("rule add from 10.1.0.2 lookup 100")
-    write(pod, "net/core/somaxconn", "99")
+    pod.set("net/core/somaxconn", "99")
     async with network_of(pod, ledger) as network:
         await attach(network, machine)
         pod.ip("addr add 10.1.0.9/32 dev eth0")
@@ -599,18 +388,3 @@ async def test_a_packet_filter_that_misses_the_guests_packets_is_named_once(
     found = [line for line in caplog.messages if "pass by" in line]
     assert len(found) == bool(named)
     assert all(named in line for line in found)
-
-
-async def test_a_packet_filter_that_comes_later_is_named(
-    pod: Space, ledger: Ledger, machine: Machine, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with network_of(pod, ledger) as network:
-        await attach(network, machine)
-        await network.rescan(vm=machine.vm, agent=machine.agent)
-        noticed = asyncio.create_task(network.changed())
-        await asyncio.sleep(0)
-        await asyncio.to_thread(pod.run, "iptables", "-w", "-A", "INPUT", "-j", "ACCEPT")
-        async with asyncio.timeout(DEADLINE_S):
-            await noticed
-        await network.rescan(vm=machine.vm, agent=machine.agent)
-    assert "packet filter (nftables or iptables-nft)" in caplog.text
