@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,25 @@ def test_the_last_process_of_an_old_release_takes_it_along(own: Path) -> None:
 
     assert names(own) == {NEW, "package", "current"}
     assert (own.parent / "run").exists()
+
+
+@pytest.mark.parametrize(("lock_s", "waits"), [(WITHIN_S, True), (0.0, False)])
+def test_a_process_that_ends_waits_for_another_that_removes_releases(
+    own: Path, *, lock_s: float, waits: bool
+) -> None:
+    held = os.open(own, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    is_free = threading.Event()
+
+    def let_go() -> None:
+        is_free.set()
+        os.close(held)
+
+    timer = threading.Timer(0.2, let_go)
+    timer.start()
+    releases.leave(lock_s=lock_s)
+    assert is_free.is_set() == waits
+    timer.join()
 
 
 def test_a_process_that_is_not_the_last_leaves_its_release(
