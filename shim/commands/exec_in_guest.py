@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _READ_BYTES = 64 << 10
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
+_RUNS_TIMEOUT_S = 5.0  # shims of older releases say nothing at first
 
 
 def add_to(commands: Any) -> None:
@@ -96,6 +97,7 @@ class _Session:
         self._keeps = keeps
         self._said: asyncio.Queue[api.ExecRequest | None] = asyncio.Queue(1)
         self._resized = asyncio.Event()
+        self._runs = asyncio.Event()
 
     async def run(self, record: StartRecord) -> int:
         """Run it.
@@ -121,6 +123,7 @@ class _Session:
             try:
                 with shims.errors_of_grpc():
                     async for answer in call(self._requests()):
+                        self._runs.set()
                         if answer.WhichOneof("said") == "exit_status":
                             return int(answer.exit_status)
                         self._write(_STDERR if answer.stderr else _STDOUT, answer.stderr or answer.stdout)
@@ -137,6 +140,10 @@ class _Session:
             start.rows, start.columns = _size()
             start.env.append(f"TERM={os.environ.get('TERM', 'linux')}")
         yield api.ExecRequest(start=start)
+        # gRPC forgets why a call was refused if the client is sending meanwhile.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_RUNS_TIMEOUT_S):
+                await self._runs.wait()
         while (said := await self._said.get()) is not None:
             yield said
 

@@ -34,6 +34,7 @@ TIMEOUT_S = 5.0
 """How long a shim may take to answer a command: on a busy host it may take seconds. All are asked at once."""
 
 _RETRY_S = 0.05
+_REASON_LOST = "Internal error from Core"  # of gRPC, if the other side ends a call during a write
 
 _MESSAGE = 200  # characters of an error
 _MOST_NAMED = 5
@@ -250,6 +251,8 @@ def errors_of_grpc(timeout_s: float = TIMEOUT_S) -> Any:
     except grpc.aio.AioRpcError as error:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             raise DeadlineExceeded(f"its shim did not answer within {timeout_s:g} s") from error
+        if error.details() == _REASON_LOST:
+            raise Unavailable("its shim has ended the call; see `hako logs`") from error
         raise from_code(error.code().value[0], error.details() or "") from error
 
 

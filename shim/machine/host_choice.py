@@ -95,7 +95,8 @@ def find_guest(config: Config) -> tuple[Path, Path]:
     for key, path in (("kernel", kernel), ("initrd", initrd)):
         if not path.is_file():
             raise FailedPrecondition(
-                f"boot: guest {key} {path}: no such file; run `hako image build` or set [guest] {key}"
+                f"boot: guest {key} {path}: no such file; run `hako install` or `hako image build`, or set "
+                f"[guest] {key}"
             )
     return kernel, initrd
 

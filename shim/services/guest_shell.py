@@ -32,7 +32,7 @@ async def converse(
     :param agent: the guest's; it must have announced that it can.
     :param start: which process.
     :param requests: what the client says after that.
-    :returns: the process's output, and its exit status at the end.
+    :returns: an empty answer once it runs, its output, and its exit status at the end.
     :raises ShimError: as the agent refuses.
     """
     conversation = _Conversation(agent.processes, start)
@@ -52,6 +52,7 @@ async def converse(
 class _Conversation:
     def __init__(self, processes: ProcessCalls, start: api.ExecRequest.Start) -> None:
         self.answers: asyncio.Queue[api.ExecResponse | None] = asyncio.Queue(_WAITING_ANSWERS)
+        self.answers.put_nowait(api.ExecResponse())
         self.failure: Exception | None = None
         self._processes = processes
         self._start = start

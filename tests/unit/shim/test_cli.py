@@ -166,8 +166,8 @@ def test_versions_and_choices_are_shown(able_host: Path, capsys: pytest.CaptureF
     [
         ("qemu", "qemu", "install qemu-system-x86 or set [hypervisor] qemu"),
         ("virtiofsd", "virtiofsd", "install virtiofsd or set [hypervisor] virtiofsd"),
-        ("kernel", "guest", "run `hako image build` or set [guest] kernel"),
-        ("initrd", "guest", "run `hako image build` or set [guest] initrd"),
+        ("kernel", "guest", "run `hako install` or `hako image build`, or set [guest] kernel"),
+        ("initrd", "guest", "run `hako install` or `hako image build`, or set [guest] initrd"),
     ],
 )
 def test_one_missing_requirement_fails_the_check(
@@ -189,7 +189,8 @@ def test_a_missing_requirement_is_one_line_with_its_remedy(
     assert cli.main(["check", "--config", str(able_host)]) == 1
     lines = capsys.readouterr().out.splitlines()
     path = able_host.parent / "kernel"
-    line = f"no guest         guest kernel {path}: no such file; run `hako image build` or set [guest] kernel"
+    remedy = "run `hako install` or `hako image build`, or set [guest] kernel"
+    line = f"no guest         guest kernel {path}: no such file; {remedy}"
     assert [wrong for wrong in lines if wrong.startswith("no ")] == [line]
     assert lines[-1] == "This host cannot run sandboxes."
 

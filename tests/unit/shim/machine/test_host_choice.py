@@ -110,7 +110,8 @@ def test_a_missing_guest_image_is_an_error(tmp_path: Path, key: str) -> None:
     assert host_choice.find_guest(config) == (tmp_path / "kernel", tmp_path / "initrd")
     (tmp_path / key).unlink()
     with pytest.raises(
-        FailedPrecondition, match=rf"^boot: guest {key} .*: no such file; run `hako image build`"
+        FailedPrecondition,
+        match=rf"^boot: guest {key} .*: no such file; run `hako install` or `hako image build`",
     ):
         host_choice.find_guest(config)
 

@@ -96,7 +96,9 @@ def conversation(guest: Guest, *messages: Said, **start: object) -> AsyncGenerat
 
 
 async def answers(guest: Guest, *messages: Said, **start: object) -> list[api.ExecResponse]:
-    return [answer async for answer in conversation(guest, *messages, **start)]
+    runs, *others = [answer async for answer in conversation(guest, *messages, **start)]
+    assert runs == api.ExecResponse(), "a client may speak now"
+    return others
 
 
 async def test_the_process_is_made_as_the_client_asks(guest: Guest) -> None:
@@ -177,6 +179,7 @@ async def test_a_process_is_killed_and_its_output_read_to_the_end_if_the_client_
     guest.write("out", b"first", b"never taken", b"nor this")
     talking = conversation(guest)
     async with contextlib.aclosing(talking):
+        assert await anext(talking) == api.ExecResponse()
         assert await anext(talking) == api.ExecResponse(stdout=b"first")
 
     assert guest.told == [("signal", signal.SIGKILL)]
