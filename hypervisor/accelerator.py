@@ -1,6 +1,6 @@
 """Finds out which accelerator really runs guest code on this host, by running some, and caches the result.
 
-That ``/dev/kvm`` opens proves little: guests may crash or crawl under the KVM of a nested host. So KVM and
+An open ``/dev/kvm`` proves little: guests may crash or crawl under the KVM of a nested host. So KVM and
 TCG run a race, and KVM gets a head start. A victory of KVM is remembered until the next boot. A defeat is
 remembered only for a while, because a busy host may be to blame. A race without a winner is not remembered.
 """

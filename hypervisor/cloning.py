@@ -46,7 +46,7 @@ async def clone(spec: VmSpec, host: HostSide, directory: Path, *, timeout_s: flo
     """Start a machine from a template; return when it runs.
 
     :param spec: the virtual machine.
-    :param host: where each part is kept as soon as it exists; after an error, the caller ends them.
+    :param host: keeps each part from its start on; after an error, the caller ends the parts.
     :param directory: the template's.
     :param timeout_s: how long the start may take, in seconds; each step may take a small part of it.
     :returns: the devices plugged into it, the share and the agent's channel among them.

@@ -52,8 +52,8 @@ class VmSpec:
     :param kernel_parameters: the operator's addition to the guest kernel's command line.
     :param accelerator: how guest instructions are run.
     :param vcpus: the number of virtual CPUs at boot, and the least that the machine can have later.
-    :param max_vcpus: the most there can be.
-    :param memory_bytes: guest memory at boot, a multiple of 1 MiB; also the least there can be later.
+    :param max_vcpus: the most virtual CPUs that it can have.
+    :param memory_bytes: guest memory at boot, a multiple of 1 MiB, and the least that it can have later.
     :param max_memory_bytes: the most that it can have; memory above ``memory_bytes`` costs nothing until it
         is used.
     :param share_source: the directory the guest sees under the virtio-fs tag ``kataShared``. It must lie on a
@@ -292,7 +292,7 @@ class Hypervisor(abc.ABC):
     async def pin_vcpus(self, cpus: frozenset[int]) -> None:
         """Pin the virtual CPUs to processors of the host: each to its own if there are enough.
 
-        :param cpus: the processors' numbers; none for all that the VMM may use.
+        :param cpus: the processors' numbers; if there are none, all that the VMM may use.
         :raises ResizeError: if the host has no such processor, or the VMM does not answer.
         """
 

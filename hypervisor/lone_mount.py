@@ -1,7 +1,7 @@
 """Opens a directory as a mount without a parent, for a process that must not get out of it.
 
-A root file system of its own does not bound a process that has a directory outside open: ``..`` leads from
-there to the host's root. A mount that is attached nowhere has nothing above it.
+A root file system of its own does not confine a process that has a directory outside of it open: from there,
+``..`` leads to the host's root. A mount that is attached nowhere has nothing above it.
 """
 
 from __future__ import annotations

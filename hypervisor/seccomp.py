@@ -50,7 +50,7 @@ _IDENTITY = {
 _CLONE, _CLONE3, _UNSHARE, _SOCKET, _SOCKETPAIR, _PRCTL = 56, 435, 272, 41, 53, 157
 
 _OF_OTHERS = {"socket": _SOCKET, "socketpair": _SOCKETPAIR, "connect": 42}
-"""A process that may act as other users could speak to any socket in the share as root."""
+"""Refused to a process that may act as other users: as root, it could speak to any socket in the share."""
 
 _PR_SET_PDEATHSIG = 1
 

@@ -59,7 +59,7 @@ _CID_END = 0xFFFFFFFF
 _CID_ATTEMPTS = 64
 _ANY_CID = 0xFFFFFFFF
 _PRIVILEGED_PORTS = range(1, 1024)
-"""vsock(7): a process needs CAP_NET_BIND_SERVICE for them. A host has each of them once."""
+"""vsock(7): a process needs CAP_NET_BIND_SERVICE for them. All guests of a host share them."""
 _STREAM_PORTS = range(256, 1024)
 """The ports for streams, which can use requests if no port is left; the agent's connection cannot."""
 

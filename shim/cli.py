@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     _open_standard_streams()
     given = sys.argv[1:] if arguments is None else list(arguments)
-    # The others are not imported.
+    # Only the module of the given command is imported.
     wanted = given[:1] if given[:1] and given[0] in COMMANDS else COMMANDS
     chosen, unknown = parser(wanted).parse_known_args(given)
     if unknown:  # argparse itself would show the usage of all commands
@@ -107,13 +107,13 @@ def run() -> NoReturn:
 
 
 def _failed(message: str) -> int:
-    """Say in one line why; parts of it may be what others chose."""
+    """Print the reason in one line; others may have chosen parts of its text."""
     print("".join(mark if mark.isprintable() else " " for mark in message), file=sys.stderr)
     return 1
 
 
 def _drop_output() -> None:
-    """Have what is still in the buffer of the output go nowhere, without a word."""
+    """Discard the rest of the output's buffer, without an error."""
     with contextlib.suppress(OSError, ValueError):  # it is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

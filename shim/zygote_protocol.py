@@ -58,6 +58,6 @@ def user_of(credentials: bytes) -> int:
 
 
 def write(descriptor: int, data: bytes) -> None:
-    """Write all of it."""
+    """Write all of the data."""
     while data:
         data = data[posix.write(descriptor, data) :]

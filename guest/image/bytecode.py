@@ -24,8 +24,9 @@ BUNDLE = f"{AGENT_ROOT}/modules"
 START = f"{AGENT_ROOT}/start.pyc"
 """The program for the interpreter: it executes the bundle."""
 
-# Imports every module of the agent, and notes those that the interpreter has to look for, each after those
-# that it imports itself. The interpreter knows its library by the file of os, though it may never read that.
+# Imports every module of the agent, and notes those that the interpreter has to look for, each after the
+# modules that it imports itself. The interpreter finds its library by the file of os, which it may never
+# read.
 _LIST_MODULES = f"""
 import sys
 known = set(sys.modules)
@@ -55,8 +56,8 @@ for file in sorted(os.listdir({AGENT_ROOT + "/guest/agent"!r})):
 print(json.dumps([os.__file__, found]))
 """
 
-# Runs the modules, each after those that it imports, without looking for them: name, whether it is a package,
-# and its code, or the path of an extension module.
+# Runs the modules, each after those that it imports, without looking for them. An entry is a module's name,
+# whether it is a package, and its code, or the path of an extension module.
 _RUN = f"""
 import _imp, posix, sys
 class Spec:
@@ -85,8 +86,8 @@ posix.close(bundle)
 sys.modules["guest.agent.main"].main()
 """
 
-# The one module that the interpreter looks for before it runs anything, in place of the library's package
-# with its hundreds of names: the guest speaks UTF-8.
+# The interpreter looks for this module before it runs anything. It replaces the library's package with its
+# hundreds of encodings, because the guest uses only UTF-8.
 _ENCODINGS = """
 import codecs
 class Encoder(codecs.IncrementalEncoder):
@@ -110,9 +111,9 @@ bundle = posix.open({BUNDLE!r}, posix.O_RDONLY | posix.O_CLOEXEC)
 exec(marshal.loads(posix.read(bundle, posix.fstat(bundle).st_size)))
 """
 
-# Writes unchecked hash-based bytecode (PEP 552): the guest never looks at sources. All modules of the agent
-# go into one file: what import does for a module, looking for it above all, takes under emulation ten times
-# as long as running its code. What remains of the library's os is its name: its code is in the interpreter.
+# Writes unchecked hash-based bytecode (PEP 552), because the guest never looks at sources. All modules of the
+# agent go into one file: under emulation, finding and loading a module takes ten times as long as running its
+# code. The library's os becomes an empty file, because the interpreter contains its code.
 _COMPILE = f"""
 import importlib.util, json, marshal, sys
 def compiled(path):

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from guest.image.kernel import Module
 
 _RUNTIME = "/usr/bin/crun"
-# For cgroups made by systemd, which is not there. With what it needs itself, it is most of what the loader
-# has to do at each start of the runtime, and three megabytes in the memory of each machine.
+# It is for cgroups that systemd makes, and there is no systemd. Loading it and its own libraries would take
+# most of the loader's time at each start of the runtime, and three megabytes in the memory of each machine.
 _UNCALLED = "libsystemd.so.0"
 _MODULES = "/lib/modules"
-# Large, rarely useful, and every machine would hold them in its memory.
+# They are large and rarely useful, and every machine would hold them in its memory.
 _COMPRESSED = frozenset({"ext4", "overlay", "tun", "xfs"})
 _LIBRARY_DIRECTORIES = ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib")
 # /lib and its like are links, as in the distributions: a library is found under either name.

@@ -71,9 +71,9 @@ def vmlinux(image: bytes, *, name: str) -> bytes:
 def slim(kernel: bytes) -> bytes:
     """Empty tables of the kernel that take memory in every machine and are not needed there.
 
-    The kernel still finds both: an unwinder that knows no frame, which makes the traces in reports of crashes
-    a guess; and types of which there is but one, with which the kernel loads all programs that do not ask for
-    its own types, those that limit the devices of containers among them (Documentation/bpf/btf.rst).
+    The kernel still finds both tables. The one for unwinding has no frames, so the traces in reports of
+    crashes are guesses. The one with types (Documentation/bpf/btf.rst) has a single type. The kernel then
+    loads only eBPF programs that do not ask for its types, such as those that limit a container's devices.
 
     :param kernel: an ELF kernel.
     :returns: the same, with these tables empty.

@@ -1,7 +1,7 @@
 """Process 1's first program: it executes another one at once, with arguments and an environment.
 
 The kernel could also start a script, but the interpreter would have to compile it, which takes a tenth of its
-start under emulation. And only a program can set the environment.
+start under emulation. Besides, only a program can set the environment.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ WORK: "dict[str, Callable[..., float]]" = {
 
 
 def serve() -> None:
-    """Be the other end of the network; returns never."""
+    """Be the other end of the network; this never returns."""
     listener = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM)
     listener.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
     listener.bind(("", PORT))

@@ -14,16 +14,16 @@ _FILES = """\
 .I /etc/hako/config.toml
 The configuration; every key may be left out.
 .B hako config explain
-says what there is.
+lists the keys.
 .TP
 .I /etc/hako/config.d/*.toml
-More of it, in the order of the names.
+Further files, read in the order of their names.
 .TP
 .I /var/lib/hako/guest
 The kernel and the initial file system of the virtual machines.
 .TP
 .I /var/log/hako
-Why sandboxes failed.
+The reasons why sandboxes failed.
 """
 _STATUS = """\
 .SH EXIT STATUS

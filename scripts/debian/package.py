@@ -34,7 +34,7 @@ _PLATFORMS = (
     "manylinux_2_28_x86_64",
     "manylinux_2_34_x86_64",
 )
-#: What traces need: its five megabytes are few beside gRPC's and the cryptography's.
+#: The libraries for traces: five megabytes, a small part beside those of gRPC and cryptography.
 _EXTRA = "tracing"
 _INTERPRETER = "/usr/bin/python3"
 _EPOCH = 1_767_225_600  # 2026-01-01: of all files, unless SOURCE_DATE_EPOCH says otherwise

@@ -84,6 +84,6 @@ class Gate:
         self._is_closed = False
 
     def open(self) -> None:
-        """Let everybody in."""
+        """Admit every request, also those that only wait."""
         self._is_closed = False
         self._free.set()

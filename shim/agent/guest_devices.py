@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _MEMORY, _TERMINAL, _LOOP, _MISCELLANEOUS = 1, 5, 7, 10  # Documentation/admin-guide/devices.txt
 _LOOP_CONTROL = (_MISCELLANEOUS, 237)
 _DISK_GROUP = 6
-_LOOPS = 8  # the number that a kernel makes when the module is loaded
+_LOOPS = 8  # the number of loop devices that a kernel makes when the module is loaded
 
 # The devices of a privileged container, by path: minor number, mode and group, as on an ordinary host.
 _MODULES_NODES = {

@@ -76,7 +76,7 @@ class RequestStreams:
         self._exec_id = exec_id
 
     def announce(self, request: agent_pb2.CreateContainerRequest | agent_pb2.ExecProcessRequest) -> None:
-        """Streams without a port travel in requests."""
+        """Write nothing: streams without a port travel in requests."""
 
     async def read(self, name: str) -> bytes | memoryview:
         """Block until there is output; empty at its end."""

@@ -75,7 +75,7 @@ def native_format(version: str) -> Format:
 def candidates(
     version: str, main: Path, *, document: dict[str, Any], handlers: dict[str, Any], is_directory_made: bool
 ) -> list[str]:
-    """Write the texts that may tell containerd of Hako and change nothing else, the likeliest one first.
+    """Write the texts that may add Hako to containerd and change nothing else, the likeliest one first.
 
     In containerd 1, an imported file replaces all that the main file says of a plugin. containerd 2 merges
     them, if both have the same format. Both forget their own handler, runc, where a file names one.

@@ -1,4 +1,4 @@
-"""What a command has done: a line for each step as it happens, or one JSON value at the end."""
+"""The report of a command: a line for each step as it happens, or one JSON value at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Steps:
         self._kept: list[dict[str, str]] = []
 
     def say(self, line: str) -> None:
-        """Tell one step.
+        """Report one step.
 
         :param line: as ``removed: /run/hako``: what was done, and to what.
         """

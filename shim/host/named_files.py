@@ -1,7 +1,7 @@
 """Files of the host that a client names: they may be of any kind, and their file system may hang.
 
-A FIFO cannot be opened until somebody writes to it, a device may do something, and the server of a network
-file system may be gone. None of this may stop the shim.
+Opening a FIFO waits until somebody writes to it, opening a device may have an effect, and the server of a
+network file system may be gone. None of this may stop the shim.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def open_regular(path: str, flags: int = os.O_RDONLY, *, or_disk: bool = False) 
     :raises OSError: if there is none, or it is something else; ``strerror`` says what.
     :raises ValueError: if no file can have the path.
     """
-    # With O_PATH a file is found but not opened: see open(2). What was found cannot be exchanged any more.
+    # With O_PATH, a file is found but not opened: see open(2). From then on, it cannot be exchanged for
+    # another.
     found = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         mode = os.fstat(found).st_mode

@@ -175,8 +175,8 @@ def _current(root: str) -> str | None:
 def _running(root: str) -> Iterator[tuple[int, str, list[bytes]]]:
     """Return the other processes that run from a release: pid, name of the release, command line.
 
-    It is the first word of the command line, as all but a ``start`` and a ``delete`` are run by the release's
-    own interpreter.
+    The first word of the command line tells the release, because its own interpreter runs every process
+    except ``start`` and ``delete``.
     """
     prefix = os.fsencode(root) + b"/"
     for pid, words in _processes():
@@ -185,7 +185,7 @@ def _running(root: str) -> Iterator[tuple[int, str, list[bytes]]]:
 
 
 def _unnamed(root: str) -> list[int]:
-    """Return the processes that may run from an old release and do not say so."""
+    """Return the processes that may run from an old release, but whose command lines do not tell."""
     try:
         switched_at = os.lstat(os.path.join(root, CURRENT)).st_mtime
     except FileNotFoundError:  # the package has been removed

@@ -1,7 +1,8 @@
 """Each sandbox's own user for its processes, and how strictly the operator requires it.
 
-A number is taken by a lock on its byte of a file, so that no two shims have it. The byte is not zero while
-processes may run with it: if that outlives the lock, the shim was killed, and its processes may not be gone.
+A shim takes a number by a lock on the number's byte of a file, so that no two shims have it. The byte is not
+zero while processes may run with the number. If it is not zero but not locked, the shim was killed, and its
+processes may still run.
 """
 
 from __future__ import annotations

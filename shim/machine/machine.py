@@ -298,7 +298,7 @@ class Machine:
     ) -> _Started:
         """Clone the machine; without a usable template, boot it.
 
-        :param limit: put off for a machine that could not be cloned.
+        :param limit: the deadline, which begins anew after an attempt to clone the machine.
         """
         timeout_s = self._config.guest.boot_timeout_s
         if template is None:

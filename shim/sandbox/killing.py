@@ -1,8 +1,8 @@
 """Kills processes in a guest, even if the guest does not obey.
 
-A guest that cannot even kill is lost, so its machine is switched off. But a busy host makes a guest slow, and
-a process that waits for the host's disk dies only when the disk has answered. So a machine that other
-containers use gets more time: for them, its loss would be worse than the wait.
+A guest that cannot even kill a process is lost, so its machine is switched off. But a guest is slow on a busy
+host, and a process that waits for the host's disk dies only when the disk has answered. So a machine that
+other containers use gets more time: for them, its loss would be worse than the wait.
 """
 
 from __future__ import annotations

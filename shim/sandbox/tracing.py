@@ -23,7 +23,7 @@ class Tracing:
 
     :param traces: where they go; None if nowhere.
     :param timeline: the sandbox's, whose phases they consist of.
-    :param work: runs what sends them after a failure.
+    :param work: runs the task that sends a trace after a failure.
     :param attributes: of their spans.
     :param sandbox_has_failed: tells whether the machine ended before it was up.
     """

@@ -1,7 +1,7 @@
 """How long a shim's calls take, counted in buckets, and how much data it had to drop.
 
-Counting costs a microsecond. Nothing is computed before a monitor asks. All is of this process: a shim serves
-one sandbox.
+Counting costs a microsecond. Nothing is computed before a monitor asks. The numbers are those of this
+process, which serves one sandbox.
 """
 
 from __future__ import annotations

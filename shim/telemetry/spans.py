@@ -1,4 +1,4 @@
-"""The process that sends phases of a start as OpenTelemetry spans: what they are comes on standard input.
+"""The process that sends the phases of a start, which it reads from standard input, as OpenTelemetry spans.
 
 Only this process imports OpenTelemetry. Its library reads more settings from the environment, such as
 ``OTEL_EXPORTER_OTLP_HEADERS``.
@@ -34,7 +34,7 @@ _NS_PER_S = 10**9
 
 
 def main() -> None:
-    """Send what the standard input describes; process end is the only answer."""
+    """Send what the standard input describes; the end of the process is the only answer."""
     signal.signal(signal.SIGALRM, _give_up)
     signal.alarm(_DEADLINE_S)
     try:

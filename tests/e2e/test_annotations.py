@@ -150,7 +150,7 @@ SHOWS: dict[str, Callable[[Seen], bool]] = {
     indirect=["machine"],
     scope="module",
 )
-def test_a_machine_is_as_an_annotation_says(machine: Seen, name: str) -> None:
+def test_an_annotation_changes_the_machine(machine: Seen, name: str) -> None:
     key = ANNOTATIONS[name].key if name in ANNOTATIONS else name.removeprefix(KATA)
     assert SHOWS[key](machine)
 
@@ -173,7 +173,7 @@ def test_an_annotation_that_this_host_cannot_fulfil_fails_create_with_the_reason
     assert reason in result.stderr
 
 
-def test_these_tests_and_that_of_parking_ask_for_every_annotation() -> None:
+def test_every_annotation_has_a_test_here_or_among_those_of_parking() -> None:
     fail = {"io.hako.boot_timeout_s", "io.hako.huge_pages", f"{KATA}enable_hugepages"}
     assert {*ASKED["own"], *ASKED["kata"], *fail, PARK_ANNOTATION} >= {*ANNOTATIONS}
 

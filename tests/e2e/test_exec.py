@@ -36,7 +36,7 @@ def test_stdin_reaches_an_exec_and_its_end_is_seen(stack: Stack, long_lived: str
     assert converse(argv) == 0
 
 
-def test_an_exec_with_a_terminal_has_one_of_the_size_of_the_window(stack: Stack, long_lived: str) -> None:
+def test_the_terminal_of_an_exec_has_the_size_of_the_window(stack: Stack, long_lived: str) -> None:
     argv = stack.containerd.ctr_argv("task", "exec", "-t", "--exec-id", "terminal", long_lived, "sh")
     with terminal(argv, rows=31, columns=97) as screen:
         screen.expect("# ")

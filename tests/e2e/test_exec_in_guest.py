@@ -62,7 +62,7 @@ def test_a_command_runs_as_root_in_the_guest_with_its_own_streams_and_status(arg
     assert (done.returncode, done.stdout, done.stderr) == (7, "0\ngiven\n", "/run/kata-containers\n")
 
 
-def test_much_goes_in_and_comes_out(argv: Argv) -> None:
+def test_long_input_and_output_pass_whole(argv: Argv) -> None:
     text = "0123456789abcde\n" * (1 << 16)
     done = run(argv("cat"), stdin=text)
     assert (done.returncode, done.stderr, done.stdout == text) == (0, "", True)

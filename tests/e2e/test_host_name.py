@@ -46,7 +46,7 @@ def run_as(stack: Stack, place: Path, hostname: str) -> Result:
     return done
 
 
-def test_a_name_of_the_greatest_length_is_had(either_stack: Stack, place: Path) -> None:
+def test_the_longest_possible_name_works(either_stack: Stack, place: Path) -> None:
     assert run_as(either_stack, place, LONGEST).stdout == f"{LONGEST}\n"
 
 

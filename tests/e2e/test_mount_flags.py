@@ -94,9 +94,7 @@ def test_a_bind_mount_has_the_flags_that_runc_gives_it(either_stack: Stack, plac
         assert (f"{name}-written" in lines) is ("ro" not in case.flags), name
 
 
-def test_device_files_and_set_id_programs_of_a_guest_are_neither_in_the_share(
-    one_stack: Stack, place: Path
-) -> None:
+def test_the_share_is_mounted_without_devices_and_set_id_programs(one_stack: Stack, place: Path) -> None:
     containerd, name = one_stack.containerd, new_id()
     volume = f"type=bind,src={place},dst=/volume,options=rbind:rw"
     done = containerd.ctr(

@@ -153,7 +153,7 @@ def test_tests_that_have_not_passed_run_once_more(
     assert [line.rpartition(" ")[2] for line in shown if "only in the second machine" in line] == late
 
 
-def test_a_failed_teardown_is_no_pass(tmp_path: Path) -> None:
+def test_a_test_whose_teardown_fails_has_not_passed(tmp_path: Path) -> None:
     noted = Progress(tmp_path / "progress")
     noted.pytest_collection_finish(
         cast("Any", SimpleNamespace(items=[SimpleNamespace(nodeid="tests/a.py::b[c d]")]))

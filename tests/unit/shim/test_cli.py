@@ -335,7 +335,7 @@ def test_an_error_of_a_task_is_told_as_that_of_a_command(
     assert capsys.readouterr().err == told
 
 
-def test_an_error_is_one_line_whatever_it_names(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_one_printable_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "check", "/no\n\x1b[31mfile"]) == 1
     assert capsys.readouterr().err == (
         "config: /no  [31mfile: no such file; correct the path or create the file\n"

@@ -34,7 +34,7 @@ def test_a_stream_without_its_end_has_not_ended(cut: int) -> None:
     assert not unframe([framed(b"abc")[:cut]])[1]
 
 
-def test_no_part_of_the_largest_frame_is_kept() -> None:
+def test_a_frame_of_any_size_is_passed_on_without_being_kept() -> None:
     unframer = Unframer()
     assert b"".join(unframer.feed(WORD.pack(0xFFFFFFFF))) == b""
     for _ in range(3):

@@ -74,7 +74,7 @@ async def test_hakos_agent_is_asked_for_shared_memory_only_once() -> None:
     assert not peer.asked("UpdateEphemeralMounts")
 
 
-async def test_the_sandboxs_id_at_the_agent_is_no_containers_id() -> None:
+async def test_no_container_has_the_sandboxs_id_at_the_agent() -> None:
     peer = Peer()
     await sandbox_of(peer)
     [request] = peer.asked("CreateSandbox")

@@ -292,7 +292,7 @@ def test_a_start_that_fails_before_there_is_a_shim_is_counted(either: Containerd
     assert len(counted(log_dir)) == 1
 
 
-def test_a_start_whose_configuration_is_wrong_is_counted_where_none_would_put_it(
+def test_a_start_whose_configuration_is_wrong_is_counted_in_the_default_journal(
     containerd: Containerd,
 ) -> None:
     containerd.make_bundle("c1")

@@ -47,7 +47,7 @@ def test_what_looks_like_a_secret_is_redacted(text: str) -> None:
         "unix:///run/containerd/s/0123",
     ],
 )
-def test_what_is_no_secret_stays(text: str) -> None:
+def test_text_that_is_not_secret_stays(text: str) -> None:
     assert redacted(text) == text
 
 

@@ -116,7 +116,7 @@ def test_a_point_in_time_is_an_age_or_a_date(wanted: str, expected_s: float) -> 
 
 
 @pytest.mark.parametrize("wanted", ["soon", "-5m", "5", "5 m", "99999999999s", "2026-13-01T00:00:00Z", "1\n"])
-def test_no_point_in_time_is_refused(wanted: str) -> None:
+def test_text_that_is_not_a_point_in_time_is_refused(wanted: str) -> None:
     with pytest.raises(Refusal, match="no time; give 30s, 10m, 2h, 1d or a date"):
         since(wanted, now_s=NOON_S)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"id": "box"}'])
-def test_a_directory_without_a_whole_record_is_no_sandbox(tmp_path: Path, text: str | None) -> None:
+def test_a_directory_without_a_whole_record_is_not_a_sandbox(tmp_path: Path, text: str | None) -> None:
     (tmp_path / "0123").mkdir()
     if text is not None:
         (tmp_path / "0123" / "sandbox.json").write_text(text, encoding="utf-8")

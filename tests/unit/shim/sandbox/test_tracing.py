@@ -78,7 +78,7 @@ def fail(tracing: Tracing, container_id: str, error: BaseException) -> None:
         raise error
 
 
-async def test_a_failed_container_is_sent_after_its_error_is_told(sandbox: Sandbox) -> None:
+async def test_the_trace_of_a_failed_container_is_sent_after_its_error(sandbox: Sandbox) -> None:
     error = Unavailable("create: gone")
     fail(sandbox.tracing(), "one", error)
     assert (sandbox.written, sandbox.traces.sent) == (1, []), "the phases are written, and nobody waits"
@@ -110,7 +110,7 @@ async def test_a_start_that_is_given_up_or_breaks_is_sent_too(sandbox: Sandbox, 
     assert failure.described()["text"]
 
 
-async def test_a_name_that_is_taken_and_a_success_are_not_sent(sandbox: Sandbox) -> None:
+async def test_a_success_and_a_name_that_is_taken_are_not_sent_as_failures(sandbox: Sandbox) -> None:
     tracing = sandbox.tracing()
     fail(tracing, "one", AlreadyExists("create: one: already exists"))
     with tracing.failures("one"):

@@ -22,7 +22,7 @@ def keep(
 
 
 @pytest.mark.parametrize("name", ["*", "bo?", "[b]ox", "../box", "/box"])
-def test_an_id_is_no_pattern(tmp_path: Path, name: str) -> None:
+def test_an_id_is_not_taken_for_a_pattern(tmp_path: Path, name: str) -> None:
     postmortem.write(tmp_path, namespace="a", sandbox_id="box", reason="in a", console=[])
 
     assert postmortem.read(tmp_path, sandbox_id=name) == ""
