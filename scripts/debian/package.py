@@ -232,6 +232,8 @@ def _write_system_files(tree: Path, *, version: str, project: dict[str, object])
     for page in sorted((ROOT / "docs").glob("*.md")):
         if page.name != "changelog.md":
             _write(documents / page.name, page.read_text(encoding="utf-8"))
+    dashboard = (ROOT / "docs/grafana-dashboard.json").read_text(encoding="utf-8")
+    _write(documents / "grafana-dashboard.json", dashboard)
     _write(documents / "examples/config.toml", example_configuration())
     for unit in sorted((ROOT / "scripts/debian").glob("*.service")):
         _write(tree / "usr/lib/systemd/system" / unit.name, unit.read_text(encoding="utf-8"))
