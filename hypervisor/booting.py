@@ -50,7 +50,7 @@ async def boot(spec: VmSpec, host: HostSide) -> Devices:
             qmp=qmp.qemu_fd, console=host.console.qemu_fd, share=share.fileno(), channel=device
         )
         with host.phase("spawn QEMU"):
-            host.spawn_qemu(
+            qemu = host.spawn_qemu(
                 spec,
                 boot_argv(spec, inherited, architecture=host_architecture),
                 inherit=[inherited.qmp, inherited.console, share.fileno(), device.fd],
@@ -60,7 +60,7 @@ async def boot(spec: VmSpec, host: HostSide) -> Devices:
         with host.phase("QMP"):
             await qmp.connect()
             state = await qmp.run_state()
-        await host.seclude_qemu(spec)
+        await host.seclude_qemu(qemu, spec)
     except QmpError as error:
         raise VmStartError(f"start vm: {await host.early_cause(error)}") from error
     if state != "running":

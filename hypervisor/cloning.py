@@ -83,11 +83,11 @@ async def _clone(
         with ExitStack() as handover:
             port = (await channel.open(handover)).fd if in_template else None
             with host.phase("spawn QEMU"):
-                qmp = _spawn_qemu(spec, host, handover, memory=memory, port=port)
+                qemu, qmp = _spawn_qemu(spec, host, handover, memory=memory, port=port)
         # QEMU takes longest to start. Everything else happens during that time.
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(_connect(qmp, spec, saved, host, directory, step_s=step_s))
+                group.create_task(_connect(qemu, qmp, spec, saved, host, directory=directory, step_s=step_s))
                 group.create_task(_copy_memory(host, directory, source, memory, saved, stall_s=stall_s))
                 sharing = group.create_task(_serve_share(spec, host, stack, saved))
                 opening = None if in_template else group.create_task(_open(channel, host, stack))
@@ -114,7 +114,7 @@ async def _clone(
 
 def _spawn_qemu(
     spec: VmSpec, host: HostSide, handover: ExitStack, *, memory: int, port: int | None
-) -> QmpSession:
+) -> tuple[ChildProcess, QmpSession]:
     host.qmp = qmp = QmpSession(spec.name, handover=handover, on_command=host.on_command)
     host.console = console = Console(
         spec.directory / "console.log", handover=handover, on_pause=host.on_console_pause
@@ -124,17 +124,17 @@ def _spawn_qemu(
         qmp=qmp.qemu_fd, console=console.qemu_fd, memory=memory, agent=port
     )
     argv = clone_argv(spec, descriptors, architecture=architecture.for_host())
-    host.spawn_qemu(spec, argv, inherit=inherit, boots=False)
-    return qmp
+    return host.spawn_qemu(spec, argv, inherit=inherit, boots=False), qmp
 
 
 async def _connect(
+    qemu: ChildProcess,
     qmp: QmpSession,
     spec: VmSpec,
     saved: TemplateDescription,
     host: HostSide,
-    directory: Path,
     *,
+    directory: Path,
     step_s: float,
 ) -> None:
     with host.phase("QMP"):
@@ -143,7 +143,7 @@ async def _connect(
     if qmp.version != saved.qemu_version:
         raise TemplateError(f"template: saved by QEMU {saved.qemu_version}, not by this one, {qmp.version}")
     await qmp.ask(dict, "migrate-set-capabilities", migration.IGNORE_SHARED)
-    await host.seclude_qemu(spec)
+    await host.seclude_qemu(qemu, spec)
 
 
 async def _copy_memory(

@@ -159,28 +159,31 @@ class HostSide:
         if self._jail_problem:
             raise JailError(self._jail_problem)
 
-    def spawn_qemu(self, spec: VmSpec, argv: Sequence[str], *, inherit: Iterable[int], boots: bool) -> None:
+    def spawn_qemu(
+        self, spec: VmSpec, argv: Sequence[str], *, inherit: Iterable[int], boots: bool
+    ) -> ChildProcess:
         """Start QEMU.
 
         :param spec: its machine.
         :param argv: the program and its arguments.
         :param inherit: descriptors it gets under the same numbers.
         :param boots: whether it loads a kernel.
+        :returns: its process.
         :raises OSError: if no process could be made, or it could not be recorded.
         """
         confinement = confinements.of_qemu(spec, boots=boots)
         words = argv if confinement is not None else [*entering(spec), *argv]
-        self.spawn(QEMU, words, inherit=inherit, accelerator=spec.accelerator, confinement=confinement)
+        return self.spawn(QEMU, words, inherit=inherit, accelerator=spec.accelerator, confinement=confinement)
 
-    async def seclude_qemu(self, spec: VmSpec) -> None:
+    async def seclude_qemu(self, qemu: ChildProcess, spec: VmSpec) -> None:
         """Take the host's files away from a started QEMU, unless it will need some later.
 
+        :param qemu: its process.
         :param spec: its machine. If it has root ports, QEMU opens devices when they are plugged.
         """
-        assert self.qemu is not None  # noqa: S101  (it has started)
         if not spec.root_ports:
             with self.phase("take files from QEMU"):
-                await seclude(self.qemu.pid, spec)
+                await seclude(qemu.pid, spec)
 
     async def run(self, name: str, argv: Sequence[str], *, inherit: Iterable[int] = ()) -> ChildProcess:
         """Run a program to its end.
@@ -211,12 +214,13 @@ class HostSide:
 
         :param error: how it was noticed.
         """
-        assert self.qemu is not None  # noqa: S101  (called after the spawn only)
         await self.qemu_ends(error)
         for daemon in self.daemons:
             if daemon.exited.done() and daemon.exited.result().code != 0:
                 return daemon.obituary()
-        return self.qemu.obituary() if self.qemu.exited.done() else f"QEMU: {error}"
+        if self.qemu is not None and self.qemu.exited.done():
+            return self.qemu.obituary()
+        return f"QEMU: {error}"
 
     async def qemu_ends(self, error: BaseException) -> None:
         """Wait for QEMU's end after an error that it may have caused.

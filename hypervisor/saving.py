@@ -9,6 +9,7 @@ import mmap
 import os
 import socket
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hypervisor import architecture, migration, template
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hypervisor.interface import VmSpec
+    from hypervisor.process import ChildProcess
 
 PAGE = 4096
 _ZEROS = bytes(PAGE)
@@ -94,8 +96,9 @@ async def _save(spec: VmSpec, directory: Path, host: HostSide) -> None:
         stack.enter_context(silent)
         with agent:
             port = agent.fileno() if spec.channel is Channel.VIRTIO_SERIAL else None
-            qmp = await _boot(spec, host, memory=memory, port=port)
-        await _agent_serves(host, qmp)
+            booted = await _boot(spec, host, memory=memory, port=port)
+        await _agent_serves(booted)
+        qmp = booted.qmp
         await _give_back(qmp, spec.memory_bytes)
         # From here on the guest is stopped, so that its memory and its devices' states agree.
         await qmp.ask(dict, "stop")
@@ -114,45 +117,53 @@ async def _save(spec: VmSpec, directory: Path, host: HostSide) -> None:
         ).write(directory)
 
 
-async def _boot(spec: VmSpec, host: HostSide, *, memory: int, port: int | None) -> QmpSession:
+@dataclass(frozen=True, slots=True)
+class _Booted:
+    """The parts of a machine that boots."""
+
+    qemu: ChildProcess
+    qmp: QmpSession
+    console: Console
+
+
+async def _boot(spec: VmSpec, host: HostSide, *, memory: int, port: int | None) -> _Booted:
     with ExitStack() as handover:
         host.qmp = qmp = QmpSession(spec.name, handover=handover)
-        host.console = Console(spec.directory / "console.log", handover=handover)
+        host.console = console = Console(spec.directory / "console.log", handover=handover)
         descriptors = template.bare_descriptors(
-            qmp=qmp.qemu_fd, console=host.console.qemu_fd, agent=port, memory=memory
+            qmp=qmp.qemu_fd, console=console.qemu_fd, agent=port, memory=memory
         )
-        host.spawn_qemu(
+        qemu = host.spawn_qemu(
             spec,
             boot_argv(spec, descriptors, architecture=architecture.for_host()),
-            inherit=[qmp.qemu_fd, host.console.qemu_fd, memory, *([] if port is None else [port])],
+            inherit=[qmp.qemu_fd, console.qemu_fd, memory, *([] if port is None else [port])],
             boots=True,
         )
     await qmp.connect()
-    return qmp
+    return _Booted(qemu, qmp, console)
 
 
 def _tail(host: HostSide, lines: int) -> list[str]:
     return host.console.tail(lines) if host.console else []
 
 
-async def _agent_serves(host: HostSide, qmp: QmpSession) -> None:
-    assert host.qemu is not None  # noqa: S101  (it was booted)
-    assert host.console is not None  # noqa: S101
-    while not any(READY_MARK in line for line in _tail(host, _CONSOLE_LINES)):
-        host.console.grew.clear()
-        grew = asyncio.create_task(host.console.grew.wait())
+async def _agent_serves(booted: _Booted) -> None:
+    qemu, console = booted.qemu, booted.console
+    while not any(READY_MARK in line for line in console.tail(_CONSOLE_LINES)):
+        console.grew.clear()
+        grew = asyncio.create_task(console.grew.wait())
         try:
-            ends: list[asyncio.Future[Any]] = [grew, host.qemu.exited]
+            ends: list[asyncio.Future[Any]] = [grew, qemu.exited]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
             grew.cancel()
-        if host.qemu.exited.done():
-            await qmp.drained()
+        if qemu.exited.done():
+            await booted.qmp.drained()
             reason = vm_exit_reason(
-                host.qemu.exited.result(),
-                shutdown=qmp.shutdown,
-                console=_tail(host, _CONSOLE_LINES),
-                stderr=host.qemu.last_words(),
+                qemu.exited.result(),
+                shutdown=booted.qmp.shutdown,
+                console=console.tail(_CONSOLE_LINES),
+                stderr=qemu.last_words(),
             )
             raise VmStartError(f"save template: {reason}")
 
