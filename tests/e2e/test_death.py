@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.busybox import IMAGE
 from tests.e2e.containerd import SHIM_DIRECTORY
-from tests.e2e.life import MOMENT_S, Life
+from tests.e2e.life import MOMENT_S, Life, until
 from tests.patience import patient
 
 if TYPE_CHECKING:
@@ -55,6 +55,16 @@ def test_containerd_forgets_a_task_whose_shim_is_killed(stack: Stack, container:
 
     containerd.wait_for_state(container, "GONE")
     assert containerd.ctr("container", "delete", container).code == 0
+    kept = until(lambda: logs(stack, container), what="what is kept of it")
+    assert " its shim died; " in kept
+    assert f"sandbox {container}: ready" in kept
+
+
+def logs(stack: Stack, sandbox_id: str) -> str:
+    """What ``hako logs`` shows of a sandbox; nothing if there is none."""
+    argv: list[str | Path] = [SHIM_DIRECTORY / "hako", "logs", sandbox_id, "--config", stack.config]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=MOMENT_S, check=False)
+    return done.stdout
 
 
 @pytest.mark.mostly_on("1.7-ttrpc")
@@ -85,14 +95,7 @@ def test_every_task_of_a_sandbox_ends_at_once_and_an_operator_can_learn_why(
         life.wait_for_log(f"level=error .*sandbox {sandbox_id}: {reason}")
         for name in life.all_ids:
             life.wait_for_log(f"wait: container {name}: sandbox {sandbox_id}: {reason}.*; its status is 137")
-        kept = subprocess.run(
-            [SHIM_DIRECTORY / "hako", "logs", sandbox_id, "--config", stack.config],
-            capture_output=True,
-            text=True,
-            timeout=MOMENT_S,
-            check=True,
-        )
-        first, *console = kept.stdout.splitlines()
+        first, *console = logs(stack, sandbox_id).splitlines()
         assert re.search(reason, first)
         assert console or victim != "guest"  # a clone's has nothing of the boot
         assert all(line.startswith("console: ") for line in console)
