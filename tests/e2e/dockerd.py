@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from scripts import fetch_package
+from scripts import docker as docker_programs
 from tests.e2e import busybox
 from tests.e2e.containerd import CALL_TIMEOUT_S, NAMESPACE, SYSTEM_PATH, Result
 from tests.patience import patient
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from tests.e2e.conftest import Stack
 
 IMAGE = "box"
-PACKAGES = ("docker.io", "docker-cli", "tini")
-RELEASES = {"26": "trixie", "28": "sid"}
-"""The suite of Debian that has each release."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,29 +80,27 @@ def running(stack: Stack, home: Path, *, release: str, runtime: str) -> Iterator
 
     :param stack: whose containerd it uses.
     :param home: an empty directory with a short path.
-    :param release: one of :data:`RELEASES`.
+    :param release: one of ``scripts.docker.RELEASES``.
     :param runtime: of its containers.
     """
-    suite = RELEASES[release]
-    directories = [fetch_package.CACHE / f"{package}-{release}" for package in PACKAGES]
-    for package, directory in zip(PACKAGES, directories, strict=True):
-        fetch_package.fetch(package, suite=suite, directory=directory, with_dependencies=False)
-    daemon, client, init = directories
-    programs = daemon / "usr/sbin"
-    docker = Docker(client=client / "usr/bin/docker", socket=home / "sock", runtime=runtime, home=home)
-    containerd = stack.containerd
+    programs = docker_programs.programs(release)
+    docker = Docker(client=programs.client, socket=home / "sock", runtime=runtime, home=home)
+    containerd, daemons = stack.containerd, programs.daemons
     argv: list[str | Path] = [
-        *(programs / "dockerd", "--containerd", containerd.address, "--containerd-namespace", NAMESPACE),
+        *(daemons / "dockerd", "--containerd", containerd.address, "--containerd-namespace", NAMESPACE),
         *("--host", f"unix://{docker.socket}", "--data-root", home / "root", "--exec-root", home / "exec"),
         *("--pidfile", home / "pid", "--config-file", home / "none.json", "--cgroup-parent", f"/{NAMESPACE}"),
-        *("--exec-opt", "native.cgroupdriver=cgroupfs", "--userland-proxy-path", programs / "docker-proxy"),
-        *("--init-path", init / "usr/bin/tini-static", "--ip6tables=false"),
+        *("--exec-opt", "native.cgroupdriver=cgroupfs", "--userland-proxy-path", daemons / "docker-proxy"),
+        *("--init-path", programs.init, "--ip6tables=false"),
     ]
     (home / "none.json").write_text("{}", encoding="ascii")
     log = home / "log"
     pid = containerd.nursery.spawn(
         argv,
-        environment={"PATH": f"{programs}:{containerd.release.programs}:{SYSTEM_PATH}", "HOME": str(home)},
+        environment={
+            "PATH": f"{daemons}:{containerd.release.programs}:{SYSTEM_PATH}",
+            "HOME": str(home),
+        },
         directory=home,
         stdout=log,
         stderr=log,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 import urllib.request
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from scripts.docker import RELEASES
 from tests.e2e import dockerd
 from tests.e2e.conftest import HAKO, RUNC
-from tests.e2e.dockerd import IMAGE, RELEASES, Docker
+from tests.e2e.dockerd import IMAGE, Docker
 from tests.e2e.life import MOMENT_S
 from tests.e2e.test_refusals import configured
 from tests.waiting import until
@@ -92,7 +92,10 @@ def test_a_running_container_can_be_looked_at_and_changed(
     docker: Docker, server: str, tmp_path: Path
 ) -> None:
     url = f"http://127.0.0.1:{PORT}/"
-    until(lambda: docker("exec", server, "wget", "-qO-", url.replace(f"{PORT}", "80")).code == 0)
+    until(
+        lambda: docker("exec", server, "wget", "-qO-", url.replace(f"{PORT}", "80")).code == 0,
+        within_s=MOMENT_S,
+    )
     with urllib.request.urlopen(url, timeout=MOMENT_S) as answer:
         assert answer.read() == b"served\n"
     (tmp_path / "file").write_text("copied\n")
@@ -127,13 +130,21 @@ def test_a_container_can_be_stopped_and_started_again(docker: Docker) -> None:
         docker.tell("rm", "--force", name)
 
 
-def test_containers_of_a_network_find_each_other_by_name(docker: Docker, server: str) -> None:
-    docker.tell("network", "create", "apart")
+def test_containers_of_a_network_find_each_other_by_name(docker: Docker) -> None:
+    asking = "until wget -qO- http://friend/; do sleep 0.2; done"
+    names = ("first", "second")
+    for name in names:
+        docker.tell("network", "create", name)
+    friend = docker.start("--network", "first", "--network-alias", "friend", IMAGE, *SERVER)
     try:
-        docker.tell("network", "connect", "--alias", "friend", "apart", server)
-        asked = docker.run("--rm", "--network", "apart", IMAGE, "wget", "-qO-", "http://friend/")
-        assert (asked.code, asked.stdout) == (0, "served\n"), asked.stderr
+        docker.tell("network", "connect", "--alias", "friend", "second", friend)
+        for name in names:
+            asked = docker.run("--rm", "--network", name, IMAGE, "timeout", "60", "sh", "-c", asking)
+            assert (asked.code, asked.stdout) == (0, "served\n"), asked.stderr
+        docker.tell("network", "disconnect", "second", friend)
+        cards = ("exec", friend, "ls", "/sys/class/net")
+        until(lambda: docker.tell(*cards).split() == ["eth0", "lo"], within_s=MOMENT_S)
     finally:
-        with contextlib.suppress(AssertionError):
-            docker.tell("network", "disconnect", "apart", server)
-        docker.tell("network", "rm", "apart")
+        docker.tell("rm", "--force", friend)
+        for name in names:
+            docker.tell("network", "rm", name)
