@@ -143,7 +143,7 @@ def test_hotplug_and_streams_leave_half_of_what_is_granted_beside_the_guests_mem
         }
         mounts = [
             {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro"]},
-            {"destination": "/memory", "type": "tmpfs", "source": "tmpfs", "options": ["size=90%"]},
+            {"destination": "/memory", "type": "tmpfs", "source": "tmpfs", "options": ["size=1g"]},
         ]
         hypervisor = f'jail = "required"\nmemory_mib = {MACHINE // MIB}'
         opened.enter_context(configured(one_stack, hypervisor=hypervisor))
