@@ -71,7 +71,7 @@ def add_to(commands: Any) -> None:
     :param commands: what ``add_subparsers`` returned.
     """
     parser = commands.add_parser("check", help="say whether this host can run sandboxes, and by which means")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
 
 

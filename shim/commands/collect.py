@@ -61,8 +61,8 @@ def add_to(commands: Any) -> None:
         description="Write versions, configuration, `hako check`, and logs, timeline and description of each "
         "sandbox into one archive. No environment variable and no argument of a container is in it.",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where to (hako-DATE.tar.gz)")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the archive (hako-DATE.tar.gz)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     shims.add_config_to(parser)
 
 

@@ -34,7 +34,7 @@ def add_to(commands: Any) -> None:
     show = actions.add_parser("show", help="show every value in effect, and the file that sets it")
     show.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
     for each in (explain, check, show):
-        each.add_argument("--json", action="store_true", help="for programs")
+        each.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(chosen: argparse.Namespace) -> int:

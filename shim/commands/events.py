@@ -40,7 +40,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("id", nargs="?", metavar="ID", help="only this sandbox")
     shims.add_namespace_to(parser)
     parser.add_argument("--past", action="store_true", help="show only the last events, and exit")
-    parser.add_argument("--json", action="store_true", help="for programs: one object on each line")
+    parser.add_argument("--json", action="store_true", help="print JSON: an object on each line")
     shims.add_config_to(parser)
 
 

@@ -41,7 +41,7 @@ def add_to(commands: Any) -> None:
         description="Run a command as root in the guest of a sandbox, outside of its containers. The "
         "configuration must allow it with [guest] debug. The exit status is the command's.",
     )
-    parser.add_argument("--json", action="store_true", help="for programs: the output at its end, as text")
+    parser.add_argument("--json", action="store_true", help="print JSON: output and exit status")
     shims.add_sandbox_to(parser)
     parser.add_argument(
         "argv", nargs=argparse.REMAINDER, metavar="COMMAND", help="what to run, with its arguments (a shell)"

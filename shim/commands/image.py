@@ -35,7 +35,7 @@ def add_to(commands: Any) -> None:
         build.add_argument(option, type=Path, default=default, metavar="DIR", help=f"{text} ({default})")
     build.add_argument("--kernel", type=Path, metavar="FILE", help="your own kernel")
     build.add_argument("--modules", type=Path, metavar="DIR", help="its lib/modules/RELEASE")
-    build.add_argument("--json", action="store_true", help="for programs")
+    build.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(chosen: argparse.Namespace) -> int:

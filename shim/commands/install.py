@@ -50,7 +50,7 @@ def add_to(commands: Any) -> None:
         metavar="FILE",
         help=f"its main file, which is never changed ({drop_in.MAIN})",
     )
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--no-image", action="store_true", help="do not build the guest's image")
 
 

@@ -46,7 +46,7 @@ def add_to(commands: Any) -> None:
         metavar="TIME",
         help="leave out older lines: 30s, 10m, 2h, 1d, or a date with a time",
     )
-    parser.add_argument("--json", action="store_true", help="for programs: an object on each line")
+    parser.add_argument("--json", action="store_true", help="print JSON: an object on each line")
 
 
 def run(chosen: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser("metrics", help="print the metrics of this host, or of one sandbox")
     parser.add_argument("id", nargs="?", default="", metavar="ID", help="only this sandbox (all)")
     shims.add_namespace_to(parser)
-    parser.add_argument("--json", action="store_true", help="for programs that do not read Prometheus' text")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of Prometheus' text")
     shims.add_config_to(parser)
 
 

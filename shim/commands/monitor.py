@@ -51,7 +51,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--listen", default=_LISTEN, metavar="ADDRESS:PORT", help=f"where to serve them ({_LISTEN})"
     )
-    parser.add_argument("--json", action="store_true", help="for programs: the address as an object")
+    parser.add_argument("--json", action="store_true", help="print the address as JSON")
     shims.add_config_to(parser)
 
 

@@ -27,7 +27,7 @@ def add_to(commands: Any) -> None:
     """
     parser = commands.add_parser("park", help="pause a sandbox, and move its memory to a file")
     shims.add_sandbox_to(parser)
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(chosen: argparse.Namespace) -> int:

@@ -46,7 +46,7 @@ def add_to(commands: Any) -> None:
     """
     parser = commands.add_parser("ps", help="list running sandboxes and their containers")
     shims.add_namespace_to(parser)
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     shims.add_config_to(parser)
 
 

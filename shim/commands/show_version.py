@@ -18,7 +18,7 @@ def add_to(commands: Any) -> None:
     :param commands: what ``add_subparsers`` returned.
     """
     parser = commands.add_parser("version", help="print the version")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(chosen: argparse.Namespace) -> int:

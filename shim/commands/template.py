@@ -47,7 +47,7 @@ def add_to(commands: Any) -> None:
         help="run at low priority, and stop if another process already builds",
     )
     for each in (listing, removing, building):
-        each.add_argument("--json", action="store_true", help="for programs")
+        each.add_argument("--json", action="store_true", help="print JSON")
         text = "a configuration other than the host's; - for standard input"
         each.add_argument("--config", default="", metavar="PATH", help=text)
 

@@ -30,7 +30,7 @@ def add_to(commands: Any) -> None:
     shims.add_sandbox_to(parser)
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw it into this file")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write it for Perfetto and Chrome")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(chosen: argparse.Namespace) -> int:

@@ -67,10 +67,10 @@ def add_to(commands: Any) -> None:
         type=float,
         default=2.0,
         metavar="SECONDS",
-        help="how long to count processor time",
+        help="the time between two measurements",
     )
     shims.add_namespace_to(parser)
-    parser.add_argument("--json", action="store_true", help="for programs: once")
+    parser.add_argument("--json", action="store_true", help="print JSON, once")
     shims.add_config_to(parser)
 
 

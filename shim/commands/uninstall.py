@@ -47,7 +47,7 @@ def add_to(commands: Any) -> None:
         metavar="FILE",
         help=f"containerd's main file ({drop_in.MAIN})",
     )
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--config", default="", metavar="PATH", help="a configuration other than the host's")
 
 

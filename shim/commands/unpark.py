@@ -20,7 +20,7 @@ def add_to(commands: Any) -> None:
     """
     parser = commands.add_parser("unpark", help="move the memory of a parked sandbox back, and resume it")
     shims.add_sandbox_to(parser)
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(chosen: argparse.Namespace) -> int:

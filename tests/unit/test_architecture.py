@@ -1,4 +1,4 @@
-"""Imports between the packages go one way."""
+"""The order of the house: imports go one way, modules and classes stay small, and every name has a user."""
 
 from __future__ import annotations
 
