@@ -29,7 +29,7 @@ def run(chosen: argparse.Namespace) -> int:
     """Print them.
 
     :param chosen: the command line.
-    :returns: the exit status.
+    :returns: the exit status: 1 if a shim does not answer.
     :raises Refusal: if there is no such sandbox.
     """
     from prometheus_client import CollectorRegistry, generate_latest  # noqa: PLC0415 - the help does not need it
@@ -38,10 +38,11 @@ def run(chosen: argparse.Namespace) -> int:
 
     only = shims.one(chosen) if chosen.id else None
     registry = CollectorRegistry()
-    registry.register(NodeCollector(shims.settings_of(chosen).shim, only=only))
+    collector = NodeCollector(shims.settings_of(chosen).shim, only=only)
+    registry.register(collector)
     if not chosen.json:
         sys.stdout.write(generate_latest(registry).decode())
-        return 0
+        return int(collector.has_missed_one)
     families = [
         {
             "name": family.name,
@@ -55,4 +56,4 @@ def run(chosen: argparse.Namespace) -> int:
         for family in registry.collect()
     ]
     print(json.dumps(families, indent=2))
-    return 0
+    return int(collector.has_missed_one)

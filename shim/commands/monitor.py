@@ -145,6 +145,11 @@ class NodeCollector(Collector):
         if self._durations:
             self._durations.observe((time.monotonic() - began_s) * 1000)
 
+    @property
+    def has_missed_one(self) -> bool:
+        """Whether a shim has not answered in a scrape."""
+        return self._counts["kata_monitor_scrape_failed"] > 0
+
     def read_journal(self) -> None:
         """Count what is new in the journal; the first time, that may be thousands of entries."""
         for entry in self._journal.read():

@@ -54,6 +54,9 @@ OF_KATA = {
     f"{KATA}kernel_params": "hako.pod=1",
     f"{KATA}machine_type": "q35",
     f"{KATA}shared_fs": "virtio-fs",
+    f"{KATA}reclaim_guest_freed_memory": "true",
+    f"{KATA}enable_mem_prealloc": "false",
+    f"{KATA}enable_iommu": "false",
 }
 FILES = {
     "io.hako.kernel": "kernel",
@@ -141,6 +144,9 @@ SHOWS: dict[str, Callable[[Seen], bool]] = {
     "initrd": lambda seen: seen.after("-initrd") in seen.asked.values(),
     "machine_type": lambda seen: seen.after("-machine").startswith("q35"),
     "shared_fs": lambda seen: any("vhost-user-fs" in word for word in seen.argv),
+    "reclaim_guest_freed_memory": lambda seen: "free-page-reporting=on" in " ".join(seen.argv),
+    "enable_mem_prealloc": lambda seen: "prealloc=on" not in " ".join(seen.argv),
+    "enable_iommu": lambda seen: "iommu" not in " ".join(seen.argv),
 }
 
 

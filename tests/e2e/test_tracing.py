@@ -252,7 +252,7 @@ class Sent:
     def failures(self) -> Counter[tuple[str, str]]:
         """What ``hako metrics`` has counted so far, by phase and cause."""
         self.capsys.readouterr()
-        assert cli.main(["metrics", "--json", "--config", str(self.stack.config)]) == 0
+        cli.main(["metrics", "--json", "--config", str(self.stack.config)])
         families = {each["name"]: each["samples"] for each in json.loads(self.capsys.readouterr().out)}
         counted = [(each["labels"], each["value"]) for each in families["hako_failures"]]
         return Counter({(labels["phase"], labels["cause"]): int(value) for labels, value in counted})

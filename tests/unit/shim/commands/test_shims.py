@@ -217,6 +217,16 @@ def test_a_sandbox_is_named_by_its_id_or_the_beginning_of_it(
     assert ("web-3 in default and 3 more; give the whole id" in shown.err) == (wanted == "w")
 
 
+@pytest.mark.parametrize("command", ["ps", "ps --json", "top --interval 0.1", "metrics", "metrics --json"])
+def test_a_shim_without_an_answer_is_a_failure(
+    record: StartRecord, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    config = write_down(tmp_path, record, names=["box"])
+    (tmp_path / "box" / "ledger").touch()
+    assert cli.main([*command.split(), "--config", str(config)]) == 1
+    assert "its shim is starting; ask again" in capsys.readouterr().out
+
+
 def test_the_sandboxes_of_one_namespace_are_listed(
     record: StartRecord, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
