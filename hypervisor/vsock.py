@@ -254,7 +254,7 @@ class UserVsockChannel(GuestChannel):
                 raise VmStartError(f"start vm: {process.obituary()}")
 
     def _take_directory_back(self) -> None:
-        """Keep a daemon that is taken over later from replacing its sockets by links to others.
+        """Keep a daemon that is taken over later from replacing its sockets with links to others.
 
         It could also fill the file system with the state of all sandboxes.
         """

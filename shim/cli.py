@@ -136,7 +136,7 @@ def parser(wanted: Iterable[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
 
 
 def _note_parsers(command: argparse.ArgumentParser) -> None:
-    """Have what is parsed name the parser of the command, or of the one below it."""
+    """Let the parsed arguments name the parser of their command, or of the command below it."""
     command.set_defaults(parser=command)
     for action in command._actions:  # noqa: SLF001 - argparse has no other way to its subcommands
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - as above

@@ -178,5 +178,5 @@ def remedy(main: Path, document: dict[str, Any], *, version: str) -> str:
     if not main.exists():
         return f"make that file of the lines `version = {native_format(version).number}` and {line}"
     if imports:
-        return f"replace its `imports` by {line}"
+        return f"replace its `imports` with {line}"
     return f"put the line {line} before its first table"

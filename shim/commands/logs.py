@@ -107,7 +107,7 @@ async def files_of(record: StartRecord) -> list[LogFile]:
     )
     if answer.value is not None:
         return [LogFile(source.kind, Path(source.path)) for source in answer.value.sources]
-    print(f"logs: {record.id}: {answer.problem}; what follows is what it has written", file=sys.stderr)
+    print(f"logs: {record.id}: {answer.problem}; it has written the lines below", file=sys.stderr)
     return [LogFile(kind, path) for kind, path in log.files(shims.state_of(record)).items()]
 
 

@@ -76,7 +76,7 @@ def _found(chosen: argparse.Namespace) -> Timeline:
         found = timeline_files.of_running(shims.state_of(record), title=record.id)
     except FileNotFoundError as error:
         raise Refusal(f"timeline: {record.id}: {answer.problem.removeprefix('timeline: ')}") from error
-    print(f"timeline: {record.id}: {answer.problem}; what follows is what it has written", file=sys.stderr)
+    print(f"timeline: {record.id}: {answer.problem}; it has written the lines below", file=sys.stderr)
     return found
 
 

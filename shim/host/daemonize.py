@@ -117,7 +117,7 @@ def fork(become: Callable[[], None], *, before: Callable[[int], None]) -> None:
 
 
 def execute(arguments: list[str], *, error_output: int, listener: int | None) -> None:
-    """Detach this process and replace it by the same program with another command line."""
+    """Detach this process and replace it with the same program with another command line."""
     detach(listener=listener, error_output=error_output)
     os.execve(sys.executable, [*program(), *arguments], environment())  # noqa: S606 - no shell is wanted
 

@@ -47,7 +47,7 @@ def most_open_files() -> int:
 
 
 def most_open_by_all() -> int:
-    """Return how many files may be open on this host; then only root can open more."""
+    """Return how many files may be open on this host before only root can open more."""
     return int((_ROOT / "fs/file-max").read_text(encoding="ascii"))
 
 

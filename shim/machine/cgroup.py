@@ -38,7 +38,7 @@ MOST_TASKS = 2048
 
 _MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")
 _SWAP_LIMITS = {"memory.swap.max": 1, "memory.memsw.limit_in_bytes": 2}
-"""How many times the bound of memory they are: version 1 limits memory and swap together."""
+"""Each limit as a multiple of the limit of memory: version 1 limits memory and swap together."""
 _TASK_LIMITS = ("pids.max",)
 
 

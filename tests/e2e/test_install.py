@@ -177,7 +177,7 @@ def test_imports_of_another_place_are_extended(
     imports = f'imports = ["{tmp_path}/other.d/*.toml"]\n'
     main = main_file(tmp_path, DEBIAN, imports=imports)
     assert install() == 1
-    line = capsys.readouterr().err.partition("replace its `imports` by `")[2].partition("`")[0]
+    line = capsys.readouterr().err.partition("replace its `imports` with `")[2].partition("`")[0]
     assert f"{tmp_path}/other.d/*.toml" in line
 
     main.write_text(main.read_text(encoding="utf-8").replace(imports, f"{line}\n"), encoding="utf-8")

@@ -70,7 +70,7 @@ def logs(box: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[st
     def run(*options: str) -> list[str]:
         assert cli.main(["logs", "box", *options, "--config", str(box)]) == 0
         told = capsys.readouterr()
-        assert told.err == "logs: box: its sandbox has ended; what follows is what it has written\n"
+        assert told.err == "logs: box: its sandbox has ended; it has written the lines below\n"
         return told.out.splitlines()
 
     return run
