@@ -57,7 +57,7 @@ class Agent:
 
     @property
     def gate(self) -> Gate:
-        """What calls pass on their way to it."""
+        """The gate that each call passes on its way to the agent."""
         return self._connection.gate
 
     @property

@@ -1,4 +1,4 @@
-"""The gate before a guest: it is closed while the guest's machine is parked.
+"""The gate in front of a guest: it is closed while the guest's machine is parked.
 
 A request that needs an answer wakes the machine, which opens the gate. A wait for the guest's own events, and
 a client's input to a paused process, wait until another request opens it.
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Gate:
-    """The gate before one guest; it is open at first."""
+    """The gate in front of one guest; it is open at first."""
 
     def __init__(self) -> None:
         #: Wakes the machine, which opens the gate, or fails.

@@ -1,7 +1,7 @@
 """Parks an idle machine: moves its memory to a file, and back when it is needed.
 
-The guest frees its caches, the gate before it closes, the machine stops, and its memory is moved. Waking does
-the reverse, and sets the guest's clock. See ``docs/design/parking.md``.
+The guest frees its caches, the gate in front of it closes, the machine stops, and its memory is moved. Waking
+does the reverse, and sets the guest's clock. See ``docs/design/parking.md``.
 """
 
 from __future__ import annotations
