@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,9 @@ FILE_CAPABILITIES = {
 
 _ITS_OWN_TO_DROP = frozenset({_SETPCAP, _SYS_CHROOT})
 """With these, the daemon changes its root to its share and empties its bounding set; then it loses them."""
+
+_OCTAL = re.compile(r"\\([0-7]{3})")
+"""A blank or the like in the name of a mount point."""
 
 _FILES = 65_536
 _FILES_OF_SHARE = 1_048_576
@@ -147,8 +151,17 @@ def _program(program: Path) -> tuple[Path, ...]:
         # A program below its own prefix, such as /opt/name, has its libraries and its data there. The prefix
         # may be a home directory or the root, so the rest of it is not shown.
         own += [own[1].parent.parent / name for name in _BESIDE_PROGRAMS]
-    own = [one for one in dict.fromkeys(own) if one.exists() and not _is_below(one, found)]
-    return (*found, *own)
+    own = [one for one in dict.fromkeys(own) if one.exists()]
+    # A directory is shown without what is mounted below it, such as /usr/local on a disk of its own.
+    mounted = [point for point in mount_points() if _is_below(point, found) and point not in found]
+    mounted = [point for point in mounted if any(one.is_relative_to(point) for one in own)]
+    return (*found, *sorted(mounted), *(one for one in own if not _is_below(one, found)))
+
+
+def mount_points() -> set[Path]:
+    """List where something is mounted; see proc(5)."""
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    return {Path(_OCTAL.sub(lambda found: chr(int(found[1], 8)), line.split(" ")[4])) for line in lines}
 
 
 def _is_below(path: Path, directories: Iterable[Path]) -> bool:

@@ -233,7 +233,7 @@ def _show(path: Path, root: str) -> None:
     else:
         if os.path.isdir(path):
             os.makedirs(target, 0o755, exist_ok=True)
-        else:
+        elif not os.path.exists(target):  # otherwise it is in a directory that is shown already
             os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
         _do_mount(os.fsencode(path), os.fsencode(target), b"", _MS_BIND)
         device = 0 if target.startswith(f"{root}/dev/") else _MS_NODEV

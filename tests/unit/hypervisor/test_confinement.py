@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hypervisor import Identity
-from hypervisor.confinement import of_program
+from hypervisor import Identity, confinement
+from hypervisor.confinement import mount_points, of_program
 
 USER = Identity(uid=1_900_000_001, gid=1_900_000_001)
 
@@ -44,3 +44,18 @@ def test_a_program_that_is_in_no_directory_of_programs_sees_only_itself(prefix: 
 
 def test_a_program_of_the_distribution_sees_nothing_more() -> None:
     assert of_program(Path("/usr/bin/true"), USER).files == of_program(Path("/usr/bin/false"), USER).files
+
+
+@pytest.mark.parametrize("point", ["/usr/bin", "/usr/bin/true"])
+def test_a_program_on_a_mount_below_a_directory_of_the_system_is_seen(
+    monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    usual = of_program(Path("/usr/bin/true"), USER).files
+    monkeypatch.setattr(confinement, "mount_points", lambda: {Path("/"), Path("/usr/local"), Path(point)})
+    files = of_program(Path("/usr/bin/true"), USER).files
+    assert set(files) - set(usual) == {Path(point)}
+    assert files.index(Path("/usr")) < files.index(Path(point))
+
+
+def test_mount_points_are_those_of_this_process() -> None:
+    assert {Path("/"), Path("/proc")} <= mount_points()
