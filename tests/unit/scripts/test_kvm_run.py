@@ -77,6 +77,7 @@ def test_newer_programs_replace_older_ones(started: list[Any], monkeypatch: pyte
     kvm.main(["test", "--newer", "--short"])
     kvm.main(["test", "--short"])
     assert [given["replacements"] for _, given in started] == [replacements, {}]
+    assert [given["environment"].get("HAKO_TEST_JAIL") for _, given in started] == ["off", None]
     assert [files(command) for command, _ in started] == [list(kvm.SHORT)] * 2
 
 
