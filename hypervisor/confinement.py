@@ -153,15 +153,17 @@ def _program(program: Path) -> tuple[Path, ...]:
         own += [own[1].parent.parent / name for name in _BESIDE_PROGRAMS]
     own = [one for one in dict.fromkeys(own) if one.exists()]
     # A directory is shown without what is mounted below it, such as /usr/local on a disk of its own.
-    mounted = [point for point in mount_points() if _is_below(point, found) and point not in found]
-    mounted = [point for point in mounted if any(one.is_relative_to(point) for one in own)]
-    return (*found, *sorted(mounted), *(one for one in own if not _is_below(one, found)))
+    mounted = [point for point in mounted_below(found) if any(one.is_relative_to(point) for one in own)]
+    return (*found, *mounted, *(one for one in own if not _is_below(one, found)))
 
 
-def mount_points() -> set[Path]:
-    """List where something is mounted; see proc(5)."""
-    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    return {Path(_OCTAL.sub(lambda found: chr(int(found[1], 8)), line.split(" ")[4])) for line in lines}
+def mounted_below(directories: Iterable[Path]) -> list[Path]:
+    """List the mount points below some directories, upper ones first; see proc(5)."""
+    prefixes = tuple(f"{directory}/" for directory in directories)
+    with Path("/proc/self/mountinfo").open(encoding="utf-8", errors="surrogateescape") as file:
+        names = {line.split(" ", 5)[4] for line in file}
+    found = (name for name in names if name.startswith(prefixes))  # few of a node's hundreds
+    return sorted(Path(_OCTAL.sub(lambda digits: chr(int(digits[1], 8)), name)) for name in found)
 
 
 def _is_below(path: Path, directories: Iterable[Path]) -> bool:

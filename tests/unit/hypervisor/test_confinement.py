@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hypervisor import Identity, confinement
-from hypervisor.confinement import mount_points, of_program
+from hypervisor.confinement import mounted_below, of_program
 
 USER = Identity(uid=1_900_000_001, gid=1_900_000_001)
 
@@ -51,11 +51,13 @@ def test_a_program_on_a_mount_below_a_directory_of_the_system_is_seen(
     monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
     usual = of_program(Path("/usr/bin/true"), USER).files
-    monkeypatch.setattr(confinement, "mount_points", lambda: {Path("/"), Path("/usr/local"), Path(point)})
+    monkeypatch.setattr(confinement, "mounted_below", lambda _: [Path("/usr/local"), Path(point)])
     files = of_program(Path("/usr/bin/true"), USER).files
     assert set(files) - set(usual) == {Path(point)}
     assert files.index(Path("/usr")) < files.index(Path(point))
 
 
-def test_mount_points_are_those_of_this_process() -> None:
-    assert {Path("/"), Path("/proc")} <= mount_points()
+def test_mount_points_are_found_below_a_directory_and_not_at_it() -> None:
+    point = Path("/sys/fs/cgroup")
+    assert point in mounted_below([Path("/sys")])
+    assert point not in mounted_below([point])
