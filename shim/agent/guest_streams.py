@@ -1,7 +1,7 @@
 """The guest's ends of a process's streams, as the shim reads and writes them.
 
 Streams are raw if the channel supports that; otherwise they travel in requests to the agent. With Hako's
-agent, a long one then continues over its own connection.
+agent, a stream of many bytes or many requests then continues over its own connection.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 READ_BYTES = 1024 * 1024  # the agent's limit and its pipes' capacity; a round trip costs more than the bytes
 LONG_BYTES = 256 * 1024  # beyond it, a connection pays off; making one costs as much as two requests
+REQUEST_BYTES = 32 * 1024  # what a request counts for beside its bytes, so that a dialogue is long, too
 RECEIVE_BYTES = 256 * 1024  # more than a socket holds
 LONG_CONNECT_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 1.0  # the agent already serves, so a port without a listener will never get one
@@ -119,7 +120,7 @@ class LongStreams(RequestStreams):
             await self._agent.gate.free()
             return await self._connections[name].read()
         data = await super().read(name)
-        self._carried[name] += len(data)
+        self._carried[name] += REQUEST_BYTES + len(data)
         return data
 
     @override
@@ -130,7 +131,7 @@ class LongStreams(RequestStreams):
             await self._connections["stdin"].send(framed(data))
             return
         await super().write(data)
-        self._carried["stdin"] += len(data)
+        self._carried["stdin"] += REQUEST_BYTES + len(data)
 
     @override
     async def end_input(self) -> None:

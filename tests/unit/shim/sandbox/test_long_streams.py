@@ -11,7 +11,7 @@ import pytest
 from hypervisor import ChannelError
 from shim.agent.frames import END, framed
 from shim.agent.gate import Gate
-from shim.agent.guest_streams import LONG_BYTES, LongStreams
+from shim.agent.guest_streams import LONG_BYTES, REQUEST_BYTES, LongStreams
 from shim.errors import Unavailable
 from tests.waiting import WITHIN_S, settle
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 LONG, REST = b"l" * LONG_BYTES, b"and the rest"
+MANY_REQUESTS = LONG_BYTES // REQUEST_BYTES
 NAME = framed(b"stdout\0box\0exec")
 
 
@@ -87,6 +88,23 @@ async def test_long_output_continues_over_a_connection(machine: Machine) -> None
     assert await read_all(streams(Agent([LONG]), machine)) == LONG + REST
     assert machine.guest.recv(1000) == NAME
     assert machine.guest.recv(1) == b"", "the side that has read the end closes the connection"
+
+
+async def test_output_of_many_requests_continues_over_a_connection(machine: Machine) -> None:
+    machine.guest.sendall(END + framed(REST) + END)
+    assert await read_all(streams(Agent([b"x"] * MANY_REQUESTS), machine)) == b"x" * MANY_REQUESTS + REST
+    assert machine.guest.recv(1000) == NAME
+
+
+async def test_input_of_many_requests_continues_over_a_connection(machine: Machine) -> None:
+    agent = Agent([])
+    opened = streams(agent, machine)
+    machine.guest.sendall(END)
+    for _ in range(MANY_REQUESTS + 1):
+        await opened.write(b"x")
+    assert machine.guest.recv(1000) == framed(b"stdin\0box\0exec") + framed(b"x")
+    assert agent.written == b"x" * MANY_REQUESTS
+    opened.close()
 
 
 async def test_output_continues_in_requests_if_the_agent_does_not_listen(machine: Machine) -> None:
