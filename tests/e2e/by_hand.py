@@ -106,6 +106,8 @@ class ByHand:
                 self.call("Shutdown", is_there=True)
         self._channel.close()
         self._act("delete", "-bundle", self._bundle)
+        for fifo in self.place.glob("fifo-*"):  # a thread may wait for an end that nobody opened
+            os.close(os.open(fifo, os.O_RDWR | os.O_NONBLOCK))
 
     def _act(self, action: str, *flags: str | Path) -> None:
         nursery = self._stack.containerd.nursery
