@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scripts.benchmarks.crowds import crowd
+from scripts.benchmarks.crowds import PATIENCE, crowd
 from scripts.benchmarks.harness import Samples
 from scripts.benchmarks.stage import MeasurementError
 from tests.e2e.nursery import descendants
@@ -86,7 +86,7 @@ def _surveys(stage: Stage) -> tuple[Survey, Survey]:
 
 
 def _survey(stage: Stage, *, light: bool) -> Survey:
-    stage.configure(zygote=light, template=light, hypervisor=f"memory_mib = {MEMORY_MIB}\n")
+    stage.configure(zygote=light, template=light, hypervisor=f"memory_mib = {MEMORY_MIB}\n", guest=PATIENCE)
     if light:
         with stage.container():
             stage.wait_for_zygote()
