@@ -186,12 +186,23 @@ async def _device_state(qmp: QmpSession) -> bytes:
             ours.settimeout(0)
             await qmp.ask(dict, "migrate-set-capabilities", migration.IGNORE_SHARED)
             name = await qmp.send_fd(qemus.fileno())
-        await qmp.ask(dict, "migrate", {"uri": f"fd:{name}"})
-        state = bytearray()
-        while chunk := await asyncio.get_running_loop().sock_recv(ours, _CHUNK):
-            state += chunk
+        try:
+            async with asyncio.TaskGroup() as group:
+                # QEMU may write before it answers. It answers nothing then until all of the state is read,
+                # because it writes with its lock held, and a socket holds less.
+                reading = group.create_task(_read_all(ours))
+                await qmp.ask(dict, "migrate", {"uri": f"fd:{name}"})
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
         await migration.completed(qmp, events)
-    return bytes(state)
+    return reading.result()
+
+
+async def _read_all(connection: socket.socket) -> bytes:
+    data = bytearray()
+    while chunk := await asyncio.get_running_loop().sock_recv(connection, _CHUNK):
+        data += chunk
+    return bytes(data)
 
 
 def _copy_data(memory: int, target: Path) -> tuple[int, int]:
