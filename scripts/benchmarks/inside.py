@@ -85,11 +85,13 @@ def listen():
 
 if os.fork() == 0:
     listener = listen()
-    os.chroot("/..")  # to what the agent has mounted over the root
-    os.environ["PATH"] = "/usr/bin:/bin"
-    crun = sealed_crun()
+    crun = ""
     while True:
         fd = listener._accept()[0]
+        if not crun:  # orders come once the agent serves, when it has mounted its root over this one
+            os.chroot("/..")
+            os.environ["PATH"] = "/usr/bin:/bin"
+            crun = sealed_crun()
         serve(fd)
         os.close(fd)
 os.execv("/init", ["/init"])
