@@ -14,6 +14,7 @@ from scripts.benchmarks import inside
 from scripts.benchmarks.harness import Samples, alternate
 from scripts.benchmarks.sandbox import HAKO, RUNC, running
 from scripts.benchmarks.stage import MeasurementError
+from shim.agent.guest_names import agent_id
 from tests.e2e.containerd import NAMESPACE
 from tests.patience import patient
 
@@ -47,7 +48,7 @@ def exec_over_guest(stage: Stage) -> Samples:
             return took_s * 1000
 
         def from_inside() -> float:
-            return inside.time_crun_exec(ports, name) * 1000
+            return inside.time_crun_exec(ports, agent_id(name)) * 1000
 
         from_outside()
         from_inside()
