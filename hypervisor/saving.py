@@ -190,12 +190,12 @@ async def _device_state(qmp: QmpSession) -> bytes:
             async with asyncio.TaskGroup() as group:
                 # QEMU may write before it answers. It answers nothing then until all of the state is read,
                 # because it writes with its lock held, and a socket holds less.
-                reading = group.create_task(_read_all(ours))
-                await qmp.ask(dict, "migrate", {"uri": f"fd:{name}"})
+                group.create_task(qmp.ask(dict, "migrate", {"uri": f"fd:{name}"}))
+                state = await _read_all(ours)
         except ExceptionGroup as errors:
-            raise errors.exceptions[0] from errors
+            raise errors.exceptions[0] from errors  # the command's, if it failed
         await migration.completed(qmp, events)
-    return reading.result()
+    return state
 
 
 async def _read_all(connection: socket.socket) -> bytes:
