@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from shim.config import Config
 
 LABEL = "hako.io/runtime"
-HOST_MIB = 128
+HOST_MIB = 160
 """The memory of a machine's QEMU, daemons and shim beside the guest's: ``overhead_mib`` of the benchmarks."""
 HOST_MILLICPUS = 250
 """The processor time of the same: ``overhead_millicpus``."""
