@@ -209,8 +209,11 @@ def test_a_stalled_reader_holds_up_neither_kill_nor_for_long_delete(
     pod: ByHand, stalled: tuple[Path, Stalled]
 ) -> None:
     fifo, _ = stalled
-    exec_id = pod.execute("cat", "/dev/zero", stdout=fifo)
+    exec_id = pod.execute("sh", "-c", "echo $$ >/writer; exec cat /dev/zero", stdout=fifo)
     until(lambda: is_full(fifo), what="the FIFO is full")
+    # Otherwise it may be killed when all that it has written is in the FIFO.
+    asleep = "until grep -q ') S' /proc/$(cat /writer)/stat; do sleep 0.1; done"
+    assert pod.finish(pod.execute("sh", "-c", asleep)) == 0, "the process waits with more output"
     start = time.monotonic()
     pod.call("Kill", exec_id=exec_id, signal=9)
     assert pod.call("Wait", exec_id=exec_id).exit_status == 137
