@@ -20,6 +20,7 @@ STATUS_KILLED = 128 + signal.SIGKILL
 
 #: Of proc(5) ``stat``.
 _STOPPED = {b"T", b"t"}
+_EXITING = 0x4  # PF_EXITING of the kernel's sched.h, in the flags of stat
 _UIDS = re.compile(rb"^Uid:(.*)$", re.MULTILINE)
 
 
@@ -102,8 +103,16 @@ def pin(process: HostProcess) -> int | None:
 
 
 def is_running(process: HostProcess) -> bool:
-    """Tell whether a recorded process still runs."""
-    return bool(end([process], number=None, timeout_s=0.0))
+    """Tell whether a recorded process still runs; one that the kernel is ending does not.
+
+    The kernel closes a killed process's sockets before its pidfd says that it has ended. A client that has
+    lost its connection may ask in between.
+    """
+    try:
+        fields = _fields(process.pid)
+    except ProcessLookupError:
+        return False
+    return int(fields[19]) == process.start_time and not int(fields[6]) & _EXITING
 
 
 def end(
