@@ -17,7 +17,7 @@ from hypervisor import qmp_client
 from hypervisor.errors import QmpError
 from hypervisor.exits import Shutdown
 from hypervisor.override import override
-from hypervisor.qmp_client import GuardedClient
+from hypervisor.qmp_client import GuardedClient, QmpSocket
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -142,7 +142,8 @@ class QmpSession:
         self._on_command = on_command
         # A pair rather than a path: it is connected before QEMU exists, so that QEMU's death at any moment is
         # an end of file, and no other process can connect.
-        self._stream, qemu_end = socket.socketpair()
+        own_end, qemu_end = socket.socketpair()
+        self._stream = QmpSocket(own_end.detach())
         handover.enter_context(qemu_end)
         self.qemu_fd = qemu_end.fileno()
         self._client = GuardedClient(name)

@@ -11,7 +11,7 @@ import pytest
 from hypervisor import qmp, qmp_client
 from hypervisor.errors import QmpError
 from hypervisor.exits import Shutdown
-from tests.waiting import WITHIN_S
+from tests.waiting import WITHIN_S, settle
 
 if TYPE_CHECKING:
     from typing import Any
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 
 TIMESTAMP = {"seconds": 1, "microseconds": 0}
+RESET = {"event": "SHUTDOWN", "data": {"guest": True, "reason": "guest-reset"}, "timestamp": TIMESTAMP}
+MORE_THAN_ONE_TURN = 1000
+"""So many events that the client lets other tasks run while it reads them."""
 
 
 @pytest.mark.parametrize(
@@ -109,9 +112,34 @@ async def test_a_shutdown_event_sent_just_before_the_end_is_not_lost(
 ) -> None:
     session, peer = connected
     assert session.shutdown is None
-    event = {"event": "SHUTDOWN", "data": {"guest": True, "reason": "guest-reset"}, "timestamp": TIMESTAMP}
-    await peer.send(event)
+    await peer.send(RESET)
     peer.hang_up()
+    await session.drained()
+    assert session.shutdown == Shutdown(by_guest=True, cause="guest-reset")
+
+
+async def test_a_command_sent_after_the_end_loses_no_event(connected: tuple[qmp.QmpSession, Peer]) -> None:
+    session, peer = connected
+    await peer.send(RESET)
+    peer.hang_up()
+    with pytest.raises(QmpError, match="query-status"):
+        await session.run_state()
+    await session.drained()
+    assert session.shutdown == Shutdown(by_guest=True, cause="guest-reset")
+
+
+async def test_a_command_that_qemu_did_not_read_before_its_end_loses_no_event(
+    connected: tuple[qmp.QmpSession, Peer],
+) -> None:
+    session, peer = connected
+    asking = asyncio.create_task(session.run_state())
+    await settle()
+    for _each in range(MORE_THAN_ONE_TURN):
+        await peer.send({"event": "RTC_CHANGE", "data": {"offset": 0}, "timestamp": TIMESTAMP})
+    await peer.send(RESET)
+    peer.hang_up()
+    with pytest.raises(QmpError, match="query-status"):
+        await asking
     await session.drained()
     assert session.shutdown == Shutdown(by_guest=True, cause="guest-reset")
 
