@@ -29,6 +29,7 @@ from hypervisor.interface import (
     VmSpec,
 )
 from hypervisor.kvm_host import weaknesses
+from hypervisor.lasting_socket import LastingSocket
 from hypervisor.nics import vhost_net_problem
 from hypervisor.printable import printable
 from hypervisor.qemu import QemuHypervisor
@@ -53,6 +54,7 @@ __all__ = [
     "HypervisorError",
     "Identity",
     "JailError",
+    "LastingSocket",
     "Nic",
     "ParkedMemoryLostError",
     "QemuHypervisor",

@@ -16,8 +16,9 @@ from qemu.qmp.protocol import Runstate
 from hypervisor import qmp_client
 from hypervisor.errors import QmpError
 from hypervisor.exits import Shutdown
+from hypervisor.lasting_socket import LastingSocket
 from hypervisor.override import override
-from hypervisor.qmp_client import GuardedClient, QmpSocket
+from hypervisor.qmp_client import GuardedClient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -143,7 +144,7 @@ class QmpSession:
         # A pair rather than a path: it is connected before QEMU exists, so that QEMU's death at any moment is
         # an end of file, and no other process can connect.
         own_end, qemu_end = socket.socketpair()
-        self._stream = QmpSocket(own_end.detach())
+        self._stream = LastingSocket(own_end)
         handover.enter_context(qemu_end)
         self.qemu_fd = qemu_end.fileno()
         self._client = GuardedClient(name)

@@ -1,4 +1,4 @@
-"""The library's QMP client, made safe against QEMU's end and a guest that makes QEMU send endless events.
+"""The library's QMP client, made safe against a guest that makes QEMU send endless events.
 
 A guest's privileged user causes an event with a single write to a port (ACPI's ``_OST``, for example). QEMU
 buffers unread events, so the client reads all of them at once and drops most before decoding.
@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-import socket
 from collections import Counter
-from typing import TYPE_CHECKING
 
 from qemu.qmp import QMPClient
 from qemu.qmp.message import Message
 
 from hypervisor.allowance import Allowance
 from hypervisor.override import override
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 IO_ERROR = "BLOCK_IO_ERROR"
 SHUTDOWN, STOP = "SHUTDOWN", "STOP"
@@ -33,35 +28,6 @@ _LINES_IN_A_ROW = 100
 """How many lines are dropped before other tasks get their turn."""
 _EVENT = re.compile(rb'\{"timestamp": \{[^{}]*\}, "event": "([A-Z0-9_]+)"')
 """The beginning of QEMU's lines with events. A line with another beginning is decoded to find out."""
-
-
-class QmpSocket(socket.socket):
-    """A connection to QEMU on which only the end of file is an end, after all that QEMU sent.
-
-    asyncio gives a connection up at the first error and drops what it has not read. That may be the event
-    that says why QEMU ended.
-
-    :param fileno: the connected socket, which then belongs to this object.
-    """
-
-    def __init__(self, fileno: int) -> None:
-        super().__init__(fileno=fileno)
-
-    @override
-    def send(self, data: Buffer, flags: int = 0, /) -> int:
-        """Send bytes, or drop them if QEMU has ended."""
-        try:
-            return super().send(data, flags)
-        except (BrokenPipeError, ConnectionResetError):
-            return memoryview(data).nbytes
-
-    @override
-    def recv(self, size: int, flags: int = 0, /) -> bytes:
-        """Receive bytes; none once QEMU has ended, even if it had not read every command."""
-        try:
-            return super().recv(size, flags)
-        except ConnectionResetError:
-            return b""
 
 
 class GuardedClient(QMPClient):

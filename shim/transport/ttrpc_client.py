@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from hypervisor import LastingSocket
 from proto import ttrpc_pb2
 from shim.errors import DeadlineExceeded, Internal, ResourceExhausted, Unavailable, from_code
 from shim.override import override
@@ -72,7 +73,9 @@ class TtrpcClient:
     @classmethod
     async def over(cls, sock: socket.socket) -> TtrpcClient:
         """Speak ttrpc over a connected stream socket, which the client owns from now on."""
-        _, connection = await asyncio.get_running_loop().create_connection(_ServerConnection, sock=sock)
+        _, connection = await asyncio.get_running_loop().create_connection(
+            _ServerConnection, sock=LastingSocket(sock)
+        )
         return cls(connection)
 
     async def call(

@@ -130,6 +130,19 @@ async def test_stream_ids_are_odd_and_increase(client: TtrpcClient, server: Scri
         call.cancel()
 
 
+async def test_a_call_made_after_the_end_loses_no_answer_that_came_before_it(
+    client: TtrpcClient, server: ScriptedServer
+) -> None:
+    answered = check(client)
+    stream_id, _request = await server.receive()
+    await server.send(encode_response(stream_id, ANSWER))
+    server.sock.close()
+    late = check(client)
+    with pytest.raises(Unavailable, match="closed by the peer"):
+        await late
+    assert (await answered).status == health_pb2.HealthCheckResponse.SERVING
+
+
 async def test_answers_find_their_calls_in_any_order(client: TtrpcClient, server: ScriptedServer) -> None:
     calls = [check(client) for _ in range(3)]
     for _ in calls:
