@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 RUNC = "io.containerd.runc.v2"
 GONE_TIMEOUT_S = patient(60.0)
-CROWD_TIMEOUT_S = patient(600.0)
+CROWD_TIMEOUT_S = patient(300.0)
 ZYGOTE = "-zygote"
 
 
