@@ -51,6 +51,11 @@ class Names:
         """The object that holds the rate limits."""
         return f"disk{self.number}-limits"
 
+    @property
+    def thread(self) -> str:
+        """The thread that serves its requests, so that they do not wait for QEMU's other work."""
+        return f"disk{self.number}-thread"
+
 
 def describe(disk: Disk, names: Names, *, block_device: bool, aio: str) -> Description:
     """Describe a disk.
@@ -66,6 +71,7 @@ def describe(disk: Disk, names: Names, *, block_device: bool, aio: str) -> Descr
         driver="virtio-blk-pci",
         properties={
             "drive": names.top,
+            "iothread": names.thread,
             "serial": disk.serial,
             "discard": disk.discard,
             "disable-legacy": "on",
@@ -75,6 +81,7 @@ def describe(disk: Disk, names: Names, *, block_device: bool, aio: str) -> Descr
             "rerror": "report",
         },
         backend=[
+            Command("object-add", {"qom-type": "iothread", "id": names.thread}),
             Command(
                 "object-add",
                 {"qom-type": "throttle-group", "id": names.limits, "limits": throttle(disk.limits)},
@@ -104,6 +111,7 @@ def describe(disk: Disk, names: Names, *, block_device: bool, aio: str) -> Descr
             Command("blockdev-del", {"node-name": names.top}),
             Command("blockdev-del", {"node-name": names.file}),
             Command("object-del", {"id": names.limits}),
+            Command("object-del", {"id": names.thread}),
             Command("remove-fd", {"fdset-id": names.number}),
         ],
     )

@@ -138,6 +138,7 @@ def test_a_disk_is_described() -> None:
         driver="virtio-blk-pci",
         properties={
             "drive": "disk4",
+            "iothread": "disk4-thread",
             "serial": "s",
             "discard": False,
             "disable-legacy": "on",
@@ -145,6 +146,7 @@ def test_a_disk_is_described() -> None:
             "rerror": "report",
         },
         backend=[
+            Command("object-add", {"qom-type": "iothread", "id": "disk4-thread"}),
             Command(
                 "object-add",
                 {
@@ -178,6 +180,7 @@ def test_a_disk_is_described() -> None:
             Command("blockdev-del", {"node-name": "disk4"}),
             Command("blockdev-del", {"node-name": "disk4-file"}),
             Command("object-del", {"id": "disk4-limits"}),
+            Command("object-del", {"id": "disk4-thread"}),
             Command("remove-fd", {"fdset-id": 4}),
         ],
     )
@@ -331,7 +334,7 @@ async def test_a_failing_disk_is_logged_once_under_its_own_name(
 ) -> None:
     devices, peer = plugging
     disk = disks.describe(DISK, Names(4), block_device=False, aio="threads")
-    answering = asyncio.create_task(peer.serve(OK, OK, OK, OK, *PATH))
+    answering = asyncio.create_task(peer.serve(OK, OK, OK, OK, OK, *PATH))
     await devices.plug(disk)
     await answering
     other = {"node-name": "disk5", "operation": "read", "reason": "Input/output error"}
@@ -366,8 +369,8 @@ async def test_a_qemu_without_io_uring_uses_threads_for_all_later_disks(
     disk = Disk(id="d", path=path, serial="", read_only=False, discard=False, limits=DiskLimits())
     refusal = {"class": "GenericError", "desc": "Parameter 'aio' does not accept value 'io_uring'"}
     plug = asyncio.create_task(Disks(devices._session, devices).plug(disk))
-    given_up = [OK, OK, {"error": refusal}, NOT_FOUND, NO, NO, OK, OK, NO]
-    commands = await peer.serve(*given_up, OK, OK, OK, OK, OK, *PATH)
+    given_up = [OK, OK, OK, {"error": refusal}, NOT_FOUND, NO, NO, OK, OK, OK, NO]
+    commands = await peer.serve(*given_up, OK, OK, OK, OK, OK, OK, *PATH)
     assert await plug == "05/07"
     tried = [arguments["aio"] for command, arguments in commands if "aio" in arguments]
     assert tried == ["io_uring", "threads"]
