@@ -127,7 +127,8 @@ def make_spec(guest_image: Path, share: Path, tmp_path: Path) -> Callable[..., V
             "vsock_daemon": VSOCK_DAEMON,
             "network_namespace": None,
             "root_ports": 0,
-            "jail": JAIL,
+            # A jail shows programs of /usr, and the newer QEMU is elsewhere.
+            "jail": None if changes.get("qemu") == NEWER_QEMU else JAIL,
         }
         return VmSpec(**{**values, **changes})
 
