@@ -33,6 +33,8 @@ def test_a_container_redirects_its_traffic_as_a_service_mesh_does(
 ) -> None:
     script = f"""
         ip link set lo up
+        # The host may lack the usual lock file, and cannot be written to here.
+        export XTABLES_LOCKFILE=/etc/passwd
         for ip in iptables ip6tables; do
             chroot /host /usr/sbin/$ip-{kind} {REDIRECT} --dport 80 -j REDIRECT --to-ports 15001 || exit 1
         done
