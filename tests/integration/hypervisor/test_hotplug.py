@@ -36,6 +36,7 @@ MIB = 1 << 20
 DISK_BYTES = 4 * MIB
 SLOTS = 62
 DISKS = 30
+OBJECTS = {"child<throttle-group>", "child<iothread>"}
 
 
 def nic(number: int, fds: tuple[int, ...]) -> Nic:
@@ -82,7 +83,7 @@ async def leftovers(vm: Any) -> list[str]:
     nodes = await vm._host.qmp.ask(list, "query-named-block-nodes", {"flat": True})
     objects = await vm._host.qmp.ask(list, "qom-list", {"path": "/objects"})
     return [node["node-name"] for node in nodes] + [
-        entry["name"] for entry in objects if "throttle" in entry["type"]
+        entry["name"] for entry in objects if entry["type"] in OBJECTS
     ]
 
 
