@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 RUNC = "io.containerd.runc.v2"
 GONE_TIMEOUT_S = patient(60.0)
 CROWD_TIMEOUT_S = patient(300.0)
+"""Under KVM this is ten times as long, and a configuration allows boot_timeout_s no more than 3600."""
 ZYGOTE = "-zygote"
 
 
